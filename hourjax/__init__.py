@@ -1,0 +1,19 @@
+"""hourjax: hour-long video-language training for TPU pods.
+
+The data path, one noun per file:
+
+  data/records        a question set about a video, images or nothing
+  data/conversations  turns to token ids and labels
+  data/repository     where each memory token comes from
+  data/forgetting     which of them the decoder gets to see
+  data/layout         every MemAug query and decoder position
+  data/rows           samples packed into rows of fixed capacity
+  batch               rows stacked: what the model reads
+  models/siglip       pixels to features
+  models/memory       features to memory
+  models/memaug       queries read the memory
+  models/qwen2        the decoder
+  training/loss, training/step
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,64 @@
+"""The contract between data and model: one NamedTuple of arrays.
+
+Rows (B) have fixed capacities: X stored feature tokens, I_f video frames and
+I_t image tiles as pixels, R blended tokens, S memory tokens, T queries and L
+decoder positions. A row holds several samples; segment ids tell them apart
+and 0 is padding. Visual tokens are numbered
+
+    [features (X) | pooled frames (I_f x Q) | tiles (I_t x P) | blends (R)]
+
+and everything after that is a gather with static shapes.
+"""
+
+from typing import Any, NamedTuple
+
+Array = Any  # numpy on the host, jax on the device
+
+
+class Batch(NamedTuple):
+  """B rows. Integers are int32; -1 in a source or token means "not this".
+
+  Attributes:
+    features: bfloat16 or float32 [B, X, V], tower features pooled per frame.
+    frames: uint8, or float in [-1, 1], [B, I_f, h, w, 3]; the model encodes
+      them and pools each to Q tokens.
+    tiles: the same, [B, I_t, h, w, 3]; the model encodes them to P tokens.
+    blend_source: [B, R, 4] visual tokens mixed into one (scaled-down images).
+    blend_weight: float32 [B, R, 4].
+    memory_source: [B, S] visual token of each memory token; -1 is newline.
+    memory_position: [B, S] for RoPE.
+    memory_segment: [B, S].
+    query_token: [B, T] word id, or -1 where the query is a memory token.
+    query_source: [B, T] index into the memory.
+    query_position: [B, T] for RoPE.
+    query_segment: [B, T] the queries that attend to one another.
+    query_reads: [B, T] the memory segment that the query reads. Several
+      samples may read one memory.
+    decoder_token: [B, L] word id, or -1 where it is an output of MemAug.
+    decoder_source: [B, L] index into the queries.
+    decoder_position: [B, L] 0, 1, 2, ... in each sample.
+    decoder_segment: [B, L].
+    target: [B, L] the label of the next position, -100 where there is none.
+  """
+
+  features: Array
+  frames: Array
+  tiles: Array
+  blend_source: Array
+  blend_weight: Array
+  memory_source: Array
+  memory_position: Array
+  memory_segment: Array
+  query_token: Array
+  query_source: Array
+  query_position: Array
+  query_segment: Array
+  query_reads: Array
+  decoder_token: Array
+  decoder_source: Array
+  decoder_position: Array
+  decoder_segment: Array
+  target: Array
+
+
+IGNORE = -100

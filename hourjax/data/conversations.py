@@ -1,0 +1,128 @@
+"""Conversations: turns to token ids and labels, in Qwen's chat markup."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int32
+
+from hourjax.data.records import MARKER, Turn
+from hourjax.data.tokenizer import Tokenizer
+from hourjax.data.video import time_instruction
+from hourjax.errors import UserError
+
+IMAGE = -200  # the id of a visual slot
+IGNORE = -100  # the label of a token that is not trained
+SYSTEM = "You are a helpful assistant."
+
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+  """One conversation of N tokens.
+
+  Attributes:
+    ids: token ids; IMAGE marks a visual slot.
+    labels: the id where a token is trained, else IGNORE. Not shifted.
+  """
+
+  ids: Int32[np.ndarray, "N"]
+  labels: Int32[np.ndarray, "N"]
+
+
+def encode_conversation(
+  turns: Sequence[Turn],
+  tokenizer: Tokenizer,
+  *,
+  system: str = SYSTEM,
+  video: tuple[float | int, int] | None = None,
+  prompt_only: bool = False,
+) -> Conversation:
+  """Writes turns in chat markup and labels them (SPEC section 2).
+
+  Assistant turns are labelled whole, markup included; elsewhere only
+  `<|im_start|>`, `<|im_end|>` and the newline token are:
+
+    ids     <|im_start|> user \\n  IMAGE \\n  Why ?  <|im_end|> \\n
+    labels  <|im_start|> -100 \\n  -100  \\n -100 -100 <|im_end|> \\n
+
+  Args:
+    turns: human and gpt in turn, human first.
+    tokenizer: has the markup's tokens.
+    system: the system prompt.
+    video: (duration in seconds, frames told to the model). The first human
+      turn then opens with the visual slot and the time instruction; markers
+      in the turns are dropped. What is left of the question is not stripped:
+      "<image>\\nWhy?" gives "...this video.\\n\\nWhy?", as in training.
+    prompt_only: for inference: drops a final gpt turn, opens the answer's
+      turn and labels nothing.
+
+  Raises:
+    UserError: nothing to ask, nothing to train on, roles that do not
+      alternate, or a video without frames.
+  """
+  turns = list(turns)
+  if prompt_only and turns and turns[-1].role == "gpt":
+    turns = turns[:-1]
+  _check(turns, prompt_only)
+  if video is not None:
+    turns = _show_video(turns, *video)
+
+  ids: list[int] = _encode_turn("system", system, tokenizer)
+  spoken = [False] * len(ids)  # by the assistant
+  for turn in turns:
+    new = _encode_turn(_ROLES[turn.role], turn.text, tokenizer)
+    ids += new
+    spoken += [turn.role == "gpt"] * len(new)
+  if prompt_only:
+    ids += tokenizer.encode("<|im_start|>assistant\n")
+
+  ids = np.array(ids, np.int32)
+  if prompt_only:
+    return Conversation(ids, np.full_like(ids, IGNORE))
+  markup = [tokenizer.im_start, tokenizer.im_end, tokenizer.newline]
+  trained = (np.array(spoken) | np.isin(ids, markup)) & (ids != IMAGE)
+  return Conversation(ids, np.where(trained, ids, np.int32(IGNORE)))
+
+
+def _check(turns: list[Turn], prompt_only: bool) -> None:
+  for i, turn in enumerate(turns):
+    expected = ("human", "gpt")[i % 2]
+    if turn.role != expected:
+      raise UserError(
+        f"turn {i} is from {turn.role!r}, expected {expected!r}; human and "
+        "gpt must alternate, human first"
+      )
+  if not turns:
+    raise UserError("a conversation without a human turn; ask something")
+  if not prompt_only and not any(
+    turn.text.strip() for turn in turns if turn.role == "gpt"
+  ):
+    raise UserError(
+      f"none of {len(turns)} turn(s) is a gpt answer with text, so there is "
+      "nothing to train on; add an answer or drop the record"
+    )
+
+
+def _show_video(
+  turns: list[Turn], duration: float | int, frames: int
+) -> list[Turn]:
+  if frames < 1:
+    raise UserError(
+      f"a video of {duration:.2f} seconds gives {frames} frames, at least 1 "
+      "needed; drop the record or check the stored duration"
+    )
+  plain = [Turn(t.role, t.text.replace(MARKER, "")) for t in turns]
+  instruction = time_instruction(duration, frames)
+  first = f"{MARKER}\n{instruction}\n{plain[0].text}"
+  return [Turn("human", first), *plain[1:]]
+
+
+def _encode_turn(role: str, text: str, tokenizer: Tokenizer) -> list[int]:
+  # Cut at the markers before tokenizing, so that no token spans one.
+  marked = f"<|im_start|>{role}\n{text}<|im_end|>\n".split(MARKER)
+  ids = tokenizer.encode(marked[0])
+  for piece in marked[1:]:
+    ids += [IMAGE, *tokenizer.encode(piece)]
+  return ids

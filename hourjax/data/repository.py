@@ -1,0 +1,203 @@
+"""Where every memory token of a sample comes from: index arithmetic only.
+
+Visual tokens of a sample are numbered as its encoder delivers them: frame by
+frame (or tile by tile), row-major. The functions here lay them out as the
+memory repository of SPEC section 1, one function for each modality.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from hourjax.data.images import AnyresGeometry
+
+NEWLINE = -1
+MIN_FRAMES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+  """Memory tokens among which forgetting chooses.
+
+  Attributes:
+    index: int32 [F, h, w] indices into the memory.
+    newline: int32 [F, n] newline tokens that stay with each frame.
+    temporal: whether whole frames are forgotten too (videos).
+  """
+
+  index: np.ndarray
+  newline: np.ndarray
+  temporal: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Repository:
+  """The memory of one sample.
+
+  Attributes:
+    source: int32 [S] visual token of each memory token, NEWLINE, or, from
+      `visual` on, a blended token.
+    position: int32 [S] for RoPE.
+    slots: for each `<image>` in the text, the grids behind it.
+    visual: number of visual tokens that the sample brings.
+    blend_source: int32 [R, 4] visual tokens of each blended token.
+    blend_weight: float32 [R, 4].
+  """
+
+  source: np.ndarray
+  position: np.ndarray
+  slots: tuple[tuple[Grid, ...], ...]
+  visual: int
+  blend_source: np.ndarray
+  blend_weight: np.ndarray
+
+
+_NO_BLENDS = (np.zeros((0, 4), np.int32), np.zeros((0, 4), np.float32))
+
+
+def empty_repository() -> Repository:
+  """Text only: no memory, no slot."""
+  none = np.zeros(0, np.int32)
+  return Repository(none, none, (), 0, *_NO_BLENDS)
+
+
+def repeated_frames(frames: int) -> np.ndarray:
+  """int32 frame indices, repeated to MIN_FRAMES when there are fewer.
+
+  For 2 frames (and 4 instead of 128): linspace(0, 1, 4) cut to int = 0 0 0 1.
+  """
+  if frames >= MIN_FRAMES:
+    return np.arange(frames, dtype=np.int32)
+  return np.linspace(0, frames - 1, MIN_FRAMES).astype(np.int32)
+
+
+def video_repository(frames: int, side: int) -> Repository:
+  """Per frame side x side tokens and a newline, positions 0, 1, 2, ...
+
+  With side 1 and frames a, b (no repetition): source [0 -1 1 -1].
+
+  Args:
+    frames: frames that the video brings (before the repetition).
+    side: tokens along one side of a pooled frame.
+  """
+  tokens = side * side
+  shown = repeated_frames(frames)
+  source = shown[:, None] * tokens + np.arange(tokens + 1, dtype=np.int32)
+  source[:, -1] = NEWLINE
+  size = source.size
+  index = np.arange(size, dtype=np.int32).reshape(source.shape)
+  grid = Grid(index[:, :-1].reshape(-1, side, side), index[:, -1:], True)
+  position = np.arange(size, dtype=np.int32)
+  return Repository(
+    source.reshape(-1), position, ((grid,),), frames * tokens, *_NO_BLENDS
+  )
+
+
+def images_repository(images: int, side: int) -> Repository:
+  """Untiled images: side x side tokens and a newline each.
+
+  Tokens are numbered through all images and every newline shares the position
+  after the last of them: two images of 1 token each have positions
+  [0 2 1 2]. Each image is behind its own `<image>`.
+  """
+  tokens = side * side
+  source = np.arange(images * tokens, dtype=np.int32).reshape(images, tokens)
+  ends = np.full((images, 1), NEWLINE, np.int32)
+  position = np.concatenate([source, ends * 0 + images * tokens], axis=1)
+  index = np.arange(position.size, dtype=np.int32).reshape(position.shape)
+  slots = tuple(
+    (Grid(row[None, :-1].reshape(1, side, side), row[None, -1:]),)
+    for row in index
+  )
+  return Repository(
+    np.concatenate([source, ends], axis=1).reshape(-1),
+    position.reshape(-1),
+    slots,
+    images * tokens,
+    *_NO_BLENDS,
+  )
+
+
+def tiled_repository(geometry: AnyresGeometry, side: int) -> Repository:
+  """One image as a base tile and a grid of tiles (SPEC section 1).
+
+  The base tile's tokens come first, at the positions of the nearest tokens of
+  the unpadded (and scaled-down) grid; then the grid row by row, a newline
+  after each row, all newlines at the position after the grid's last token.
+  """
+  tokens = side * side
+  high, wide = geometry.resized_h, geometry.resized_w
+  cells = np.arange(high * wide, dtype=np.int32).reshape(high, wide)
+  nearest_row, nearest_column = (
+    nearest_positions(n, side) for n in (high, wide)
+  )
+  base_position = cells[nearest_row][:, nearest_column].reshape(-1)
+  visual = geometry.tiles * tokens
+  grid_source = _unpadded_sources(geometry, side)
+  blends = _NO_BLENDS
+  if grid_source.shape != (high, wide):
+    blends = _bilinear(grid_source, high, wide)
+    grid_source = visual + cells
+  ends = np.full((high, 1), NEWLINE, np.int32)
+  rows = np.concatenate([grid_source, ends], axis=1)
+  positions = np.concatenate([cells, ends * 0 + high * wide], axis=1)
+  index = tokens + np.arange(rows.size, dtype=np.int32).reshape(rows.shape)
+  base = np.arange(tokens, dtype=np.int32)
+  return Repository(
+    np.concatenate([base, rows.reshape(-1)]),
+    np.concatenate([base_position, positions.reshape(-1)]),
+    (
+      (
+        Grid(base.reshape(1, side, side), np.zeros((1, 0), np.int32)),
+        Grid(index[None, :, :-1], index[None, :, -1]),
+      ),
+    ),
+    visual,
+    *blends,
+  )
+
+
+def nearest_positions(length: int, side: int) -> np.ndarray:
+  """round(linspace(0, length - 1, side)) as torch computes it, int64 [side].
+
+  torch steps in float32 from both ends towards the middle; halves round to
+  even. For length 3 and side 2: [0 2].
+  """
+  if side == 1:
+    return np.zeros(1, np.int64)
+  end = np.float32(length - 1)
+  step = end / np.float32(side - 1)
+  i = np.arange(side, dtype=np.float32)
+  up, down = step * i, end - step * (np.float32(side - 1) - i)
+  line = np.where(np.arange(side) < side // 2, up, down)
+  return np.rint(line).astype(np.int64)
+
+
+def _unpadded_sources(geometry: AnyresGeometry, side: int) -> np.ndarray:
+  """Visual token of each cell of the unpadded grid, int32 [h, w]."""
+  high, wide = geometry.grid_h * side, geometry.grid_w * side
+  y = np.arange(geometry.unpadded_h) + (high - geometry.unpadded_h) // 2
+  x = np.arange(geometry.unpadded_w) + (wide - geometry.unpadded_w) // 2
+  tile = 1 + (y // side)[:, None] * geometry.grid_w + (x // side)[None, :]
+  within = (y % side)[:, None] * side + (x % side)[None, :]
+  return (tile * side * side + within).astype(np.int32)
+
+
+def _bilinear(source: np.ndarray, high: int, wide: int):
+  """Blends of a grid scaled to high x wide: ([R, 4] sources, weights)."""
+  y0, y1, fy = _interpolation(source.shape[0], high)
+  x0, x1, fx = _interpolation(source.shape[1], wide)
+  corners = [(y0, x0), (y0, x1), (y1, x0), (y1, x1)]
+  sources = np.stack([source[np.ix_(y, x)] for y, x in corners], axis=-1)
+  weights = np.stack(
+    [np.outer(a, b) for a in (1 - fy, fy) for b in (1 - fx, fx)], axis=-1
+  )
+  return sources.reshape(-1, 4), weights.reshape(-1, 4).astype(np.float32)
+
+
+def _interpolation(old: int, new: int):
+  """Half-pixel bilinear: lower and upper neighbour and the upper's weight."""
+  at = (np.arange(new) + 0.5) * (old / new) - 0.5
+  at = np.clip(at, 0, old - 1)
+  low = np.floor(at).astype(int)
+  return low, np.minimum(low + 1, old - 1), at - low

@@ -1,0 +1,138 @@
+"""A model's answers to a list of single-question records."""
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from hourjax.data.dataset import Dataset
+from hourjax.data.features import FeatureStore
+from hourjax.data.plan import RowPlan
+from hourjax.data.records import Record, Skipped, check_media
+from hourjax.data.rows import RowSpec, Size, build_row, stack_rows
+from hourjax.data.tokenizer import Tokenizer
+from hourjax.inference.generation import generate
+from hourjax.training.experiment import Experiment
+
+_ROUNDING = 1.5  # capacities of consecutive groups grow by this factor
+
+
+def answer_records(
+  params: Mapping[str, jax.Array],
+  experiment: Experiment,
+  records: Sequence[Record],
+  *,
+  new_tokens: int,
+  row_memory: int,
+) -> tuple[dict[str, str], list[Skipped]]:
+  """Greedy answers by record id.
+
+  Records are answered from short to long in rows of growing capacity, so
+  that each compiled shape is close to what it holds.
+
+  Args:
+    params: of the model, by path.
+    experiment: model, tokenizer and data folders, as trained.
+    records: their last gpt turn, if any, is not shown to the model.
+    new_tokens: of an answer, at most; cut at the end of turn.
+    row_memory: memory tokens that a row of short samples is filled to.
+
+  Returns:
+    Answers, and the records that could not be read.
+  """
+  records, skipped = list(records), []
+  if not experiment.data.features:
+    records, skipped = check_media(records, experiment.data.media)
+  tokenizer = Tokenizer.from_folder(experiment.data.tokenizer)
+  dataset = _dataset(experiment, records, tokenizer, _UNBOUNDED, new_tokens)
+  order = np.argsort([size.memory for size in dataset.sizes], kind="stable")
+  answers = {}
+  progress = tqdm(
+    total=len(order), unit="question", desc="answer", mininterval=2,
+    disable=not sys.stderr.isatty(),
+  )  # fmt: skip
+  for group in _groups(dataset.sizes, order):
+    capacity = _capacity([dataset.sizes[i] for i in group], row_memory)
+    spec = dataclasses.replace(experiment.row_spec, capacity=capacity)
+    plan = RowPlan(
+      [dataset.sizes[i] for i in group], capacity, seed=0, shuffle=False
+    )
+    most = max(len(plan.row(k)[1]) for k in range(plan.rows_in_epoch(0)))
+    for k in range(plan.rows_in_epoch(0)):
+      members = [int(group[i]) for i in plan.row(k)[1]]
+      tokens = _answer_row(
+        params, experiment, dataset, members, spec, most, new_tokens
+      )
+      for index, ids in zip(members, tokens):
+        answers[dataset.record(index).id] = _text(ids, tokenizer)
+      progress.update(len(members))
+  progress.close()
+  return answers, skipped + dataset.skipped
+
+
+_UNBOUNDED = Size(*[2**31 - 1] * 7)
+
+
+def _dataset(experiment, records, tokenizer, capacity, room) -> Dataset:
+  data = experiment.data
+  spec: RowSpec = dataclasses.replace(experiment.row_spec, capacity=capacity)
+  options = dataclasses.replace(
+    experiment.sample_options, prompt_only=True, answer_room=room
+  )
+  return Dataset(
+    records,
+    tokenizer=tokenizer,
+    spec=spec,
+    options=options,
+    media_root=data.media,
+    features=FeatureStore(data.features) if data.features else None,
+  )
+
+
+def _groups(sizes: Sequence[Size], order):
+  """Consecutive samples whose memories differ by less than `_ROUNDING`."""
+  group = []
+  for index in order:
+    if group and sizes[index].memory > _ROUNDING * sizes[group[0]].memory:
+      yield group
+      group = []
+    group.append(int(index))
+  if group:
+    yield group
+
+
+def _capacity(sizes: Sequence[Size], row_memory: int) -> Size:
+  """The largest of each, times the samples that fill `row_memory`."""
+  largest = np.max([size.astuple() for size in sizes], axis=0)
+  most = Size(*(int(n) for n in largest))
+  times = max(1, row_memory // max(most.memory, 1))
+  times = min(times, len(sizes))
+  return Size(*(n * times for n in most.astuple()))
+
+
+def _answer_row(params, experiment, dataset, members, spec, most, new_tokens):
+  samples = [dataset.sample(i) for i in members]
+  batch = stack_rows([build_row(samples, spec)])
+  last, start = np.full((1, most), -1, np.int32), 0
+  for slot, (index, sample) in enumerate(zip(members, samples)):
+    last[0, slot] = start + dataset.prompt_length(index) - 1
+    start += sample.size.decoder
+  tokens = generate(
+    params,
+    jax.device_put(batch),
+    last,
+    config=experiment.model,
+    new_tokens=new_tokens,
+  )
+  return np.asarray(tokens)[0, : len(members)]
+
+
+def _text(ids: np.ndarray, tokenizer: Tokenizer) -> str:
+  """Token ids up to the end of the turn, as text."""
+  ends = np.flatnonzero((ids == tokenizer.im_end) | (ids == tokenizer.pad))
+  if len(ends):
+    ids = ids[: ends[0]]
+  return tokenizer.decode(ids.tolist()).strip()

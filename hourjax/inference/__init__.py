@@ -1,0 +1,1 @@
+"""From videos to features and from questions to answers."""

@@ -1,0 +1,3 @@
+"""Attention, behind one call: `hourjax.kernels.attention`."""
+
+from hourjax.kernels.attention import attention as attention

@@ -1,0 +1,237 @@
+"""Chunked attention in plain JAX: the reference, and the path off-TPU.
+
+The online softmax of FlashAttention (arXiv 2205.14135) over tiles of queries
+and keys, with its own gradient: the backward pass recomputes each tile from
+the saved log-sum-exp, so memory grows with T + S and never with T x S.
+Tiles whose queries and keys share no segment are skipped, so a row packed
+with short samples costs about the sum of its T_i x S_i.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+QUERY_TILE = 512
+KEY_TILE = 2048
+_NEVER = -1e30  # finite, so that exp(_NEVER - _NEVER) stays a number
+
+
+class _Tiles(NamedTuple):
+  """One row of the batch, cut into tiles; n_q x n_k tiles in all."""
+
+  q: jax.Array  # [n_q, K, G * tile_q, C]
+  k: jax.Array  # [n_k, K, tile_k, C]
+  v: jax.Array  # [n_k, K, tile_k, C]
+  query_segment: jax.Array  # [n_q, tile_q]
+  key_segment: jax.Array  # [n_k, tile_k]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def chunked_attention(
+  q: Float[Array, "B T H C"],
+  k: Float[Array, "B S K C"],
+  v: Float[Array, "B S K C"],
+  query_segment: Int[Array, "B T"],
+  key_segment: Int[Array, "B S"],
+  causal: bool,
+) -> Float[Array, "B T H C"]:
+  """Segment-masked grouped-query attention; see `kernels.attention`."""
+  return _forward(q, k, v, query_segment, key_segment, causal)[0]
+
+
+def _forward(q, k, v, query_segment, key_segment, causal):
+  # Differentiating a scan over layers hoists what does not depend on its
+  # carry: here the masks of all tiles, together T x S. The barrier makes them
+  # depend on q.
+  q, k, v, query_segment, key_segment = jax.lax.optimization_barrier(
+    (q, k, v, query_segment, key_segment)
+  )
+  # lax.map over the batch, not vmap: under vmap a skipped tile is computed.
+  out, lse = jax.lax.map(
+    lambda row: _forward_row(*row, causal=causal),
+    (q, k, v, query_segment, key_segment),
+  )
+  return out, (q, k, v, query_segment, key_segment, out, lse)
+
+
+def _backward(causal, saved, d_out):
+  dq, dk, dv = jax.lax.map(
+    lambda row: _backward_row(*row, causal=causal), (*saved, d_out)
+  )
+  return dq, dk, dv, None, None
+
+
+chunked_attention.defvjp(_forward, _backward)
+
+
+def _forward_row(q, k, v, query_segment, key_segment, *, causal):
+  """[T, H, C], [S, K, C], ... -> out [T, H, C], lse [n_q, K, G * tile_q]."""
+  tiles = _cut(q, k, v, query_segment, key_segment)
+  n_q, kv_heads, rows, head_dim = tiles.q.shape
+
+  def one_query_tile(i):
+    def visit(carry, j):
+      top, total, acc = carry
+      score = _scores(tiles, i, j, causal)
+      new_top = jnp.maximum(top, score.max(-1))
+      weight = _weights(score, new_top)
+      shrink = jnp.exp(top - new_top)
+      total = total * shrink + weight.sum(-1)
+      acc = acc * shrink[..., None] + jnp.einsum(
+        "kts,ksc->ktc",
+        weight.astype(v.dtype),
+        tiles.v[j],
+        preferred_element_type=jnp.float32,
+      )
+      return new_top, total, acc
+
+    start = (
+      jnp.full((kv_heads, rows), _NEVER, jnp.float32),
+      jnp.zeros((kv_heads, rows), jnp.float32),
+      jnp.zeros((kv_heads, rows, head_dim), jnp.float32),
+    )
+    top, total, acc = _over_keys(tiles, i, causal, visit, start)
+    seen = total > 0
+    safe = jnp.where(seen, total, 1.0)
+    # An unseen row gets a huge LSE: its weights are exactly 0 in the backward.
+    lse = jnp.where(seen, top + jnp.log(safe), -_NEVER)
+    return (acc / safe[..., None]).astype(q.dtype), lse
+
+  out, lse = jax.lax.map(one_query_tile, jnp.arange(n_q))
+  return _unfold(out, q.shape), lse
+
+
+def _backward_row(
+  q, k, v, query_segment, key_segment, out, lse, d_out, *, causal
+):
+  tiles = _cut(q, k, v, query_segment, key_segment)
+  scale = q.shape[-1] ** -0.5
+  groups = q.shape[1] // k.shape[1]
+  d_tiles = _fold(d_out, groups, tiles.query_segment.shape[1])
+  delta = jnp.sum(
+    _fold(out, groups, tiles.query_segment.shape[1]).astype(jnp.float32)
+    * d_tiles.astype(jnp.float32),
+    -1,
+  )
+
+  def one_query_tile(carry, i):
+    def visit(state, j):
+      dq, dk, dv = state
+      weight = _weights(_scores(tiles, i, j, causal), lse[i])
+      dv_j = _dot("kts,ktc->ksc", weight.astype(q.dtype), d_tiles[i])
+      d_weight = _dot("ktc,ksc->kts", d_tiles[i], tiles.v[j])
+      d_score = weight * (d_weight - delta[i][..., None]) * scale
+      d_score = d_score.astype(q.dtype)
+      dq = dq + _dot("kts,ksc->ktc", d_score, tiles.k[j])
+      dk_j = _dot("kts,ktc->ksc", d_score, tiles.q[i])
+      return dq, dk.at[j].add(dk_j), dv.at[j].add(dv_j)
+
+    dk, dv = carry
+    start = (jnp.zeros(tiles.q.shape[1:], jnp.float32), dk, dv)
+    dq, dk, dv = _over_keys(tiles, i, causal, visit, start)
+    return (dk, dv), dq.astype(q.dtype)
+
+  zeros = jnp.zeros(tiles.k.shape, jnp.float32)
+  (dk, dv), dq = jax.lax.scan(
+    one_query_tile, (zeros, zeros), jnp.arange(tiles.q.shape[0])
+  )
+  return _unfold(dq, q.shape), _join(dk, k), _join(dv, v)
+
+
+def _over_keys(tiles, i, causal, visit, start):
+  """Folds `visit` over the key tiles that query tile i can see."""
+  query = tiles.query_segment[i]
+  last = (i + 1) * query.shape[0] - 1
+  low = jnp.min(jnp.where(query > 0, query, jnp.iinfo(query.dtype).max))
+  high = jnp.max(query)
+
+  def step(carry, j):
+    key = tiles.key_segment[j]
+    # Ids rise along a row, so overlapping ranges mean shared segments; for
+    # ids in another order this only skips less.
+    shared = jnp.any((key >= low) & (key <= high) & (key > 0))
+    if causal:
+      shared &= j * key.shape[0] <= last
+    carry = jax.lax.cond(
+      shared, lambda c: visit(c, j), lambda c: c, carry
+    )
+    return carry, None
+
+  n_k = tiles.key_segment.shape[0]
+  return jax.lax.scan(step, start, jnp.arange(n_k))[0]
+
+
+def _scores(tiles, i, j, causal):
+  """Scaled and masked scores [K, G * tile_q, tile_k], float32."""
+  q, k = tiles.q[i], tiles.k[j]
+  query, key = tiles.query_segment[i], tiles.key_segment[j]
+  score = _dot("ktc,ksc->kts", q, k) * q.shape[-1] ** -0.5
+  allowed = (query[:, None] == key[None, :]) & (key > 0)
+  if causal:
+    query_index = i * query.shape[0] + jnp.arange(query.shape[0])
+    key_index = j * key.shape[0] + jnp.arange(key.shape[0])
+    allowed &= key_index[None, :] <= query_index[:, None]
+  groups = q.shape[1] // query.shape[0]
+  return jnp.where(jnp.tile(allowed, (groups, 1)), score, _NEVER)
+
+
+def _weights(score, top):
+  weight = jnp.exp(score - top[..., None])
+  return jnp.where(score == _NEVER, 0.0, weight)
+
+
+def _dot(spec, a, b):
+  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _cut(q, k, v, query_segment, key_segment) -> _Tiles:
+  groups = q.shape[1] // k.shape[1]
+  tile_q = _tile(q.shape[0], QUERY_TILE)
+  tile_k = _tile(k.shape[0], KEY_TILE)
+  return _Tiles(
+    q=_fold(q, groups, tile_q),
+    k=_split(k, tile_k).swapaxes(1, 2),
+    v=_split(v, tile_k).swapaxes(1, 2),
+    query_segment=_split(query_segment, tile_q),
+    key_segment=_split(key_segment, tile_k),
+  )
+
+
+def _tile(length, largest):
+  """The smallest tile that needs no more tiles: 600 at most 512 gives 300."""
+  return -(-length // -(-length // largest))
+
+
+def _split(x, tile):
+  """[N, ...] -> [ceil(N / tile), tile, ...], padded with zeros."""
+  extra = -x.shape[0] % tile
+  x = jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1))
+  return x.reshape(-1, tile, *x.shape[1:])
+
+
+def _fold(x, groups, tile):
+  """[T, H, C] -> [n, K, G * tile, C]: the heads of a group become rows."""
+  x = _split(x, tile)
+  n, _, heads, head_dim = x.shape
+  x = x.reshape(n, tile, heads // groups, groups, head_dim)
+  return x.transpose(0, 2, 3, 1, 4).reshape(
+    n, heads // groups, groups * tile, head_dim
+  )
+
+
+def _unfold(x, shape):
+  """Inverse of `_fold`, without the padding."""
+  length, heads, head_dim = shape
+  n, kv_heads, rows, _ = x.shape
+  groups = heads // kv_heads
+  x = x.reshape(n, kv_heads, groups, rows // groups, head_dim)
+  return x.transpose(0, 3, 1, 2, 4).reshape(-1, heads, head_dim)[:length]
+
+
+def _join(x, like):
+  """[n, K, tile, C] -> [S, K, C] in the dtype of `like`."""
+  x = x.swapaxes(1, 2).reshape(-1, *like.shape[1:])
+  return x[: like.shape[0]].astype(like.dtype)

@@ -1,0 +1,1 @@
+"""The Hour-LLaVA model in Flax NNX: arrays in, arrays out."""

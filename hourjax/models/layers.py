@@ -1,0 +1,172 @@
+"""What the towers share: rotary attention and a scanned stack of layers."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from hourjax import kernels
+from hourjax.models.config import Remat
+
+
+def rope(
+  x: Float[Array, "B N H C"],
+  position: Int[Array, "B N"],
+  *,
+  rotary_dim: int,
+  base: float,
+) -> Float[Array, "B N H C"]:
+  """Rotary embedding of the first `rotary_dim` channels, two-halves layout.
+
+  Channel i is turned with channel i + rotary_dim / 2 by the angle
+  position * base ** (-2 i / rotary_dim). The phase is float32, as in the
+  published weights' training: at position 234,000 another precision would be
+  another model. Source: RoFormer (arXiv 2104.09864), GPT-NeoX layout.
+  """
+  # Exponent and power in float32 steps, as torch computes the table.
+  exponent = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(
+    rotary_dim
+  )
+  frequency = (1.0 / (np.float64(base) ** exponent).astype(np.float32)).astype(
+    np.float32
+  )
+  phase = position.astype(jnp.float32)[..., None] * frequency  # [B, N, C'/2]
+  cos, sin = jnp.cos(phase)[:, :, None], jnp.sin(phase)[:, :, None]
+  turned, kept = jnp.split(x.astype(jnp.float32), [rotary_dim], axis=-1)
+  first, second = jnp.split(turned, 2, axis=-1)
+  out = [first * cos - second * sin, second * cos + first * sin, kept]
+  return jnp.concatenate(out, axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+  """Grouped-query attention with rotary positions.
+
+  Without `context` it is self-attention; with it, queries read the context.
+  """
+
+  def __init__(
+    self,
+    *,
+    width: int,
+    heads: int,
+    kv_heads: int,
+    rotary_dim: int,
+    rope_base: float,
+    out_bias: bool,
+    dtype: str,
+    rngs: nnx.Rngs,
+  ):
+    self.heads, self.kv_heads = heads, kv_heads
+    self.rotary_dim, self.rope_base = rotary_dim, rope_base
+    kv_width = width // heads * kv_heads
+    self.q = linear(width, width, dtype=dtype, rngs=rngs)
+    self.k = linear(width, kv_width, dtype=dtype, rngs=rngs)
+    self.v = linear(width, kv_width, dtype=dtype, rngs=rngs)
+    self.o = linear(width, width, bias=out_bias, dtype=dtype, rngs=rngs)
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    position: Int[Array, "B T"],
+    segment: Int[Array, "B T"],
+    *,
+    context: Float[Array, "B S D"] | None = None,
+    context_position: Int[Array, "B S"] | None = None,
+    context_segment: Int[Array, "B S"] | None = None,
+    causal: bool = False,
+  ) -> Float[Array, "B T D"]:
+    if context is None:
+      context, context_position, context_segment = x, position, segment
+    q = self._turned(self.q(x), position, self.heads)
+    k = self._turned(self.k(context), context_position, self.kv_heads)
+    v = self._heads(self.v(context), self.kv_heads)
+    out = kernels.attention(q, k, v, segment, context_segment, causal=causal)
+    return self.o(out.reshape(x.shape))
+
+  def _heads(self, x, heads):
+    return x.reshape(*x.shape[:2], heads, -1)
+
+  def _turned(self, x, position, heads):
+    return rope(
+      self._heads(x, heads),
+      position,
+      rotary_dim=self.rotary_dim,
+      base=self.rope_base,
+    )
+
+
+class Stack(nnx.Module):
+  """`depth` equal layers with stacked parameters, run by one `lax.scan`."""
+
+  def __init__(
+    self,
+    make: Callable[[nnx.Rngs], nnx.Module],
+    *,
+    depth: int,
+    remat: Remat,
+    rngs: nnx.Rngs,
+  ):
+    self.depth, self.remat = depth, remat
+    self.layers = nnx.vmap(make)(rngs.fork(split=depth))
+
+  def __call__(self, x: Float[Array, "..."], *args, **kwargs):
+    graph, params = nnx.split(self.layers)
+
+    def step(x, layer_params):
+      return nnx.merge(graph, layer_params)(x, *args, **kwargs), None
+
+    return jax.lax.scan(rematerialised(step, self.remat), x, params)[0]
+
+  def layer(self, index: int) -> nnx.Module:
+    """One layer with its own parameters, for tests and inspection."""
+    graph, params = nnx.split(self.layers)
+    return nnx.merge(graph, jax.tree.map(lambda p: p[index], params))
+
+
+def rematerialised(function: Callable, remat: Remat) -> Callable:
+  """`function` with the rematerialisation that `ModelConfig.remat` names."""
+  policies = jax.checkpoint_policies
+  if remat == "none":
+    return function
+  if remat == "dots":
+    return jax.checkpoint(
+      function, policy=policies.dots_with_no_batch_dims_saveable
+    )
+  if remat == "full":
+    return jax.checkpoint(function, policy=policies.nothing_saveable)
+  raise ValueError(f"remat is {remat!r}; choose none, dots or full")
+
+
+def linear(
+  in_width: int,
+  out_width: int,
+  *,
+  bias: bool = True,
+  dtype: str,
+  rngs: nnx.Rngs,
+) -> nnx.Linear:
+  """Float32 parameters, N(0, 0.02) as the official code; computes in dtype."""
+  return nnx.Linear(
+    in_width,
+    out_width,
+    use_bias=bias,
+    dtype=jnp.dtype(dtype),
+    kernel_init=nnx.initializers.normal(0.02),
+    rngs=rngs,
+  )
+
+
+def layer_norm(
+  width: int, *, eps: float, dtype: str, rngs: nnx.Rngs
+) -> nnx.LayerNorm:
+  """LayerNorm with statistics in float32."""
+  return nnx.LayerNorm(
+    width,
+    epsilon=eps,
+    dtype=jnp.dtype(dtype),
+    use_fast_variance=False,
+    rngs=rngs,
+  )

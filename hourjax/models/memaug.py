@@ -1,0 +1,84 @@
+"""MemAug: kept tokens and the question read the whole memory (SPEC 1)."""
+
+import functools
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from hourjax.models.config import DecoderConfig, Remat
+from hourjax.models.layers import Attention, Stack, layer_norm, linear
+
+_NORM_EPS = 1e-5
+
+
+class MemAugBlock(nnx.Module):
+  """x = LN(x + SelfAttn(x)); x = LN(x + CrossAttn(x, m)); x = LN(x + MLP(x)).
+
+  Both attentions see everything of their segment, and turn the first half of
+  each head's channels by position.
+  """
+
+  def __init__(self, decoder: DecoderConfig, dtype: str, rngs: nnx.Rngs):
+    width = decoder.width
+    attention = functools.partial(
+      Attention,
+      width=width,
+      heads=decoder.heads,
+      kv_heads=decoder.kv_heads,
+      rotary_dim=decoder.head_dim // 2,
+      rope_base=decoder.rope_base,
+      out_bias=True,
+      dtype=dtype,
+      rngs=rngs,
+    )
+    norm = functools.partial(
+      layer_norm, width, eps=_NORM_EPS, dtype=dtype, rngs=rngs
+    )
+    self.self_attn, self.cross_attn = attention(), attention()
+    self.fc1 = linear(width, 4 * width, dtype=dtype, rngs=rngs)
+    self.fc2 = linear(4 * width, width, dtype=dtype, rngs=rngs)
+    self.norm1, self.norm2, self.norm3 = norm(), norm(), norm()
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    memory: Float[Array, "B S D"],
+    *,
+    position: Int[Array, "B T"],
+    segment: Int[Array, "B T"],
+    memory_position: Int[Array, "B S"],
+    memory_segment: Int[Array, "B S"],
+    reads_segment: Int[Array, "B T"],
+  ) -> Float[Array, "B T D"]:
+    x = self.norm1(x + self.self_attn(x, position, segment))
+    read = self.cross_attn(
+      x,
+      position,
+      reads_segment,
+      context=memory,
+      context_position=memory_position,
+      context_segment=memory_segment,
+    )
+    x = self.norm2(x + read)
+    return self.norm3(x + self.mlp(x))
+
+  def mlp(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+def make_memaug(
+  decoder: DecoderConfig,
+  *,
+  layers: int,
+  dtype: str,
+  remat: Remat,
+  rngs: nnx.Rngs,
+) -> Stack:
+  """A scanned stack of `layers` MemAug blocks at the decoder's width."""
+  return Stack(
+    lambda rngs: MemAugBlock(decoder, dtype, rngs),
+    depth=layers,
+    remat=remat,
+    rngs=rngs,
+  )

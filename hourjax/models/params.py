@@ -1,0 +1,49 @@
+"""Parameters as a flat mapping of paths, e.g. "projector/fc1/kernel"."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from hourjax.models.config import ModelConfig
+from hourjax.models.hourllava import HourLLaVA
+
+
+def init_params(config: ModelConfig, seed: int) -> dict[str, jax.Array]:
+  """Freshly drawn float32 parameters."""
+  draw = jax.jit(lambda: to_flat(HourLLaVA(config, rngs=nnx.Rngs(seed))))
+  return draw()
+
+
+def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Shapes of all parameters, without allocating any."""
+  model = nnx.eval_shape(lambda: HourLLaVA(config, rngs=nnx.Rngs(0)))
+  return {path: tuple(p.shape) for path, p in to_flat(model).items()}
+
+
+def to_flat(model: HourLLaVA) -> dict[str, Any]:
+  """Parameters of a model by path."""
+  state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+  return {
+    "/".join(str(key) for key in path): variable[...]
+    if not isinstance(variable.get_value(), jax.ShapeDtypeStruct)
+    else variable.get_value()
+    for path, variable in state
+  }
+
+
+def with_params(config: ModelConfig, params: Mapping[str, Any]) -> HourLLaVA:
+  """The model with these parameters; pure, so it may run under `jit`.
+
+  Raises:
+    KeyError: if a parameter is missing.
+  """
+  model = nnx.eval_shape(lambda: HourLLaVA(config, rngs=nnx.Rngs(0)))
+  graph, state = nnx.split(model)
+  flat = [
+    (path, variable.replace(params["/".join(str(key) for key in path)]))
+    for path, variable in nnx.to_flat_state(state)
+    if isinstance(variable, nnx.Param)
+  ]
+  return nnx.merge(graph, nnx.from_flat_state(flat))

@@ -1,0 +1,105 @@
+"""The SigLIP vision tower without its last layer and final norm."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from hourjax.models.config import Remat, VisionConfig
+from hourjax.models.layers import Stack, layer_norm, linear
+
+
+class EncoderLayer(nnx.Module):
+  """A pre-norm transformer layer with full attention and tanh-GELU."""
+
+  def __init__(self, config: VisionConfig, dtype: str, rngs: nnx.Rngs):
+    self.heads = config.heads
+    width = config.width
+    make = functools.partial(linear, dtype=dtype, rngs=rngs)
+    norm = functools.partial(
+      layer_norm, width, eps=config.norm_eps, dtype=dtype, rngs=rngs
+    )
+    self.norm1, self.norm2 = norm(), norm()
+    self.q, self.k, self.v, self.o = (make(width, width) for _ in range(4))
+    self.fc1, self.fc2 = make(width, config.mlp), make(config.mlp, width)
+
+  def __call__(self, x: Float[Array, "I P V"]) -> Float[Array, "I P V"]:
+    h = self.norm1(x)
+    q, k, v = (
+      f(h).reshape(*h.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v)
+    )
+    x = x + self.o(jax.nn.dot_product_attention(q, k, v).reshape(x.shape))
+    h = jax.nn.gelu(self.fc1(self.norm2(x)), approximate=True)
+    return x + self.fc2(h)
+
+
+class VisionTower(nnx.Module):
+  """Images to patch features (arXiv 2303.15343, so400m patch14-384)."""
+
+  def __init__(
+    self, config: VisionConfig, *, dtype: str, remat: Remat, rngs: nnx.Rngs
+  ):
+    self.config, self.dtype = config, dtype
+    self.patch = nnx.Conv(
+      3,
+      config.width,
+      (config.patch_size, config.patch_size),
+      strides=config.patch_size,
+      padding="VALID",  # 384 = 27 x 14 + 6: the last 6 pixels are not seen
+      dtype=jnp.dtype(dtype),
+      rngs=rngs,
+    )
+    self.position = nnx.Param(
+      nnx.initializers.normal(config.width**-0.5)(
+        rngs.params(), (config.side**2, config.width)
+      )
+    )
+    self.encoder = Stack(
+      lambda rngs: EncoderLayer(config, dtype, rngs),
+      depth=config.layers,
+      remat=remat,
+      rngs=rngs,
+    )
+    # Published checkpoints carry this norm and never apply it; it is kept so
+    # that weights go in and out without loss.
+    self.post_norm = layer_norm(
+      config.width, eps=config.norm_eps, dtype=dtype, rngs=rngs
+    )
+
+  def __call__(self, pixels: Float[Array, "I h w 3"]) -> Float[Array, "I P V"]:
+    """Pixels in [-1, 1] to the features of side x side patches, row-major."""
+    x = self.patch(pixels.astype(self.dtype))
+    x = x.reshape(x.shape[0], -1, x.shape[-1])
+    x = x + self.position[...].astype(self.dtype)
+    return self.encoder(x)
+
+
+@functools.cache
+def pool_matrix(side: int, pooled: int) -> np.ndarray:
+  """Bilinear resize of a square grid as a matrix, float32 [pooled^2, side^2].
+
+  Half-pixel centres, no antialiasing (torch's `interpolate(mode="bilinear",
+  align_corners=False)`), separable: the matrix is kron(A, A). For side 4 and
+  pooled 2, A = [[.5, .5, 0, 0], [0, 0, .5, .5]].
+  """
+  centre = (np.arange(pooled) + 0.5) * side / pooled - 0.5
+  centre = np.clip(centre, 0, side - 1)
+  low = np.minimum(centre.astype(int), side - 2) if side > 1 else [0] * pooled
+  axis = np.zeros((pooled, side))
+  for row, (at, first) in enumerate(zip(centre, low)):
+    axis[row, first] = 1 - (at - first)
+    if side > 1:
+      axis[row, first + 1] = at - first
+  return np.kron(axis, axis).astype(np.float32)
+
+
+def pool_frames(
+  features: Float[Array, "I P V"], pooled: int
+) -> Float[Array, "I Q V"]:
+  """Patch features of frames to pooled x pooled tokens, in their dtype."""
+  side = round(features.shape[1] ** 0.5)
+  matrix = jnp.asarray(pool_matrix(side, pooled), features.dtype)
+  return jnp.einsum("qp,ipv->iqv", matrix, features)

@@ -1,0 +1,139 @@
+"""One experiment as frozen dataclasses, built once from a ConfigDict."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from hourjax.data.dataset import SampleOptions
+from hourjax.data.forgetting import Forgetting
+from hourjax.data.pipeline import ReadOptions
+from hourjax.data.rows import RowSpec, Size
+from hourjax.errors import UserError
+from hourjax.models.config import ModelConfig
+from hourjax.training.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where the data is; relative paths start at the working directory.
+
+  Attributes:
+    records: JSON or JSONL of training records (SPEC section 2).
+    media: folder of videos and images.
+    features: feature store of the videos; empty to encode pixels in the step.
+    tokenizer: folder of the tokenizer.
+    single_image: see `SampleOptions`.
+    max_skipped: share of bad records above which training does not start.
+  """
+
+  records: str = ""
+  media: str = ""
+  features: str = ""
+  tokenizer: str = ""
+  single_image: str = "tiled"
+  max_skipped: float = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """Everything that decides a training run.
+
+  Attributes:
+    model, forgetting, data, rows, optimizer, read: see their classes; rows is
+      the capacity of one row.
+    init: empty for fresh weights, a checkpoint folder with official names, or
+      the workdir of an earlier run.
+    draw_missing: components (e.g. "memaug") that `init` may lack; they are
+      drawn fresh. Stage 1 starts so from LLaVA-OneVision.
+    seed: of weights, shuffling and forgetting.
+    batch_rows: rows in a micro-batch.
+    accumulate: micro-batches in a step.
+    steps: of the run; 0 takes them from `epochs`.
+    epochs: passes over the data, if `steps` is 0.
+    max_length: of the decoder's sequence.
+    log_every, checkpoint_every: steps.
+    keep_checkpoints: how many stay on disk.
+  """
+
+  model: ModelConfig
+  forgetting: Forgetting
+  data: DataConfig
+  rows: Size
+  optimizer: OptimizerConfig
+  read: ReadOptions
+  init: str = ""
+  draw_missing: str = ""
+  seed: int = 0
+  batch_rows: int = 8
+  accumulate: int = 1
+  steps: int = 0
+  epochs: float = 1.0
+  max_length: int = 32_768
+  log_every: int = 10
+  checkpoint_every: int = 500
+  keep_checkpoints: int = 2
+
+  def __post_init__(self):
+    for name in ("batch_rows", "accumulate", "log_every", "checkpoint_every"):
+      if getattr(self, name) < 1:
+        raise UserError(
+          f"config.{name} is {getattr(self, name)}; it must be at least 1"
+        )
+
+  @property
+  def row_spec(self) -> RowSpec:
+    """Static shapes of the rows that this model reads."""
+    vision = self.model.vision
+    return RowSpec(
+      capacity=self.rows,
+      frame_tokens=self.model.pool_side**2,
+      tile_tokens=vision.side**2,
+      width=vision.width,
+      image_size=vision.image_size,
+    )
+
+  @property
+  def sample_options(self) -> SampleOptions:
+    return SampleOptions(
+      seed=self.seed,
+      forgetting=self.forgetting,
+      max_length=self.max_length,
+      single_image=self.data.single_image,
+    )
+
+
+def build_experiment(config: Mapping[str, Any]) -> Experiment:
+  """A (nested) mapping, e.g. a ConfigDict, to an Experiment.
+
+  Raises:
+    UserError: for unknown or missing keys, naming them.
+  """
+  return _build(Experiment, config, "config")
+
+
+def _build(cls, values: Mapping[str, Any], where: str):
+  fields = {field.name: field for field in dataclasses.fields(cls)}
+  unknown = sorted(set(values) - set(fields))
+  if unknown:
+    raise UserError(
+      f"{where} has no key {', '.join(unknown)}; known are"
+      f" {', '.join(sorted(fields))}"
+    )
+  types = typing.get_type_hints(cls)
+  arguments = {}
+  for name, value in values.items():
+    nested = types[name]
+    if dataclasses.is_dataclass(nested):
+      value = _build(nested, value, f"{where}.{name}")
+    arguments[name] = value
+  missing = sorted(
+    name
+    for name, field in fields.items()
+    if name not in arguments
+    and field.default is dataclasses.MISSING
+    and field.default_factory is dataclasses.MISSING
+  )
+  if missing:
+    raise UserError(f"{where} lacks {', '.join(missing)}")
+  return cls(**arguments)

@@ -1,0 +1,38 @@
+# Sourced by the launch scripts: makes .venv and installs what is missing.
+#
+#   environment [requirements file ...]
+#
+# PYTHON names the interpreter to make .venv with (default: the newest of
+# python3.11 to python3.14, or python3). A stamp of the requirement files in
+# .venv tells whether there is anything to do.
+
+environment() {
+  local files=(requirements.txt "$@") stamp wanted python
+  python=$(find_python) || return 1
+  wanted=$(cat "${files[@]}" | cksum)
+  stamp=".venv/.installed-$(echo "${files[@]}" | tr ' /' '__')"
+  if [[ ! -x .venv/bin/python ]]; then
+    echo "making .venv with $("$python" --version)"
+    "$python" -m venv .venv
+  fi
+  if [[ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]]; then
+    echo "installing ${files[*]} (a few minutes, once)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+      $(printf -- '-r %s ' "${files[@]}")
+    echo "$wanted" >"$stamp"
+  fi
+  export PATH="$PWD/.venv/bin:$PATH"
+}
+
+find_python() {
+  local name
+  for name in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do
+    if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+        2>/dev/null; then
+      echo "$name"
+      return
+    fi
+  done
+  echo "hourjax needs Python 3.11 or newer; set PYTHON=/path/to/python" >&2
+  return 1
+}

@@ -1,0 +1,172 @@
+"""Answers are computed anew here, second by second from the question text."""
+
+import collections
+import re
+
+import pytest
+
+from hourjax.data.demo import records, script, world
+
+
+@pytest.fixture(scope="module")
+def asked():
+  """(script, question text, facts) of 60 videos of all durations."""
+  writer = records.Writer(1, "test")
+  out = []
+  for i in range(1, 61):
+    video = script.make_script(1, "test", i, ((180, 360), (600, 3600))[i % 2])
+    for record in writer.test(video):
+      text = record["conversations"][0]["value"].removeprefix("<image>\n")
+      out.append((video, text.split("\n")[0], record["questions"][0]))
+  return out
+
+
+def _seconds(video):
+  """What is on at every second."""
+  return [s for s in video.scenes for _ in range(s.start, s.end)]
+
+
+def _where(film, **values):
+  return [
+    t
+    for t, s in enumerate(film)
+    if all(getattr(s, k) == v for k, v in values.items())
+  ]
+
+
+def _one(values):
+  assert len(set(values)) == 1, values
+  return next(iter(values))
+
+
+def _answer(task, film, text):
+  """The answer to a question; None for tasks not recomputed here."""
+  text = text.rstrip("?")
+  if task == "duration_perception":
+    counts = collections.Counter(s.place for s in film)
+    return counts.most_common(1)[0][0]
+  if task == "temporal_reasoning":
+    one, two = re.fullmatch(r"Is the (\w+) .* than the (\w+)", text).groups()
+    longer = len(_where(film, place=one)) > len(_where(film, place=two))
+    return "yes" if longer else "no"
+  if task == "temporal_gap_estimation":
+    one, two = re.search(r"of the (\w+) does the (\w+)", text).groups()
+    gap = min(_where(film, place=two)) - min(_where(film, place=one))
+    return f"{gap} seconds"
+  if task in ("scene_transition", "action_sequence"):
+    place = re.search(r"(?:follows|after) the (\w+)", text)[1]
+    after = film[max(_where(film, place=place)) + 1]
+    return after.place if task == "scene_transition" else after.action
+  if task == "object_existence":
+    colour, kind = re.search(r"an? (\w+) (\w+) in", text).groups()
+    return "yes" if _where(film, colour=colour, kind=kind) else "no"
+  field = {
+    "object_attribute": "colour",
+    "action_recognition": "action",
+    "spatial_perception": "spot",
+  }.get(task)
+  if field:
+    kind, place = re.search(r"the (\w+) in the (\w+)", text).groups()
+    found = _where(film, kind=kind, place=place)
+    return _one([getattr(film[t], field) for t in found])
+  return None
+
+
+def test_answers_computed_anew(asked):
+  tasks = collections.Counter()
+  for video, text, facts in asked:
+    if facts["needle"]:
+      kind = re.search(r"the (\w+) that", text)[1]
+      needle = _one([n for n in video.needles if n.kind == kind])
+      assert facts["answer"] == needle.colour
+      assert facts["seconds"] == [needle.start, needle.end]
+      assert facts["dropped"] == needle.dropped
+      continue
+    assert facts["dropped"] is None
+    expected = _answer(facts["task"], _seconds(video), text)
+    if expected is not None:
+      assert facts["answer"] == expected, (video, text)
+      tasks[facts["task"]] += 1
+  assert len(tasks) == 9, tasks
+
+
+def test_options_have_one_right_answer(asked):
+  for video, text, facts in asked:
+    options = facts["options"]
+    if facts["format"] == "open":
+      assert options is None and facts["letter"] is None
+      assert 0 < facts["chance"] <= 0.5
+      continue
+    assert len(set(options)) == 4 and facts["chance"] == 0.25
+    assert options["ABCD".index(facts["letter"])] == facts["answer"]
+    places = [s.place for s in video.scenes]
+    titles = {s.title for s in video.scenes}
+    right = None
+    if facts["task"] == "key_event_extraction":
+      right = [o for o in options if o in titles]
+    if facts["task"] == "event_summarization":
+      patterns = {o: ".*".join(o.split(", ")) for o in options}
+      right = [o for o in options if re.search(patterns[o], " ".join(places))]
+    if facts["task"] == "temporal_order":
+      right = [min(options, key=places.index)]
+    assert right in (None, [facts["answer"]]), (video, text)
+
+
+def test_balance_and_coverage(asked):
+  facts = [f for _, _, f in asked]
+  assert {f["topic"] for f in facts} == {t for t, _ in world.TASKS.values()}
+  assert {f["task"] for f in facts} == set(world.TASKS)
+  assert len(world.TASKS) == 21
+  for key in ("letter", "answer"):
+    counts = collections.defaultdict(collections.Counter)
+    for f in facts:
+      if key == "letter" and f["letter"]:
+        counts[f["task"]][f["letter"]] += 1
+      elif key == "answer" and f["answer"] in ("yes", "no"):
+        counts[f["task"]][f["answer"]] += 1
+    for task, n in counts.items():
+      every = n.values()
+      assert len(n) == (4 if key == "letter" else 2), task
+      assert max(every) - min(every) <= 1, (task, n)
+
+
+def test_training_conversations():
+  writer = records.Writer(0, "train")
+  needles = total = 0
+  for i in range(1, 21):
+    video = script.make_script(0, "train", i, (180, 360))
+    for number, record in enumerate(writer.train(video, 8)):
+      assert record["id"] == f"train_{i:04d}-{number:02d}"
+      assert record["duration"] == float(video.duration)
+      talk = record["conversations"]
+      assert len(talk) == 2 * len(record["questions"]) <= 10
+      marks = ["<image>" in turn["value"] for turn in talk]
+      assert marks == [True] + [False] * (len(talk) - 1)
+      # No question comes twice, so no answer stands in the context.
+      asked = [t["value"].removeprefix("<image>\n") for t in talk[::2]]
+      assert len({text.split("\n")[0] for text in asked}) == len(asked)
+      for turn, facts in zip(talk[1::2], record["questions"]):
+        assert turn["value"] == (facts["letter"] or facts["answer"])
+        needles += facts["needle"]
+        total += 1
+  assert 0.45 < needles / total < 0.55
+
+
+def test_multiple_choice_text():
+  writer = records.Writer(0, "test")
+  video = script.make_script(0, "test", 1, (180, 300))
+  record = next(
+    r
+    for r in writer.test(video)
+    if r["questions"][0]["format"] == "multiple_choice"
+  )
+  facts = record["questions"][0]
+  kind = next(
+    n.kind for n in video.needles if [n.start, n.end] == facts["seconds"]
+  )
+  a, b, c, d = facts["options"]
+  assert record["conversations"][0]["value"] == (
+    f"<image>\nWhat colour is the {kind} that appears briefly?\n"
+    f"A. {a}\nB. {b}\nC. {c}\nD. {d}\n"
+    "Answer with the option's letter from the given choices directly."
+  )

@@ -1,0 +1,180 @@
+import re
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from hourjax.data.conversations import (
+  IGNORE,
+  IMAGE,
+  encode_conversation,
+)
+from hourjax.data.records import Turn, parse_record
+from hourjax.data.tokenizer import Tokenizer
+from hourjax.data.video import stored_feature_frames
+from hourjax.errors import UserError
+from tests import golden_files
+
+GOLDEN = golden_files.load_json("text_preprocess.json")
+ARRAYS = golden_files.npz("text_preprocess.npz")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  """Every token is a byte or markup; these tests need no files."""
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  vocab = {symbol: i for i, symbol in enumerate(alphabet)}
+  backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = decoders.ByteLevel()
+  backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+  return Tokenizer(backend, "bytes")
+
+
+def _qwen(family):
+  found = golden_files.tokenizer(family)
+  if found is None:
+    pytest.skip(golden_files.NO_TOKENIZER)
+  return found
+
+
+def _record(case):
+  """The record that a golden case was made from."""
+  raw = {"id": case.get("id", "x"), "conversations": case["conversations"]}
+  seen = [i for i in case.get("image", []) if i["modality"] != "text"]
+  if seen:
+    raw[seen[0]["modality"]] = [f"media{i}" for i in range(len(seen))]
+  return parse_record(raw, "golden")
+
+
+def _video(case):
+  """Duration and frames: the first stands in the decoded text alone."""
+  frames = case["image"][0]["shape"][0]
+  duration = float(re.search(r"lasts for ([\d.]+) sec", case["decoded"])[1])
+  return duration, frames
+
+
+# --- against golden ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "key",
+  [
+    k for k, v in GOLDEN.items() if isinstance(v, dict) and "conversations" in v
+  ],
+)
+def test_ids_and_labels(key):
+  family, name = key.split("/")
+  case = GOLDEN[key]
+  record = _record(case)
+  video = _video(case) if record.modality == "video" else None
+  got = encode_conversation(record.turns, _qwen(family), video=video)
+  assert got.ids.dtype == got.labels.dtype == np.int32
+  assert got.ids.tolist() == case["input_ids"]
+  assert got.labels.tolist() == case["labels"]
+  for field, array in (("input_ids", got.ids), ("labels", got.labels)):
+    stored = ARRAYS.get(f"{family}.{name}.{field}", array)
+    np.testing.assert_array_equal(array, stored, strict=True)
+
+
+@pytest.mark.parametrize(
+  "key",
+  [
+    k
+    for k, v in GOLDEN.items()
+    if isinstance(v, dict) and "feature_frames_kept" in v
+  ],
+)
+def test_frames_told_are_frames_kept(key):
+  case = GOLDEN[key]
+  duration, frames = _video(case)
+  kept = case["feature_frames_kept"]
+  assert len(kept) == frames
+  stored = stored_feature_frames(kept[-1] + 1, duration)
+  np.testing.assert_array_equal(stored, kept)
+
+
+# --- without golden ---------------------------------------------------------
+
+TURNS = [
+  Turn("human", "<image>\nWho\nis it?"),
+  Turn("gpt", "Ann\nLee."),
+  Turn("human", "Why?"),
+  Turn("gpt", "No idea."),
+]
+
+
+def test_labels_rule(tokenizer):
+  got = encode_conversation(TURNS, tokenizer)
+  markup = [tokenizer.im_start, tokenizer.im_end, tokenizer.newline]
+  text = tokenizer.decode(
+    np.where(got.labels == IGNORE, tokenizer.pad, got.labels)
+  )
+  answers = "".join(
+    f"<|im_start|>assistant\n{t.text}<|im_end|>\n" for t in TURNS[1::2]
+  )
+  spoken = re.findall(r"<\|im_start\|>assistant\n.*?<\|im_end\|>\n", text, re.S)
+  assert "".join(spoken) == answers
+  is_markup = np.isin(got.ids, markup)
+  assert (got.labels[is_markup] == got.ids[is_markup]).all()
+  trained = got.labels != IGNORE
+  assert (got.labels[trained] == got.ids[trained]).all()
+  assert (got.labels[got.ids == IMAGE] == IGNORE).all()
+
+
+def test_prompt_only_drops_the_answer(tokenizer):
+  full = encode_conversation(TURNS, tokenizer)
+  got = encode_conversation(TURNS, tokenizer, prompt_only=True)
+  asked = encode_conversation(TURNS[:3], tokenizer, prompt_only=True)
+  np.testing.assert_array_equal(got.ids, asked.ids)
+  assert (got.labels == IGNORE).all() and len(got.labels) == len(got.ids)
+  np.testing.assert_array_equal(got.ids, full.ids[: len(got.ids)])
+  assert tokenizer.decode(got.ids[-20:]).endswith("\n<|im_start|>assistant\n")
+
+
+def test_video_instruction(tokenizer):
+  turns = [Turn("human", "Who?\n<image>"), *TURNS[1:]]
+  got = encode_conversation(turns, tokenizer, video=(61.236, 61))
+  assert (got.ids == IMAGE).sum() == 1
+  slot = int(np.flatnonzero(got.ids == IMAGE)[0])
+  assert tokenizer.decode(got.ids[:slot]).endswith("<|im_start|>user\n")
+  assert tokenizer.decode(got.ids[slot + 1 :]).startswith(
+    "\nThe video lasts for 61.24 seconds, and 61 frames are uniformly sampled "
+    "from it. Please answer the following questions related to this video.\n"
+    "Who?\n<|im_end|>\n"
+  )
+
+
+def test_visual_slots_are_never_trained(tokenizer):
+  turns = [Turn("human", "Show"), Turn("gpt", "This: <image>")]
+  got = encode_conversation(turns, tokenizer)
+  assert got.labels[got.ids == IMAGE].tolist() == [IGNORE]
+
+
+def test_system_prompt(tokenizer):
+  got = encode_conversation(TURNS, tokenizer, system="Be brief.")
+  text = tokenizer.decode(got.ids[got.ids != IMAGE])
+  assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+
+
+@pytest.mark.parametrize(
+  "turns, prompt_only, message",
+  [
+    ([], False, "without a human turn"),
+    ([], True, "without a human turn"),
+    ([Turn("human", "a")], False, r"none of 1 turn\(s\) is a gpt answer"),
+    ([Turn("human", "a"), Turn("gpt", " ")], False, "nothing to train on"),
+    ([Turn("gpt", "a")], True, "without a human turn"),
+    ([Turn("gpt", "a"), Turn("human", "b")], False, "turn 0 is from 'gpt'"),
+    ([Turn("human", "a")] * 2, True, "turn 1 is from 'human', expected 'gpt'"),
+  ],
+)
+def test_bad_turns(tokenizer, turns, prompt_only, message):
+  with pytest.raises(UserError, match=message):
+    encode_conversation(turns, tokenizer, prompt_only=prompt_only)
+
+
+def test_video_without_frames(tokenizer):
+  with pytest.raises(UserError, match=r"0\.97 seconds gives 0 frames"):
+    encode_conversation(TURNS, tokenizer, video=(0.97, 0))

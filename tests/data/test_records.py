@@ -1,0 +1,259 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hourjax.data.records import (
+  Record,
+  Skipped,
+  Turn,
+  check_media,
+  parse_record,
+  read_records,
+)
+from hourjax.errors import UserError
+
+
+def _raw(*values, first="human", **fields):
+  roles = ("human", "gpt") if first == "human" else ("gpt", "human")
+  turns = [{"from": roles[i % 2], "value": v} for i, v in enumerate(values)]
+  return {"id": "r1", "conversations": turns, **fields}
+
+
+VIDEO = _raw("<image>\nWho?", "Ann.", video="a/b.mp4")
+
+
+def test_video_record():
+  raw = {**VIDEO, "data_source": "ego4d", "topic": "action", "score": 3}
+  assert parse_record(raw, "here") == Record(
+    id="r1",
+    modality="video",
+    media=("a/b.mp4",),
+    turns=(Turn("human", "<image>\nWho?"), Turn("gpt", "Ann.")),
+    source="ego4d",
+    extra={"topic": "action", "score": 3},
+  )
+
+
+def test_text_record_with_a_number_as_id():
+  record = parse_record({**_raw("Hi", "Hello"), "id": 7}, "here")
+  assert (record.id, record.modality, record.media) == ("7", "text", ())
+  assert (record.source, record.extra) == ("", {})
+  null = {**_raw("Hi", "Hello"), "image": None, "video": None}
+  assert parse_record(null, "here").modality == "text"
+
+
+@pytest.mark.parametrize("image", ["a.png", ["a.png"]])
+def test_single_image_record(image):
+  record = parse_record(_raw("<image>\nWhat?", "A bus", image=image), "here")
+  assert (record.modality, record.media) == ("image", ("a.png",))
+
+
+@pytest.mark.parametrize(
+  "text, moved",
+  [
+    ("What is it?\n<image>", "<image>\nWhat is it?"),
+    ("Is <image> a bus?  ", "<image>\nIs  a bus?"),
+    ("<image>\nWhat? ", "<image>\nWhat? "),
+    ("<image>What?", "<image>What?"),
+    ("  <image>", "<image>"),
+  ],
+)
+def test_single_marker_moves_to_the_front(text, moved):
+  record = parse_record(_raw(text, "A bus", image="a.png"), "here")
+  assert record.turns[0].text == moved
+
+
+def test_markers_of_several_images():
+  together = "Compare <image> and <image>."
+  raw = _raw(together, "Same", "And this?\n<image>", "Other", image=["a"] * 3)
+  turns = parse_record(raw, "here").turns
+  assert turns[0].text == together  # several in a turn stay in place
+  assert turns[2].text == "<image>\nAnd this?"
+
+
+def test_video_turns_stay_as_they_are():
+  raw = _raw("Who?\n<image>", "Ann", video="a.mp4")
+  assert parse_record(raw, "here").turns[0].text == "Who?\n<image>"
+
+
+def test_leading_gpt_turn_is_dropped():
+  record = parse_record(_raw("dropped", "Hi", "Hello", first="gpt"), "here")
+  assert record.turns == (Turn("human", "Hi"), Turn("gpt", "Hello"))
+
+
+def test_answers_may_lack_at_inference():
+  for raw in (_raw("Hi"), _raw("Hi", ""), _raw("Hi", "Hello", "Why?")):
+    with pytest.raises(UserError):
+      parse_record(raw, "here")
+    assert parse_record(raw, "here", require_answer=False).turns
+
+
+HUMAN = {"from": "human", "value": "a"}
+BAD = {
+  "not an object": ("text", "expected an object .* found str"),
+  "no id": ({"conversations": [HUMAN]}, "'id' must be .* found None"),
+  "bool id": ({**VIDEO, "id": True}, "'id' must be .* found True"),
+  "no turns": ({"id": 1}, "'conversations' must be .* found None"),
+  "empty turns": (_raw(), r"'conversations' must be .* found \[\]"),
+  "only gpt": (_raw("a", first="gpt"), "only one gpt turn"),
+  "no value": (
+    {"id": 1, "conversations": [{"from": "human"}]},
+    "turn 0 must be",
+  ),
+  "unknown role": (
+    {"id": 1, "conversations": [{"from": "system", "value": "a"}]},
+    "turn 0 is from 'system', expected 'human'",
+  ),
+  "two humans": (
+    {"id": 1, "conversations": [HUMAN, HUMAN]},
+    "turn 1 is from 'human', expected 'gpt'",
+  ),
+  "no answer": (_raw("a", "b", "c"), "the last turn is from human"),
+  "empty answer": (_raw("a", " ", "b", "\n"), "all 2 gpt answers are empty"),
+  "both": ({**VIDEO, "image": "a.png"}, "both 'video' .*b.mp4.*a.png"),
+  "empty path": ({**VIDEO, "video": ""}, "'video' must be a path"),
+  "no images": (_raw("a", "b", image=[]), "'image' must be a path"),
+  "number": (_raw("<image>", "b", image=3), "'image' must be .* found 3"),
+  "two videos": ({**VIDEO, "video": ["a", "b"]}, "2 videos, 1 expected"),
+  "no marker": (_raw("Who?", "Ann", video="a.mp4"), r"0 <image> .* but 1 vid"),
+  "two markers": (_raw("<image><image>", "b", video="a"), "2 <image> .* but 1"),
+  "later marker": (
+    _raw("<image>a", "b", "<image>c", "d", video="a"),
+    "2 <image> .* but 1 video",
+  ),
+  "too few": (_raw("<image>", "b", image=["a"] * 3), "1 <image> .* but 3 imag"),
+  "text marker": (_raw("<image>", "b"), "1 <image> .* but 0 media"),
+  "answer marker": (_raw("a", "<image>", image="a"), "<image> in a gpt answer"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_records(name):
+  raw, message = BAD[name]
+  with pytest.raises(UserError, match=message) as error:
+    parse_record(raw, "list.json[4]")
+  assert str(error.value).startswith("list.json[4]")
+
+
+@settings(deadline=None)
+@given(
+  st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda x: (
+      st.lists(x, max_size=3)
+      | st.dictionaries(
+        st.sampled_from(
+          ["id", "video", "image", "conversations", "from", "value"]
+        ),
+        x,
+        max_size=5,
+      )
+    ),
+    max_leaves=12,
+  )
+)
+def test_anything_is_a_record_or_a_user_error(raw):
+  try:
+    record = parse_record(raw, "here")
+  except UserError:
+    return
+  assert record.turns[-1].role == "gpt"
+
+
+# --- files ------------------------------------------------------------------
+
+
+def _write(path, content):
+  text = content if isinstance(content, str) else json.dumps(content)
+  path.write_text(text, encoding="utf-8")
+  return path
+
+
+def test_bad_records_are_skipped_and_reported(tmp_path):
+  raws = [VIDEO, {**VIDEO, "id": 5, "video": ""}, "x", {**VIDEO, "id": "r3"}]
+  path = _write(tmp_path / "a.json", raws)
+  records, skipped = read_records(path)
+  assert [r.id for r in records] == ["r1", "r3"]
+  assert [s.id for s in skipped] == ["5", f"{path}[2]"]
+  assert skipped[0].reason.startswith(f"{path}[1]: record 5: 'video' must")
+
+
+def test_jsonl(tmp_path):
+  odd = _raw("Hi\u2028there", "Hello")
+  lines = [
+    json.dumps(VIDEO),
+    "",
+    "{broken",
+    json.dumps(odd, ensure_ascii=False),
+  ]
+  path = _write(tmp_path / "a.jsonl", "\n".join(lines) + "\n")
+  records, skipped = read_records(path)
+  assert [len(r.turns) for r in records] == [2, 2]
+  assert records[1].turns[0].text == "Hi\u2028there"
+  assert [s.id for s in skipped] == [f"{path}:3"]
+  assert "not JSON" in skipped[0].reason
+
+
+def test_questions_without_answers(tmp_path):
+  path = _write(tmp_path / "a.json", [_raw("Why?")])
+  assert len(read_records(path)[1]) == 1
+  records, skipped = read_records(path, require_answer=False)
+  assert (len(records), skipped) == (1, [])
+
+
+@pytest.mark.parametrize(
+  "name, content, message",
+  [
+    ("a.json", "", "is empty"),
+    ("a.jsonl", " \n", "is empty"),
+    ("a.json", "[1, 2", "is not valid JSON .* name it .jsonl"),
+    ("a.json", '{"data": []}', "holds dict, not a list"),
+    ("a.jsonl", "[]\nx", "none of its 2 lines is a JSON record"),
+  ],
+)
+def test_files_that_are_no_record_lists(tmp_path, name, content, message):
+  path = _write(tmp_path / name, content)
+  with pytest.raises(UserError, match=message) as error:
+    read_records(path)
+  assert str(path) in str(error.value)
+
+
+def test_unreadable_files(tmp_path):
+  with pytest.raises(UserError, match=r"cannot read .*none\.json: No such"):
+    read_records(tmp_path / "none.json")
+  with pytest.raises(UserError, match="Is a directory"):
+    read_records(tmp_path)
+  binary = tmp_path / "a.json"
+  binary.write_bytes(b"\x80\x02\xff")
+  with pytest.raises(UserError, match="is not UTF-8 text"):
+    read_records(binary)
+
+
+def test_check_media(tmp_path):
+  (tmp_path / "in").mkdir()
+  (tmp_path / "in" / "a.mp4").touch()
+  (tmp_path / "out.mp4").touch()
+  root = tmp_path / "in"
+
+  def record(name, media):
+    raw = _raw("<image>" * len(media), "b", image=media)
+    return parse_record({**raw, "id": name}, "here")
+
+  text = parse_record(_raw("a", "b"), "here")
+  good = record("good", ["a.mp4", str(root / "a.mp4")])
+  bad = [
+    record("missing", ["a.mp4", "b.mp4"]),
+    record("outside", ["../out.mp4"]),
+    record("absolute", [str(tmp_path / "out.mp4")]),
+  ]
+  kept, skipped = check_media([text, *bad, good], root)
+  assert kept == [text, good]
+  assert [s.id for s in skipped] == ["missing", "outside", "absolute"]
+  assert isinstance(skipped[0], Skipped)
+  assert f"{root / 'b.mp4'} does not exist" in skipped[0].reason
+  assert "lies outside" in skipped[1].reason
+  assert "lies outside" in skipped[2].reason
+  with pytest.raises(UserError, match=r"media folder .* does not exist"):
+    check_media([], tmp_path / "none")
