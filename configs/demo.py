@@ -14,7 +14,7 @@ MODEL = ModelConfig(
     image_size=64, patch_size=8, width=64, layers=1, heads=4, mlp=128
   ),
   decoder=DecoderConfig(
-    vocab=768, width=64, layers=2, heads=4, kv_heads=2, mlp=256, tied=True
+    vocab=768, width=64, layers=2, heads=2, kv_heads=1, mlp=256, tied=True
   ),
   pool_side=2,
   memaug_layers=2,
@@ -28,7 +28,7 @@ def get_config(arg: str | None = None):
   arg = common.parse_arg(arg, data="work/data")
   config = common.experiment(
     MODEL,
-    Size(features=4 * 360, memory=5 * 360, queries=424, decoder=512),
+    Size(features=4 * 240, memory=5 * 240, queries=352, decoder=432),
     steps=1500,
     batch_rows=8,
     log_every=20,
@@ -38,7 +38,14 @@ def get_config(arg: str | None = None):
   config.data.media = f"{arg.data}/videos"
   config.data.features = f"{arg.data}/features"
   config.data.tokenizer = f"{arg.data}/tokenizer"
+  config.forgetting.max_frames = 64
   config.optimizer.update(
-    vision=0.0, projector=2e-3, memaug=2e-3, decoder=2e-3, clip=1.0
+    vision=0.0,
+    projector=3e-3,
+    memaug=3e-3,
+    decoder=3e-3,
+    b2=0.95,
+    warmup=0.05,
+    clip=1.0,
   )
   return config

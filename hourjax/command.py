@@ -3,6 +3,8 @@
 import contextlib
 import sys
 
+from absl import logging
+
 from hourjax.errors import UserError
 
 
@@ -16,8 +18,12 @@ def user_errors():
     sys.exit(2)
 
 
-def no_arguments(argv: list[str]) -> None:
-  """Positional arguments are typos of flags; absl would ignore them."""
+def begin(argv: list[str]) -> None:
+  """Quietens libraries' logs and refuses positional arguments.
+
+  Those are typos of flags, which absl would ignore.
+  """
+  logging.set_verbosity(logging.WARNING)
   if len(argv) > 1:
     print(
       f"error: unknown argument {argv[1]!r}; options start with --",

@@ -7,12 +7,11 @@ WORKDIR/data; a second run with the same options reuses what is there.
 """
 
 import pathlib
-import sys
 
 from absl import app, flags
 
+from hourjax import command
 from hourjax.data.demo import build
-from hourjax.errors import UserError
 
 _DEFAULT = build.Options()
 
@@ -65,9 +64,9 @@ def table(summary: dict) -> str:
 
 
 def main(argv: list[str]) -> None:
-  del argv
+  command.begin(argv)
   folder = pathlib.Path(_WORKDIR.value) / "data"
-  try:
+  with command.user_errors():
     options = build.Options(
       seed=_SEED.value,
       train_videos=_TRAIN_VIDEOS.value,
@@ -75,9 +74,6 @@ def main(argv: list[str]) -> None:
       conversations=_CONVERSATIONS.value,
     )
     summary, reused = build.build(folder, options)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
   print(f"{'reused' if reused else 'wrote'} {folder}")
   print(table(summary))
 

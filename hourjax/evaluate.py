@@ -59,7 +59,7 @@ def evaluate(run: str, name: str, records, out: pathlib.Path):
 
 
 def main(argv: list[str]) -> None:
-  command.no_arguments(argv)
+  command.begin(argv)
   began = time.monotonic()
   out = pathlib.Path(_OUT.value)
   with command.user_errors():

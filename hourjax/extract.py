@@ -22,7 +22,7 @@ _FRAMES = flags.DEFINE_integer("batch_frames", 256, "Frames encoded at a time.")
 
 
 def main(argv: list[str]) -> None:
-  command.no_arguments(argv)
+  command.begin(argv)
   with command.user_errors():
     experiment = build_experiment(_CONFIG.value)
     extract_videos(

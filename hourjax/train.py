@@ -21,7 +21,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 
 
 def main(argv: list[str]) -> None:
-  command.no_arguments(argv)
+  command.begin(argv)
   with command.user_errors():
     train(build_experiment(_CONFIG.value), pathlib.Path(_WORKDIR.value))
 

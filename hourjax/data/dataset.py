@@ -49,7 +49,7 @@ class SampleOptions:
   """
 
   seed: int = 0
-  forgetting: Forgetting = Forgetting()
+  forgetting: Forgetting = dataclasses.field(default_factory=Forgetting)
   max_length: int = 32_768
   single_image: Literal["tiled", "plain"] = "tiled"
   prompt_only: bool = False

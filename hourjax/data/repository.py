@@ -197,7 +197,8 @@ def _bilinear(source: np.ndarray, high: int, wide: int):
 
 def _interpolation(old: int, new: int):
   """Half-pixel bilinear: lower and upper neighbour and the upper's weight."""
-  at = (np.arange(new) + 0.5) * (old / new) - 0.5
+  # In float32 steps, as torch: its error is more than that of the model.
+  at = (np.arange(new, dtype=np.float32) + 0.5) * np.float32(old / new) - 0.5
   at = np.clip(at, 0, old - 1)
   low = np.floor(at).astype(int)
   return low, np.minimum(low + 1, old - 1), at - low

@@ -1,13 +1,12 @@
 """A model's answers to a list of single-question records."""
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
+from hourjax import progress
 from hourjax.data.dataset import Dataset
 from hourjax.data.features import FeatureStore
 from hourjax.data.plan import RowPlan
@@ -50,10 +49,7 @@ def answer_records(
   dataset = _dataset(experiment, records, tokenizer, _UNBOUNDED, new_tokens)
   order = np.argsort([size.memory for size in dataset.sizes], kind="stable")
   answers = {}
-  progress = tqdm(
-    total=len(order), unit="question", desc="answer", mininterval=2,
-    disable=not sys.stderr.isatty(),
-  )  # fmt: skip
+  bar = progress.bar(len(order), unit="question", desc="answer")
   for group in _groups(dataset.sizes, order):
     capacity = _capacity([dataset.sizes[i] for i in group], row_memory)
     spec = dataclasses.replace(experiment.row_spec, capacity=capacity)
@@ -68,8 +64,8 @@ def answer_records(
       )
       for index, ids in zip(members, tokens):
         answers[dataset.record(index).id] = _text(ids, tokenizer)
-      progress.update(len(members))
-  progress.close()
+      bar.update(len(members))
+  bar.close()
   return answers, skipped + dataset.skipped
 
 

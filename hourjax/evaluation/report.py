@@ -11,10 +11,9 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402: after the backend is chosen
+import matplotlib.pyplot as plt
 
-from hourjax.evaluation.scoring import (  # noqa: E402
-
+from hourjax.evaluation.scoring import (
   Scored,
   accuracy,
   duration_bin,

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
+from hourjax import progress
 from hourjax.data.features import FeatureStore
 from hourjax.data.records import Skipped
 from hourjax.data.video import decode_frames, extraction_frames, probe
@@ -57,13 +57,16 @@ def extract_videos(
   todo = [name for name in names if name not in store]
   encode = _encoder(params, config)
   failed, frames = [], 0
-  progress = tqdm(todo, unit="video", desc="extract", mininterval=1)
-  for name in progress:
-    try:
-      frames += _extract(root / name, name, store, config, encode, batch_frames)
-    except UserError as error:
-      failed.append(Skipped(name, str(error)))
-    progress.set_postfix(frames=frames, failed=len(failed))
+  with progress.bar(len(todo), unit="video", desc="extract") as bar:
+    for name in todo:
+      try:
+        frames += _extract(
+          root / name, name, store, config, encode, batch_frames
+        )
+      except UserError as error:
+        failed.append(Skipped(name, str(error)))
+      bar.set_postfix(frames=frames, failed=len(failed), refresh=False)
+      bar.update()
   print(
     f"{len(names) - len(failed)} of {len(names)} videos in {store.root}"
     f" ({len(names) - len(todo)} were there), {frames} frames encoded"
@@ -102,5 +105,3 @@ def encode_padded(encode, frames: np.ndarray, size: int) -> np.ndarray:
   """Encodes up to `size` frames with one compiled shape."""
   padding = [(0, size - len(frames))] + [(0, 0)] * (frames.ndim - 1)
   return np.asarray(encode(np.pad(frames, padding)))[: len(frames)]
-
-

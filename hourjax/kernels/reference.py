@@ -155,9 +155,7 @@ def _over_keys(tiles, i, causal, visit, start):
     shared = jnp.any((key >= low) & (key <= high) & (key > 0))
     if causal:
       shared &= j * key.shape[0] <= last
-    carry = jax.lax.cond(
-      shared, lambda c: visit(c, j), lambda c: c, carry
-    )
+    carry = jax.lax.cond(shared, lambda c: visit(c, j), lambda c: c, carry)
     return carry, None
 
   n_k = tiles.key_segment.shape[0]
@@ -169,13 +167,13 @@ def _scores(tiles, i, j, causal):
   q, k = tiles.q[i], tiles.k[j]
   query, key = tiles.query_segment[i], tiles.key_segment[j]
   score = _dot("ktc,ksc->kts", q, k) * q.shape[-1] ** -0.5
-  allowed = (query[:, None] == key[None, :]) & (key > 0)
+  allowed = (query[:, None] == key[None]) & (key > 0)[None]
   if causal:
     query_index = i * query.shape[0] + jnp.arange(query.shape[0])
     key_index = j * key.shape[0] + jnp.arange(key.shape[0])
     allowed &= key_index[None, :] <= query_index[:, None]
   groups = q.shape[1] // query.shape[0]
-  return jnp.where(jnp.tile(allowed, (groups, 1)), score, _NEVER)
+  return jnp.where(jnp.tile(allowed, (groups, 1))[None], score, _NEVER)
 
 
 def _weights(score, top):

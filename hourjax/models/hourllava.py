@@ -40,9 +40,7 @@ class HourLLaVA(nnx.Module):
         remat=remat,
         rngs=rngs,
       )
-    self.decoder = Decoder(
-      config.decoder, dtype=dtype, remat=remat, rngs=rngs
-    )
+    self.decoder = Decoder(config.decoder, dtype=dtype, remat=remat, rngs=rngs)
 
   def __call__(self, batch: Batch) -> Float[Array, "B L D"]:
     """Final hidden states of the decoder; `logits` turns them into words."""

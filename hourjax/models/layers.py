@@ -33,7 +33,7 @@ def rope(
   frequency = (1.0 / (np.float64(base) ** exponent).astype(np.float32)).astype(
     np.float32
   )
-  phase = position.astype(jnp.float32)[..., None] * frequency  # [B, N, C'/2]
+  phase = position.astype(jnp.float32)[..., None] * frequency[None, None]
   cos, sin = jnp.cos(phase)[:, :, None], jnp.sin(phase)[:, :, None]
   turned, kept = jnp.split(x.astype(jnp.float32), [rotary_dim], axis=-1)
   first, second = jnp.split(turned, 2, axis=-1)
@@ -148,13 +148,17 @@ def linear(
   dtype: str,
   rngs: nnx.Rngs,
 ) -> nnx.Linear:
-  """Float32 parameters, N(0, 0.02) as the official code; computes in dtype."""
+  """Float32 parameters, N(0, 1 / in_width); computes in `dtype`.
+
+  At the decoders' real widths that is their published 0.02; a tiny model
+  trained from scratch needs the larger weights of its own width.
+  """
   return nnx.Linear(
     in_width,
     out_width,
     use_bias=bias,
     dtype=jnp.dtype(dtype),
-    kernel_init=nnx.initializers.normal(0.02),
+    kernel_init=nnx.initializers.lecun_normal(),
     rngs=rngs,
   )
 

@@ -50,7 +50,9 @@ class Decoder(nnx.Module):
   ):
     self.config, self.dtype = config, dtype
     self.embedding = nnx.Param(
-      nnx.initializers.normal(0.02)(rngs.params(), (config.vocab, config.width))
+      nnx.initializers.normal(config.width**-0.5)(
+        rngs.params(), (config.vocab, config.width)
+      )
     )
     self.layers = Stack(
       lambda rngs: DecoderLayer(config, dtype, rngs),
@@ -92,9 +94,7 @@ class Decoder(nnx.Module):
     )
 
 
-def rms_norm(
-  config: DecoderConfig, dtype: str, rngs: nnx.Rngs
-) -> nnx.RMSNorm:
+def rms_norm(config: DecoderConfig, dtype: str, rngs: nnx.Rngs) -> nnx.RMSNorm:
   """RMSNorm with statistics in float32."""
   return nnx.RMSNorm(
     config.width,

@@ -29,7 +29,8 @@ class EncoderLayer(nnx.Module):
   def __call__(self, x: Float[Array, "I P V"]) -> Float[Array, "I P V"]:
     h = self.norm1(x)
     q, k, v = (
-      f(h).reshape(*h.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v)
+      f(h).reshape(*h.shape[:2], self.heads, -1)
+      for f in (self.q, self.k, self.v)
     )
     x = x + self.o(jax.nn.dot_product_attention(q, k, v).reshape(x.shape))
     h = jax.nn.gelu(self.fc1(self.norm2(x)), approximate=True)
@@ -73,7 +74,7 @@ class VisionTower(nnx.Module):
     """Pixels in [-1, 1] to the features of side x side patches, row-major."""
     x = self.patch(pixels.astype(self.dtype))
     x = x.reshape(x.shape[0], -1, x.shape[-1])
-    x = x + self.position[...].astype(self.dtype)
+    x = x + self.position[...].astype(self.dtype)[None]
     return self.encoder(x)
 
 

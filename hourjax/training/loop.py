@@ -130,7 +130,7 @@ def report_skipped(skipped: list[Skipped]) -> None:
   lines = [f"{len(skipped)} records were skipped:"]
   lines += [f"  {item.id}: {item.reason}" for item in skipped[:20]]
   if len(skipped) > 20:
-    lines.append(f"  ... all of them are in skipped.json")
+    lines.append("  ... all of them are in skipped.json")
   print("\n".join(lines), file=sys.stderr)
 
 

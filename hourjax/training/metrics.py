@@ -14,7 +14,7 @@ class Metrics:
   def __init__(self, workdir: str | os.PathLike, *, steps: int, start: int):
     self._path = pathlib.Path(workdir) / "metrics.jsonl"
     self._drop_after(start)
-    self._file = open(self._path, "a")  # noqa: SIM115: closed by `close`
+    self._file = open(self._path, "a")  # noqa: SIM115 (see close)
     self._steps, self._start = steps, start
     self._began = time.monotonic()
 

@@ -209,7 +209,7 @@ class _Reader:
         raise UserError(
           f"{path} is not a readable safetensors file ({error}); copy it again"
         ) from None
-      for name in handle.keys():  # noqa: SIM118: the handle is no mapping
+      for name in handle.keys():  # noqa: SIM118 (not a mapping)
         self._where[name] = handle
     return self
 

@@ -51,7 +51,7 @@ def needle_ask(needle: Needle) -> Ask:
     answer=needle.colour,
     wrong=others(world.NEEDLE_COLOURS, needle.colour),
     open_answers=len(world.NEEDLE_COLOURS),
-    span=(needle.start, needle.end),
+    span=needle.spans[0],
     needle=needle,
   )
 

@@ -7,13 +7,12 @@ import json
 import os
 import pathlib
 
-import tqdm
-
+from hourjax import progress
 from hourjax.data.demo import records, script, tokens, video
 from hourjax.data.demo.script import Script
 from hourjax.errors import UserError
 
-TRAIN_SECONDS = (180, 360)
+TRAIN_SECONDS = (180, 240)
 # Test videos at test_scale 1: how many of which duration in seconds.
 TEST_SECONDS = (
   (12, (180, 300)),
@@ -34,7 +33,7 @@ class Options:
 
   Attributes:
     seed: of all that is random.
-    train_videos: number of training videos, of 180 to 360 s.
+    train_videos: number of training videos, of 180 to 240 s.
     test_scale: number of test videos per duration, as a multiple of
       TEST_SECONDS' counts, rounded; at least one video of the shortest.
     conversations: of five questions about each training video.
@@ -163,8 +162,8 @@ def _write_videos(folder: pathlib.Path, scripts, reuse: bool) -> None:
   todo.sort(key=lambda s: -s.duration)
   with (
     concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
-    tqdm.tqdm(
-      total=sum(s.duration for s in todo), unit="frame", desc="demo videos"
+    progress.bar(
+      sum(s.duration for s in todo), unit="frame", desc="render"
     ) as bar,
   ):
     jobs = {

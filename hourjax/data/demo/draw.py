@@ -38,7 +38,7 @@ def frame(script: Script, second: int) -> np.ndarray:
     uint8[96, 96, 3], RGB; shared between calls, so not to be written to.
   """
   for needle in script.needles:
-    if needle.start <= second < needle.end:
+    if needle.shown_at(second):
       return _card(needle.kind, needle.colour)
   scene = next(s for s in script.scenes if second < s.end)
   cycle = _CYCLES[scene.action]

@@ -11,7 +11,7 @@ from hourjax.data.demo.script import SPLITS, Script
 
 LETTERS = "ABCD"
 FORMATS = ("open", "multiple_choice")
-INSTRUCTION = "Answer with the option's letter from the given choices directly."
+INSTRUCTION = "Answer with the letter."
 TURNS = 5  # questions in a training conversation
 TEST_OTHERS = 12  # questions about a test video besides those for needles
 

@@ -13,7 +13,11 @@ SPLITS = ("train", "test")
 HIDDEN_SHARE = 0.9
 # Seconds between two needles, and between a needle and the video's ends.
 NEEDLE_GAP = 3
-MIN_SECONDS = 60
+MIN_SECONDS = 180
+# How many frames the demo's model keeps at most (`configs/demo.py`).
+MAX_KEPT = 64
+# How often a training video shows a card; a test video shows it once.
+SHOWINGS = (1, 2, 4, 6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +48,24 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Needle:
-  """A card shown once, seconds start <= t < end.
+  """A card of one kind and colour, shown for 1 or 2 s at a time.
 
-  `dropped` says that none of its frames survives temporal forgetting.
+  Attributes:
+    spans: (start, end) of each showing, seconds start <= t < end, in order.
+      Test videos show a card once; training videos also show some more often,
+      which is where a model learns what to look for.
+    kind: of the card.
+    colour: that questions ask for.
+    dropped: whether temporal forgetting drops every frame that shows it.
   """
 
-  start: int
-  end: int
+  spans: tuple[tuple[int, int], ...]
   kind: str
   colour: str
   dropped: bool
+
+  def shown_at(self, second: int) -> bool:
+    return any(start <= second < end for start, end in self.spans)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +81,15 @@ class Script:
 def kept_frames(frames: int) -> np.ndarray:
   """Frames that temporal forgetting keeps (paper, section 3.2).
 
-  Eight frames keep `linspace(0, 7, 2)` = [0, 7]; 3,600 frames keep 512.
+  Eight frames keep `linspace(0, 7, 2)` = [0, 7]; 3,600 frames keep MAX_KEPT.
 
   Args:
     frames: number of frames F of the video.
 
   Returns:
-    int64[min(512, F // 4)], ascending.
+    int64[min(MAX_KEPT, F // 4)], ascending.
   """
-  return np.linspace(0, frames - 1, min(512, frames // 4)).astype(int)
+  return np.linspace(0, frames - 1, min(MAX_KEPT, frames // 4)).astype(int)
 
 
 def make_script(
@@ -105,7 +117,7 @@ def make_script(
     name=f"{split}_{index:04d}",
     duration=duration,
     scenes=_scenes(rng, duration),
-    needles=_needles(rng, duration),
+    needles=_needles(rng, duration, SHOWINGS if split == "train" else (1,)),
   )
 
 
@@ -148,23 +160,34 @@ def _scenes(rng: np.random.Generator, duration: int) -> tuple[Scene, ...]:
   return tuple(scenes)
 
 
-def _needles(rng: np.random.Generator, duration: int) -> tuple[Needle, ...]:
+def _needles(
+  rng: np.random.Generator, duration: int, showings: tuple[int, ...]
+) -> tuple[Needle, ...]:
   kept = np.zeros(duration, dtype=bool)
   kept[kept_frames(duration)] = True
   free = np.ones(duration, dtype=bool)
   free[:NEEDLE_GAP] = free[duration - NEEDLE_GAP :] = False
   needles = []
   for kind in rng.permutation(world.NEEDLES).tolist():
-    length = int(rng.integers(1, 3))
     hidden = rng.random() < HIDDEN_SHARE
-    allowed = free & ~kept if hidden else free
-    # A start is right when the whole card fits: [1, 1, 0, 1] and length 2
-    # give [1, 0, 0].
-    starts = np.lib.stride_tricks.sliding_window_view(allowed, length)
-    start = int(rng.choice(np.flatnonzero(starts.all(axis=1))))
-    end = start + length
-    free[max(start - NEEDLE_GAP, 0) : end + NEEDLE_GAP] = False
-    dropped = not kept[start:end].any()
+    spans = [
+      _span(rng, free, kept if hidden else ~free)
+      for _ in range(int(rng.choice(showings)))
+    ]
+    dropped = not any(kept[start:end].any() for start, end in spans)
     colour = _pick(rng, world.NEEDLE_COLOURS)
-    needles.append(Needle(start, end, str(kind), colour, dropped))
-  return tuple(sorted(needles, key=lambda needle: needle.start))
+    needles.append(Needle(tuple(sorted(spans)), str(kind), colour, dropped))
+  return tuple(sorted(needles, key=lambda needle: needle.spans))
+
+
+def _span(rng, free: np.ndarray, banned: np.ndarray) -> tuple[int, int]:
+  """A free place for 1 or 2 s that avoids the banned; takes it from `free`."""
+  length = int(rng.integers(1, 3))
+  # A start is right when the whole card fits: [1, 1, 0, 1] and length 2 give
+  # [1, 0, 0].
+  allowed = free & ~banned
+  starts = np.lib.stride_tricks.sliding_window_view(allowed, length)
+  start = int(rng.choice(np.flatnonzero(starts.all(axis=1))))
+  end = start + length
+  free[max(start - NEEDLE_GAP, 0) : end + NEEDLE_GAP] = False
+  return start, end

@@ -1,0 +1,1 @@
+"""Records to batches: numpy only, no jax."""

@@ -1,0 +1,464 @@
+"""The golden full-model cases, rebuilt with the code under test.
+
+A case is an .npz file with `out_inputs_embeds`. Its modality, sizes and
+configuration come from its arrays and from META.json, never from its name, so
+that another folder of the same make needs no other code.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from hourjax.batch import IGNORE, Batch
+from hourjax.data import forgetting, images, repository, rows
+from hourjax.data.conversations import IMAGE, Conversation
+from hourjax.data.dataset import _with_room
+from hourjax.data.layout import build_layout
+from hourjax.models.config import ModelConfig
+from hourjax.models.params import param_shapes
+from hourjax.weights.checkpoint import load_params, read_config
+from hourjax.weights.names import key_table
+from tests import golden_files
+
+# Largest error of a gradient, relative to the largest number in its tensor.
+GRADIENT = 1e-4
+
+# Some gradients are exactly zero: softmax ignores a bias on all keys, hence on
+# those of the tower, which has no rotary positions. What float32 leaves of
+# them is noise of either side: up to 2e-10 of the global gradient norm in the
+# full model, 2e-9 in the tower alone. The smallest gradient that means
+# something is that of the tower's position embedding, 1.5e-4 of the norm,
+# where GRADIENT allows 1.5e-8 of it: this much hides nothing.
+GRADIENT_NOISE = 5e-9
+
+_RECIPE = re.compile(
+  r"np\.random\.RandomState\((\d+)\)\.standard_normal\(\(([\d, ]+)\)\)"
+  r"\.astype\(np\.float32\)"
+)
+_PROJECTOR = "model.mm_projector.0.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One golden case: what it gave and what we make of its inputs.
+
+  Attributes:
+    name: file stem.
+    arrays: of the .npz file.
+    meta: its entry in META.json.
+    samples: one for each row of the official batch.
+    batch: each sample in a row of its own; float32 features.
+    config: float32, nothing rematerialised.
+    params: imported from the official state dict.
+  """
+
+  name: str
+  arrays: dict[str, np.ndarray]
+  meta: dict
+  samples: tuple[rows.Sample, ...]
+  batch: Batch
+  config: ModelConfig
+  params: dict[str, np.ndarray]
+
+  @property
+  def lengths(self) -> list[int]:
+    """Decoder positions of each sample."""
+    return [len(sample.layout.labels) for sample in self.samples]
+
+  def gradients(self) -> dict[str, np.ndarray] | None:
+    """Official gradients by official name, if the folder has them."""
+    path = golden_files.golden_path(f"{self.name}.grads.safetensors")
+    return load_file(path) if path else None
+
+
+def names() -> list[str]:
+  """All cases of the folder."""
+  return [
+    name.removesuffix(".npz")
+    for name, entry in _entries().items()
+    if "out_inputs_embeds" in entry.get("arrays", {})
+    and golden_files.golden_path(name)
+  ]
+
+
+def kind(name: str) -> str:
+  """inference, text, video, frames, image, images or tiled."""
+  entry = _entries()[f"{name}.npz"]
+  if "greedy_tokens" in entry["arrays"]:
+    return "inference"
+  modality, shape = entry["modalities"][0], entry["image_shapes"][0]
+  if modality == "text":
+    return "text"
+  if modality == "video":
+    return "frames" if _are_pixels(shape) else "video"
+  if len(shape) == 4:
+    return "tiled"
+  return "images" if len(entry["image_shapes"]) > 1 else "image"
+
+
+def has_gradients(name: str) -> bool:
+  return golden_files.golden_path(f"{name}.grads.safetensors") is not None
+
+
+def lightest(wanted: str, gradients: bool = False) -> str | None:
+  """The case of that kind with the shortest sequences."""
+  found = [
+    name
+    for name in names()
+    if kind(name) == wanted and (has_gradients(name) or not gradients)
+  ]
+  return min(found, key=_weight, default=None)
+
+
+def quick() -> set[str]:
+  """What `--quick` runs: one case of each of four kinds."""
+  chosen = {
+    lightest("video", gradients=True),
+    *(lightest(wanted) for wanted in ("tiled", "text", "inference")),
+  }
+  return chosen - {None}
+
+
+@functools.cache
+def load(name: str) -> Case:
+  """Rebuilds a case."""
+  arrays = golden_files.npz(f"{name}.npz")
+  entry = golden_files.meta_of(f"{name}.npz")
+  visuals, modalities = _visuals(name, arrays, entry)
+  width = _feature_width(visuals)
+  config, params = checkpoint(width)
+  samples = tuple(_samples(name, arrays, entry, visuals, modalities, config))
+  spec = row_spec(samples, config, width)
+  batch = stack([[sample] for sample in samples], spec)
+  return Case(name, arrays, entry, samples, batch, config, params)
+
+
+def row_spec(samples, config: ModelConfig, width=None, extra=None):
+  """Rows just large enough for each sample, and for `extra` beside it."""
+  sizes = np.array([sample.size.astuple() for sample in samples])
+  capacity = rows.Size(*(int(n) for n in sizes.max(0)))
+  return rows.RowSpec(
+    capacity=capacity + (extra or rows.Size()),
+    frame_tokens=config.pool_side**2,
+    tile_tokens=config.vision.side**2,
+    width=width or config.vision.width,
+    image_size=config.vision.image_size,
+  )
+
+
+def stack(row_samples, spec: rows.RowSpec) -> Batch:
+  """Rows of samples as one batch, features kept in float32.
+
+  Rows hold bfloat16 features; the official ones here are float32.
+  """
+  batch = rows.stack_rows([rows.build_row(row, spec) for row in row_samples])
+  features = np.zeros(batch.features.shape, np.float32)
+  for b, row in enumerate(row_samples):
+    parts = [
+      sample.visual.reshape(-1, spec.width)
+      for sample in row
+      if sample.kind == "features" and sample.visual is not None
+    ]
+    if parts:
+      stored = np.concatenate(parts)
+      features[b, : len(stored)] = stored
+  if features.size:
+    rounded = np.asarray(batch.features, np.float32)
+    np.testing.assert_allclose(rounded, features, rtol=2**-8)
+  return batch._replace(features=features)
+
+
+@functools.cache
+def checkpoint(width: int | None = None):
+  """(config, params) of the official model, through the real importer.
+
+  Args:
+    width: of stored features, where it is not the tower's.
+  """
+  name, entry = next(
+    (name, entry)
+    for name, entry in _entries().items()
+    if name.endswith(".weights.safetensors")
+    and "model_type" in entry.get("config", {})
+  )
+  raw = dict(entry["config"])
+  raw["vision_config"] = entry.get("vision_config") or _tower_config(raw)
+  tensors = load_file(golden_files.golden_path(name))
+  if width not in (None, tensors[_PROJECTOR].shape[1]):
+    tensors[_PROJECTOR] = _projector(width)
+  with tempfile.TemporaryDirectory() as folder:
+    Path(folder, "config.json").write_text(json.dumps(raw))
+    save_file(tensors, Path(folder, "model.safetensors"))
+    config = dataclasses.replace(
+      read_config(folder), dtype="float32", remat="none"
+    )
+    shapes = param_shapes(config)
+    shapes["projector/fc1/kernel"] = tensors[_PROJECTOR].shape[::-1]
+    params = load_params(folder, config, shapes)
+  return config, params
+
+
+def to_ours(tensors, config: ModelConfig, component: str):
+  """Parameters of one component by path, from its official tensors.
+
+  Args:
+    tensors: by official name, or by the part of it after the component.
+    config: of the model.
+    component: "memaug" or "vision".
+  """
+  params: dict[str, list] = {}
+  for entry in key_table(config):
+    if not entry.paths[0].startswith(f"{component}/"):
+      continue
+    for name in entry.names():
+      key = next(k for k in tensors if f".{name}".endswith(f".{k}"))
+      for path, part in zip(entry.paths, entry.to_ours(tensors[key])):
+        path = path.removeprefix(f"{component}/")
+        params.setdefault(path, []).append(part)
+        if not entry.layers:
+          params[path] = part
+  return {
+    path: np.stack(p) if isinstance(p, list) else p
+    for path, p in params.items()
+  }
+
+
+def to_official(params, config: ModelConfig) -> dict[str, np.ndarray]:
+  """Our parameters, or as many of them as there are, by official name."""
+  named = {}
+  for entry in key_table(config):
+    if not set(entry.paths) <= set(params):
+      continue
+    for layer, name in enumerate(entry.names()):
+      arrays = [np.asarray(params[path]) for path in entry.paths]
+      if entry.layers:
+        arrays = [array[layer] for array in arrays]
+      named[name] = entry.to_official(arrays)
+  return named
+
+
+def build(make, params) -> nnx.Module:
+  """The module that `make` builds, with parameters by path; pure."""
+  graph, state = nnx.split(nnx.eval_shape(make))
+  flat = [
+    (path, variable.replace(params["/".join(map(str, path))]))
+    for path, variable in nnx.to_flat_state(state)
+    if isinstance(variable, nnx.Param)
+  ]
+  return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def global_norm(gradients) -> float:
+  squares = (np.sum(np.square(g, dtype=float)) for g in gradients.values())
+  return float(np.sqrt(sum(squares)))
+
+
+def assert_gradients(got, expected, relative=GRADIENT):
+  """Every gradient is right to `relative`, or to noise where it is zero."""
+  assert set(got) == set(expected)
+  noise = GRADIENT_NOISE * global_norm(expected)
+  wrong = {}
+  for name, reference in expected.items():
+    assert got[name].shape == reference.shape, name
+    error = np.abs(got[name] - reference).max()
+    allowed = relative * np.abs(reference).max() + noise
+    if not error <= allowed:
+      wrong[name] = f"off by {error:.2e}, allowed {allowed:.2e}"
+  assert not wrong, wrong
+
+
+def _entries() -> dict[str, dict]:
+  return golden_files.meta().get("files", {})
+
+
+def _tower_config(raw: dict) -> dict:
+  """The tower beside which the model's own entry says nothing of it."""
+  size = min(raw["image_grid_pinpoints"])[0]
+  return next(
+    entry["config"]
+    for name, entry in _entries().items()
+    if name.endswith(".npz")
+    and entry.get("config", {}).get("image_size") == size
+  )
+
+
+def _projector(width: int) -> np.ndarray:
+  for name in _entries():
+    if name.endswith(".projector.safetensors"):
+      with safe_open(golden_files.golden_path(name), framework="np") as file:
+        keys = file.keys()  # the handle itself is no mapping
+        for key in keys:
+          if tuple(file.get_slice(key).get_shape())[1] == width:
+            return file.get_tensor(key)
+  raise AssertionError(f"no projector for features of width {width}")
+
+
+def _weight(name: str) -> int:
+  shape = _entries()[f"{name}.npz"]["arrays"]["out_inputs_embeds"][1]
+  return shape[0] * shape[1]
+
+
+def _are_pixels(shape) -> bool:
+  return shape[-3] == 3 and shape[-1] == shape[-2]
+
+
+def _visuals(name, arrays, entry):
+  """Visual inputs in collator order, and their modalities."""
+  found = _numbered(arrays)
+  if "features" in entry:
+    found = [_generated(entry["features"])]
+  if found:
+    return found, entry["modalities"]
+  source = _source_of(name, entry)
+  return (
+    _numbered(golden_files.npz(f"{source}.npz")),
+    golden_files.meta_of(f"{source}.npz")["modalities"],
+  )
+
+
+def _numbered(arrays):
+  count = sum(key.startswith("image.") for key in arrays)
+  return [arrays[f"image.{n}"] for n in range(count)]
+
+
+def _generated(features):
+  seed, shape = _RECIPE.fullmatch(features["recipe"]).groups()
+  shape = tuple(int(n) for n in shape.split(","))
+  drawn = np.random.RandomState(int(seed)).standard_normal(shape)
+  drawn = drawn.astype(np.float32)
+  digest = hashlib.sha256(drawn.tobytes()).hexdigest()
+  assert digest == features["sha256_float32"]
+  return drawn
+
+
+def _source_of(name, entry) -> str:
+  """The case whose features this one shares: its note names it.
+
+  By its stem or by what comes before the stem's first "_".
+  """
+  words = set(re.findall(r"\w+", entry["note"]))
+  others = [other for other in names() if other != name]
+  for key in (lambda stem: stem, lambda stem: stem.split("_")[0]):
+    for other in others:
+      found = _entries()[f"{other}.npz"]
+      if key(other) not in words or "image.0" not in found["arrays"]:
+        continue
+      if entry.get("image_shapes") in (None, found["image_shapes"]):
+        return other
+  raise AssertionError(f"{name}: no image.0, and its note names no case")
+
+
+def _feature_width(visuals) -> int | None:
+  widths = {v.shape[-1] for v in visuals if not _are_pixels(v.shape)}
+  assert len(widths) < 2
+  return widths.pop() if widths else None
+
+
+def _samples(name, arrays, entry, visuals, modalities, config):
+  """Cuts the official batch into samples, in its order of inputs."""
+  done = calls = 0
+  for b in range(len(arrays["input_ids"])):
+    conversation = _conversation(arrays, b)
+    slots = int((conversation.ids == IMAGE).sum())
+    taken = max(slots, 1)  # a text sample has a dummy image
+    mine, modality = visuals[done : done + taken], modalities[done]
+    size = entry["image_sizes"][done] if "image_sizes" in entry else None
+    done += taken
+    visual_kind, visual, memory = (
+      "features",
+      None,
+      repository.empty_repository(),
+    )
+    if slots:
+      visual_kind, visual, memory = _memory(mine, modality, size, config)
+    kept, used = _kept(memory, arrays, calls)
+    calls += used
+    layout = build_layout(
+      conversation,
+      memory,
+      kept,
+      # The official code cut the whole batch here, if it did.
+      max_length=arrays["out_inputs_embeds"].shape[1],
+      name=f"{name}[{b}]",
+    )
+    if "greedy_tokens" in arrays:
+      layout = _with_room(layout, arrays["greedy_tokens"].shape[1], pad=0)
+    yield rows.Sample(f"{name}[{b}]", layout, visual_kind, visual)
+
+
+def _conversation(arrays, b) -> Conversation:
+  ids = arrays["input_ids"][b]
+  labels = (
+    arrays["labels"][b] if "labels" in arrays else np.full_like(ids, -100)
+  )
+  if "attention_mask" in arrays:
+    mask = arrays["attention_mask"][b].astype(bool)
+    assert (labels[~mask] == IGNORE).all()
+    ids, labels = ids[mask], labels[mask]
+  return Conversation(ids.astype(np.int32), labels.astype(np.int32))
+
+
+def _memory(visuals, modality, size, config):
+  """(kind, visual input, repository) of one sample."""
+  side = config.vision.side
+  first = visuals[0]
+  if modality == "video":
+    pooled = config.pool_side
+    memory = repository.video_repository(len(first), pooled)
+    if _are_pixels(first.shape):
+      return "frames", _pixels(first), memory
+    return "features", first.reshape(len(first), pooled**2, -1), memory
+  if first.ndim == 4:
+    width, height = size
+    geometry = images.anyres_geometry(
+      width, height, tile=config.vision.image_size, side=side
+    )
+    assert geometry.tiles == len(first)
+    memory = repository.tiled_repository(geometry, side)
+    return "tiles", _pixels(first), memory
+  memory = repository.images_repository(len(visuals), side)
+  return "tiles", _pixels(np.stack(visuals)), memory
+
+
+def _pixels(chw):
+  return np.moveaxis(chw, -3, -1).astype(np.float32)
+
+
+def _kept(memory, arrays, call):
+  """Kept tokens by the official random choices, and the calls they took.
+
+  The official code draws once for a video and for each grid of a tiled image,
+  and once for all images of a sample (or for the dummy image of a text).
+  """
+  rule, kept = forgetting.Forgetting(), []
+  several = len(memory.slots) > 1
+  for n, slot in enumerate(memory.slots):
+    grids = []
+    for g, grid in enumerate(slot):
+      frames = np.arange(grid.index.shape[0])
+      if grid.temporal:
+        frames = forgetting.kept_frames(len(frames), rule, _unused_rng())
+      key = f"sampling.{call + (0 if several else g)}.indices"
+      if key in arrays:
+        drawn = arrays[key].astype(int)
+        cells = drawn[n : n + 1] if several else drawn[frames]
+      else:
+        uniform = forgetting.Forgetting(spatial="uniform")
+        cells = forgetting.kept_cells(grid, len(frames), uniform, _unused_rng())
+      grids.append(forgetting.keep(grid, frames, cells))
+    kept.append(np.concatenate(grids))
+  return kept, 1 if several or not memory.slots else len(memory.slots[0])
+
+
+def _unused_rng():
+  """A generator for rules that draw nothing."""
+  return np.random.default_rng(0)

@@ -1,0 +1,112 @@
+"""Names, shapes and counts of all parameters, against the official ones."""
+
+import math
+import re
+
+import pytest
+
+from hourjax.models.config import SIZES
+from hourjax.models.params import param_shapes
+from hourjax.training.optimizer import OptimizerConfig, split_params
+from hourjax.weights.names import key_table, parameter_count
+from tests import golden_cases, golden_files
+
+REAL = golden_files.load_json("params_real.json") or {"shapes": {}}
+
+# SPEC section 3: learning rates of tower, projector, MemAug and decoder.
+STAGES = {
+  "stage1": (0.0, 0.0, 1e-4, 0.0),
+  "stage2": (5e-6, 1e-4, 1e-4, 2e-5),
+  "stage3": (0.0, 1e-4, 1e-4, 2e-5),
+}
+# Official names of components, ours.
+COMPONENTS = {
+  "image_newline": "newline",
+  "llm": "decoder",
+  "vision_tower": "vision",
+  "mm_projector": "projector",
+  "vision_resampler(memaug)": "memaug",
+}
+
+real = pytest.mark.parametrize("name", REAL["shapes"])
+
+
+def _config(name):
+  return SIZES[re.search("|".join(SIZES), name)[0]]
+
+
+def _official_shapes(config):
+  shapes, used = param_shapes(config), set()
+  official = {}
+  for entry in key_table(config):
+    for path in entry.paths:
+      assert path not in used
+      used.add(path)
+      if entry.layers:
+        assert shapes[path][0] == entry.layers
+    ours = [shapes[path][1 if entry.layers else 0 :] for path in entry.paths]
+    for name in entry.names():
+      assert name not in official
+      official[name] = list(entry.official_shape(ours))
+  assert used == set(shapes)
+  return official
+
+
+@real
+def test_names_and_shapes(name):
+  config = _config(name)
+  expected = dict(REAL["shapes"][name])
+  if config.decoder.tied:
+    # Listed twice, stored once.
+    assert REAL["totals"][name]["lm_head_tied_to_embed_tokens"]
+    del expected["lm_head.weight"]
+  assert _official_shapes(config) == expected
+  assert len(expected) == REAL["totals"][name]["n_parameters_tensors"]
+
+
+def test_names_and_shapes_of_the_tiny_model():
+  expected = golden_files.load_json("params_tiny.json")
+  if not expected:
+    pytest.skip(golden_files.NO_GOLDEN)
+  config, params = golden_cases.checkpoint()
+  assert _official_shapes(config) == expected
+  assert {p: v.shape for p, v in params.items()} == param_shapes(config)
+
+
+@real
+def test_counts(name):
+  shapes, counts = param_shapes(_config(name)), REAL["totals"][name]["counts"]
+  for official, ours in COMPONENTS.items():
+    of_component = {
+      path: shape
+      for path, shape in shapes.items()
+      if path.split("/")[0] == ours
+    }
+    assert parameter_count(of_component) == counts[official], official
+  assert parameter_count(shapes) == counts["total"]
+  assert set(counts) == {*COMPONENTS, "total"}
+  per_block = [
+    math.prod(shape[1:])
+    for path, shape in shapes.items()
+    if path.startswith("memaug/")
+  ]
+  assert sum(per_block) == REAL["totals"][name]["per_memaug_block"]
+
+
+@real
+def test_trainable_counts(name):
+  shapes = param_shapes(_config(name))
+  expected = REAL["totals"][name]["trainable"]
+  assert set(expected) == set(STAGES)
+  for stage, (vision, projector, memaug, decoder) in STAGES.items():
+    rates = OptimizerConfig(vision, projector, memaug, decoder)
+    trained, frozen = split_params(shapes, rates)
+    assert parameter_count(trained) == expected[stage], stage
+    assert {**trained, **frozen} == shapes
+
+
+def test_published_sizes_without_golden():
+  """The table of SPEC section 1."""
+  totals = {"3b": 3_700_088_352, "7b": 8_676_494_880}
+  for size, total in totals.items():
+    assert parameter_count(param_shapes(SIZES[size])) == total
