@@ -24,7 +24,7 @@ _FRAMES = flags.DEFINE_integer("batch_frames", 256, "Frames encoded at a time.")
 def main(argv: list[str]) -> None:
   command.begin(argv)
   with command.user_errors():
-    experiment = build_experiment(_CONFIG.value)
+    experiment = build_experiment(_CONFIG.value.to_dict())
     extract_videos(
       initial_params(experiment),
       experiment.model,

@@ -23,7 +23,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 def main(argv: list[str]) -> None:
   command.begin(argv)
   with command.user_errors():
-    train(build_experiment(_CONFIG.value), pathlib.Path(_WORKDIR.value))
+    train(
+      build_experiment(_CONFIG.value.to_dict()), pathlib.Path(_WORKDIR.value)
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ turned every sample into gathers before it gets here.
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from hourjax.batch import Batch
 from hourjax.models.config import ModelConfig
@@ -107,7 +107,7 @@ class HourLLaVA(nnx.Module):
       parts.append(_flat(self.encode(batch.tiles), batch))
     return jnp.concatenate(parts, axis=1)
 
-  def encode(self, pixels: Float[Array, "..."]) -> Float[Array, "..."]:
+  def encode(self, pixels: Num[Array, "... h w 3"]) -> Float[Array, "N P V"]:
     """Images [..., h, w, 3] to tower features [N, P, V]."""
     pixels = pixels.reshape(-1, *pixels.shape[-3:])
     if pixels.dtype == jnp.uint8:

@@ -13,7 +13,7 @@ import pytest
 
 from hourjax.models.config import HOUR_LLAVA_3B, HOUR_LLAVA_7B, TINY
 from hourjax.models.params import init_params
-from tests import golden_cases, golden_files
+from tests import golden_cases, golden_files, official
 
 STATS = golden_files.load_json("init_stats.json")
 FROM_CONFIG, FROM_MODULES = (
@@ -48,7 +48,7 @@ def _check(ours, stats):
 @pytest.mark.parametrize("name", [k for k in FROM_CONFIG if k != NEWLINE])
 def test_agrees_with_the_official_init(drawn, name):
   config, params = drawn
-  ours = golden_cases.to_official(params, config)[name]
+  ours = official.to_official(params, config)[name]
   stats = dict(FROM_CONFIG[name])
   if stats["std"]:
     assert stats["std"] == pytest.approx(OFFICIAL, rel=0.05)
@@ -64,7 +64,7 @@ def test_weights_are_official_at_real_widths(config):
 @pytest.mark.skipif(not FROM_MODULES, reason=golden_files.NO_GOLDEN)
 def test_newline_is_initialised(drawn):
   config, params = drawn
-  ours = golden_cases.to_official(params, config)[NEWLINE]
+  ours = official.to_official(params, config)[NEWLINE]
   _check(ours, FROM_MODULES[NEWLINE])
 
 
@@ -87,6 +87,7 @@ def test_layers_differ_and_seeds_differ(drawn):
       assert not np.array_equal(value[0], value[1]), path
 
 
+@pytest.mark.slow
 def test_same_seed_same_parameters(drawn):
   config, params = drawn
   again = init_params(config, seed=0)

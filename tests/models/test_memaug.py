@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from hourjax.models.config import DecoderConfig, ModelConfig, VisionConfig
 from hourjax.models.memaug import make_memaug
-from tests import golden_cases, golden_files
+from tests import golden_files, official
 
 # The official float32 run is off its float64 one by up to 1.4e-6.
 ATOL = 5e-6
@@ -46,14 +46,12 @@ class Alone:
       VisionConfig(), decoder, memaug_layers=raw["memaug_depth"]
     )
     weights = golden_files.golden_path(f"{name}.weights.safetensors")
-    self.params = golden_cases.to_ours(
-      load_file(weights), self.config, "memaug"
-    )
+    self.params = official.to_ours(load_file(weights), self.config, "memaug")
     path = golden_files.golden_path(f"{name}.grads.safetensors")
     self.gradients = load_file(path) if path else None
 
   def module(self, params=None, remat="none"):
-    return golden_cases.build(
+    return official.build(
       lambda: make_memaug(
         self.config.decoder,
         layers=self.config.memaug_layers,
@@ -121,7 +119,9 @@ def test_every_step_of_every_block(alone):
   assert f"inter.layer{i + 1}.norm3" not in alone.arrays
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize(
+  "remat", ["none", pytest.param("dots", marks=pytest.mark.slow), "full"]
+)
 def test_gradients(alone, remat):
   queries, memory, places = alone.inputs
 
@@ -134,12 +134,42 @@ def test_gradients(alone, remat):
     return jax.grad(loss, argnums=(0, 1, 2))(params, queries, memory)
 
   of_params, of_queries, of_memory = gradients(alone.params, queries, memory)
-  golden_cases.assert_gradients(
+  official.assert_gradients(
     {"x_q": of_queries[0], "x_kv": of_memory[0]},
     {key: alone.arrays[f"grad_{key}"] for key in ("x_q", "x_kv")},
   )
   if alone.gradients is not None:
-    golden_cases.assert_gradients(
+    official.assert_gradients(
       of_params,
-      golden_cases.to_ours(alone.gradients, alone.config, "memaug"),
+      official.to_ours(alone.gradients, alone.config, "memaug"),
     )
+
+
+def test_samples_share_a_row_and_one_memory(alone):
+  """Both read memory 1, neither sees the other or the row's second memory."""
+  queries, memory, places = alone.inputs
+  half = queries.shape[1] // 2
+  run = jax.jit(lambda x, m, p: alone.module()(x, m, **p))
+  expected = [
+    run(
+      queries[:, part],
+      memory,
+      {
+        key: value if key.startswith("memory") else value[:, part]
+        for key, value in places.items()
+      },
+    )
+    for part in (slice(half), slice(half, None))
+  ]
+  twice = {
+    key: jnp.concatenate([value, 2 * value], axis=1)
+    if key.startswith("memory")
+    else value
+    for key, value in places.items()
+  }
+  twice["segment"] = places["segment"].at[:, half:].set(2)
+  both = jnp.concatenate([memory, -memory], axis=1)
+  got = run(queries, both, twice)
+  np.testing.assert_allclose(
+    got, jnp.concatenate(expected, axis=1), rtol=0, atol=ATOL
+  )

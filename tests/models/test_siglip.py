@@ -10,9 +10,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from hourjax.models.config import TINY, ModelConfig, VisionConfig
+from hourjax.data import images
+from hourjax.models.config import TINY, DecoderConfig, ModelConfig, VisionConfig
+from hourjax.models.hourllava import HourLLaVA
 from hourjax.models.siglip import VisionTower, pool_frames, pool_matrix
-from tests import golden_cases, golden_files
+from tests import golden_files, official
 
 ATOL = 1e-5
 
@@ -47,10 +49,10 @@ class Alone:
 
   def _load(self, name):
     tensors = load_file(golden_files.golden_path(name))
-    return golden_cases.to_ours(tensors, self.config, "vision")
+    return official.to_ours(tensors, self.config, "vision")
 
   def tower(self, params=None, dtype="float32"):
-    return golden_cases.build(
+    return official.build(
       lambda: VisionTower(
         self.vision, dtype=dtype, remat="none", rngs=nnx.Rngs(0)
       ),
@@ -97,8 +99,8 @@ def test_gradients(alone):
     return jax.grad(loss, argnums=(0, 1))(params, pixels)
 
   of_params, of_pixels = gradients(alone.params, alone.pixels)
-  golden_cases.assert_gradients(of_params, alone.gradients)
-  golden_cases.assert_gradients(
+  official.assert_gradients(of_params, alone.gradients)
+  official.assert_gradients(
     {"pixels": np.moveaxis(of_pixels, -1, 1)},
     {"pixels": alone.arrays["grad_pixel_values"]},
   )
@@ -159,3 +161,22 @@ def test_pooling_a_plane_reads_it_at_the_cell_centres():
   y, x = (np.mgrid[0:8, 0:8] + 0.5) * 27 / 8
   got = pool_frames(jnp.asarray(plane), 8)
   np.testing.assert_allclose(got.ravel(), (3 * y - 2 * x).ravel(), atol=1e-4)
+
+
+# --- pixels -----------------------------------------------------------------
+
+
+def test_bytes_are_encoded_as_the_images_module_says():
+  """uint8 pixels in a batch, and the floats that SigLIP's processor makes."""
+  config = ModelConfig(
+    VisionConfig(6, 2, width=8, layers=1, heads=2, mlp=8),
+    DecoderConfig(8, width=8, layers=1, heads=2, kv_heads=1, mlp=8, tied=True),
+    memaug_layers=0,
+    dtype="float32",
+    remat="none",
+  )
+  pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 6, 6, 3), np.uint8)
+  encode = jax.jit(lambda x: HourLLaVA(config, rngs=nnx.Rngs(0)).encode(x))
+  got = encode(pixels)
+  assert got.shape == (6, 9, 8)
+  np.testing.assert_allclose(got, encode(images.to_pixels(pixels)), atol=1e-5)

@@ -22,7 +22,7 @@ from hourjax.weights.checkpoint import (
   save_params,
   write_config,
 )
-from tests import golden_cases
+from tests import golden_cases, official
 
 TIED = ModelConfig(
   TINY.vision,
@@ -83,7 +83,7 @@ def test_round_trip_in_shards(tmp_path, config, shard_bytes):
   save_params(params, config, tmp_path, shard_bytes=shard_bytes)
   shards = sorted(tmp_path.glob("*.safetensors"))
   index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-  names = golden_cases.to_official(params, config)
+  names = official.to_official(params, config)
   assert set(index["weight_map"]) == set(names)
   assert set(index["weight_map"].values()) == {path.name for path in shards}
   if shard_bytes == 1:
@@ -105,15 +105,8 @@ def test_official_weights_survive_import_and_export(tmp_path):
   save_params(params, config, tmp_path)
   (path,) = tmp_path.glob("*.safetensors")
   exported = load_file(path)
-  entry = next(
-    name
-    for name in golden_cases.golden_files.meta()["files"]
-    if name.endswith(".weights.safetensors")
-    and "model_type"
-    in golden_cases.golden_files.meta_of(name).get("config", {})
-  )
-  official = load_file(golden_cases.golden_files.golden_path(entry))
-  _assert_equal(exported, official)
+  path, _ = golden_cases.official_weights()
+  _assert_equal(exported, load_file(path))
 
 
 def test_without_an_index_all_safetensors_are_read(saved):

@@ -10,14 +10,14 @@ from hourjax.errors import UserError
 
 SPLITS = ("train", "test")
 # Share of the needles placed where temporal forgetting drops every frame.
-HIDDEN_SHARE = 0.9
+HIDDEN_SHARE = {"train": 0.3, "test": 0.9}
 # Seconds between two needles, and between a needle and the video's ends.
 NEEDLE_GAP = 3
 MIN_SECONDS = 180
 # How many frames the demo's model keeps at most (`configs/demo.py`).
 MAX_KEPT = 64
 # How often a training video shows a card; a test video shows it once.
-SHOWINGS = (1, 2, 4, 6)
+SHOWINGS = {"train": (1, 2, 4, 6), "test": (1,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ def make_script(
     name=f"{split}_{index:04d}",
     duration=duration,
     scenes=_scenes(rng, duration),
-    needles=_needles(rng, duration, SHOWINGS if split == "train" else (1,)),
+    needles=_needles(rng, duration, SHOWINGS[split], HIDDEN_SHARE[split]),
   )
 
 
@@ -161,7 +161,10 @@ def _scenes(rng: np.random.Generator, duration: int) -> tuple[Scene, ...]:
 
 
 def _needles(
-  rng: np.random.Generator, duration: int, showings: tuple[int, ...]
+  rng: np.random.Generator,
+  duration: int,
+  showings: tuple[int, ...],
+  hidden_share: float,
 ) -> tuple[Needle, ...]:
   kept = np.zeros(duration, dtype=bool)
   kept[kept_frames(duration)] = True
@@ -169,7 +172,7 @@ def _needles(
   free[:NEEDLE_GAP] = free[duration - NEEDLE_GAP :] = False
   needles = []
   for kind in rng.permutation(world.NEEDLES).tolist():
-    hidden = rng.random() < HIDDEN_SHARE
+    hidden = rng.random() < hidden_share
     spans = [
       _span(rng, free, kept if hidden else ~free)
       for _ in range(int(rng.choice(showings)))
