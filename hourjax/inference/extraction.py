@@ -3,6 +3,7 @@
 import os
 import pathlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from hourjax.models.config import ModelConfig
 from hourjax.models.params import with_params
 from hourjax.models.siglip import pool_frames
 
+_THREADS = min(8, os.cpu_count() or 1)
 _SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".avi"}
 
 
@@ -58,15 +60,22 @@ def extract_videos(
   encode = _encoder(params, config)
   failed, frames = [], 0
   with progress.bar(len(todo), unit="video", desc="extract") as bar:
-    for name in todo:
-      try:
-        frames += _extract(
-          root / name, name, store, config, encode, batch_frames
-        )
-      except UserError as error:
-        failed.append(Skipped(name, str(error)))
-      bar.set_postfix(frames=frames, failed=len(failed), refresh=False)
-      bar.update()
+    # Decoding and resizing run outside Python's lock: one video a thread.
+    with ThreadPoolExecutor(_THREADS) as pool:
+      jobs = {
+        pool.submit(_extract, root / name, config, encode, batch_frames): name
+        for name in todo
+      }
+      for job in as_completed(jobs):
+        name = jobs.pop(job)
+        try:
+          features, duration = job.result()
+          store.write(name, features, duration)
+          frames += len(features)
+        except UserError as error:
+          failed.append(Skipped(name, str(error)))
+        bar.set_postfix(frames=frames, failed=len(failed), refresh=False)
+        bar.update()
   print(
     f"{len(names) - len(failed)} of {len(names)} videos in {store.root}"
     f" ({len(names) - len(todo)} were there), {frames} frames encoded"
@@ -91,14 +100,14 @@ def _encoder(params, config: ModelConfig):
   return lambda pixels: encode(tower, pixels)
 
 
-def _extract(path, name, store, config, encode, batch_frames) -> int:
+def _extract(path, config, encode, batch_frames):
+  """Features [F, Q, V] of one video and its duration in seconds."""
   info = probe(path)
   indices, duration = extraction_frames(info.frames, info.fps)
   size = config.vision.image_size
   frames = decode_frames(path, indices, size, info=info, batch=batch_frames)
   features = [encode_padded(encode, part, batch_frames) for part in frames]
-  store.write(name, np.concatenate(features), duration)
-  return len(indices)
+  return np.concatenate(features), duration
 
 
 def encode_padded(encode, frames: np.ndarray, size: int) -> np.ndarray:

@@ -15,14 +15,15 @@ from hourjax.errors import UserError
 TRAIN_SECONDS = (180, 240)
 # Test videos at test_scale 1: how many of which duration in seconds.
 TEST_SECONDS = (
-  (12, (180, 300)),
-  (8, (600, 600)),
-  (6, (1200, 1200)),
-  (4, (1800, 1800)),
-  (4, (3600, 3600)),
+  (24, (180, 300)),
+  (16, (600, 600)),
+  (12, (1200, 1200)),
+  (8, (1800, 1800)),
+  (8, (3600, 3600)),
 )
+FILES = ("train_stage1", "train", "test")
 # Part of the summary, so that a data set of older code is written anew.
-VERSION = 1
+VERSION = 2
 # Encoding runs outside Python's lock and each video uses one core.
 THREADS = 2
 
@@ -36,16 +37,16 @@ class Options:
     train_videos: number of training videos, of 180 to 240 s.
     test_scale: number of test videos per duration, as a multiple of
       TEST_SECONDS' counts, rounded; at least one video of the shortest.
-    conversations: of five questions about each training video.
+    conversations: about each training video.
 
   Raises:
     UserError: an option is out of range.
   """
 
   seed: int = 0
-  train_videos: int = 160
+  train_videos: int = 480
   test_scale: float = 1.0
-  conversations: int = 8
+  conversations: int = 4
 
   def __post_init__(self):
     lowest = {"seed": 0, "train_videos": 1, "conversations": 1}
@@ -88,7 +89,7 @@ def build(folder: pathlib.Path, options: Options) -> tuple[dict, bool]:
   with other options the old files are replaced.
 
   Args:
-    folder: gets videos/, train.json, test.json, tokenizer/ and demo.json.
+    folder: gets videos/, FILES, tokenizer/ and demo.json.
     options: of the data set.
 
   Returns:
@@ -143,7 +144,7 @@ def _read_summary(folder: pathlib.Path) -> dict:
 
 def _all_there(folder: pathlib.Path, summary: dict) -> bool:
   paths = [folder / "videos" / name for name in summary["videos"]]
-  paths += [folder / "train.json", folder / "test.json"]
+  paths += [folder / f"{name}.json" for name in FILES]
   paths += [folder / "tokenizer" / "tokenizer.json"]
   paths += [folder / "tokenizer" / "tokenizer_config.json"]
   return all(path.is_file() for path in paths)
@@ -189,8 +190,11 @@ def _write_records(folder, scripts, options: Options) -> dict[str, list]:
     ],
     "test": [record for s in scripts["test"] for record in test.test(s)],
   }
-  for split, items in written.items():
-    _write_json(folder / f"{split}.json", items)
+  # Stage 1 sees one short question at a time, stage 2 all conversations.
+  first = [r for r in written["train"] if len(r["questions"]) == 1]
+  files = {"train_stage1": first, **written}
+  for name, items in files.items():
+    _write_json(folder / f"{name}.json", items)
   texts = (
     turn["value"] for r in written["train"] for turn in r["conversations"]
   )
@@ -201,7 +205,7 @@ def _write_records(folder, scripts, options: Options) -> dict[str, list]:
 def _count(scripts: list[Script], items: list[dict]) -> dict:
   """One split's numbers; durations count videos, the rest questions."""
   questions = [q for record in items for q in record["questions"]]
-  needles = [needle for s in scripts for needle in s.needles]
+  needles = [s.needle for s in scripts]
   minutes = collections.Counter(-(-s.duration // 60) for s in scripts)
 
   def tally(key: str) -> dict:

@@ -37,9 +37,9 @@ def frame(script: Script, second: int) -> np.ndarray:
   Returns:
     uint8[96, 96, 3], RGB; shared between calls, so not to be written to.
   """
-  for needle in script.needles:
-    if needle.shown_at(second):
-      return _card(needle.kind, needle.colour)
+  needle = script.needle
+  if needle.shown_at(second):
+    return _card(needle.kind, needle.colour)
   scene = next(s for s in script.scenes if second < s.end)
   cycle = _CYCLES[scene.action]
   return _scene_frame(scene, second % len(cycle))

@@ -12,8 +12,8 @@ from hourjax.data.demo.script import SPLITS, Script
 LETTERS = "ABCD"
 FORMATS = ("open", "multiple_choice")
 INSTRUCTION = "Answer with the letter."
-TURNS = 5  # questions in a training conversation
-TEST_OTHERS = 12  # questions about a test video besides those for needles
+TURNS = (1, 2, 1, 5)  # questions in a video's training conversations
+TEST_OTHERS = 12  # questions about a test video besides the one for its needle
 
 
 class Writer:
@@ -31,32 +31,22 @@ class Writer:
     self._used: collections.Counter = collections.Counter()
 
   def train(self, script: Script, conversations: int) -> list[dict]:
-    """Conversations of five questions, two or three of them for needles.
+    """Conversations of one to five questions, one of them for the needle.
 
-    No two questions of a conversation share a task or a needle, so that no
-    answer gives another one away.
+    No two questions of a conversation share a task, so that no answer gives
+    another one away.
     """
     records = []
     for number in range(conversations):
-      order = self._rng.permutation(len(script.needles))[: 2 + number % 2]
-      turns = [
-        self._turn(
-          ask.needle_ask(script.needles[i]), ask.pick(self._rng, FORMATS)
-        )
-        for i in order
-      ]
-      turns += self._others(script, TURNS - len(turns))
+      turns = [self._turn(ask.needle_ask(script.needle), "open")]
+      turns += self._others(script, TURNS[number % len(TURNS)] - 1)
       turns = [turns[i] for i in self._rng.permutation(len(turns))]
       records.append(_record(script, number, turns))
     return records
 
   def test(self, script: Script) -> list[dict]:
-    """One question a record: every needle in both formats, and others."""
-    turns = [
-      self._turn(ask.needle_ask(script.needles[i]), form)
-      for form in FORMATS
-      for i in self._rng.permutation(len(script.needles))
-    ]
+    """One question a record: for the needle, and for others."""
+    turns = [self._turn(ask.needle_ask(script.needle), "open")]
     turns += self._others(script, TEST_OTHERS)
     return [_record(script, i, [turn]) for i, turn in enumerate(turns)]
 

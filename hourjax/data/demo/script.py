@@ -10,7 +10,7 @@ from hourjax.errors import UserError
 
 SPLITS = ("train", "test")
 # Share of the needles placed where temporal forgetting drops every frame.
-HIDDEN_SHARE = {"train": 0.3, "test": 0.9}
+HIDDEN_SHARE = 0.9
 # Seconds between two needles, and between a needle and the video's ends.
 NEEDLE_GAP = 3
 MIN_SECONDS = 180
@@ -75,7 +75,7 @@ class Script:
   name: str
   duration: int
   scenes: tuple[Scene, ...]
-  needles: tuple[Needle, ...]
+  needle: Needle
 
 
 def kept_frames(frames: int) -> np.ndarray:
@@ -109,7 +109,7 @@ def make_script(
   if seconds[0] < MIN_SECONDS:
     raise UserError(
       f"demo video of {seconds[0]} s < {MIN_SECONDS} s, which four scenes and"
-      " four needles need; ask for longer videos"
+      " a needle need; ask for longer videos"
     )
   rng = np.random.default_rng([seed, SPLITS.index(split), index])
   duration = int(rng.integers(seconds[0], seconds[1] + 1))
@@ -117,7 +117,13 @@ def make_script(
     name=f"{split}_{index:04d}",
     duration=duration,
     scenes=_scenes(rng, duration),
-    needles=_needles(rng, duration, SHOWINGS[split], HIDDEN_SHARE[split]),
+    needle=_needle(
+      rng,
+      duration,
+      showings=SHOWINGS[split],
+      # Dealt in turn, so that no colour is the better guess.
+      colour=world.NEEDLE_COLOURS[index % len(world.NEEDLE_COLOURS)],
+    ),
   )
 
 
@@ -160,27 +166,28 @@ def _scenes(rng: np.random.Generator, duration: int) -> tuple[Scene, ...]:
   return tuple(scenes)
 
 
-def _needles(
+def _needle(
   rng: np.random.Generator,
   duration: int,
+  *,
   showings: tuple[int, ...],
-  hidden_share: float,
-) -> tuple[Needle, ...]:
+  colour: str,
+) -> Needle:
   kept = np.zeros(duration, dtype=bool)
   kept[kept_frames(duration)] = True
   free = np.ones(duration, dtype=bool)
   free[:NEEDLE_GAP] = free[duration - NEEDLE_GAP :] = False
-  needles = []
-  for kind in rng.permutation(world.NEEDLES).tolist():
-    hidden = rng.random() < hidden_share
-    spans = [
-      _span(rng, free, kept if hidden else ~free)
-      for _ in range(int(rng.choice(showings)))
-    ]
-    dropped = not any(kept[start:end].any() for start, end in spans)
-    colour = _pick(rng, world.NEEDLE_COLOURS)
-    needles.append(Needle(tuple(sorted(spans)), str(kind), colour, dropped))
-  return tuple(sorted(needles, key=lambda needle: needle.spans))
+  hidden = rng.random() < HIDDEN_SHARE
+  spans = [
+    _span(rng, free, kept if hidden else ~free)
+    for _ in range(int(rng.choice(showings)))
+  ]
+  return Needle(
+    spans=tuple(sorted(spans)),
+    kind=_pick(rng, world.NEEDLES),
+    colour=colour,
+    dropped=not any(kept[start:end].any() for start, end in spans),
+  )
 
 
 def _span(rng, free: np.ndarray, banned: np.ndarray) -> tuple[int, int]:
