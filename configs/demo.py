@@ -28,9 +28,28 @@ MODEL = ModelConfig(
   dtype="float32",
   remat="none",
 )
-_STEPS = {1: 420, 2: 240}
+_STEPS = {1: 480, 2: 150}
+_RATES = {1: 1.5e-3, 2: 7e-4}
 _RECORDS = {1: "train_stage1.json", 2: "train.json"}
 _FRAMES = 240  # of the longest training video
+_TOKENS = MODEL.pool_side**2  # of a frame
+# One short question a row in stage 1; in stage 2 conversations differ much in
+# length, and two of the usual length share a row.
+_ROWS = {
+  1: Size(
+    features=_FRAMES * _TOKENS,
+    memory=_FRAMES * (_TOKENS + 1),
+    queries=176,
+    decoder=192,
+  ),
+  2: Size(
+    features=2 * _FRAMES * _TOKENS,
+    memory=2 * _FRAMES * (_TOKENS + 1),
+    queries=400,
+    decoder=448,
+  ),
+}
+_BATCH_ROWS = {1: 16, 2: 8}
 
 
 def get_config(arg: str | None = None):
@@ -38,18 +57,11 @@ def get_config(arg: str | None = None):
   arg = common.parse_arg(arg, data="work/data", stage=1)
   if arg.stage not in _STEPS:
     raise ValueError(f"config argument stage={arg.stage}: stage is 1 or 2")
-  tokens = MODEL.pool_side**2
   config = common.experiment(
     MODEL,
-    # Two samples of the usual length share a row.
-    Size(
-      features=2 * _FRAMES * tokens,
-      memory=2 * _FRAMES * (tokens + 1),
-      queries=400,
-      decoder=448,
-    ),
+    _ROWS[arg.stage],
     steps=_STEPS[arg.stage],
-    batch_rows=8,
+    batch_rows=_BATCH_ROWS[arg.stage],
     log_every=10,
     checkpoint_every=100,
   )
@@ -61,9 +73,7 @@ def get_config(arg: str | None = None):
   # tokens of an hour than of the training videos.
   config.forgetting.max_frames = 64
   config.optimizer.update(
-    projector=2e-3,
-    memaug=2e-3,
-    decoder=2e-3,
+    **dict.fromkeys(("projector", "memaug", "decoder"), _RATES[arg.stage]),
     b2=0.95,
     warmup=0.05,
     clip=1.0,

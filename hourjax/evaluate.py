@@ -6,6 +6,7 @@
 Leaves report.json, answers of each run and the plots in --out.
 """
 
+import hashlib
 import json
 import pathlib
 import time
@@ -25,10 +26,14 @@ from hourjax.evaluation.report import (
   write_report,
 )
 from hourjax.evaluation.scoring import score
-from hourjax.training.checkpoint import read_config, restore_params
+from hourjax.training.checkpoint import (
+  checkpoint_name,
+  read_config,
+  restore_params,
+)
 from hourjax.training.experiment import build_experiment
 from hourjax.training.loop import report_skipped
-from hourjax.training.metrics import read_metrics
+from hourjax.training.metrics import read_curve
 
 _RECORDS = flags.DEFINE_string("records", None, "Questions, one a record.")
 _RUN = flags.DEFINE_string("run", None, "Workdir of the run to report on.")
@@ -43,18 +48,28 @@ _ROW_MEMORY = flags.DEFINE_integer(
 
 
 def evaluate(run: str, name: str, records, out: pathlib.Path):
-  """Scores one run and writes its answers."""
-  experiment = build_experiment(read_config(run))
+  """Scores one run; its answers are kept, and reused while nothing changed."""
+  path = out / f"answers_{name.replace(' ', '_').lower()}.json"
+  source = {
+    "checkpoint": checkpoint_name(run),
+    "records": hashlib.sha256(
+      pathlib.Path(_RECORDS.value).read_bytes()
+    ).hexdigest(),
+    "tokens": _TOKENS.value,
+  }
+  saved = json.loads(path.read_text()) if path.exists() else {}
+  if all(saved.get(key) == value for key, value in source.items()):
+    print(f"reused {path}")
+    return score(records, saved["answers"])
   answers, skipped = answer_records(
     restore_params(run),
-    experiment,
+    build_experiment(read_config(run)),
     records,
     new_tokens=_TOKENS.value,
     row_memory=_ROW_MEMORY.value,
   )
   report_skipped(skipped)
-  path = out / f"answers_{name.replace(' ', '_').lower()}.json"
-  path.write_text(json.dumps(answers, indent=1) + "\n")
+  path.write_text(json.dumps({**source, "answers": answers}, indent=1) + "\n")
   return score(records, answers)
 
 
@@ -71,7 +86,7 @@ def main(argv: list[str]) -> None:
     runs = {n: evaluate(f, n, records, out) for n, f in folders.items()}
     report = build_report(runs, time.monotonic() - began)
     write_report(report, out)
-    curves = {name: read_metrics(f) for name, f in folders.items()}
+    curves = {name: read_curve(f) for name, f in folders.items()}
     plot_losses(curves, out / "loss.png")
   print(table(report))
   print(summary(report))

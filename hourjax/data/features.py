@@ -113,7 +113,7 @@ class FeatureStore:
       try:
         raw = json.loads(line)
         self._index[raw["video"]] = Stored(raw["frames"], raw["duration"])
-      except (json.JSONDecodeError, KeyError) as error:
+      except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(
           f"{path}, line {number} is broken ({error}); delete the line and"
           " extract again"

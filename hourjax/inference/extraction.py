@@ -59,23 +59,25 @@ def extract_videos(
   todo = [name for name in names if name not in store]
   encode = _encoder(params, config)
   failed, frames = [], 0
-  with progress.bar(len(todo), unit="video", desc="extract") as bar:
+  with (
+    progress.bar(len(todo), unit="video", desc="extract") as bar,
     # Decoding and resizing run outside Python's lock: one video a thread.
-    with ThreadPoolExecutor(_THREADS) as pool:
-      jobs = {
-        pool.submit(_extract, root / name, config, encode, batch_frames): name
-        for name in todo
-      }
-      for job in as_completed(jobs):
-        name = jobs.pop(job)
-        try:
-          features, duration = job.result()
-          store.write(name, features, duration)
-          frames += len(features)
-        except UserError as error:
-          failed.append(Skipped(name, str(error)))
-        bar.set_postfix(frames=frames, failed=len(failed), refresh=False)
-        bar.update()
+    ThreadPoolExecutor(_THREADS) as pool,
+  ):
+    jobs = {
+      pool.submit(_extract, root / name, config, encode, batch_frames): name
+      for name in todo
+    }
+    for job in as_completed(jobs):
+      name = jobs.pop(job)
+      try:
+        features, duration = job.result()
+        store.write(name, features, duration)
+        frames += len(features)
+      except UserError as error:
+        failed.append(Skipped(name, str(error)))
+      bar.set_postfix(frames=frames, failed=len(failed), refresh=False)
+      bar.update()
   print(
     f"{len(names) - len(failed)} of {len(names)} videos in {store.root}"
     f" ({len(names) - len(todo)} were there), {frames} frames encoded"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 QUERY_TILE = 512
@@ -191,8 +192,8 @@ def _cut(q, k, v, query_segment, key_segment) -> _Tiles:
   tile_k = _tile(k.shape[0], KEY_TILE)
   return _Tiles(
     q=_fold(q, groups, tile_q),
-    k=_split(k, tile_k).swapaxes(1, 2),
-    v=_split(v, tile_k).swapaxes(1, 2),
+    k=rearrange(_split(k, tile_k), "n t k c -> n k t c"),
+    v=rearrange(_split(v, tile_k), "n t k c -> n k t c"),
     query_segment=_split(query_segment, tile_q),
     key_segment=_split(key_segment, tile_k),
   )
@@ -212,24 +213,17 @@ def _split(x, tile):
 
 def _fold(x, groups, tile):
   """[T, H, C] -> [n, K, G * tile, C]: the heads of a group become rows."""
-  x = _split(x, tile)
-  n, _, heads, head_dim = x.shape
-  x = x.reshape(n, tile, heads // groups, groups, head_dim)
-  return x.transpose(0, 2, 3, 1, 4).reshape(
-    n, heads // groups, groups * tile, head_dim
-  )
+  return rearrange(_split(x, tile), "n t (k g) c -> n k (g t) c", g=groups)
 
 
 def _unfold(x, shape):
   """Inverse of `_fold`, without the padding."""
-  length, heads, head_dim = shape
-  n, kv_heads, rows, _ = x.shape
-  groups = heads // kv_heads
-  x = x.reshape(n, kv_heads, groups, rows // groups, head_dim)
-  return x.transpose(0, 3, 1, 2, 4).reshape(-1, heads, head_dim)[:length]
+  length, heads, _ = shape
+  groups = heads // x.shape[1]
+  return rearrange(x, "n k (g t) c -> (n t) (k g) c", g=groups)[:length]
 
 
 def _join(x, like):
   """[n, K, tile, C] -> [S, K, C] in the dtype of `like`."""
-  x = x.swapaxes(1, 2).reshape(-1, *like.shape[1:])
+  x = rearrange(x, "n k t c -> (n t) k c")
   return x[: like.shape[0]].astype(like.dtype)

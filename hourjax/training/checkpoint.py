@@ -99,6 +99,16 @@ def restore_params(workdir: str | os.PathLike) -> dict[str, jax.Array]:
   return {**tree["frozen"], **tree["trained"]}
 
 
+def checkpoint_name(workdir: str | os.PathLike) -> str:
+  """Names the newest checkpoint: its path and the second it was written."""
+  folder = pathlib.Path(workdir).absolute() / "checkpoints"
+  steps = [int(path.name) for path in folder.glob("[0-9]*") if path.is_dir()]
+  if not steps:
+    raise UserError(f"{folder} holds no checkpoint; train first")
+  newest = folder / str(max(steps))
+  return f"{newest} {int(newest.stat().st_mtime)}"
+
+
 def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
   """The configuration that a run was started with."""
   path = pathlib.Path(workdir) / "config.json"

@@ -47,11 +47,11 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> None:
   plan = RowPlan(dataset.sizes, experiment.rows, seed=experiment.seed)
   steps = total_steps(experiment, plan)
   state, optimizer = fresh_state(experiment, dataset, steps)
-  _write_about(experiment, skipped, workdir)
   checkpoints = Checkpoints(workdir, keep=experiment.keep_checkpoints)
   row = 0
   if checkpoints.latest() is not None:
     state, row = checkpoints.restore(state)
+  _write_about(experiment, skipped, workdir)
   start = int(state.step)
   print(_summary(experiment, dataset, plan, state, steps), file=sys.stderr)
   if start < steps:

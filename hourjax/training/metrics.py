@@ -58,3 +58,16 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
     except json.JSONDecodeError:
       continue
   return rows
+
+
+def read_curve(workdir: str | os.PathLike) -> list[dict[str, float]]:
+  """Metrics of a run, after those of the runs it was initialised from."""
+  folder = pathlib.Path(workdir)
+  config = json.loads((folder / "config.json").read_text())
+  before = pathlib.Path(config["init"]) if config["init"] else None
+  earlier = []
+  if before is not None and (before / "metrics.jsonl").exists():
+    earlier = read_curve(before)
+  done = earlier[-1]["step"] if earlier else 0
+  later = [{**row, "step": row["step"] + done} for row in read_metrics(folder)]
+  return earlier + later

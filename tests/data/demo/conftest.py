@@ -6,7 +6,7 @@ from hourjax.data.demo import build
 @pytest.fixture(scope="session")
 def small():
   """Options of three training videos and one test video."""
-  return build.Options(train_videos=3, test_scale=0.05, conversations=2)
+  return build.Options(train_videos=3, test_scale=0.02, conversations=2)
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tokenizers
 
+from configs.demo import MODEL
 from hourjax import demo
-from hourjax.data.demo import build, draw, video, world
+from hourjax.data.demo import build, draw, records, video, world
 from hourjax.errors import UserError
 
 
@@ -25,29 +26,41 @@ def test_videos_show_their_scripts(built, small):
       rate, frames = _decode(built / "videos" / f"{s.name}.mp4")
       assert rate == 1.0
       assert len(frames) == s.duration
-      for needle in s.needles:
-        for t in range(needle.start, needle.end):
-          centre = frames[t][44:52, 44:52].mean(axis=(0, 1))
-          colours = np.array([world.COLOURS[c] for c in world.NEEDLE_COLOURS])
-          nearest = np.abs(colours - centre).sum(axis=1).argmin()
-          assert world.NEEDLE_COLOURS[nearest] == needle.colour
+      for t in filter(s.needle.shown_at, range(s.duration)):
+        centre = frames[t][44:52, 44:52].mean(axis=(0, 1))
+        colours = np.array([world.COLOURS[c] for c in world.NEEDLE_COLOURS])
+        nearest = np.abs(colours - centre).sum(axis=1).argmin()
+        assert world.NEEDLE_COLOURS[nearest] == s.needle.colour
       for t in range(0, s.duration, 7):
         error = np.abs(frames[t].astype(int) - draw.frame(s, t)).mean()
         assert error < 12, (s.name, t)
 
 
 def test_records_name_existing_videos(built, small):
-  for split in ("train", "test"):
-    items = json.loads((built / f"{split}.json").read_text())
+  turns = {}
+  for name in build.FILES:
+    items = json.loads((built / f"{name}.json").read_text())
     assert {r["data_source"] for r in items} == {"demo"}
     assert len({r["id"] for r in items}) == len(items)
     for record in items:
       assert (built / "videos" / record["video"]).is_file()
-  assert len(items) == 20
-  assert all(len(r["questions"]) == 1 for r in items)
+    turns[name] = [len(r["questions"]) for r in items]
+  # Two conversations about each of three videos, and one test video.
+  assert turns["train"] == [1, 2] * 3
+  assert turns["train_stage1"] == [1] * 3
+  assert turns["test"] == [1] * (1 + records.TEST_OTHERS)
   summary = json.loads((built / "demo.json").read_text())
-  assert summary["splits"]["train"]["records"] == 6
+  train, test = summary["splits"]["train"], summary["splits"]["test"]
+  assert (train["records"], train["needle_questions"]) == (6, 6)
+  assert (test["records"], test["needle_questions"]) == (13, 1)
   assert "train" in demo.table(summary)
+
+
+def test_size_of_the_whole_data_set():
+  seconds = build.Options().seconds
+  assert seconds["train"] == [(180, 240)] * 480
+  assert len(seconds["test"]) == 68
+  assert max(seconds["test"]) == (3600, 3600)
 
 
 def test_second_run_reuses(built, small):
@@ -106,7 +119,7 @@ def test_stopped_run_leaves_no_half_video_and_goes_on(
 def test_tokenizer(built):
   path = built / "tokenizer" / "tokenizer.json"
   tokenizer = tokenizers.Tokenizer.from_file(str(path))
-  assert tokenizer.get_vocab_size() <= 1024
+  assert tokenizer.get_vocab_size() <= MODEL.decoder.vocab
   assert tokenizer.token_to_id("Ċ") == 198
   breaks = {t for t in tokenizer.get_vocab() if "Ċ" in t}
   assert breaks <= {"Ċ", "ĊĊ"}

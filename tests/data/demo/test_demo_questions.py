@@ -76,11 +76,12 @@ def test_answers_computed_anew(asked):
   tasks = collections.Counter()
   for video, text, facts in asked:
     if facts["needle"]:
-      kind = re.search(r"the (\w+) that", text)[1]
-      needle = _one([n for n in video.needles if n.kind == kind])
+      needle = video.needle
+      assert re.search(r"the (\w+) that", text)[1] == needle.kind
       assert facts["answer"] == needle.colour
-      assert facts["seconds"] == [needle.start, needle.end]
+      assert facts["seconds"] == list(needle.spans[0])
       assert facts["dropped"] == needle.dropped
+      assert facts["format"] == "open" and facts["chance"] == 0.25
       continue
     assert facts["dropped"] is None
     expected = _answer(facts["task"], _seconds(video), text)
@@ -130,26 +131,37 @@ def test_balance_and_coverage(asked):
       assert max(every) - min(every) <= 1, (task, n)
 
 
+def test_every_test_video_has_one_needle_question(asked):
+  by_video = collections.defaultdict(list)
+  for video, _, facts in asked:
+    by_video[video.name].append(facts)
+  for questions in by_video.values():
+    assert len(questions) == 1 + records.TEST_OTHERS
+    others = [f["task"] for f in questions if not f["needle"]]
+    assert len(set(others)) == len(others) == records.TEST_OTHERS
+  colours = collections.Counter(f["answer"] for _, _, f in asked if f["needle"])
+  assert set(colours.values()) == {len(by_video) // 4}
+  assert set(colours) == set(world.NEEDLE_COLOURS)
+
+
 def test_training_conversations():
   writer = records.Writer(0, "train")
-  needles = total = 0
   for i in range(1, 21):
-    video = script.make_script(0, "train", i, (180, 360))
+    video = script.make_script(0, "train", i, (180, 240))
     for number, record in enumerate(writer.train(video, 8)):
       assert record["id"] == f"train_{i:04d}-{number:02d}"
       assert record["duration"] == float(video.duration)
-      talk = record["conversations"]
-      assert len(talk) == 2 * len(record["questions"]) <= 10
+      talk, questions = record["conversations"], record["questions"]
+      assert len(questions) == records.TURNS[number % len(records.TURNS)]
+      assert len(talk) == 2 * len(questions)
+      assert sum(facts["needle"] for facts in questions) == 1
       marks = ["<image>" in turn["value"] for turn in talk]
       assert marks == [True] + [False] * (len(talk) - 1)
       # No question comes twice, so no answer stands in the context.
       asked = [t["value"].removeprefix("<image>\n") for t in talk[::2]]
       assert len({text.split("\n")[0] for text in asked}) == len(asked)
-      for turn, facts in zip(talk[1::2], record["questions"]):
+      for turn, facts in zip(talk[1::2], questions):
         assert turn["value"] == (facts["letter"] or facts["answer"])
-        needles += facts["needle"]
-        total += 1
-  assert 0.45 < needles / total < 0.55
 
 
 def test_multiple_choice_text():
@@ -160,13 +172,10 @@ def test_multiple_choice_text():
     for r in writer.test(video)
     if r["questions"][0]["format"] == "multiple_choice"
   )
-  facts = record["questions"][0]
-  kind = next(
-    n.kind for n in video.needles if [n.start, n.end] == facts["seconds"]
-  )
-  a, b, c, d = facts["options"]
-  assert record["conversations"][0]["value"] == (
-    f"<image>\nWhat colour is the {kind} that appears briefly?\n"
-    f"A. {a}\nB. {b}\nC. {c}\nD. {d}\n"
-    "Answer with the option's letter from the given choices directly."
-  )
+  question, *options, last = record["conversations"][0]["value"].split("\n")[1:]
+  assert question.endswith("?")
+  assert options == [
+    f"{letter}. {option}"
+    for letter, option in zip("ABCD", record["questions"][0]["options"])
+  ]
+  assert last == "Answer with the letter."

@@ -3,7 +3,9 @@ import itertools
 import numpy as np
 import pytest
 
+from configs.demo import get_config
 from hourjax.data.demo import draw, script, world
+from hourjax.data.forgetting import Forgetting, kept_frames
 from hourjax.errors import UserError
 
 
@@ -28,34 +30,60 @@ def test_scenes_fill_the_video_and_places_change():
     assert 4 <= len(s.scenes) <= 16
 
 
-def test_needles_apart_and_mostly_in_dropped_frames():
-  dropped = []
-  for s in _scripts():
-    assert {n.kind for n in s.needles} == set(world.NEEDLES)
-    for one, two in itertools.pairwise(s.needles):
-      assert two.start - one.end >= script.NEEDLE_GAP
-    kept = np.linspace(0, s.duration - 1, min(512, s.duration // 4))
-    kept = set(kept.astype(int).tolist())
-    for n in s.needles:
-      assert 1 <= n.end - n.start <= 2
-      assert 0 < n.start < n.end < s.duration
-      assert n.dropped == kept.isdisjoint(range(n.start, n.end))
-      dropped.append(n.dropped)
-  assert script.HIDDEN_SHARE - 0.02 <= np.mean(dropped) < 1
+@pytest.mark.parametrize(
+  ("split", "seconds"), [("train", (180, 240)), ("test", (180, 3600))]
+)
+def test_needles_apart_and_mostly_in_dropped_frames(split, seconds):
+  dropped, showings = [], set()
+  for i in range(1, 201):
+    s = script.make_script(3, split, i, seconds)
+    spans = s.needle.spans
+    ends = [(0, 0), *spans, (s.duration, s.duration)]
+    for (_, one), (two, _) in itertools.pairwise(ends):
+      assert two - one >= script.NEEDLE_GAP
+    assert all(1 <= end - start <= 2 for start, end in spans)
+    kept = np.linspace(0, s.duration - 1, min(64, s.duration // 4))
+    shown = {t for t in range(s.duration) if s.needle.shown_at(t)}
+    assert shown == {t for start, end in spans for t in range(start, end)}
+    assert s.needle.dropped == shown.isdisjoint(kept.astype(int).tolist())
+    dropped.append(s.needle.dropped)
+    showings.add(len(spans))
+  assert showings == {"train": {1, 2, 4, 6}, "test": {1}}[split]
+  assert script.HIDDEN_SHARE - 0.05 <= np.mean(dropped) < 1
 
 
-def test_shortest_videos_hold_all_needles():
+def test_colours_are_dealt_in_turn():
+  needles = [
+    script.make_script(3, "train", i, (180, 240)).needle for i in range(1, 41)
+  ]
+  for colour in world.NEEDLE_COLOURS:
+    assert sum(n.colour == colour for n in needles) == 10
+  assert {n.kind for n in needles} == set(world.NEEDLES)
+
+
+def test_kept_frames_are_those_of_the_demo_model():
+  rule = Forgetting(max_frames=get_config().forgetting.max_frames)
+  for frames in (180, 257, 3600):
+    np.testing.assert_array_equal(
+      script.kept_frames(frames),
+      kept_frames(frames, rule, np.random.default_rng(0)),
+    )
+
+
+def test_shorter_videos_are_refused():
   lowest = script.MIN_SECONDS
-  for s in _scripts(200, (lowest, lowest)):
-    assert len(s.needles) == 4
-  with pytest.raises(UserError, match="59 s < 60 s"):
+  for s in _scripts(100, (lowest, lowest)):
+    assert s.duration == lowest and s.needle.spans
+  with pytest.raises(UserError, match="179 s < 180 s"):
     script.make_script(0, "train", 1, (lowest - 1, lowest))
 
 
 @pytest.mark.parametrize("action", world.ACTIONS)
 def test_every_second_moves(action):
   scene = script.Scene(0, 60, "beach", "boat", "red", action, "left", "top")
-  film = script.Script("x", 60, (scene,), ())
+  film = script.Script(
+    "x", 60, (scene,), script.Needle((), "flag", "red", True)
+  )
   frames = [draw.frame(film, t).astype(int) for t in range(10)]
   for one, two in itertools.pairwise(frames):
     assert one.shape == (96, 96, 3)
@@ -65,7 +93,7 @@ def test_every_second_moves(action):
 def test_cards_are_half_filled_with_the_colour():
   for kind in world.NEEDLES:
     for name in world.NEEDLE_COLOURS:
-      needle = script.Needle(0, 1, kind, name, True)
-      card = draw.frame(script.Script("x", 1, (), (needle,)), 0)
+      needle = script.Needle(((0, 1),), kind, name, True)
+      card = draw.frame(script.Script("x", 1, (), needle), 0)
       share = (card == world.COLOURS[name]).all(axis=-1).mean()
       assert 0.38 < share < 0.62, (kind, share)

@@ -1,0 +1,243 @@
+"""From records with real files to what the decoder reads."""
+
+import dataclasses
+import re
+
+import av
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from hourjax.data.dataset import Dataset, SampleOptions
+from hourjax.data.demo.tokens import train_tokenizer
+from hourjax.data.features import FeatureStore
+from hourjax.data.forgetting import Forgetting, kept_frames
+from hourjax.data.records import Record, Turn, parse_record
+from hourjax.data.repository import repeated_frames
+from hourjax.data.rows import RowSpec, Size, build_row, stack_rows
+from hourjax.data.tokenizer import Tokenizer
+from hourjax.models.config import TINY
+from hourjax.models.params import init_params, with_params
+
+PIXELS, SECONDS = 8, 20
+TOKENIZER = Tokenizer(train_tokenizer([]), "test")
+CONFIG = dataclasses.replace(
+  TINY,
+  vision=dataclasses.replace(TINY.vision, image_size=PIXELS, layers=1),
+  decoder=dataclasses.replace(
+    TINY.decoder, layers=1, vocab=TOKENIZER.vocab_size
+  ),
+  pool_side=2,
+  memaug_layers=1,
+)
+SPEC = RowSpec(
+  capacity=Size(
+    features=4 * SECONDS,
+    frames=SECONDS,
+    tiles=8,
+    blends=200,
+    memory=700,
+    queries=500,
+    decoder=600,
+  ),
+  frame_tokens=4,
+  tile_tokens=16,
+  width=CONFIG.vision.width,
+  image_size=PIXELS,
+)
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+  """Two videos, three pictures, and stored features of the first video."""
+  folder = tmp_path_factory.mktemp("media")
+  _write_video(folder / "clip.mp4", SECONDS)
+  _write_video(folder / "long.mp4", 140)
+  rng = np.random.default_rng(0)
+  for name, size in [("a", (20, 9)), ("b", (8, 8)), ("c", (5, 30))]:
+    picture = rng.integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+    Image.fromarray(picture).save(folder / f"{name}.png")
+  store = FeatureStore(folder / "features", create=True)
+  features = rng.normal(size=(SECONDS, 4, CONFIG.vision.width))
+  store.write("clip.mp4", features, SECONDS)
+  store.write("blink.mp4", features[:1], 0.5)
+  return folder
+
+
+def _write_video(path, frames):
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream("libx264", rate=1)
+    stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+    for i in range(frames):
+      picture = np.full((48, 64, 3), 40 + i, np.uint8)
+      frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+      container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+
+
+def _record(name, **media):
+  count = len(media["image"]) if "image" in media else len(media)
+  talk = [
+    {"from": "human", "value": "<image>\n" * count + "What is it?"},
+    {"from": "gpt", "value": "It is red."},
+  ]
+  return parse_record({"id": name, "conversations": talk, **media}, "test")
+
+
+def _dataset(records, media, *, stored=False, spec=SPEC, **options):
+  return Dataset(
+    records,
+    tokenizer=TOKENIZER,
+    spec=spec,
+    options=SampleOptions(**options),
+    media_root=media,
+    features=FeatureStore(media / "features") if stored else None,
+  )
+
+
+CASES = {
+  "stored video": ({"video": "clip.mp4"}, {"stored": True}),
+  "raw video": ({"video": "clip.mp4"}, {}),
+  "tiled image": ({"image": ["a.png"]}, {}),
+  "plain image": ({"image": ["a.png"]}, {"single_image": "plain"}),
+  "three images": ({"image": ["a.png", "b.png", "c.png"]}, {}),
+  "text": ({}, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def embed():
+  params = init_params(CONFIG, 0)
+  run = jax.jit(lambda p, batch: with_params(CONFIG, p).embeddings(batch))
+  return lambda batch: np.asarray(run(params, batch))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_modality_reaches_the_decoder(case, media, embed):
+  files, options = CASES[case]
+  dataset = _dataset([_record(case, **files)], media, **options)
+  assert not dataset.skipped and len(dataset) == 1
+  sample = dataset.sample(0)
+  assert sample.size == dataset.sizes[0]
+  row = build_row([sample], SPEC)
+  out = embed(stack_rows([row]))[0]
+  assert out.shape == (600, CONFIG.decoder.width)
+  assert np.isfinite(out).all()
+  visual = (row.decoder_segment > 0) & (row.decoder_token < 0)
+  assert visual.any() == bool(files)
+  # No two visual tokens are the same, so none was left at its padding.
+  assert len(np.unique(out[visual], axis=0)) == visual.sum()
+
+
+def test_what_is_planned_for_each_modality(media):
+  def size(case):
+    files, options = CASES[case]
+    return _dataset([_record(case, **files)], media, **options).sizes[0]
+
+  assert size("stored video").features == 4 * SECONDS
+  assert size("raw video").frames == SECONDS
+  # Short videos are repeated to 128 frames of 4 tokens and a newline.
+  assert size("raw video").memory == size("stored video").memory == 128 * 5
+  assert size("three images").tiles == 3
+  assert size("plain image").tiles == 1
+  assert size("tiled image").tiles > 1
+  assert size("text").memory == size("text").queries == 0
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_only(media):
+  records = [_record(str(n), video="clip.mp4") for n in range(2)]
+
+  def queries(epoch, index=0, seed=0):
+    dataset = _dataset(records, media, stored=True, seed=seed)
+    dataset.sample(1, 5)  # what was asked for before must not matter
+    return dataset.sample(index, epoch).layout.query_source
+
+  np.testing.assert_array_equal(queries(0), queries(0))
+  for other in (queries(1), queries(0, index=1), queries(0, seed=1)):
+    assert (queries(0) != other).any()
+
+
+def test_a_prompt_has_no_labels_and_room_for_the_answer(media):
+  record = _record("clip", video="clip.mp4")
+  plain = _dataset([record], media, stored=True)
+  asked = _dataset(
+    [record], media, stored=True, prompt_only=True, answer_room=7
+  )
+  layout = asked.sample(0).layout
+  assert (layout.labels == -100).all()
+  assert asked.sizes[0].decoder == asked.prompt_length(0) + 7
+  assert asked.prompt_length(0) < plain.sizes[0].decoder
+  assert (layout.decoder_token[-7:] == TOKENIZER.pad).all()
+
+
+def test_keyframes_are_kept_by_their_features(media):
+  rule = Forgetting(temporal="keyframe")
+  record = _record("clip", video="clip.mp4")
+  dataset = _dataset([record], media, stored=True, forgetting=rule)
+  sample = dataset.sample(0)
+  means = sample.visual.astype(np.float32).mean(axis=1)
+  expected = kept_frames(
+    128, rule, np.random.default_rng(0), means[repeated_frames(SECONDS)]
+  )
+  source = sample.layout.query_source
+  assert sorted(set(source[source >= 0] // 5)) == expected.tolist()
+  assert len(expected) == 32
+  uniform = kept_frames(128, Forgetting(), np.random.default_rng(0))
+  assert expected.tolist() != uniform.tolist()
+  assert sample.size == dataset.sizes[0]
+
+
+def _only_reason(dataset, name):
+  assert len(dataset) == 1  # the good record stays
+  (skipped,) = dataset.skipped
+  assert skipped.id == name
+  return skipped.reason
+
+
+def test_bad_records_are_listed_with_values_and_remedy(media):
+  good = _record("good", video="clip.mp4")
+  stored = {
+    "lost.mp4": "record bad: lost.mp4 is not in .*features; extract it first",
+    "blink.mp4": "record bad: blink.mp4 lasts 0.50 s, .* 0 frames .* drop",
+  }
+  for name, message in stored.items():
+    records = [good, _record("bad", video=name)]
+    reason = _only_reason(_dataset(records, media, stored=True), "bad")
+    assert re.search(message, reason), reason
+  raw = {
+    "lost.mp4": "cannot read video .*lost.mp4",
+    "long.mp4": "long.mp4 has 140 frames .* at most 128; extract features",
+  }
+  for name, message in raw.items():
+    reason = _only_reason(
+      _dataset([good, _record("bad", video=name)], media), "bad"
+    )
+    assert re.search(message, reason), reason
+
+
+def test_sample_larger_than_a_row(media):
+  records = [_record("big", video="clip.mp4"), _record("small")]
+  capacity = dataclasses.replace(SPEC.capacity, memory=500)
+  spec = dataclasses.replace(SPEC, capacity=capacity)
+  reason = _only_reason(_dataset(records, media, spec=spec), "big")
+  assert "config.rows.memory=500 < 640 of record big" in reason
+  assert "raise these capacities" in reason
+
+
+def test_labels_that_are_cut_off(media):
+  long = Turn("human", "word " * 80)
+  record = Record("long", "text", (), (long, Turn("gpt", "Yes.")), "", {})
+  records = [record, _record("short")]
+  reason = _only_reason(_dataset(records, media, max_length=60), "long")
+  # Of the markup only <|im_start|> at the very beginning is seen.
+  assert "record long" in reason and "max_length=60" in reason
+  assert "raise it or drop the record" in reason
+
+
+def test_markers_and_images_differ_in_number(media):
+  turns = (Turn("human", "<image>\nWhat?"), Turn("gpt", "Red."))
+  record = Record("two", "image", ("a.png", "b.png"), turns, "", {})
+  reason = _only_reason(_dataset([record, _record("good")], media), "two")
+  assert "record two" in reason and "1 visual slots" in reason
+  assert "brings 2; write one <image> for each" in reason

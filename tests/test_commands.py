@@ -1,0 +1,64 @@
+"""How commands end on mistakes, seen from a shell."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def _run(module, *arguments):
+  return subprocess.run(
+    [sys.executable, "-m", f"hourjax.{module}", *arguments],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+
+
+def test_unknown_config_key(tmp_path):
+  done = _run(
+    "train",
+    "--config=configs/demo.py",
+    "--config.optimizer.decoderr=1e-3",
+    f"--workdir={tmp_path / 'run'}",
+  )
+  assert done.returncode != 0
+  assert "decoderr" in done.stderr
+  assert not (tmp_path / "run").exists()
+
+
+def test_unknown_config_argument(tmp_path):
+  done = _run(
+    "train",
+    "--config=configs/demo.py:stagee=2",
+    f"--workdir={tmp_path / 'run'}",
+  )
+  assert done.returncode != 0
+  assert "'stagee=2': write key=value with a key of data, stage" in done.stderr
+  assert not (tmp_path / "run").exists()
+
+
+def test_missing_records_file(tmp_path):
+  records = tmp_path / "none.json"
+  done = _run(
+    "train",
+    "--config=configs/demo.py",
+    f"--config.data.records={records}",
+    f"--workdir={tmp_path / 'run'}",
+  )
+  assert done.returncode == 2
+  assert "Traceback" not in done.stderr
+  errors = [x for x in done.stderr.splitlines() if x.startswith("error")]
+  assert errors == [f"error: cannot read {records}: No such file or directory"]
+  assert not (tmp_path / "run").exists()
+
+
+def test_option_without_dashes(tmp_path):
+  done = _run("demo", f"--workdir={tmp_path / 'demo'}", "train_videos=3")
+  assert done.returncode == 2
+  assert done.stderr.strip() == (
+    "error: unknown argument 'train_videos=3'; options start with --"
+  )
+  assert not (tmp_path / "demo").exists()

@@ -1,0 +1,126 @@
+"""Whole runs through the loop on a small demo; losses are equal floats."""
+
+import dataclasses
+import json
+
+import pytest
+
+from configs import demo
+from hourjax.data.demo import build
+from hourjax.errors import UserError
+from hourjax.inference.extraction import extract_videos
+from hourjax.models.params import init_params
+from hourjax.training import loop
+from hourjax.training.checkpoint import read_config, restore_params
+from hourjax.training.experiment import build_experiment
+from hourjax.training.metrics import Metrics, read_metrics
+
+STEPS = 6
+BAD = {
+  "id": "bad",
+  "video": "nowhere.mp4",
+  "conversations": [
+    {"from": "human", "value": "<image>\nWhy?"},
+    {"from": "gpt", "value": "So."},
+  ],
+}
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+  """Six steps on six conversations and a record without its video."""
+  folder = tmp_path_factory.mktemp("data")
+  options = build.Options(train_videos=3, test_scale=0.02, conversations=2)
+  build.build(folder, options)
+  path = folder / "train.json"
+  path.write_text(json.dumps([BAD, *json.loads(path.read_text())]))
+  config = demo.get_config(f"data={folder},stage=2")
+  config.update(
+    steps=STEPS, batch_rows=1, accumulate=2, log_every=1, checkpoint_every=3
+  )
+  config.model.decoder.layers = config.model.memaug_layers = 1
+  config.data.max_skipped = 0.5
+  made = build_experiment(config.to_dict())
+  extract_videos(
+    init_params(made.model, made.seed),
+    made.model,
+    videos=folder / "videos",
+    out=folder / "features",
+    batch_frames=64,
+  )
+  return made
+
+
+@pytest.fixture(scope="module")
+def whole(experiment, tmp_path_factory):
+  """Workdir of a run without interruption."""
+  workdir = tmp_path_factory.mktemp("whole")
+  loop.train(experiment, workdir)
+  return workdir
+
+
+def _files(workdir):
+  return {
+    path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()
+  }
+
+
+def test_a_resumed_run_has_the_losses_of_a_whole_one(
+  experiment, whole, tmp_path, monkeypatch
+):
+  write = Metrics.write
+
+  def stop(self, step, values):
+    write(self, step, values)
+    if step == 5:
+      raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Metrics, "write", stop)
+    with pytest.raises(KeyboardInterrupt):
+      loop.train(experiment, tmp_path)
+  # Steps 4 and 5 are after the checkpoint; they are taken and written again.
+  assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+  loop.train(experiment, tmp_path)
+  rows = read_metrics(whole)
+  assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+  assert read_metrics(tmp_path) == rows
+  assert len({row["loss"] for row in rows}) == STEPS
+  one, two = restore_params(whole), restore_params(tmp_path)
+  assert one.keys() == two.keys()
+  assert all((one[path] == two[path]).all() for path in one)
+
+
+def test_a_finished_run_is_left_alone(experiment, whole, monkeypatch, capsys):
+  before = _files(whole)
+  monkeypatch.setattr(loop, "jit_train_step", None)
+  loop.train(experiment, whole)
+  assert "already trained: step 6 of 6" in capsys.readouterr().err
+  assert _files(whole) == before
+
+
+def test_another_model_on_the_same_workdir(experiment, whole):
+  wider = dataclasses.replace(
+    experiment.model,
+    decoder=dataclasses.replace(experiment.model.decoder, mlp=128),
+  )
+  other = dataclasses.replace(experiment, model=wider)
+  with pytest.raises(UserError, match="does not fit this configuration") as e:
+    loop.train(other, whole)
+  assert str(whole) in str(e.value)
+  # What the run was started with must not be lost.
+  assert read_config(whole)["model"] == dataclasses.asdict(experiment.model)
+
+
+def test_bad_records_are_listed(whole):
+  (listed,) = json.loads((whole / "skipped.json").read_text())
+  assert listed["id"] == "bad"
+  assert "nowhere.mp4 is not in" in listed["reason"]
+
+
+def test_too_many_bad_records(experiment, tmp_path):
+  data = dataclasses.replace(experiment.data, max_skipped=0.1)
+  strict = dataclasses.replace(experiment, data=data)
+  with pytest.raises(UserError, match=r"1 of 7 records .*max_skipped=0.1"):
+    loop.train(strict, tmp_path / "run")
+  assert not (tmp_path / "run").exists()

@@ -1,0 +1,231 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from hourjax.batch import IGNORE, Batch
+from hourjax.data import repository, rows
+from hourjax.data.conversations import IMAGE, Conversation
+from hourjax.data.forgetting import Forgetting, kept_tokens
+from hourjax.data.layout import build_layout
+from hourjax.models.config import TINY
+from hourjax.models.params import init_params, with_params
+from hourjax.training import loss
+from hourjax.training.optimizer import (
+  OptimizerConfig,
+  make_optimizer,
+  split_params,
+)
+from hourjax.training.step import TrainState, train_step
+
+SIDE, PIXELS = 2, 8
+CONFIG = dataclasses.replace(
+  TINY,
+  vision=dataclasses.replace(TINY.vision, image_size=PIXELS, layers=1),
+  decoder=dataclasses.replace(TINY.decoder, layers=1, vocab=96),
+  pool_side=SIDE,
+  memaug_layers=1,
+)
+WIDTH = CONFIG.vision.width
+# The epsilon keeps Adam from blowing up the rounding of tiny gradients.
+RATES = OptimizerConfig(
+  vision=1e-2, projector=1e-2, memaug=1e-2, decoder=1e-2, eps=1e-3, warmup=0.0
+)
+
+
+def _sample(kind, labelled, seed):
+  """A sample of 20 words, the last `labelled` of them trained."""
+  rng = np.random.default_rng(seed)
+  words = rng.integers(1, CONFIG.decoder.vocab, 20).astype(np.int32)
+  memory, source, visual = repository.empty_repository(), "features", None
+  if kind != "text":
+    words[3] = IMAGE
+    memory = repository.video_repository(4, SIDE)
+  if kind == "video":
+    visual = rng.normal(size=(4, SIDE**2, WIDTH)).astype(ml_dtypes.bfloat16)
+  if kind == "frames":
+    source = "frames"
+    visual = rng.integers(0, 256, (4, PIXELS, PIXELS, 3)).astype(np.uint8)
+  first = len(words) - labelled
+  labels = np.where(np.arange(len(words)) < first, np.int32(IGNORE), words)
+  layout = build_layout(
+    Conversation(words, labels), memory, kept_tokens(memory, Forgetting(), rng)
+  )
+  return rows.Sample(f"{kind} {seed}", layout, source, visual)
+
+
+def _batch(samples, shape) -> Batch:
+  """One row a sample, [A, B, ...]."""
+  sizes = np.array([sample.size.astuple() for sample in samples])
+  spec = rows.RowSpec(
+    capacity=rows.Size(
+      *(int(n) for n in sizes.max(0) + 2 * (sizes.max(0) > 0))
+    ),
+    frame_tokens=SIDE**2,
+    tile_tokens=CONFIG.vision.side**2,
+    width=WIDTH,
+    image_size=PIXELS,
+  )
+  stacked = rows.stack_rows([rows.build_row([s], spec) for s in samples])
+  return Batch(*(jnp.asarray(x.reshape(*shape, *x.shape[1:])) for x in stacked))
+
+
+@pytest.fixture(scope="module")
+def params():
+  return init_params(CONFIG, 0)
+
+
+def _start(params, rates=RATES):
+  trained, frozen = split_params(params, rates)
+  optimizer = make_optimizer(rates, 100, trained)
+  state = TrainState(
+    jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained)
+  )
+  step = functools.partial(train_step, config=CONFIG, optimizer=optimizer)
+  return state, step
+
+
+def _compiled(step):
+  # Compiling takes longer than running, most of it in LLVM.
+  quick = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+  }
+  return jax.jit(step, compiler_options=quick)
+
+
+@pytest.fixture(scope="module")
+def all_trained(params):
+  """A state with every parameter trained, and the compiled step."""
+  state, step = _start(params)
+  return state, _compiled(step)
+
+
+def _accumulator(state, step, batch):
+  """Number of arrays that the scan over micro-batches adds up."""
+  jaxpr = jax.make_jaxpr(step)(state, batch)
+  scans = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
+  return [e.params["num_carry"] for e in scans]
+
+
+@pytest.fixture(scope="module")
+def pair():
+  """Two rows with 3 and 9 labels."""
+  return [_sample("video", 3, 1), _sample("text", 9, 2)]
+
+
+def test_loss_is_the_dense_cross_entropy(params, all_trained, pair):
+  batch = _batch(pair, (1, 2))
+  state, step = all_trained
+  _, scalars = step(state, batch)
+  flat = Batch(*(x[0] for x in batch))
+  model = with_params(CONFIG, params)
+  logits = np.asarray(model.logits(model(flat)), np.float64)
+  total = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1))
+  total += logits.max(-1)
+  losses = [
+    total[place] - logits[place][word]
+    for place, word in np.ndenumerate(np.asarray(flat.target))
+    if word != IGNORE
+  ]
+  assert len(losses) == scalars["tokens"] == 12
+  assert scalars["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_chunks_change_neither_loss_nor_gradient(params, monkeypatch):
+  rng = np.random.default_rng(0)
+  hidden = jnp.asarray(
+    rng.normal(size=(2, 15, CONFIG.decoder.width)), jnp.float32
+  )
+  target = rng.integers(0, CONFIG.decoder.vocab, (2, 15)).astype(np.int32)
+  target[:, ::3] = IGNORE
+  model = with_params(CONFIG, params)
+
+  def dense(hidden):
+    rates = jax.nn.log_softmax(model.logits(hidden))
+    own = jnp.take_along_axis(
+      rates, jnp.maximum(target, 0)[..., None], axis=-1
+    )[..., 0]
+    return jnp.where(target == IGNORE, 0.0, -own)
+
+  def chunked(hidden):
+    return loss.token_losses(model, hidden, jnp.asarray(target))
+
+  monkeypatch.setattr(loss, "_CHUNK", 7)
+  np.testing.assert_allclose(chunked(hidden), dense(hidden), atol=1e-5)
+  assert (np.asarray(chunked(hidden))[target == IGNORE] == 0).all()
+  got, expected = (
+    jax.grad(lambda h, f=f: f(h).sum())(hidden) for f in (chunked, dense)
+  )
+  np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_micro_batches_with_different_label_counts_equal_one_batch(
+  params, all_trained, pair
+):
+  state, step = all_trained
+  one, first = step(state, _batch(pair, (1, 2)))
+  two, second = step(state, _batch(pair, (2, 1)))
+  assert first["tokens"] == second["tokens"] == 12
+  assert first["loss"] == pytest.approx(float(second["loss"]), rel=1e-6)
+  moved = 0.0
+  for path, value in one.trained.items():
+    np.testing.assert_allclose(
+      value, two.trained[path], rtol=0, atol=1e-6, err_msg=path
+    )
+    moved = max(moved, float(abs(value - params[path]).max()))
+  assert moved > 1e-3
+
+
+def test_frozen_parts_get_no_gradient_and_stay(params, pair):
+  only = OptimizerConfig(projector=0, memaug=1e-2, decoder=0, warmup=0.0)
+  state, step = _start(params, only)
+  batch = _batch(pair, (2, 1))
+  after, _ = _compiled(step)(state, batch)
+  assert {path.split("/")[0] for path in after.trained} == {"memaug"}
+  assert {**state.frozen, **state.trained}.keys() == params.keys()
+  for path, value in after.frozen.items():
+    np.testing.assert_array_equal(value, params[path], err_msg=path)
+  changed = [(v != params[p]).any() for p, v in after.trained.items()]
+  assert any(changed)
+  # Summed up are loss, label count and a gradient of each trained parameter.
+  assert 2 + len(state.trained) in _accumulator(state, step, batch)
+  assert 2 + len(params) not in _accumulator(state, step, batch)
+
+
+def test_no_label_no_nan(params, all_trained, pair):
+  state, step = all_trained
+  batch = _batch(pair, (2, 1))
+  batch = batch._replace(target=jnp.full_like(batch.target, IGNORE))
+  after, scalars = step(state, batch)
+  assert scalars["tokens"] == scalars["loss"] == scalars["grad_norm"] == 0
+  for path, value in after.trained.items():
+    np.testing.assert_array_equal(value, params[path], err_msg=path)
+  assert after.step == 1
+
+
+def test_same_inputs_same_bits(all_trained, pair):
+  state, step = all_trained
+  batch = _batch(pair, (2, 1))
+  one, two = step(state, batch), step(state, batch)
+  jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_pixels_train_the_tower(params):
+  state, step = _start(params)
+  batch = _batch([_sample("frames", 3, 1)], (1, 1))
+  assert "conv_general_dilated" in str(jax.make_jaxpr(step)(state, batch))
+  after, scalars = _compiled(step)(state, batch)
+  assert np.isfinite(scalars["loss"])
+  moved = after.trained["vision/patch/kernel"] - params["vision/patch/kernel"]
+  assert float(abs(moved).max()) > 1e-5
+
+
+def test_stored_features_skip_the_tower(params, pair):
+  state, step = _start(params)
+  jaxpr = str(jax.make_jaxpr(step)(state, _batch(pair, (2, 1))))
+  assert "conv_general_dilated" not in jaxpr
