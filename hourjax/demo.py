@@ -25,12 +25,12 @@ _TRAIN_VIDEOS = flags.DEFINE_integer(
 _TEST_SCALE = flags.DEFINE_float(
   "test_scale",
   _DEFAULT.test_scale,
-  "Multiple of the 34 test videos, which last up to an hour.",
+  "Multiple of the 68 test videos, which last up to an hour.",
 )
 _CONVERSATIONS = flags.DEFINE_integer(
   "conversations",
   _DEFAULT.conversations,
-  "Conversations of five questions about each training video.",
+  "Conversations of one to five questions about each training video.",
 )
 
 

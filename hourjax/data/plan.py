@@ -2,6 +2,7 @@
 
 import bisect
 import functools
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,15 +36,15 @@ class RowPlan:
     self._capacity = np.array(capacity.astuple())
     self._seed, self._shuffle = seed, shuffle
     self._ends: list[int] = []  # rows up to the end of each planned epoch
+    self._planning = threading.Lock()  # rows are built in several threads
     self._epoch_rows = functools.lru_cache(maxsize=4)(self._plan_epoch)
 
   def row(self, k: int) -> tuple[int, tuple[int, ...]]:
     """(epoch, sample indices) of row k."""
-    epoch = bisect.bisect_right(self._ends, k)
-    while epoch == len(self._ends):
-      before = self._ends[-1] if self._ends else 0
-      self._ends.append(before + len(self._epoch_rows(epoch)))
-      epoch = bisect.bisect_right(self._ends, k)
+    with self._planning:
+      while (epoch := bisect.bisect_right(self._ends, k)) == len(self._ends):
+        before = self._ends[-1] if self._ends else 0
+        self._ends.append(before + len(self._epoch_rows(epoch)))
     first = self._ends[epoch - 1] if epoch else 0
     return epoch, self._epoch_rows(epoch)[k - first]
 

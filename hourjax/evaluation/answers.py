@@ -10,11 +10,12 @@ from hourjax import progress
 from hourjax.data.dataset import Dataset
 from hourjax.data.features import FeatureStore
 from hourjax.data.plan import RowPlan
-from hourjax.data.records import Record, Skipped, check_media
+from hourjax.data.records import Record, Skipped
 from hourjax.data.rows import RowSpec, Size, build_row, stack_rows
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.inference.generation import generate
 from hourjax.training.experiment import Experiment
+from hourjax.training.loop import check_read
 
 _ROUNDING = 1.5  # capacities of consecutive groups grow by this factor
 
@@ -42,9 +43,7 @@ def answer_records(
   Returns:
     Answers, and the records that could not be read.
   """
-  records, skipped = list(records), []
-  if not experiment.data.features:
-    records, skipped = check_media(records, experiment.data.media)
+  records, skipped = check_read(list(records), experiment.data)
   tokenizer = Tokenizer.from_folder(experiment.data.tokenizer)
   dataset = _dataset(experiment, records, tokenizer, _UNBOUNDED, new_tokens)
   order = np.argsort([size.memory for size in dataset.sizes], kind="stable")

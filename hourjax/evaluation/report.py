@@ -160,7 +160,7 @@ def plot_accuracy(
   counts = [next(iter(groups[n].values()))["count"] for n in names]
   labels = [f"{n.replace('_', ' ')} ({c})" for n, c in zip(names, counts)]
   axes.set_yticks(range(len(names)), labels)
-  axes.invert_yaxis()
+  axes.set_ylim(len(names) - 0.4, -0.6)
   axes.set_xlim(0, 1)
   axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
   axes.set_title(title, loc="left")

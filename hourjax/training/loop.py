@@ -23,11 +23,11 @@ from hourjax.data.dataset import Dataset
 from hourjax.data.features import FeatureStore
 from hourjax.data.pipeline import batches
 from hourjax.data.plan import RowPlan
-from hourjax.data.records import Skipped, check_media, read_records
+from hourjax.data.records import Record, Skipped, check_media, read_records
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 from hourjax.training.checkpoint import Checkpoints
-from hourjax.training.experiment import Experiment
+from hourjax.training.experiment import DataConfig, Experiment
 from hourjax.training.initial import initial_params
 from hourjax.training.metrics import Metrics
 from hourjax.training.optimizer import make_optimizer, split_params
@@ -101,9 +101,8 @@ def open_dataset(
   """
   data = experiment.data
   records, skipped = read_records(data.records)
-  if not data.features:
-    records, lost = check_media(records, data.media)
-    skipped += lost
+  records, lost = check_read(records, data)
+  skipped += lost
   dataset = Dataset(
     records,
     tokenizer=Tokenizer.from_folder(data.tokenizer),
@@ -121,6 +120,25 @@ def open_dataset(
       f" more than config.data.max_skipped={data.max_skipped}:\n  {reasons}"
     )
   return dataset, skipped
+
+
+def check_read(
+  records: list[Record], data: DataConfig
+) -> tuple[list[Record], list[Skipped]]:
+  """Keeps records whose files are there; stored videos need no file."""
+  opened = {
+    id(record)
+    for record in records
+    if record.media and not (data.features and record.modality == "video")
+  }
+  if not opened:
+    return records, []
+  found, lost = check_media(
+    [record for record in records if id(record) in opened], data.media
+  )
+  there = {id(record) for record in found}
+  kept = [r for r in records if id(r) not in opened or id(r) in there]
+  return kept, lost
 
 
 def report_skipped(skipped: list[Skipped]) -> None:

@@ -1,8 +1,11 @@
 """Whole runs through the loop on a small demo; losses are equal floats."""
 
 import dataclasses
+import functools
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from configs import demo
@@ -13,6 +16,7 @@ from hourjax.models.params import init_params
 from hourjax.training import loop
 from hourjax.training.checkpoint import read_config, restore_params
 from hourjax.training.experiment import build_experiment
+from hourjax.training.initial import initial_params
 from hourjax.training.metrics import Metrics, read_metrics
 
 STEPS = 6
@@ -49,6 +53,31 @@ def experiment(tmp_path_factory):
     batch_frames=64,
   )
   return made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _drawn_and_compiled_once(experiment):
+  """Spares every run but the first what takes longest, and is the same."""
+  drawn = initial_params(experiment)
+  made, compile_step = [], loop.jit_train_step
+
+  def fresh(asked):
+    # A step reuses the memory of the state before it, so each run gets copies.
+    same = asked.model == experiment.model
+    return jax.tree.map(jnp.copy, drawn) if same else initial_params(asked)
+
+  @functools.cache
+  def jitted(config):
+    return compile_step(config, made[0])
+
+  def step_of(config, optimizer):
+    made.append(optimizer)
+    return jitted(config)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "initial_params", fresh)
+    patch.setattr(loop, "jit_train_step", step_of)
+    yield
 
 
 @pytest.fixture(scope="module")
