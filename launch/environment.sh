@@ -2,8 +2,8 @@
 #
 #   environment [requirements file ...]
 #
-# PYTHON names the interpreter to make .venv with (default: the newest of
-# python3.11 to python3.14, or python3). A stamp of the requirement files in
+# PYTHON names the interpreter to make .venv with (default: python3, or one of
+# python3.14 to python3.11 where that is too old). A stamp of the requirement files in
 # .venv tells whether there is anything to do.
 
 environment() {

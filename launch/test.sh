@@ -13,4 +13,4 @@ if [[ "${1:-}" == --quick ]]; then
 fi
 ruff check .
 ruff format --check .
-python -m pytest -n 2 --dist loadfile "${marks[@]}" "$@"
+python -m pytest -n 2 --dist loadfile ${marks[@]+"${marks[@]}"} "$@"
