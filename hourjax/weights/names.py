@@ -7,7 +7,6 @@ another.
 """
 
 import dataclasses
-import math
 
 import numpy as np
 
@@ -53,8 +52,9 @@ class Entry:
   def official_shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
     """Shape of the official tensor, from the shapes of one layer of ours."""
     turned = [_shape_back(shape, self.layout) for shape in shapes]
-    first = sum(shape[0] for shape in turned) if turned[0] else None
-    return (first, *turned[0][1:]) if turned[0] else ()
+    if len(turned) == 1:
+      return turned[0]
+    return (sum(shape[0] for shape in turned), *turned[0][1:])
 
 
 def key_table(config: ModelConfig) -> list[Entry]:
@@ -200,8 +200,3 @@ def _shape_back(shape, layout):
   if layout == "conv":
     return tuple(shape[axis] for axis in _CONV_BACK)
   return tuple(reversed(shape)) if layout == "transposed" else tuple(shape)
-
-
-def parameter_count(shapes: dict[str, tuple[int, ...]]) -> int:
-  """Number of parameters behind a mapping of names to shapes."""
-  return sum(math.prod(shape) for shape in shapes.values())
