@@ -28,7 +28,7 @@ MODEL = ModelConfig(
   dtype="float32",
   remat="none",
 )
-_STEPS = {1: 420, 2: 240}
+_STEPS = {1: 560, 2: 240}
 _RATES = {1: 1.5e-3, 2: 1.5e-3}
 _RECORDS = {1: "train_stage1.json", 2: "train.json"}
 _FRAMES = 240  # of the longest training video
