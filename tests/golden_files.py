@@ -59,6 +59,12 @@ def meta() -> dict:
   return load_json("META.json")
 
 
+def present() -> dict[str, dict]:
+  """META's entries of the files that are really in the folder."""
+  entries = meta().get("files", {})
+  return {name: e for name, e in entries.items() if golden_path(name)}
+
+
 def meta_of(name: str) -> dict:
   """What META.json says about one file."""
   return meta().get("files", {}).get(name, {})

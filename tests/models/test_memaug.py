@@ -18,7 +18,7 @@ ATOL = 5e-6
 
 NAMES = [
   name.removesuffix(".npz")
-  for name, entry in golden_files.meta().get("files", {}).items()
+  for name, entry in golden_files.present().items()
   if "memaug_depth" in entry.get("config", {}) and name.endswith(".npz")
 ]
 pytestmark = pytest.mark.skipif(not NAMES, reason=golden_files.NO_GOLDEN)

@@ -20,7 +20,7 @@ ATOL = 1e-5
 
 NAMES = [
   name.removesuffix(".npz")
-  for name, entry in golden_files.meta().get("files", {}).items()
+  for name, entry in golden_files.present().items()
   if "layers_after_deletion" in entry and name.endswith(".npz")
 ]
 POOL = golden_files.npz("pool2d.npz")
