@@ -25,10 +25,13 @@ class Conversation:
   Attributes:
     ids: token ids; IMAGE marks a visual slot.
     labels: the id where a token is trained, else IGNORE. Not shifted.
+    answer: index of the first token that the assistant says, after the markup
+      that opens its turn; N if it says nothing.
   """
 
   ids: Int32[np.ndarray, "N"]
   labels: Int32[np.ndarray, "N"]
+  answer: int = 0
 
 
 def encode_conversation(
@@ -75,15 +78,18 @@ def encode_conversation(
     new = _encode_turn(_ROLES[turn.role], turn.text, tokenizer)
     ids += new
     spoken += [turn.role == "gpt"] * len(new)
+  opening = tokenizer.encode("<|im_start|>assistant\n")
   if prompt_only:
-    ids += tokenizer.encode("<|im_start|>assistant\n")
+    ids += opening
 
   ids = np.array(ids, np.int32)
   if prompt_only:
-    return Conversation(ids, np.full_like(ids, IGNORE))
+    return Conversation(ids, np.full_like(ids, IGNORE), len(ids))
   markup = [tokenizer.im_start, tokenizer.im_end, tokenizer.newline]
   trained = (np.array(spoken) | np.isin(ids, markup)) & (ids != IMAGE)
-  return Conversation(ids, np.where(trained, ids, np.int32(IGNORE)))
+  labels = np.where(trained, ids, np.int32(IGNORE))
+  # There is an answer with text, or _check would have raised.
+  return Conversation(ids, labels, spoken.index(True) + len(opening))
 
 
 def _check(turns: list[Turn], prompt_only: bool) -> None:

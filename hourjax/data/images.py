@@ -3,6 +3,7 @@
 Sizes are in pixels. The one resize of the whole system is PIL's bicubic one.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -55,9 +56,26 @@ def load_image(path: str | os.PathLike) -> UInt8[np.ndarray, "height width 3"]:
   Raises:
     UserError: missing, not an image, or damaged.
   """
+  with _opened(path) as image:
+    return np.array(image.convert("RGB"))
+
+
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+  """(width, height) in pixels, from the header alone.
+
+  Raises:
+    UserError: missing, or not an image.
+  """
+  with _opened(path) as image:
+    return image.size
+
+
+@contextlib.contextmanager
+def _opened(path):
+  """An image file; what goes wrong inside becomes a UserError."""
   try:
     with Image.open(path) as image:
-      return np.array(image.convert("RGB"))
+      yield image
   except UnidentifiedImageError as error:
     size = os.path.getsize(path)
     raise UserError(

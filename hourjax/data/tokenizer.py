@@ -1,7 +1,9 @@
 """The Qwen2 / Qwen2.5 byte-level BPE, from the model's own files."""
 
+import functools
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +89,25 @@ class Tokenizer:
 
   @property
   def vocab_size(self) -> int:
+    """Ids that may occur are below this."""
     return self._backend.get_vocab_size(with_added_tokens=True)
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """16 hexadecimal digits, the same for tokenizers that work the same."""
+    whole = self._backend.to_str().encode()
+    return hashlib.sha256(whole).hexdigest()[:16]
 
   def encode(self, text: str) -> list[int]:
     """Token ids of `text`; special tokens written in it are recognised."""
     return self._backend.encode(text, add_special_tokens=False).ids
+
+  def lengths(self, texts: Sequence[str]) -> list[int]:
+    """Number of tokens of each text; uses all cores."""
+    encoded = self._backend.encode_batch_fast(
+      list(texts), add_special_tokens=False
+    )
+    return [len(text.ids) for text in encoded]
 
   def decode(
     self, ids: Iterable[int] | Int[np.ndarray, "N"], skip_special: bool = False
