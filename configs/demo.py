@@ -30,7 +30,6 @@ MODEL = ModelConfig(
 )
 _STEPS = {1: 560, 2: 240}
 _RATES = {1: 1.5e-3, 2: 1.5e-3}
-_RECORDS = {1: "train_stage1.json", 2: "train.json"}
 _FRAMES = 240  # of the longest training video
 _TOKENS = MODEL.pool_side**2  # of a frame
 # One short question a row in stage 1; in stage 2 conversations differ much in
@@ -53,7 +52,7 @@ _BATCH_ROWS = {1: 16, 2: 8}
 
 
 def get_config(arg: str | None = None):
-  """Arguments: "data" is the folder that `hourjax.demo` filled, "stage"."""
+  """Arguments: "stage"; "data", the folder that launch/local.sh fills."""
   arg = common.parse_arg(arg, data="work/data", stage=1)
   if arg.stage not in _STEPS:
     raise ValueError(f"config argument stage={arg.stage}: stage is 1 or 2")
@@ -65,7 +64,7 @@ def get_config(arg: str | None = None):
     log_every=10,
     checkpoint_every=100,
   )
-  config.data.records = f"{arg.data}/{_RECORDS[arg.stage]}"
+  config.data.dataset = f"{arg.data}/stage{arg.stage}"
   config.data.media = f"{arg.data}/videos"
   config.data.features = f"{arg.data}/features"
   config.data.tokenizer = f"{arg.data}/tokenizer"

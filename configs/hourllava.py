@@ -1,8 +1,8 @@
 """Hour-LLaVA 3B and 7B, stages 1 to 3 (SPEC section 3; paper, appendix A).
 
   python -m hourjax.train --config=configs/hourllava.py:size=3b,stage=3 \
-      --config.data.records=videomarathon.json \
-      --config.data.features=features --config.data.tokenizer=qwen2.5 \
+      --config.data.dataset=videomarathon --config.data.features=features \
+      --config.data.tokenizer=qwen2.5 \
       --config.init=stage2 --workdir=stage3
 
 Stages share everything but what `_STAGES` states. The global batch is given
@@ -49,8 +49,11 @@ _ROWS = {
     tiles=40,
     blends=81 * 81,
     memory=235_520,
-    queries=9728,
-    decoder=10_240,
+    # Short videos keep a quarter of their frames, long ones 512 at most: an
+    # hour of short ones has more queries than a single hour. With these,
+    # both memory and decoder are filled to nine tenths (`bench data`).
+    queries=15_872,
+    decoder=16_640,
   ),
 }
 

@@ -5,4 +5,11 @@ class UserError(ValueError):
   """A mistake in the input: names the thing, both values and the remedy.
 
   Entry points print the message without a traceback and exit with status 2.
+
+  Attributes:
+    kind: one word by which failures of one sort are counted, e.g. "missing".
   """
+
+  def __init__(self, message: str, *, kind: str = "other"):
+    super().__init__(message)
+    self.kind = kind

@@ -14,7 +14,7 @@ import time
 from absl import app, flags
 
 from hourjax import command
-from hourjax.data.records import read_records
+from hourjax.data.record_files import read_records
 from hourjax.evaluation.answers import answer_records
 from hourjax.evaluation.report import (
   WITH,

@@ -1,37 +1,90 @@
 """Extracts tower features of videos into a feature store.
 
-  python -m hourjax.extract --config=configs/demo.py \
-      --videos=work/data/videos --out=work/data/features
+  python -m hourjax.extract --config=configs/hourllava.py:size=3b,stage=3 \
+      --tower=siglip-so400m-patch14-384 \
+      --videos=videomarathon/videos --out=gs://bucket/features
 
-The tower is the one that training with this configuration starts from.
-Finished videos are skipped, so a stopped run can be started again.
+The tower is that of a SigLIP folder, an Hour-LLaVA checkpoint or a workdir; by
+default the one that training with this configuration starts from. Finished
+videos are skipped, so a stopped run can be started again. Several machines
+share the work by JAX's process index, by --worker=0/8 and so on, or with
+--beam_runner as an Apache Beam pipeline.
+
+Ends with 0 if every video is stored, 3 if some failed (see failures-*.jsonl in
+the store), 2 on a mistake in the options, 1 if it could not go on (full disk),
+130 on interrupt and 143 on SIGTERM.
 """
+
+import signal
+import sys
 
 from absl import app, flags
 from ml_collections import config_flags
 
 from hourjax import command
+from hourjax.inference import beam
 from hourjax.inference.extraction import extract_videos
+from hourjax.inference.tower_params import tower_params
+from hourjax.inference.videos import parse_worker
 from hourjax.training.experiment import build_experiment
-from hourjax.training.initial import initial_params
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
 _VIDEOS = flags.DEFINE_string("videos", None, "Folder of videos.")
-_OUT = flags.DEFINE_string("out", None, "Folder of the feature store.")
-_FRAMES = flags.DEFINE_integer("batch_frames", 256, "Frames encoded at a time.")
+_OUT = flags.DEFINE_string("out", None, "Feature store: a folder or URL.")
+_TOWER = flags.DEFINE_string("tower", None, "Folder with the tower's weights.")
+_NAMES = flags.DEFINE_string("names", None, "File of names; only these.")
+_THREADS = flags.DEFINE_integer(
+  "threads", None, "Videos decoded at a time (one a core).", lower_bound=1
+)
+_WORKER = flags.DEFINE_string("worker", None, "Share of this process, i/n.")
+_FRAMES = flags.DEFINE_integer(
+  "batch_frames",
+  None,
+  "Frames encoded at a time, over all devices (32 a device).",
+  lower_bound=1,
+)
+_RUNNER = flags.DEFINE_string("beam_runner", None, "E.g. DirectRunner.")
+_OPTIONS = flags.DEFINE_string(
+  "beam_options", "", "Options of the runner, separated by spaces."
+)
 
 
 def main(argv: list[str]) -> None:
   command.begin(argv)
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   with command.user_errors():
     experiment = build_experiment(_CONFIG.value.to_dict())
-    extract_videos(
-      initial_params(experiment),
-      experiment.model,
-      videos=_VIDEOS.value,
-      out=_OUT.value,
-      batch_frames=_FRAMES.value,
+    try:
+      failed = _extract(experiment)
+    except OSError as error:
+      sys.exit(
+        f"error: {_OUT.value}: {error}; what is stored so far counts, make"
+        " room and start again"
+      )
+    except KeyboardInterrupt:
+      print("interrupted; start again to go on", file=sys.stderr)
+      sys.exit(130)
+  sys.exit(3 if failed else 0)
+
+
+def _extract(experiment) -> list:
+  if _RUNNER.value:
+    work = beam.Work(
+      experiment, _TOWER.value, _VIDEOS.value, _OUT.value, _FRAMES.value
     )
+    return beam.extract_videos(
+      work, runner=_RUNNER.value, options=_OPTIONS.value, names=_NAMES.value
+    )
+  return extract_videos(
+    tower_params(experiment, _TOWER.value),
+    experiment.model,
+    videos=_VIDEOS.value,
+    out=_OUT.value,
+    batch_frames=_FRAMES.value,
+    threads=_THREADS.value,
+    worker=parse_worker(_WORKER.value) if _WORKER.value else None,
+    names=_NAMES.value,
+  )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Trains Hour-LLaVA.
 
   python -m hourjax.train --config=configs/hourllava.py:size=3b,stage=3 \
-      --config.data.records=train.json --workdir=work/run
+      --config.data.dataset=videomarathon --workdir=work/run
 
 Any key of the configuration can be set as --config.KEY=VALUE; an unknown one
 fails. Started again with the same workdir, the run continues.

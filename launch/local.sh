@@ -19,6 +19,18 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 
 step() { echo; echo "== $1"; shift; "$@"; }
 
+# The conversations of both stages, with the durations of the stored features.
+prepare() {
+  local stage records
+  for stage in 1 2; do
+    records=train.json
+    [[ $stage == 1 ]] && records=train_stage1.json
+    python -m hourjax.prepare --out="$work/data/stage$stage" --overwrite \
+      --records="$work/data/$records" --tokenizer="$work/data/tokenizer" \
+      --features="$work/data/features"
+  done
+}
+
 # train NAME [options]: both stages in $work/NAME.
 train() {
   local run=$work/$1
@@ -28,15 +40,16 @@ train() {
     --config.init="$run/stage1" "$@"
 }
 
-step "1/5 render videos and write questions" \
+step "1/6 render videos and write questions" \
   python -m hourjax.demo --workdir="$work"
-step "2/5 extract features" \
+step "2/6 extract features" \
   python -m hourjax.extract --config="${config}1" \
   --videos="$work/data/videos" --out="$work/data/features"
-step "3/5 train" train memaug
-step "4/5 train the same without MemAug, to compare" \
+step "3/6 prepare the questions" prepare
+step "4/6 train" train memaug
+step "5/6 train the same without MemAug, to compare" \
   train no_memaug --config.model.memaug_layers=0
-step "5/5 evaluate on held-out videos of up to one hour" \
+step "6/6 evaluate on held-out videos of up to one hour" \
   python -m hourjax.evaluate --records="$work/data/test.json" \
   --run="$work/memaug/stage2" --without="$work/no_memaug/stage2" --out="$work"
 echo

@@ -8,6 +8,7 @@ import array
 import dataclasses
 import os
 import pathlib
+import zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ from hourjax.data.conversations import IGNORE, IMAGE, encode_conversation
 from hourjax.data.records import Record
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
+
+_UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile)
 
 MODALITIES = ("text", "video", "image")
 # What a video is measured with before its duration is known; `sizes` adds the
@@ -97,7 +100,7 @@ class Columns:
     try:
       with np.load(path) as file:
         found = {name: file[name] for name in wanted}
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (*_UNREADABLE, KeyError) as error:
       raise UserError(
         f"{path} cannot be read as the columns of a prepared dataset"
         f" ({error}); run `python -m hourjax.prepare` again"

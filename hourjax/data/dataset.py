@@ -1,4 +1,4 @@
-"""Records to samples: the one place that touches files for training."""
+"""Records to samples: the one place that opens files for training."""
 
 import dataclasses
 import pathlib
@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Int64
 
 from hourjax.data import images, video
+from hourjax.data.columns import Columns, ColumnsBuilder, measure_record
 from hourjax.data.conversations import Conversation, encode_conversation
 from hourjax.data.features import FeatureStore
 from hourjax.data.forgetting import Forgetting, kept_tokens
 from hourjax.data.layout import Layout, build_layout
 from hourjax.data.records import Record, Skipped, Turn
 from hourjax.data.repository import (
-  MIN_FRAMES,
   Repository,
   empty_repository,
   images_repository,
@@ -22,13 +23,12 @@ from hourjax.data.repository import (
   tiled_repository,
   video_repository,
 )
-from hourjax.data.rows import (
-  RowSpec,
-  Sample,
-  Size,
-  Visual,
-  check_fits,
-  layout_size,
+from hourjax.data.rows import RowSpec, Sample, Visual
+from hourjax.data.sizes import (
+  pixel_frames,
+  sample_sizes,
+  shown_videos,
+  stored_frames,
 )
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
@@ -68,12 +68,40 @@ class _Planned:
   frames: np.ndarray | None = None  # of the stored features, or of the video
 
 
+@dataclasses.dataclass(frozen=True)
+class Unread:
+  """A sample that could not be read, and was left out of its row.
+
+  Attributes:
+    id: of the record, or "" where not even that could be read.
+    kind: the sort of failure, one word.
+    reason: the whole message.
+  """
+
+  id: str
+  kind: str
+  reason: str
+
+
 class Dataset:
-  """Samples by index. Bad records are listed in `skipped`, never replaced."""
+  """Samples by the index of their record.
+
+  Attributes:
+    columns: of all records.
+    sizes: what each sample takes, in the order of `sizes.FIELDS`.
+    usable: indices of the records that can be used, ascending.
+    skipped: the other records with the reason; never replaced.
+  """
+
+  columns: Columns
+  sizes: Int64[np.ndarray, "N 7"]
+  usable: Int64[np.ndarray, "n"]
+  skipped: list[Skipped]
 
   def __init__(
     self,
     records: Sequence[Record],
+    columns: Columns,
     *,
     tokenizer: Tokenizer,
     spec: RowSpec,
@@ -81,20 +109,88 @@ class Dataset:
     media_root: str | pathlib.Path,
     features: FeatureStore | None = None,
   ):
-    """Plans every record; reads headers, no pixels and no features."""
+    """Sizes every sample from its columns; opens no file.
+
+    Args:
+      records: by index; they may be read only when asked for.
+      columns: of these records, measured with this tokenizer.
+      tokenizer: of the model.
+      spec: of the rows.
+      options: how records become samples.
+      media_root: folder of videos and images.
+      features: store of the videos; None to read their pixels.
+    """
+    self._records, self.columns = records, columns
     self._tokenizer, self._spec, self._options = tokenizer, spec, options
     self._media, self._features = pathlib.Path(media_root), features
-    self._plans: list[_Planned] = []
-    self.sizes: list[Size] = []
-    self.skipped: list[Skipped] = []
+    room = options.answer_room if options.prompt_only else None
+    self.sizes, problems = sample_sizes(
+      columns,
+      shown_videos(columns, features),
+      tokenizer=tokenizer,
+      spec=spec,
+      forgetting=options.forgetting,
+      max_length=options.max_length,
+      single_image=options.single_image,
+      answer_room=room,
+    )
+    bad = sorted(problems)
+    self.usable = np.setdiff1d(np.arange(len(columns)), np.array(bad, int))
+    self.skipped = []
+    for i in bad:
+      name = records[i].id
+      self.skipped.append(Skipped(name, f"record {name}: {problems[i]}"))
+
+  @classmethod
+  def from_records(
+    cls,
+    records: Sequence[Record],
+    *,
+    tokenizer: Tokenizer,
+    spec: RowSpec,
+    options: SampleOptions,
+    media_root: str | pathlib.Path,
+    features: FeatureStore | None = None,
+  ) -> "Dataset":
+    """Measures a few records on the spot instead of preparing them."""
+    columns, kept, skipped = ColumnsBuilder(), [], []
     for record in records:
       try:
-        self._add(record)
+        measures = measure_record(
+          record, tokenizer, media_root, prompt_only=options.prompt_only
+        )
+        name, known = None, None
+        if record.modality == "video":
+          name = record.media[0]
+          if features is None:
+            known = video.probe(pathlib.Path(media_root) / name)
       except UserError as error:
-        self.skipped.append(Skipped(record.id, str(error)))
+        skipped.append(Skipped(record.id, str(error)))
+        continue
+      columns.add(
+        measures,
+        record.source,
+        "default",
+        name,
+        known.duration if known else None,
+        known.frames if known else 0,
+      )
+      kept.append(record)
+    made = cls(
+      kept,
+      columns.build(),
+      tokenizer=tokenizer,
+      spec=spec,
+      options=options,
+      media_root=media_root,
+      features=features,
+    )
+    made.skipped = skipped + made.skipped
+    return made
 
   def __len__(self) -> int:
-    return len(self._plans)
+    """Number of usable samples."""
+    return len(self.usable)
 
   @property
   def vocab_size(self) -> int:
@@ -102,39 +198,60 @@ class Dataset:
     return self._tokenizer.vocab_size
 
   def record(self, index: int) -> Record:
-    return self._plans[index].record
+    return self._records[index]
 
   def prompt_length(self, index: int) -> int:
     """Decoder positions of a sample before its answer room."""
-    return self.sizes[index].decoder - self._options.answer_room
+    return int(self.sizes[index, -1]) - self._options.answer_room
 
   def sample(self, index: int, epoch: int = 0) -> Sample:
-    """Reads and lays out a sample: a function of (seed, epoch, index)."""
-    plan = self._plans[index]
+    """Reads and lays out a sample: a function of (seed, epoch, index).
+
+    Raises:
+      UserError: its files cannot be read.
+    """
+    plan = self._plan(self._records[index])
+    return self._lay_out(plan, self._read(plan, None), index, epoch)
+
+  def samples(
+    self, indices: Sequence[int], epoch: int, room: np.ndarray | None = None
+  ) -> tuple[list[Sample], list[Unread]]:
+    """Samples that share one memory, which is read once.
+
+    Args:
+      indices: records about the same video (or only one record).
+      epoch: decides with seed and index what is forgotten.
+      room: memory [n, V] for stored features, which saves copying them.
+
+    Returns:
+      Samples, of which all but the first have `shares` set, and what could
+      not be read.
+    """
+    done: list[Sample] = []
+    failed, visual = [], None
+    for index in indices:
+      name = ""
+      try:
+        record = self._records[index]
+        name = record.id
+        plan = self._plan(record)
+        if not done:
+          visual = self._read(plan, room)
+        sample = self._lay_out(plan, visual, index, epoch)
+        done.append(dataclasses.replace(sample, shares=bool(done)))
+      except UserError as error:
+        failed.append(Unread(name, error.kind, str(error)))
+      except OSError as error:
+        failed.append(Unread(name, "unreachable", f"record {name}: {error}"))
+    return done, failed
+
+  def _lay_out(self, plan: _Planned, visual, index: int, epoch: int) -> Sample:
     rng = np.random.default_rng([self._options.seed, epoch, index])
-    visual = self._read(plan)
     layout = self._layout(plan, rng, visual)
     return Sample(plan.record.id, layout, plan.kind, visual)
 
-  def _add(self, record: Record) -> None:
-    plan = self._plan(record)
-    # Lengths do not depend on which tokens are kept.
-    plain = dataclasses.replace(self._options.forgetting, temporal="uniform")
-    layout = self._layout(plan, np.random.default_rng(0), None, plain)
-    labelled = layout.targets[layout.targets >= 0]
-    if not self._options.prompt_only and not len(labelled):
-      raise UserError(
-        f"record {record.id}: none of its {len(layout.labels)} decoder"
-        f" positions is labelled within max_length="
-        f"{self._options.max_length}; raise it or drop the record"
-      )
-    size = layout_size(layout, plan.kind, plan.images)
-    check_fits(size, self._spec.capacity, f"record {record.id}")
-    self._plans.append(plan)
-    self.sizes.append(size)
-
-  def _layout(self, plan: _Planned, rng, visual, rule=None) -> Layout:
-    rule = rule or self._options.forgetting
+  def _layout(self, plan: _Planned, rng, visual) -> Layout:
+    rule = self._options.forgetting
     means = None
     if rule.temporal == "keyframe" and plan.kind == "features":
       shown = repeated_frames(plan.images // self._spec.frame_tokens)
@@ -160,7 +277,7 @@ class Dataset:
       count = len(record.media)
       repository = images_repository(count, side)
       return _Planned(record, conversation, repository, "tiles", count)
-    height, width = images.load_image(self._media / record.media[0]).shape[:2]
+    width, height = images.image_size(self._media / record.media[0])
     geometry = images.anyres_geometry(
       width, height, tile=self._spec.image_size, side=side
     )
@@ -170,28 +287,12 @@ class Dataset:
   def _plan_video(self, record: Record) -> _Planned:
     name = record.media[0]
     if self._features is not None:
-      if name not in self._features:
-        raise UserError(
-          f"record {record.id}: {name} is not in {self._features.root};"
-          " extract it first"
-        )
-      stored, duration = self._features.stored(name)
-      frames = video.stored_feature_frames(stored, duration)
+      duration, frames = stored_frames(self._features, name)
       kind, images_ = "features", len(frames) * self._spec.frame_tokens
     else:
       info = video.probe(self._media / name)
-      frames = video.raw_video_frames(info.frames, float(info.fps))
-      duration, kind, images_ = info.duration, "frames", len(frames)
-      if len(frames) > MIN_FRAMES:
-        raise UserError(
-          f"record {record.id}: {name} has {len(frames)} frames at 1 FPS, the"
-          f" encoder in the step takes at most {MIN_FRAMES}; extract features"
-        )
-    if not len(frames):
-      raise UserError(
-        f"record {record.id}: {name} lasts {duration:.2f} s, which leaves 0"
-        " frames at 1 FPS; drop the record"
-      )
+      duration, frames = pixel_frames(name, info.frames, info.duration)
+      kind, images_ = "frames", len(frames)
     conversation = self._encode(record, (duration, len(frames)))
     side = round(self._spec.frame_tokens**0.5)
     repository = video_repository(len(frames), side)
@@ -206,13 +307,17 @@ class Dataset:
       prompt_only=self._options.prompt_only,
     )
 
-  def _read(self, plan: _Planned) -> np.ndarray | None:
+  def _read(self, plan: _Planned, room) -> np.ndarray | None:
     media, spec = plan.record.media, self._spec
     if not media:
       return None
     if plan.kind == "features":
       shape = (spec.frame_tokens, spec.width)
-      return self._features.read(media[0], plan.frames, shape)
+      if room is None or len(room) < plan.images:
+        return self._features.read(media[0], plan.frames, shape)
+      out = room[: plan.images].reshape(len(plan.frames), *shape)
+      self._features.read_into(media[0], plan.frames, out)
+      return out
     if plan.kind == "frames":
       path = self._media / media[0]
       frames = video.decode_frames(path, plan.frames, spec.image_size)

@@ -1,53 +1,85 @@
 """The feature store: one bfloat16 `.npy` a video, and an index.
 
-    ROOT/index.jsonl              {"video", "frames", "duration"} a line
+    ROOT/index-00000.jsonl        {"video", "frames", "duration"} a line
     ROOT/<video name>.npy         [F, Q, V], stored as numpy's two-byte void
+    ROOT/tower.json               which tower wrote them
 
-A video counts as stored once its line is in the index; the array is renamed
-into place before that, so an interrupted run leaves nothing half-written.
+ROOT is a folder or a URL such as gs://bucket/folder. Every writing process has
+an index of its own (`index-<worker>.jsonl`); readers merge all `index*.jsonl`.
+A video counts as stored once its line is in an index; the array is in place
+before that, so an interrupted run leaves nothing half-written. An array in
+place without its line does not count: it is extracted again and replaced.
 """
 
 import json
 import os
 import pathlib
-from typing import NamedTuple
+from collections.abc import Iterator, KeysView
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 
+from hourjax.data.array_file import (
+  FeatureWriter,
+  Stored,
+  header_bytes,
+  is_finite,
+  parse_header,
+)
+from hourjax.data.lines import Lines, read_lines
+from hourjax.data.scratch import Scratch
+from hourjax.data.storage import Part, is_url, open_storage
 from hourjax.errors import UserError
 
-_INDEX = "index.jsonl"
-
-
-class Stored(NamedTuple):
-  """What the index knows of a video: frames stored and seconds of video."""
-
-  frames: int
-  duration: float
+# Bytes read at a time: large enough for a bucket, and small enough that the
+# check for NaN finds them in the processor's cache.
+_BLOCK_BYTES = 1_500_000
+_TOWER = "tower.json"
 
 
 class FeatureStore:
-  """Reads and writes the features of videos under one folder."""
+  """Reads and writes the features of videos under one root; thread-safe."""
 
-  def __init__(self, root: str | os.PathLike, *, create: bool = False):
+  def __init__(
+    self,
+    root: str | os.PathLike,
+    *,
+    create: bool = False,
+    worker: int | str = 0,
+  ):
     """Opens a store.
 
+    Args:
+      root: folder or URL.
+      create: whether it may be empty.
+      worker: number of this process among those that write, or another label
+        for one that writes arrays but no index.
+
     Raises:
-      UserError: if the index is missing (and `create` is False) or broken.
+      UserError: if there is no index (and `create` is False), it is broken,
+        or the URL cannot be opened.
     """
-    self.root = pathlib.Path(root)
+    self.root = os.fspath(root) if is_url(root) else pathlib.Path(root)
+    self.storage = open_storage(root)
+    self.scratch = Scratch(root, f"{worker:>05}")
+    own = f"index-{worker:>05}.jsonl"
     self._index: dict[str, Stored] = {}
-    path = self.root / _INDEX
-    if path.exists():
-      self._read_index(path)
-    elif not create:
+    mine: list[dict] = []
+    keys = [k for k in self.storage.list("index") if k.endswith(".jsonl")]
+    if not keys and not create:
       raise UserError(
-        f"{path} does not exist; run `python -m hourjax.extract` first or"
-        " correct the feature folder"
+        f"{root} holds no index*.jsonl; run `python -m hourjax.extract` first"
+        " or correct the feature folder"
       )
-    self.root.mkdir(parents=True, exist_ok=True)
+    for key in keys:
+      rows = read_lines(self.storage, key)
+      self._index.update(
+        _entry(row, self.storage.location(key)) for row in rows
+      )
+      if key == own:
+        mine = rows
+    self._lines = Lines(self.storage, own, mine)
 
   def __contains__(self, video: str) -> bool:
     return video in self._index
@@ -55,66 +87,195 @@ class FeatureStore:
   def __len__(self) -> int:
     return len(self._index)
 
+  def videos(self) -> KeysView[str]:
+    """Names of all stored videos."""
+    return self._index.keys()
+
   def stored(self, video: str) -> Stored:
-    """Frames and duration of a stored video."""
+    """Frames and duration of a stored video.
+
+    Raises:
+      KeyError: not in the index.
+    """
     return self._index[video]
 
-  def path(self, video: str) -> pathlib.Path:
-    """File of a video's features."""
-    return self.root / f"{video}.npy"
+  def path(self, video: str) -> pathlib.Path | str:
+    """File or URL of a video's features."""
+    return self.storage.location(_key(video))
 
   def read(
-    self, video: str, frames: np.ndarray, shape: tuple[int, int]
+    self, video: str, frames: Int[np.ndarray, "F"], shape: tuple[int, int]
   ) -> Shaped[np.ndarray, "F Q V"]:
     """Chosen frames in bfloat16; only their bytes are read.
 
     Args:
       video: name in the index.
-      frames: int [F].
+      frames: indices, in any order.
       shape: (Q, V) that the model expects.
 
     Raises:
-      UserError: if the file is missing, truncated, or of another shape.
+      UserError: as `read_into`.
     """
-    path = self.path(video)
-    try:
-      array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
-      raise UserError(
-        f"{path} cannot be read ({error}); delete it and its line in"
-        f" {_INDEX} and extract the video again"
-      ) from None
-    expected = (self._index[video].frames, *shape)
-    if array.shape != expected or array.dtype.itemsize != 2:
-      raise UserError(
-        f"{path} holds {array.dtype} {array.shape}, the index and the model"
-        f" expect bfloat16 {expected}; extract with this model's tower"
+    out = np.empty((len(frames), *shape), ml_dtypes.bfloat16)
+    self.read_into(video, frames, out)
+    return out
+
+  def read_into(
+    self,
+    video: str,
+    frames: Int[np.ndarray, "F"],
+    out: Shaped[np.ndarray, "F Q V"],
+  ) -> None:
+    """Fills a C-contiguous bfloat16 `out` with chosen frames, in place.
+
+    Every value read is checked for NaN and infinity, which costs a quarter of
+    the speed of a copy from the page cache (11 to 8.5 GB/s).
+
+    Raises:
+      UserError: names the file if it is missing, truncated, of another shape
+        or type than index and `out`, or holds values that are not finite.
+      IndexError: a frame that the index says is not there.
+      ValueError: `out` is not C-contiguous.
+    """
+    if not out.flags.c_contiguous:
+      raise ValueError("out is not C-contiguous, so it cannot be filled")
+    count = self._index[video].frames
+    if len(frames) and not 0 <= frames.min() <= frames.max() < count:
+      raise IndexError(
+        f"frames {frames.min()} to {frames.max()} of {video}: it has {count}"
       )
-    return np.asarray(array[frames]).view(ml_dtypes.bfloat16)
+    once, where = np.unique(frames, return_inverse=True)
+    try:
+      if len(once) < len(frames):
+        few = np.empty((len(once), *out.shape[1:]), np.uint16)
+        self._fill(video, once, few)
+        np.take(few, where, axis=0, out=out.view(np.uint16), mode="clip")
+      else:
+        self._fill(video, frames, out.view(np.uint16))
+    except OSError as error:
+      raise UserError(
+        f"{self.path(video)} cannot be read ({error}); delete its line in the"
+        " index and extract the video again"
+      ) from None
+
+  def writer(
+    self, video: str, frames: int, shape: tuple[int, int], duration: float
+  ) -> FeatureWriter:
+    """Starts a video of which features arrive in chunks.
+
+    Finishing it puts the array in place; `record` then makes it count.
+
+    Args:
+      video: name.
+      frames: how many will come.
+      shape: (Q, V) of each.
+      duration: in seconds.
+    """
+    return FeatureWriter(
+      self.storage,
+      _key(video),
+      self.scratch.file(),
+      Stored(frames, round(float(duration), 2)),
+      shape,
+    )
+
+  def record(self, video: str, stored: Stored) -> None:
+    """Writes the index line of a video whose array is in place."""
+    self._lines.add({"video": video, **stored._asdict()})
+    self._index[video] = stored
 
   def write(
     self, video: str, features: Shaped[np.ndarray, "F Q V"], duration: float
   ) -> None:
-    """Stores one video: array first, then its line in the index."""
-    path = self.path(video)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-      np.save(file, features.astype(ml_dtypes.bfloat16).view("V2"))
-    partial.rename(path)
-    entry = Stored(len(features), round(float(duration), 2))
-    line = json.dumps({"video": video, **entry._asdict()})
-    with open(self.root / _INDEX, "a") as file:
-      file.write(line + "\n")
-    self._index[video] = entry
+    """Stores one video that is in memory.
 
-  def _read_index(self, path):
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-      try:
-        raw = json.loads(line)
-        self._index[raw["video"]] = Stored(raw["frames"], raw["duration"])
-      except (json.JSONDecodeError, KeyError, TypeError) as error:
+    Raises:
+      UserError: values that are not finite.
+    """
+    shape = features.shape[1:]
+    with self.writer(video, len(features), shape, duration) as writer:
+      writer.add(features)
+    self.record(video, writer.stored)
+
+  def claim(self, tower: str, shape: tuple[int, int]) -> None:
+    """Notes the tower that writes; features of two must not mix.
+
+    Args:
+      tower: fingerprint of its parameters.
+      shape: (Q, V) of a frame.
+
+    Raises:
+      UserError: the store holds another tower's features.
+    """
+    mine = {"tower": tower, "tokens": shape[0], "width": shape[1]}
+    try:
+      theirs = json.loads(self.storage.read(_TOWER))
+    except FileNotFoundError:
+      self.storage.write(_TOWER, json.dumps(mine).encode())
+      return
+    except ValueError:
+      theirs = "unreadable"
+    if theirs != mine:
+      raise UserError(
+        f"{self.storage.location(_TOWER)} says {theirs}, this run's tower is"
+        f" {mine}; give the same --tower, or another --out"
+      )
+
+  def _fill(self, video, frames, out: np.ndarray) -> None:
+    """Frames, all different, into uint16 [F, Q, V]."""
+    shape = (self._index[video].frames, *out.shape[1:])
+    header = np.empty(len(header_bytes(shape)), np.uint8)
+    end = header.nbytes + 2 * int(np.prod(shape))
+    parts = [(0, header), (end - 1, np.empty(1, np.uint8))]
+    blocks = list(_blocks(frames, out, header.nbytes))
+    filled = self.storage.read_parts(_key(video), parts + blocks)
+    next(filled)
+    self._check_header(video, header.tobytes(), shape)
+    next(filled)  # the last byte: a truncated file is one even if not needed
+    for (_, block), _ in zip(blocks, filled):
+      if not is_finite(block.view(np.uint16)):
         raise UserError(
-          f"{path}, line {number} is broken ({error}); delete the line and"
-          " extract again"
-        ) from None
+          f"{self.path(video)} holds NaN or infinite values; delete it and its"
+          " line in the index, and extract the video again"
+        )
+
+  def _check_header(self, video, header: bytes, expected) -> None:
+    if header == header_bytes(expected):
+      return
+    shape, dtype = parse_header(header)
+    if (shape, dtype) != (expected, np.dtype("V2")):
+      raise UserError(
+        f"{self.path(video)} holds {dtype} {shape}, the index and the model"
+        f" expect bfloat16 {expected}; extract with this model's tower"
+      )
+
+
+def _key(video: str) -> str:
+  return f"{video}.npy"
+
+
+def _entry(row: dict, where) -> tuple[str, Stored]:
+  try:
+    return row["video"], Stored(int(row["frames"]), float(row["duration"]))
+  except (KeyError, TypeError, ValueError) as error:
+    raise UserError(
+      f"{where}: {row} lacks or spoils {error} (video, frames, duration);"
+      " delete the line and extract again"
+    ) from None
+
+
+def _blocks(frames, out: np.ndarray, start: int) -> Iterator[Part]:
+  """Byte ranges of runs of frames, and the bytes of `out` they belong in.
+
+  With two frames a block, frames 3 4 5 9 are read as 3 4, 5, 9.
+  """
+  if not len(frames):
+    return
+  rows = out.reshape(len(out), -1).view(np.uint8)
+  most = max(1, _BLOCK_BYTES // rows.shape[1])
+  breaks = np.flatnonzero(np.diff(frames) != 1) + 1
+  for run in np.split(np.arange(len(frames)), breaks):
+    for at in range(run[0], run[-1] + 1, most):
+      stop = min(at + most, run[-1] + 1)
+      offset = start + int(frames[at]) * rows.shape[1]
+      yield offset, rows[at:stop].reshape(-1)

@@ -1,74 +1,301 @@
 """Which samples share a row: a plan that is a pure function of its inputs."""
 
-import bisect
+import dataclasses
 import functools
+import hashlib
+import itertools
 import threading
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int, Int64
 
 from hourjax.data.rows import Size
+from hourjax.errors import UserError
 
-_WINDOW = 256  # samples among which first-fit looks for a place
+# position = epoch * EPOCH + window * WINDOW + row in the window.
+EPOCH = 10**10
+VERSION = 1  # changes with the rows that the same input gives
+WINDOW = 1000  # at most so many items are packed together
+
+Group = tuple[int, ...]  # samples that share one memory
+Row = tuple[Group, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+  """How samples become rows.
+
+  Attributes:
+    seed: of every shuffle.
+    shuffle: False keeps the order of the samples (evaluation).
+    share: samples of one video that may share its memory in a row.
+  """
+
+  seed: int = 0
+  shuffle: bool = True
+  share: int = 1
 
 
 class RowPlan:
   """Rows of samples, epoch after epoch, by random access.
 
-  Each epoch is a new shuffle, packed first-fit within windows: a sample goes
-  into the first open row of its window that has room for it in every
-  capacity. Row k is the same whoever asks, so a position in the data is one
-  integer.
+  Each epoch shuffles the samples of every stream and cuts them into windows.
+  Within a window samples are packed first-fit: the largest first, each goes
+  into the first row that has room for it in every capacity. The windows of
+  all streams then follow one another in random order.
+
+  A position is one integer: row 3 of window 12 of epoch 2 is 20,000,012,003.
+  To find a row, its epoch is shuffled and its window is packed and nothing
+  before them, so it costs the same everywhere.
   """
 
   def __init__(
     self,
-    sizes: Sequence[Size],
+    sizes: Int64[np.ndarray, "N 7"],
     capacity: Size,
+    options: PlanOptions = PlanOptions(),
     *,
-    seed: int,
-    shuffle: bool = True,
+    members: Int[np.ndarray, "n"] | None = None,
+    memory: Int[np.ndarray, "N"] | None = None,
+    stream: Int[np.ndarray, "N"] | None = None,
+    weight: Float[np.ndarray, "N"] | None = None,
   ):
-    """All sizes must fit the capacity (see `rows.check_fits`)."""
-    self._sizes = np.array([size.astuple() for size in sizes]).reshape(
-      len(sizes), -1
-    )
-    self._capacity = np.array(capacity.astuple())
-    self._seed, self._shuffle = seed, shuffle
-    self._ends: list[int] = []  # rows up to the end of each planned epoch
-    self._planning = threading.Lock()  # rows are built in several threads
-    self._epoch_rows = functools.lru_cache(maxsize=4)(self._plan_epoch)
+    """Plans nothing yet.
 
-  def row(self, k: int) -> tuple[int, tuple[int, ...]]:
-    """(epoch, sample indices) of row k."""
-    with self._planning:
-      while (epoch := bisect.bisect_right(self._ends, k)) == len(self._ends):
-        before = self._ends[-1] if self._ends else 0
-        self._ends.append(before + len(self._epoch_rows(epoch)))
-    first = self._ends[epoch - 1] if epoch else 0
-    return epoch, self._epoch_rows(epoch)[k - first]
+    Args:
+      sizes: of all samples, each within the capacity.
+      capacity: of a row.
+      options: how samples become rows.
+      members: the samples to use; all if None.
+      memory: samples of the same number >= 0 read the same memory.
+      stream: samples of different streams never share a row.
+      weight: how often each sample is taken in an epoch. Of weight 0.25, one
+        in four is taken, each in every fourth epoch.
+
+    Raises:
+      UserError: there is no sample to plan with.
+    """
+    count = len(sizes)
+    self._sizes, self._capacity = sizes, np.array(capacity.astuple())
+    self._options = options
+    if members is None:
+      members = np.arange(count)
+    self._memory = np.full(count, -1) if memory is None else memory
+    self._stream = np.zeros(count, int) if stream is None else stream
+    self._weight = np.ones(count) if weight is None else weight
+    self._members = members[self._weight[members] > 0]
+    if not len(self._members):
+      raise UserError(
+        f"none of {count} samples can be used; see why they were skipped, or"
+        " raise config.data.weights"
+      )
+    self._planning = threading.RLock()  # rows are built in several threads
+    self._deal = functools.lru_cache(maxsize=2)(self._deal_epoch)
+    self._pack = functools.lru_cache(maxsize=8)(self._pack_window)
+    # (epoch, window) -> rows; counting is all that walking over them takes.
+    self._counts: dict[tuple[int, int], int] = {}
+
+  def row(self, position: int) -> tuple[int, Row]:
+    """(epoch, groups of sample indices) of the row at a position.
+
+    Raises:
+      IndexError: there is no row at this position.
+    """
+    epoch, window, row = _split(position)
+    rows = self._rows(epoch, window)
+    if row >= len(rows):
+      raise IndexError(
+        f"position {position}: row {row} of {len(rows)} in window {window}"
+      )
+    return epoch, rows[row]
+
+  def advance(self, position: int, rows: int) -> int:
+    """The position `rows` rows later; after an epoch comes the next one."""
+    epoch, window, row = _split(position)
+    row += rows
+    while row >= (count := self._count(epoch, window)):
+      row -= count
+      window += 1
+      if window == self._windows(epoch):
+        epoch, window = epoch + 1, 0
+    return epoch * EPOCH + window * WINDOW + row
 
   def rows_in_epoch(self, epoch: int) -> int:
-    return len(self._epoch_rows(epoch))
+    """Packs the whole epoch: seconds for a million samples."""
+    windows = range(self._windows(epoch))
+    return sum(self._count(epoch, window) for window in windows)
 
-  def _plan_epoch(self, epoch: int) -> list[tuple[int, ...]]:
-    order = np.arange(len(self._sizes))
-    if self._shuffle:
-      order = np.random.default_rng([self._seed, epoch]).permutation(order)
-    rows = []
-    for start in range(0, len(order), _WINDOW):
-      rows += self._first_fit(order[start : start + _WINDOW])
-    return rows
+  def fingerprint(self) -> str:
+    """16 hexadecimal digits, the same for plans of the same rows."""
+    parts = (self._sizes, self._capacity, self._members, self._memory,
+             self._stream, self._weight)  # fmt: skip
+    whole = hashlib.sha256(f"{VERSION} {self._options}".encode())
+    for part in parts:
+      whole.update(np.ascontiguousarray(part, np.float64))
+    return whole.hexdigest()[:16]
 
-  def _first_fit(self, window) -> list[tuple[int, ...]]:
-    rows, free = [], np.zeros((len(window), len(self._capacity)), int)
-    for sample in window:
-      size = self._sizes[sample]
-      fits = np.all(free[: len(rows)] >= size, axis=1)
-      place = int(np.argmax(fits)) if fits.any() else len(rows)
-      if place == len(rows):
+  def epoch_rows(self, epoch: int) -> list[Row]:
+    """All rows of an epoch in order."""
+    return [
+      row
+      for window in range(self._windows(epoch))
+      for row in self._rows(epoch, window)
+    ]
+
+  def _windows(self, epoch: int) -> int:
+    with self._planning:
+      return len(self._deal(epoch).windows)
+
+  def _rows(self, epoch: int, window: int) -> list[Row]:
+    with self._planning:
+      rows = self._pack(epoch, window)
+      self._counts[epoch, window] = len(rows)
+      return rows
+
+  def _count(self, epoch: int, window: int) -> int:
+    if (epoch, window) not in self._counts:
+      self._rows(epoch, window)
+    return self._counts[epoch, window]
+
+  def _deal_epoch(self, epoch: int) -> "_Deal":
+    """Shuffles an epoch and cuts it into windows."""
+    samples, starts, windows = [], [], []
+    taken, groups = 0, 0
+    for stream in np.unique(self._stream[self._members]).tolist():
+      part, first = self._deal_stream(epoch, stream)
+      samples.append(part)
+      starts.append(first + taken)
+      cuts = -(-len(first) // WINDOW)
+      ends = groups + len(first) * np.arange(cuts + 1) // max(cuts, 1)
+      windows += zip(ends[:-1].tolist(), ends[1:].tolist())
+      taken, groups = taken + len(part), groups + len(first)
+    if self._options.shuffle:
+      order = self._rng(epoch, "windows").permutation(len(windows))
+      windows = [windows[i] for i in order.tolist()]
+    return _Deal(
+      np.concatenate(samples),
+      np.append(np.concatenate(starts), taken),
+      # Without one where every weight is below 1 and no sample is due.
+      windows or [(0, 0)],
+    )
+
+  def _deal_stream(self, epoch: int, stream: int):
+    """Samples of one stream, shuffled, and where each group of them starts."""
+    members = self._members[self._stream[self._members] == stream]
+    taken = np.repeat(members, self._times(epoch, members, stream))
+    rng = self._rng(epoch, "samples", stream)
+    if self._options.shuffle:
+      taken = rng.permutation(taken)
+    if self._options.share == 1:
+      return taken, np.arange(len(taken))
+    taken, starts = self._share(taken)
+    if self._options.shuffle:
+      taken, starts = _permute_groups(taken, starts, rng)
+    return taken, starts
+
+  def _times(self, epoch: int, members: np.ndarray, stream: int) -> np.ndarray:
+    """How often each member is taken: weight 2.5 gives 2, 3, 2, 3, ...
+
+    Each sample is due at a place of its own, u in [0, 1), so that every epoch
+    takes the same part of the samples of one weight and all take turns.
+    """
+    weight = self._weight[members]
+    rng, u = self._rng(0, "turns", stream), np.empty(len(members))
+    for value in np.unique(weight):
+      alike = np.flatnonzero(weight == value)
+      u[alike] = rng.permutation(len(alike)) / len(alike)
+    due = [np.floor(weight * e + u + 1e-9) for e in (epoch, epoch + 1)]
+    return (due[1] - due[0]).astype(int)
+
+  def _share(self, taken: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Groups of at most `share` samples of one video that fit together.
+
+    Samples a0 b0 a1 a2 of videos a and b, two of which may share, become
+    a0 a1 a2 b0, and groups start at 0, 2 and 3.
+    """
+    video = self._memory[taken]
+    order = np.argsort(video, kind="stable")
+    taken, video = taken[order], video[order]
+    most = self._capacity[-2:] // np.maximum(self._sizes[taken, -2:], 1)
+    most = np.clip(most.min(axis=1), 1, self._options.share)
+    most[video < 0] = 1
+    first = np.flatnonzero(np.diff(video, prepend=-2))  # of each video
+    lengths = np.diff(first, append=len(video))
+    most = np.repeat(np.minimum.reduceat(most, first), lengths)
+    place = np.arange(len(video)) - np.repeat(first, lengths)
+    return taken, np.flatnonzero(place % most == 0)
+
+  def _pack_window(self, epoch: int, window: int) -> list[Row]:
+    """Packs one window first-fit and shuffles its rows."""
+    groups, sizes = self._window(epoch, window)
+    order = range(len(groups))
+    if self._options.shuffle:
+      # By the capacity that is the scarcest in this window.
+      scarce = np.argmax(sizes.sum(axis=0) / np.maximum(self._capacity, 1))
+      order = np.argsort(-sizes[:, scarce], kind="stable").tolist()
+    rows: list[list[Group]] = []
+    free = np.empty((len(groups), sizes.shape[1]), np.int64)
+    for i in order:
+      fits = (free[: len(rows)] >= sizes[i]).all(axis=1)
+      place = int(fits.argmax()) if len(rows) else 0
+      if not len(rows) or not fits[place]:
+        place = len(rows)
         rows.append([])
         free[place] = self._capacity
-      rows[place].append(int(sample))
-      free[place] -= size
+      rows[place].append(groups[i])
+      free[place] -= sizes[i]
+    if self._options.shuffle:
+      mixed = self._rng(epoch, "rows", window).permutation(len(rows))
+      rows = [rows[i] for i in mixed.tolist()]
     return [tuple(row) for row in rows]
+
+  def _window(self, epoch: int, window: int):
+    """Groups of a window, and what each takes of a row."""
+    deal = self._deal(epoch)
+    start, end = deal.windows[window]
+    ends = deal.starts[start : end + 1].tolist()
+    groups = [
+      tuple(deal.samples[a:b].tolist()) for a, b in itertools.pairwise(ends)
+    ]
+    # The first one's size, and the text of all.
+    sizes = self._sizes[[group[0] for group in groups]]
+    for i, group in enumerate(groups):
+      if len(group) > 1:
+        sizes[i, -2:] = self._sizes[list(group), -2:].sum(axis=0)
+    return groups, sizes
+
+  def _rng(self, epoch: int, purpose: str, part: int = 0):
+    code = ("samples", "windows", "rows", "turns").index(purpose)
+    return np.random.default_rng([self._options.seed, epoch, code, part])
+
+
+class _Deal(NamedTuple):
+  """One epoch before packing.
+
+  Attributes:
+    samples: of all streams, group after group.
+    starts: where each group starts in `samples`, and their number.
+    windows: first group, and the one after the last, of each window.
+  """
+
+  samples: np.ndarray
+  starts: np.ndarray
+  windows: list[tuple[int, int]]
+
+
+def _permute_groups(samples: np.ndarray, starts: np.ndarray, rng):
+  """The same groups in random order."""
+  lengths = np.diff(starts, append=len(samples))
+  order = rng.permutation(len(starts))
+  lengths = lengths[order]
+  ends = np.cumsum(lengths)
+  # Each sample's place before: its group's start and its place in the group.
+  within = np.arange(len(samples)) - np.repeat(ends - lengths, lengths)
+  return samples[np.repeat(starts[order], lengths) + within], ends - lengths
+
+
+def _split(position: int) -> tuple[int, int, int]:
+  """(epoch, window, row)."""
+  epoch, rest = divmod(position, EPOCH)
+  return epoch, *divmod(rest, WINDOW)

@@ -4,9 +4,8 @@ A record is checked once, here; what follows on the data path may rely on it.
 """
 
 import dataclasses
-import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,29 +100,6 @@ def parse_record(
   )
 
 
-def read_records(
-  path: str | os.PathLike, *, require_answer: bool = True
-) -> tuple[list[Record], list[Skipped]]:
-  """Reads a `.jsonl` file, or any other name as one JSON list.
-
-  Returns:
-    The good records in file order, and the bad ones with the reason.
-
-  Raises:
-    UserError: the file cannot be read, or is no list of records at all.
-  """
-  records, skipped = [], []
-  for where, raw in _raw_records(Path(path)):
-    try:
-      if isinstance(raw, json.JSONDecodeError):
-        raise UserError(f"{where}: not JSON ({raw})")
-      records.append(parse_record(raw, where, require_answer=require_answer))
-    except UserError as error:
-      name = raw.get("id") if isinstance(raw, dict) else None
-      skipped.append(Skipped(where if name is None else str(name), str(error)))
-  return records, skipped
-
-
 def check_media(
   records: Iterable[Record], root: str | os.PathLike
 ) -> tuple[list[Record], list[Skipped]]:
@@ -132,25 +108,13 @@ def check_media(
   Raises:
     UserError: `root` is not a folder.
   """
-  root = Path(root)
-  if not root.is_dir():
-    raise UserError(f"media folder {root} does not exist; set the media root")
-  base = os.path.normpath(root)
+  check_root(root)
   problems: dict[str, str | None] = {}  # many records share one video
-
-  def problem(name: str) -> str | None:
-    path = os.path.normpath(os.path.join(base, name))
-    if not Path(path).is_relative_to(base):
-      return f"{name} lies outside the media folder {root}"
-    if not os.path.isfile(path):
-      return f"{path} does not exist; fetch it or correct the media root"
-    return None
-
   kept, skipped = [], []
   for record in records:
     for name in record.media:
       if name not in problems:
-        problems[name] = problem(name)
+        problems[name] = media_problem(root, name)
     found = [problems[name] for name in record.media if problems[name]]
     if found:
       reason = f"record {record.id}: {'; '.join(found)}"
@@ -160,58 +124,21 @@ def check_media(
   return kept, skipped
 
 
-def _raw_records(path: Path) -> Iterator[tuple[str, Any]]:
-  """Yields (place, parsed record or the error of its line)."""
-  try:
-    text = path.read_text(encoding="utf-8-sig")
-  except OSError as error:
-    raise UserError(f"cannot read {path}: {error.strerror}") from error
-  except UnicodeDecodeError as error:
-    raise UserError(
-      f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); "
-      "expected a JSON list or JSONL"
-    ) from error
-  if not text.strip():
-    raise UserError(f"{path} is empty; expected a JSON list or JSONL")
-  if path.suffix == ".jsonl":
-    yield from _json_lines(path, text)
-  else:
-    for i, raw in enumerate(_json_list(path, text)):
-      yield f"{path}[{i}]", raw
+def check_root(root: str | os.PathLike) -> None:
+  """Raises a UserError if the media folder is no folder."""
+  if not os.path.isdir(root):
+    raise UserError(f"media folder {root} does not exist; set the media root")
 
 
-def _json_list(path: Path, text: str) -> list[Any]:
-  try:
-    raws = json.loads(text)
-  except json.JSONDecodeError as error:
-    raise UserError(
-      f"{path} is not valid JSON ({error}); if it holds one record a line, "
-      "name it .jsonl"
-    ) from error
-  if not isinstance(raws, list):
-    raise UserError(
-      f"{path} holds {type(raws).__name__}, not a list of records; wrap the "
-      "records in [...], or write one a line and name the file .jsonl"
-    )
-  return raws
-
-
-def _json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
-  # Not splitlines(): JSON strings may hold U+2028 and its like.
-  raws = []
-  for number, line in enumerate(text.split("\n"), start=1):
-    if line.strip():
-      try:
-        raw = json.loads(line)
-      except json.JSONDecodeError as error:
-        raw = error
-      raws.append((f"{path}:{number}", raw))
-  if not any(isinstance(raw, dict) for _, raw in raws):
-    raise UserError(
-      f"{path}: none of its {len(raws)} lines is a JSON record; if it holds "
-      "one JSON list, name it .json"
-    )
-  return raws
+def media_problem(root: str | os.PathLike, name: str) -> str | None:
+  """Why a path of a record is no file below the media folder, or None."""
+  base = os.path.normpath(root)
+  path = os.path.normpath(os.path.join(base, name))
+  if not Path(path).is_relative_to(base):
+    return f"{name} lies outside the media folder {root}"
+  if not os.path.isfile(path):
+    return f"{path} does not exist; fetch it or correct the media root"
+  return None
 
 
 def _name(raw: dict[str, Any], where: str) -> str:

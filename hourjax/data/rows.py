@@ -1,6 +1,7 @@
 """Rows: samples laid side by side in fixed capacities, told apart by ids."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -41,6 +42,10 @@ class Size:
       *(a + b for a, b in zip(self.astuple(), other.astuple(), strict=True))
     )
 
+  @classmethod
+  def names(cls) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
+
   def astuple(self) -> tuple[int, ...]:
     return dataclasses.astuple(self)
 
@@ -74,18 +79,23 @@ class Sample:
     kind: where its visual tokens come from.
     visual: [F, Q, V] stored features, or [n, h, w, 3] pixels (uint8, or float
       in [-1, 1]); None for text.
+    shares: the memory is that of the sample before it in the row, and is not
+      stored again.
   """
 
   name: str
   layout: Layout
   kind: Visual = "features"
   visual: np.ndarray | None = None
+  shares: bool = False
 
   @property
   def size(self) -> Size:
-    return layout_size(
-      self.layout, self.kind, 0 if self.visual is None else len(self.visual)
-    )
+    images = 0 if self.visual is None else len(self.visual)
+    size = layout_size(self.layout, self.kind, images)
+    if self.shares:
+      return Size(queries=size.queries, decoder=size.decoder)
+    return size
 
 
 def layout_size(layout: Layout, kind: Visual, images: int) -> Size:
@@ -133,25 +143,162 @@ class RowSpec:
 
 
 def build_row(samples: Sequence[Sample], spec: RowSpec) -> Batch:
-  """One row, without the leading B axis; sample n has segment id n + 1.
+  """One row, without the leading B axis.
 
   Pixels are uint8 unless a sample brings floats.
 
   Raises:
     UserError: if the samples do not fit.
   """
-  row = _empty_row(spec, _pixel_dtype(samples))
-  used = Size()
-  for number, sample in enumerate(samples, start=1):
-    check_fits(used + sample.size, spec.capacity, sample.name)
-    _place(row, sample, number, used, spec)
-    used = used + sample.size
-  return row
+  batch = empty_rows(spec, 1, _pixel_dtype(samples))
+  row = Row(spec, row_of(batch, 0))
+  for sample in samples:
+    row.add(sample)
+  return row.finish()
+
+
+def empty_rows(spec: RowSpec, rows: int, pixels=np.uint8) -> Batch:
+  """Memory for rows, not yet filled with anything.
+
+  Aligned, so that the CPU backend takes the arrays as they are.
+  """
+  side = spec.image_size
+  shapes = dict.fromkeys(Batch._fields, ((), np.int32))
+  shapes |= {
+    "features": ((spec.width,), ml_dtypes.bfloat16),
+    "frames": ((side, side, 3), pixels),
+    "tiles": ((side, side, 3), pixels),
+    "blend_source": ((4,), np.int32),
+    "blend_weight": ((4,), np.float32),
+  }
+
+  def array(name):
+    shape, dtype = shapes[name]
+    length = getattr(spec.capacity, _LENGTH[name])
+    return _aligned((rows, length, *shape), dtype)
+
+  return Batch(*map(array, Batch._fields))
+
+
+def row_of(batch: Batch, number: int) -> Batch:
+  """Views of one row of a batch."""
+  return Batch(*(array[number] for array in batch))
+
+
+class Row:
+  """One row that is filled sample by sample; sample n has segment id n.
+
+  Attributes:
+    used: what the samples so far take.
+  """
+
+  def __init__(self, spec: RowSpec, arrays: Batch):
+    """Fills `arrays`, whose content before does not matter."""
+    self._spec, self._arrays = spec, arrays
+    self._count = 0
+    self._memory = (0, Size())  # segment id and place of the last memory
+    self.used = Size()
+
+  @property
+  def features_left(self) -> np.ndarray:
+    """Where the next sample's stored features go, [n, V]."""
+    return self._arrays.features[self.used.features :]
+
+  def add(self, sample: Sample) -> None:
+    """Lays a sample behind the last one.
+
+    Its features may lie in `features_left` already; else they are copied.
+
+    Raises:
+      UserError: if it does not fit; the row stays as it was.
+    """
+    check_fits(self.used + sample.size, self._spec.capacity, sample.name)
+    self._count += 1
+    if not sample.shares:
+      self._memory = (self._count, self.used)
+      self._place_memory(sample)
+    self._place_text(sample)
+    self.used = self.used + sample.size
+
+  def finish(self) -> Batch:
+    """Pads what is left and returns the row."""
+    for name, array in self._arrays._asdict().items():
+      array[getattr(self.used, _LENGTH[name]) :] = _PADDING.get(name, 0)
+    return self._arrays
+
+  def _part(self, name: str, size: Size) -> np.ndarray:
+    field = _LENGTH[name]
+    start = getattr(self.used, field)
+    return getattr(self._arrays, name)[start : start + getattr(size, field)]
+
+  def _place_memory(self, sample: Sample) -> None:
+    """The sample's visual input and memory, indices shifted to the row's."""
+    size, repository = sample.size, sample.layout.repository
+    offset = _visual_offset(sample, self.used, self._spec)
+    blend = self._spec.blend_base + self.used.blends - repository.visual
+
+    def to_row(source):
+      shift = np.where(source >= repository.visual, blend, offset)
+      return np.where(source < 0, -1, source + shift)
+
+    if sample.visual is not None:
+      part = self._part(sample.kind, size)
+      visual = sample.visual.reshape(part.shape)
+      if not np.may_share_memory(part, visual):
+        part[:] = visual
+    self._part("blend_source", size)[:] = to_row(repository.blend_source)
+    self._part("blend_weight", size)[:] = repository.blend_weight
+    self._part("memory_source", size)[:] = to_row(repository.source)
+    self._part("memory_position", size)[:] = repository.position
+    self._part("memory_segment", size)[:] = self._count
+
+  def _place_text(self, sample: Sample) -> None:
+    """The sample's queries and decoder positions."""
+    layout, size = sample.layout, sample.size
+    reads, place = self._memory
+    values = {
+      "query_token": layout.query_token,
+      "query_source": _shift(layout.query_source, place.memory),
+      "query_position": layout.query_position,
+      "query_segment": self._count,
+      "query_reads": reads,
+      "decoder_token": layout.decoder_token,
+      "decoder_source": _shift(layout.decoder_source, self.used.queries),
+      "decoder_position": np.arange(size.decoder),
+      "decoder_segment": self._count,
+      "target": layout.targets,
+    }
+    for name, value in values.items():
+      self._part(name, size)[:] = value
+
+
+# Which capacity an array's length is, and what pads it (0 if not here).
+_LENGTH = {
+  **{name: name for name in ("features", "frames", "tiles")},
+  **dict.fromkeys(("blend_source", "blend_weight"), "blends"),
+  **{n: "memory" for n in Batch._fields if n.startswith("memory_")},
+  **{n: "queries" for n in Batch._fields if n.startswith("query_")},
+  **{n: "decoder" for n in Batch._fields if n.startswith("decoder_")},
+  "target": "decoder",
+}
+_PADDING = {
+  **dict.fromkeys(
+    ("memory_source", "query_token", "query_source", "decoder_source"), -1
+  ),
+  "target": IGNORE,
+}
 
 
 def stack_rows(rows: Sequence[Batch]) -> Batch:
   """Rows to a batch with a leading B axis."""
   return Batch(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
+
+
+def _aligned(shape: tuple[int, ...], dtype, to: int = 128) -> np.ndarray:
+  size = math.prod(shape) * np.dtype(dtype).itemsize
+  raw = np.empty(size + to, np.uint8)
+  start = -raw.ctypes.data % to
+  return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _pixel_dtype(samples):
@@ -161,74 +308,6 @@ def _pixel_dtype(samples):
     if sample.visual is not None and sample.kind != "features"
   ]
   return np.result_type(*floats) if floats else np.uint8
-
-
-def _empty_row(spec: RowSpec, pixels) -> Batch:
-  c, side = spec.capacity, spec.image_size
-
-  def ints(n, fill=0):
-    return np.full(n, fill, np.int32)
-
-  return Batch(
-    features=np.zeros((c.features, spec.width), ml_dtypes.bfloat16),
-    frames=np.zeros((c.frames, side, side, 3), pixels),
-    tiles=np.zeros((c.tiles, side, side, 3), pixels),
-    blend_source=np.zeros((c.blends, 4), np.int32),
-    blend_weight=np.zeros((c.blends, 4), np.float32),
-    memory_source=ints(c.memory, -1),
-    memory_position=ints(c.memory),
-    memory_segment=ints(c.memory),
-    query_token=ints(c.queries, -1),
-    query_source=ints(c.queries, -1),
-    query_position=ints(c.queries),
-    query_segment=ints(c.queries),
-    query_reads=ints(c.queries),
-    decoder_token=ints(c.decoder),
-    decoder_source=ints(c.decoder, -1),
-    decoder_position=ints(c.decoder),
-    decoder_segment=ints(c.decoder),
-    target=ints(c.decoder, IGNORE),
-  )
-
-
-def _place(row: Batch, sample: Sample, number, used: Size, spec: RowSpec):
-  """Writes one sample into the row, its indices shifted to row numbers."""
-  layout, size = sample.layout, sample.size
-  repository = layout.repository
-  offset = _visual_offset(sample, used, spec)
-
-  def to_row(source):
-    blend = spec.blend_base + used.blends - repository.visual
-    shift = np.where(source >= repository.visual, blend, offset)
-    return np.where(source < 0, -1, source + shift)
-
-  def part(column, field):
-    start = getattr(used, field)
-    return column[start : start + getattr(size, field)]
-
-  if sample.visual is not None:
-    part(getattr(row, sample.kind), sample.kind)[:] = sample.visual.reshape(
-      getattr(size, sample.kind), *getattr(row, sample.kind).shape[1:]
-    )
-  part(row.blend_source, "blends")[:] = to_row(repository.blend_source)
-  part(row.blend_weight, "blends")[:] = repository.blend_weight
-  part(row.memory_source, "memory")[:] = to_row(repository.source)
-  part(row.memory_position, "memory")[:] = repository.position
-  part(row.memory_segment, "memory")[:] = number
-  part(row.query_token, "queries")[:] = layout.query_token
-  part(row.query_source, "queries")[:] = _shift(
-    layout.query_source, used.memory
-  )
-  part(row.query_position, "queries")[:] = layout.query_position
-  part(row.query_segment, "queries")[:] = number
-  part(row.query_reads, "queries")[:] = number
-  part(row.decoder_token, "decoder")[:] = layout.decoder_token
-  part(row.decoder_source, "decoder")[:] = _shift(
-    layout.decoder_source, used.queries
-  )
-  part(row.decoder_position, "decoder")[:] = np.arange(size.decoder)
-  part(row.decoder_segment, "decoder")[:] = number
-  part(row.target, "decoder")[:] = layout.targets
 
 
 def _visual_offset(sample: Sample, used: Size, spec: RowSpec) -> int:

@@ -18,6 +18,7 @@ from hourjax.data.images import resize
 from hourjax.errors import UserError
 
 MIN_FRAMES = 128
+_TOLERANCE = 1.1  # between a header's frame rate and the packets' times
 
 Rate = Fraction | float | int  # frames a second
 
@@ -134,7 +135,7 @@ def probe(path: str | os.PathLike) -> VideoInfo:
     stream = _video_stream(container, path)
     rate = stream.average_rate or stream.guessed_rate
     width, height = stream.width, stream.height
-    frames = _count_frames(container, stream, path)
+    frames, span = _count_frames(container, stream, path)
   if not frames:
     raise UserError(f"{path} has a video stream of 0 frames; drop the record")
   if not rate or not width or not height:
@@ -142,6 +143,10 @@ def probe(path: str | os.PathLike) -> VideoInfo:
       f"{path}: frame rate {rate}, size {width} x {height}; the header is "
       "damaged, encode the file again"
     )
+  # A header without a count (Matroska) may give the rate of the first second
+  # alone; where the rate varies, the times of the packets tell.
+  if span and not 1 / _TOLERANCE < frames / rate / span < _TOLERANCE:
+    rate = frames / span
   return VideoInfo(
     frames, Fraction(rate), float(frames / Fraction(rate)), width, height
   )
@@ -154,6 +159,7 @@ def decode_frames(
   *,
   info: VideoInfo | None = None,
   batch: int = 64,
+  threads: int = 0,
 ) -> Iterator[UInt8[np.ndarray, "n size size 3"]]:
   """Decodes frames in order, upright, resized to a square like any image.
 
@@ -163,6 +169,7 @@ def decode_frames(
     size: side of the result, in pixels.
     info: what `probe` said, to report it if the file turns out shorter.
     batch: frames yielded at a time; the memory held is about theirs.
+    threads: of the decoder; 0 is one a core.
 
   Yields:
     RGB frames: `batch` of them, in the end what is left.
@@ -180,7 +187,7 @@ def decode_frames(
   wanted, last = iter(wanted.tolist()), int(wanted[-1])
   following = next(wanted)
   with _open(path) as container:
-    for frame in _frames(container, path):
+    for frame in _frames(container, path, threads):
       if decoded == following:
         picture = resize(frame.rgb(), size)
         while following == decoded:
@@ -216,9 +223,10 @@ class _Frame:
     return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
 
 
-def _frames(container, path) -> Iterator[_Frame]:
+def _frames(container, path, threads) -> Iterator[_Frame]:
   stream = _video_stream(container, path)
   stream.thread_type = "AUTO"
+  stream.codec_context.thread_count = threads
   converter = VideoReformatter()
   decoded = 0
   try:
@@ -259,22 +267,30 @@ def _video_stream(container, path):
   )
 
 
-def _count_frames(container, stream, path) -> int:
+def _count_frames(container, stream, path) -> tuple[int, Fraction | None]:
+  """Pictures, and the seconds they span where packets had to be counted."""
   if stream.frames:
     # Pictures that an edit list cuts off (clips made without encoding anew)
     # are in an MP4 header's count, but decoding does not give them.
     if "mp4" in container.format.name.split(","):
       shown = sum(not entry.is_discard for entry in stream.index_entries)
-      return shown or stream.frames
-    return stream.frames
+      return shown or stream.frames, None
+    return stream.frames, None
+  frames, times = 0, []
   try:
-    return sum(
-      bool(p.size) and not p.is_discard for p in container.demux(stream)
-    )
+    for packet in container.demux(stream):
+      if packet.size and not packet.is_discard:
+        frames += 1
+        if packet.pts is not None:
+          times = [min([packet.pts, *times]), max([packet.pts, *times])]
   except av.error.FFmpegError as error:
     raise UserError(
       f"{path}: cannot read its packets ({error.strerror}); fetch it again"
     ) from error
+  if frames < 2 or not times or times[0] == times[1]:
+    return frames, None
+  between = (times[1] - times[0]) * stream.time_base
+  return frames, between * frames / (frames - 1)  # the last picture lasts too
 
 
 def _check_rate(total_frames: int, fps: Rate) -> None:

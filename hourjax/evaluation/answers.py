@@ -9,13 +9,13 @@ import numpy as np
 from hourjax import progress
 from hourjax.data.dataset import Dataset
 from hourjax.data.features import FeatureStore
-from hourjax.data.plan import RowPlan
-from hourjax.data.records import Record, Skipped
+from hourjax.data.plan import PlanOptions, RowPlan
+from hourjax.data.records import Record, Skipped, check_media
 from hourjax.data.rows import RowSpec, Size, build_row, stack_rows
+from hourjax.data.sizes import FIELDS
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.inference.generation import generate
-from hourjax.training.experiment import Experiment
-from hourjax.training.loop import check_read
+from hourjax.training.experiment import DataConfig, Experiment
 
 _ROUNDING = 1.5  # capacities of consecutive groups grow by this factor
 
@@ -43,21 +43,23 @@ def answer_records(
   Returns:
     Answers, and the records that could not be read.
   """
-  records, skipped = check_read(list(records), experiment.data)
+  records, skipped = _with_files(records, experiment.data)
   tokenizer = Tokenizer.from_folder(experiment.data.tokenizer)
   dataset = _dataset(experiment, records, tokenizer, _UNBOUNDED, new_tokens)
-  order = np.argsort([size.memory for size in dataset.sizes], kind="stable")
+  memory = dataset.sizes[:, FIELDS.index("memory")]
+  order = dataset.usable[np.argsort(memory[dataset.usable], kind="stable")]
   answers = {}
   bar = progress.bar(len(order), unit="question", desc="answer")
-  for group in _groups(dataset.sizes, order):
-    capacity = _capacity([dataset.sizes[i] for i in group], row_memory)
+  for group in _groups(memory, order):
+    capacity = _capacity(dataset.sizes[group], row_memory)
     spec = dataclasses.replace(experiment.row_spec, capacity=capacity)
-    plan = RowPlan(
-      [dataset.sizes[i] for i in group], capacity, seed=0, shuffle=False
-    )
-    most = max(len(plan.row(k)[1]) for k in range(plan.rows_in_epoch(0)))
-    for k in range(plan.rows_in_epoch(0)):
-      members = [int(group[i]) for i in plan.row(k)[1]]
+    plan = RowPlan(dataset.sizes[group], capacity, PlanOptions(shuffle=False))
+    rows = [
+      [int(group[i]) for (i,) in plan.row(k)[1]]
+      for k in range(plan.rows_in_epoch(0))
+    ]
+    most = max(map(len, rows))
+    for members in rows:
       tokens = _answer_row(
         params, experiment, dataset, members, spec, most, new_tokens
       )
@@ -77,7 +79,7 @@ def _dataset(experiment, records, tokenizer, capacity, room) -> Dataset:
   options = dataclasses.replace(
     experiment.sample_options, prompt_only=True, answer_room=room
   )
-  return Dataset(
+  return Dataset.from_records(
     records,
     tokenizer=tokenizer,
     spec=spec,
@@ -87,22 +89,33 @@ def _dataset(experiment, records, tokenizer, capacity, room) -> Dataset:
   )
 
 
-def _groups(sizes: Sequence[Size], order):
+def _with_files(records, data: DataConfig):
+  """Records whose files are there; stored videos need none."""
+  kept, opened = [], []
+  for record in records:
+    stored = record.modality == "video" and data.features
+    (opened if record.media and not stored else kept).append(record)
+  if not opened:
+    return kept, []
+  found, lost = check_media(opened, data.media)
+  return kept + found, lost
+
+
+def _groups(memory: np.ndarray, order: np.ndarray):
   """Consecutive samples whose memories differ by less than `_ROUNDING`."""
   group = []
-  for index in order:
-    if group and sizes[index].memory > _ROUNDING * sizes[group[0]].memory:
+  for index in order.tolist():
+    if group and memory[index] > _ROUNDING * memory[group[0]]:
       yield group
       group = []
-    group.append(int(index))
+    group.append(index)
   if group:
     yield group
 
 
-def _capacity(sizes: Sequence[Size], row_memory: int) -> Size:
+def _capacity(sizes: np.ndarray, row_memory: int) -> Size:
   """The largest of each, times the samples that fill `row_memory`."""
-  largest = np.max([size.astuple() for size in sizes], axis=0)
-  most = Size(*(int(n) for n in largest))
+  most = Size(*sizes.max(axis=0).tolist())
   times = max(1, row_memory // max(most.memory, 1))
   times = min(times, len(sizes))
   return Size(*(n * times for n in most.astuple()))

@@ -1,118 +1,152 @@
-"""Videos to stored tower features."""
+"""Videos to stored tower features: one process's share, with its ledger."""
 
 import os
-import pathlib
+import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from hourjax import progress
 from hourjax.data.features import FeatureStore
+from hourjax.data.lines import Lines
 from hourjax.data.records import Skipped
-from hourjax.data.video import decode_frames, extraction_frames, probe
-from hourjax.errors import UserError
+from hourjax.inference.encoder import Encoder
+from hourjax.inference.streaming import Outcome, Stream
+from hourjax.inference.videos import find_videos, worker_slice
 from hourjax.models.config import ModelConfig
-from hourjax.models.params import with_params
-from hourjax.models.siglip import pool_frames
 
-_THREADS = min(8, os.cpu_count() or 1)
-_SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".avi"}
+_MOST_THREADS = 64
 
 
 def extract_videos(
-  params: Mapping[str, jax.Array],
+  params: Mapping[str, Array | np.ndarray],
   config: ModelConfig,
   *,
   videos: str | os.PathLike,
   out: str | os.PathLike,
-  batch_frames: int,
+  batch_frames: int | None = None,
+  threads: int | None = None,
+  worker: tuple[int, int] | None = None,
+  names: str | os.PathLike | None = None,
 ) -> list[Skipped]:
   """Encodes every video of a folder that the store does not hold yet.
+
+  Of the sorted names, process i of n takes i, i + n, ... A killed run loses
+  the videos in hand: those being decoded, one a thread, or waiting up to two
+  seconds for their batch to fill.
 
   Args:
     params: of the model; only the tower is used.
     config: of the model.
     videos: folder, searched with its subfolders.
-    out: folder of the feature store.
-    batch_frames: frames encoded at a time.
+    out: root of the feature store, a folder or URL.
+    batch_frames: frames encoded at a time over all devices of this process;
+      32 a device if not given.
+    threads: videos decoded at a time; one a core if not given, 64 at most.
+    worker: (i, n); as in the JAX cluster if not given.
+    names: file with one name a line; only these are taken.
 
   Returns:
-    Videos that could not be read, with the reason.
+    Videos that could not be read, with the reason; they are also in the
+    store's `failures-<i>.jsonl`, and are tried again by the next run.
 
   Raises:
-    UserError: if the folder holds no video, or none could be read.
+    UserError: no videos, or a store of another tower.
+    OSError: the store cannot be written, e.g. the disk is full.
   """
-  root = pathlib.Path(videos)
-  names = sorted(
-    str(path.relative_to(root))
-    for path in root.rglob("*")
-    if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
-  )
-  if not names:
-    raise UserError(
-      f"{root} holds no video ({', '.join(sorted(_SUFFIXES))}); correct the"
-      " folder"
+  index, count = worker or (jax.process_index(), jax.process_count())
+  share = worker_slice(find_videos(videos, names), index, count)
+  store = FeatureStore(out, create=True, worker=index)
+  with store.scratch.held():
+    ledger = Lines(store.storage, f"failures-{index:05d}.jsonl")
+    ledger.reset()
+    todo = [name for name in share if name not in store]
+    if not todo:
+      print(f"all {len(share)} videos are in {store.root}")
+      return []
+    encoder = Encoder(params, config, batch_frames=batch_frames)
+    store.claim(encoder.fingerprint, encoder.shape)
+    report = _Report(len(share), len(todo), store, ledger)
+    stream = Stream(
+      todo,
+      root=videos,
+      store=store,
+      encoder=encoder,
+      done=report.done,
+      threads=threads or min(_MOST_THREADS, os.cpu_count() or 1),
     )
-  store = FeatureStore(out, create=True)
-  todo = [name for name in names if name not in store]
-  encode = _encoder(params, config)
-  failed, frames = [], 0
-  with (
-    progress.bar(len(todo), unit="video", desc="extract") as bar,
-    # Decoding and resizing run outside Python's lock: one video a thread.
-    ThreadPoolExecutor(_THREADS) as pool,
-  ):
-    jobs = {
-      pool.submit(_extract, root / name, config, encode, batch_frames): name
-      for name in todo
-    }
-    for job in as_completed(jobs):
-      name = jobs.pop(job)
+    report.watch(stream)
+    return report.failed
+
+
+class _Report:
+  """Index, ledger, bar and last words of one run."""
+
+  def __init__(self, share: int, todo: int, store: FeatureStore, ledger: Lines):
+    self.failed: list[Skipped] = []
+    self._share, self._todo = share, todo
+    self._store, self._ledger = store, ledger
+    self._stored, self._seconds = 0, 0.0
+    self._start = time.monotonic()
+
+  def watch(self, stream: Stream) -> None:
+    """Runs the stream; however it ends, says how far it came."""
+    self._stream = stream
+    with progress.bar(self._todo, unit="video", desc="extract") as self._bar:
       try:
-        features, duration = job.result()
-        store.write(name, features, duration)
-        frames += len(features)
-      except UserError as error:
-        failed.append(Skipped(name, str(error)))
-      bar.set_postfix(frames=frames, failed=len(failed), refresh=False)
-      bar.update()
-  print(
-    f"{len(names) - len(failed)} of {len(names)} videos in {store.root}"
-    f" ({len(names) - len(todo)} were there), {frames} frames encoded"
-  )
-  for item in failed:
-    print(f"  skipped {item.id}: {item.reason}")
-  if len(failed) == len(names):
-    raise UserError(f"none of the {len(names)} videos of {root} could be read")
-  return failed
+        stream.run()
+      finally:
+        self._bar.close()
+        print(self._summary(), flush=True)
+        for item in self.failed:
+          print(f"  failed {_printable(item.id)}: {_printable(item.reason)}")
+
+  def done(self, outcome: Outcome) -> None:
+    """Makes a stored video count, or enters the reason into the ledger."""
+    if outcome.stored:
+      self._store.record(outcome.name, outcome.stored)
+      self._stored += 1
+      self._seconds += outcome.stored.duration
+    else:
+      self._ledger.add({"file": outcome.name, "reason": outcome.reason})
+      self.failed.append(Skipped(outcome.name, outcome.reason))
+    self._bar.set_postfix_str(
+      f"{self._hours()}, {self._rate()}, limit {self._limit()},"
+      f" failed {len(self.failed)}",
+      refresh=False,
+    )
+    self._bar.update()
+
+  def _summary(self) -> str:
+    there = self._share - self._todo
+    return (
+      f"{there + self._stored} of {self._share} videos in {self._store.root}"
+      f" ({there} were there), {len(self.failed)} failed; {self._hours()} of"
+      f" video, {self._stream.frames} frames, {self._rate()}; the limit was"
+      f" {self._limit()}"
+    )
+
+  def _hours(self) -> str:
+    return f"{self._seconds / 3600:.2f} h"
+
+  def _rate(self) -> str:
+    spent = max(time.monotonic() - self._start, 1e-9)
+    return f"{self._stream.frames / spent:.0f} frames/s"
+
+  def _limit(self) -> str:
+    """The stage that others waited for, and their share of the time."""
+    spent = max(time.monotonic() - self._start, 1e-9)
+    waits = {
+      "decode": self._stream.starved,
+      "encode": self._stream.encoding,
+      "write": self._stream.writing,
+    }
+    stage = max(waits, key=waits.__getitem__)
+    return f"{stage} ({min(1.0, waits[stage] / spent):.0%})"
 
 
-def _encoder(params, config: ModelConfig):
-  """Jitted uint8 [n, h, w, 3] to float [n, Q, V]."""
-  tower = {p: v for p, v in params.items() if p.startswith("vision/")}
-  rest = {p: v for p, v in params.items() if p not in tower}
-
-  @jax.jit
-  def encode(tower, pixels):
-    model = with_params(config, {**rest, **tower})
-    return pool_frames(model.encode(pixels), config.pool_side)
-
-  return lambda pixels: encode(tower, pixels)
-
-
-def _extract(path, config, encode, batch_frames):
-  """Features [F, Q, V] of one video and its duration in seconds."""
-  info = probe(path)
-  indices, duration = extraction_frames(info.frames, info.fps)
-  size = config.vision.image_size
-  frames = decode_frames(path, indices, size, info=info, batch=batch_frames)
-  features = [encode_padded(encode, part, batch_frames) for part in frames]
-  return np.concatenate(features), duration
-
-
-def encode_padded(encode, frames: np.ndarray, size: int) -> np.ndarray:
-  """Encodes up to `size` frames with one compiled shape."""
-  padding = [(0, size - len(frames))] + [(0, 0)] * (frames.ndim - 1)
-  return np.asarray(encode(np.pad(frames, padding)))[: len(frames)]
+def _printable(text: str) -> str:
+  # Names on a disk need not be UTF-8.
+  return text.encode(errors="backslashreplace").decode()

@@ -10,9 +10,23 @@ from hourjax.models.config import ModelConfig
 from hourjax.models.hourllava import HourLLaVA
 
 
-def init_params(config: ModelConfig, seed: int) -> dict[str, jax.Array]:
-  """Freshly drawn float32 parameters."""
-  draw = jax.jit(lambda: to_flat(HourLLaVA(config, rngs=nnx.Rngs(seed))))
+def init_params(
+  config: ModelConfig, seed: int, *, below: str = ""
+) -> dict[str, jax.Array]:
+  """Freshly drawn float32 parameters.
+
+  Args:
+    config: of the model.
+    seed: of the draw.
+    below: start of the paths that are wanted, e.g. "vision/"; the others are
+      not computed, and these are the same as without it.
+  """
+
+  @jax.jit
+  def draw():
+    params = to_flat(HourLLaVA(config, rngs=nnx.Rngs(seed)))
+    return {p: value for p, value in params.items() if p.startswith(below)}
+
   return draw()
 
 
@@ -33,17 +47,27 @@ def to_flat(model: HourLLaVA) -> dict[str, Any]:
   }
 
 
-def with_params(config: ModelConfig, params: Mapping[str, Any]) -> HourLLaVA:
+def with_params(
+  config: ModelConfig, params: Mapping[str, Any], *, below: str = ""
+) -> HourLLaVA:
   """The model with these parameters; pure, so it may run under `jit`.
+
+  Args:
+    config: of the model.
+    params: by path.
+    below: start of the paths that are filled in; what lies elsewhere has
+      shapes but no values, and must not be used.
 
   Raises:
     KeyError: if a parameter is missing.
   """
   model = nnx.eval_shape(lambda: HourLLaVA(config, rngs=nnx.Rngs(0)))
   graph, state = nnx.split(model)
-  flat = [
-    (path, variable.replace(params["/".join(str(key) for key in path)]))
-    for path, variable in nnx.to_flat_state(state)
-    if isinstance(variable, nnx.Param)
-  ]
+  flat = []
+  for path, variable in nnx.to_flat_state(state):
+    name = "/".join(str(key) for key in path)
+    if isinstance(variable, nnx.Param):
+      if name.startswith(below):
+        variable = variable.replace(params[name])
+      flat.append((path, variable))
   return nnx.merge(graph, nnx.from_flat_state(flat))

@@ -27,18 +27,20 @@ class Checkpoints:
     """Step of the newest checkpoint, None if there is none."""
     return self._manager.latest_step()
 
-  def save(self, state: TrainState, row: int, config: dict[str, Any]) -> None:
+  def save(
+    self, state: TrainState, position: int, config: dict[str, Any]
+  ) -> None:
     """Starts saving; `wait` or `close` ends it.
 
     Args:
       state: to save.
-      row: rows of data consumed so far.
+      position: in the data, of the next step's first row.
       config: the run's configuration as plain data.
     """
     step = int(state.step)
     if step in self._manager.all_steps():
       return
-    about = {"row": row, "config": config, "jax": jax.__version__}
+    about = {"position": position, "config": config, "jax": jax.__version__}
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -76,7 +78,7 @@ class Checkpoints:
         f"{self._folder}/{step} does not fit this configuration; use the"
         f" model and optimizer it was written with, or another workdir\n{error}"
       ) from None
-    return TrainState(**saved["state"]), saved["about"]["row"]
+    return TrainState(**saved["state"]), saved["about"]["position"]
 
   def close(self) -> None:
     """Waits for the last save."""

@@ -19,19 +19,26 @@ class DataConfig:
   """Where the data is; relative paths start at the working directory.
 
   Attributes:
-    records: JSON or JSONL of training records (SPEC section 2).
+    dataset: folder that `hourjax.prepare` wrote.
     media: folder of videos and images.
     features: feature store of the videos; empty to encode pixels in the step.
     tokenizer: folder of the tokenizer.
     single_image: see `SampleOptions`.
-    max_skipped: share of bad records above which training does not start.
+    share_memory: conversations about one video that may share its memory in a
+      row, which is then read and projected once.
+    weights: how often the samples of a stream or source are taken in an epoch
+      where that is not once, as "ego4d=2,short=0.5".
+    max_skipped: share of samples that cannot be used above which training does
+      not start, or stops.
   """
 
-  records: str = ""
+  dataset: str = ""
   media: str = ""
   features: str = ""
   tokenizer: str = ""
   single_image: str = "tiled"
+  share_memory: int = 1
+  weights: str = ""
   max_skipped: float = 0.01
 
 
@@ -80,6 +87,11 @@ class Experiment:
         raise UserError(
           f"config.{name} is {getattr(self, name)}; it must be at least 1"
         )
+
+  @property
+  def step_rows(self) -> int:
+    """Rows of an optimizer step."""
+    return self.batch_rows * self.accumulate
 
   @property
   def row_spec(self) -> RowSpec:

@@ -2,8 +2,8 @@
 
 The order is a contract: restore (or initialise), then for each step get a
 batch, take the step, write metrics, save a checkpoint if it is due. A
-checkpoint holds the number of rows consumed, so the run that continues sees
-the batches that the interrupted one would have seen.
+checkpoint holds the position in the data, so the run that continues sees the
+batches that the interrupted one would have seen.
 """
 
 import contextlib
@@ -12,133 +12,120 @@ import json
 import math
 import pathlib
 import sys
+import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hourjax.batch import Batch
 from hourjax.data.dataset import Dataset
-from hourjax.data.features import FeatureStore
 from hourjax.data.pipeline import batches
 from hourjax.data.plan import RowPlan
-from hourjax.data.records import Record, Skipped, check_media, read_records
-from hourjax.data.tokenizer import Tokenizer
+from hourjax.data.records import Skipped
 from hourjax.errors import UserError
 from hourjax.training.checkpoint import Checkpoints
-from hourjax.training.experiment import DataConfig, Experiment
+from hourjax.training.experiment import Experiment
+from hourjax.training.feed import Feed, UnreadLedger
 from hourjax.training.initial import initial_params
 from hourjax.training.metrics import Metrics
 from hourjax.training.optimizer import make_optimizer, split_params
+from hourjax.training.source import open_dataset, row_plan
 from hourjax.training.step import TrainState, jit_train_step
 
 
 def train(experiment: Experiment, workdir: pathlib.Path) -> None:
   """Trains to the last step, from the newest checkpoint in `workdir` if any.
 
-  Leaves config.json, metrics.jsonl, skipped.json and checkpoints/.
+  Leaves config.json, plan.json, metrics.jsonl, skipped.json, checkpoints/ and,
+  if samples could not be read, unread.jsonl.
 
   Raises:
     UserError: for anything wrong with data, weights or configuration.
     FloatingPointError: if the loss stops being finite.
   """
-  dataset, skipped = open_dataset(experiment)
-  plan = RowPlan(dataset.sizes, experiment.rows, seed=experiment.seed)
-  steps = total_steps(experiment, plan)
+  dataset = open_dataset(experiment)
+  plan = row_plan(experiment, dataset)
+  rows = epoch_rows(plan, workdir)
+  steps = total_steps(experiment, rows["rows"])
   state, optimizer = fresh_state(experiment, dataset, steps)
   checkpoints = Checkpoints(workdir, keep=experiment.keep_checkpoints)
-  row = 0
+  position = 0
   if checkpoints.latest() is not None:
-    state, row = checkpoints.restore(state)
-  _write_about(experiment, skipped, workdir)
+    state, position = checkpoints.restore(state)
+  _write_about(experiment, rows, dataset.skipped, workdir)
   start = int(state.step)
-  print(_summary(experiment, dataset, plan, state, steps), file=sys.stderr)
-  if start < steps:
-    metrics = Metrics(workdir, steps=steps, start=start)
-    with contextlib.closing(checkpoints), contextlib.closing(metrics):
-      _run(experiment, dataset, plan, state, optimizer, row, steps,
-           checkpoints, metrics)  # fmt: skip
-  else:
-    checkpoints.close()
-    print(f"already trained: step {start} of {steps}", file=sys.stderr)
-  report_skipped(skipped)
+  print(_summary(experiment, dataset, rows, state, steps), file=sys.stderr)
+  with contextlib.closing(checkpoints):
+    if start < steps:
+      _run(experiment, dataset, plan, state, optimizer, position, steps,
+           checkpoints, workdir)  # fmt: skip
+    else:
+      print(f"already trained: step {start} of {steps}", file=sys.stderr)
+  report_skipped(dataset.skipped)
 
 
 def _run(
-  experiment, dataset, plan, state, optimizer, row, steps, checkpoints, metrics
+  experiment,
+  dataset,
+  plan,
+  state,
+  optimizer,
+  position,
+  steps,
+  checkpoints,
+  workdir,
 ):
-  step_rows = experiment.batch_rows * experiment.accumulate
+  start = int(state.step)
   step_fn = jit_train_step(experiment.model, optimizer)
-  stream = batches(
-    dataset,
-    plan,
-    experiment.row_spec,
-    rows=step_rows,
-    start=row,
-    options=experiment.read,
+  metrics = Metrics(workdir, steps=steps, start=start)
+  unread = UnreadLedger(
+    workdir, start=start, max_share=experiment.data.max_skipped
+  )
+  feed = Feed(
+    batches(
+      dataset,
+      plan,
+      experiment.row_spec,
+      rows=experiment.step_rows,
+      start=position,
+      options=experiment.read,
+    ),
+    accumulate=experiment.accumulate,
+    rows=experiment.batch_rows,
   )
   config = dataclasses.asdict(experiment)
-  for step in range(int(state.step) + 1, steps + 1):
-    batch = next(stream)
-    state, scalars = step_fn(state, _device_batch(batch, experiment))
-    row += step_rows
-    if step % experiment.log_every == 0 or step in (1, steps):
-      scalars = jax.device_get(scalars)
-      _check_finite(scalars, step, row - step_rows, row, plan, dataset)
-      metrics.write(step, scalars)
-    if step % experiment.checkpoint_every == 0 or step == steps:
-      checkpoints.save(state, row, config)
+  clock = _Clock(feed)
+  with contextlib.closing(metrics), contextlib.closing(feed):
+    for step in range(start + 1, steps + 1):
+      batch, delivered = next(feed)
+      unread.add(step, delivered)
+      state, scalars = step_fn(state, batch)
+      if step % experiment.log_every == 0 or step in (1, steps):
+        scalars = jax.device_get(scalars)
+        _check_finite(scalars, step, position, experiment, plan, dataset)
+        counts = {f"unread_{kind}": n for kind, n in unread.counts.items()}
+        metrics.write(step, {**scalars, **clock.read(step), **counts})
+      position = delivered.position
+      if step % experiment.checkpoint_every == 0 or step == steps:
+        checkpoints.save(state, position, config)
 
 
-def open_dataset(
-  experiment: Experiment,
-) -> tuple[Dataset, list[Skipped]]:
-  """The training data, and every record that had to be left out.
+class _Clock:
+  """Seconds a step, and the share of them that waited for data."""
 
-  Raises:
-    UserError: if more than `data.max_skipped` of the records are bad.
-  """
-  data = experiment.data
-  records, skipped = read_records(data.records)
-  records, lost = check_read(records, data)
-  skipped += lost
-  dataset = Dataset(
-    records,
-    tokenizer=Tokenizer.from_folder(data.tokenizer),
-    spec=experiment.row_spec,
-    options=experiment.sample_options,
-    media_root=data.media,
-    features=FeatureStore(data.features) if data.features else None,
-  )
-  skipped += dataset.skipped
-  total = len(dataset) + len(skipped)
-  if not len(dataset) or len(skipped) > data.max_skipped * total:
-    reasons = "\n  ".join(item.reason for item in skipped[:20])
-    raise UserError(
-      f"{len(skipped)} of {total} records of {data.records} cannot be used,"
-      f" more than config.data.max_skipped={data.max_skipped}:\n  {reasons}"
-    )
-  return dataset, skipped
+  def __init__(self, feed: Feed):
+    self._feed, self._last = feed, (None, time.monotonic(), feed.waited)
 
-
-def check_read(
-  records: list[Record], data: DataConfig
-) -> tuple[list[Record], list[Skipped]]:
-  """Keeps records whose files are there; stored videos need no file."""
-  opened = {
-    id(record)
-    for record in records
-    if record.media and not (data.features and record.modality == "video")
-  }
-  if not opened:
-    return records, []
-  found, lost = check_media(
-    [record for record in records if id(record) in opened], data.media
-  )
-  there = {id(record) for record in found}
-  kept = [r for r in records if id(r) not in opened or id(r) in there]
-  return kept, lost
+  def read(self, step: int) -> dict[str, float]:
+    """Since the last reading."""
+    before, began, waited = self._last
+    self._last = (step, time.monotonic(), self._feed.waited)
+    took = self._last[1] - began
+    return {
+      "step_seconds": took / (step - before if before else 1),
+      "data_wait": (self._last[2] - waited) / max(took, 1e-9),
+    }
 
 
 def report_skipped(skipped: list[Skipped]) -> None:
@@ -152,12 +139,25 @@ def report_skipped(skipped: list[Skipped]) -> None:
   print("\n".join(lines), file=sys.stderr)
 
 
-def total_steps(experiment: Experiment, plan: RowPlan) -> int:
-  """Steps of the run: as configured, or enough for the epochs."""
+def epoch_rows(plan: RowPlan, workdir: pathlib.Path) -> dict[str, Any]:
+  """Rows in the first epoch: {"plan": fingerprint, "rows": number}.
+
+  Counting them packs the whole epoch, seconds for a million samples; a run
+  that goes on finds the number in its plan.json.
+  """
+  path, fingerprint = workdir / "plan.json", plan.fingerprint()
+  if path.exists():
+    known = json.loads(path.read_text())
+    if known["plan"] == fingerprint:
+      return known
+  return {"plan": fingerprint, "rows": plan.rows_in_epoch(0)}
+
+
+def total_steps(experiment: Experiment, rows: int) -> int:
+  """Steps of the run: as configured, or enough for the epochs of `rows`."""
   if experiment.steps:
     return experiment.steps
-  rows = plan.rows_in_epoch(0) * experiment.epochs
-  return math.ceil(rows / (experiment.batch_rows * experiment.accumulate))
+  return math.ceil(rows * experiment.epochs / experiment.step_rows)
 
 
 def fresh_state(
@@ -178,41 +178,35 @@ def fresh_state(
   return TrainState(step, trained, frozen, optimizer.init(trained)), optimizer
 
 
-def _device_batch(batch: Batch, experiment: Experiment) -> Batch:
-  """[A * B, ...] on the host to [A, B, ...] on the device."""
-  split = (experiment.accumulate, experiment.batch_rows)
-  arrays = (x.reshape(*split, *x.shape[1:]) for x in batch)
-  return jax.device_put(Batch(*arrays))
-
-
-def _check_finite(scalars, step, first, last, plan, dataset):
+def _check_finite(scalars, step, position, experiment, plan, dataset):
   if np.isfinite(scalars["loss"]) and np.isfinite(scalars["grad_norm"]):
     return
-  rows = {
-    k: [dataset.record(i).id for i in plan.row(k)[1]]
-    for k in range(first, last)
-  }
+  rows = {}
+  for k in range(experiment.step_rows):
+    at = plan.advance(position, k)
+    groups = plan.row(at)[1]
+    rows[at] = [dataset.record(i).id for group in groups for i in group]
   raise FloatingPointError(
     f"step {step}: loss {scalars['loss']}, gradient norm"
     f" {scalars['grad_norm']}; rows and records: {rows}"
   )
 
 
-def _write_about(experiment, skipped, workdir):
+def _write_about(experiment, rows, skipped, workdir):
   workdir.mkdir(parents=True, exist_ok=True)
+  (workdir / "plan.json").write_text(json.dumps(rows) + "\n")
   config = json.dumps(dataclasses.asdict(experiment), indent=2)
   (workdir / "config.json").write_text(config + "\n")
   listed = [dataclasses.asdict(item) for item in skipped]
   (workdir / "skipped.json").write_text(json.dumps(listed, indent=2) + "\n")
 
 
-def _summary(experiment, dataset, plan, state, steps):
+def _summary(experiment, dataset, rows, state, steps):
   trained = sum(x.size for x in state.trained.values())
   frozen = sum(x.size for x in state.frozen.values())
-  rows = plan.rows_in_epoch(0)
   return (
-    f"{len(dataset)} samples in {rows} rows an epoch; {trained:,} parameters"
-    f" trained, {frozen:,} frozen; {steps} steps of"
-    f" {experiment.batch_rows * experiment.accumulate} rows, from step"
+    f"{len(dataset)} samples in {rows['rows']} rows an epoch; {trained:,}"
+    f" parameters trained, {frozen:,} frozen; {steps} steps of"
+    f" {experiment.step_rows} rows, from step"
     f" {int(state.step)}; {jax.devices()[0].platform} x {jax.device_count()}"
   )

@@ -6,7 +6,8 @@ listed in `model.safetensors.index.json`.
 
 import json
 import pathlib
-from collections.abc import Set
+from collections.abc import Mapping, Set
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -72,6 +73,15 @@ def _vision_config(raw: dict, path) -> VisionConfig:
         " vision_config entry with the tower's sizes"
       )
     return VisionConfig()
+  return siglip_config(given)
+
+
+def siglip_config(given: Mapping[str, Any]) -> VisionConfig:
+  """The tower of a `vision_config` in Hugging Face's terms.
+
+  Raises:
+    KeyError: a size is not given.
+  """
   return VisionConfig(
     image_size=given["image_size"],
     patch_size=given["patch_size"],
@@ -138,21 +148,34 @@ def load_params(
   Raises:
     UserError: lists all missing, unexpected and misshapen names at once.
   """
-  files = _tensor_files(pathlib.Path(folder))
-  with _Reader(files) as reader:
+  files = tensor_files(pathlib.Path(folder))
+  with TensorReader(files) as reader:
     table = _present(key_table(config), optional, reader)
-    _check_names(table, config, shapes, reader, folder)
-    params = {
-      path: np.empty(shapes[path], dtype)
-      for entry in table
-      for path in entry.paths
-    }
-    for entry in table:
-      for layer, name in enumerate(entry.names()):
-        parts = entry.to_ours(reader.tensor(name))
-        for path, part in zip(entry.paths, parts, strict=True):
-          target = params[path]
-          target[layer if entry.layers else ...] = part
+    found = reader.names()
+    if config.decoder.tied:
+      found -= {"lm_head.weight"}  # the embedding again, under a second name
+    check_names(table, shapes, reader, found, folder)
+    return read_entries(table, shapes, reader, dtype)
+
+
+def read_entries(
+  table: list[Entry],
+  shapes: Mapping[str, tuple[int, ...]],
+  reader: "TensorReader",
+  dtype,
+) -> Params:
+  """Our parameters of the entries, from tensors that were checked."""
+  params = {
+    path: np.empty(shapes[path], dtype)
+    for entry in table
+    for path in entry.paths
+  }
+  for entry in table:
+    for layer, name in enumerate(entry.names()):
+      parts = entry.to_ours(reader.tensor(name))
+      for path, part in zip(entry.paths, parts, strict=True):
+        target = params[path]
+        target[layer if entry.layers else ...] = part
   return params
 
 
@@ -193,7 +216,7 @@ def save_params(
   )
 
 
-class _Reader:
+class TensorReader:
   """Tensors of several safetensors files, opened once, read one by one."""
 
   def __init__(self, files: list[pathlib.Path]):
@@ -226,7 +249,12 @@ class _Reader:
     return self._where[name].get_tensor(name)
 
 
-def _tensor_files(folder: pathlib.Path) -> list[pathlib.Path]:
+def tensor_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Safetensors files of a checkpoint folder.
+
+  Raises:
+    UserError: none, or listed ones that are missing.
+  """
   index = folder / _INDEX
   if index.exists():
     names = set(json.loads(index.read_text())["weight_map"].values())
@@ -254,15 +282,23 @@ def _present(table: list[Entry], optional: Set[str], reader) -> list[Entry]:
   ]
 
 
-def _check_names(table: list[Entry], config, shapes, reader, folder):
+def check_names(
+  table: list[Entry],
+  shapes: Mapping[str, tuple[int, ...]],
+  reader: TensorReader,
+  found: Set[str],
+  folder: str | pathlib.Path,
+) -> None:
+  """Compares names and shapes of the table with the tensors `found`.
+
+  Raises:
+    UserError: lists all missing, unexpected and misshapen names.
+  """
   wanted = {}
   for entry in table:
     ours = [shapes[path][1 if entry.layers else 0 :] for path in entry.paths]
     shape = entry.official_shape(ours)
     wanted.update(dict.fromkeys(entry.names(), shape))
-  found = reader.names()
-  if config.decoder.tied:
-    found -= {"lm_head.weight"}  # the embedding again, under a second name
   problems = [f"missing: {name}" for name in sorted(set(wanted) - found)]
   problems += [f"unexpected: {name}" for name in sorted(found - set(wanted))]
   for name in sorted(set(wanted) & found):

@@ -12,6 +12,9 @@ import numpy as np
 
 from hourjax.models.config import ModelConfig
 
+# Where Hour-LLaVA's checkpoints have the vision tower.
+TOWER = "model.vision_tower.vision_tower.vision_model."
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -60,7 +63,7 @@ class Entry:
 def key_table(config: ModelConfig) -> list[Entry]:
   """Every tensor of Hour-LLaVA's official state dict, once."""
   entries = [Entry("model.image_newline", ("newline",))]
-  entries += _vision(config, "model.vision_tower.vision_tower.vision_model.")
+  entries += tower_table(config, TOWER)
   entries += _linear("model.mm_projector.0", "projector/fc1")
   entries += _linear("model.mm_projector.2", "projector/fc2")
   if config.memaug_layers:
@@ -126,7 +129,8 @@ def _memaug(config: ModelConfig, there: str) -> list[Entry]:
   return entries
 
 
-def _vision(config: ModelConfig, there: str) -> list[Entry]:
+def tower_table(config: ModelConfig, there: str) -> list[Entry]:
+  """The vision tower's tensors; `there` is what their names start with."""
   n = config.vision.layers
   layer, here = there + "encoder.layers.{i}.", "vision/encoder/layers/"
   embed = there + "embeddings."

@@ -86,7 +86,7 @@ def _record(name, **media):
 
 
 def _dataset(records, media, *, stored=False, spec=SPEC, **options):
-  return Dataset(
+  return Dataset.from_records(
     records,
     tokenizer=TOKENIZER,
     spec=spec,
@@ -94,6 +94,10 @@ def _dataset(records, media, *, stored=False, spec=SPEC, **options):
     media_root=media,
     features=FeatureStore(media / "features") if stored else None,
   )
+
+
+def _size(dataset, index=0):
+  return Size(*dataset.sizes[index].tolist())
 
 
 CASES = {
@@ -119,7 +123,7 @@ def test_every_modality_reaches_the_decoder(case, media, embed):
   dataset = _dataset([_record(case, **files)], media, **options)
   assert not dataset.skipped and len(dataset) == 1
   sample = dataset.sample(0)
-  assert sample.size == dataset.sizes[0]
+  assert sample.size == _size(dataset)
   row = build_row([sample], SPEC)
   out = embed(stack_rows([row]))[0]
   assert out.shape == (600, CONFIG.decoder.width)
@@ -133,7 +137,7 @@ def test_every_modality_reaches_the_decoder(case, media, embed):
 def test_what_is_planned_for_each_modality(media):
   def size(case):
     files, options = CASES[case]
-    return _dataset([_record(case, **files)], media, **options).sizes[0]
+    return _size(_dataset([_record(case, **files)], media, **options))
 
   assert size("stored video").features == 4 * SECONDS
   assert size("raw video").frames == SECONDS
@@ -166,8 +170,8 @@ def test_a_prompt_has_no_labels_and_room_for_the_answer(media):
   )
   layout = asked.sample(0).layout
   assert (layout.labels == -100).all()
-  assert asked.sizes[0].decoder == asked.prompt_length(0) + 7
-  assert asked.prompt_length(0) < plain.sizes[0].decoder
+  assert _size(asked).decoder == asked.prompt_length(0) + 7
+  assert asked.prompt_length(0) < _size(plain).decoder
   assert (layout.decoder_token[-7:] == TOKENIZER.pad).all()
 
 
@@ -185,7 +189,7 @@ def test_keyframes_are_kept_by_their_features(media):
   assert len(expected) == 32
   uniform = kept_frames(128, Forgetting(), np.random.default_rng(0))
   assert expected.tolist() != uniform.tolist()
-  assert sample.size == dataset.sizes[0]
+  assert sample.size == _size(dataset)
 
 
 def _only_reason(dataset, name):
@@ -221,22 +225,70 @@ def test_sample_larger_than_a_row(media):
   capacity = dataclasses.replace(SPEC.capacity, memory=500)
   spec = dataclasses.replace(SPEC, capacity=capacity)
   reason = _only_reason(_dataset(records, media, spec=spec), "big")
-  assert "config.rows.memory=500 < 640 of record big" in reason
+  assert "record big: sample larger than a row" in reason
+  assert "config.rows.memory=500 < 640 of it" in reason
   assert "raise these capacities" in reason
 
 
-def test_labels_that_are_cut_off(media):
-  # Markup is labelled too, so only the very first position has no label.
-  dataset = _dataset([_record("long")], media, max_length=1)
+def test_an_answer_that_is_cut_off(media):
+  """One position of the answer is enough to train on, none is not."""
+  whole = _dataset([_record("long")], media)
+  layout = whole.sample(0).layout
+  opening = len(TOKENIZER.encode("<|im_start|>assistant\n"))
+  spoken = np.flatnonzero(layout.labels == TOKENIZER.im_start)[2] + opening
+  assert (
+    len(_dataset([_record("long")], media, max_length=int(spoken) + 1)) == 1
+  )
+  dataset = _dataset([_record("long")], media, max_length=int(spoken))
   assert not len(dataset)
   (skipped,) = dataset.skipped
-  assert "record long" in skipped.reason and "max_length=1;" in skipped.reason
-  assert "raise it or drop the record" in skipped.reason
+  assert f"record long: its answer starts at position {spoken}" in (
+    skipped.reason
+  )
+  assert f"max_length is {spoken}; raise config.max_length" in skipped.reason
+
+
+def test_samples_share_one_reading_of_a_video(media):
+  records = [_record(str(n), video="clip.mp4") for n in range(3)]
+  dataset = _dataset(records, media, stored=True)
+  room = np.full((5 * SECONDS, CONFIG.vision.width), np.nan, "bfloat16")
+  made, failed = dataset.samples((2, 0), 4, room)
+  assert not failed
+  assert [s.name for s in made] == ["2", "0"]
+  assert [s.shares for s in made] == [False, True]
+  for index, sample in zip((2, 0), made):
+    alone = dataset.sample(index, 4)
+    np.testing.assert_array_equal(sample.visual, alone.visual)
+    np.testing.assert_array_equal(
+      sample.layout.query_source, alone.layout.query_source
+    )
+    assert np.shares_memory(sample.visual, room)
+  assert np.isfinite(room[: 4 * SECONDS].astype(np.float32)).all()
+  assert np.isnan(room[4 * SECONDS :].astype(np.float32)).all()
+
+
+def test_what_cannot_be_read_is_reported_not_raised(media):
+  lost = parse_record(
+    {
+      "id": "bad",
+      "image": ["a.png", "gone.png"],
+      "conversations": [
+        {"from": "human", "value": "<image><image>\nWhat?"},
+        {"from": "gpt", "value": "Red."},
+      ],
+    },
+    "test",
+  )
+  dataset = _dataset([_record("good"), lost], media)
+  assert len(dataset) == 2  # only pictures that stand alone are opened before
+  made, (failure,) = dataset.samples((1,), 0)
+  assert made == []
+  assert failure.id == "bad" and "gone.png" in failure.reason
 
 
 def test_markers_and_images_differ_in_number(media):
   turns = (Turn("human", "<image>\nWhat?"), Turn("gpt", "Red."))
   record = Record("two", "image", ("a.png", "b.png"), turns, "", {})
-  reason = _only_reason(_dataset([record, _record("good")], media), "two")
-  assert "record two" in reason and "1 visual slots" in reason
-  assert "brings 2; write one <image> for each" in reason
+  _, (failure,) = _dataset([record], media).samples((0,), 0)
+  assert "record two" in failure.reason and "1 visual slots" in failure.reason
+  assert "brings 2; write one <image> for each" in failure.reason

@@ -1,115 +1,347 @@
-import json
+import threading
+import uuid
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from hourjax.data import features
+from hourjax.data.array_file import is_finite
 from hourjax.data.features import FeatureStore
 from hourjax.errors import UserError
 
 SHAPE = (4, 6)
+NAME = "show/one.mp4"
+BF16 = ml_dtypes.bfloat16
 
 
-def _features(frames=5, seed=0):
-  return np.random.default_rng(seed).normal(size=(frames, *SHAPE))
+def _features(frames=5, seed=0, shape=SHAPE):
+  return np.random.default_rng(seed).normal(size=(frames, *shape))
+
+
+@pytest.fixture(params=["folder", "file", "memory"])
+def root(request, tmp_path):
+  urls = {
+    "file": f"file://{tmp_path}/store",
+    "memory": f"memory://{uuid.uuid4().hex}",
+  }
+  return urls.get(request.param, tmp_path / "store")
 
 
 @pytest.fixture
-def store(tmp_path):
-  store = FeatureStore(tmp_path, create=True)
-  store.write("show/one.mp4", _features(), 5.004)
+def store(root):
+  store = FeatureStore(root, create=True)
+  store.write(NAME, _features(), 5.004)
   return store
 
 
-def test_chosen_frames_come_back_in_bfloat16(store, tmp_path):
-  frames = np.array([0, 0, 3, 4])
-  for opened in (store, FeatureStore(tmp_path)):
-    assert "show/one.mp4" in opened and len(opened) == 1
-    assert opened.stored("show/one.mp4") == (5, 5.0)
-    read = opened.read("show/one.mp4", frames, SHAPE)
-    assert read.dtype == ml_dtypes.bfloat16
-    expected = _features().astype(ml_dtypes.bfloat16)[frames]
-    np.testing.assert_array_equal(read, expected)
+@pytest.fixture
+def local(tmp_path):
+  store = FeatureStore(tmp_path / "store", create=True)
+  store.write(NAME, _features(), 5.004)
+  return store
 
 
-def test_float32_survives_as_bfloat16(tmp_path):
-  store = FeatureStore(tmp_path, create=True)
-  store.write("a.mp4", _features().astype(np.float32), 5)
-  read = store.read("a.mp4", np.arange(5), SHAPE).astype(np.float32)
-  np.testing.assert_allclose(read, _features(), rtol=2**-8)
-  assert store.path("a.mp4").stat().st_size < 5 * 4 * 6 * 2 + 200
-
-
-def test_no_store(tmp_path):
-  with pytest.raises(UserError, match=r"index.jsonl does not exist; run"):
-    FeatureStore(tmp_path / "none")
-  assert not (tmp_path / "none").exists()
-
-
-def test_truncated_and_missing_file(store):
-  path = store.path("show/one.mp4")
-  path.write_bytes(path.read_bytes()[:-10])
-  with pytest.raises(UserError, match=r"one.mp4.npy cannot be read.*delete"):
-    store.read("show/one.mp4", np.array([0]), SHAPE)
-  path.unlink()
-  with pytest.raises(UserError, match=r"one.mp4.npy cannot be read"):
-    store.read("show/one.mp4", np.array([0]), SHAPE)
-
-
-def test_another_tower_is_named_with_both_shapes(store):
-  message = r"\(5, 4, 6\), the index .* expect bfloat16 \(5, 4, 7\); extract"
-  with pytest.raises(UserError, match=message):
-    store.read("show/one.mp4", np.array([0]), (4, 7))
-
-
-def test_float32_file_is_refused(store):
-  np.save(store.path("show/one.mp4"), _features().astype(np.float32))
-  with pytest.raises(UserError, match="float32"):
-    store.read("show/one.mp4", np.array([0]), SHAPE)
+# --- reading ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-  "line", ['{"video": "two.mp4", "fra', '{"video": "two.mp4"}', "5", "[]"]
+  "frames", [[0, 1, 2, 3, 4], [0, 0, 3, 4], [4, 2, 2, 0], [3], []]
 )
-def test_broken_index_line_is_named(store, tmp_path, line):
-  with open(tmp_path / "index.jsonl", "a") as file:
-    file.write(line + "\n")
-  with pytest.raises(UserError, match=r"index.jsonl, line 2 is broken"):
-    FeatureStore(tmp_path)
+def test_chosen_frames_come_back_in_bfloat16(store, root, frames):
+  frames = np.array(frames, int)
+  for opened in (store, FeatureStore(root)):
+    assert NAME in opened and len(opened) == 1
+    assert list(opened.videos()) == [NAME]
+    assert opened.stored(NAME) == (5, 5.0)
+    read = opened.read(NAME, frames, SHAPE)
+    assert read.dtype == BF16
+    np.testing.assert_array_equal(read, _features().astype(BF16)[frames])
 
 
-def test_interrupted_write_leaves_nothing_under_the_final_name(
-  store, tmp_path, monkeypatch
-):
-  def half(file, array):
-    file.write(array.tobytes()[:50])
-    raise KeyboardInterrupt
+@pytest.mark.parametrize("seed", range(5))
+def test_blocks_and_runs_of_a_long_video(root, seed):
+  """Frames of 100 KB: several blocks a run, and many runs."""
+  rng = np.random.default_rng(seed)
+  shape = (50, 1000)
+  features = rng.normal(size=(90, *shape)).astype(BF16)
+  store = FeatureStore(root, create=True)
+  store.write("a", features, 90)
+  count = int(rng.integers(1, 91))
+  for frames in (
+    np.sort(rng.choice(90, count, replace=False)),
+    rng.integers(0, 90, count),
+    np.arange(90),
+  ):
+    out = np.full((len(frames) + 2, *shape), 7, BF16)
+    store.read_into("a", frames.astype(np.int32), out[1:-1])
+    np.testing.assert_array_equal(out[1:-1], features[frames])
+    assert (out[0] == 7).all() and (out[-1] == 7).all()
 
-  with monkeypatch.context() as patch:
-    patch.setattr(features.np, "save", half)
-    with pytest.raises(KeyboardInterrupt):
-      store.write("show/two.mp4", _features(seed=1), 5)
-  assert not store.path("show/two.mp4").exists()
-  reopened = FeatureStore(tmp_path)
-  assert "show/two.mp4" not in reopened and "show/one.mp4" in reopened
-  reopened.write("show/two.mp4", _features(seed=1), 5)
-  read = FeatureStore(tmp_path).read("show/two.mp4", np.arange(5), SHAPE)
-  np.testing.assert_array_equal(
-    read, _features(seed=1).astype(ml_dtypes.bfloat16)
+
+def test_threads_read_side_by_side(store):
+  def read(seed):
+    frames = np.random.default_rng(seed).permutation(5)
+    got = store.read(NAME, frames, SHAPE)
+    same.append((got == _features().astype(BF16)[frames]).all())
+
+  same = []
+  threads = [threading.Thread(target=read, args=(i,)) for i in range(16)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert same == [True] * 16
+
+
+def test_an_out_that_cannot_be_filled(store):
+  out = np.zeros((*SHAPE, 5), BF16).transpose(2, 0, 1)
+  with pytest.raises(ValueError, match="not C-contiguous"):
+    store.read_into(NAME, np.arange(5), out)
+  with pytest.raises(IndexError, match=r"frames 0 to 5 of show/one.mp4"):
+    store.read(NAME, np.array([0, 5]), SHAPE)
+  with pytest.raises(IndexError, match="frames -1 to 0"):
+    store.read(NAME, np.array([0, -1]), SHAPE)
+
+
+def test_a_file_of_numpys_own(local):
+  """As written by the first version of the store."""
+  with open(local.path(NAME), "wb") as file:
+    np.save(file, _features(seed=3).astype(BF16).view("V2"))
+  read = local.read(NAME, np.arange(5), SHAPE)
+  np.testing.assert_array_equal(read, _features(seed=3).astype(BF16))
+  stored = np.load(local.path(NAME)).view(BF16)
+  np.testing.assert_array_equal(stored, read)
+
+
+# --- what can be wrong with a file ------------------------------------------
+
+
+def _rewrite(store, change):
+  key = f"{NAME}.npy"
+  store.storage.write(key, change(store.storage.read(key)))
+
+
+@pytest.mark.parametrize("frames", [[0], [0, 1, 2, 3, 4], [0, 0]])
+@pytest.mark.parametrize("keep", [0, 50, 130, -10, -1])
+def test_truncated_file(store, keep, frames):
+  _rewrite(store, lambda data: data[:keep])
+  with pytest.raises(UserError, match=r"one.mp4.npy cannot be read.*it ends"):
+    store.read(NAME, np.array(frames), SHAPE)
+
+
+def test_missing_file(local):
+  local.path(NAME).unlink()
+  with pytest.raises(UserError, match=r"npy cannot be read \(.*No such"):
+    local.read(NAME, np.array([0]), SHAPE)
+
+
+def test_missing_object(root):
+  store = FeatureStore(root, create=True)
+  store.record("a.mp4", store.writer("a.mp4", 3, SHAPE, 3.0).stored)
+  with pytest.raises(UserError, match=r"a.mp4.npy cannot be read"):
+    FeatureStore(root).read("a.mp4", np.arange(3), SHAPE)
+
+
+def test_not_an_array(store):
+  _rewrite(store, lambda data: b"x" * len(data))
+  with pytest.raises(UserError, match=r"npy cannot be read \(not a .npy file"):
+    store.read(NAME, np.array([0]), SHAPE)
+
+
+@pytest.mark.parametrize("shape", [(4, 7), (3, 6), (1, 24)])
+def test_another_tower_is_named_with_both_shapes(store, shape):
+  message = (
+    rf"holds \|V2 \(5, 4, 6\).*expect bfloat16 \(5, {shape[0]}, {shape[1]}"
   )
-  assert not list(tmp_path.rglob("*.partial"))
+  with pytest.raises(UserError, match=message + r"\); extract with this"):
+    store.read(NAME, np.array([0]), shape)
 
 
-def test_array_is_in_place_before_its_index_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint16", ">f4"])
+def test_other_types_are_refused(local, dtype):
+  np.save(local.path(NAME), _features().astype(dtype))
+  with pytest.raises(UserError, match=f"holds {np.dtype(dtype)} "):
+    local.read(NAME, np.array([0]), SHAPE)
+
+
+def test_another_length_than_the_index_says(local):
+  other = _features(6).astype(BF16).view("V2")
+  np.save(local.path(NAME), other)
+  with pytest.raises(UserError, match=r"\(6, 4, 6\).*\(5, 4, 6\)"):
+    local.read(NAME, np.array([0]), SHAPE)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite(store, value):
+  spoiled = _features().astype(BF16)
+  spoiled[3, 1, 2] = value
+  data = spoiled.tobytes()
+  _rewrite(store, lambda old: old[: -len(data)] + data)
+  store.read(NAME, np.array([0, 1, 2, 4]), SHAPE)
+  with pytest.raises(UserError, match=r"one.mp4.npy holds NaN or infinite"):
+    store.read(NAME, np.array([0, 3]), SHAPE)
+
+
+def test_every_bfloat16_is_judged_right():
+  bits = np.arange(2**16, dtype=np.uint16)
+  judged = [is_finite(bits[i : i + 1]) for i in range(2**16)]
+  expected = np.isfinite(bits.view(BF16).astype(np.float32))
+  np.testing.assert_array_equal(judged, expected)
+
+
+# --- writing ----------------------------------------------------------------
+
+
+def test_chunks_and_types(root):
+  features = _features(7)
+  store = FeatureStore(root, create=True)
+  with store.writer("a.mp4", 7, SHAPE, 7) as writer:
+    writer.add(features[:2].astype(np.float32))
+    writer.add(features[2:2].astype(BF16))
+    writer.add(features[2:].astype(BF16))
+  assert "a.mp4" not in FeatureStore(root, create=True)
+  store.record("a.mp4", writer.stored)
+  read = FeatureStore(root).read("a.mp4", np.arange(7), SHAPE)
+  np.testing.assert_array_equal(read, features.astype(np.float32).astype(BF16))
+
+
+def test_the_disk_holds_each_chunk_at_once(tmp_path):
   store = FeatureStore(tmp_path, create=True)
+  with store.writer("a.mp4", 2, (64, 1152), 2) as writer:
+    writer.add(_features(1, shape=(64, 1152)))
+    (partial,) = (p for p in tmp_path.rglob("*") if p.is_file())
+    assert partial.stat().st_size == 128 + 64 * 1152 * 2
+    assert partial.name != "a.mp4.npy"
+    writer.add(_features(1, shape=(64, 1152)))
 
+
+class _Stop(BaseException):
+  pass
+
+
+@pytest.mark.parametrize("error", [_Stop, KeyboardInterrupt])
+def test_an_abandoned_writer_leaves_nothing(store, root, tmp_path, error):
+  before = set(tmp_path.rglob("*.npy"))
+  with pytest.raises(error), store.writer("a.mp4", 3, SHAPE, 3) as writer:
+    writer.add(_features(2))
+    raise error
+  assert set(tmp_path.rglob("*.npy")) == before
+  assert not [p for p in store.scratch.folder.glob("*") if p.is_file()]
+  assert "a.mp4" not in FeatureStore(root)
+
+
+def test_what_a_writer_refuses(local, tmp_path):
+  with (
+    pytest.raises(UserError, match="frames 1 to 2: the tower gives NaN"),
+    local.writer("a", 3, SHAPE, 3) as writer,
+  ):
+    writer.add(_features(1))
+    writer.add(np.full((2, *SHAPE), np.nan))
+  with (
+    pytest.raises(UserError, match="infinite"),  # too large for bfloat16
+    local.writer("a", 3, SHAPE, 3) as writer,
+  ):
+    writer.add(np.full((2, *SHAPE), 3.4e38, np.float32))
+  with (
+    pytest.raises(ValueError, match=r"features \(4, 4, 6\) after 0 frames"),
+    local.writer("a", 3, SHAPE, 3) as writer,
+  ):
+    writer.add(_features(4))
+  with (
+    pytest.raises(ValueError, match=r"a.npy: 2 frames of 3"),
+    local.writer("a", 3, SHAPE, 3) as writer,
+  ):
+    writer.add(_features(2))
+  assert not local.path("a").exists()
+  assert not list(local.scratch.folder.iterdir())
+
+
+def test_a_name_that_the_file_system_refuses(local):
+  with pytest.raises(UserError, match=r"too long.*rename the video"):
+    local.write("x" * 254 + ".mp4", _features(), 5)
+  assert not list(local.scratch.folder.iterdir())
+
+
+# --- the index --------------------------------------------------------------
+
+
+def test_no_store(tmp_path):
+  with pytest.raises(UserError, match=r"none holds no index\*.jsonl; run"):
+    FeatureStore(tmp_path / "none")
+  assert not (tmp_path / "none").exists()
+  with pytest.raises(UserError, match=r"holds no index\*.jsonl; run"):
+    FeatureStore(f"memory://{uuid.uuid4().hex}")
+
+
+def test_the_indices_of_all_workers_are_one(root):
+  for worker in range(3):
+    store = FeatureStore(root, create=True, worker=worker)
+    store.write(f"{worker}.mp4", _features(seed=worker), 5)
+  FeatureStore(root, create=True, worker="beam-x").write("b", _features(), 5)
+  store = FeatureStore(root)
+  assert sorted(store.videos()) == ["0.mp4", "1.mp4", "2.mp4", "b"]
+  keys = [f"index-0000{i}.jsonl" for i in range(3)] + ["index-beam-x.jsonl"]
+  assert store.storage.list("index") == keys
+  for worker in range(3):
+    np.testing.assert_array_equal(
+      store.read(f"{worker}.mp4", np.arange(5), SHAPE),
+      _features(seed=worker).astype(BF16),
+    )
+
+
+def test_the_single_index_of_before(store, root):
+  line = b'{"video": "old.mp4", "frames": 3, "duration": 3.5}\n'
+  store.storage.write("index.jsonl", line)
+  assert FeatureStore(root).stored("old.mp4") == (3, 3.5)
+  assert len(FeatureStore(root)) == 2
+
+
+def test_a_reopened_index_goes_on(store, root):
+  again = FeatureStore(root, create=True)
+  again.write("two.mp4", _features(seed=1), 5)
+  assert list(FeatureStore(root).videos()) == [NAME, "two.mp4"]
+
+
+def test_a_torn_line_of_a_kill_costs_its_video_only(store, root):
+  data = store.storage.read("index-00000.jsonl")
+  store.storage.write("index-00000.jsonl", data + b'{"video": "two.mp4", "fr')
+  assert list(FeatureStore(root).videos()) == [NAME]
+  FeatureStore(root, create=True).write("two.mp4", _features(), 5)
+  assert list(FeatureStore(root).videos()) == [NAME, "two.mp4"]
+
+
+@pytest.mark.parametrize(
+  "line",
+  [
+    '{"video": "two.mp4"}',
+    '{"video": "two.mp4", "frames": "many", "duration": 1}',
+    '{"frames": 1, "duration": 1}',
+  ],
+)
+def test_a_broken_row_is_named(store, root, line):
+  data = store.storage.read("index-00000.jsonl")
+  store.storage.write("index-00000.jsonl", data + line.encode() + b"\n")
+  with pytest.raises(UserError, match=r"index-00000.jsonl: .*delete the line"):
+    FeatureStore(root)
+
+
+def test_array_is_in_place_before_its_index_line(local, monkeypatch):
   def stop(*_):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(json, "dumps", stop)
+    patch.setattr(local.storage, "append", stop)
     with pytest.raises(KeyboardInterrupt):
-      store.write("one.mp4", _features(), 5)
-  assert store.path("one.mp4").exists()
-  assert "one.mp4" not in FeatureStore(tmp_path, create=True)
+      local.write("two.mp4", _features(), 5)
+  assert local.path("two.mp4").exists()
+  assert "two.mp4" not in FeatureStore(local.root)
+
+
+def test_towers_do_not_mix(store, root):
+  store.claim("aa", SHAPE)
+  FeatureStore(root).claim("aa", SHAPE)
+  message = r"tower.json says .*'aa'.*this run's tower is .*'bb'.*--tower"
+  with pytest.raises(UserError, match=message):
+    FeatureStore(root).claim("bb", SHAPE)
+  with pytest.raises(UserError, match=r"'width': 7"):
+    FeatureStore(root).claim("aa", (4, 7))

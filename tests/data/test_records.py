@@ -1,5 +1,3 @@
-import json
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +8,6 @@ from hourjax.data.records import (
   Turn,
   check_media,
   parse_record,
-  read_records,
 )
 from hourjax.errors import UserError
 
@@ -160,75 +157,6 @@ def test_anything_is_a_record_or_a_user_error(raw):
   except UserError:
     return
   assert record.turns[-1].role == "gpt"
-
-
-# --- files ------------------------------------------------------------------
-
-
-def _write(path, content):
-  text = content if isinstance(content, str) else json.dumps(content)
-  path.write_text(text, encoding="utf-8")
-  return path
-
-
-def test_bad_records_are_skipped_and_reported(tmp_path):
-  raws = [VIDEO, {**VIDEO, "id": 5, "video": ""}, "x", {**VIDEO, "id": "r3"}]
-  path = _write(tmp_path / "a.json", raws)
-  records, skipped = read_records(path)
-  assert [r.id for r in records] == ["r1", "r3"]
-  assert [s.id for s in skipped] == ["5", f"{path}[2]"]
-  assert skipped[0].reason.startswith(f"{path}[1]: record 5: 'video' must")
-
-
-def test_jsonl(tmp_path):
-  odd = _raw("Hi\u2028there", "Hello")
-  lines = [
-    json.dumps(VIDEO),
-    "",
-    "{broken",
-    json.dumps(odd, ensure_ascii=False),
-  ]
-  path = _write(tmp_path / "a.jsonl", "\n".join(lines) + "\n")
-  records, skipped = read_records(path)
-  assert [len(r.turns) for r in records] == [2, 2]
-  assert records[1].turns[0].text == "Hi\u2028there"
-  assert [s.id for s in skipped] == [f"{path}:3"]
-  assert "not JSON" in skipped[0].reason
-
-
-def test_questions_without_answers(tmp_path):
-  path = _write(tmp_path / "a.json", [_raw("Why?")])
-  assert len(read_records(path)[1]) == 1
-  records, skipped = read_records(path, require_answer=False)
-  assert (len(records), skipped) == (1, [])
-
-
-@pytest.mark.parametrize(
-  "name, content, message",
-  [
-    ("a.json", "", "is empty"),
-    ("a.jsonl", " \n", "is empty"),
-    ("a.json", "[1, 2", "is not valid JSON .* name it .jsonl"),
-    ("a.json", '{"data": []}', "holds dict, not a list"),
-    ("a.jsonl", "[]\nx", "none of its 2 lines is a JSON record"),
-  ],
-)
-def test_files_that_are_no_record_lists(tmp_path, name, content, message):
-  path = _write(tmp_path / name, content)
-  with pytest.raises(UserError, match=message) as error:
-    read_records(path)
-  assert str(path) in str(error.value)
-
-
-def test_unreadable_files(tmp_path):
-  with pytest.raises(UserError, match=r"cannot read .*none\.json: No such"):
-    read_records(tmp_path / "none.json")
-  with pytest.raises(UserError, match="Is a directory"):
-    read_records(tmp_path)
-  binary = tmp_path / "a.json"
-  binary.write_bytes(b"\x80\x02\xff")
-  with pytest.raises(UserError, match="is not UTF-8 text"):
-    read_records(binary)
 
 
 def test_check_media(tmp_path):

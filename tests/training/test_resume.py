@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import pytest
 
 from configs import demo
 from hourjax.data.demo import build
+from hourjax.data.prepare import build as prepare
+from hourjax.data.prepare import lists
 from hourjax.errors import UserError
 from hourjax.inference.extraction import extract_videos
 from hourjax.models.params import init_params
@@ -45,6 +48,10 @@ def experiment(tmp_path_factory):
   config.model.decoder.layers = config.model.memaug_layers = 1
   config.data.max_skipped = 0.5
   made = build_experiment(config.to_dict())
+  options = prepare.Options(
+    items=(lists.Item.of_files([str(path)]),), tokenizer=f"{folder}/tokenizer"
+  )
+  prepare.build(folder / "stage2", options, workers=1)
   extract_videos(
     init_params(made.model, made.seed),
     made.model,
@@ -88,6 +95,11 @@ def whole(experiment, tmp_path_factory):
   return workdir
 
 
+def _losses(workdir):
+  kept = ("step", "loss", "grad_norm", "tokens")
+  return [{k: row[k] for k in kept} for row in read_metrics(workdir)]
+
+
 def _files(workdir):
   return {
     path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()
@@ -113,11 +125,33 @@ def test_a_resumed_run_has_the_losses_of_a_whole_one(
   loop.train(experiment, tmp_path)
   rows = read_metrics(whole)
   assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-  assert read_metrics(tmp_path) == rows
+  assert _losses(tmp_path) == _losses(whole)
   assert len({row["loss"] for row in rows}) == STEPS
   one, two = restore_params(whole), restore_params(tmp_path)
   assert one.keys() == two.keys()
   assert all((one[path] == two[path]).all() for path in one)
+
+
+def test_what_cannot_be_read_is_left_out_and_listed(
+  experiment, whole, tmp_path
+):
+  """A file that is damaged after the run was planned."""
+  store = pathlib.Path(experiment.data.features)
+  broken = min(store.glob("train*.npy"))
+  content = broken.read_bytes()
+  broken.write_bytes(content[:-100])
+  try:
+    loop.train(experiment, tmp_path)
+  finally:
+    broken.write_bytes(content)
+  lines = (tmp_path / "unread.jsonl").read_text().splitlines()
+  unread = [json.loads(line) for line in lines]
+  assert unread and all(str(broken) in item["reason"] for item in unread)
+  rows = read_metrics(tmp_path)
+  counted = sum(n for k, n in rows[-1].items() if k.startswith("unread_"))
+  assert counted == len(unread)
+  tokens = [row["tokens"] for row in rows]
+  assert sum(tokens) < sum(row["tokens"] for row in read_metrics(whole))
 
 
 def test_a_finished_run_is_left_alone(experiment, whole, monkeypatch, capsys):

@@ -1,0 +1,188 @@
+"""From files to a prepared dataset, in memory that does not grow with them."""
+
+import collections
+import concurrent.futures
+import contextlib
+import itertools
+import multiprocessing
+import os
+import pathlib
+from collections.abc import Iterator
+
+from hourjax import progress
+from hourjax.data.features import FeatureStore
+from hourjax.data.prepare import existing, pictures
+from hourjax.data.prepare.convert import (
+  Converter,
+  Dropped,
+  Job,
+  Kept,
+  video_of,
+)
+from hourjax.data.prepare.inputs import jobs, open_inputs
+from hourjax.data.prepare.options import Options
+from hourjax.data.prepare.report import SKIPPED, Report
+from hourjax.data.prepare.videos import Videos
+from hourjax.data.prepared import PreparedWriter
+from hourjax.data.records import check_root
+from hourjax.data.tokenizer import Tokenizer
+from hourjax.errors import UserError
+
+CHUNK = 64  # records that one process converts at a time
+AHEAD = 32  # chunks whose videos are looked up ahead
+# Below so many records a process, starting one takes longer than its work.
+WORTH_A_PROCESS = 4000
+
+
+def build(
+  folder: str | os.PathLike,
+  options: Options,
+  *,
+  overwrite: bool = False,
+  workers: int | None = None,
+) -> tuple[dict, bool]:
+  """Writes a prepared dataset, or finds it there.
+
+  Args:
+    folder: of the dataset.
+    options: of the dataset.
+    overwrite: whether a dataset of other options may be replaced.
+    workers: processes; as many as there are cores if None.
+
+  Returns:
+    The summary, and whether all was there already.
+
+  Raises:
+    UserError: an input is missing or broken as a whole, nothing is left, or
+      the folder holds something else.
+  """
+  folder = pathlib.Path(folder)
+  tokenizer = Tokenizer.from_folder(options.tokenizer)
+  media = None if options.media is None else pathlib.Path(options.media)
+  if media is not None:
+    check_root(media)
+  store = FeatureStore(options.features) if options.features else None
+  wanted = existing.describe(options, tokenizer, store)
+  if summary := existing.find(folder, wanted, overwrite):
+    return summary, True
+  videos = Videos(media if options.check_media else None, store)
+  writer = PreparedWriter(
+    folder, tokenizer_id=tokenizer.fingerprint, about={"options": wanted}
+  )
+  with writer, contextlib.closing(videos):
+    with open(writer.partial / SKIPPED, "w", encoding="utf-8") as skipped:
+      report = Report(skipped)
+      files = open_inputs(options, writer.partial, report)
+      convert = Converter(tokenizer, media, options.check_media)
+      _convert_all(files, convert, videos, writer, report, workers)
+    summary = _finish(writer, report, videos.unstored if store else None)
+  return summary, False
+
+
+def _convert_all(files, convert, videos, writer, report, workers) -> None:
+  total = sum(int(file.chosen.sum()) for file in files)
+  workers = min(workers or os.cpu_count(), total // WORTH_A_PROCESS)
+  chunks = _with_facts(jobs(files), videos)
+  with progress.bar(total, unit="conversation", desc="prepare") as bar:
+    for results in _converted(convert, chunks, workers):
+      _write(results, writer, report)
+      bar.update(len(results))
+
+
+def _with_facts(found: Iterator[Job], videos: Videos) -> Iterator[list[Job]]:
+  """Chunks of jobs that know their videos, which are looked up ahead."""
+  waiting: collections.deque[list[Job]] = collections.deque()
+
+  def ready() -> list[Job]:
+    chunk = waiting.popleft()
+    names = [video_of(job.raw) for job in chunk]
+    return [
+      job._replace(fact=videos.fact(name)) if name else job
+      for job, name in zip(chunk, names)
+    ]
+
+  while chunk := list(itertools.islice(found, CHUNK)):
+    for name in filter(None, (video_of(job.raw) for job in chunk)):
+      videos.request(name)
+    waiting.append(chunk)
+    if len(waiting) > AHEAD:
+      yield ready()
+  while waiting:
+    yield ready()
+
+
+def _converted(
+  convert: Converter, chunks: Iterator[list[Job]], workers: int
+) -> Iterator[list[Kept | Dropped]]:
+  """The chunks converted, in order, some of them ahead."""
+  if workers < 2:
+    yield from map(convert, chunks)
+    return
+  pool = concurrent.futures.ProcessPoolExecutor(
+    workers,
+    # A forked child of a process with threads may wait for a lock forever.
+    mp_context=multiprocessing.get_context("spawn"),
+    initializer=_start,
+    initargs=(convert,),
+  )
+  running: collections.deque[concurrent.futures.Future] = collections.deque()
+  try:
+    for chunk in chunks:
+      running.append(pool.submit(_run, chunk))
+      if len(running) >= 4 * workers:
+        yield running.popleft().result()
+    while running:
+      yield running.popleft().result()
+  except concurrent.futures.process.BrokenProcessPool as error:
+    raise UserError(
+      f"one of {workers} processes was killed, perhaps for memory; set"
+      " --workers lower"
+    ) from error
+  finally:
+    pool.shutdown(wait=True, cancel_futures=True)
+
+
+_convert: Converter | None = None  # of this process
+
+
+def _start(convert: Converter) -> None:
+  global _convert
+  _convert = convert
+  # One process a core is enough.
+  os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _run(chunk: list[Job]) -> list[Kept | Dropped]:
+  return _convert(chunk)
+
+
+def _write(
+  results: list[Kept | Dropped], writer: PreparedWriter, report: Report
+) -> None:
+  for item in results:
+    if isinstance(item, Dropped):
+      report.drop(item)
+    elif report.keep(item):
+      writer.add_encoded(
+        item.encoded,
+        item.measures,
+        item.source,
+        item.stream,
+        item.video,
+        item.duration,
+        item.pictures,
+      )
+
+
+def _finish(
+  writer: PreparedWriter, report: Report, unstored: set[str] | None
+) -> dict:
+  columns = writer.columns()
+  if not len(columns):
+    reasons = [r for k in report.dropped.values() for r in k["examples"]]
+    lines = "\n  ".join(reasons) or "the files hold no records"
+    raise UserError(f"no conversation is left of these files:\n  {lines}")
+  summary = report.summary(columns, unstored)
+  summary["pictures"] = pictures.draw(writer.partial, summary)
+  existing.write_summary(writer.partial, summary)
+  return summary

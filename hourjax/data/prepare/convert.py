@@ -1,0 +1,188 @@
+"""One raw record to what is stored of it; runs in several processes."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from hourjax.data.columns import Measures, measure_record
+from hourjax.data.example import encode_record
+from hourjax.data.prepare.videos import VideoFact
+from hourjax.data.records import Record, media_problem, parse_record
+from hourjax.data.tokenizer import Tokenizer
+from hourjax.errors import UserError
+
+FACTS = ("topic", "task", "format")
+
+
+class Job(NamedTuple):
+  """A raw record, where it stood, and what is known of its video."""
+
+  where: str
+  raw: Any
+  stream: str
+  fact: VideoFact | None = None
+
+
+class Kept(NamedTuple):
+  """A conversation ready to be written.
+
+  Attributes:
+    where: file and place.
+    id: of the record.
+    encoded: by `encode_record`.
+    measures: its numbers.
+    source: of the record.
+    stream: whose rows it belongs to.
+    video: name of its video, or None.
+    duration: of the video in seconds, None where it is not known.
+    pictures: in the video's file, 0 where they are not known.
+    content: number that equal records share.
+    questions: (topic, task, format) of each, "" where not known.
+  """
+
+  where: str
+  id: str
+  encoded: bytes
+  measures: Measures
+  source: str
+  stream: str
+  video: str | None
+  duration: float | None
+  pictures: int
+  content: int
+  questions: list[tuple[str, ...]]
+
+
+class Dropped(NamedTuple):
+  """A record or row that is left out, and why."""
+
+  where: str
+  id: str | None
+  kind: str
+  reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Converter:
+  """Checks, measures and encodes records.
+
+  Attributes:
+    tokenizer: counts tokens.
+    media: folder of images, or None.
+    check_media: whether all of a record's images must be there.
+  """
+
+  tokenizer: Tokenizer
+  media: pathlib.Path | None
+  check_media: bool
+
+  def __call__(self, jobs: Sequence[Job]) -> list[Kept | Dropped]:
+    """Converts records, in order; a bad one gives its reason."""
+    return [self._convert(job) for job in jobs]
+
+  def _convert(self, job: Job) -> Kept | Dropped:
+    try:
+      return self._keep(job)
+    except UserError as error:
+      name = job.raw.get("id") if isinstance(job.raw, dict) else None
+      name = None if name is None else str(name)
+      return Dropped(job.where, name, error.kind, str(error))
+
+  def _keep(self, job: Job) -> Kept:
+    record = _checked(job)
+    fact = job.fact or VideoFact()
+    if fact.problem:
+      kind, reason = fact.problem
+      raise UserError(f"record {record.id}: {reason}", kind=kind)
+    duration = fact.duration
+    if duration is None:
+      duration = _own_duration(record)
+    measures = self._measure(record)
+    known = {
+      "stream": job.stream,
+      "duration": duration,
+      "pictures": fact.pictures,
+    }
+    return Kept(
+      where=job.where,
+      id=record.id,
+      encoded=encode_record(record, measures, **known),
+      measures=measures,
+      source=record.source,
+      video=record.media[0] if record.modality == "video" else None,
+      content=_content(record),
+      questions=_questions(record),
+      **known,
+    )
+
+  def _measure(self, record: Record) -> Measures:
+    if record.modality == "image":
+      if self.media is None:
+        raise UserError(
+          f"record {record.id}: the size of {record.media[0]} is needed; give"
+          " --media",
+          kind="no media folder",
+        )
+      for name in record.media if self.check_media else ():
+        problem = media_problem(self.media, name)
+        if problem:
+          raise UserError(f"record {record.id}: {problem}", kind="missing file")
+    try:
+      return measure_record(record, self.tokenizer, self.media)
+    except UserError as error:
+      raise UserError(str(error), kind="unreadable image") from error
+
+
+def video_of(raw: Any) -> str | None:
+  """The video that a raw record names, if it names one properly."""
+  name = raw.get("video") if isinstance(raw, dict) else None
+  if isinstance(name, list) and len(name) == 1:
+    name = name[0]
+  return name if isinstance(name, str) and name else None
+
+
+def _checked(job: Job) -> Record:
+  if isinstance(job.raw, json.JSONDecodeError):
+    raise UserError(f"{job.where}: not JSON ({job.raw})", kind="broken line")
+  try:
+    record = parse_record(job.raw, job.where)
+    json.dumps(job.raw, ensure_ascii=False).encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f"{job.where}: half a character ({error.reason}); write it as UTF-8",
+      kind="malformed record",
+    ) from error
+  except UserError as error:
+    raise UserError(str(error), kind="malformed record") from error
+  return record
+
+
+def _own_duration(record: Record) -> float | None:
+  value = record.extra.get("duration")
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    return None
+  return float(value) if 0 < value < float("inf") else None
+
+
+def _content(record: Record) -> int:
+  talk = [(turn.role, turn.text) for turn in record.turns]
+  text = json.dumps([record.id, record.modality, record.media, talk])
+  digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+  return int.from_bytes(digest)
+
+
+def _questions(record: Record) -> list[tuple[str, ...]]:
+  """What `extra` says about each question: a list, or one for all."""
+  count = sum(turn.role == "gpt" for turn in record.turns)
+  found = record.extra.get("questions")
+  if not isinstance(found, list) or len(found) != count:
+    found = [record.extra] * count
+
+  def text(facts, name: str) -> str:
+    value = facts.get(name) if isinstance(facts, dict) else None
+    return value if isinstance(value, str) else ""
+
+  return [tuple(text(facts, name) for name in FACTS) for facts in found]

@@ -1,0 +1,98 @@
+"""What a dataset is made of, and whether an existing one is made of it."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from hourjax.data.features import FeatureStore
+from hourjax.data.prepare.options import Options
+from hourjax.data.prepared import Prepared
+from hourjax.data.tokenizer import Tokenizer
+from hourjax.errors import UserError
+
+_SUMMARY = "summary.json"
+
+
+def describe(
+  options: Options, tokenizer: Tokenizer, store: FeatureStore | None
+) -> dict[str, Any]:
+  """What the dataset depends on, JSON values only.
+
+  Files are told apart by size and time of change, a feature store by the
+  number of its videos.
+
+  Args:
+    options: of the dataset.
+    tokenizer: that counts.
+    store: that durations come from.
+
+  Raises:
+    UserError: a file is missing.
+  """
+  stored = None if store is None else [options.features, len(store)]
+  described = {
+    "tokenizer": tokenizer.fingerprint,
+    "media": options.media,
+    "features": stored,
+    "check_media": options.check_media,
+    "columns": {k: list(v) for k, v in options.columns.items()},
+    "seed": options.seed,
+  }
+  for item in options.items:
+    rule = f"{item.rule.which}:{item.rule.amount}"
+    rule += "%" if item.rule.percent else ""
+    for path in item.paths:
+      what = [item.format, rule, item.stream, item.media_prefix]
+      key, value = f"file {path.absolute()}", [*_stat(path), *what]
+      described.setdefault(key, []).append(value)
+  return described
+
+
+def find(
+  folder: pathlib.Path, wanted: dict[str, Any], overwrite: bool
+) -> dict | None:
+  """The summary of a dataset that is made of what is wanted.
+
+  Returns:
+    None where a dataset may be written.
+
+  Raises:
+    UserError: the folder holds another dataset, which may not be
+      overwritten, or something that is no dataset.
+  """
+  if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    return None
+  try:
+    found = Prepared(folder).about.get("options", {})
+  except UserError as error:
+    if overwrite and (folder / "about.json").is_file():
+      return None
+    raise UserError(
+      f"{folder} exists and is no prepared dataset of this version ({error});"
+      " choose another --out"
+    ) from error
+  keys = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
+  if not keys:
+    return json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
+  if overwrite:
+    return None
+  lines = [f"\n  {k}: {found.get(k)!r} -> {wanted.get(k)!r}" for k in keys]
+  raise UserError(
+    f"{folder} holds a dataset made of something else; give --overwrite to"
+    f" replace it, or another --out:{''.join(lines)}"
+  )
+
+
+def write_summary(folder: pathlib.Path, summary: dict) -> None:
+  """Writes the summary that `find` reads."""
+  text = json.dumps(summary, indent=1, ensure_ascii=False)
+  (folder / _SUMMARY).write_text(text, encoding="utf-8")
+
+
+def _stat(path: pathlib.Path) -> list[int]:
+  try:
+    stat = os.stat(path)
+  except OSError as error:
+    raise UserError(f"cannot read {path}: {error.strerror}") from error
+  return [stat.st_size, stat.st_mtime_ns]

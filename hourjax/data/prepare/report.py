@@ -1,0 +1,164 @@
+"""What was kept, what was dropped and why: counted, listed, printed."""
+
+import collections
+import json
+from typing import Any, TextIO
+
+import numpy as np
+
+from hourjax.data.columns import Columns
+from hourjax.data.prepare.convert import FACTS, Dropped, Kept
+
+EXAMPLES = 3  # reasons shown of a kind
+BIN = 5  # minutes of a bin of durations
+
+SKIPPED = "skipped.jsonl"
+
+
+class Report:
+  """Collects numbers; every dropped record goes into skipped.jsonl at once."""
+
+  def __init__(self, file: TextIO):
+    """Starts at nothing.
+
+    Args:
+      file: SKIPPED, open for writing.
+    """
+    self._file = file
+    self._dropped: dict[str, dict[str, Any]] = {}
+    self._seen: set[int] = set()
+    self._ids: set[int] = set()
+    self._repeated = 0
+    self._by: dict[str, collections.Counter] = {
+      name: collections.Counter() for name in ("sources", "streams", *FACTS)
+    }
+    self._topic_of: dict[str, str] = {}
+
+  def keep(self, item: Kept) -> bool:
+    """Counts a conversation; False if it was there before, word by word."""
+    if item.content in self._seen:
+      reason = f"record {item.id}: {item.where} repeats an earlier one"
+      self.drop(Dropped(item.where, item.id, "duplicate", reason))
+      return False
+    self._seen.add(item.content)
+    # The same id with another text is another conversation, and stays.
+    self._repeated += hash(item.id) in self._ids
+    self._ids.add(hash(item.id))
+    self._by["sources"][item.source] += len(item.questions)
+    self._by["streams"][item.stream] += len(item.questions)
+    for question in item.questions:
+      for name, value in zip(FACTS, question):
+        self._by[name][value] += 1
+      topic, task, _ = question
+      self._topic_of.setdefault(task, topic)
+    return True
+
+  def drop(self, item: Dropped) -> None:
+    """Counts and lists a record or row that is left out."""
+    kind = self._dropped.setdefault(item.kind, {"count": 0, "examples": []})
+    kind["count"] += 1
+    if len(kind["examples"]) < EXAMPLES:
+      kind["examples"].append(item.reason)
+    # Escaped: a reason may quote text that is no valid UTF-8.
+    self._file.write(json.dumps(item._asdict()) + "\n")
+
+  @property
+  def dropped(self) -> dict[str, dict[str, Any]]:
+    """Kind -> {"count", "examples": some reasons}, most frequent first."""
+    pairs = sorted(self._dropped.items(), key=lambda p: -p[1]["count"])
+    return dict(pairs)
+
+  def summary(self, columns: Columns, unstored: set[str] | None) -> dict:
+    """All numbers, JSON values only.
+
+    Args:
+      columns: of the conversations that were kept.
+      unstored: videos that the feature store lacks; None without a store.
+    """
+    whole = np.ones(len(columns), bool)
+    questions = self._by["sources"].total()
+    summary = {
+      "kept": _count(columns, whole, questions),
+      "dropped": self.dropped,
+      "repeated_ids": self._repeated,
+      "tokens": int(columns.tokens.sum(dtype=np.int64)),
+    }
+    if unstored is not None:
+      names = sorted(unstored.intersection(columns.videos))
+      summary["videos_without_features"] = {
+        "count": len(names),
+        "examples": names[:EXAMPLES],
+      }
+    for kind, column in (
+      ("sources", columns.source),
+      ("streams", columns.stream),
+    ):
+      summary[kind] = {
+        name: _count(columns, column == i, self._by[kind][name])
+        for i, name in enumerate(getattr(columns, kind))
+      }
+    for name in FACTS:
+      summary[f"{name}s"] = dict(self._by[name].most_common())
+    summary["topic_of_task"] = self._topic_of
+    known = columns.duration[~np.isnan(columns.duration)]
+    bins = np.bincount((known // (60 * BIN)).astype(np.int64))
+    summary["videos_per_5_minutes"] = bins.tolist()
+    return summary
+
+
+def table(summary: dict) -> str:
+  """The summary as a few lines of text."""
+  head = ("", "conversations", "questions", "videos", "hours")
+  rows = [head, ("all", *_cells(summary["kept"]))]
+  for kind in ("sources", "streams"):
+    groups = sorted(
+      summary[kind].items(), key=lambda item: -item[1]["conversations"]
+    )
+    rows += [(f"{kind[:-1]} {name}", *_cells(n)) for name, n in groups]
+  width = max(len(row[0]) for row in rows)
+  lines = [
+    f"{row[0]:<{width}}" + "".join(f"{cell:>15}" for cell in row[1:])
+    for row in rows
+  ]
+  kept = summary["kept"]
+  if kept["videos_of_unknown_duration"]:
+    count = kept["videos_of_unknown_duration"]
+    lines.append(f"{count:,} videos are of unknown duration and add no hours")
+  if summary.get("videos_without_features", {}).get("count"):
+    found = summary["videos_without_features"]
+    lines.append(
+      f"{found['count']:,} videos are not in the feature store, such as"
+      f" {found['examples'][0]}; extract them before training"
+    )
+  if summary["repeated_ids"]:
+    count = summary["repeated_ids"]
+    lines.append(f"{count:,} kept records have the id of another one")
+  return "\n".join(lines + _dropped_lines(summary["dropped"]))
+
+
+def _dropped_lines(dropped: dict[str, dict]) -> list[str]:
+  if not dropped:
+    return ["nothing was dropped"]
+  total = sum(kind["count"] for kind in dropped.values())
+  lines = [f"dropped {total:,}, listed in {SKIPPED}:"]
+  for name, kind in dropped.items():
+    lines.append(f"  {kind['count']:>9,} {name}")
+    lines += [f"{'':12}{reason}" for reason in kind["examples"]]
+  return lines
+
+
+def _cells(count: dict) -> tuple[str, ...]:
+  names = ("conversations", "questions", "videos")
+  return (*(f"{count[n]:,}" for n in names), f"{count['hours']:,.1f}")
+
+
+def _count(columns: Columns, chosen: np.ndarray, questions: int) -> dict:
+  videos = np.unique(columns.video[chosen & (columns.video >= 0)])
+  seconds = columns.duration[videos]
+  return {
+    "conversations": int(chosen.sum()),
+    "questions": questions,
+    "videos": len(videos),
+    "hours": round(float(np.nansum(seconds)) / 3600, 3),
+    "videos_of_unknown_duration": int(np.isnan(seconds).sum()),
+  }

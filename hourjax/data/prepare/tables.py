@@ -1,0 +1,182 @@
+"""A table of questions: up to five about one video become a conversation.
+
+Rows of one video are not adjacent, and the table does not fit in memory. So
+rows are dealt into files by a hash of their video, and then one such file at
+a time is grouped. Conversations come file by file; within one in the order in
+which the table first names their video; questions keep the table's order:
+
+    rows      a1 b1 a2 c1 a3 a4 a5 a6      and a, c in one file, b in another
+    result    (a1 a2 a3 a4 a5) (a6) (c1)   (b1)
+
+The result depends on the rows alone, not on how they are read.
+"""
+
+import collections
+import contextlib
+import csv
+import gzip
+import hashlib
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from hourjax.data.prepare import questions
+from hourjax.data.record_files import stream_records
+from hourjax.data.records import MARKER
+from hourjax.errors import UserError
+
+TURNS = 5  # questions a conversation
+FILES = 128
+_ROWS = 4096  # of a parquet file, read at a time
+
+Skip = Callable[[str, UserError], None]
+
+
+class QuestionTable:
+  """The conversations of one question table in one or more files."""
+
+  def __init__(
+    self,
+    paths: Sequence[pathlib.Path],
+    mapping: questions.Columns,
+    scratch: pathlib.Path,
+    *,
+    skip: Skip,
+    step: Callable[[int], Any],
+  ):
+    """Deals all rows into files.
+
+    Args:
+      paths: .parquet, .csv, .csv.gz, .jsonl, or a JSON list by any other name.
+      mapping: columns that the user has mapped.
+      scratch: folder that does not exist, for as many bytes as the questions
+        have; `close` removes it.
+      skip: called with the place of a row that is left out and the reason.
+      step: called with a number of rows that have been read.
+
+    Raises:
+      UserError: a file cannot be read or lacks columns.
+    """
+    self._scratch = scratch
+    self._counts: collections.Counter[str] = collections.Counter()
+    scratch.mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+      files = [
+        stack.enter_context(open(self._file(i), "w", encoding="utf-8"))
+        for i in range(FILES)
+      ]
+      for path in paths:
+        self._deal(path, mapping, files, skip, step)
+
+  def __len__(self) -> int:
+    return sum(-(-count // TURNS) for count in self._counts.values())
+
+  def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (place, raw record)."""
+    for number in range(FILES):
+      groups: dict[str, list[dict[str, Any]]] = {}
+      with open(self._file(number), encoding="utf-8") as file:
+        for line in file:
+          row = json.loads(line)
+          groups.setdefault(row["video"], []).append(row)
+      for video, rows in groups.items():
+        yield from _conversations(video, rows)
+
+  def close(self) -> None:
+    """Removes the files."""
+    for number in range(FILES):
+      self._file(number).unlink(missing_ok=True)
+    self._scratch.rmdir()
+
+  def _file(self, number: int) -> pathlib.Path:
+    return self._scratch / f"{number:03}.jsonl"
+
+  def _deal(self, path, mapping, files, skip, step) -> None:
+    columns = None
+    for number, row in enumerate(read_rows(path), start=1):
+      where = f"{path}, row {number}"
+      step(1)
+      if not isinstance(row, dict):
+        reason = row if isinstance(row, Exception) else type(row).__name__
+        skip(where, UserError(f"not a row ({reason})", kind="not a row"))
+        continue
+      if columns is None:
+        columns = questions.find_columns(list(row), mapping, path)
+      try:
+        question = questions.read_row(row, columns)
+      except UserError as error:
+        skip(where, error)
+        continue
+      video = question["video"]
+      self._counts[video] += 1
+      # Escaped, so that no odd character of a text can break a line.
+      line = json.dumps(question | {"where": where})
+      files[_bucket(video)].write(line + "\n")
+
+
+def read_rows(path: pathlib.Path) -> Iterator[Any]:
+  """Yields the rows of a table, each a dict of its columns.
+
+  A broken line of JSONL gives its error.
+
+  Raises:
+    UserError: the file cannot be read.
+  """
+  name = path.name.lower()
+  try:
+    if name.endswith(".parquet"):
+      with pyarrow.parquet.ParquetFile(path) as table:
+        for batch in table.iter_batches(_ROWS):
+          yield from batch.to_pylist()
+    elif name.endswith((".csv", ".csv.gz")):
+      yield from _csv_rows(path)
+    else:
+      yield from (raw for _, raw in stream_records(path))
+  except (pyarrow.ArrowException, csv.Error, EOFError) as error:
+    raise UserError(
+      f"{path} cannot be read as a table ({error}); fetch it again"
+    ) from error
+  except UnicodeDecodeError as error:
+    raise UserError(
+      f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8"
+    ) from error
+  except OSError as error:
+    reason = error.strerror or str(error)
+    raise UserError(f"cannot read {path}: {reason}") from error
+
+
+def _csv_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+  csv.field_size_limit(sys.maxsize)
+  opened = gzip.open if path.name.lower().endswith(".gz") else open
+  with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+    for row in csv.DictReader(file, strict=True):
+      row.pop(None, None)  # cells beyond the last column
+      yield row
+
+
+def _bucket(video: str) -> int:
+  digest = hashlib.blake2b(video.encode("utf-8", "surrogatepass"))
+  return int.from_bytes(digest.digest()[:4]) % FILES
+
+
+def _conversations(video, rows) -> Iterator[tuple[str, dict[str, Any]]]:
+  source = next((row["source"] for row in rows if row["source"]), None)
+  duration = next((row["duration"] for row in rows if row["duration"]), None)
+  for number in range(-(-len(rows) // TURNS)):
+    part = rows[number * TURNS : (number + 1) * TURNS]
+    talk = []
+    for i, row in enumerate(part):
+      mark = f"{MARKER}\n" if i == 0 else ""
+      talk.append({"from": "human", "value": mark + row["human"]})
+      talk.append({"from": "gpt", "value": row["gpt"]})
+    raw = {"id": f"{video}#{number}", "video": video, "data_source": source}
+    raw["conversations"] = talk
+    raw["questions"] = [row["facts"] for row in part]
+    if duration is not None:
+      raw["duration"] = duration
+    yield part[0]["where"], raw

@@ -1,0 +1,209 @@
+"""Bytes under a root: a folder, or a URL that TensorStore's KvStore opens.
+
+Both kinds write whole objects atomically and read byte ranges straight into
+buffers. Keys are relative, with "/" between folders.
+"""
+
+import collections
+import functools
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import tensorstore as ts
+
+from hourjax.errors import UserError
+
+# Ranges asked for at a time: 1.5 MB each gave 4 GB/s, one of 531 MB 0.54.
+_IN_FLIGHT = 32
+_READ_SECONDS, _WRITE_SECONDS = 60, 900
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+Part = tuple[int, np.ndarray]  # offset in bytes, contiguous uint8 [n] to fill
+
+
+class Folder:
+  """Objects as files below a folder."""
+
+  def __init__(self, root: str | os.PathLike):
+    self.root = pathlib.Path(root)
+
+  def location(self, key: str) -> pathlib.Path:
+    """Path of an object, for messages."""
+    return self.root / key
+
+  def list(self, prefix: str) -> list[str]:
+    """Keys right below the root that start with `prefix`, sorted."""
+    if not self.root.is_dir():
+      return []
+    return sorted(
+      entry.name
+      for entry in os.scandir(self.root)
+      if entry.name.startswith(prefix) and entry.is_file()
+    )
+
+  def read(self, key: str) -> bytes:
+    """A whole object; OSError where there is none."""
+    return self.location(key).read_bytes()
+
+  def read_parts(self, key: str, parts: Iterable[Part]) -> Iterator[None]:
+    """Fills one part after the other and yields after each.
+
+    `preadv` and not a memory map: as fast with fresh buffers, and a file that
+    is cut while it is read gives an error instead of SIGBUS.
+
+    Raises:
+      OSError: missing, unreadable, or ends before a part does.
+    """
+    with open(self.location(key), "rb", buffering=0) as file:
+      for offset, out in parts:
+        done = 0
+        while done < len(out):
+          count = os.preadv(file.fileno(), [out[done:]], offset + done)
+          if not count:
+            raise OSError(f"it ends before byte {offset + len(out)}")
+          done += count
+        yield
+
+  def write(self, key: str, data: bytes) -> None:
+    """Writes an object; readers see the old one or the new one."""
+    path = self.location(key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+      partial.write_bytes(data)
+      partial.rename(path)
+    except BaseException:
+      partial.unlink(missing_ok=True)
+      raise
+
+  def append(self, key: str, data: bytes) -> bool:
+    """Appends to an existing object."""
+    with open(self.location(key), "ab", buffering=0) as file:
+      if file.write(data) != len(data):
+        raise OSError(f"{self.location(key)}: only part of a line was written")
+    return True
+
+  def put_file(self, file: pathlib.Path, key: str) -> None:
+    """Moves a file of the same file system into place."""
+    path = self.location(key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file.rename(path)
+
+
+class Bucket:
+  """Objects in a key-value store, e.g. gs://bucket/folder."""
+
+  def __init__(self, url: str):
+    """Parses the URL; nothing is asked of the server yet.
+
+    Raises:
+      UserError: if TensorStore does not know such a URL.
+    """
+    self.root = url.rstrip("/") if not url.endswith("://") else url
+    try:
+      store = ts.KvStore.open(self.root + "/", context=_context())
+      self._store = store.result(timeout=_READ_SECONDS)
+    except (ValueError, OSError) as error:
+      raise UserError(
+        f"{url} is no URL that TensorStore opens ({error}); give a folder,"
+        " gs://bucket/folder or file:///folder"
+      ) from None
+
+  def location(self, key: str) -> str:
+    """URL of an object, for messages."""
+    return f"{self.root}/{key}"
+
+  def list(self, prefix: str) -> list[str]:
+    """Keys right below the root that start with `prefix`, sorted."""
+    end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
+    found = self._wait(self._store.list(ts.KvStore.KeyRange(prefix, end)))
+    names = [key.decode() for key in found]
+    return sorted(name for name in names if "/" not in name)
+
+  def read(self, key: str) -> bytes:
+    """A whole object; OSError where there is none."""
+    return self._value(self._store.read(key), "its end")
+
+  def read_parts(self, key: str, parts: Iterable[Part]) -> Iterator[None]:
+    """Fills the parts, many at a time, and yields after each, in order.
+
+    Raises:
+      OSError: missing, or ends before a part does.
+      UserError: the server does not answer or refuses.
+    """
+    flying = collections.deque()
+    for offset, out in parts:
+      span = slice(offset, offset + len(out))
+      flying.append((self._store.read(key, byte_range=span), span.stop, out))
+      if len(flying) == _IN_FLIGHT:
+        yield self._fill(*flying.popleft())
+    while flying:
+      yield self._fill(*flying.popleft())
+
+  def write(self, key: str, data: bytes) -> None:
+    """Writes an object; readers see the old one or the new one."""
+    self._wait(self._store.write(key, data), _WRITE_SECONDS)
+
+  def append(self, key: str, data: bytes) -> bool:
+    """Objects cannot grow: False, write the whole anew."""
+    return False
+
+  def put_file(self, file: pathlib.Path, key: str) -> None:
+    """Uploads a file and deletes it here."""
+    self.write(key, file.read_bytes())
+    file.unlink()
+
+  def _fill(self, future, end, out) -> None:
+    out[:] = np.frombuffer(self._value(future, f"byte {end}"), np.uint8)
+
+  def _value(self, future, end) -> bytes:
+    try:
+      result = self._wait(future)
+    except _OutOfRange:
+      raise OSError(f"it ends before {end}") from None
+    if result.state != "value":
+      raise FileNotFoundError("no such object")
+    return result.value
+
+  def _wait(self, future, seconds=None):
+    seconds = seconds or _READ_SECONDS
+    try:
+      return future.result(timeout=seconds)
+    except TimeoutError:
+      reason = f"no answer within {seconds} s"
+    except (ValueError, OSError, RuntimeError) as error:
+      if "OUT_OF_RANGE" in str(error):
+        raise _OutOfRange from None
+      reason = str(error)
+    raise UserError(
+      f"{self.root}: {reason}; check the network, the bucket's name and the"
+      " credentials (`gcloud auth application-default login`, or the service"
+      " account of the machine)"
+    )
+
+
+class _OutOfRange(Exception):
+  """A range past the end of an object."""
+
+
+@functools.cache
+def _context() -> ts.Context:
+  # One context: memory:// stores live in it, and connections are shared.
+  return ts.Context()
+
+
+def is_url(root: str | os.PathLike) -> bool:
+  """Whether `root` is a URL; anything else is a folder."""
+  return bool(_URL.match(os.fspath(root)))
+
+
+def open_storage(root: str | os.PathLike) -> Folder | Bucket:
+  """The storage of a folder or URL.
+
+  Raises:
+    UserError: for a URL that TensorStore cannot open.
+  """
+  return Bucket(os.fspath(root)) if is_url(root) else Folder(root)

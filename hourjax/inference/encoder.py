@@ -1,0 +1,89 @@
+"""The vision tower alone, compiled for one batch over all devices."""
+
+import hashlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, UInt8
+
+from hourjax.models.config import ModelConfig
+from hourjax.models.params import with_params
+from hourjax.models.siglip import pool_frames
+
+TOWER = "vision/"
+_FRAMES_PER_DEVICE = 32
+
+
+class Encoder:
+  """Pictures to pooled features, a fixed number at a time.
+
+  Only the tower's parameters are put on the devices of this process, whole on
+  each; the pictures of a batch are dealt out among them.
+
+  Attributes:
+    batch: pictures in a batch, a multiple of the number of devices.
+    image_size: side of a picture in pixels.
+    shape: (Q, V) of a picture's features.
+    fingerprint: of the parameters, 16 hex digits.
+  """
+
+  def __init__(
+    self,
+    params: Mapping[str, Array | np.ndarray],
+    config: ModelConfig,
+    *,
+    batch_frames: int | None = None,
+  ):
+    """Places the parameters and compiles.
+
+    Args:
+      params: by path; those of the tower are taken.
+      config: of the model.
+      batch_frames: pictures in a batch, rounded up to the devices; 32 a
+        device if not given.
+    """
+    devices = jax.local_devices()
+    wanted = batch_frames or _FRAMES_PER_DEVICE * len(devices)
+    self.batch = -(-wanted // len(devices)) * len(devices)
+    self.image_size = config.vision.image_size
+    self.shape = (config.pool_side**2, config.vision.width)
+    params = {p: v for p, v in params.items() if p.startswith(TOWER)}
+    self.fingerprint = _fingerprint(params)
+    mesh = jax.make_mesh(
+      (len(devices),), ("data",), (AxisType.Auto,), devices=devices
+    )
+    whole = NamedSharding(mesh, PartitionSpec())
+    self._dealt = NamedSharding(mesh, PartitionSpec("data"))
+    self._params = jax.device_put(params, whole)
+
+    def encode(params, pixels):
+      model = with_params(config, params, below=TOWER)
+      return pool_frames(model.encode(pixels), config.pool_side)
+
+    side = self.image_size
+    pixels = jax.ShapeDtypeStruct(
+      (self.batch, side, side, 3), np.uint8, sharding=self._dealt
+    )
+    jitted = jax.jit(encode, out_shardings=self._dealt)
+    self._encode = jitted.lower(self._params, pixels).compile()
+
+  def __call__(
+    self, pixels: UInt8[np.ndarray, "{self.batch} h w 3"]
+  ) -> Float[Array, "{self.batch} Q V"]:
+    """Starts encoding a batch and returns at once.
+
+    Args:
+      pixels: not to be changed afterwards, they may be read late.
+    """
+    return self._encode(self._params, jax.device_put(pixels, self._dealt))
+
+
+def _fingerprint(params: Mapping[str, Array | np.ndarray]) -> str:
+  digest = hashlib.sha256()
+  for path in sorted(params):
+    value = np.ascontiguousarray(params[path], np.float32)
+    digest.update(f"{path} {value.shape}".encode())
+    digest.update(value.data.cast("B") if value.size else b"")
+  return digest.hexdigest()[:16]

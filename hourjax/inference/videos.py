@@ -1,0 +1,90 @@
+"""Which videos a process extracts."""
+
+import os
+import pathlib
+
+from hourjax.data.storage import is_url
+from hourjax.errors import UserError
+
+_SUFFIXES = frozenset(
+  {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"}
+  | {".flv", ".wmv", ".ts", ".mpg", ".mpeg", ".3gp"}
+)
+
+
+def find_videos(
+  root: str | os.PathLike, names: str | os.PathLike | None = None
+) -> list[str]:
+  """Names of the videos below a folder, sorted; they are relative paths.
+
+  Args:
+    root: folder, searched with its subfolders; hidden files and folders are
+      left out.
+    names: file with one name a line, which are taken instead of a search.
+
+  Raises:
+    UserError: no folder, no videos, or a name that leads out of the folder.
+  """
+  folder = pathlib.Path(root)
+  if is_url(root) or not folder.is_dir():
+    raise UserError(
+      f"{root} is not a folder on this machine; copy or mount the videos, and"
+      " correct the folder"
+    )
+  found = _listed(names) if names else _search(folder)
+  if not found:
+    raise UserError(
+      f"{names or root} holds no video ({', '.join(sorted(_SUFFIXES))});"
+      " correct it"
+    )
+  return sorted(set(found))
+
+
+def worker_slice(names: list[str], index: int, count: int) -> list[str]:
+  """The names of worker `index` of `count`; all workers' are all names.
+
+  Raises:
+    UserError: no such worker.
+  """
+  if not 0 <= index < count:
+    raise UserError(
+      f"worker {index} of {count}; the first is 0, the last {count - 1}"
+    )
+  return names[index::count]
+
+
+def parse_worker(text: str) -> tuple[int, int]:
+  """ "2/8" to (2, 8).
+
+  Raises:
+    UserError: not of that form.
+  """
+  index, slash, count = text.partition("/")
+  if not (slash and index.isdecimal() and count.isdecimal()):
+    raise UserError(f"--worker={text}; write index/count, e.g. --worker=0/8")
+  return int(index), int(count)
+
+
+def _search(folder: pathlib.Path) -> list[str]:
+  found = []
+  for here, folders, files in os.walk(folder, followlinks=True):
+    folders[:] = [name for name in folders if not name.startswith(".")]
+    for name in files:
+      if pathlib.Path(name).suffix.lower() in _SUFFIXES and name[0] != ".":
+        path = pathlib.Path(here, name).relative_to(folder)
+        found.append(path.as_posix())
+  return found
+
+
+def _listed(path: str | os.PathLike) -> list[str]:
+  try:
+    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"cannot read the names in {path}: {error}") from None
+  names = [line.strip() for line in lines if line.strip()]
+  for name in names:
+    if pathlib.PurePath(name).is_absolute() or ".." in name.split("/"):
+      raise UserError(
+        f"{path} names {name!r}; give paths below the folder of videos"
+      )
+  return names

@@ -1,0 +1,87 @@
+"""Turns downloaded records into one checked dataset.
+
+  python -m hourjax.prepare --out=work/data/dataset --tokenizer=Qwen2.5-3B \
+      --records=videomarathon.json --features=work/data/features
+
+  python -m hourjax.prepare --out=work/data/dataset --tokenizer=Qwen2.5-3B \
+      --questions=table.parquet --columns=video=vid,question=q,options=A+B+C+D
+
+  python -m hourjax.prepare --out=work/data/videos_and_images/1.0.0 \
+      --tokenizer=Qwen2.5-3B --mix=stage3.yaml --media=work/media
+
+writes the conversations with their token counts, a summary with what was
+dropped and why, and four pictures. Options may be given several times. A
+dataset of the same files and options is reused.
+"""
+
+import os
+
+from absl import app, flags
+
+from hourjax import command
+from hourjax.data.prepare import build, lists, questions, report
+from hourjax.data.prepare.options import Options
+from hourjax.errors import UserError
+
+_OUT = flags.DEFINE_string("out", None, "Folder of the dataset.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "The model's tokenizer.")
+_RECORDS = flags.DEFINE_multi_string(
+  "records", [], "Records: a JSON list, or .jsonl."
+)
+_QUESTIONS = flags.DEFINE_multi_string(
+  "questions", [], "Files of one question table: .parquet, .csv[.gz], JSON."
+)
+_MIX = flags.DEFINE_multi_string("mix", [], "YAML list of files and shares.")
+_MEDIA = flags.DEFINE_string("media", None, "Folder of videos and images.")
+_FEATURES = flags.DEFINE_string("features", None, "Feature store.")
+_COLUMNS = flags.DEFINE_string(
+  "columns", "", "Columns of question tables: video=vid,question=q,..."
+)
+_CHECK_MEDIA = flags.DEFINE_bool(
+  "check_media", True, "Look every file of --media up, and into videos."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of random:N%.", lower_bound=0)
+_WORKERS = flags.DEFINE_integer(
+  "workers", None, "Processes; as many as cores by default.", lower_bound=1
+)
+_OVERWRITE = flags.DEFINE_bool(
+  "overwrite", False, "Replace a dataset made of something else."
+)
+
+
+def _items() -> tuple[lists.Item, ...]:
+  items = [lists.Item.of_files([path]) for path in _RECORDS.value]
+  if _QUESTIONS.value:
+    items.append(lists.Item.of_files(_QUESTIONS.value, "questions"))
+  for path in _MIX.value:
+    items += lists.read_list(path)
+  if not items:
+    raise UserError("nothing to prepare; give --records, --questions or --mix")
+  return tuple(items)
+
+
+def main(argv: list[str]) -> None:
+  command.begin(argv)
+  with command.user_errors():
+    options = Options(
+      items=_items(),
+      tokenizer=_TOKENIZER.value,
+      media=_MEDIA.value,
+      features=_FEATURES.value,
+      check_media=_CHECK_MEDIA.value,
+      columns=questions.parse_mapping(_COLUMNS.value),
+      seed=_SEED.value,
+    )
+    summary, reused = build.build(
+      _OUT.value,
+      options,
+      overwrite=_OVERWRITE.value,
+      workers=_WORKERS.value or os.cpu_count(),
+    )
+  print(f"{'reused' if reused else 'wrote'} {_OUT.value}")
+  print(report.table(summary))
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["out", "tokenizer"])
+  app.run(main)

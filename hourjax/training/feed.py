@@ -1,0 +1,114 @@
+"""Batches on the device ahead of use, and what could not be read of them."""
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+
+from hourjax.batch import Batch
+from hourjax.data.dataset import Unread
+from hourjax.data.pipeline import Delivered
+from hourjax.errors import UserError
+
+# A few failures at the start are no share yet.
+_ENOUGH_SAMPLES = 1000
+_SHOWN = 20
+
+
+class Feed:
+  """Iterates over (batch on the device, what was delivered).
+
+  While a step runs, the next batch is copied to the device.
+
+  Attributes:
+    waited: seconds that the caller spent waiting for data.
+  """
+
+  def __init__(
+    self, delivered: Iterator[Delivered], *, accumulate: int, rows: int
+  ):
+    """Starts reading.
+
+    Args:
+      delivered: endless, A * B rows each.
+      accumulate: A, micro-batches in a step.
+      rows: B, rows in a micro-batch.
+    """
+    self.waited = 0.0
+    self._delivered, self._split = delivered, (accumulate, rows)
+    self._pool = ThreadPoolExecutor(1)
+    self._next: Future = self._pool.submit(self._place)
+
+  def __iter__(self) -> "Feed":
+    return self
+
+  def __next__(self) -> tuple[Batch, Delivered]:
+    began = time.monotonic()
+    batch, delivered = self._next.result()
+    self.waited += time.monotonic() - began
+    self._next = self._pool.submit(self._place)
+    return batch, delivered
+
+  def close(self) -> None:
+    """Stops reading; the batch being read is dropped."""
+    self._pool.shutdown(wait=True, cancel_futures=True)
+    self._delivered.close()
+
+  def _place(self) -> tuple[Batch, Delivered]:
+    delivered = next(self._delivered)
+    arrays = (x.reshape(*self._split, *x.shape[1:]) for x in delivered.batch)
+    batch = jax.device_put(Batch(*arrays))
+    return batch, delivered
+
+
+class UnreadLedger:
+  """WORKDIR/unread.jsonl: samples that were left out of their rows.
+
+  Attributes:
+    counts: of failures by kind, since the run began.
+  """
+
+  def __init__(
+    self, workdir: str | os.PathLike, *, start: int, max_share: float
+  ):
+    """Keeps the lines up to step `start`; later steps are taken again."""
+    self._path = pathlib.Path(workdir) / "unread.jsonl"
+    self._max_share = max_share
+    self._seen = 0
+    self._new: list[Unread] = []
+    self.counts: collections.Counter[str] = collections.Counter()
+    if self._path.exists():
+      lines = map(json.loads, self._path.read_text().splitlines())
+      kept = [line for line in lines if line["step"] <= start]
+      self.counts.update(line["kind"] for line in kept)
+      self._path.write_text("".join(json.dumps(x) + "\n" for x in kept))
+
+  def add(self, step: int, delivered: Delivered) -> None:
+    """Notes what a step's rows lack.
+
+    Raises:
+      UserError: more than the share of the samples seen since the start (but
+        at least of 1000) could not be read.
+    """
+    self._seen += delivered.samples + len(delivered.unread)
+    if not delivered.unread:
+      return
+    with open(self._path, "a") as file:
+      for item in delivered.unread:
+        line = {"step": step, **dataclasses.asdict(item)}
+        file.write(json.dumps(line) + "\n")
+    self._new += delivered.unread
+    self.counts.update(item.kind for item in delivered.unread)
+    if len(self._new) > self._max_share * max(self._seen, _ENOUGH_SAMPLES):
+      reasons = "\n  ".join(item.reason for item in self._new[-_SHOWN:])
+      raise UserError(
+        f"step {step}: {len(self._new)} of {self._seen} samples could not be"
+        f" read, more than config.data.max_skipped={self._max_share}; mend"
+        f" them or raise it (all are in {self._path}):\n  {reasons}"
+      )

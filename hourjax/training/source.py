@@ -1,0 +1,98 @@
+"""The training data of an experiment: samples, and the plan of their rows."""
+
+import numpy as np
+
+from hourjax.data.columns import Columns
+from hourjax.data.dataset import Dataset
+from hourjax.data.features import FeatureStore
+from hourjax.data.plan import PlanOptions, RowPlan
+from hourjax.data.prepared import Prepared
+from hourjax.data.tokenizer import Tokenizer
+from hourjax.errors import UserError
+from hourjax.training.experiment import Experiment
+
+
+def open_dataset(experiment: Experiment) -> Dataset:
+  """The prepared dataset with the features there are.
+
+  Raises:
+    UserError: if it was prepared for another tokenizer, or more than
+      `data.max_skipped` of the samples cannot be used.
+  """
+  data = experiment.data
+  prepared = Prepared(data.dataset)
+  tokenizer = Tokenizer.from_folder(data.tokenizer)
+  if prepared.about["tokenizer_id"] != tokenizer.fingerprint:
+    raise UserError(
+      f"{data.dataset} was prepared for tokenizer"
+      f" {prepared.about['tokenizer_id']}, {data.tokenizer} is"
+      f" {tokenizer.fingerprint}; prepare again with --tokenizer="
+      f"{data.tokenizer}, or correct config.data.tokenizer"
+    )
+  dataset = Dataset(
+    prepared.records,
+    prepared.columns,
+    tokenizer=tokenizer,
+    spec=experiment.row_spec,
+    options=experiment.sample_options,
+    media_root=data.media,
+    features=FeatureStore(data.features) if data.features else None,
+  )
+  total = len(prepared.columns)
+  if not len(dataset) or len(dataset.skipped) > data.max_skipped * total:
+    reasons = "\n  ".join(item.reason for item in dataset.skipped[:20])
+    raise UserError(
+      f"{len(dataset.skipped)} of {total} records of {data.dataset} cannot be"
+      f" used, more than config.data.max_skipped={data.max_skipped}:\n"
+      f"  {reasons}"
+    )
+  return dataset
+
+
+def row_plan(experiment: Experiment, dataset: Dataset) -> RowPlan:
+  """The rows of a run: a function of data, capacity and seed alone."""
+  columns, data = dataset.columns, experiment.data
+  return RowPlan(
+    dataset.sizes,
+    experiment.rows,
+    PlanOptions(seed=experiment.seed, share=data.share_memory),
+    members=dataset.usable,
+    memory=columns.video,
+    stream=columns.stream,
+    weight=sample_weights(columns, data.weights),
+  )
+
+
+def sample_weights(columns: Columns, weights: str) -> np.ndarray:
+  """float [N]: what "name=weight,..." says of each sample's stream or source.
+
+  Raises:
+    UserError: not of this form, a name that does not occur, or a weight below
+      zero.
+  """
+  result = np.ones(len(columns))
+  kinds = {
+    "stream": (columns.streams, columns.stream),
+    "source": (columns.sources, columns.source),
+  }
+  for item in filter(None, weights.split(",")):
+    name, _, value = (part.strip() for part in item.partition("="))
+    found = [kind for kind, (names, _) in kinds.items() if name in names]
+    weight = _number(value)
+    if len(found) != 1 or weight is None:
+      raise UserError(
+        f"config.data.weights: {item!r} must be NAME=WEIGHT with a weight >= 0"
+        " and the name of one stream or source; streams:"
+        f" {', '.join(columns.streams)}; sources: {', '.join(columns.sources)}"
+      )
+    names, column = kinds[found[0]]
+    result[column == names.index(name)] *= weight
+  return result
+
+
+def _number(text: str) -> float | None:
+  try:
+    value = float(text)
+  except ValueError:
+    return None
+  return value if 0 <= value < np.inf else None

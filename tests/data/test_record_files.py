@@ -1,0 +1,180 @@
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+
+from hourjax.data.record_files import read_records, stream_records
+from hourjax.errors import UserError
+
+
+def _raw(*values, **fields):
+  roles = ("human", "gpt")
+  turns = [{"from": roles[i % 2], "value": v} for i, v in enumerate(values)]
+  return {"id": "r1", "conversations": turns, **fields}
+
+
+VIDEO = _raw("<image>\nWho?", "Ann.", video="a/b.mp4")
+
+
+def _write(path, content):
+  text = content if isinstance(content, str) else json.dumps(content)
+  path.write_text(text, encoding="utf-8")
+  return path
+
+
+def test_bad_records_are_skipped_and_reported(tmp_path):
+  raws = [VIDEO, {**VIDEO, "id": 5, "video": ""}, "x", {**VIDEO, "id": "r3"}]
+  path = _write(tmp_path / "a.json", raws)
+  records, skipped = read_records(path)
+  assert [r.id for r in records] == ["r1", "r3"]
+  assert [s.id for s in skipped] == ["5", f"{path}[2]"]
+  assert skipped[0].reason.startswith(f"{path}[1]: record 5: 'video' must")
+
+
+def test_jsonl(tmp_path):
+  odd = _raw("Hi\u2028there", "Hello")
+  lines = [
+    json.dumps(VIDEO),
+    "",
+    "{broken",
+    json.dumps(odd, ensure_ascii=False),
+  ]
+  path = _write(tmp_path / "a.jsonl", "\n".join(lines) + "\n")
+  records, skipped = read_records(path)
+  assert [len(r.turns) for r in records] == [2, 2]
+  assert records[1].turns[0].text == "Hi\u2028there"
+  assert [s.id for s in skipped] == [f"{path}:3"]
+  assert "not JSON" in skipped[0].reason
+
+
+def test_questions_without_answers(tmp_path):
+  path = _write(tmp_path / "a.json", [_raw("Why?")])
+  assert len(read_records(path)[1]) == 1
+  records, skipped = read_records(path, require_answer=False)
+  assert (len(records), skipped) == (1, [])
+
+
+@pytest.mark.parametrize(
+  "name, content, message",
+  [
+    ("a.json", "", "is empty"),
+    ("a.jsonl", " \n", "is empty"),
+    ("a.json", "[1, 2", "is not valid JSON .* name it .jsonl"),
+    ("a.json", '{"data": []}', "holds dict, not a list"),
+    ("a.jsonl", "[]\nx", "none of its 2 lines is a JSON record"),
+  ],
+)
+def test_files_that_are_no_record_lists(tmp_path, name, content, message):
+  path = _write(tmp_path / name, content)
+  with pytest.raises(UserError, match=message) as error:
+    read_records(path)
+  assert str(path) in str(error.value)
+
+
+def test_unreadable_files(tmp_path):
+  with pytest.raises(UserError, match=r"cannot read .*none\.json: No such"):
+    read_records(tmp_path / "none.json")
+  with pytest.raises(UserError, match="Is a directory"):
+    read_records(tmp_path)
+  binary = tmp_path / "a.json"
+  binary.write_bytes(b"\x80\x02\xff")
+  with pytest.raises(UserError, match="is not UTF-8 text"):
+    read_records(binary)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_stream_gives_what_json_gives(tmp_path, name):
+  rng = random.Random()
+  raws = [
+    {
+      "id": i,
+      "text": "".join(
+        chr(rng.choice((65, 233, 0x4E2D, 0x1F600))) for _ in "abc"
+      )
+      * rng.randrange(3000),
+      "n": [rng.random() * 10 ** rng.randrange(-9, 9), rng.getrandbits(50)],
+      "o": {"none": None, "yes": rng.random() < 0.5, "e\u2028": ['\n"\\']},
+    }
+    for i in range(200)
+  ]
+  ascii_ = rng.random() < 0.5
+  if name.endswith("l"):
+    text = "".join(json.dumps(r, ensure_ascii=ascii_) + "\n" for r in raws)
+  else:
+    text = json.dumps(raws, ensure_ascii=ascii_, indent=rng.choice((None, 1)))
+  path = tmp_path / name
+  path.write_bytes(rng.choice((b"", b"\xef\xbb\xbf")) + text.encode())
+  assert [raw for _, raw in stream_records(path)] == raws
+
+
+def test_a_list_that_breaks_in_the_middle_tells_where(tmp_path):
+  # Far beyond one block of the parser, with characters of several bytes.
+  good = [{**VIDEO, "id": i, "note": "é" * 5000} for i in range(40)]
+  start = json.dumps(good, ensure_ascii=False)[:-1] + ", "
+  path = tmp_path / "a.json"
+  path.write_text(start + '{"id": tru}, {"id": 3}]', encoding="utf-8")
+  seen = []
+  with pytest.raises(UserError, match="after 40 whole records") as error:
+    for where, raw in stream_records(path):
+      seen.append((where, raw))
+  assert [raw for _, raw in seen] == good
+  assert seen[7][0] == f"{path}[7]"
+  byte = len((start + '{"id": tru}').encode())
+  assert f"at byte {byte} " in str(error.value)
+  assert "fetch it again" in str(error.value)
+
+
+def test_bytes_that_are_not_utf8_are_counted(tmp_path):
+  for name, head in (("a.json", '["'), ("a.jsonl", '{"a": 1}\n"')):
+    path = tmp_path / name
+    text = (head + "é" * 50_000).encode()
+    path.write_bytes(text + b"\xc3")
+    with pytest.raises(UserError, match=f"not UTF-8 text .byte {len(text)}: "):
+      list(stream_records(path))
+
+
+def test_a_list_named_jsonl_does_not_fill_the_memory(tmp_path):
+  path = tmp_path / "a.jsonl"
+  with open(path, "wb") as file:
+    file.write(b'["')
+    file.truncate(70 << 20)
+  with pytest.raises(UserError, match=r":1 is longer than 64 MiB.*\.json"):
+    list(stream_records(path))
+
+
+_MEMORY = """
+import resource, sys
+from hourjax.data.record_files import stream_records
+def peak():
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+records = iter(stream_records(sys.argv[1]))
+next(records)
+before = peak()
+print(1 + sum(1 for _ in records), peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_memory_stays_flat(tmp_path, name):
+  lines = name.endswith("l")
+  count, raw = 60_000, {**VIDEO, "note": "word " * 400}
+  path = tmp_path / name
+  with open(path, "w") as file:
+    file.write("" if lines else "[")
+    for i in range(count):
+      comma = "" if lines or i == count - 1 else ","
+      file.write(json.dumps({**raw, "id": i}) + comma + "\n")
+    file.write("" if lines else "]")
+  assert path.stat().st_size > 100 << 20
+  done = subprocess.run(
+    [sys.executable, "-c", _MEMORY, str(path)],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  found, grown = done.stdout.split()
+  assert int(found) == count
+  assert float(grown) < 16  # MiB

@@ -1,0 +1,158 @@
+"""Planned sizes are those of samples that are laid out."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hourjax.data import sizes
+from hourjax.data.columns import ColumnsBuilder, measure_record
+from hourjax.data.dataset import Dataset, SampleOptions
+from hourjax.data.demo.tokens import train_tokenizer
+from hourjax.data.features import FeatureStore
+from hourjax.data.forgetting import Forgetting
+from hourjax.data.records import parse_record
+from hourjax.data.rows import RowSpec, Size
+from hourjax.data.tokenizer import Tokenizer
+
+WORDS = ["what", " is", "red?", "It's", "on\nthe", "", "left,\n\n", "12.5"]
+WORDS += ["minutes…", "é", "視頻", "<b>", "<|im_end|>"]
+UNBOUNDED = Size(*[2**31 - 1] * 7)
+SPEC = RowSpec(
+  UNBOUNDED, frame_tokens=9, tile_tokens=25, width=4, image_size=20
+)
+RULES = [
+  Forgetting(),
+  Forgetting(spatial="uniform", ratio=3, max_frames=20),
+  Forgetting(temporal="random", ratio=8, max_frames=3),
+]
+
+
+@pytest.fixture(scope="module", params=["trained", "bytes"])
+def tokenizer(request):
+  """One that knows the words and one that spells them."""
+  texts = [" ".join(WORDS)] * 50 if request.param == "trained" else []
+  return Tokenizer(train_tokenizer(texts), "test")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+  """A store with videos of many lengths, and images of many shapes."""
+  folder = tmp_path_factory.mktemp("media")
+  store, rng = FeatureStore(folder, create=True), np.random.default_rng()
+  durations = [1.0, 7.35, 99.999, 128, 301.5, 1000.25]
+  for n, duration in enumerate(durations):
+    frames = max(int(duration), 128)
+    store.write(f"{n}.mp4", np.zeros((frames, 9, 4)), duration)
+  for n in range(12):
+    width, height = rng.integers(4, 200, 2)
+    Image.new("RGB", (int(width), int(height))).save(folder / f"{n}.png")
+  return folder
+
+
+def _records(rng, count):
+  for n in range(count):
+    kind = ("video", "image", "image", "text")[n % 4]
+    media, marks = {}, 0
+    if kind == "video":
+      media, marks = {"video": f"{rng.integers(6)}.mp4"}, 1
+    elif kind == "image":
+      marks = 1 if n % 8 < 4 else int(rng.integers(2, 5))
+      media = {"image": [f"{i}.png" for i in rng.integers(0, 12, marks)]}
+    turns = []
+    for turn in range(2 * int(rng.integers(1, 5))):
+      words = rng.choice(WORDS, rng.integers(1, 30))
+      text = " ".join(["So", *words] if turn % 2 else words)
+      mark = "<image>\n" * marks if turn == 0 else ""
+      role = "gpt" if turn % 2 else "human"
+      turns.append({"from": role, "value": mark + text})
+    yield parse_record({"id": n, "conversations": turns, **media}, "test")
+
+
+@pytest.mark.parametrize("rule", RULES, ids=range(len(RULES)))
+@pytest.mark.parametrize("single", ["tiled", "plain"])
+def test_planned_sizes_are_the_real_ones(rule, single, tokenizer, root):
+  seed = np.random.SeedSequence().entropy
+  print(f"seed {seed}")  # shown if the test fails
+  records = list(_records(np.random.default_rng(seed), 24))
+  for options in (
+    SampleOptions(forgetting=rule, single_image=single),
+    SampleOptions(forgetting=rule, single_image=single, max_length=400),
+    SampleOptions(forgetting=rule, prompt_only=True, answer_room=5),
+  ):
+    dataset = Dataset.from_records(
+      records,
+      tokenizer=tokenizer,
+      spec=SPEC,
+      options=options,
+      media_root=root,
+      features=FeatureStore(root),
+    )
+    if options.max_length > 400:
+      assert not dataset.skipped
+    for index in dataset.usable.tolist():
+      assert dataset.sample(index).size == Size(*dataset.sizes[index].tolist())
+
+
+def test_pixel_videos_come_with_frames_not_features(root):
+  columns = ColumnsBuilder()
+  record = parse_record(
+    {
+      "id": 1,
+      "video": "a.mp4",
+      "conversations": [
+        {"from": "human", "value": "<image>\nWhat?"},
+        {"from": "gpt", "value": "It."},
+      ],
+    },
+    "test",
+  )
+  tokenizer = Tokenizer(train_tokenizer([]), "test")
+  measures = measure_record(record, tokenizer, None)
+  facts = {"a.mp4": (20.0, 600), "b.mp4": (None, 0), "c.mp4": (129.0, 129)}
+  for name, (duration, pictures) in facts.items():
+    columns.add(measures, "", "default", name, duration, pictures)
+  built = columns.build()
+  shown = sizes.shown_videos(built, None)
+  # Fewer than 128 at 1 FPS: 128 of its 600 pictures.
+  assert shown.frames.tolist() == [128, 0, 0]
+  assert "prepare with --media" in shown.problems[1]
+  assert "129 frames at 1 FPS" in shown.problems[2]
+  made, problems = sizes.sample_sizes(
+    built,
+    shown,
+    tokenizer=tokenizer,
+    spec=SPEC,
+    forgetting=Forgetting(),
+    max_length=10_000,
+    single_image="tiled",
+  )
+  assert set(problems) == {1, 2}
+  size = dict(zip(sizes.FIELDS, made[0].tolist()))
+  assert size["frames"] == 128 and size["features"] == 0
+  assert size["memory"] == 128 * 10
+
+
+def test_an_image_that_no_grid_can_show(root):
+  Image.new("RGB", (1, 30_000)).save(root / "thin.png")
+  record = parse_record(
+    {
+      "id": "thin",
+      "image": "thin.png",
+      "conversations": [
+        {"from": "human", "value": "<image>\nWhat?"},
+        {"from": "gpt", "value": "It."},
+      ],
+    },
+    "test",
+  )
+  dataset = Dataset.from_records(
+    [record],
+    tokenizer=Tokenizer(train_tokenizer([]), "test"),
+    spec=SPEC,
+    options=SampleOptions(),
+    media_root=root,
+  )
+  (skipped,) = dataset.skipped
+  assert "record thin: an image of 1 x 30000 pixels is too narrow" in (
+    skipped.reason
+  )

@@ -1,0 +1,209 @@
+import threading
+import uuid
+
+import numpy as np
+import pytest
+import tensorstore as ts
+
+from hourjax.data import storage
+from hourjax.data.lines import Lines, read_lines
+from hourjax.data.storage import Bucket, Folder, open_storage
+from hourjax.errors import UserError
+
+
+@pytest.fixture(params=["folder", "file", "memory"])
+def store(request, tmp_path):
+  """The same contract over a folder and over TensorStore."""
+  if request.param == "folder":
+    return open_storage(tmp_path / "store")
+  if request.param == "file":
+    return open_storage(f"file://{tmp_path}/store")
+  return open_storage(f"memory://{uuid.uuid4().hex}")
+
+
+def _parts(*spans):
+  return [(start, np.zeros(size, np.uint8)) for start, size in spans]
+
+
+def test_kinds(tmp_path):
+  assert isinstance(open_storage(tmp_path), Folder)
+  assert isinstance(open_storage(str(tmp_path / "a:b")), Folder)
+  assert isinstance(open_storage(f"file://{tmp_path}"), Bucket)
+
+
+def test_whole_objects(store):
+  with pytest.raises(OSError, match=r"no such object|No such file"):
+    store.read("a.txt")
+  store.write("a.txt", b"one")
+  store.write("a.txt", b"two")
+  store.write("deep/er/été 東京.npy", b"three")
+  assert store.read("a.txt") == b"two"
+  assert store.read("deep/er/été 東京.npy") == b"three"
+
+
+def test_list_is_flat_and_sorted(store):
+  assert store.list("index") == []
+  for key in ("index-2.jsonl", "index-1.jsonl", "indey", "index/x", "a"):
+    store.write(key, b"")
+  assert store.list("index") == ["index-1.jsonl", "index-2.jsonl"]
+
+
+@pytest.mark.parametrize("count", [1, 5, 3 * storage._IN_FLIGHT])
+def test_parts_are_filled_in_order(store, count):
+  data = np.random.default_rng(count).integers(0, 256, 9000, dtype=np.uint8)
+  store.write("data", data.tobytes())
+  starts = np.random.default_rng(1).integers(0, 8000, count)
+  parts = _parts(*((int(start), 1000) for start in starts))
+  for done, _ in enumerate(store.read_parts("data", parts)):
+    start, out = parts[done]
+    np.testing.assert_array_equal(out, data[start : start + 1000])
+  assert done == count - 1
+
+
+@pytest.mark.parametrize("spans", [[(95, 10)], [(0, 4), (200, 1)]])
+def test_parts_past_the_end(store, spans):
+  store.write("data", bytes(100))
+  with pytest.raises(OSError, match="it ends before byte"):
+    list(store.read_parts("data", _parts(*spans)))
+
+
+def test_parts_of_nothing(store):
+  with pytest.raises(OSError, match=r"no such object|No such file"):
+    list(store.read_parts("data", _parts((0, 4))))
+
+
+def test_put_file(store, tmp_path):
+  file = tmp_path / "partial"
+  file.write_bytes(b"data")
+  store.put_file(file, "shows/a b.npy")
+  assert store.read("shows/a b.npy") == b"data"
+  assert not file.exists()
+
+
+def test_a_failed_write_keeps_the_old_object(tmp_path, monkeypatch):
+  store = Folder(tmp_path)
+  store.write("a", b"old")
+
+  def stop(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr("pathlib.Path.rename", stop)
+  with pytest.raises(OSError, match="No space left"):
+    store.write("a", b"new")
+  assert store.read("a") == b"old"
+  assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+# --- URLs -------------------------------------------------------------------
+
+
+def test_gs_urls_name_bucket_and_folder():
+  bucket = Bucket("gs://some-bucket/features/run 1")
+  spec = bucket._store.spec().to_json()
+  assert spec["driver"] == "gcs" and spec["bucket"] == "some-bucket"
+  assert spec["path"] in ("features/run 1/", "features/run%201/")
+  assert bucket.location("a.npy") == "gs://some-bucket/features/run 1/a.npy"
+
+
+@pytest.mark.parametrize("url", ["foo://x/y", "gs://", "gs://UP/x"])
+def test_urls_that_cannot_be(url):
+  with pytest.raises(UserError, match="is no URL that TensorStore opens"):
+    Bucket(url)
+
+
+def test_a_silent_server_ends_in_a_remedy(monkeypatch):
+  """Here nothing answers; with a network, the bucket does not exist."""
+  monkeypatch.setattr(storage, "_READ_SECONDS", 1)
+  with pytest.raises(UserError, match=r"^gs://hourjax-.*check the network.*cr"):
+    Bucket("gs://hourjax-none-such/x").read("index.jsonl")
+
+
+def test_a_server_that_refuses(monkeypatch):
+  bucket = Bucket(f"memory://{uuid.uuid4().hex}")
+
+  class Refused:
+    def result(self, timeout):
+      raise PermissionError("PERMISSION_DENIED: no access")
+
+  monkeypatch.setattr(
+    bucket, "_store", type("S", (), {"read": lambda *_: Refused()})()
+  )
+  with pytest.raises(UserError, match="PERMISSION_DENIED: no access; check"):
+    bucket.read("a")
+
+
+def test_one_context_for_all():
+  name = uuid.uuid4().hex
+  Bucket(f"memory://{name}").write("a", b"1")
+  assert Bucket(f"memory://{name}/").read("a") == b"1"
+  alone = ts.KvStore.open(f"memory://{name}/").result()
+  assert alone.read("a").result().state == "missing"
+
+
+# --- lines ------------------------------------------------------------------
+
+
+def test_lines_of_many_threads_all_arrive(store):
+  lines = Lines(store, "log.jsonl", [{"n": -1}])
+  threads = [
+    threading.Thread(
+      target=lambda k=k: [lines.add({"n": 20 * k + i}) for i in range(20)]
+    )
+    for k in range(8)
+  ]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  rows = read_lines(store, "log.jsonl")
+  assert sorted(row["n"] for row in rows) == list(range(-1, 160))
+
+
+@pytest.mark.parametrize("torn", [b'{"n": 2, "x', b"", b'{"n"', b"7"])
+def test_a_torn_last_line_is_dropped_and_mended(store, torn):
+  store.write("log.jsonl", b'{"n": 1}\n' + torn)
+  rows = read_lines(store, "log.jsonl")
+  assert rows == [{"n": 1}]
+  Lines(store, "log.jsonl", rows).add({"n": 3})
+  assert store.read("log.jsonl") == b'{"n": 1}\n{"n": 3}\n'
+
+
+def test_a_last_line_without_its_end_counts_if_it_is_whole(store):
+  store.write("log.jsonl", b'{"n": 1}\n{"n": 2}')
+  assert read_lines(store, "log.jsonl") == [{"n": 1}, {"n": 2}]
+
+
+@pytest.mark.parametrize("line", ["{", "5", "[]", "\ufffd{"])
+def test_a_broken_line_is_named(store, line):
+  store.write("log.jsonl", f'{{"n": 1}}\n{line}\n{{"n": 2}}\n'.encode())
+  with pytest.raises(UserError, match=r"log\.jsonl, line 2 is broken"):
+    read_lines(store, "log.jsonl")
+
+
+def test_lines_after_a_failure_are_written_whole(tmp_path, monkeypatch):
+  store = Folder(tmp_path)
+  lines = Lines(store, "log.jsonl")
+  lines.add({"n": 1})
+
+  def half(key, data):
+    with open(tmp_path / key, "ab") as file:
+      file.write(data[:3])
+    raise OSError(28, "No space left on device")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(store, "append", half)
+    with pytest.raises(OSError, match="No space left"):
+      lines.add({"n": 2})
+  lines.add({"n": 3})
+  rows = read_lines(store, "log.jsonl")
+  assert rows == [{"n": 1}, {"n": 2}, {"n": 3}]
+
+
+def test_reset(store):
+  store.write("log.jsonl", b'{"n": 1}\n')
+  lines = Lines(store, "log.jsonl")
+  lines.reset()
+  assert store.read("log.jsonl") == b""
+  lines.add({"n": 2})
+  lines.add({"n": 3})
+  assert read_lines(store, "log.jsonl") == [{"n": 2}, {"n": 3}]
