@@ -52,6 +52,33 @@ def write(
   return path
 
 
+def write_repeated(
+  path: pathlib.Path, frames: int, rate: int, *, size: tuple[int, int]
+) -> None:
+  """A long video, cheaply: sixty encoded pictures over and over again."""
+  once = write(
+    path.with_suffix(".once.mp4"),
+    60,
+    rate,
+    size=size,
+    codec_options={"preset": "ultrafast"},
+  )
+  with av.open(str(once)) as source, av.open(str(path), "w") as target:
+    stream = source.streams.video[0]
+    copy = target.add_stream_from_template(stream)
+    packets = [p for p in source.demux(stream) if p.size]
+    data = [(bytes(p), p.pts, p.dts, p.is_keyframe) for p in packets]
+    length = int(60 / rate / stream.time_base)
+    for start in range(0, frames // 60 * length, length):
+      for content, pts, dts, key in data:
+        packet = av.Packet(content)
+        packet.pts, packet.dts = pts + start, dts + start
+        packet.time_base, packet.is_keyframe = stream.time_base, key
+        packet.stream = copy
+        target.mux(packet)
+  once.unlink()
+
+
 def sound(path: pathlib.Path) -> None:
   """A video container with audio only."""
   with av.open(str(path), "w") as container:

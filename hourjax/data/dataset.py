@@ -134,10 +134,11 @@ class Dataset:
       single_image=options.single_image,
       answer_room=room,
     )
-    bad = sorted(problems)
-    self.usable = np.setdiff1d(np.arange(len(columns)), np.array(bad, int))
+    good = np.ones(len(columns), bool)
+    good[list(problems)] = False
+    self.usable = np.flatnonzero(good)
     self.skipped = []
-    for i in bad:
+    for i in sorted(problems):
       name = records[i].id
       self.skipped.append(Skipped(name, f"record {name}: {problems[i]}"))
 

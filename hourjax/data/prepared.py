@@ -10,12 +10,13 @@ does Grain. A folder ROOT/NAME/1.0.0 is opened by name too:
 `tfds.data_source("NAME", data_dir="ROOT")`. TensorFlow is never imported.
 """
 
+import contextlib
 import json
 import operator
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, SupportsIndex
 
 import tensorflow_datasets as tfds
@@ -78,11 +79,15 @@ class PreparedWriter:
     return self
 
   def __exit__(self, kind, error, trace) -> None:
-    if self._file is not None:
-      self._file.close()
-    if kind is None:
-      self._finish()
-    else:
+    try:
+      with self._writing():
+        self._close_shard()
+        if kind is None:
+          self._finish()
+    except UserError:
+      if kind is None:
+        raise  # else what went wrong first is what matters
+    finally:
       shutil.rmtree(self.partial, ignore_errors=True)
 
   def add(
@@ -111,9 +116,10 @@ class PreparedWriter:
     pictures: int,
   ) -> None:
     """Adds a conversation that `encode_record` has serialised."""
-    if not self._shards or self._shards[-1] == SHARD:
-      self._next_shard()
-    self._file.write(encoded)
+    with self._writing():
+      if not self._shards or self._shards[-1] == SHARD:
+        self._next_shard()
+      self._file.write(encoded)
     self._shards[-1] += 1
     self._bytes += len(encoded)
     self._columns.add(measures, source, stream, video, duration, pictures)
@@ -122,9 +128,23 @@ class PreparedWriter:
     """The columns of all conversations so far."""
     return self._columns.build()
 
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    try:
+      yield
+    except (OSError, RuntimeError) as error:  # array_record raises the second
+      raise UserError(
+        f"cannot write {self.partial}: {error}; free some space or choose"
+        " another folder"
+      ) from error
+
+  def _close_shard(self) -> None:
+    file, self._file = self._file, None
+    if file is not None:
+      file.close()
+
   def _next_shard(self) -> None:
-    if self._file is not None:
-      self._file.close()
+    self._close_shard()
     path = self.partial / f"shard-{len(self._shards)}"
     # Single records can be read only where each is a group of its own.
     self._file = array_record_module.ArrayRecordWriter(
@@ -134,7 +154,6 @@ class PreparedWriter:
 
   def _finish(self) -> None:
     if not self._shards:
-      shutil.rmtree(self.partial, ignore_errors=True)
       raise UserError(f"{self.folder} would hold no conversation; add some")
     identity = dataset_info.DatasetIdentity(
       name=_NAME,

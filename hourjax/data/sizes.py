@@ -48,14 +48,13 @@ def shown_videos(columns: Columns, features: FeatureStore | None) -> Shown:
   for i, name in enumerate(columns.videos):
     try:
       if features is not None:
-        seconds, chosen = stored_frames(features, name)
+        duration[i], frames[i] = _stored_count(features, name)
       else:
-        known = columns.pictures[i], columns.duration[i]
-        seconds, chosen = pixel_frames(name, int(known[0]), float(known[1]))
+        known = int(columns.pictures[i]), float(columns.duration[i])
+        duration[i], chosen = pixel_frames(name, *known)
+        frames[i] = len(chosen)
     except UserError as error:
       problems[i] = str(error)
-      continue
-    duration[i], frames[i] = seconds, len(chosen)
   return Shown(frames, duration, features is not None, problems)
 
 
@@ -67,12 +66,19 @@ def stored_frames(
   Raises:
     UserError: not in the store, or shorter than a second.
   """
+  duration, _ = _stored_count(features, name)
+  stored = features.stored(name).frames
+  return duration, video.stored_feature_frames(stored, duration)
+
+
+def _stored_count(features: FeatureStore, name: str) -> tuple[float, int]:
+  """Duration, and how many frames are shown: no array for 28,000 videos."""
   if name not in features:
     raise UserError(f"{name} is not in {features.root}; extract it first")
   stored, duration = features.stored(name)
-  return duration, _some(
-    name, duration, video.stored_feature_frames(stored, duration)
-  )
+  count = video.stored_feature_count(stored, duration)
+  _check_some(name, duration, count)
+  return duration, count
 
 
 def pixel_frames(
@@ -99,16 +105,16 @@ def pixel_frames(
       f"{name} has {len(chosen)} frames at 1 FPS, the encoder in the step"
       f" takes at most {MIN_FRAMES}; extract features"
     )
-  return duration, _some(name, duration, chosen)
+  _check_some(name, duration, len(chosen))
+  return duration, chosen
 
 
-def _some(name, duration, chosen):
-  if not len(chosen):
+def _check_some(name: str, duration: float, frames: int) -> None:
+  if not frames:
     raise UserError(
       f"{name} lasts {duration:.2f} s, which leaves 0 frames at 1 FPS; drop the"
       " record"
     )
-  return chosen
 
 
 def sample_sizes(
@@ -180,14 +186,16 @@ def sample_sizes(
 
 def _instruction_growth(shown: Shown, tokenizer: Tokenizer) -> np.ndarray:
   """Tokens of each video's time instruction beyond those of MEASURED_AS."""
-  texts = [
-    video.time_instruction(duration, max(frames, 1))
-    for duration, frames in zip(shown.duration.tolist(), shown.frames.tolist())
-  ]
-  base, *lengths = tokenizer.lengths(
-    [video.time_instruction(*MEASURED_AS), *texts]
-  )
+  facts = zip(shown.duration.tolist(), shown.frames.tolist())
+  texts = [_numbers(duration, max(frames, 1)) for duration, frames in facts]
+  base, *lengths = tokenizer.lengths([_numbers(*MEASURED_AS), *texts])
   return np.array(lengths, np.int64) - base
+
+
+def _numbers(duration: float, frames: int) -> str:
+  """The part of the instruction that has them; the rest counts the same."""
+  text = video.time_instruction(duration, frames)
+  return text[text.index(" lasts ") : text.index(" frames ") + len(" frames ")]
 
 
 def video_sizes(

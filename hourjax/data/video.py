@@ -81,7 +81,12 @@ def stored_feature_frames(
   Returns:
     min(stored, int(duration)) ascending indices: none under one second.
   """
-  return _linspace(stored, min(stored, int(duration)))
+  return _linspace(stored, stored_feature_count(stored, duration))
+
+
+def stored_feature_count(stored: int, duration: float | int) -> int:
+  """How many frames `stored_feature_frames` gives."""
+  return min(stored, int(duration))
 
 
 def raw_video_frames(

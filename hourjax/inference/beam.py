@@ -9,6 +9,8 @@ killed loses only the videos in hand, on any runner. On TPUs run one worker
 process a machine, since a chip belongs to one process.
 """
 
+import atexit
+import contextlib
 import dataclasses
 import functools
 import os
@@ -112,8 +114,13 @@ class _Process:
     self._ledger = Lines(self._store.storage, f"failures-{label}.jsonl")
     self._store.claim(self._encoder.fingerprint, self._encoder.shape)
     # Held until the process ends, so that nobody cleans up behind its back.
-    self._held = self._store.scratch.held()
-    self._held.__enter__()
+    self._held = contextlib.ExitStack()
+    self._held.enter_context(self._store.scratch.held())
+    atexit.register(self.close)
+
+  def close(self) -> None:
+    """Gives up the temporary folder."""
+    self._held.close()
 
   def extract(self, name: str) -> dict:
     rows = []

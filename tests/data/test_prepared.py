@@ -182,6 +182,33 @@ def test_a_truncated_file_is_named(tmp_path, items):
     Prepared(tmp_path / "d").records[0]
 
 
+_FULL = """
+import os, resource, signal, sys
+from hourjax.data.prepared import PreparedWriter
+from hourjax.data.columns import Measures
+from hourjax.data.records import Record, Turn
+# As on a full disk: no file may grow beyond 1 MiB.
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+text = os.urandom(100_000).hex()
+record = Record("1", "text", (), (Turn("human", text),), "", {})
+try:
+  with PreparedWriter(sys.argv[1], tokenizer_id="t") as writer:
+    for _ in range(40):
+      writer.add(record, Measures(0, 1, 1, 1))
+except ValueError as error:
+  print(type(error).__name__, error)
+"""
+
+
+def test_a_full_disk_is_an_error(tmp_path):
+  command = [sys.executable, "-c", _FULL, str(tmp_path / "d")]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.stdout.startswith("UserError cannot write "), done.stderr
+  assert "File too large" in done.stdout
+  assert not list(tmp_path.iterdir())
+
+
 def test_an_empty_dataset_is_refused(tmp_path):
   writer = PreparedWriter(tmp_path / "d", tokenizer_id="t")
   with pytest.raises(UserError, match="would hold no conversation"), writer:

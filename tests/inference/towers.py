@@ -50,10 +50,14 @@ def features(params, pixels: np.ndarray) -> np.ndarray:
   return np.asarray(_encode(params, padded))[: len(pixels)]
 
 
-def write_config(path: pathlib.Path, **vision) -> pathlib.Path:
+def write_config(
+  path: pathlib.Path,
+  pool_side: int = MODEL.pool_side,
+  vision: dict | None = None,
+) -> pathlib.Path:
   """A configuration file of MODEL for commands; `vision` changes the tower."""
-  model = dataclasses.asdict(MODEL)
-  model["vision"].update(vision)
+  model = dataclasses.asdict(MODEL) | {"pool_side": pool_side}
+  model["vision"] |= vision or {}
   names = ("forgetting", "data", "rows", "optimizer", "read")
   parts = {name: {} for name in names}
   values = {"model": model, "seed": 0, "init": "", **parts}

@@ -19,6 +19,7 @@ import hashlib
 import json
 import pathlib
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -60,18 +61,24 @@ class QuestionTable:
       step: called with a number of rows that have been read.
 
     Raises:
-      UserError: a file cannot be read or lacks columns.
+      UserError: a file cannot be read or lacks columns, or there is no space.
     """
     self._scratch = scratch
     self._counts: collections.Counter[str] = collections.Counter()
-    scratch.mkdir(parents=True)
-    with contextlib.ExitStack() as stack:
-      files = [
-        stack.enter_context(open(self._file(i), "w", encoding="utf-8"))
-        for i in range(FILES)
-      ]
-      for path in paths:
-        self._deal(path, mapping, files, skip, step)
+    try:
+      scratch.mkdir(parents=True)
+      with contextlib.ExitStack() as stack:
+        files = [
+          stack.enter_context(open(self._file(i), "w", encoding="utf-8"))
+          for i in range(FILES)
+        ]
+        for path in paths:
+          self._deal(path, mapping, files, skip, step)
+    except OSError as error:
+      raise UserError(
+        f"cannot write {scratch}: {error.strerror}; its disk needs as much"
+        " space as all questions take"
+      ) from error
 
   def __len__(self) -> int:
     return sum(-(-count // TURNS) for count in self._counts.values())
@@ -137,7 +144,7 @@ def read_rows(path: pathlib.Path) -> Iterator[Any]:
       yield from _csv_rows(path)
     else:
       yield from (raw for _, raw in stream_records(path))
-  except (pyarrow.ArrowException, csv.Error, EOFError) as error:
+  except (pyarrow.ArrowException, zlib.error, EOFError) as error:
     raise UserError(
       f"{path} cannot be read as a table ({error}); fetch it again"
     ) from error
@@ -154,9 +161,15 @@ def _csv_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
   csv.field_size_limit(sys.maxsize)
   opened = gzip.open if path.name.lower().endswith(".gz") else open
   with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-    for row in csv.DictReader(file, strict=True):
-      row.pop(None, None)  # cells beyond the last column
-      yield row
+    reader = csv.DictReader(file, strict=True)
+    try:
+      for row in reader:
+        row.pop(None, None)  # cells beyond the last column
+        yield row
+    except csv.Error as error:
+      raise UserError(
+        f"{path} is broken after line {reader.line_num} ({error}); repair it"
+      ) from error
 
 
 def _bucket(video: str) -> int:

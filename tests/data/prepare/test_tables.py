@@ -167,6 +167,28 @@ def test_files_that_are_no_tables(tmp_path, name):
   assert str(path) in str(error.value)
 
 
+def test_a_broken_line_of_csv_is_named(tmp_path):
+  path = tmp_path / "t.csv"
+  path.write_text('video,question,answer\na,b,c\na,"b" x,c\n')
+  with pytest.raises(UserError, match=r"t\.csv is broken after line 2"):
+    list(read_rows(path))
+
+
+@pytest.mark.parametrize("name", ["t.csv.gz", "t.parquet"])
+def test_damaged_files(tmp_path, name):
+  path = _save(tmp_path / name, _rows(2000))
+  whole = path.read_bytes()
+  middle = len(whole) // 2
+  for damaged in (
+    whole[:middle],
+    whole[:middle] + bytes(100) + whole[middle + 100 :],
+  ):
+    path.write_bytes(damaged)
+    with pytest.raises(UserError) as error:
+      list(read_rows(path))
+    assert str(path) in str(error.value)
+
+
 _MEMORY = """
 import pathlib, resource, sys
 from hourjax.data.prepare.tables import QuestionTable

@@ -1,0 +1,248 @@
+"""How full the rows are, and how fast they are planned, read and resumed.
+
+The planned conversations are as many as VideoMarathon's; only their numbers
+exist. What is read has real bytes and real text, as much as fits in memory,
+and was read once before: the store is not what is measured.
+"""
+
+import concurrent.futures
+import dataclasses
+import importlib.util
+import itertools
+import multiprocessing
+import os
+import pathlib
+import resource
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from hourjax.benchmarks import synthetic
+from hourjax.benchmarks.torch_reader import measure_torch
+from hourjax.data.columns import Columns
+from hourjax.data.dataset import Dataset
+from hourjax.data.features import FeatureStore
+from hourjax.data.pipeline import batches
+from hourjax.data.plan import EPOCH, PlanOptions, RowPlan
+from hourjax.data.prepared import Prepared
+from hourjax.data.sizes import FIELDS
+from hourjax.training.experiment import Experiment
+from hourjax.training.feed import Feed
+
+_SLOTS = ("memory", "queries", "decoder")
+_COLUMNS, _STORE, _READ = "columns.npz", "index", "read"
+_EACH = 3  # conversations about each video that is read
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How much is measured.
+
+  Attributes:
+    conversations: that are planned.
+    videos: that they are about.
+    gigabytes: of features that are written and read.
+    rows: that are read for each figure.
+    step_rows: rows of a step, to turn steps into positions.
+    seed: of everything.
+  """
+
+  conversations: int = 700_000
+  videos: int = 28_000
+  gigabytes: float = 3.0
+  rows: int = 12
+  step_rows: int = 128
+  seed: int = 0
+
+
+def measure_data(
+  experiment: Experiment, options: Options, folder: pathlib.Path
+) -> dict[str, Any]:
+  """All figures as plain data; `folder` gets the files that are read."""
+  durations = synthetic.video_durations(options.videos, options.seed)
+  columns = synthetic.conversation_columns(
+    durations, options.conversations, options.seed
+  )
+  columns.save(folder / _COLUMNS)
+  synthetic.write_index(folder / _STORE, durations)
+  planned = _in_child(measure_plan, experiment, options, folder)
+  resumed = _in_child(measure_resume, experiment, options, folder)
+  spec = experiment.row_spec
+  store, read = synthetic.write_features(
+    folder / _READ, spec, options.gigabytes, options.seed
+  )
+  synthetic.write_conversations(folder / "text", len(read), _EACH)
+  shown = np.array([synthetic.video_name(i) for i in range(len(read))]).tolist()
+  return {
+    "capacity": {name: getattr(experiment.rows, name) for name in _SLOTS},
+    "video_minutes": round(float(durations.mean()) / 60, 2),
+    **planned,
+    "resume_seconds": resumed,
+    "read": measure_reading(experiment, options, folder, packed=True),
+    "read_padded": measure_reading(experiment, options, folder, packed=False),
+    "read_torch": measure_torch(store, shown, spec, folder, options.rows)
+    if importlib.util.find_spec("torch")
+    else None,
+    "machine": {
+      "cores": os.cpu_count(),
+      "device": jax.devices()[0].device_kind,
+      "devices": jax.device_count(),
+    },
+  }
+
+
+def measure_plan(
+  experiment: Experiment, options: Options, folder: pathlib.Path
+) -> dict[str, Any]:
+  """Goodput of an epoch's rows, and what planning them takes."""
+  before = _peak_mib()
+  began = time.monotonic()
+  dataset, plan = _planned(experiment, folder)
+  opened = time.monotonic()
+  rows = plan.epoch_rows(0)
+  done = time.monotonic()
+  used = _used(rows, dataset.sizes)
+  sizes = dataset.sizes[:, [FIELDS.index(name) for name in _SLOTS]]
+  capacity = np.array([getattr(experiment.rows, name) for name in _SLOTS])
+  alone = sizes[dataset.usable].mean(axis=0) / capacity
+  return {
+    "conversations": len(dataset),
+    "skipped": len(dataset.skipped),
+    "rows": len(rows),
+    "goodput": _named(used / len(rows) / capacity),
+    "goodput_one_sample_a_row": _named(alone),
+    "plan_seconds": {
+      "open": round(opened - began, 2),
+      "pack": round(done - opened, 2),
+      "total": round(done - began, 2),
+    },
+    "plan_peak_mib": {
+      "total": round(_peak_mib()),
+      "of_it_imports": round(before),
+    },
+  }
+
+
+def measure_resume(
+  experiment: Experiment, options: Options, folder: pathlib.Path
+) -> dict[str, float]:
+  """Seconds from nothing to the first row of a step, by step."""
+  _, plan = _planned(experiment, folder)
+  steps_in_epoch = plan.rows_in_epoch(0) / options.step_rows
+  seconds = {}
+  for step in (10, 1_000_000):
+    began = time.monotonic()
+    _, plan = _planned(experiment, folder)
+    plan.fingerprint()
+    epoch, rest = divmod(step, steps_in_epoch)
+    # What a checkpoint says: some row of a window in the middle.
+    position = int(epoch) * EPOCH + plan.advance(0, 0)
+    plan.row(plan.advance(position, int(rest) % 3))
+    seconds[f"step_{step}"] = round(time.monotonic() - began, 2)
+  return seconds
+
+
+def measure_reading(
+  experiment: Experiment, options: Options, folder: pathlib.Path, packed: bool
+) -> dict[str, float]:
+  """Rows through the whole pipeline onto the device.
+
+  Args:
+    experiment: rows and reading options.
+    options: how many rows.
+    folder: with conversations and features.
+    packed: or one sample a row, padded to its capacity.
+  """
+  prepared = Prepared(folder / "text")
+  store = FeatureStore(folder / _READ)
+  dataset = _dataset(experiment, prepared.records, prepared.columns, store)
+  sizes = dataset.sizes
+  if not packed:
+    full = np.array([experiment.rows.astuple()])
+    sizes = np.repeat(full, len(sizes), axis=0)
+  plan = RowPlan(sizes, experiment.rows, PlanOptions(), members=dataset.usable)
+  delivered = batches(
+    dataset, plan, experiment.row_spec, rows=1, options=experiment.read
+  )
+  feed = Feed(delivered, accumulate=1, rows=1)
+  for batch, _ in itertools.islice(feed, 3):  # threads and buffers are warm
+    jax.block_until_ready(batch)
+  position = plan.advance(0, 3)
+  began, minutes, slots = time.monotonic(), 0.0, 0
+  for batch, _ in itertools.islice(feed, options.rows):
+    jax.block_until_ready(batch)
+    slots += batch.features.nbytes
+  took = time.monotonic() - began
+  feed.close()
+  used = 0
+  for _ in range(options.rows):
+    for group in plan.row(position)[1]:
+      for i in group:
+        used += int(dataset.sizes[i, 0]) * experiment.row_spec.width * 2
+        name = prepared.columns.videos[prepared.columns.video[i]]
+        minutes += store.stored(name).duration / 60
+    position = plan.advance(position, 1)
+  return {
+    "gb_per_second": round(used / took / 1e9, 2),
+    "gb_per_second_with_padding": round(slots / took / 1e9, 2),
+    "rows_per_second": round(options.rows / took, 2),
+    "video_hours_per_second": round(minutes / 60 / took, 2),
+  }
+
+
+def _planned(experiment, folder) -> tuple[Dataset, RowPlan]:
+  """What a run does before its first row."""
+  columns = Columns.load(folder / _COLUMNS)
+  store = FeatureStore(folder / _STORE)
+  dataset = _dataset(experiment, (), columns, store)
+  options = PlanOptions(
+    seed=experiment.seed, share=experiment.data.share_memory
+  )
+  return dataset, RowPlan(
+    dataset.sizes,
+    experiment.rows,
+    options,
+    members=dataset.usable,
+    memory=columns.video,
+    stream=columns.stream,
+  )
+
+
+def _dataset(experiment, records, columns, store) -> Dataset:
+  return Dataset(
+    records,
+    columns,
+    tokenizer=synthetic.tokenizer(),
+    spec=experiment.row_spec,
+    options=experiment.sample_options,
+    media_root="",
+    features=store,
+  )
+
+
+def _used(rows, sizes: np.ndarray) -> np.ndarray:
+  """Slots of `_SLOTS` in use; a memory that is shared counts once."""
+  groups = [group for row in rows for group in row]
+  first = np.array([group[0] for group in groups])
+  every = np.array([i for group in groups for i in group])
+  memory = sizes[first, FIELDS.index("memory")].sum()
+  text = [sizes[every, FIELDS.index(name)].sum() for name in _SLOTS[1:]]
+  return np.array([memory, *text])
+
+
+def _named(values: np.ndarray) -> dict[str, float]:
+  return {n: round(float(v), 3) for n, v in zip(_SLOTS, values)}
+
+
+def _in_child(function, *arguments):
+  """In a process of its own, so that its memory is its own."""
+  with concurrent.futures.ProcessPoolExecutor(
+    1, mp_context=multiprocessing.get_context("spawn")
+  ) as pool:
+    return pool.submit(function, *arguments).result()
+
+
+def _peak_mib() -> float:
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
