@@ -68,6 +68,12 @@ def main(argv: list[str]) -> None:
 
 
 def _extract(experiment) -> list:
+  if not (_TOWER.value or experiment.init):
+    print(
+      "the tower is drawn at random, as training draws it; for published"
+      " weights give --tower",
+      flush=True,
+    )
   if _RUNNER.value:
     work = beam.Work(
       experiment, _TOWER.value, _VIDEOS.value, _OUT.value, _FRAMES.value

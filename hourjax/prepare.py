@@ -1,7 +1,8 @@
 """Turns downloaded records into one checked dataset.
 
   python -m hourjax.prepare --out=work/data/dataset --tokenizer=Qwen2.5-3B \
-      --records=videomarathon.json --features=work/data/features
+      --records=videomarathon.json --media_prefix={data_source} \
+      --features=work/data/features
 
   python -m hourjax.prepare --out=work/data/dataset --tokenizer=Qwen2.5-3B \
       --questions=table.parquet --columns=video=vid,question=q,options=A+B+C+D
@@ -13,8 +14,6 @@ writes the conversations with their token counts, a summary with what was
 dropped and why, and four pictures. Options may be given several times. A
 dataset of the same files and options is reused.
 """
-
-import os
 
 from absl import app, flags
 
@@ -33,6 +32,12 @@ _QUESTIONS = flags.DEFINE_multi_string(
 )
 _MIX = flags.DEFINE_multi_string("mix", [], "YAML list of files and shares.")
 _MEDIA = flags.DEFINE_string("media", None, "Folder of videos and images.")
+_PREFIX = flags.DEFINE_string(
+  "media_prefix",
+  "",
+  "Folder before the paths of --records and --questions; {data_source} in it"
+  " is the record's.",
+)
 _FEATURES = flags.DEFINE_string("features", None, "Feature store.")
 _COLUMNS = flags.DEFINE_string(
   "columns", "", "Columns of question tables: video=vid,question=q,..."
@@ -50,9 +55,12 @@ _OVERWRITE = flags.DEFINE_bool(
 
 
 def _items() -> tuple[lists.Item, ...]:
-  items = [lists.Item.of_files([path]) for path in _RECORDS.value]
+  prefix = _PREFIX.value
+  items = [
+    lists.Item.of_files([path], "records", prefix) for path in _RECORDS.value
+  ]
   if _QUESTIONS.value:
-    items.append(lists.Item.of_files(_QUESTIONS.value, "questions"))
+    items.append(lists.Item.of_files(_QUESTIONS.value, "questions", prefix))
   for path in _MIX.value:
     items += lists.read_list(path)
   if not items:
@@ -76,7 +84,7 @@ def main(argv: list[str]) -> None:
       _OUT.value,
       options,
       overwrite=_OVERWRITE.value,
-      workers=_WORKERS.value or os.cpu_count(),
+      workers=_WORKERS.value,
     )
   print(f"{'reused' if reused else 'wrote'} {_OUT.value}")
   print(report.table(summary))

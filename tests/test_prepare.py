@@ -75,12 +75,15 @@ def test_the_demo_is_prepared(data, tmp_path):
 
 def test_a_table_by_mapped_columns(data, tmp_path):
   table = tmp_path / "t.csv"
-  lines = [f"clip.mp4,Who is {i}?,Ann,b,c" for i in range(7)]
+  lines = [f"x.mp4,Who is {i}?,Ann,b,c" for i in range(7)]
   table.write_text("\n".join(["film,q,right,one,two", *lines, ",Who?,Ann,b,c"]))
-  mapping = "--columns=video=film,answer=right"
-  done = _run(data, tmp_path / "d", f"--questions={table}", mapping)
+  mapping = "--columns=video=film,answer=right,source=one"
+  options = [mapping, "--media_prefix=all/{data_source}"]
+  done = _run(data, tmp_path / "d", f"--questions={table}", *options)
   assert done.returncode == 0, done.stderr
-  assert [len(r.turns) for r in Prepared(tmp_path / "d").records] == [10, 4]
+  records = Prepared(tmp_path / "d").records
+  assert [len(record.turns) for record in records] == [10, 4]
+  assert records[0].media == ("all/b/x.mp4",)
   assert "1 no video" in done.stdout
   assert f"{table}, row 8: no video in column 'film'" in done.stdout
 

@@ -26,7 +26,7 @@ class Scratch:
     Args:
       root: folder of the store, whose file system the files share so that
         they can be renamed into place; for a URL they go to the machine's
-        temporary folder.
+        temporary folder (TMPDIR), which must hold the videos in hand.
       label: tells writers of one store apart.
     """
     base = pathlib.Path(root)

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import os
 import socket
+import threading
 import uuid
 
 from hourjax.data.features import FeatureStore
@@ -26,6 +27,8 @@ from hourjax.inference.streaming import Outcome, Stream
 from hourjax.inference.tower_params import tower_params
 from hourjax.inference.videos import find_videos
 from hourjax.training.experiment import Experiment
+
+_MAKING = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +146,13 @@ class _Process:
     return rows[0]
 
 
-@functools.cache
 def _process(work: Work) -> _Process:
+  with _MAKING:  # runners call from several threads
+    return _make_process(work)
+
+
+@functools.cache
+def _make_process(work: Work) -> _Process:
   return _Process(work)
 
 

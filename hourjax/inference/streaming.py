@@ -98,7 +98,7 @@ class Stream:
     self._store, self._encoder, self._done = store, encoder, done
     self._threads = max(1, min(threads, len(self._names)))
     size = 3 * encoder.image_size**2
-    self._chunk = max(1, _CHUNK_BYTES // size)
+    self._chunk = max(1, min(encoder.batch, _CHUNK_BYTES // size))
     ahead = max(2, _WAITING_BYTES // (self._chunk * size))
     self._decoded, self._encoded = Channel(ahead), Channel(_BATCHES)
     self._jobs = map(_Job, self._names)

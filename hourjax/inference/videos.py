@@ -66,9 +66,13 @@ def parse_worker(text: str) -> tuple[int, int]:
 
 
 def _search(folder: pathlib.Path) -> list[str]:
-  found = []
+  found, seen = [], set()
   for here, folders, files in os.walk(folder, followlinks=True):
-    folders[:] = [name for name in folders if not name.startswith(".")]
+    if os.path.realpath(here) in seen:  # a link to a folder above it
+      folders.clear()
+      continue
+    seen.add(os.path.realpath(here))
+    folders[:] = sorted(name for name in folders if name[0] != ".")
     for name in files:
       if pathlib.Path(name).suffix.lower() in _SUFFIXES and name[0] != ".":
         path = pathlib.Path(here, name).relative_to(folder)
@@ -78,10 +82,10 @@ def _search(folder: pathlib.Path) -> list[str]:
 
 def _listed(path: str | os.PathLike) -> list[str]:
   try:
-    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"cannot read the names in {path}: {error}") from None
-  names = [line.strip() for line in lines if line.strip()]
+  names = [line for line in lines if line.strip()]
   for name in names:
     if pathlib.PurePath(name).is_absolute() or ".." in name.split("/"):
       raise UserError(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hourjax.data import video
 from hourjax.data.images import resize
 from hourjax.errors import UserError
-from tests import golden_files
+from tests import golden_files, videos
 
 RULES = golden_files.load_json("frame_indices.json")
 INDICES = golden_files.npz("frame_indices.npz")
@@ -154,6 +154,39 @@ def test_probe(tmp_path, suffix, rate):
   assert (info.frames, info.width, info.height) == (24, 64, 48)
   assert float(info.fps) == pytest.approx(float(Fraction(rate)), rel=1e-3)
   assert info.duration == pytest.approx(24 / float(info.fps))
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "webm"])
+@pytest.mark.parametrize("live", ["0", "1"])
+def test_a_varying_rate(tmp_path, suffix, live):
+  """30 pictures in the first second, then one a second until 10 s.
+
+  Matroska's header gives the rate of the first second, and a live one no
+  duration either.
+  """
+  path = videos.write(
+    tmp_path / f"a.{suffix}",
+    40,
+    30,
+    codec="libvpx-vp9" if suffix == "webm" else "libx264",
+    times=[33 * i for i in range(30)] + [1000 * i for i in range(1, 11)],
+    codec_options={} if suffix == "webm" else {"bf": "0"},
+    options={} if suffix == "mp4" else {"live": live},
+  )
+  info = video.probe(path)
+  assert info.frames == len(_all_frames(str(path))) == 40
+  assert info.duration == pytest.approx(10, abs=0.5)
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "webm"])
+@pytest.mark.parametrize("frames", [1, 2, 3, 50])
+def test_a_live_recording(tmp_path, suffix, frames):
+  codec = "libvpx-vp9" if suffix == "webm" else "libx264"
+  path = videos.write(
+    tmp_path / f"a.{suffix}", frames, 25, codec=codec, options={"live": "1"}
+  )
+  info = video.probe(path)
+  assert (info.frames, info.fps) == (frames, 25)
 
 
 @pytest.mark.parametrize("codec", ENCODERS)

@@ -1,20 +1,16 @@
 """Whole runs in this process; tests/test_extract.py runs the command."""
 
 import json
+import os
 import re
-import threading
+import shutil
 
-import av
 import ml_dtypes
 import numpy as np
 import pytest
 
 from hourjax.data.features import FeatureStore
-from hourjax.data.images import resize
-from hourjax.data.video import extraction_frames, probe
 from hourjax.errors import UserError
-from hourjax.inference import streaming
-from hourjax.inference.extraction import extract_videos
 from tests import videos
 from tests.inference import towers
 
@@ -39,30 +35,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def extracted(folder, params, tmp_path_factory):
   out = tmp_path_factory.mktemp("store")
-  failed = _extract(params, folder[0], out, batch_frames=16, threads=3)
+  failed = towers.extract(params, folder[0], out, batch_frames=16, threads=3)
   return FeatureStore(out), failed
-
-
-def _extract(params, root, out, **options):
-  return extract_videos(params, towers.MODEL, videos=root, out=out, **options)
-
-
-def _oracle(params, path):
-  """Features of a video by decoding it whole and running the whole model."""
-  info = probe(path)
-  indices, _ = extraction_frames(info.frames, info.fps)
-  with av.open(str(path)) as container:
-    frames = [
-      np.rot90(f.to_ndarray(format="rgb24"), round(f.rotation / 90) % 4)
-      for f in container.decode(video=0)
-    ]
-  taken = [resize(np.ascontiguousarray(frames[i]), 32) for i in indices]
-  return towers.features(params, np.stack(taken))
-
-
-def _all(store, name):
-  frames = np.arange(store.stored(name).frames)
-  return store.read(name, frames, towers.SHAPE)
 
 
 def test_every_good_video_is_stored_and_no_other(folder, extracted):
@@ -82,8 +56,8 @@ def test_features_are_those_of_the_official_frames(folder, extracted, params):
   root, good, _ = folder
   store, _ = extracted
   for name in good:
-    expected = _oracle(params, root / name)
-    got = _all(store, name).astype(np.float32)
+    expected = towers.oracle(params, root / name)
+    got = towers.read_all(store, name).astype(np.float32)
     # bfloat16 keeps 8 bits; the encoder's own error is far below that.
     np.testing.assert_allclose(got, expected, rtol=2**-8, atol=1e-4)
 
@@ -113,7 +87,7 @@ def test_a_second_start_tries_only_the_failed_ones(
   root, good, bad = folder
   store, _ = extracted
   times = {name: store.path(name).stat().st_mtime_ns for name in good}
-  again = _extract(params, root, store.root, batch_frames=16)
+  again = towers.extract(params, root, store.root, batch_frames=16)
   assert {item.id for item in again} == set(bad)
   assert {n: store.path(n).stat().st_mtime_ns for n in good} == times
   printed = capsys.readouterr().out
@@ -128,9 +102,9 @@ def test_a_mended_file_is_taken_and_leaves_the_ledger(params, tmp_path):
   root.mkdir()
   (root / "a.mp4").touch()
   out = tmp_path / "store"
-  assert len(_extract(params, root, out, batch_frames=4)) == 1
+  assert len(towers.extract(params, root, out, batch_frames=4)) == 1
   videos.write(root / "a.mp4", 5)
-  assert _extract(params, root, out, batch_frames=4) == []
+  assert towers.extract(params, root, out, batch_frames=4) == []
   assert (out / "failures-00000.jsonl").read_text() == ""
   assert "a.mp4" in FeatureStore(out)
 
@@ -144,7 +118,7 @@ def test_batches_and_threads_change_nothing(
   names.write_text(
     "matroska.mkv\nshows/a b - été 東京.mp4\n\none.mp4\ncut.mp4\n"
   )
-  _extract(
+  towers.extract(
     params,
     folder[0],
     tmp_path / "store",
@@ -155,7 +129,7 @@ def test_batches_and_threads_change_nothing(
   store = FeatureStore(tmp_path / "store")
   assert len(store) == 3
   for name in store.videos():
-    one, two = _all(store, name), _all(extracted[0], name)
+    one, two = towers.read_all(store, name), towers.read_all(extracted[0], name)
     np.testing.assert_allclose(
       one.astype(np.float32), two.astype(np.float32), rtol=2**-7, atol=1e-5
     )
@@ -166,7 +140,7 @@ def test_workers_share_the_videos(params, folder, extracted, tmp_path):
   out, shares = tmp_path / "store", []
   for i in range(3):
     before = set(FeatureStore(out, create=True).videos())
-    failed = _extract(params, root, out, batch_frames=32, worker=(i, 3))
+    failed = towers.extract(params, root, out, batch_frames=32, worker=(i, 3))
     now = set(FeatureStore(out).videos())
     shares.append((now - before) | {item.id for item in failed})
     assert (out / f"index-0000{i}.jsonl").exists()
@@ -179,10 +153,14 @@ def test_a_store_behind_a_url(params, folder, tmp_path, extracted):
   names = tmp_path / "names.txt"
   names.write_text("shows/a b - été 東京.mp4\nmatroska.mkv\n")
   out = f"file://{tmp_path}/store"
-  assert _extract(params, folder[0], out, batch_frames=8, names=names) == []
+  assert (
+    towers.extract(params, folder[0], out, batch_frames=8, names=names) == []
+  )
   store = FeatureStore(out)
   for name in store.videos():
-    np.testing.assert_array_equal(_all(store, name), _all(extracted[0], name))
+    np.testing.assert_array_equal(
+      towers.read_all(store, name), towers.read_all(extracted[0], name)
+    )
   assert len(store) == 2
 
 
@@ -192,7 +170,7 @@ def test_a_tower_that_gives_nan_is_told_of_each_video(params, tmp_path):
     videos.write(root / f"{i}.mp4", 40)
   spoiled = dict(params)
   spoiled["vision/position"] = params["vision/position"] * np.nan
-  failed = _extract(spoiled, root, tmp_path / "store", batch_frames=8)
+  failed = towers.extract(spoiled, root, tmp_path / "store", batch_frames=8)
   assert len(failed) == 2
   assert all("the tower gives NaN" in item.reason for item in failed)
   assert not list((tmp_path / "store").rglob("*.npy"))
@@ -201,147 +179,38 @@ def test_a_tower_that_gives_nan_is_told_of_each_video(params, tmp_path):
 def test_another_tower_may_not_go_on(params, folder, extracted):
   other = towers.other_params()
   with pytest.raises(UserError, match=r"tower.json says .*same --tower"):
-    _extract(other, folder[0], extracted[0].root, batch_frames=8)
+    towers.extract(other, folder[0], extracted[0].root, batch_frames=8)
 
 
 def test_what_is_asked_wrongly(params, folder, tmp_path):
   out = tmp_path / "store"
   with pytest.raises(UserError, match="holds no video"):
-    _extract(params, tmp_path, out)
+    towers.extract(params, tmp_path, out)
   with pytest.raises(UserError, match="is not a folder on this machine"):
-    _extract(params, tmp_path / "none", out)
+    towers.extract(params, tmp_path / "none", out)
   with pytest.raises(UserError, match="worker 3 of 3; the first is 0"):
-    _extract(params, folder[0], out, worker=(3, 3))
+    towers.extract(params, folder[0], out, worker=(3, 3))
   assert not out.exists()
 
 
 def test_a_name_that_is_not_there_fails_alone(params, folder, tmp_path):
   names = tmp_path / "names.txt"
   names.write_text("nowhere.mp4\none.mp4\n")
-  failed = _extract(
+  failed = towers.extract(
     params, folder[0], tmp_path / "store", batch_frames=4, names=names
   )
   assert [item.id for item in failed] == ["nowhere.mp4"]
   assert "No such file" in failed[0].reason
 
 
-# --- what ends a run early --------------------------------------------------
-
-
-@pytest.fixture
-def three(tmp_path):
-  for i in range(3):
-    videos.write(tmp_path / "videos" / f"{i}.mp4", 60)
-  return tmp_path / "videos", tmp_path / "store"
-
-
-def _left(out):
-  return [p.name for p in out.rglob("*") if p.is_file() and "partial" in str(p)]
-
-
-def _alive():
-  return [t for t in threading.enumerate() if t.name.startswith("Thread-")]
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left"), MemoryError()])
-def test_an_error_while_writing_ends_the_run(params, three, monkeypatch, error):
-  root, out = three
-  finish, count = streaming.FeatureWriter.finish, []
-
-  def second_fails(self):
-    count.append(1)
-    if len(count) == 2:
-      raise error
-    finish(self)
-
-  before = len(_alive())
-  with monkeypatch.context() as patch:
-    patch.setattr(streaming.FeatureWriter, "finish", second_fails)
-    with pytest.raises(type(error)):
-      _extract(params, root, out, batch_frames=8, threads=2)
-  assert len(_alive()) == before
-  assert len(FeatureStore(out)) == len(list(out.rglob("*.npy"))) == 1
-  assert _left(out) == []
-  assert _extract(params, root, out, batch_frames=8) == []
-  assert len(FeatureStore(out)) == 3
-
-
-def test_an_interrupt_keeps_what_is_finished(params, three, monkeypatch):
-  root, out = three
-  encode, calls = streaming.Encoder.__call__, []
-
-  def stop(self, pixels):
-    calls.append(1)
-    if len(calls) == 12:  # of 8 frames each: in the second video
-      raise KeyboardInterrupt
-    return encode(self, pixels)
-
-  before = len(_alive())
-  with monkeypatch.context() as patch:
-    patch.setattr(streaming.Encoder, "__call__", stop)
-    with pytest.raises(KeyboardInterrupt):
-      _extract(params, root, out, batch_frames=8, threads=1)
-  assert len(_alive()) == before and _left(out) == []
-  assert set(FeatureStore(out).videos()) <= {"0.mp4"}
-  assert _extract(params, root, out, batch_frames=8) == []
-
-
-def test_an_error_that_no_check_foresees_fails_one_video(
-  params, three, monkeypatch
-):
-  root, out = three
-  decode = streaming.decode_frames
-
-  def odd(path, *args, **kwargs):
-    chunks = decode(path, *args, **kwargs)
-    for chunk in chunks:
-      yield chunk[:3]
-      if path.name == "1.mp4":
-        raise RuntimeError("surprise")
-      yield chunk[3:]
-
-  monkeypatch.setattr(streaming, "decode_frames", odd)
-  (failed,) = _extract(params, root, out, batch_frames=8, threads=2)
-  assert failed.id == "1.mp4"
-  assert "RuntimeError: surprise" in failed.reason
-  store = FeatureStore(out)
-  assert set(store.videos()) == {"0.mp4", "2.mp4"}
-  for name in store.videos():
-    np.testing.assert_allclose(
-      _all(store, name).astype(np.float32),
-      _oracle(params, root / name),
-      rtol=2**-8,
-      atol=1e-4,
-    )
-
-
-def test_two_runs_of_one_worker_at_a_time(params, three):
-  root, out = three
-  with (
-    FeatureStore(out, create=True).scratch.held(),
-    pytest.raises(UserError, match="another extraction is writing"),
-  ):
-    _extract(params, root, out, batch_frames=8)
-
-
-def test_a_finished_video_does_not_wait_for_the_batch(
-  params, three, monkeypatch
-):
-  """One decoding thread that stalls: the first video is stored meanwhile."""
-  root, out = three
-  monkeypatch.setattr(streaming, "_PATIENCE", 0.2)
-  decode, stored = streaming.decode_frames, threading.Event()
-  record = FeatureStore.record
-
-  def note(self, video, entry):
-    record(self, video, entry)
-    stored.set()
-
-  def stall(path, *args, **kwargs):
-    if path.name == "1.mp4":
-      assert stored.wait(20), "the first video was not stored"
-    yield from decode(path, *args, **kwargs)
-
-  monkeypatch.setattr(streaming, "decode_frames", stall)
-  monkeypatch.setattr(FeatureStore, "record", note)
-  assert _extract(params, root, out, batch_frames=64, threads=1) == []
+@pytest.mark.parametrize("url", [False, True])
+def test_a_name_that_is_not_utf8_works_or_fails_alone(params, tmp_path, url):
+  root = tmp_path / "videos"
+  videos.write(root / "a.mp4", 3)
+  odd = os.fsdecode(b"odd \xff.mp4")
+  shutil.copy(root / "a.mp4", root / odd)
+  out = f"file://{tmp_path}/store" if url else tmp_path / "store"
+  failed = towers.extract(params, root, out, batch_frames=4)
+  stored = set(FeatureStore(out).videos())
+  assert "a.mp4" in stored
+  assert stored | {item.id for item in failed} == {"a.mp4", odd}

@@ -4,9 +4,15 @@ import dataclasses
 import functools
 import pathlib
 
+import av
 import jax
 import numpy as np
 
+from hourjax.data.features import FeatureStore
+from hourjax.data.images import resize
+from hourjax.data.records import Skipped
+from hourjax.data.video import extraction_frames, probe
+from hourjax.inference.extraction import extract_videos
 from hourjax.models.config import DecoderConfig, ModelConfig, VisionConfig
 from hourjax.models.params import init_params, with_params
 from hourjax.models.siglip import pool_frames
@@ -48,6 +54,30 @@ def features(params, pixels: np.ndarray) -> np.ndarray:
   padded = np.zeros((160, *pixels.shape[1:]), np.uint8)
   padded[: len(pixels)] = pixels
   return np.asarray(_encode(params, padded))[: len(pixels)]
+
+
+def extract(params, root, out, **options) -> list[Skipped]:
+  """`extract_videos` of MODEL."""
+  return extract_videos(params, MODEL, videos=root, out=out, **options)
+
+
+def oracle(params, path) -> np.ndarray:
+  """Features of a video by decoding it whole and running the whole model."""
+  info = probe(path)
+  indices, _ = extraction_frames(info.frames, info.fps)
+  with av.open(str(path)) as container:
+    frames = [
+      np.rot90(f.to_ndarray(format="rgb24"), round(f.rotation / 90) % 4)
+      for f in container.decode(video=0)
+    ]
+  taken = [resize(np.ascontiguousarray(frames[i]), 32) for i in indices]
+  return features(params, np.stack(taken))
+
+
+def read_all(store: FeatureStore, name: str) -> np.ndarray:
+  """All stored frames of a video."""
+  frames = np.arange(store.stored(name).frames)
+  return store.read(name, frames, SHAPE)
 
 
 def write_config(

@@ -229,3 +229,37 @@ def test_stored_features_skip_the_tower(params, pair):
   state, step = _start(params)
   jaxpr = str(jax.make_jaxpr(step)(state, _batch(pair, (2, 1))))
   assert "conv_general_dilated" not in jaxpr
+
+
+def test_sharing_a_memory_changes_neither_loss_nor_gradients(params):
+  """Three conversations about one video, alone and around one memory."""
+  first, *others = (_sample("video", 3 + n, n) for n in range(3))
+  others = [dataclasses.replace(s, visual=first.visual) for s in others]
+  shared = [first, *(dataclasses.replace(s, shares=True) for s in others)]
+  capacity = sum((s.size for s in shared), rows.Size())
+  spec = rows.RowSpec(capacity, SIDE**2, CONFIG.vision.side**2, WIDTH, PIXELS)
+
+  @jax.jit
+  def sums(params, batch):
+    def summed(params):
+      return loss.loss_sums(with_params(CONFIG, params), batch)
+
+    return jax.value_and_grad(summed, has_aux=True)(params)
+
+  def batch(*packed):
+    made = rows.stack_rows([rows.build_row(part, spec) for part in packed])
+    return Batch(*map(jnp.asarray, made))
+
+  (one, tokens), grads = sums(params, batch(shared))
+  (alone, tokens_alone), wanted = sums(
+    params, batch([first], *([s] for s in others))
+  )
+  assert int(tokens) == int(tokens_alone) == 3 + 4 + 5
+  np.testing.assert_allclose(one, alone, rtol=1e-5)
+  for path, grad in wanted.items():
+    scale = np.abs(grad).max()
+    np.testing.assert_allclose(
+      grads[path], grad, atol=1e-4 * scale + 1e-7, err_msg=path
+    )
+  memory = np.asarray(batch(shared).memory_segment)
+  assert set(memory[0]) == {1}  # there once, and nothing else

@@ -12,7 +12,7 @@ from jaxtyping import Bool
 
 from hourjax import progress
 from hourjax.data.prepare.convert import Dropped, Job
-from hourjax.data.prepare.lists import Item
+from hourjax.data.prepare.lists import SOURCE, Item
 from hourjax.data.prepare.options import Options
 from hourjax.data.prepare.report import Report
 from hourjax.data.prepare.tables import QuestionTable
@@ -95,13 +95,13 @@ def _adapted(raw: Any, item: Item) -> Any:
     return raw
   if raw.get("data_source") in (None, ""):
     raw["data_source"] = item.paths[0].name.split(".")[0]
-  for key in ("video", "image") if item.media_prefix else ():
+  prefix = item.media_prefix.replace(SOURCE, str(raw["data_source"]))
+  for key in ("video", "image") if prefix else ():
     value = raw.get(key)
-    if isinstance(value, str):
-      raw[key] = posixpath.join(item.media_prefix, value)
+    if isinstance(value, str) and value:
+      raw[key] = posixpath.join(prefix, value)
     elif isinstance(value, list):
       raw[key] = [
-        posixpath.join(item.media_prefix, v) if isinstance(v, str) else v
-        for v in value
+        posixpath.join(prefix, v) if isinstance(v, str) else v for v in value
       ]
   return raw

@@ -5,9 +5,11 @@
         sampling_strategy: first:10%
       - json_path: videomarathon.json
         stream: long
-        media_prefix: videomarathon
+        media_prefix: "videomarathon/{data_source}"
 
-The form is LLaVA's; `stream`, `media_prefix` and `format` are additions.
+The form is LLaVA's; `stream`, `media_prefix` and `format` are additions. A
+prefix may be "{data_source}": VideoMarathon's videos lie in folders of that
+name, which its records leave out.
 """
 
 import dataclasses
@@ -27,6 +29,7 @@ from jaxtyping import Bool
 from hourjax.errors import UserError
 
 STREAM = "default"
+SOURCE = "{data_source}"  # in a prefix: the record's
 FORMATS = ("records", "questions")
 
 _KEYS = ("json_path", "sampling_strategy", "stream", "media_prefix", "format")
@@ -83,7 +86,8 @@ class Item:
     format: records, or a table with one question a row.
     rule: how much of it.
     stream: conversations of different streams share no row in training.
-    media_prefix: folder put before the media paths, or "".
+    media_prefix: folder put before the media paths, or ""; SOURCE in it is
+      replaced.
     name: of the item as the user wrote it.
   """
 
@@ -99,9 +103,15 @@ class Item:
     cls,
     paths: Sequence[str],
     format: Literal["records", "questions"] = "records",
+    media_prefix: str = "",
   ) -> "Item":
     """All of some files, as given on the command line."""
-    return cls(tuple(map(pathlib.Path, paths)), format, name=paths[0])
+    return cls(
+      tuple(map(pathlib.Path, paths)),
+      format,
+      media_prefix=media_prefix,
+      name=paths[0],
+    )
 
 
 def parse_rule(text: Any, where: str) -> Rule:

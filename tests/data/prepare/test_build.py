@@ -33,7 +33,9 @@ def _raw(name, turns=2, **fields):
   talk = [
     {
       "from": ("human", "gpt")[i % 2],
-      "value": " ".join(random.choices(WORDS, k=random.randrange(1, 30))),
+      "value": " ".join(
+        ["Yes", *random.choices(WORDS, k=random.randrange(30))]
+      ),
     }
     for i in range(turns)
   ]
@@ -227,7 +229,7 @@ def test_a_list_of_files(tmp_path, tokenizer_folder):
 datasets:
   - {json_path: sub/texts.json, sampling_strategy: "end:10%"}
   - {json_path: videos.json, sampling_strategy: "first:25%", stream: long,
-     media_prefix: some/folder}
+     media_prefix: "some/{data_source}"}
   - {json_path: table.json, format: questions, stream: long,
      sampling_strategy: "first:2"}
 """)
@@ -235,15 +237,15 @@ datasets:
   options = _options(tokenizer_folder, items=items)
   summary, _ = build(tmp_path / "d", options)
   data = Prepared(tmp_path / "d")
-  ids = ["t27", "t28", "t29", *(f"v{i}" for i in range(5)), "q.mp4#0"]
-  assert _ids(data) == [*ids, "q.mp4#1"]
+  ids = ["t27", "t28", "t29", *(f"v{i}" for i in range(5))]
+  assert _ids(data) == [*ids, "yc/q.mp4#0", "yc/q.mp4#1"]
   columns = data.columns
   streams = [columns.streams[i] for i in columns.stream]
   assert streams == ["default"] * 3 + ["long"] * 7
   sources = [columns.sources[i] for i in columns.source]
   # A file's name stands for the source that its records do not tell.
   assert sources == ["texts"] * 3 + ["ego4d"] * 5 + ["yc"] * 2
-  assert data.records[3].media == ("some/folder/0.mp4",)
+  assert data.records[3].media == ("some/ego4d/0.mp4",)
   assert summary["streams"]["long"]["questions"] == 5 + 10
   assert summary["sources"]["yc"]["videos"] == 1
   assert summary["formats"] == {"": 8, "open": 10}

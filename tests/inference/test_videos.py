@@ -1,0 +1,68 @@
+import itertools
+
+import pytest
+
+from hourjax.errors import UserError
+from hourjax.inference.videos import find_videos, parse_worker, worker_slice
+
+
+def _touch(folder, *names):
+  for name in names:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).touch()
+
+
+def test_names_are_sorted_relative_paths(tmp_path):
+  _touch(tmp_path, "b.mp4", "a/z.MKV", "a/c d é.webm", "a.txt", ".x.mp4")
+  _touch(tmp_path, ".hidden/y.mp4", "a.d/1.mov")
+  expected = ["a.d/1.mov", "a/c d é.webm", "a/z.MKV", "b.mp4"]
+  assert find_videos(tmp_path) == expected
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+  _touch(tmp_path / "disk", "1.mp4")
+  _touch(tmp_path / "root", "2.mp4")
+  (tmp_path / "root" / "linked").symlink_to(tmp_path / "disk")
+  (tmp_path / "disk" / "back").symlink_to(tmp_path / "root")
+  assert find_videos(tmp_path / "root") == ["2.mp4", "linked/1.mp4"]
+
+
+def test_a_list_of_names(tmp_path):
+  names = tmp_path / "names.txt"
+  names.write_text("b.mp4\n\na/ c.mp4\nb.mp4\n", encoding="utf-8")
+  assert find_videos(tmp_path, names) == ["a/ c.mp4", "b.mp4"]
+
+
+@pytest.mark.parametrize("name", ["../x.mp4", "/etc/x.mp4", "a/../../x.mp4"])
+def test_names_outside_the_folder(tmp_path, name):
+  names = tmp_path / "names.txt"
+  names.write_text(f"a.mp4\n{name}\n")
+  with pytest.raises(UserError, match="give paths below the folder of videos"):
+    find_videos(tmp_path, names)
+
+
+def test_nothing_to_do(tmp_path):
+  (tmp_path / "empty.txt").touch()
+  for names in (None, tmp_path / "empty.txt"):
+    with pytest.raises(UserError, match="holds no video"):
+      find_videos(tmp_path, names)
+  with pytest.raises(UserError, match="cannot read the names in"):
+    find_videos(tmp_path, tmp_path / "none.txt")
+  for root in (tmp_path / "none", "gs://bucket/videos"):
+    with pytest.raises(UserError, match="is not a folder on this machine"):
+      find_videos(root)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 20])
+def test_slices_are_disjoint_and_whole(count):
+  names = [f"{i}" for i in range(17)]
+  slices = [worker_slice(names, i, count) for i in range(count)]
+  assert sorted(itertools.chain(*slices)) == sorted(names)
+  assert max(map(len, slices)) - min(map(len, slices)) <= 1
+
+
+def test_parse_worker():
+  assert parse_worker("2/8") == (2, 8)
+  for text in ("", "2", "2/", "/8", "-1/8", "a/b", "1/2/3"):
+    with pytest.raises(UserError, match="write index/count"):
+      parse_worker(text)
