@@ -7,7 +7,7 @@ class UserError(ValueError):
   Entry points print the message without a traceback and exit with status 2.
 
   Attributes:
-    kind: one word by which failures of one sort are counted, e.g. "missing".
+    kind: by which failures of one sort are counted: "missing", "damaged", ...
   """
 
   def __init__(self, message: str, *, kind: str = "other"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hourjax.data.features import FeatureStore
+from hourjax.data.store.features import FeatureStore
 from tests import videos
 from tests.inference import towers
 

@@ -23,11 +23,11 @@ from hourjax.benchmarks import synthetic
 from hourjax.benchmarks.torch_reader import measure_torch
 from hourjax.data.columns import Columns
 from hourjax.data.dataset import Dataset
-from hourjax.data.features import FeatureStore
 from hourjax.data.pipeline import batches
 from hourjax.data.plan import EPOCH, PlanOptions, RowPlan
 from hourjax.data.prepared import Prepared
 from hourjax.data.sizes import FIELDS
+from hourjax.data.store.features import FeatureStore
 from hourjax.training.experiment import Experiment
 from hourjax.training.feed import Feed
 

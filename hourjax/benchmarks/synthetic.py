@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float64
 
-from hourjax.data.array_file import header_bytes
 from hourjax.data.columns import Columns, measure_record
 from hourjax.data.demo.tokens import train_tokenizer
-from hourjax.data.features import FeatureStore
 from hourjax.data.prepared import PreparedWriter
 from hourjax.data.records import Record, Turn
 from hourjax.data.rows import RowSpec
+from hourjax.data.store.array_file import header_bytes
+from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.data.video import MIN_FRAMES
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hourjax.data.features import FeatureStore
 from hourjax.data.rows import RowSpec
+from hourjax.data.store.features import FeatureStore
 
 _WARM = 3  # rows that are read before the clock starts
 

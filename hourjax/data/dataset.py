@@ -11,7 +11,6 @@ from jaxtyping import Int64
 from hourjax.data import images, video
 from hourjax.data.columns import Columns, ColumnsBuilder, measure_record
 from hourjax.data.conversations import Conversation, encode_conversation
-from hourjax.data.features import FeatureStore
 from hourjax.data.forgetting import Forgetting, kept_tokens
 from hourjax.data.layout import Layout, build_layout
 from hourjax.data.records import Record, Skipped, Turn
@@ -30,6 +29,7 @@ from hourjax.data.sizes import (
   shown_videos,
   stored_frames,
 )
+from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 

@@ -79,15 +79,19 @@ def _opened(path):
   except UnidentifiedImageError as error:
     size = os.path.getsize(path)
     raise UserError(
-      f"{path} is not an image ({size} bytes); fetch it again"
+      f"{path} is not an image ({size} bytes); fetch it again",
+      kind="damaged",
     ) from error
   except Image.DecompressionBombError as error:
     raise UserError(f"{path} is too large: {error}; scale it down") from error
   except OSError as error:
     reason = error.strerror or str(error)
-    raise UserError(f"cannot read image {path}: {reason}") from error
+    kind = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+    raise UserError(f"cannot read image {path}: {reason}", kind=kind) from error
   except (SyntaxError, ValueError) as error:  # PIL, on some damaged files
-    raise UserError(f"cannot decode image {path}: {error}") from error
+    raise UserError(
+      f"cannot decode image {path}: {error}", kind="damaged"
+    ) from error
 
 
 def resize(

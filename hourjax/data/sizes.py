@@ -13,10 +13,10 @@ from jaxtyping import Float64, Int64
 
 from hourjax.data import images, video
 from hourjax.data.columns import MEASURED_AS, MODALITIES, Columns
-from hourjax.data.features import FeatureStore
 from hourjax.data.forgetting import Forgetting
 from hourjax.data.repository import MIN_FRAMES
 from hourjax.data.rows import RowSpec, Size, check_fits
+from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 

@@ -8,11 +8,11 @@ import numpy as np
 
 from hourjax import progress
 from hourjax.data.dataset import Dataset
-from hourjax.data.features import FeatureStore
 from hourjax.data.plan import PlanOptions, RowPlan
 from hourjax.data.records import Record, Skipped, check_media
 from hourjax.data.rows import RowSpec, Size, build_row, stack_rows
 from hourjax.data.sizes import FIELDS
+from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.inference.generation import generate
 from hourjax.training.experiment import DataConfig, Experiment

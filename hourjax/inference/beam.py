@@ -18,9 +18,9 @@ import socket
 import threading
 import uuid
 
-from hourjax.data.features import FeatureStore
-from hourjax.data.lines import Lines, read_lines
 from hourjax.data.records import Skipped
+from hourjax.data.store.features import FeatureStore
+from hourjax.data.store.lines import Lines, read_lines
 from hourjax.errors import UserError
 from hourjax.inference.encoder import Encoder
 from hourjax.inference.streaming import Outcome, Stream

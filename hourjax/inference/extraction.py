@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Array
 
 from hourjax import progress
-from hourjax.data.features import FeatureStore
-from hourjax.data.lines import Lines
 from hourjax.data.records import Skipped
+from hourjax.data.store.features import FeatureStore
+from hourjax.data.store.lines import Lines
 from hourjax.inference.encoder import Encoder
 from hourjax.inference.streaming import Outcome, Stream
 from hourjax.inference.videos import find_videos, worker_slice

@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-from hourjax.data.storage import is_url
+from hourjax.data.store.storage import is_url
 from hourjax.errors import UserError
 
 _SUFFIXES = frozenset(

@@ -4,9 +4,9 @@ import numpy as np
 
 from hourjax.data.columns import Columns
 from hourjax.data.dataset import Dataset
-from hourjax.data.features import FeatureStore
 from hourjax.data.plan import PlanOptions, RowPlan
 from hourjax.data.prepared import Prepared
+from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 from hourjax.training.experiment import Experiment

@@ -11,11 +11,11 @@ from PIL import Image
 
 from hourjax.data.dataset import Dataset, SampleOptions
 from hourjax.data.demo.tokens import train_tokenizer
-from hourjax.data.features import FeatureStore
 from hourjax.data.forgetting import Forgetting, kept_frames
 from hourjax.data.records import Record, Turn, parse_record
 from hourjax.data.repository import repeated_frames
 from hourjax.data.rows import RowSpec, Size, build_row, stack_rows
+from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.models.config import TINY
 from hourjax.models.params import init_params, with_params

@@ -7,11 +7,11 @@ import pytest
 from hourjax.batch import Batch
 from hourjax.data.dataset import Dataset, SampleOptions
 from hourjax.data.demo.tokens import train_tokenizer
-from hourjax.data.features import FeatureStore
 from hourjax.data.pipeline import ReadOptions, batches
 from hourjax.data.plan import EPOCH, PlanOptions, RowPlan
 from hourjax.data.records import Record, Turn
 from hourjax.data.rows import RowSpec, Size, build_row, stack_rows
+from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 
@@ -56,11 +56,11 @@ def _dataset(records, root, spec=SPEC):
   return made
 
 
-def _plan(dataset, **options):
+def _plan(dataset):
   return RowPlan(
     dataset.sizes,
     SPEC.capacity,
-    PlanOptions(seed=1, **options),
+    PlanOptions(seed=1),
     memory=dataset.columns.video,
   )
 
@@ -110,7 +110,7 @@ def test_threads_change_nothing(dataset):
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_fill_parts_of_the_same_global_batches(dataset, hosts):
-  plan = _plan(dataset, block=4)
+  plan = _plan(dataset)
   streams = [
     batches(dataset, plan, SPEC, rows=4, host=(i, hosts)) for i in range(hosts)
   ]
@@ -187,7 +187,7 @@ def test_what_cannot_be_read_leaves_padding(dataset, root):
   finally:
     broken.write_bytes(content)
   failures = [item for made in damaged for item in made.unread]
-  assert failures and {item.id for item in failures} == {"v2"}
+  assert {(item.id, item.kind) for item in failures} == {("v2", "damaged")}
   assert all(str(broken) in item.reason for item in failures)
   for one, two in zip(whole, damaged, strict=True):
     assert two.samples == one.samples - len(two.unread)

@@ -10,11 +10,11 @@ import pytest
 
 from hourjax.benchmarks import synthetic
 from hourjax.data.dataset import Dataset, SampleOptions
-from hourjax.data.features import FeatureStore
 from hourjax.data.pipeline import batches
 from hourjax.data.plan import PlanOptions, RowPlan
 from hourjax.data.prepared import Prepared
 from hourjax.data.rows import RowSpec, Size
+from hourjax.data.store.features import FeatureStore
 
 ROOT = Path(__file__).parents[2]
 STEPS, ROWS = 6, 4

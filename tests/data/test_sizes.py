@@ -8,10 +8,10 @@ from hourjax.data import sizes
 from hourjax.data.columns import ColumnsBuilder, measure_record
 from hourjax.data.dataset import Dataset, SampleOptions
 from hourjax.data.demo.tokens import train_tokenizer
-from hourjax.data.features import FeatureStore
 from hourjax.data.forgetting import Forgetting
 from hourjax.data.records import parse_record
 from hourjax.data.rows import RowSpec, Size
+from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 
 WORDS = ["what", " is", "red?", "It's", "on\nthe", "", "left,\n\n", "12.5"]

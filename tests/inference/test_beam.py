@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from hourjax.data.features import FeatureStore
+from hourjax.data.store.features import FeatureStore
 from hourjax.errors import UserError
 from hourjax.inference import beam, extraction
 from hourjax.inference.streaming import FeatureWriter

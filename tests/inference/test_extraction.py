@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from hourjax.data.features import FeatureStore
+from hourjax.data.store.features import FeatureStore
 from hourjax.errors import UserError
 from tests import videos
 from tests.inference import towers

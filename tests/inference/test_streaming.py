@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from hourjax.data.features import FeatureStore
+from hourjax.data.store.features import FeatureStore
 from hourjax.errors import UserError
 from hourjax.inference import streaming
 from tests import videos

@@ -8,9 +8,9 @@ import av
 import jax
 import numpy as np
 
-from hourjax.data.features import FeatureStore
 from hourjax.data.images import resize
 from hourjax.data.records import Skipped
+from hourjax.data.store.features import FeatureStore
 from hourjax.data.video import extraction_frames, probe
 from hourjax.inference.extraction import extract_videos
 from hourjax.models.config import DecoderConfig, ModelConfig, VisionConfig

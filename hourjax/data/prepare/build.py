@@ -10,7 +10,6 @@ import pathlib
 from collections.abc import Iterator
 
 from hourjax import progress
-from hourjax.data.features import FeatureStore
 from hourjax.data.prepare import existing, pictures
 from hourjax.data.prepare.convert import (
   Converter,
@@ -25,6 +24,7 @@ from hourjax.data.prepare.report import SKIPPED, Report
 from hourjax.data.prepare.videos import Videos
 from hourjax.data.prepared import PreparedWriter
 from hourjax.data.records import check_root
+from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 

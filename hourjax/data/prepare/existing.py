@@ -5,9 +5,9 @@ import os
 import pathlib
 from typing import Any
 
-from hourjax.data.features import FeatureStore
 from hourjax.data.prepare.options import Options
 from hourjax.data.prepared import Prepared
+from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 

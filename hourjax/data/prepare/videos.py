@@ -5,8 +5,8 @@ import pathlib
 from typing import NamedTuple
 
 from hourjax.data import video
-from hourjax.data.features import FeatureStore
 from hourjax.data.records import media_problem
+from hourjax.data.store.features import FeatureStore
 from hourjax.errors import UserError
 
 THREADS = 8  # reading headers is waiting for the disk

@@ -8,12 +8,12 @@ import pytest
 from hourjax.data import video
 from hourjax.data.columns import MEASURED_AS, MODALITIES
 from hourjax.data.conversations import IGNORE, IMAGE, encode_conversation
-from hourjax.data.features import FeatureStore
 from hourjax.data.prepare import build as building
 from hourjax.data.prepare.build import build
 from hourjax.data.prepare.lists import Item, read_list
 from hourjax.data.prepare.options import Options
 from hourjax.data.prepared import Prepared
+from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 

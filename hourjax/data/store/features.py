@@ -20,16 +20,16 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from hourjax.data.array_file import (
+from hourjax.data.store.array_file import (
   FeatureWriter,
   Stored,
   header_bytes,
   is_finite,
   parse_header,
 )
-from hourjax.data.lines import Lines, read_lines
-from hourjax.data.scratch import Scratch
-from hourjax.data.storage import Part, is_url, open_storage
+from hourjax.data.store.lines import Lines, read_lines
+from hourjax.data.store.scratch import Scratch
+from hourjax.data.store.storage import Part, is_url, open_storage
 from hourjax.errors import UserError
 
 # Bytes read at a time: large enough for a bucket, and small enough that the
@@ -73,10 +73,8 @@ class FeatureStore:
         " or correct the feature folder"
       )
     for key in keys:
-      rows = read_lines(self.storage, key)
-      self._index.update(
-        _entry(row, self.storage.location(key)) for row in rows
-      )
+      rows, where = read_lines(self.storage, key), self.storage.location(key)
+      self._index.update(_entry(row, where) for row in rows)
       if key == own:
         mine = rows
     self._lines = Lines(self.storage, own, mine)
@@ -155,7 +153,8 @@ class FeatureStore:
     except OSError as error:
       raise UserError(
         f"{self.path(video)} cannot be read ({error}); delete its line in the"
-        " index and extract the video again"
+        " index and extract the video again",
+        kind="missing" if isinstance(error, FileNotFoundError) else "damaged",
       ) from None
 
   def writer(
@@ -236,7 +235,8 @@ class FeatureStore:
       if not is_finite(block.view(np.uint16)):
         raise UserError(
           f"{self.path(video)} holds NaN or infinite values; delete it and its"
-          " line in the index, and extract the video again"
+          " line in the index, and extract the video again",
+          kind="not_finite",
         )
 
   def _check_header(self, video, header: bytes, expected) -> None:
@@ -246,7 +246,8 @@ class FeatureStore:
     if (shape, dtype) != (expected, np.dtype("V2")):
       raise UserError(
         f"{self.path(video)} holds {dtype} {shape}, the index and the model"
-        f" expect bfloat16 {expected}; extract with this model's tower"
+        f" expect bfloat16 {expected}; extract with this model's tower",
+        kind="shape",
       )
 
 

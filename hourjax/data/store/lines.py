@@ -4,7 +4,7 @@ import json
 import threading
 from collections.abc import Iterable
 
-from hourjax.data.storage import Bucket, Folder
+from hourjax.data.store.storage import Bucket, Folder
 from hourjax.errors import UserError
 
 
@@ -27,7 +27,7 @@ class Lines:
       rows: what it holds so far.
     """
     self._storage, self._key = storage, key
-    self._lines = [_line(row) for row in rows]
+    self._rows, self._lines = list(rows), []  # rows until one is added
     self._written = 0
     self._appends = False
     self._lock, self._writing = threading.Lock(), threading.Lock()
@@ -35,6 +35,7 @@ class Lines:
   def add(self, row: dict) -> None:
     """Writes one row; it is in the object when this returns."""
     with self._lock:
+      self._encode()
       self._lines.append(_line(row))
       mine = len(self._lines)
     with self._writing:
@@ -47,8 +48,14 @@ class Lines:
       self._appends = False
       self._write()
 
+  def _encode(self):
+    # Not at once: most stores are opened to read, with many lines.
+    self._lines += map(_line, self._rows)
+    self._rows = []
+
   def _write(self):
     with self._lock:
+      self._encode()
       lines = list(self._lines)
     # The first write of a process is whole: it mends a torn last line. So is
     # the one after a failure.

@@ -5,8 +5,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from hourjax.data.array_file import is_finite
-from hourjax.data.features import FeatureStore
+from hourjax.data.store.array_file import is_finite
+from hourjax.data.store.features import FeatureStore
 from hourjax.errors import UserError
 
 SHAPE = (4, 6)

@@ -194,7 +194,8 @@ class Bucket:
     raise UserError(
       f"{self.root}: {reason}; check the network, the bucket's name and the"
       " credentials (`gcloud auth application-default login`, or the service"
-      " account of the machine)"
+      " account of the machine)",
+      kind="unreachable",
     )
 
 

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-from hourjax.data.storage import is_url
+from hourjax.data.store.storage import is_url
 from hourjax.errors import UserError
 
 _PREFIX, _LOCK = ".partial-", "lock"

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped, UInt16
 
-from hourjax.data.storage import Bucket, Folder
+from hourjax.data.store.storage import Bucket, Folder
 from hourjax.errors import UserError
 
 

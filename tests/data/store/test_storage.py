@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from hourjax.data import storage
-from hourjax.data.lines import Lines, read_lines
-from hourjax.data.storage import Bucket, Folder, open_storage
+from hourjax.data.store import storage
+from hourjax.data.store.lines import Lines, read_lines
+from hourjax.data.store.storage import Bucket, Folder, open_storage
 from hourjax.errors import UserError
 
 
