@@ -2,12 +2,14 @@
 
 The data path, one noun per file:
 
+  data/prepare        downloaded files to one dataset
   data/records        a question set about a video, images or nothing
   data/conversations  turns to token ids and labels
   data/repository     where each memory token comes from
   data/forgetting     which of them the decoder gets to see
   data/layout         every MemAug query and decoder position
   data/rows           samples packed into rows of fixed capacity
+  data/plan           which samples share a row
   batch               rows stacked: what the model reads
   models/siglip       pixels to features
   models/memory       features to memory

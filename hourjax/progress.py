@@ -10,7 +10,7 @@ def bar(total: int, *, unit: str, desc: str) -> tqdm:
   if sys.stderr.isatty():
     return tqdm(total=total, unit=unit, desc=desc, mininterval=0.3)
   return _Lines(
-    total=total, unit=unit, desc=desc, mininterval=10, ncols=79, ascii=True
+    total=total, unit=unit, desc=desc, mininterval=10, ncols=110, ascii=True
   )
 
 

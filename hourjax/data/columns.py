@@ -6,6 +6,7 @@ opened. 700,000 conversations take about 25 MB.
 
 import array
 import dataclasses
+import json
 import os
 import pathlib
 import zipfile
@@ -219,9 +220,8 @@ def _image_size(record: Record, media_root) -> tuple[int, int]:
 
 def _pack(names: tuple[str, ...]) -> np.ndarray:
   """Text as bytes: an array of str would take the longest name for each."""
-  return np.frombuffer("\0".join(names).encode(), np.uint8)
+  return np.frombuffer(json.dumps(names).encode(), np.uint8)
 
 
 def _unpack(packed: np.ndarray) -> tuple[str, ...]:
-  text = packed.tobytes().decode()
-  return tuple(text.split("\0")) if text else ()
+  return tuple(json.loads(packed.tobytes()))

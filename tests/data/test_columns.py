@@ -52,7 +52,15 @@ def test_columns_of_conversations():
   assert columns.width.tolist() == [0, 0, 0, 0, 640]
 
 
-@pytest.mark.parametrize("made", [_columns, lambda: ColumnsBuilder().build()])
+def _unnamed():
+  builder = ColumnsBuilder()
+  builder.add(Measures(1, 9, 5, 6), "", "", "a\0b.mp4")
+  return builder.build()
+
+
+@pytest.mark.parametrize(
+  "made", [_columns, _unnamed, lambda: ColumnsBuilder().build()]
+)
 def test_saved_columns_come_back(made, tmp_path):
   made = made()
   made.save(tmp_path / "columns.npz")
