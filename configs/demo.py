@@ -28,7 +28,7 @@ MODEL = ModelConfig(
   dtype="float32",
   remat="none",
 )
-_STEPS = {1: 560, 2: 240}
+_STEPS = {1: 840, 2: 240}
 _RATES = {1: 1.5e-3, 2: 1.5e-3}
 _FRAMES = 240  # of the longest training video
 _TOKENS = MODEL.pool_side**2  # of a frame

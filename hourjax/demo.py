@@ -2,7 +2,7 @@
 
   python -m hourjax.demo --workdir=/tmp/demo
 
-needs no network, some 20 s on two cores and 240 MB. Everything goes to
+needs no network, some 30 s on two cores and 300 MB. Everything goes to
 WORKDIR/data; a second run with the same options reuses what is there.
 """
 

@@ -44,7 +44,7 @@ class Options:
   """
 
   seed: int = 0
-  train_videos: int = 480
+  train_videos: int = 720
   test_scale: float = 1.0
   conversations: int = 4
 

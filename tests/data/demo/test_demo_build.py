@@ -58,7 +58,7 @@ def test_records_name_existing_videos(built, small):
 
 def test_size_of_the_whole_data_set():
   seconds = build.Options().seconds
-  assert seconds["train"] == [(180, 240)] * 480
+  assert seconds["train"] == [(180, 240)] * 720
   assert len(seconds["test"]) == 68
   assert max(seconds["test"]) == (3600, 3600)
 
