@@ -28,7 +28,7 @@ _GIGABYTES = flags.DEFINE_float(
   "gigabytes", _DEFAULT.gigabytes, "Features to write and read.", lower_bound=0
 )
 _ROWS = flags.DEFINE_integer(
-  "rows", _DEFAULT.rows, "Rows to read for each figure.", lower_bound=1
+  "rows", _DEFAULT.rows, "Rows to read for each figure.", lower_bound=2
 )
 _CONVERSATIONS = flags.DEFINE_integer(
   "conversations", _DEFAULT.conversations, "To plan.", lower_bound=1

@@ -40,18 +40,20 @@ def test_unknown_config_argument(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def test_missing_records_file(tmp_path):
-  records = tmp_path / "none.json"
+def test_missing_dataset(tmp_path):
+  dataset = tmp_path / "none"
   done = _run(
     "train",
     "--config=configs/demo.py",
-    f"--config.data.records={records}",
+    f"--config.data.dataset={dataset}",
     f"--workdir={tmp_path / 'run'}",
   )
   assert done.returncode == 2
   assert "Traceback" not in done.stderr
   errors = [x for x in done.stderr.splitlines() if x.startswith("error")]
-  assert errors == [f"error: cannot read {records}: No such file or directory"]
+  (error,) = errors
+  assert f"{dataset} is no prepared dataset" in error
+  assert f"run `python -m hourjax.prepare --out={dataset}`" in error
   assert not (tmp_path / "run").exists()
 
 

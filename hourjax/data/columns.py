@@ -13,7 +13,7 @@ import zipfile
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float64, Int16, Int32, UInt8
+from jaxtyping import Float64, Int32, UInt8
 
 from hourjax.data import images
 from hourjax.data.conversations import IGNORE, IMAGE, encode_conversation
@@ -21,7 +21,10 @@ from hourjax.data.records import Record
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 
-_UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile)
+_UNREADABLE = (
+  *(OSError, ValueError, EOFError, NotImplementedError),
+  zipfile.BadZipFile,
+)
 
 MODALITIES = ("text", "video", "image")
 # What a video is measured with before its duration is known; `sizes` adds the
@@ -72,8 +75,8 @@ class Columns:
   width: Int32[np.ndarray, "N"]
   height: Int32[np.ndarray, "N"]
   video: Int32[np.ndarray, "N"]
-  source: Int16[np.ndarray, "N"]
-  stream: Int16[np.ndarray, "N"]
+  source: Int32[np.ndarray, "N"]
+  stream: Int32[np.ndarray, "N"]
   videos: tuple[str, ...]
   sources: tuple[str, ...]
   streams: tuple[str, ...]
@@ -101,13 +104,14 @@ class Columns:
     try:
       with np.load(path) as file:
         found = {name: file[name] for name in wanted}
+      for name in ("videos", "sources", "streams"):
+        found[name] = _unpack(found[name])
+      _check_lengths(found)
     except (*_UNREADABLE, KeyError) as error:
       raise UserError(
         f"{path} cannot be read as the columns of a prepared dataset"
         f" ({error}); run `python -m hourjax.prepare` again"
       ) from None
-    for name in ("videos", "sources", "streams"):
-      found[name] = _unpack(found[name])
     return cls(**found)
 
 
@@ -115,7 +119,7 @@ class ColumnsBuilder:
   """Collects columns one conversation at a time."""
 
   def __init__(self):
-    kinds = {"modality": "B", "source": "h", "stream": "h"}
+    kinds = {"modality": "B"}
     names = (*Measures._fields, "video", "source", "stream")
     self._columns = {n: array.array(kinds.get(n, "i")) for n in names}
     self._duration, self._pictures = array.array("d"), array.array("i")
@@ -152,7 +156,7 @@ class ColumnsBuilder:
 
   def build(self) -> Columns:
     """The columns so far."""
-    kinds = {"modality": np.uint8, "source": np.int16, "stream": np.int16}
+    kinds = {"modality": np.uint8}
     columns = {
       name: np.array(column, kinds.get(name, np.int32))
       for name, column in self._columns.items()
@@ -216,6 +220,16 @@ def _image_size(record: Record, media_root) -> tuple[int, int]:
       f" {record.media[0]}; give the media folder"
     )
   return images.image_size(pathlib.Path(media_root) / record.media[0])
+
+
+def _check_lengths(columns: dict) -> None:
+  """Raises ValueError if columns differ in length."""
+  lengths = {name: len(column) for name, column in columns.items()}
+  videos = [lengths.pop(name) for name in ("videos", "duration", "pictures")]
+  for name in ("sources", "streams"):
+    lengths.pop(name)
+  if len(set(lengths.values())) > 1 or len(set(videos)) > 1:
+    raise ValueError(f"columns of different lengths: {lengths}, {videos}")
 
 
 def _pack(names: tuple[str, ...]) -> np.ndarray:

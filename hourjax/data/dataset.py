@@ -201,10 +201,6 @@ class Dataset:
   def record(self, index: int) -> Record:
     return self._records[index]
 
-  def prompt_length(self, index: int) -> int:
-    """Decoder positions of a sample before its answer room."""
-    return int(self.sizes[index, -1]) - self._options.answer_room
-
   def sample(self, index: int, epoch: int = 0) -> Sample:
     """Reads and lays out a sample: a function of (seed, epoch, index).
 
@@ -254,7 +250,12 @@ class Dataset:
   def _layout(self, plan: _Planned, rng, visual) -> Layout:
     rule = self._options.forgetting
     means = None
-    if rule.temporal == "keyframe" and plan.kind == "features":
+    if rule.temporal == "keyframe" and plan.frames is not None:
+      if plan.kind != "features":
+        raise UserError(
+          f"record {plan.record.id}: forgetting.temporal=keyframe needs stored"
+          " features; extract them, or choose uniform"
+        )
       shown = repeated_frames(plan.images // self._spec.frame_tokens)
       means = visual.astype(np.float32).mean(axis=1)[shown]
     kept = kept_tokens(plan.repository, rule, rng, frame_features=means)

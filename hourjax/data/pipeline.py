@@ -28,7 +28,7 @@ class ReadOptions:
   Attributes:
     threads: that fill rows.
     ahead: batches filled before they are asked for; a host holds at most
-      `ahead` + 2 batches of its rows.
+      `ahead` + 3 batches of its rows.
   """
 
   threads: int = 4

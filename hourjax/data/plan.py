@@ -85,10 +85,12 @@ class RowPlan:
     self._stream = np.zeros(count, int) if stream is None else stream
     self._weight = np.ones(count) if weight is None else weight
     self._members = members[self._weight[members] > 0]
-    if not len(self._members):
+    due = float(self._weight[self._members].sum())
+    if due < 1:
       raise UserError(
-        f"none of {count} samples can be used; see why they were skipped, or"
-        " raise config.data.weights"
+        f"none of {count} samples can be used, or an epoch takes less than one"
+        f" (the weights of {len(self._members)} add up to {due:.3g}); see why"
+        " they were skipped, or raise config.data.weights"
       )
     self._planning = threading.RLock()  # rows are built in several threads
     self._deal = functools.lru_cache(maxsize=2)(self._deal_epoch)
@@ -149,6 +151,11 @@ class RowPlan:
 
   def _rows(self, epoch: int, window: int) -> list[Row]:
     with self._planning:
+      if window >= (count := self._windows(epoch)):
+        raise IndexError(
+          f"window {window} of {count} in epoch {epoch}: the position is one of"
+          " another plan"
+        )
       rows = self._pack(epoch, window)
       self._counts[epoch, window] = len(rows)
       return rows

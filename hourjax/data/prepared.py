@@ -28,7 +28,7 @@ from hourjax.data.example import decode_record, encode_record, features
 from hourjax.data.records import Record
 from hourjax.errors import UserError
 
-FORMAT = 1  # changes with the layout above
+FORMAT = 2  # changes with the layout above
 SHARD = 50_000  # conversations a file
 
 _NAME, _SPLIT, _VERSION = "hourjax", "train", "1.0.0"

@@ -76,6 +76,11 @@ def _stored_count(features: FeatureStore, name: str) -> tuple[float, int]:
   if name not in features:
     raise UserError(f"{name} is not in {features.root}; extract it first")
   stored, duration = features.stored(name)
+  if not 0 <= duration < math.inf:
+    raise UserError(
+      f"{name} lasts {duration} s by the index of {features.root}; delete its"
+      " line and extract it again"
+    )
   count = video.stored_feature_count(stored, duration)
   _check_some(name, duration, count)
   return duration, count
@@ -94,10 +99,11 @@ def pixel_frames(
   Raises:
     UserError: not known, too long for the encoder, or shorter than a second.
   """
-  if not pictures:
+  if not pictures or not 0 < duration < math.inf:
     raise UserError(
-      f"{name}: number of frames not known; prepare with --media, or extract"
-      " its features and set config.data.features"
+      f"{name}: number of frames ({pictures}) or duration ({duration} s) not"
+      " known; prepare with --media, or extract its features and set"
+      " config.data.features"
     )
   chosen = video.raw_video_frames(pictures, pictures / duration)
   if len(chosen) > MIN_FRAMES:
@@ -110,7 +116,7 @@ def pixel_frames(
 
 
 def _check_some(name: str, duration: float, frames: int) -> None:
-  if not frames:
+  if frames < 1:
     raise UserError(
       f"{name} lasts {duration:.2f} s, which leaves 0 frames at 1 FPS; drop the"
       " record"
@@ -168,7 +174,14 @@ def sample_sizes(
   sizes[:, _AT["queries"]] = np.where(visual, prompt + kept, 0)
   decoder = np.minimum(tokens + kept, max_length)
   sizes[:, _AT["decoder"]] = decoder + (answer_room or 0)
-  if answer_room is None:
+  if answer_room is not None:
+    for i in np.flatnonzero(tokens + kept > max_length).tolist():
+      problems.setdefault(
+        i,
+        f"its prompt has {tokens[i] + kept[i]} positions and max_length is"
+        f" {max_length}; raise config.max_length or shorten the question",
+      )
+  else:
     for i in np.flatnonzero(answer + kept >= max_length).tolist():
       problems.setdefault(
         i,
@@ -185,11 +198,26 @@ def sample_sizes(
 
 
 def _instruction_growth(shown: Shown, tokenizer: Tokenizer) -> np.ndarray:
-  """Tokens of each video's time instruction beyond those of MEASURED_AS."""
-  facts = zip(shown.duration.tolist(), shown.frames.tolist())
-  texts = [_numbers(duration, max(frames, 1)) for duration, frames in facts]
-  base, *lengths = tokenizer.lengths([_numbers(*MEASURED_AS), *texts])
-  return np.array(lengths, np.int64) - base
+  """Tokens of each video's time instruction beyond those of MEASURED_AS.
+
+  The seconds, their hundredths and the frames are counted apart: they are
+  never in one token, and there are few different ones.
+  """
+  cents = np.rint(shown.duration * 100).astype(np.int64)
+  seconds, frames = MEASURED_AS
+  parts = [
+    (cents // 100, lambda n: _numbers(float(n), frames)),
+    (cents % 100, lambda n: _numbers(n / 100, frames)),
+    (np.maximum(shown.frames, 1), lambda n: _numbers(seconds, n)),
+  ]
+  growth = np.zeros(len(cents), np.int64)
+  for values, text in parts:
+    once, where = np.unique(values, return_inverse=True)
+    base, *lengths = tokenizer.lengths(
+      [_numbers(*MEASURED_AS), *map(text, once.tolist())]
+    )
+    growth += (np.array(lengths, np.int64) - base)[where]
+  return growth
 
 
 def _numbers(duration: float, frames: int) -> str:

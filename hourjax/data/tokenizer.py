@@ -49,6 +49,9 @@ class Tokenizer:
       UserError: a token that the conversation markup needs is missing.
     """
     self._backend = backend
+    # A file may have been saved while these were on.
+    backend.no_padding()
+    backend.no_truncation()
     self.im_start = _special(backend, "<|im_start|>", name)
     self.im_end = _special(backend, "<|im_end|>", name)
     self.pad = _special(backend, pad_token, name)

@@ -54,16 +54,13 @@ def answer_records(
     capacity = _capacity(dataset.sizes[group], row_memory)
     spec = dataclasses.replace(experiment.row_spec, capacity=capacity)
     plan = RowPlan(dataset.sizes[group], capacity, PlanOptions(shuffle=False))
-    rows = [
-      [int(group[i]) for (i,) in plan.row(k)[1]]
-      for k in range(plan.rows_in_epoch(0))
-    ]
+    rows = [[int(group[i]) for (i,) in row] for row in plan.epoch_rows(0)]
     most = max(map(len, rows))
     for members in rows:
-      tokens = _answer_row(
-        params, experiment, dataset, members, spec, most, new_tokens
-      )
-      for index, ids in zip(members, tokens):
+      samples, failed = _read(dataset, members)
+      skipped += failed
+      tokens = _answer_row(params, experiment, samples, spec, most, new_tokens)
+      for (index, _), ids in zip(samples, tokens):
         answers[dataset.record(index).id] = _text(ids, tokenizer)
       bar.update(len(members))
   bar.close()
@@ -121,13 +118,23 @@ def _capacity(sizes: np.ndarray, row_memory: int) -> Size:
   return Size(*(n * times for n in most.astuple()))
 
 
-def _answer_row(params, experiment, dataset, members, spec, most, new_tokens):
-  samples = [dataset.sample(i) for i in members]
-  batch = stack_rows([build_row(samples, spec)])
+def _read(dataset: Dataset, members: Sequence[int]):
+  """Samples by index, and those that cannot be read."""
+  samples, skipped = [], []
+  for index in members:
+    made, failed = dataset.samples((index,), 0)
+    samples += [(index, sample) for sample in made]
+    skipped += [Skipped(item.id, item.reason) for item in failed]
+  return samples, skipped
+
+
+def _answer_row(params, experiment, samples, spec, most, new_tokens):
+  """Token ids of the answers; `samples` are (index, sample) pairs."""
+  batch = stack_rows([build_row([sample for _, sample in samples], spec)])
   last, start = np.full((1, most), -1, np.int32), 0
-  for slot, (index, sample) in enumerate(zip(members, samples)):
-    last[0, slot] = start + dataset.prompt_length(index) - 1
+  for slot, (_, sample) in enumerate(samples):
     start += sample.size.decoder
+    last[0, slot] = start - new_tokens - 1
   tokens = generate(
     params,
     jax.device_put(batch),
@@ -135,7 +142,7 @@ def _answer_row(params, experiment, dataset, members, spec, most, new_tokens):
     config=experiment.model,
     new_tokens=new_tokens,
   )
-  return np.asarray(tokens)[0, : len(members)]
+  return np.asarray(tokens)[0, : len(samples)]
 
 
 def _text(ids: np.ndarray, tokenizer: Tokenizer) -> str:

@@ -28,19 +28,25 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(
-    self, state: TrainState, position: int, config: dict[str, Any]
+    self, state: TrainState, position: int, plan: str, config: dict[str, Any]
   ) -> None:
     """Starts saving; `wait` or `close` ends it.
 
     Args:
       state: to save.
       position: in the data, of the next step's first row.
+      plan: fingerprint of the plan that the position is in.
       config: the run's configuration as plain data.
     """
     step = int(state.step)
     if step in self._manager.all_steps():
       return
-    about = {"position": position, "config": config, "jax": jax.__version__}
+    about = {
+      "position": position,
+      "plan": plan,
+      "config": config,
+      "jax": jax.__version__,
+    }
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -49,14 +55,16 @@ class Checkpoints:
       ),
     )
 
-  def restore(self, like: TrainState) -> tuple[TrainState, int]:
+  def restore(self, like: TrainState, *, plan: str) -> tuple[TrainState, int]:
     """The newest state and its data position.
 
     Args:
       like: a state (or its shapes) of the same structure.
+      plan: fingerprint of the plan of this run.
 
     Raises:
-      UserError: if there is no checkpoint, or it holds another model.
+      UserError: if there is no checkpoint, it holds another model, or its
+        position is one in other data.
     """
     step = self.latest()
     if step is None:
@@ -78,7 +86,15 @@ class Checkpoints:
         f"{self._folder}/{step} does not fit this configuration; use the"
         f" model and optimizer it was written with, or another workdir\n{error}"
       ) from None
-    return TrainState(**saved["state"]), saved["about"]["position"]
+    about = saved["about"]
+    if about["plan"] != plan:
+      raise UserError(
+        f"{self._folder}/{step} was trained on rows of plan {about['plan']},"
+        f" this run's are {plan}: the data, its features, weights, capacities"
+        " or seed differ; restore them, or start another workdir with"
+        " config.init set to this one"
+      )
+    return TrainState(**saved["state"]), about["position"]
 
   def close(self) -> None:
     """Waits for the last save."""

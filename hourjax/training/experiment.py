@@ -41,6 +41,23 @@ class DataConfig:
   weights: str = ""
   max_skipped: float = 0.01
 
+  def __post_init__(self):
+    if not 0 <= self.max_skipped <= 1:
+      raise UserError(
+        f"config.data.max_skipped is {self.max_skipped}; it is a share, from 0"
+        " to 1"
+      )
+    if self.share_memory < 1:
+      raise UserError(
+        f"config.data.share_memory is {self.share_memory}; 1 shares nothing,"
+        " more lets so many conversations share a memory"
+      )
+    if self.single_image not in ("tiled", "plain"):
+      raise UserError(
+        f"config.data.single_image is {self.single_image!r}; choose tiled or"
+        " plain"
+      )
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -82,11 +99,19 @@ class Experiment:
   keep_checkpoints: int = 2
 
   def __post_init__(self):
-    for name in ("batch_rows", "accumulate", "log_every", "checkpoint_every"):
-      if getattr(self, name) < 1:
+    at_least_one = ("batch_rows", "accumulate", "max_length", "log_every",
+                    "checkpoint_every", "keep_checkpoints")  # fmt: skip
+    for name in (*at_least_one, "steps", "seed"):
+      low = int(name in at_least_one)
+      if getattr(self, name) < low:
         raise UserError(
-          f"config.{name} is {getattr(self, name)}; it must be at least 1"
+          f"config.{name} is {getattr(self, name)}; it must be at least {low}"
         )
+    if not self.steps and not self.epochs > 0:
+      raise UserError(
+        f"config.epochs is {self.epochs} and config.steps 0; one must be"
+        " positive"
+      )
 
   @property
   def step_rows(self) -> int:

@@ -1,6 +1,7 @@
 """Batches on the device ahead of use, and what could not be read of them."""
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -84,8 +85,7 @@ class UnreadLedger:
     self._new: list[Unread] = []
     self.counts: collections.Counter[str] = collections.Counter()
     if self._path.exists():
-      lines = map(json.loads, self._path.read_text().splitlines())
-      kept = [line for line in lines if line["step"] <= start]
+      kept = [line for line in _lines(self._path) if line["step"] <= start]
       self.counts.update(line["kind"] for line in kept)
       self._path.write_text("".join(json.dumps(x) + "\n" for x in kept))
 
@@ -112,3 +112,10 @@ class UnreadLedger:
         f" read, more than config.data.max_skipped={self._max_share}; mend"
         f" them or raise it (all are in {self._path}):\n  {reasons}"
       )
+
+
+def _lines(path: pathlib.Path) -> Iterator[dict]:
+  """Lines of a ledger; one that a killed run left half-written is dropped."""
+  for line in path.read_text().splitlines():
+    with contextlib.suppress(json.JSONDecodeError):
+      yield json.loads(line)

@@ -50,13 +50,13 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> None:
   steps = total_steps(experiment, rows["rows"])
   state, optimizer = fresh_state(experiment, dataset, steps)
   checkpoints = Checkpoints(workdir, keep=experiment.keep_checkpoints)
-  position = 0
-  if checkpoints.latest() is not None:
-    state, position = checkpoints.restore(state)
-  _write_about(experiment, rows, dataset.skipped, workdir)
-  start = int(state.step)
-  print(_summary(experiment, dataset, rows, state, steps), file=sys.stderr)
   with contextlib.closing(checkpoints):
+    position = 0
+    if checkpoints.latest() is not None:
+      state, position = checkpoints.restore(state, plan=rows["plan"])
+    _write_about(experiment, rows, dataset.skipped, workdir)
+    start = int(state.step)
+    print(_summary(experiment, dataset, rows, state, steps), file=sys.stderr)
     if start < steps:
       _run(experiment, dataset, plan, state, optimizer, position, steps,
            checkpoints, workdir)  # fmt: skip
@@ -95,27 +95,29 @@ def _run(
     rows=experiment.batch_rows,
   )
   config = dataclasses.asdict(experiment)
-  clock = _Clock(feed)
+  clock = _Clock(feed, start)
   with contextlib.closing(metrics), contextlib.closing(feed):
     for step in range(start + 1, steps + 1):
       batch, delivered = next(feed)
       unread.add(step, delivered)
       state, scalars = step_fn(state, batch)
+      # Waits for the step. Meanwhile the feed prepares the next batch; more
+      # steps in flight would hold a batch each.
+      scalars = jax.device_get(scalars)
+      _check_finite(scalars, step, position, experiment, plan, dataset)
       if step % experiment.log_every == 0 or step in (1, steps):
-        scalars = jax.device_get(scalars)
-        _check_finite(scalars, step, position, experiment, plan, dataset)
         counts = {f"unread_{kind}": n for kind, n in unread.counts.items()}
         metrics.write(step, {**scalars, **clock.read(step), **counts})
       position = delivered.position
       if step % experiment.checkpoint_every == 0 or step == steps:
-        checkpoints.save(state, position, config)
+        checkpoints.save(state, position, plan.fingerprint(), config)
 
 
 class _Clock:
   """Seconds a step, and the share of them that waited for data."""
 
-  def __init__(self, feed: Feed):
-    self._feed, self._last = feed, (None, time.monotonic(), feed.waited)
+  def __init__(self, feed: Feed, step: int):
+    self._feed, self._last = feed, (step, time.monotonic(), feed.waited)
 
   def read(self, step: int) -> dict[str, float]:
     """Since the last reading."""
@@ -123,7 +125,7 @@ class _Clock:
     self._last = (step, time.monotonic(), self._feed.waited)
     took = self._last[1] - began
     return {
-      "step_seconds": took / (step - before if before else 1),
+      "step_seconds": took / (step - before),
       "data_wait": (self._last[2] - waited) / max(took, 1e-9),
     }
 
@@ -146,7 +148,7 @@ def epoch_rows(plan: RowPlan, workdir: pathlib.Path) -> dict[str, Any]:
   that goes on finds the number in its plan.json.
   """
   path, fingerprint = workdir / "plan.json", plan.fingerprint()
-  if path.exists():
+  with contextlib.suppress(OSError, ValueError, KeyError):
     known = json.loads(path.read_text())
     if known["plan"] == fingerprint:
       return known

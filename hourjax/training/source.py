@@ -11,6 +11,8 @@ from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 from hourjax.training.experiment import Experiment
 
+_SHOWN = 20
+
 
 def open_dataset(experiment: Experiment) -> Dataset:
   """The prepared dataset with the features there are.
@@ -20,6 +22,12 @@ def open_dataset(experiment: Experiment) -> Dataset:
       `data.max_skipped` of the samples cannot be used.
   """
   data = experiment.data
+  for key in ("dataset", "tokenizer"):
+    if not getattr(data, key):
+      raise UserError(
+        f"config.data.{key} is empty; set --config.data.{key}=FOLDER (a dataset"
+        " is what `python -m hourjax.prepare` writes)"
+      )
   prepared = Prepared(data.dataset)
   tokenizer = Tokenizer.from_folder(data.tokenizer)
   if prepared.about["tokenizer_id"] != tokenizer.fingerprint:
@@ -40,11 +48,13 @@ def open_dataset(experiment: Experiment) -> Dataset:
   )
   total = len(prepared.columns)
   if not len(dataset) or len(dataset.skipped) > data.max_skipped * total:
-    reasons = "\n  ".join(item.reason for item in dataset.skipped[:20])
+    reasons = [item.reason for item in dataset.skipped[:_SHOWN]]
+    if len(dataset.skipped) > _SHOWN:
+      reasons.append(f"... and {len(dataset.skipped) - _SHOWN} more")
     raise UserError(
       f"{len(dataset.skipped)} of {total} records of {data.dataset} cannot be"
-      f" used, more than config.data.max_skipped={data.max_skipped}:\n"
-      f"  {reasons}"
+      f" used, config.data.max_skipped={data.max_skipped} allows fewer; mend"
+      " them or raise it:\n  " + "\n  ".join(reasons)
     )
   return dataset
 

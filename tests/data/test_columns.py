@@ -85,7 +85,11 @@ def test_damaged_columns(tmp_path):
   }
   for name, broken in damaged.items():
     (tmp_path / name).write_bytes(broken)
-  for name in [*damaged, "other.npz", "missing.npz"]:
+  with np.load(path) as file:
+    columns = dict(file)
+  uneven = {**columns, "tokens": columns["tokens"][:-1]}
+  np.savez(tmp_path / "uneven.npz", **uneven)
+  for name in [*damaged, "other.npz", "missing.npz", "uneven.npz"]:
     with pytest.raises(UserError, match=f"{name} cannot be read .* again"):
       Columns.load(tmp_path / name)
 

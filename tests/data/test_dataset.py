@@ -170,8 +170,8 @@ def test_a_prompt_has_no_labels_and_room_for_the_answer(media):
   )
   layout = asked.sample(0).layout
   assert (layout.labels == -100).all()
-  assert _size(asked).decoder == asked.prompt_length(0) + 7
-  assert asked.prompt_length(0) < _size(plain).decoder
+  assert (layout.decoder_token[-8:] != TOKENIZER.pad).sum() == 1
+  assert _size(asked).decoder - 7 < _size(plain).decoder
   assert (layout.decoder_token[-7:] == TOKENIZER.pad).all()
 
 
@@ -292,3 +292,24 @@ def test_markers_and_images_differ_in_number(media):
   _, (failure,) = _dataset([record], media).samples((0,), 0)
   assert "record two" in failure.reason and "1 visual slots" in failure.reason
   assert "brings 2; write one <image> for each" in failure.reason
+
+
+def test_keyframes_need_features(media):
+  rule = Forgetting(temporal="keyframe")
+  records = [_record("clip", video="clip.mp4"), _record("text")]
+  pixels = _dataset(records, media, forgetting=rule)
+  made, (failure,) = pixels.samples((0,), 0)
+  assert not made and "keyframe needs stored features" in failure.reason
+  stored = _dataset(records, media, stored=True, forgetting=rule)
+  for index in (0, 1):  # text has nothing to choose from
+    assert not stored.samples((index,), 0)[1]
+
+
+def test_a_prompt_that_is_cut_off(media):
+  record = _record("long", video="clip.mp4")
+  options = {"stored": True, "prompt_only": True, "answer_room": 3}
+  length = _size(_dataset([record], media, **options)).decoder - 3
+  assert len(_dataset([record], media, max_length=length, **options)) == 1
+  cut = _dataset([record], media, max_length=length - 1, **options)
+  (skipped,) = cut.skipped
+  assert f"prompt has {length} positions and max_length is" in skipped.reason

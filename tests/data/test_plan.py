@@ -203,12 +203,33 @@ def test_samples_without_a_video_share_nothing():
 
 
 def test_an_epoch_in_which_no_sample_is_due():
-  weight = np.full(2, 0.1)
-  plan = RowPlan(np.repeat(FULL, 2, axis=0), CAPACITY, weight=weight)
+  plan = RowPlan(
+    np.repeat(FULL, 12, axis=0),
+    CAPACITY,
+    weight=np.full(12, 0.1),
+    stream=np.arange(12) % 2,
+  )
   rows = [plan.rows_in_epoch(e) for e in range(10)]
-  assert sum(rows) == 2 and rows.count(0) == 8
+  assert sum(rows) == 12 and 0 in rows
   position, seen = plan.advance(0, 0), []
-  for _ in range(2):
+  for _ in range(12):
     seen += _flat([plan.row(position)[1]])
     position = plan.advance(position, 1)
-  assert sorted(seen) == [0, 1]
+  assert sorted(seen) == list(range(12))
+  with pytest.raises(UserError, match=r"add up to 0.2.; see .*weights"):
+    RowPlan(np.repeat(FULL, 2, axis=0), CAPACITY, weight=np.full(2, 0.1))
+
+
+def test_a_position_of_another_plan():
+  plan = RowPlan(_many(10), CAPACITY)
+  for ask in (plan.row, lambda p: plan.advance(p, 1)):
+    with pytest.raises(IndexError, match=r"window 3 of 1 .* another plan"):
+      ask(3 * WINDOW)
+  assert plan.fingerprint() == RowPlan(_many(10), CAPACITY).fingerprint()
+  for other in (
+    RowPlan(_many(11), CAPACITY),
+    RowPlan(_many(10), CAPACITY, PlanOptions(seed=1)),
+    RowPlan(_many(10), CAPACITY, weight=np.full(10, 2.0)),
+    RowPlan(_many(10), CAPACITY, members=np.arange(9)),
+  ):
+    assert other.fingerprint() != plan.fingerprint()

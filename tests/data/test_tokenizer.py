@@ -4,6 +4,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from hourjax.data.demo.tokens import train_tokenizer
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 from tests import golden_files
@@ -165,3 +166,13 @@ def test_damaged_files_are_named(tmp_path, name):
   (folder / name).write_text('{"a": ')
   with pytest.raises(UserError, match=name):
     Tokenizer.from_folder(folder)
+
+
+def test_padding_and_truncation_of_a_saved_file_are_off():
+  backend = train_tokenizer([])
+  plain = Tokenizer(train_tokenizer([]), "test").encode("one and two")
+  backend.enable_padding(length=50)
+  backend.enable_truncation(3)
+  tokenizer = Tokenizer(backend, "test")
+  assert tokenizer.encode("one and two") == plain
+  assert tokenizer.lengths(["one and two", "a"]) == [len(plain), 1]

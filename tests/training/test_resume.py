@@ -183,6 +183,45 @@ def test_bad_records_are_listed(whole):
 def test_too_many_bad_records(experiment, tmp_path):
   data = dataclasses.replace(experiment.data, max_skipped=0.1)
   strict = dataclasses.replace(experiment, data=data)
-  with pytest.raises(UserError, match=r"1 of 7 records .*max_skipped=0.1"):
+  with pytest.raises(
+    UserError, match=r"1 of 7 records .*max_skipped=0.1 allows fewer"
+  ):
     loop.train(strict, tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+def test_other_data_on_the_same_workdir(experiment, whole):
+  """A position in one plan says nothing in another."""
+  before = read_config(whole)
+  data = dataclasses.replace(experiment.data, weights="train=2")
+  other = dataclasses.replace(experiment, data=data)
+  with pytest.raises(UserError, match="trained on rows of plan") as error:
+    loop.train(other, whole)
+  assert "config.init" in str(error.value)
+  assert read_config(whole) == before
+
+
+@pytest.mark.parametrize(
+  "key, value",
+  [
+    ("seed", -1),
+    ("steps", -5),
+    ("max_length", 0),
+    ("data.max_skipped", 1.5),
+    ("data.share_memory", 0),
+    ("data.single_image", "plan"),
+    ("read.threads", 0),
+  ],
+)
+def test_values_out_of_range(key, value):
+  config = demo.get_config()
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(UserError, match=f"config.{key} is '?{value}"):
+    build_experiment(config.to_dict())
+
+
+def test_no_dataset_given(experiment, tmp_path):
+  data = dataclasses.replace(experiment.data, dataset="")
+  empty = dataclasses.replace(experiment, data=data)
+  with pytest.raises(UserError, match=r"config\.data\.dataset is empty; set"):
+    loop.train(empty, tmp_path)
