@@ -12,7 +12,6 @@ import itertools
 import multiprocessing
 import os
 import pathlib
-import resource
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +20,7 @@ import jax
 import numpy as np
 
 from hourjax.benchmarks import synthetic
+from hourjax.benchmarks.memory import peak_mib
 from hourjax.benchmarks.torch_reader import measure_torch
 from hourjax.data.columns import Columns
 from hourjax.data.dataset import Dataset
@@ -101,7 +101,7 @@ def measure_plan(
   experiment: Experiment, options: Options, folder: pathlib.Path
 ) -> dict[str, Any]:
   """Goodput of an epoch's rows, and what planning them takes."""
-  before = _peak_mib()
+  before = peak_mib()
   began = time.monotonic()
   dataset, plan = _planned(experiment, folder)
   opened = time.monotonic()
@@ -123,7 +123,7 @@ def measure_plan(
       "total": round(done - began, 2),
     },
     "plan_peak_mib": {
-      "total": round(_peak_mib()),
+      "total": round(peak_mib()),
       "of_it_imports": round(before),
     },
   }
@@ -263,7 +263,3 @@ def _in_child(function, *arguments):
     1, mp_context=multiprocessing.get_context("spawn")
   ) as pool:
     return pool.submit(function, *arguments).result()
-
-
-def _peak_mib() -> float:
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

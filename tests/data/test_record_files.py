@@ -145,10 +145,9 @@ def test_a_list_named_jsonl_does_not_fill_the_memory(tmp_path):
 
 
 _MEMORY = """
-import resource, sys
+import sys
+from hourjax.benchmarks.memory import peak_mib as peak
 from hourjax.data.record_files import stream_records
-def peak():
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 records = iter(stream_records(sys.argv[1]))
 next(records)
 before = peak()

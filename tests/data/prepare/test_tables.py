@@ -202,10 +202,9 @@ def test_damaged_files(tmp_path, name):
 
 
 _MEMORY = """
-import pathlib, resource, sys
+import pathlib, sys
+from hourjax.benchmarks.memory import peak_mib as peak
 from hourjax.data.prepare.tables import QuestionTable
-def peak():
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 def table(path, name):
   return QuestionTable([path], {}, path.parent / name,
     skip=lambda *_: None, step=lambda n: None)

@@ -1,0 +1,24 @@
+import subprocess
+import sys
+
+import numpy as np
+
+_CHILD = """
+import sys
+from hourjax.benchmarks.memory import peak_mib
+before = peak_mib()
+block = bytearray(200 << 20)
+block[::4096] = b"x" * len(block[::4096])
+del block
+print(before, peak_mib())
+"""
+
+
+def test_a_child_of_a_large_process_counts_its_own_memory():
+  large = np.ones(600 << 17)  # 600 MiB
+  done = subprocess.run(
+    [sys.executable, "-c", _CHILD], capture_output=True, text=True, check=True
+  )
+  before, peak = map(float, done.stdout.split())
+  assert before < 200 <= peak - before < 260
+  assert large[0] == 1
