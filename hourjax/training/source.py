@@ -76,9 +76,11 @@ def row_plan(experiment: Experiment, dataset: Dataset) -> RowPlan:
 def sample_weights(columns: Columns, weights: str) -> np.ndarray:
   """float [N]: what "name=weight,..." says of each sample's stream or source.
 
+  A name that is both is written "stream:name" or "source:name".
+
   Raises:
-    UserError: not of this form, a name that does not occur, or a weight below
-      zero.
+    UserError: not of this form, a name that does not occur or is both, or a
+      weight below zero.
   """
   result = np.ones(len(columns))
   kinds = {
@@ -86,16 +88,23 @@ def sample_weights(columns: Columns, weights: str) -> np.ndarray:
     "source": (columns.sources, columns.source),
   }
   for item in filter(None, weights.split(",")):
-    name, _, value = (part.strip() for part in item.partition("="))
-    found = [kind for kind, (names, _) in kinds.items() if name in names]
+    key, _, value = (part.strip() for part in item.rpartition("="))
+    found = [
+      (kind, name)
+      for kind, (names, _) in kinds.items()
+      for name in names
+      if key in (name, f"{kind}:{name}")
+    ]
     weight = _number(value)
     if len(found) != 1 or weight is None:
       raise UserError(
         f"config.data.weights: {item!r} must be NAME=WEIGHT with a weight >= 0"
-        " and the name of one stream or source; streams:"
-        f" {', '.join(columns.streams)}; sources: {', '.join(columns.sources)}"
+        " and the name of one stream or source (stream:NAME or source:NAME if"
+        f" it is both); streams: {', '.join(columns.streams)}; sources:"
+        f" {', '.join(columns.sources)}"
       )
-    names, column = kinds[found[0]]
+    ((kind, name),) = found
+    names, column = kinds[kind]
     result[column == names.index(name)] *= weight
   return result
 

@@ -34,6 +34,17 @@ def test_weights_of_streams_and_sources(text, expected):
   assert sample_weights(_columns(), text).tolist() == expected
 
 
+def test_a_name_that_is_both_stream_and_source():
+  builder = ColumnsBuilder()
+  for source, stream in [("a", "b"), ("b", "a"), ("a", "a")]:
+    builder.add(Measures(0, 9, 0, 5), source, stream)
+  columns = builder.build()
+  with pytest.raises(UserError, match="stream:NAME or source:NAME if it is"):
+    sample_weights(columns, "a=2")
+  assert sample_weights(columns, "stream:a=2").tolist() == [1, 2, 2]
+  assert sample_weights(columns, "source:a=3").tolist() == [3, 1, 3]
+
+
 @pytest.mark.parametrize(
   "text", ["panda", "panda=", "panda=x", "panda=-1", "lng=2", "panda=inf"]
 )
