@@ -1,0 +1,246 @@
+"""Backward kernel: one sweep over the keys, five matmuls a tile.
+
+Visits go key tile by key tile: dk and dv gather in VMEM while a key tile
+stays, and are written once. Queries are few beside the keys, so dq of all
+queries of a KV group stays in VMEM for the whole sweep (39 MiB for 9,728
+queries of 8 heads) and nothing partial goes to HBM. Where it does not fit, the
+queries are split and the keys swept once for each part.
+
+As in the forward kernel, scores are [keys, rows] and the matrix of weights is
+the stationary operand of the three matmuls that contract over it:
+
+    dv^T += do^T P      dk^T += q^T dS      dq^T += k^T dS^T
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from hourjax.kernels.tpu import folding, visits
+from hourjax.kernels.tpu.arithmetic import LOG2E, dot, dot_transposed, mask
+from hourjax.kernels.tpu.tiles import Shape
+
+
+def backward(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  query_segment: jax.Array,
+  key_segment: jax.Array,
+  lse: jax.Array,
+  delta: jax.Array,
+  d_out: jax.Array,
+  *,
+  shape: Shape,
+  vmem: int,
+  grad_dtype: jax.typing.DTypeLike,
+  interpret=False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Gradients of q, k and v.
+
+  Args:
+    q, d_out: [B, T, H, C].
+    k, v: [B, S, K, C].
+    query_segment, key_segment: int32 [B, T] and [B, S]; 0 is padding.
+    lse: float32 [B, T, H], over all keys there are, also on other devices;
+      1e30 where a query sees none.
+    delta: float32 [B, T, H]: sum of out * d_out over C.
+    shape: how it is cut into tiles.
+    vmem: bytes the kernel may take.
+    grad_dtype: of dk and dv.
+    interpret: False, or `pltpu.InterpretParams` to run without a TPU.
+
+  Returns:
+    dq float32 [B, T, H, C], dk and dv [B, S, K, C].
+  """
+  grid = visits.plan(
+    folding.pad(query_segment, 1, shape.query_tiles * shape.queries),
+    folding.pad(key_segment, 1, shape.key_tiles * shape.keys),
+    query_tiles=shape.query_tiles,
+    key_tiles=shape.key_tiles,
+    chunks=shape.chunks,
+    by_key=True,
+  )
+  rows, heads, scale = q.shape[0], k.shape[2], q.shape[-1] ** -0.5
+  most = grid.code.shape[1]
+
+  def at_query(b, head, n, code, *_):
+    return b, head, visits.query_tile(code[b * most + n]), 0, 0
+
+  def at_query_segment(b, _, n, code, *__):
+    return b, visits.query_tile(code[b * most + n]), 0, 0
+
+  def at_key(b, head, n, code, *_):
+    return b, visits.key_tile(code[b * most + n]), head
+
+  def at_key_segment(b, _, n, code, *__):
+    return b, visits.key_tile(code[b * most + n]), 0, 0
+
+  queries = pl.BlockSpec((1, 1, 1, shape.dim, shape.rows), at_query)
+  numbers = pl.BlockSpec((1, 1, 1, 1, shape.rows), at_query)
+  keys = pl.BlockSpec((1, shape.keys, shape.dim), at_key)
+  folded = folding.fold(q, shape)
+  flat = folding.flat_keys(k, shape)
+  pairs = rows * heads * shape.query_tiles * shape.rows * flat.shape[1]
+  grad = jax.ShapeDtypeStruct(flat.shape, grad_dtype)
+  dq, dk, dv = pl.pallas_call(
+    functools.partial(_kernel, shape=shape, most=most, scale=scale),
+    out_shape=(jax.ShapeDtypeStruct(folded.shape, jnp.float32), grad, grad),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=5,
+      grid=(rows, heads, grid.count),
+      in_specs=[
+        queries,
+        queries,
+        numbers,
+        numbers,
+        keys,
+        keys,
+        pl.BlockSpec((1, 1, 1, shape.rows), at_query_segment),
+        pl.BlockSpec((1, shape.chunks, 1, shape.chunk), at_key_segment),
+      ],
+      out_specs=(pl.BlockSpec(memory_space=pl.ANY), keys, keys),
+      scratch_shapes=[
+        pltpu.VMEM(folded.shape[2:], jnp.float32),
+        pltpu.VMEM((shape.dim, shape.keys), jnp.float32),
+        pltpu.VMEM((shape.dim, shape.keys), jnp.float32),
+        pltpu.VMEM((shape.dim, shape.keys), k.dtype),
+        pltpu.SemaphoreType.DMA,
+      ],
+    ),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "arbitrary"),
+      vmem_limit_bytes=vmem,
+    ),
+    cost_estimate=pl.CostEstimate(
+      flops=10 * pairs * shape.dim,
+      transcendentals=pairs,
+      bytes_accessed=4 * flat.nbytes
+      + shape.key_tiles * 2 * folded.nbytes
+      + 4 * folded.size,
+    ),
+    interpret=interpret,
+    name="attention_backward",
+  )(
+    *grid.scalars(),
+    folded,
+    folding.fold(d_out.astype(q.dtype), shape),
+    folding.fold_numbers(lse * LOG2E, shape, fill=1e30),
+    folding.fold_numbers(delta, shape, fill=0.0),
+    flat,
+    folding.flat_keys(v, shape),
+    folding.fold_segments(query_segment, shape),
+    folding.tile_segments(key_segment, shape),
+  )
+  length, dim = q.shape[1], q.shape[3]
+  return (
+    folding.unfold(dq, shape, length, dim) * scale,
+    folding.unflat_keys(dk, heads, k.shape[1], dim),
+    folding.unflat_keys(dv, heads, k.shape[1], dim),
+  )
+
+
+def _kernel(
+  code_ref,
+  query_low,
+  query_high,
+  key_low,
+  key_high,
+  q_ref,  # [1, 1, 1, C, rows]
+  d_out_ref,
+  lse_ref,  # [1, 1, 1, 1, rows], in powers of two
+  delta_ref,
+  k_ref,  # [1, keys, C]
+  v_ref,
+  query_segment,  # [1, 1, 1, rows]
+  key_segment,  # [1, chunks, 1, chunk]
+  dq_hbm,  # [B, K, query tiles, C, rows]
+  dk_ref,  # [1, keys, C]
+  dv_ref,
+  dq_acc,  # [query tiles, C, rows]
+  dk_acc,  # [C, keys]
+  dv_acc,
+  k_transposed,  # [C, keys]
+  sent,
+  *,
+  shape: Shape,
+  most: int,
+  scale: float,
+):
+  b, head, n = (pl.program_id(axis) for axis in range(3))
+  code = code_ref[b * most + n]
+  first, last, whole, partly = visits.flags(code)
+  i = visits.query_tile(code)
+
+  @pl.when(n == 0)
+  def _():
+    dq_acc[...] = jnp.zeros_like(dq_acc)
+
+  @pl.when(first)
+  def _():
+    dk_acc[...] = jnp.zeros_like(dk_acc)
+    dv_acc[...] = jnp.zeros_like(dv_acc)
+    k_transposed[...] = k_ref[0].T
+
+  def products(key, row):
+    """Scores and the weights' gradients of a unit, both [chunk, unit]."""
+    keys, at = pl.ds(key, shape.chunk), pl.ds(row, shape.unit)
+    score = dot(k_ref[0, keys], q_ref[0, 0, 0, :, at])
+    d_weight = dot(v_ref[0, keys], d_out_ref[0, 0, 0, :, at])
+    return score, d_weight
+
+  def gather(key, row, score, d_weight, allowed=None):
+    keys, at = pl.ds(key, shape.chunk), pl.ds(row, shape.unit)
+    weight = jnp.exp2(score * (scale * LOG2E) - lse_ref[0, 0, 0, :, at])
+    if allowed is not None:
+      weight = jnp.where(allowed, weight, 0.0)
+    d_score = weight * (d_weight - delta_ref[0, 0, 0, :, at])
+    weight, d_score = (x.astype(k_ref.dtype) for x in (weight, d_score))
+    dv_acc[:, keys] += dot_transposed(d_out_ref[0, 0, 0, :, at], weight)
+    dk_acc[:, keys] += dot_transposed(q_ref[0, 0, 0, :, at], d_score)
+    dq_acc[i, :, at] += dot(k_transposed[:, keys], d_score)
+
+  @pl.when(whole)
+  def _():
+    ahead = products(*shape.units[0])
+    for number, unit in enumerate(shape.units):
+      now = ahead
+      if number + 1 < len(shape.units):
+        ahead = products(*shape.units[number + 1])
+      gather(*unit, *now)
+
+  @pl.when(partly)
+  def _():
+    query = i + b * shape.query_tiles
+    first_chunk = (visits.key_tile(code) + b * shape.key_tiles) * shape.chunks
+
+    def one_chunk(c, carry):
+      j = first_chunk + c
+
+      @pl.when(
+        (query_low[query] <= key_high[j]) & (key_low[j] <= query_high[query])
+      )
+      def _():
+        key = pl.multiple_of(c * shape.chunk, shape.chunk)
+        for row in range(0, shape.rows, shape.unit):
+          at = pl.ds(row, shape.unit)
+          allowed = mask(key_segment[0, c], query_segment[0, 0, :, at])
+          gather(key, row, *products(key, row), allowed)
+
+      return carry
+
+    jax.lax.fori_loop(0, shape.chunks, one_chunk, None)
+
+  @pl.when(last)
+  def _():
+    dk_ref[0] = (dk_acc[...] * scale).T.astype(dk_ref.dtype)
+    dv_ref[0] = dv_acc[...].T.astype(dv_ref.dtype)
+
+  @pl.when(n == pl.num_programs(2) - 1)
+  def _():
+    copy = pltpu.make_async_copy(dq_acc, dq_hbm.at[b, head], sent)
+    copy.start()
+    copy.wait()

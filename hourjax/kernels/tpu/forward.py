@@ -1,0 +1,300 @@
+"""Forward kernel: transposed scores, and a maximum that is taken once.
+
+Scores are [keys, rows], so that the probabilities are the stationary operand
+of the second matmul, V^T P^T: its contraction is over keys and fills the
+matrix unit, also the 256-wide one of v6e and v7x, which head dim 128 leaves
+half empty the other way round. The price is that probabilities are pushed as
+weights; the unit does that beside the running matmul.
+
+FlashAttention (arXiv 2205.14135) rescales its sums whenever the maximum of a
+row grows. Here a row's reference is the maximum over the first keys that it
+sees, and stays: float32 and bfloat16 hold weights up to 2 ** 127 as exactly as
+those up to 1. Only if a sum passes `LARGEST` (scores more than 69 above the
+reference) is the call repeated with the running maximum.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from hourjax.kernels.tpu import folding, visits
+from hourjax.kernels.tpu.arithmetic import LOG2E, NEVER, dot, mask
+from hourjax.kernels.tpu.tiles import Shape
+
+LARGEST = 2.0**100  # of a sum of weights; times |v| it must not overflow
+
+
+def forward(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  query_segment: jax.Array,
+  key_segment: jax.Array,
+  *,
+  shape: Shape,
+  vmem: int,
+  out_dtype: jax.typing.DTypeLike,
+  interpret=False,
+) -> tuple[jax.Array, jax.Array]:
+  """Segment-masked attention and its log-sum-exp.
+
+  Args:
+    q: [B, T, H, C].
+    k, v: [B, S, K, C].
+    query_segment, key_segment: int32 [B, T] and [B, S]; 0 is padding.
+    shape: how it is cut into tiles.
+    vmem: bytes the kernel may take.
+    out_dtype: of the output.
+    interpret: False, or `pltpu.InterpretParams` to run without a TPU.
+
+  Returns:
+    out [B, T, H, C] and lse float32 [B, T, H]; a query that sees no key has
+    zeros and `NEVER`.
+  """
+  grid = visits.plan(
+    folding.pad(query_segment, 1, shape.query_tiles * shape.queries),
+    folding.pad(key_segment, 1, shape.key_tiles * shape.keys),
+    query_tiles=shape.query_tiles,
+    key_tiles=shape.key_tiles,
+    chunks=shape.chunks,
+    by_key=False,
+  )
+  operands = (
+    grid.count,
+    *grid.scalars(),
+    folding.fold(q, shape),
+    folding.flat_keys(k, shape),
+    folding.flat_keys(v, shape),
+    folding.fold_segments(query_segment, shape),
+    folding.tile_segments(key_segment, shape),
+  )
+  call = functools.partial(
+    _call,
+    shape=shape,
+    scale=q.shape[-1] ** -0.5,
+    kv_heads=k.shape[2],
+    vmem=vmem,
+    out_dtype=out_dtype,
+    interpret=interpret,
+  )
+  out, lse = call(*operands, running=False)
+  out, lse = jax.lax.cond(
+    jnp.isfinite(lse).all(),
+    lambda *_: (out, lse),
+    functools.partial(call, running=True),
+    *operands,
+  )
+  length, dim = q.shape[1], q.shape[3]
+  return (
+    folding.unfold(out, shape, length, dim),
+    folding.unfold_numbers(lse, shape, length),
+  )
+
+
+def _call(
+  count,
+  code,
+  query_low,
+  query_high,
+  key_low,
+  key_high,
+  q,
+  k,
+  v,
+  query_segment,
+  key_segment,
+  *,
+  running,
+  shape,
+  scale,
+  kv_heads,
+  vmem,
+  out_dtype,
+  interpret,
+):
+  rows = q.shape[0]
+  most = code.shape[0] // rows
+
+  def tile(b, _, n, code, *__):
+    return b, visits.query_tile(code[b * most + n])
+
+  def at_query(b, head, n, *scalars):
+    row, i = tile(b, head, n, *scalars)
+    return row, head, i, 0, 0
+
+  def at_query_segment(*args):
+    return (*tile(*args), 0, 0)
+
+  def at_key(b, head, n, code, *_):
+    return b, visits.key_tile(code[b * most + n]), head
+
+  def at_key_segment(b, _, n, code, *__):
+    return b, visits.key_tile(code[b * most + n]), 0, 0
+
+  keys = pl.BlockSpec((1, shape.keys, shape.dim), at_key)
+  numbers = pl.BlockSpec((1, 1, 1, 1, shape.rows), at_query)
+  queries = pl.BlockSpec((1, 1, 1, shape.dim, shape.rows), at_query)
+  pairs = rows * kv_heads * shape.query_tiles * shape.rows * k.shape[1]
+  return pl.pallas_call(
+    functools.partial(
+      _kernel,
+      shape=shape,
+      most=most,
+      to_power=scale * LOG2E,
+      running=running,
+    ),
+    out_shape=(
+      jax.ShapeDtypeStruct(q.shape, out_dtype),
+      jax.ShapeDtypeStruct((*q.shape[:3], 1, shape.rows), jnp.float32),
+    ),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=5,
+      grid=(rows, kv_heads, count),
+      in_specs=[
+        queries,
+        keys,
+        keys,
+        pl.BlockSpec((1, 1, 1, shape.rows), at_query_segment),
+        pl.BlockSpec((1, shape.chunks, 1, shape.chunk), at_key_segment),
+      ],
+      out_specs=(queries, numbers),
+      scratch_shapes=[
+        pltpu.VMEM((1, shape.rows), jnp.float32),
+        pltpu.VMEM((1, shape.rows), jnp.float32),
+        pltpu.VMEM((shape.dim, shape.rows), jnp.float32),
+      ],
+    ),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "arbitrary"),
+      vmem_limit_bytes=vmem,
+    ),
+    cost_estimate=pl.CostEstimate(
+      flops=4 * pairs * shape.dim,
+      transcendentals=pairs,
+      bytes_accessed=2 * q.nbytes + shape.query_tiles * (k.nbytes + v.nbytes),
+    ),
+    interpret=interpret,
+    name="attention_forward" + "_running" * running,
+  )(
+    code,
+    query_low,
+    query_high,
+    key_low,
+    key_high,
+    q,
+    k,
+    v,
+    query_segment,
+    key_segment,
+  )
+
+
+def _kernel(
+  code_ref,
+  query_low,
+  query_high,
+  key_low,
+  key_high,
+  q_ref,  # [1, 1, 1, C, rows]
+  k_ref,  # [1, keys, C]
+  v_ref,
+  query_segment,  # [1, 1, 1, rows]
+  key_segment,  # [1, chunks, 1, chunk]
+  out_ref,  # [1, 1, 1, C, rows]
+  lse_ref,  # [1, 1, 1, 1, rows]
+  top_ref,  # [1, rows]: the reference, in powers of two
+  sum_ref,  # [1, rows]
+  acc_ref,  # [C, rows]
+  *,
+  shape: Shape,
+  most: int,
+  to_power: float,
+  running: bool,
+):
+  b = pl.program_id(0)
+  code = code_ref[b * most + pl.program_id(2)]
+  first, last, whole, partly = visits.flags(code)
+  if running:
+    partly |= whole
+
+  @pl.when(first)
+  def _():
+    top_ref[...] = jnp.full_like(top_ref, NEVER)
+    sum_ref[...] = jnp.zeros_like(sum_ref)
+    acc_ref[...] = jnp.zeros_like(acc_ref)
+
+  def scores(key, row):
+    keys = k_ref[0, pl.ds(key, shape.chunk)]
+    return dot(keys, q_ref[0, 0, 0, :, pl.ds(row, shape.unit)]) * to_power
+
+  def values(key):  # [C, chunk]
+    return v_ref[0, pl.ds(key, shape.chunk)].T
+
+  if not running:
+
+    @pl.when(whole & first)
+    def _():
+      for row in range(0, shape.rows, shape.unit):
+        at = pl.ds(row, shape.unit)
+        top_ref[:, at] = scores(0, row).max(0, keepdims=True)
+
+    @pl.when(whole)
+    def _():
+      # One unit ahead: the matrix unit works while these are exponentiated.
+      ahead = scores(*shape.units[0])
+      for number, (key, row) in enumerate(shape.units):
+        score, at = ahead, pl.ds(row, shape.unit)
+        if row == 0:
+          value = values(key)
+        if number + 1 < len(shape.units):
+          ahead = scores(*shape.units[number + 1])
+        weight = jnp.exp2(score - top_ref[:, at])
+        sum_ref[:, at] += weight.sum(0, keepdims=True)
+        acc_ref[:, at] += dot(value, weight.astype(v_ref.dtype))
+
+  @pl.when(partly)
+  def _():
+    i = visits.query_tile(code) + b * shape.query_tiles
+    first_chunk = (visits.key_tile(code) + b * shape.key_tiles) * shape.chunks
+
+    def one_chunk(c, _):
+      j = first_chunk + c
+      meets = (query_low[i] <= key_high[j]) & (key_low[j] <= query_high[i])
+
+      @pl.when(meets)
+      def _():
+        key = pl.multiple_of(c * shape.chunk, shape.chunk)
+        value = values(key)
+        for row in range(0, shape.rows, shape.unit):
+          at = pl.ds(row, shape.unit)
+          allowed = mask(key_segment[0, c], query_segment[0, 0, :, at])
+          score = jnp.where(allowed, scores(key, row), NEVER)
+          old = top_ref[:, at]
+          top = jnp.maximum(old, score.max(0, keepdims=True))
+          weight = jnp.where(allowed, jnp.exp2(score - top), 0.0)
+          shrink = jnp.exp2(old - top)
+          top_ref[:, at] = top
+          sum_ref[:, at] = sum_ref[:, at] * shrink + weight.sum(
+            0, keepdims=True
+          )
+          acc_ref[:, at] = acc_ref[:, at] * shrink + dot(
+            value, weight.astype(v_ref.dtype)
+          )
+
+      return _
+
+    jax.lax.fori_loop(0, shape.chunks, one_chunk, None)
+
+  @pl.when(last)
+  def _():
+    total = sum_ref[...]
+    seen = total > 0
+    safe = jnp.where(seen, total, 1.0)
+    out_ref[0, 0, 0] = (acc_ref[...] / safe).astype(out_ref.dtype)
+    lse = top_ref[...] / LOG2E + jnp.log(safe)
+    # Infinite where the reference was left too far behind, or not a number.
+    lse = jnp.where(total <= LARGEST, lse, jnp.inf)
+    lse_ref[0, 0, 0] = jnp.where(total == 0, NEVER, lse)

@@ -1,0 +1,138 @@
+"""Which tiles meet: the grid of a kernel as a list, from segment ids.
+
+A kernel does not walk over all query tiles x key tiles. It walks over a list
+of the pairs that share a segment, made here on the device and prefetched into
+scalar memory. With query tiles of segments 1 1 2 and key tiles of 1 2:
+
+    tiles   query 0  query 1  query 2        visits  (0, 0) (1, 0) (2, 1)
+    key 0      x        x
+    key 1                        x
+
+Ids rise along a row, so whether two tiles share a segment is read from their
+least and largest id. For ids in another order some visits find nothing, which
+costs time and no correctness: the masks inside are exact.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# One visit in 32 bits: key tile, query tile, flags.
+TILE_BITS = 13
+MOST_TILES = 1 << TILE_BITS
+FIRST = 1 << 26  # of this output tile
+LAST = 1 << 27
+WHOLE = 1 << 28  # one and the same segment everywhere: no mask is needed
+PARTLY = 1 << 29  # some pairs share a segment
+_NOTHING = jnp.iinfo(jnp.int32).max
+
+
+class Ranges(NamedTuple):
+  """Least and largest segment id of each tile; padding does not count."""
+
+  low: jax.Array  # int32 [B, n]; a huge number where all is padding
+  high: jax.Array  # int32 [B, n]; 0 where all is padding
+
+  def meets(self, other: "Ranges") -> jax.Array:
+    """bool [B, n, m]: might they share a segment?"""
+    return (self.low[:, :, None] <= other.high[:, None]) & (
+      other.low[:, None] <= self.high[:, :, None]
+    )
+
+
+class Visits(NamedTuple):
+  """The grid and what the kernel asks about it, for scalar memory."""
+
+  code: jax.Array  # int32 [B, most]
+  count: jax.Array  # int32 []: the longest list of all rows
+  query: Ranges  # by query tile
+  key: Ranges  # by key chunk
+
+  def scalars(self) -> tuple[jax.Array, ...]:
+    """Flat, since scalar memory pads two-dimensional arrays."""
+    return tuple(x.reshape(-1) for x in (self.code, *self.query, *self.key))
+
+
+def key_tile(code: jax.Array) -> jax.Array:
+  """Key tile of a visit."""
+  return code & (MOST_TILES - 1)
+
+
+def query_tile(code: jax.Array) -> jax.Array:
+  """Query tile of a visit."""
+  return (code >> TILE_BITS) & (MOST_TILES - 1)
+
+
+def flags(code: jax.Array) -> tuple[jax.Array, ...]:
+  """FIRST, LAST, WHOLE and PARTLY of a visit, as booleans."""
+  return tuple((code & flag) > 0 for flag in (FIRST, LAST, WHOLE, PARTLY))
+
+
+def plan(
+  query_segment: jax.Array,
+  key_segment: jax.Array,
+  *,
+  query_tiles: int,
+  key_tiles: int,
+  chunks: int,
+  by_key: bool,
+) -> Visits:
+  """Lists the visits of each row.
+
+  Args:
+    query_segment: int32 [B, T], T a multiple of query_tiles.
+    key_segment: int32 [B, S], S a multiple of key_tiles * chunks.
+    query_tiles, key_tiles: how many there are.
+    chunks: of a key tile; ranges of keys are told by chunk.
+    by_key: visits of a key tile are neighbours; else those of a query tile.
+      Every tile of that kind has a visit, if only to write zeros.
+  """
+  query, one_query = _ranges(query_segment, query_tiles)
+  key, _ = _ranges(key_segment, key_tiles * chunks)
+  tile, one_key = _ranges(key_segment, key_tiles)
+  meets = query.meets(key)
+  meets = meets.reshape(*meets.shape[:2], key_tiles, chunks).any(-1)
+  whole = (query.low[:, :, None] == tile.low[:, None]) & (
+    one_query[:, :, None] & one_key[:, None]
+  )
+  numbers = jnp.arange(query_tiles)[:, None] * MOST_TILES + jnp.arange(
+    key_tiles
+  )
+  code = numbers + jnp.where(whole, WHOLE, PARTLY)
+  if by_key:
+    code, meets = jnp.swapaxes(code, 1, 2), jnp.swapaxes(meets, 1, 2)
+    numbers = numbers.T
+  # A tile that meets nothing is visited once, without either flag.
+  alone = ~meets.any(-1, keepdims=True) & (jnp.arange(meets.shape[2]) == 0)
+  code = jnp.where(alone, numbers, code)
+  listed = meets | alone
+  order = jnp.arange(meets.shape[2])
+  first = jnp.argmax(listed, -1, keepdims=True)
+  last = order[-1] - jnp.argmax(listed[..., ::-1], -1, keepdims=True)
+  code += jnp.where(order == first, FIRST, 0) + jnp.where(
+    order == last, LAST, 0
+  )
+  return _compact(code, listed, query, key)
+
+
+def _compact(code, listed, query, key) -> Visits:
+  """The listed codes to the front; after them the last one, without flags."""
+  rows, most = code.shape[0], code.shape[1] * code.shape[2]
+  code, listed = code.reshape(rows, most), listed.reshape(rows, most)
+  count = listed.sum(-1, dtype=jnp.int32)
+  # A stable sort: False before True.
+  order = jnp.argsort(~listed, axis=-1, stable=True)
+  place = jnp.arange(most)
+  taken = jnp.minimum(place, count[:, None] - 1)
+  code = jnp.take_along_axis(code, jnp.take_along_axis(order, taken, 1), 1)
+  code = jnp.where(place < count[:, None], code, code & (FIRST - 1))
+  return Visits(code.astype(jnp.int32), count.max(), query, key)
+
+
+def _ranges(segment, tiles) -> tuple[Ranges, jax.Array]:
+  """Ranges of each tile, and whether it is all one segment."""
+  ids = segment.reshape(segment.shape[0], tiles, -1)
+  low = jnp.where(ids > 0, ids, _NOTHING).min(-1)
+  high = ids.max(-1)
+  return Ranges(low, high), (ids.min(-1) == high) & (high > 0)
