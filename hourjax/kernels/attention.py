@@ -1,9 +1,26 @@
-"""The one attention call of the model."""
+"""The one attention call of the model, and who computes it."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from hourjax.kernels import reference
+from hourjax.kernels import reference, sharded, splash, tpu, triton
+from hourjax.kernels.sharded import Sharding
+
+# Under these names rematerialisation keeps each attention's output and
+# log-sum-exp, so that the backward pass never repeats the sweep.
+SAVED = ("attention_out", "attention_lse")
+
+
+class Backend(NamedTuple):
+  """Two functions with the contract of `reference.forward`, `.backward`."""
+
+  forward: Callable
+  backward: Callable
 
 
 def attention(
@@ -14,11 +31,14 @@ def attention(
   key_segment: Int[Array, "B S"],
   *,
   causal: bool = False,
+  sharding: Sharding | None = None,
 ) -> Float[Array, "B T H C"]:
   """Grouped-query attention between positions of the same segment.
 
   Scores are scaled by C ** -0.5; softmax and accumulation are float32.
   Positions (RoPE) are applied by the caller. A T x S matrix is never built.
+  On TPU our own kernels compute it (`kernels.tpu`; causal: splash attention),
+  on GPU `kernels.triton`, elsewhere `kernels.reference`.
 
   Args:
     q: queries. Head h reads the keys of KV head h // (H / K).
@@ -28,14 +48,123 @@ def attention(
       0 is padding: such a query sees nothing.
     key_segment: ids of the keys; 0 is padding.
     causal: query t also sees only the keys at index s <= t (needs T == S).
+    sharding: the mesh and the axes over which rows, heads and memory are
+      split; None on one device.
 
   Returns:
     In the dtype of q. A query that sees no key gets zeros and passes no
     gradient.
 
   Raises:
-    ValueError: if H is not a multiple of K, or causal with T != S.
+    ValueError: if H is not a multiple of K, causal with T != S or with the
+      memory split, sizes that the mesh does not divide, or what the kernels
+      of this device cannot do (`kernels.tpu.call.check`).
   """
+  _check(q, k, causal, sharding)
+  with jax.named_scope("attention"):
+    return _attention(
+      q, k, v, query_segment, key_segment, causal, sharding, platform(sharding)
+    )
+
+
+def platform(sharding: Sharding | None = None) -> str:
+  """What is compiled for: "tpu", "gpu" or "cpu".
+
+  The devices of the given mesh or of the one that is set (they may be of a
+  topology, for compiling without a TPU), else the default device.
+  """
+  if sharding is not None:
+    return sharding.mesh.devices.flat[0].platform
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is not None:
+    return "tpu" if device.device_kind.startswith("TPU") else "cpu"
+  device = jax.config.jax_default_device
+  return getattr(device, "platform", None) or jax.default_backend()
+
+
+def backend(name: str, causal: bool) -> Backend:
+  """Who computes attention on the platform `name`."""
+  if name == "tpu":
+    return Backend(tpu.forward, tpu.backward)
+  if name == "gpu":
+    return _with_causal(triton, causal)
+  return _with_causal(reference, causal)
+
+
+def _with_causal(module, causal):
+  return Backend(
+    functools.partial(module.forward, causal=causal),
+    functools.partial(module.backward, causal=causal),
+  )
+
+
+def _attention(q, k, v, query_segment, key_segment, causal, sharding, name):
+  if causal and name == "tpu":
+    call = splash.attention
+    if sharding is not None:
+      specs = sharding.specs()
+      call = _shard_map(
+        call, sharding, (*[specs.q] * 3, specs.query_segment), specs.q
+      )
+    return call(q, k, v, query_segment)
+  return _differentiable(
+    q, k, v, query_segment, key_segment, causal, sharding, name
+  )
+
+
+# Outside of shard_map: inside, the transpose of its psum would count twice.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _differentiable(
+  q, k, v, query_segment, key_segment, causal, sharding, name
+):
+  return _forward(q, k, v, query_segment, key_segment, causal, sharding, name)[
+    0
+  ]
+
+
+def _forward(q, k, v, query_segment, key_segment, causal, sharding, name):
+  local = functools.partial(sharded.forward, backend(name, causal), sharding)
+  if sharding is not None:
+    specs = sharding.specs()
+    local = _shard_map(
+      local,
+      sharding,
+      (specs.q, specs.k, specs.k, specs.query_segment, specs.key_segment),
+      (specs.q, specs.q),
+    )
+  out, lse = local(q, k, v, query_segment, key_segment)
+  out, lse = (checkpoint_name(x, kept) for x, kept in zip((out, lse), SAVED))
+  return out, (q, k, v, query_segment, key_segment, out, lse)
+
+
+def _backward(causal, sharding, name, saved, d_out):
+  local = functools.partial(sharded.backward, backend(name, causal), sharding)
+  if sharding is not None:
+    specs = sharding.specs()
+    segments = (specs.query_segment, specs.key_segment)
+    local = _shard_map(
+      local,
+      sharding,
+      (specs.q, specs.k, specs.k, *segments, specs.q, specs.q, specs.q),
+      (specs.q, specs.k, specs.k),
+    )
+  return *local(*saved, d_out), None, None
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+def _shard_map(function, sharding, in_specs, out_specs):
+  return jax.shard_map(
+    function,
+    mesh=sharding.mesh,
+    in_specs=in_specs,
+    out_specs=out_specs,
+    check_vma=False,  # the collectives are our own
+  )
+
+
+def _check(q, k, causal, sharding):
   heads, kv_heads = q.shape[2], k.shape[2]
   if heads % kv_heads:
     raise ValueError(
@@ -46,7 +175,21 @@ def attention(
       "causal attention needs as many keys as queries, got"
       f" {k.shape[1]} keys for {q.shape[1]} queries"
     )
-  with jax.named_scope("attention"):
-    return reference.chunked_attention(
-      q, k, v, query_segment, key_segment, causal
+  if sharding is None:
+    return
+  if causal and sharding.memory is not None:
+    raise ValueError(
+      "causal attention cannot be split over keys, but the sharding splits"
+      f" them over {sharding.memory!r}; give it one with memory=None"
     )
+  sharding.check(
+    rows=(q.shape[0], sharding.rows),
+    keys=(k.shape[1], sharding.over_memory),
+    queries=(q.shape[1], sharding.over_memory if sharding.queries else ()),
+    **{
+      "KV heads": (
+        kv_heads,
+        () if sharding.heads is None else (sharding.heads,),
+      )
+    },
+  )

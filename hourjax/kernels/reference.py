@@ -7,7 +7,6 @@ Tiles whose queries and keys share no segment are skipped, so a row packed
 with short samples costs about the sum of its T_i x S_i.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -30,46 +29,72 @@ class _Tiles(NamedTuple):
   key_segment: jax.Array  # [n_k, tile_k]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def chunked_attention(
+def forward(
   q: Float[Array, "B T H C"],
   k: Float[Array, "B S K C"],
   v: Float[Array, "B S K C"],
   query_segment: Int[Array, "B T"],
   key_segment: Int[Array, "B S"],
-  causal: bool,
-) -> Float[Array, "B T H C"]:
-  """Segment-masked grouped-query attention; see `kernels.attention`."""
-  return _forward(q, k, v, query_segment, key_segment, causal)[0]
+  *,
+  causal: bool = False,
+  out_dtype: jax.typing.DTypeLike,
+) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
+  """Segment-masked grouped-query attention; see `kernels.attention`.
 
-
-def _forward(q, k, v, query_segment, key_segment, causal):
-  # Differentiating a scan over layers hoists what does not depend on its
-  # carry: here the masks of all tiles, together T x S. The barrier makes them
-  # depend on q.
-  q, k, v, query_segment, key_segment = jax.lax.optimization_barrier(
-    (q, k, v, query_segment, key_segment)
-  )
+  Returns:
+    out in `out_dtype`, and the log-sum-exp of the scaled scores, float32;
+    zeros and -1e30 where a query sees no key.
+  """
   # lax.map over the batch, not vmap: under vmap a skipped tile is computed.
-  out, lse = jax.lax.map(
-    lambda row: _forward_row(*row, causal=causal),
-    (q, k, v, query_segment, key_segment),
+  return jax.lax.map(
+    lambda row: _forward_row(*row, causal=causal, out_dtype=out_dtype),
+    _here(q, k, v, query_segment, key_segment),
   )
-  return out, (q, k, v, query_segment, key_segment, out, lse)
 
 
-def _backward(causal, saved, d_out):
-  dq, dk, dv = jax.lax.map(
-    lambda row: _backward_row(*row, causal=causal), (*saved, d_out)
+def backward(
+  q: Float[Array, "B T H C"],
+  k: Float[Array, "B S K C"],
+  v: Float[Array, "B S K C"],
+  query_segment: Int[Array, "B T"],
+  key_segment: Int[Array, "B S"],
+  lse: Float[Array, "B T H"],
+  delta: Float[Array, "B T H"],
+  d_out: Float[Array, "B T H C"],
+  *,
+  causal: bool = False,
+) -> tuple[
+  Float[Array, "B T H C"], Float[Array, "B S K C"], Float[Array, "B S K C"]
+]:
+  """Gradients, from the log-sum-exp over all keys there are anywhere.
+
+  Args:
+    q, k, v, query_segment, key_segment: as in the forward pass.
+    lse: float32; 1e30 where a query sees no key.
+    delta: float32, the sum of out * d_out over C.
+    d_out: the output's gradient.
+    causal: as in the forward pass.
+
+  Returns:
+    dq in float32; dk and dv in the dtypes of k and v.
+  """
+  return jax.lax.map(
+    lambda row: _backward_row(*row, causal=causal),
+    _here(q, k, v, query_segment, key_segment, lse, delta, d_out),
   )
-  return dq, dk, dv, None, None
 
 
-chunked_attention.defvjp(_forward, _backward)
+def _here(*operands):
+  """Keeps what follows within a scan over layers.
+
+  Differentiating such a scan hoists what does not depend on its carry: here
+  the masks of all tiles, together T x S. The barrier makes them depend on q.
+  """
+  return jax.lax.optimization_barrier(operands)
 
 
-def _forward_row(q, k, v, query_segment, key_segment, *, causal):
-  """[T, H, C], [S, K, C], ... -> out [T, H, C], lse [n_q, K, G * tile_q]."""
+def _forward_row(q, k, v, query_segment, key_segment, *, causal, out_dtype):
+  """[T, H, C], [S, K, C], ... -> out [T, H, C], lse [T, H]."""
   tiles = _cut(q, k, v, query_segment, key_segment)
   n_q, kv_heads, rows, head_dim = tiles.q.shape
 
@@ -97,26 +122,22 @@ def _forward_row(q, k, v, query_segment, key_segment, *, causal):
     top, total, acc = _over_keys(tiles, i, causal, visit, start)
     seen = total > 0
     safe = jnp.where(seen, total, 1.0)
-    # An unseen row gets a huge LSE: its weights are exactly 0 in the backward.
-    lse = jnp.where(seen, top + jnp.log(safe), -_NEVER)
-    return (acc / safe[..., None]).astype(q.dtype), lse
+    lse = jnp.where(seen, top + jnp.log(safe), _NEVER)
+    return (acc / safe[..., None]).astype(out_dtype), lse[..., None]
 
   out, lse = jax.lax.map(one_query_tile, jnp.arange(n_q))
-  return _unfold(out, q.shape), lse
+  return _unfold(out, q.shape), _unfold(lse, q.shape)[..., 0]
 
 
 def _backward_row(
-  q, k, v, query_segment, key_segment, out, lse, d_out, *, causal
+  q, k, v, query_segment, key_segment, lse, delta, d_out, *, causal
 ):
   tiles = _cut(q, k, v, query_segment, key_segment)
   scale = q.shape[-1] ** -0.5
-  groups = q.shape[1] // k.shape[1]
-  d_tiles = _fold(d_out, groups, tiles.query_segment.shape[1])
-  delta = jnp.sum(
-    _fold(out, groups, tiles.query_segment.shape[1]).astype(jnp.float32)
-    * d_tiles.astype(jnp.float32),
-    -1,
-  )
+  groups, tile = q.shape[1] // k.shape[1], tiles.query_segment.shape[1]
+  d_tiles = _fold(d_out, groups, tile)
+  lse = _fold(lse[..., None], groups, tile)[..., 0]
+  delta = _fold(delta[..., None], groups, tile)[..., 0]
 
   def one_query_tile(carry, i):
     def visit(state, j):
@@ -133,7 +154,7 @@ def _backward_row(
     dk, dv = carry
     start = (jnp.zeros(tiles.q.shape[1:], jnp.float32), dk, dv)
     dq, dk, dv = _over_keys(tiles, i, causal, visit, start)
-    return (dk, dv), dq.astype(q.dtype)
+    return (dk, dv), dq
 
   zeros = jnp.zeros(tiles.k.shape, jnp.float32)
   (dk, dv), dq = jax.lax.scan(

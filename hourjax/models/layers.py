@@ -127,16 +127,22 @@ class Stack(nnx.Module):
 
 
 def rematerialised(function: Callable, remat: Remat) -> Callable:
-  """`function` with the rematerialisation that `ModelConfig.remat` names."""
+  """`function` with the rematerialisation that `ModelConfig.remat` names.
+
+  Attention keeps its output and log-sum-exp in any case: they are small beside
+  what it costs to compute them again.
+  """
   policies = jax.checkpoint_policies
+  attention = policies.save_only_these_names(*kernels.SAVED)
   if remat == "none":
     return function
   if remat == "dots":
-    return jax.checkpoint(
-      function, policy=policies.dots_with_no_batch_dims_saveable
+    policy = policies.save_from_both_policies(
+      policies.dots_with_no_batch_dims_saveable, attention
     )
+    return jax.checkpoint(function, policy=policy)
   if remat == "full":
-    return jax.checkpoint(function, policy=policies.nothing_saveable)
+    return jax.checkpoint(function, policy=attention)
   raise ValueError(f"remat is {remat!r}; choose none, dots or full")
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 NEVER = -1e30  # finite, so that exp2(NEVER - NEVER) stays a number
+UNSEEN = 1e30  # log-sum-exp of a query that sees no key: its weights are 0
 LOG2E = math.log2(math.e)
 
 

@@ -20,7 +20,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hourjax.kernels.tpu import folding, visits
-from hourjax.kernels.tpu.arithmetic import LOG2E, dot, dot_transposed, mask
+from hourjax.kernels.tpu.arithmetic import (
+  LOG2E,
+  UNSEEN,
+  dot,
+  dot_transposed,
+  mask,
+)
 from hourjax.kernels.tpu.tiles import Shape
 
 
@@ -90,7 +96,7 @@ def backward(
     functools.partial(_kernel, shape=shape, most=most, scale=scale),
     out_shape=(jax.ShapeDtypeStruct(folded.shape, jnp.float32), grad, grad),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=5,
+      num_scalar_prefetch=6,
       grid=(rows, heads, grid.count),
       in_specs=[
         queries,
@@ -128,7 +134,7 @@ def backward(
     *grid.scalars(),
     folded,
     folding.fold(d_out.astype(q.dtype), shape),
-    folding.fold_numbers(lse * LOG2E, shape, fill=1e30),
+    folding.fold_numbers(lse * LOG2E, shape, fill=UNSEEN),
     folding.fold_numbers(delta, shape, fill=0.0),
     flat,
     folding.flat_keys(v, shape),
@@ -149,6 +155,7 @@ def _kernel(
   query_high,
   key_low,
   key_high,
+  key_only,
   q_ref,  # [1, 1, 1, C, rows]
   d_out_ref,
   lse_ref,  # [1, 1, 1, 1, rows], in powers of two
@@ -172,29 +179,32 @@ def _kernel(
 ):
   b, head, n = (pl.program_id(axis) for axis in range(3))
   code = code_ref[b * most + n]
-  first, last, whole, partly = visits.flags(code)
   i = visits.query_tile(code)
+  chunk = (visits.key_tile(code) + b * shape.key_tiles) * shape.chunks
 
   @pl.when(n == 0)
   def _():
-    dq_acc[...] = jnp.zeros_like(dq_acc)
+    def clear(tile, carry):
+      dq_acc[tile] = jnp.zeros(dq_acc.shape[1:], jnp.float32)
+      return carry
 
-  @pl.when(first)
+    jax.lax.fori_loop(0, shape.query_tiles, clear, None)
+
+  @pl.when(visits.has(code, visits.FIRST))
   def _():
     dk_acc[...] = jnp.zeros_like(dk_acc)
     dv_acc[...] = jnp.zeros_like(dv_acc)
     k_transposed[...] = k_ref[0].T
 
-  def products(key, row):
-    """Scores and the weights' gradients of a unit, both [chunk, unit]."""
-    keys, at = pl.ds(key, shape.chunk), pl.ds(row, shape.unit)
+  def products(key, at):
+    """Scores and the gradients of their weights, [chunk, unit] each."""
+    keys = pl.ds(key, shape.chunk)
     score = dot(k_ref[0, keys], q_ref[0, 0, 0, :, at])
-    d_weight = dot(v_ref[0, keys], d_out_ref[0, 0, 0, :, at])
-    return score, d_weight
+    return score, dot(v_ref[0, keys], d_out_ref[0, 0, 0, :, at])
 
-  def gather(key, row, score, d_weight, allowed=None):
-    keys, at = pl.ds(key, shape.chunk), pl.ds(row, shape.unit)
-    weight = jnp.exp2(score * (scale * LOG2E) - lse_ref[0, 0, 0, :, at])
+  def gather(key, at, score, d_weight, lse, allowed=None):
+    keys = pl.ds(key, shape.chunk)
+    weight = jnp.exp2(score * (scale * LOG2E) - lse)
     if allowed is not None:
       weight = jnp.where(allowed, weight, 0.0)
     d_score = weight * (d_weight - delta_ref[0, 0, 0, :, at])
@@ -203,38 +213,40 @@ def _kernel(
     dk_acc[:, keys] += dot_transposed(q_ref[0, 0, 0, :, at], d_score)
     dq_acc[i, :, at] += dot(k_transposed[:, keys], d_score)
 
-  @pl.when(whole)
+  @pl.when(visits.has(code, visits.WHOLE))
   def _():
+    # Rows of other segments are masked by row: exp2(score - 1e30) is 0.
+    mine = query_segment[0, 0] == key_only[chunk]
+    lse = jnp.where(mine, lse_ref[0, 0, 0], UNSEEN)
     ahead = products(*shape.units[0])
-    for number, unit in enumerate(shape.units):
+    for number, (key, at) in enumerate(shape.units):
       now = ahead
       if number + 1 < len(shape.units):
         ahead = products(*shape.units[number + 1])
-      gather(*unit, *now)
+      gather(key, at, *now, lse[:, at])
 
-  @pl.when(partly)
+  @pl.when(visits.has(code, visits.PARTLY))
   def _():
     query = i + b * shape.query_tiles
-    first_chunk = (visits.key_tile(code) + b * shape.key_tiles) * shape.chunks
 
     def one_chunk(c, carry):
-      j = first_chunk + c
+      j = chunk + c
 
       @pl.when(
         (query_low[query] <= key_high[j]) & (key_low[j] <= query_high[query])
       )
       def _():
         key = pl.multiple_of(c * shape.chunk, shape.chunk)
-        for row in range(0, shape.rows, shape.unit):
-          at = pl.ds(row, shape.unit)
+        for at in shape.row_units:
           allowed = mask(key_segment[0, c], query_segment[0, 0, :, at])
-          gather(key, row, *products(key, row), allowed)
+          now = products(key, at)
+          gather(key, at, *now, lse_ref[0, 0, 0, :, at], allowed)
 
       return carry
 
     jax.lax.fori_loop(0, shape.chunks, one_chunk, None)
 
-  @pl.when(last)
+  @pl.when(visits.has(code, visits.LAST))
   def _():
     dk_ref[0] = (dk_acc[...] * scale).T.astype(dk_ref.dtype)
     dv_ref[0] = dv_acc[...].T.astype(dv_ref.dtype)

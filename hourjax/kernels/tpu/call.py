@@ -185,7 +185,7 @@ def split(chip: Chip, q: jax.Array, k: jax.Array) -> tuple[int, Shape]:
 def row_scalars(shape: Shape) -> int:
   """Bytes of scalar memory for the visits of one row."""
   visited = shape.query_tiles * shape.key_tiles
-  ranges = 2 * (shape.query_tiles + shape.key_tiles * shape.chunks)
+  ranges = 2 * shape.query_tiles + 3 * shape.key_tiles * shape.chunks
   return 4 * (visited + ranges)
 
 

@@ -101,6 +101,7 @@ def _call(
   query_high,
   key_low,
   key_high,
+  key_only,
   q,
   k,
   v,
@@ -151,7 +152,7 @@ def _call(
       jax.ShapeDtypeStruct((*q.shape[:3], 1, shape.rows), jnp.float32),
     ),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=5,
+      num_scalar_prefetch=6,
       grid=(rows, kv_heads, count),
       in_specs=[
         queries,
@@ -184,6 +185,7 @@ def _call(
     query_high,
     key_low,
     key_high,
+    key_only,
     q,
     k,
     v,
@@ -198,6 +200,7 @@ def _kernel(
   query_high,
   key_low,
   key_high,
+  key_only,
   q_ref,  # [1, 1, 1, C, rows]
   k_ref,  # [1, keys, C]
   v_ref,
@@ -216,79 +219,85 @@ def _kernel(
 ):
   b = pl.program_id(0)
   code = code_ref[b * most + pl.program_id(2)]
-  first, last, whole, partly = visits.flags(code)
-  if running:
-    partly |= whole
+  chunk = (visits.key_tile(code) + b * shape.key_tiles) * shape.chunks
 
-  @pl.when(first)
+  @pl.when(visits.has(code, visits.FIRST))
   def _():
     top_ref[...] = jnp.full_like(top_ref, NEVER)
     sum_ref[...] = jnp.zeros_like(sum_ref)
     acc_ref[...] = jnp.zeros_like(acc_ref)
 
-  def scores(key, row):
+  def scores(key, at):
     keys = k_ref[0, pl.ds(key, shape.chunk)]
-    return dot(keys, q_ref[0, 0, 0, :, pl.ds(row, shape.unit)]) * to_power
+    return dot(keys, q_ref[0, 0, 0, :, at]) * to_power
 
   def values(key):  # [C, chunk]
     return v_ref[0, pl.ds(key, shape.chunk)].T
 
-  if not running:
+  def gather(at, weight, value, shrink=1.0):
+    sum_ref[:, at] = sum_ref[:, at] * shrink + weight.sum(0, keepdims=True)
+    more = dot(value, weight.astype(value.dtype))
+    acc_ref[:, at] = acc_ref[:, at] * shrink + more
 
-    @pl.when(whole & first)
+  def one_segment():
+    """All keys are of one segment: rows of others are masked by row."""
+    mine = query_segment[0, 0] == key_only[chunk]
+
+    @pl.when(visits.has(code, visits.NEW))
     def _():
-      for row in range(0, shape.rows, shape.unit):
-        at = pl.ds(row, shape.unit)
-        top_ref[:, at] = scores(0, row).max(0, keepdims=True)
+      for at in shape.row_units:
+        top = scores(0, at).max(0, keepdims=True)
+        fresh = mine[:, at] & (top_ref[:, at] == NEVER)
+        top_ref[:, at] = jnp.where(fresh, top, top_ref[:, at])
 
-    @pl.when(whole)
-    def _():
-      # One unit ahead: the matrix unit works while these are exponentiated.
-      ahead = scores(*shape.units[0])
-      for number, (key, row) in enumerate(shape.units):
-        score, at = ahead, pl.ds(row, shape.unit)
-        if row == 0:
-          value = values(key)
-        if number + 1 < len(shape.units):
-          ahead = scores(*shape.units[number + 1])
-        weight = jnp.exp2(score - top_ref[:, at])
-        sum_ref[:, at] += weight.sum(0, keepdims=True)
-        acc_ref[:, at] += dot(value, weight.astype(v_ref.dtype))
-
-  @pl.when(partly)
-  def _():
-    i = visits.query_tile(code) + b * shape.query_tiles
-    first_chunk = (visits.key_tile(code) + b * shape.key_tiles) * shape.chunks
-
-    def one_chunk(c, _):
-      j = first_chunk + c
-      meets = (query_low[i] <= key_high[j]) & (key_low[j] <= query_high[i])
-
-      @pl.when(meets)
-      def _():
-        key = pl.multiple_of(c * shape.chunk, shape.chunk)
+    # exp2(score + NEVER) is 0.
+    reference = jnp.where(mine, top_ref[...], -NEVER)
+    # One unit ahead: the matrix unit works while these are exponentiated.
+    ahead = scores(*shape.units[0])
+    for number, (key, at) in enumerate(shape.units):
+      score = ahead
+      if number + 1 < len(shape.units):
+        ahead = scores(*shape.units[number + 1])
+      if at.start == 0:
         value = values(key)
-        for row in range(0, shape.rows, shape.unit):
-          at = pl.ds(row, shape.unit)
-          allowed = mask(key_segment[0, c], query_segment[0, 0, :, at])
-          score = jnp.where(allowed, scores(key, row), NEVER)
-          old = top_ref[:, at]
-          top = jnp.maximum(old, score.max(0, keepdims=True))
-          weight = jnp.where(allowed, jnp.exp2(score - top), 0.0)
-          shrink = jnp.exp2(old - top)
-          top_ref[:, at] = top
-          sum_ref[:, at] = sum_ref[:, at] * shrink + weight.sum(
-            0, keepdims=True
-          )
-          acc_ref[:, at] = acc_ref[:, at] * shrink + dot(
-            value, weight.astype(v_ref.dtype)
-          )
+      gather(at, jnp.exp2(score - reference[:, at]), value)
 
-      return _
+  def some_chunks():
+    """Keys of several segments, or of any with a running maximum."""
+    i = visits.query_tile(code) + b * shape.query_tiles
+
+    def visit(c, only):
+      key = pl.multiple_of(c * shape.chunk, shape.chunk)
+      value = values(key)
+      for at in shape.row_units:
+        mine = query_segment[0, 0, :, at]
+        score = scores(key, at)
+        if only is None:
+          score = jnp.where(mask(key_segment[0, c], mine), score, NEVER)
+        old, peak = top_ref[:, at], score.max(0, keepdims=True)
+        seen = peak > NEVER if only is None else mine == only
+        top = jnp.where(seen, jnp.maximum(old, peak), old)
+        top_ref[:, at] = top
+        weight = jnp.exp2(score - jnp.where(seen, top, -NEVER))
+        gather(at, weight, value, jnp.exp2(old - top))
+
+    def one_chunk(c, carry):
+      j = chunk + c
+      meets = (query_low[i] <= key_high[j]) & (key_low[j] <= query_high[i])
+      only = key_only[j]
+      pl.when(meets & (only > 0))(lambda: visit(c, only))
+      pl.when(meets & (only == 0))(lambda: visit(c, None))
+      return carry
 
     jax.lax.fori_loop(0, shape.chunks, one_chunk, None)
 
-  @pl.when(last)
+  if running:
+    pl.when(visits.has(code, visits.WHOLE | visits.PARTLY))(some_chunks)
+  else:
+    pl.when(visits.has(code, visits.WHOLE))(one_segment)
+    pl.when(visits.has(code, visits.PARTLY))(some_chunks)
+
+  @pl.when(visits.has(code, visits.LAST))
   def _():
     total = sum_ref[...]
     seen = total > 0

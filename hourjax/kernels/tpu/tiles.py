@@ -90,13 +90,16 @@ class Shape(NamedTuple):
     return self.keys // self.chunk
 
   @property
-  def units(self) -> list[tuple[int, int]]:
-    """(first key, first row) of each unit of a visit, in order."""
-    return [
-      (key, row)
-      for key in range(0, self.keys, self.chunk)
-      for row in range(0, self.rows, self.unit)
-    ]
+  def row_units(self) -> list[slice]:
+    """Rows of each unit of a chunk."""
+    starts = range(0, self.rows, self.unit)
+    return [slice(start, start + self.unit) for start in starts]
+
+  @property
+  def units(self) -> list[tuple[int, slice]]:
+    """(first key, rows) of each unit of a visit, in order."""
+    starts = range(0, self.keys, self.chunk)
+    return [(key, rows) for key in starts for rows in self.row_units]
 
 
 def cut(
@@ -125,9 +128,7 @@ def cut(
 
 def _divisor(rows: int, largest: int) -> int:
   """The largest multiple of 128, at most `largest`, that divides rows."""
-  return max(
-    n for n in range(LANES, largest + 1, LANES) if rows % n == 0
-  )
+  return max(n for n in range(LANES, largest + 1, LANES) if rows % n == 0)
 
 
 def _up(n: int, step: int) -> int:

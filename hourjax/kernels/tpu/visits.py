@@ -23,16 +23,18 @@ TILE_BITS = 13
 MOST_TILES = 1 << TILE_BITS
 FIRST = 1 << 26  # of this output tile
 LAST = 1 << 27
-WHOLE = 1 << 28  # one and the same segment everywhere: no mask is needed
-PARTLY = 1 << 29  # some pairs share a segment
+WHOLE = 1 << 28  # the keys are all of one segment: only rows need a mask
+PARTLY = 1 << 29  # keys of several segments, or padding
+NEW = 1 << 30  # WHOLE, and the tile before this one lacks that segment
 _NOTHING = jnp.iinfo(jnp.int32).max
 
 
 class Ranges(NamedTuple):
-  """Least and largest segment id of each tile; padding does not count."""
+  """Segment ids of each tile."""
 
-  low: jax.Array  # int32 [B, n]; a huge number where all is padding
-  high: jax.Array  # int32 [B, n]; 0 where all is padding
+  low: jax.Array  # int32 [B, n]: the least; a huge number where all is padding
+  high: jax.Array  # int32 [B, n]: the largest; 0 where all is padding
+  only: jax.Array  # int32 [B, n]: the id that all of it has, or 0
 
   def meets(self, other: "Ranges") -> jax.Array:
     """bool [B, n, m]: might they share a segment?"""
@@ -51,7 +53,8 @@ class Visits(NamedTuple):
 
   def scalars(self) -> tuple[jax.Array, ...]:
     """Flat, since scalar memory pads two-dimensional arrays."""
-    return tuple(x.reshape(-1) for x in (self.code, *self.query, *self.key))
+    ranges = (self.query.low, self.query.high, *self.key)
+    return tuple(x.reshape(-1) for x in (self.code, *ranges))
 
 
 def key_tile(code: jax.Array) -> jax.Array:
@@ -64,9 +67,9 @@ def query_tile(code: jax.Array) -> jax.Array:
   return (code >> TILE_BITS) & (MOST_TILES - 1)
 
 
-def flags(code: jax.Array) -> tuple[jax.Array, ...]:
-  """FIRST, LAST, WHOLE and PARTLY of a visit, as booleans."""
-  return tuple((code & flag) > 0 for flag in (FIRST, LAST, WHOLE, PARTLY))
+def has(code: jax.Array, flags: int) -> jax.Array:
+  """Has the visit one of these flags?"""
+  return (code & flags) != 0
 
 
 def plan(
@@ -88,22 +91,24 @@ def plan(
     by_key: visits of a key tile are neighbours; else those of a query tile.
       Every tile of that kind has a visit, if only to write zeros.
   """
-  query, one_query = _ranges(query_segment, query_tiles)
-  key, _ = _ranges(key_segment, key_tiles * chunks)
-  tile, one_key = _ranges(key_segment, key_tiles)
+  query = _ranges(query_segment, query_tiles)
+  key = _ranges(key_segment, key_tiles * chunks)
+  tile = _ranges(key_segment, key_tiles)
   meets = query.meets(key)
   meets = meets.reshape(*meets.shape[:2], key_tiles, chunks).any(-1)
-  whole = (query.low[:, :, None] == tile.low[:, None]) & (
-    one_query[:, :, None] & one_key[:, None]
+  before = jnp.arange(key_tiles) - 1
+  new = (before < 0) | ~(
+    (tile.low[:, before] <= tile.only) & (tile.only <= tile.high[:, before])
   )
+  kind = jnp.where(tile.only > 0, WHOLE + jnp.where(new, NEW, 0), PARTLY)
   numbers = jnp.arange(query_tiles)[:, None] * MOST_TILES + jnp.arange(
     key_tiles
   )
-  code = numbers + jnp.where(whole, WHOLE, PARTLY)
+  code = numbers + kind[:, None]
   if by_key:
     code, meets = jnp.swapaxes(code, 1, 2), jnp.swapaxes(meets, 1, 2)
     numbers = numbers.T
-  # A tile that meets nothing is visited once, without either flag.
+  # A tile that meets nothing is visited once, and nothing is computed.
   alone = ~meets.any(-1, keepdims=True) & (jnp.arange(meets.shape[2]) == 0)
   code = jnp.where(alone, numbers, code)
   listed = meets | alone
@@ -130,9 +135,11 @@ def _compact(code, listed, query, key) -> Visits:
   return Visits(code.astype(jnp.int32), count.max(), query, key)
 
 
-def _ranges(segment, tiles) -> tuple[Ranges, jax.Array]:
-  """Ranges of each tile, and whether it is all one segment."""
+def _ranges(segment, tiles) -> Ranges:
   ids = segment.reshape(segment.shape[0], tiles, -1)
-  low = jnp.where(ids > 0, ids, _NOTHING).min(-1)
   high = ids.max(-1)
-  return Ranges(low, high), (ids.min(-1) == high) & (high > 0)
+  return Ranges(
+    low=jnp.where(ids > 0, ids, _NOTHING).min(-1),
+    high=high,
+    only=jnp.where(ids.min(-1) == high, high, 0),
+  )
