@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from hourjax.models.config import DecoderConfig, ModelConfig, VisionConfig
 from hourjax.models.memaug import make_memaug
-from tests import golden_files, official
+from tests import golden_files, interpreted, official
 
 # The official float32 run is off its float64 one by up to 1.4e-6.
 ATOL = 5e-6
@@ -84,7 +84,16 @@ def alone(request):
   return Alone(request.param)
 
 
-def test_output(alone):
+@pytest.fixture(
+  params=["reference", pytest.param("tpu", marks=pytest.mark.slow)]
+)
+def kernel(request, monkeypatch):
+  """Who computes attention; the TPU kernels are interpreted."""
+  if request.param == "tpu":
+    interpreted.use_tpu_kernels(monkeypatch)
+
+
+def test_output(alone, kernel):
   queries, memory, places = alone.inputs
   got = jax.jit(alone.module())(queries, memory, **places)[0]
   for key in ("out", "out_fp64"):
@@ -120,9 +129,17 @@ def test_every_step_of_every_block(alone):
 
 
 @pytest.mark.parametrize(
-  "remat", ["none", pytest.param("dots", marks=pytest.mark.slow), "full"]
+  "kernel, remat",
+  [
+    ("reference", "none"),
+    ("reference", "full"),
+    pytest.param("reference", "dots", marks=pytest.mark.slow),
+    # The interpreter's callbacks cannot be rematerialised.
+    pytest.param("tpu", "none", marks=pytest.mark.slow),
+  ],
+  indirect=["kernel"],
 )
-def test_gradients(alone, remat):
+def test_gradients(alone, kernel, remat):
   queries, memory, places = alone.inputs
 
   @jax.jit

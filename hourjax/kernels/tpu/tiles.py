@@ -40,7 +40,7 @@ class Chip(NamedTuple):
 _SMALL = Tiles(1024, 512, 256, 512)
 _MEDIUM = Tiles(1024, 1024, 512, 512)
 _LARGE = Tiles(1024, 2048, 512, 512)
-_SWEEP = Tiles(1024, 1024, 512, 1024)
+_SWEEP = Tiles(1024, 1024, 512, 512)
 
 # By `pltpu.get_tpu_info().chip_version`. VMEM: 16, 128, 64, 128 and 64 MiB
 # exist; the compiler wants a part of it for itself.

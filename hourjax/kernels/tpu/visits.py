@@ -96,28 +96,28 @@ def plan(
   tile = _ranges(key_segment, key_tiles)
   meets = query.meets(key)
   meets = meets.reshape(*meets.shape[:2], key_tiles, chunks).any(-1)
-  before = jnp.arange(key_tiles) - 1
+  before = jnp.arange(key_tiles)[None] - 1
   new = (before < 0) | ~(
-    (tile.low[:, before] <= tile.only) & (tile.only <= tile.high[:, before])
+    (tile.low[:, before[0]] <= tile.only)
+    & (tile.only <= tile.high[:, before[0]])
   )
   kind = jnp.where(tile.only > 0, WHOLE + jnp.where(new, NEW, 0), PARTLY)
-  numbers = jnp.arange(query_tiles)[:, None] * MOST_TILES + jnp.arange(
-    key_tiles
+  pair = (
+    jnp.arange(query_tiles)[None, :, None] * MOST_TILES
+    + jnp.arange(key_tiles)[None, None]
   )
-  code = numbers + kind[:, None]
+  code = pair + kind[:, None]
   if by_key:
-    code, meets = jnp.swapaxes(code, 1, 2), jnp.swapaxes(meets, 1, 2)
-    numbers = numbers.T
+    code, pair, meets = (jnp.swapaxes(x, 1, 2) for x in (code, pair, meets))
   # A tile that meets nothing is visited once, and nothing is computed.
-  alone = ~meets.any(-1, keepdims=True) & (jnp.arange(meets.shape[2]) == 0)
-  code = jnp.where(alone, numbers, code)
+  order = jnp.arange(meets.shape[2])[None, None]
+  alone = ~meets.any(-1, keepdims=True) & (order == 0)
+  code = jnp.where(alone, pair, code)
   listed = meets | alone
-  order = jnp.arange(meets.shape[2])
   first = jnp.argmax(listed, -1, keepdims=True)
-  last = order[-1] - jnp.argmax(listed[..., ::-1], -1, keepdims=True)
-  code += jnp.where(order == first, FIRST, 0) + jnp.where(
-    order == last, LAST, 0
-  )
+  last = meets.shape[2] - 1 - jnp.argmax(listed[..., ::-1], -1, keepdims=True)
+  code += jnp.where(order == first, FIRST, 0)
+  code += jnp.where(order == last, LAST, 0)
   return _compact(code, listed, query, key)
 
 
@@ -128,7 +128,7 @@ def _compact(code, listed, query, key) -> Visits:
   count = listed.sum(-1, dtype=jnp.int32)
   # A stable sort: False before True.
   order = jnp.argsort(~listed, axis=-1, stable=True)
-  place = jnp.arange(most)
+  place = jnp.arange(most)[None]
   taken = jnp.minimum(place, count[:, None] - 1)
   code = jnp.take_along_axis(code, jnp.take_along_axis(order, taken, 1), 1)
   code = jnp.where(place < count[:, None], code, code & (FIRST - 1))

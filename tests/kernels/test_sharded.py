@@ -1,0 +1,140 @@
+"""A memory dealt to devices gives what one device gives.
+
+The devices are virtual ones of a child process, whose numbers are compared
+here with float64.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, Mesh
+
+from hourjax import kernels
+
+# float32 against float64 on numbers of order 1.
+ATOL = 2e-5
+
+_CASES = [
+  {"devices": devices, "order": order, "queries": queries, "kernel": "cpu"}
+  for devices, order, queries in itertools.product(
+    (1, 2, 4, 8), ("as it is", "dealt", "shuffled"), (False, True)
+  )
+]
+# Rows and heads split as well, and the kernels for TPU, interpreted.
+_MESHES = [
+  {"devices": 8, "order": "dealt", "queries": True, "kernel": "cpu", **split}
+  for split in (
+    {"rows": 2, "heads": 2},
+    {"rows": 2, "heads": 1},
+    {"rows": 1, "heads": 2},
+  )
+]
+_INTERPRETED = [
+  {"devices": devices, "order": order, "queries": queries, "kernel": "tpu"}
+  for devices, order, queries in (
+    (1, "as it is", False),
+    (2, "shuffled", True),
+    (4, "dealt", False),
+    (8, "as it is", True),
+  )
+]
+
+
+def _name(case):
+  return "-".join(str(value) for value in case.values())
+
+
+def _errors(cases):
+  """Largest difference from float64 of each output, by case."""
+  done = subprocess.run(
+    [sys.executable, "-m", "tests.kernels.on_devices", json.dumps(cases)],
+    env={
+      **os.environ,
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+      # Threads of XLA's pool: interpreted devices wait for each other in it.
+      "NPROC": "32",
+    },
+    timeout=600,
+    capture_output=True,
+    text=True,
+  )
+  assert not done.returncode, done.stderr[-3000:]
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def reference():
+  return dict(zip(map(_name, _CASES + _MESHES), _errors(_CASES + _MESHES)))
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+  return dict(zip(map(_name, _INTERPRETED), _errors(_INTERPRETED)))
+
+
+@pytest.mark.parametrize("case", _CASES + _MESHES, ids=_name)
+def test_float64(reference, case):
+  _check(reference[_name(case)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", _INTERPRETED, ids=_name)
+def test_float64_through_the_tpu_kernels(interpreted, case):
+  errors = interpreted[_name(case)]
+  assert not errors.pop("races")
+  _check(errors)
+
+
+def _check(errors):
+  assert set(errors) == {"out", "dq", "dk", "dv"}
+  for name, error in errors.items():
+    assert error < ATOL, (name, error)
+
+
+# --- refusals ---------------------------------------------------------------
+
+
+def _call(sharding, *, rows=2, queries=8, keys=8, heads=(4, 2), causal=False):
+  q = np.zeros((rows, queries, heads[0], 8), np.float32)
+  k = np.zeros((rows, keys, heads[1], 8), np.float32)
+  query_segment = np.ones((rows, queries), np.int32)
+  key_segment = np.ones((rows, keys), np.int32)
+  return kernels.attention(
+    *map(jax.numpy.asarray, (q, k, k, query_segment, key_segment)),
+    causal=causal,
+    sharding=sharding,
+  )
+
+
+def _mesh(*names):
+  return Mesh(np.array(jax.devices()[:1]).reshape([1] * len(names)), names)
+
+
+def test_an_axis_that_the_mesh_lacks():
+  sharding = kernels.Sharding(_mesh("data"), memory="seq")
+  with pytest.raises(ValueError, match=r"keys over axis 'seq'.* has 'data'"):
+    _call(sharding)
+
+
+def test_causal_attention_is_not_split_over_keys():
+  sharding = kernels.Sharding(_mesh("seq"), memory="seq")
+  with pytest.raises(ValueError, match="splits them over 'seq'"):
+    _call(sharding, causal=True)
+
+
+@pytest.mark.parametrize(
+  "what, axes", [("rows", ("data", "fsdp")), ("keys", ("fsdp",))]
+)
+def test_sizes_that_do_not_divide(what, axes):
+  mesh = AbstractMesh((2, 4), ("data", "fsdp"))
+  sharding = kernels.Sharding(mesh)
+  sharding.check(**{what: (16, axes)})
+  with pytest.raises(ValueError, match=f"12 {what} cannot be split evenly"):
+    sharding.check(**{what: (12, ("data", "fsdp"))})
