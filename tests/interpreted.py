@@ -11,9 +11,9 @@ from hourjax.kernels.tpu.tiles import Chip, Tiles
 # Several tiles, chunks and units even for a few hundred keys.
 _TILES = Tiles(rows=128, keys=256, chunk=128, unit=128)
 CHIP = Chip(_TILES, _TILES, 1 << 30)
-# Finds races between cores, reads out of bounds and (memory begins as NaN)
-# outputs that are never written.
-PARAMS = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+# Finds races, reads out of bounds and (memory begins as NaN) outputs that are
+# never written.
+PARAMS = pltpu.InterpretParams(detect_races=True)
 
 
 def use_tpu_kernels(monkeypatch) -> None:

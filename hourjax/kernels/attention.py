@@ -77,7 +77,7 @@ def platform(sharding: Sharding | None = None) -> str:
     return sharding.mesh.devices.flat[0].platform
   device = jax.sharding.get_abstract_mesh().abstract_device
   if device is not None:
-    return "tpu" if device.device_kind.startswith("TPU") else "cpu"
+    return device.platform
   device = jax.config.jax_default_device
   return getattr(device, "platform", None) or jax.default_backend()
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 LANES = 128
 _BLOCK = 1024  # at most
-_LEAST = 512  # a length that only smaller blocks divide is padded to these
+_LEAST = 512  # or the whole length
 
 
 def attention(
@@ -52,11 +52,11 @@ def attention(
 
 
 def _block(length: int) -> int:
-  """The largest block that divides, or one to pad to."""
-  fitting = [n for n in range(LANES, _BLOCK + 1, LANES) if length % n == 0]
-  if fitting and (fitting[-1] >= _LEAST or fitting[-1] == length):
-    return fitting[-1]
-  return min(_LEAST, -(-length // LANES) * LANES)
+  """The block that pads least, and of these the largest."""
+  blocks = range(_LEAST, _BLOCK + 1, LANES)
+  if length <= _LEAST:
+    return -(-length // LANES) * LANES
+  return min(blocks, key=lambda block: (-length % block, -block))
 
 
 def _kernel(length: int, heads: int, block: int, interpret: bool):

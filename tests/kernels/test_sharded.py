@@ -69,9 +69,18 @@ def _errors(cases):
   return json.loads(done.stdout.splitlines()[-1])
 
 
+_QUICK = [case for case in _CASES if case["devices"] == 4] + _MESHES[:1]
+_REST = [case for case in _CASES + _MESHES if case not in _QUICK]
+
+
 @pytest.fixture(scope="module")
-def reference():
-  return dict(zip(map(_name, _CASES + _MESHES), _errors(_CASES + _MESHES)))
+def quick():
+  return dict(zip(map(_name, _QUICK), _errors(_QUICK)))
+
+
+@pytest.fixture(scope="module")
+def rest():
+  return dict(zip(map(_name, _REST), _errors(_REST)))
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +88,15 @@ def interpreted():
   return dict(zip(map(_name, _INTERPRETED), _errors(_INTERPRETED)))
 
 
-@pytest.mark.parametrize("case", _CASES + _MESHES, ids=_name)
-def test_float64(reference, case):
-  _check(reference[_name(case)])
+@pytest.mark.parametrize("case", _QUICK, ids=_name)
+def test_float64(quick, case):
+  _check(quick[_name(case)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", _REST, ids=_name)
+def test_float64_on_other_meshes(rest, case):
+  _check(rest[_name(case)])
 
 
 @pytest.mark.slow

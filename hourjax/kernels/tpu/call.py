@@ -190,6 +190,10 @@ def row_scalars(shape: Shape) -> int:
 
 
 def _cut(tiles: Tiles, q: jax.Array, k: jax.Array) -> Shape:
+  if q.dtype == jnp.float32:
+    # Exact products are six passes: a whole tile of them would be a program
+    # that takes the compiler a minute.
+    tiles = tiles._replace(keys=tiles.chunk)
   return cut(
     tiles,
     queries=q.shape[1],

@@ -1,0 +1,92 @@
+"""Who computes attention, by what is compiled for."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh
+
+from hourjax import kernels
+from hourjax.kernels import reference, tpu, triton
+
+# The name `hourjax.kernels.attention` is the function.
+module = importlib.import_module("hourjax.kernels.attention")
+
+
+def test_platform_of_the_default_device():
+  assert module.platform() == "cpu"
+
+
+@pytest.mark.parametrize("name", ["tpu", "gpu", "cpu"])
+def test_platform_of_the_mesh_that_is_set(name):
+  """Also a mesh of devices that are not there."""
+  device = AbstractDevice(device_kind="any", num_cores=1, platform=name)
+  mesh = AbstractMesh((1,), ("data",), abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh):
+    assert module.platform() == name
+
+
+def test_platform_of_the_mesh_that_is_given():
+  mesh = Mesh(np.array(jax.devices()), ("data",))
+  assert module.platform(kernels.Sharding(mesh)) == "cpu"
+
+
+@pytest.mark.parametrize(
+  "name, causal, expected",
+  [
+    ("tpu", False, tpu),
+    ("gpu", False, triton),
+    ("gpu", True, triton),
+    ("cpu", True, reference),
+  ],
+)
+def test_backend(name, causal, expected):
+  got = module.backend(name, causal)
+  for function in ("forward", "backward"):
+    wrapped = getattr(got, function)
+    plain = getattr(wrapped, "func", wrapped)
+    assert plain is getattr(expected, function)
+    if expected is not tpu:
+      assert wrapped.keywords == {"causal": causal}
+
+
+@pytest.mark.slow
+def test_training_on_tpu_uses_the_kernels():
+  """The demo's step by the real compiler: no option, no sweep repeated.
+
+  MemAug's two attentions forward (with the repetition that large scores need)
+  and backward, and the decoder's one, each in a scan over layers that are
+  rematerialised.
+  """
+  done = subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "tests.training.compile_for_tpu",
+      "configs/demo.py:stage=2",
+      "v5e:1x1",
+    ],
+    env={
+      **os.environ,
+      "JAX_PLATFORMS": "cpu",
+      "TPU_SKIP_MDS_QUERY": "1",
+      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    },
+    capture_output=True,
+    text=True,
+    timeout=900,
+  )
+  assert not done.returncode, done.stderr[-3000:]
+  assert json.loads(done.stdout.splitlines()[-1])["calls"] == {
+    "attention_forward": 2,
+    "attention_forward_running": 2,
+    "attention_backward": 2,
+    "splash_mha_fwd_segmented_residuals": 1,
+    "splash_mha_dkv_segmented_no_residuals": 1,
+    "splash_mha_dq_segmented_no_residuals": 1,
+  }

@@ -1,0 +1,91 @@
+"""The TPU compiler takes the kernels at real size; without a TPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+# In a process of its own: where the compiler does not know a topology, it
+# ends the process.
+CHILD = """
+import json, re, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from hourjax.kernels.tpu import call
+
+devices = topologies.get_topology_desc(
+  platform="tpu", topology_name=sys.argv[1], chips_per_host_bounds=(1, 1, 1)
+).devices[:1]
+mesh = Mesh(np.array(devices), ("x",))
+sharding = NamedSharding(mesh, PartitionSpec())
+
+def array(dtype, *shape):
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+T, S, H, K, C = 9728, 235520, 16, 2, 128
+q = array(jnp.bfloat16, 1, T, H, C)
+k = array(jnp.bfloat16, 1, S, K, C)
+numbers = array(jnp.float32, 1, T, H)
+segments = array(jnp.int32, 1, T), array(jnp.int32, 1, S)
+
+def forward(*operands):
+  return call.forward(*operands, out_dtype=jnp.bfloat16)
+
+found = {}
+for function, operands in (
+  (forward, (q, k, k, *segments)),
+  (call.backward, (q, k, k, *segments, numbers, numbers, q)),
+):
+  local = jax.shard_map(
+    function,
+    mesh=mesh,
+    in_specs=PartitionSpec(),
+    out_specs=PartitionSpec(),
+    check_vma=False,
+  )
+  compiled = jax.jit(local).lower(*operands).compile()
+  text = compiled.as_text()
+  found[function.__name__] = {
+    "temp": compiled.memory_analysis().temp_size_in_bytes,
+    "calls": sorted(re.findall(
+      r'%(attention_[a-z_]+)[.0-9]* = .* custom_call_target="tpu_custom_call"',
+      text,
+    )),
+  }
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1"])
+def test_an_hour_compiles(topology):
+  """3B, 9,728 queries and 235,520 keys: no T x S array."""
+  environment = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": str(ROOT),
+    "TPU_SKIP_MDS_QUERY": "1",  # asks no metadata server
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another test may compile, too
+  }
+  child = subprocess.run(
+    [sys.executable, "-c", CHILD, topology],
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert child.returncode == 0, child.stderr[-3000:]
+  found = json.loads(child.stdout.splitlines()[-1])
+  assert found["forward"]["calls"] == [
+    "attention_forward",
+    "attention_forward_running",
+  ]
+  assert found["backward"]["calls"] == ["attention_backward"]
+  for compiled in found.values():
+    assert compiled["temp"] < 2**29
