@@ -73,21 +73,10 @@ def backward(
   rows, heads, scale = q.shape[0], k.shape[2], q.shape[-1] ** -0.5
   most = grid.code.shape[1]
 
-  def at_query(b, head, n, code, *_):
-    return b, head, visits.query_tile(code[b * most + n]), 0, 0
-
-  def at_query_segment(b, _, n, code, *__):
-    return b, visits.query_tile(code[b * most + n]), 0, 0
-
-  def at_key(b, head, n, code, *_):
-    return b, visits.key_tile(code[b * most + n]), head
-
-  def at_key_segment(b, _, n, code, *__):
-    return b, visits.key_tile(code[b * most + n]), 0, 0
-
-  queries = pl.BlockSpec((1, 1, 1, shape.dim, shape.rows), at_query)
-  numbers = pl.BlockSpec((1, 1, 1, 1, shape.rows), at_query)
-  keys = pl.BlockSpec((1, shape.keys, shape.dim), at_key)
+  at = visits.blocks(most)
+  queries = pl.BlockSpec((1, 1, 1, shape.dim, shape.rows), at.query)
+  numbers = pl.BlockSpec((1, 1, 1, 1, shape.rows), at.query)
+  keys = pl.BlockSpec((1, shape.keys, shape.dim), at.key)
   folded = folding.fold(q, shape)
   flat = folding.flat_keys(k, shape)
   pairs = rows * heads * shape.query_tiles * shape.rows * flat.shape[1]
@@ -105,8 +94,8 @@ def backward(
         numbers,
         keys,
         keys,
-        pl.BlockSpec((1, 1, 1, shape.rows), at_query_segment),
-        pl.BlockSpec((1, shape.chunks, 1, shape.chunk), at_key_segment),
+        pl.BlockSpec((1, 1, 1, shape.rows), at.query_segment),
+        pl.BlockSpec((1, shape.chunks, 1, shape.chunk), at.key_segment),
       ],
       out_specs=(pl.BlockSpec(memory_space=pl.ANY), keys, keys),
       scratch_shapes=[

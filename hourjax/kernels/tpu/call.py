@@ -38,7 +38,7 @@ def forward(
   Raises:
     ValueError: for what the kernels cannot do; see `check`.
   """
-  chip = chip or this_chip()
+  chip = chip or this_chip(q.dtype)
   shape = _cut(chip.forward, q, k)
   check(q, k, v, shape, forward_vmem(shape, q.dtype.itemsize), chip)
   call = functools.partial(
@@ -69,7 +69,7 @@ def backward(
   Raises:
     ValueError: for what the kernels cannot do; see `check`.
   """
-  chip = chip or this_chip()
+  chip = chip or this_chip(q.dtype)
   parts, shape = split(chip, q, k)
   check(q, k, v, shape, backward_vmem(shape, q.dtype.itemsize), chip)
   call = functools.partial(
@@ -190,10 +190,6 @@ def row_scalars(shape: Shape) -> int:
 
 
 def _cut(tiles: Tiles, q: jax.Array, k: jax.Array) -> Shape:
-  if q.dtype == jnp.float32:
-    # Exact products are six passes: a whole tile of them would be a program
-    # that takes the compiler a minute.
-    tiles = tiles._replace(keys=tiles.chunk)
   return cut(
     tiles,
     queries=q.shape[1],

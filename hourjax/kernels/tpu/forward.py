@@ -62,9 +62,7 @@ def forward(
     chunks=shape.chunks,
     by_key=False,
   )
-  operands = (
-    grid.count,
-    *grid.scalars(),
+  arrays = (
     folding.fold(q, shape),
     folding.flat_keys(k, shape),
     folding.flat_keys(v, shape),
@@ -80,12 +78,13 @@ def forward(
     out_dtype=out_dtype,
     interpret=interpret,
   )
-  out, lse = call(*operands, running=False)
+  out, lse = call(grid, arrays, running=False)
   out, lse = jax.lax.cond(
     jnp.isfinite(lse).all(),
     lambda *_: (out, lse),
     functools.partial(call, running=True),
-    *operands,
+    grid,
+    arrays,
   )
   length, dim = q.shape[1], q.shape[3]
   return (
@@ -95,49 +94,24 @@ def forward(
 
 
 def _call(
-  count,
-  code,
-  query_low,
-  query_high,
-  key_low,
-  key_high,
-  key_only,
-  q,
-  k,
-  v,
-  query_segment,
-  key_segment,
+  grid: visits.Visits,
+  arrays: tuple[jax.Array, ...],
   *,
-  running,
-  shape,
-  scale,
-  kv_heads,
-  vmem,
-  out_dtype,
+  running: bool,
+  shape: Shape,
+  scale: float,
+  kv_heads: int,
+  vmem: int,
+  out_dtype: jax.typing.DTypeLike,
   interpret,
 ):
-  rows = q.shape[0]
-  most = code.shape[0] // rows
-
-  def tile(b, _, n, code, *__):
-    return b, visits.query_tile(code[b * most + n])
-
-  def at_query(b, head, n, *scalars):
-    row, i = tile(b, head, n, *scalars)
-    return row, head, i, 0, 0
-
-  def at_query_segment(*args):
-    return (*tile(*args), 0, 0)
-
-  def at_key(b, head, n, code, *_):
-    return b, visits.key_tile(code[b * most + n]), head
-
-  def at_key_segment(b, _, n, code, *__):
-    return b, visits.key_tile(code[b * most + n]), 0, 0
-
-  keys = pl.BlockSpec((1, shape.keys, shape.dim), at_key)
-  numbers = pl.BlockSpec((1, 1, 1, 1, shape.rows), at_query)
-  queries = pl.BlockSpec((1, 1, 1, shape.dim, shape.rows), at_query)
+  """(out, lse) in tiles. `running`: with the running maximum everywhere."""
+  q, k = arrays[:2]
+  rows, most = grid.code.shape
+  at = visits.blocks(most)
+  queries = pl.BlockSpec((1, 1, 1, shape.dim, shape.rows), at.query)
+  numbers = pl.BlockSpec((1, 1, 1, 1, shape.rows), at.query)
+  keys = pl.BlockSpec((1, shape.keys, shape.dim), at.key)
   pairs = rows * kv_heads * shape.query_tiles * shape.rows * k.shape[1]
   return pl.pallas_call(
     functools.partial(
@@ -153,13 +127,13 @@ def _call(
     ),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=6,
-      grid=(rows, kv_heads, count),
+      grid=(rows, kv_heads, grid.count),
       in_specs=[
         queries,
         keys,
         keys,
-        pl.BlockSpec((1, 1, 1, shape.rows), at_query_segment),
-        pl.BlockSpec((1, shape.chunks, 1, shape.chunk), at_key_segment),
+        pl.BlockSpec((1, 1, 1, shape.rows), at.query_segment),
+        pl.BlockSpec((1, shape.chunks, 1, shape.chunk), at.key_segment),
       ],
       out_specs=(queries, numbers),
       scratch_shapes=[
@@ -175,23 +149,11 @@ def _call(
     cost_estimate=pl.CostEstimate(
       flops=4 * pairs * shape.dim,
       transcendentals=pairs,
-      bytes_accessed=2 * q.nbytes + shape.query_tiles * (k.nbytes + v.nbytes),
+      bytes_accessed=2 * q.nbytes + 2 * shape.query_tiles * k.nbytes,
     ),
     interpret=interpret,
     name="attention_forward" + "_running" * running,
-  )(
-    code,
-    query_low,
-    query_high,
-    key_low,
-    key_high,
-    key_only,
-    q,
-    k,
-    v,
-    query_segment,
-    key_segment,
-  )
+  )(*grid.scalars(), *arrays)
 
 
 def _kernel(

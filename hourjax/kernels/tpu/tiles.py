@@ -7,6 +7,8 @@ and prints its line of `CHIPS` anew.
 import math
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 MIB = 1 << 20
@@ -53,8 +55,8 @@ CHIPS = {
 }
 
 
-def this_chip() -> Chip:
-  """The generation that is being compiled for.
+def this_chip(dtype: jax.typing.DTypeLike) -> Chip:
+  """The generation that is being compiled for, with its tiles for a dtype.
 
   That is the mesh's one, inside a `shard_map` or `jax.set_mesh`, and else the
   default device's.
@@ -68,7 +70,16 @@ def this_chip() -> Chip:
       f"no tiles are known for TPU {name}, only for {', '.join(CHIPS)}; add a"
       " line to kernels/tpu/tiles.py (bench attention --tune prints it)"
     )
-  return CHIPS[name]
+  chip = CHIPS[name]
+  if dtype == jnp.float32:
+    # An exact product is six: a whole tile of them would be a program that
+    # takes the compiler a minute.
+    forward, backward = (
+      tiles._replace(keys=tiles.chunk)
+      for tiles in (chip.forward, chip.backward)
+    )
+    return chip._replace(forward=forward, backward=backward)
+  return chip
 
 
 class Shape(NamedTuple):

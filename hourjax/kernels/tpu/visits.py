@@ -13,6 +13,7 @@ least and largest id. For ids in another order some visits find nothing, which
 costs time and no correctness: the masks inside are exact.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -65,6 +66,33 @@ def key_tile(code: jax.Array) -> jax.Array:
 def query_tile(code: jax.Array) -> jax.Array:
   """Query tile of a visit."""
   return (code >> TILE_BITS) & (MOST_TILES - 1)
+
+
+class Blocks(NamedTuple):
+  """Index maps of a grid (row, KV head, visit), for block specs."""
+
+  query: Callable  # of arrays [B, K, query tiles, ., rows]
+  query_segment: Callable  # [B, query tiles, 1, rows]
+  key: Callable  # [B, S, K * C]
+  key_segment: Callable  # [B, chunks, 1, chunk]
+
+
+def blocks(most: int) -> Blocks:
+  """Where a visit's tiles lie; `most` is the length of a row's list."""
+
+  def query(b, head, n, code, *_):
+    return b, head, query_tile(code[b * most + n]), 0, 0
+
+  def query_segment(b, _, n, code, *__):
+    return b, query_tile(code[b * most + n]), 0, 0
+
+  def key(b, head, n, code, *_):
+    return b, key_tile(code[b * most + n]), head
+
+  def key_segment(b, _, n, code, *__):
+    return b, key_tile(code[b * most + n]), 0, 0
+
+  return Blocks(query, query_segment, key, key_segment)
 
 
 def has(code: jax.Array, flags: int) -> jax.Array:

@@ -25,6 +25,7 @@ SEGMENTS = (
 )
 
 
+@pytest.mark.slow
 def test_keys_in_two_parts():
   """Each part's gradients, by the log-sum-exp over both, add up.
 

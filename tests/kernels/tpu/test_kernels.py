@@ -33,7 +33,7 @@ def of(*rows, total):
   "heads, kv_heads, dim, chip",
   [
     pytest.param(16, 2, 128, SMALL, id="3b-small", marks=slow),
-    pytest.param(16, 2, 128, WIDE, id="3b-wide"),
+    pytest.param(16, 2, 128, WIDE, id="3b-wide", marks=slow),
     pytest.param(28, 4, 64, SMALL, id="7b-small", marks=slow),
     pytest.param(28, 4, 64, WIDE, id="7b-wide", marks=slow),
     pytest.param(4, 2, 8, WIDE, id="4-2", marks=slow),
@@ -89,6 +89,7 @@ def _any_segments(draw_, length, ordered):
   return pairs
 
 
+@slow
 @settings(max_examples=12, phases=[Phase.explicit, Phase.generate])
 @given(data=st.data(), ordered=st.booleans())
 def test_any_segments(data, ordered):

@@ -1,5 +1,6 @@
 """How calls are cut into tiles."""
 
+import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,6 +67,16 @@ def test_a_chip_without_a_line_is_refused(monkeypatch):
 
   monkeypatch.setattr(tiles.pltpu, "get_tpu_info", Info)
   with pytest.raises(ValueError, match="known for TPU v9, only for v4, v5e"):
-    tiles.this_chip()
+    tiles.this_chip(jnp.bfloat16)
   Info.chip_version = "v6e"
-  assert tiles.this_chip() == CHIPS["v6e"]
+  assert tiles.this_chip(jnp.bfloat16) == CHIPS["v6e"]
+
+
+def test_tiles_of_float32_hold_one_chunk(monkeypatch):
+  class Info:
+    chip_version = "v6e"
+
+  monkeypatch.setattr(tiles.pltpu, "get_tpu_info", Info)
+  chip = tiles.this_chip(jnp.float32)
+  assert chip.forward.keys == chip.forward.chunk
+  assert chip.backward.keys == chip.backward.chunk
