@@ -1,10 +1,16 @@
 """Measures speed, memory and goodput.
 
-  python -m hourjax.bench data          a table
-  python -m hourjax.bench data --json   one JSON object
+  python -m hourjax.bench data              a table
+  python -m hourjax.bench data --json       one JSON object
+  python -m hourjax.bench attention --topology=v5e:2x4
 
-measures the data path with rows of --config (by default 3B, stage 3). It
-writes 3 GB into a temporary folder; --gigabytes takes less.
+`data` measures the data path with rows of --config (by default 3B, stage 3).
+It writes 3 GB into a temporary folder; --gigabytes takes less.
+
+`attention` asks the TPU compiler, on any machine, how near the kernels come
+to the limits of --topology (v5e, v5p, v6e or tpu7x and its chips), at the
+sizes --model, --queries and --keys; on a TPU or GPU it takes the time too.
+--tune looks for tiles instead, which takes many minutes.
 """
 
 import json
@@ -15,11 +21,12 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from hourjax import command
+from hourjax.benchmarks import attention as kernels
 from hourjax.benchmarks.data import Options, measure_data
 from hourjax.errors import UserError
 from hourjax.training.experiment import build_experiment
 
-_DEFAULT = Options()
+_DEFAULT, _SHAPE = Options(), kernels.Options()
 _CONFIG = config_flags.DEFINE_config_file(
   "config", "configs/hourllava.py:size=3b,stage=3", "Configuration file."
 )
@@ -36,6 +43,11 @@ _CONVERSATIONS = flags.DEFINE_integer(
 _SCRATCH = flags.DEFINE_string(
   "scratch", None, "Folder for the temporary files; the system's by default."
 )
+_TOPOLOGY = flags.DEFINE_string("topology", _SHAPE.topology, "To compile for.")
+_MODEL = flags.DEFINE_string("model", _SHAPE.model, "Whose heads: 3b or 7b.")
+_QUERIES = flags.DEFINE_integer("queries", _SHAPE.queries, "Queries of a row.")
+_KEYS = flags.DEFINE_integer("keys", _SHAPE.keys, "Memory tokens of a row.")
+_TUNE = flags.DEFINE_bool("tune", False, "Compile and rank tiles instead.")
 
 
 def data() -> dict:
@@ -50,7 +62,19 @@ def data() -> dict:
     return measure_data(experiment, options, pathlib.Path(folder))
 
 
-BENCHMARKS = {"data": data}
+def attention() -> dict:
+  """Figures of the attention kernels."""
+  options = kernels.Options(
+    topology=_TOPOLOGY.value,
+    model=_MODEL.value,
+    queries=_QUERIES.value,
+    keys=_KEYS.value,
+    tune=_TUNE.value,
+  )
+  return kernels.measure_attention(options)
+
+
+BENCHMARKS = {"data": data, "attention": attention}
 
 
 def lines(figures, path=()) -> list[str]:

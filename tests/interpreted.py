@@ -5,7 +5,7 @@ import importlib
 
 from jax.experimental.pallas import tpu as pltpu
 
-from hourjax.kernels import tpu
+from hourjax.kernels.tpu import call as tpu
 from hourjax.kernels.tpu.tiles import Chip, Tiles
 
 # Several tiles, chunks and units even for a few hundred keys.

@@ -8,8 +8,9 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from hourjax.kernels import reference, sharded, splash, tpu, triton
+from hourjax.kernels import reference, sharded, splash, triton
 from hourjax.kernels.sharded import Sharding
+from hourjax.kernels.tpu import call as tpu
 
 # Under these names rematerialisation keeps each attention's output and
 # log-sum-exp, so that the backward pass never repeats the sweep.

@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 
 from hourjax import kernels
-from hourjax.kernels import reference, tpu, triton
+from hourjax.kernels import reference, triton
+from hourjax.kernels.tpu import call as tpu
 
 # The name `hourjax.kernels.attention` is the function.
 module = importlib.import_module("hourjax.kernels.attention")

@@ -41,8 +41,9 @@ class Chip(NamedTuple):
 
 _SMALL = Tiles(1024, 512, 256, 512)
 _MEDIUM = Tiles(1024, 1024, 512, 512)
-_LARGE = Tiles(1024, 2048, 512, 512)
+_LARGE = Tiles(2048, 2048, 512, 512)
 _SWEEP = Tiles(1024, 1024, 512, 512)
+_LARGE_SWEEP = Tiles(2048, 1024, 256, 512)
 
 # By `pltpu.get_tpu_info().chip_version`. VMEM: 16, 128, 64, 128 and 64 MiB
 # exist; the compiler wants a part of it for itself.
@@ -50,8 +51,8 @@ CHIPS = {
   "v4": Chip(_SMALL, _SMALL, 15 * MIB),
   "v5e": Chip(_MEDIUM, _SWEEP, 110 * MIB),
   "v5p": Chip(_MEDIUM, _SWEEP, 60 * MIB),
-  "v6e": Chip(_LARGE, _SWEEP, 110 * MIB),
-  "7x": Chip(_LARGE, _SWEEP, 60 * MIB),
+  "v6e": Chip(_LARGE, _LARGE_SWEEP, 110 * MIB),
+  "7x": Chip(_LARGE, _LARGE_SWEEP, 60 * MIB),
 }
 
 

@@ -1,0 +1,273 @@
+"""How near attention comes to a TPU's limits, without a TPU.
+
+The real compiler runs, for the shape of a training row, and tells its schedule
+and its memory. Everything that is compiled is compiled in a child process.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+from hourjax.benchmarks import attention_timed, schedule
+from hourjax.benchmarks.attention_child import SPLASH_BLOCK, VERSIONS, Job
+from hourjax.benchmarks.attention_compile import (
+  Compiled,
+  check_topology,
+  compile_in_child,
+  mib,
+  run_all,
+)
+from hourjax.benchmarks.attention_packed import (
+  FRAME,
+  Call,
+  packed_figures,
+  packed_row,
+)
+from hourjax.benchmarks.attention_tune import tune
+from hourjax.errors import UserError
+from hourjax.kernels.tpu.tiles import CHIPS, Chip
+from hourjax.models.config import SIZES
+
+_DAY = 24 * 3600 * FRAME  # memory tokens of a video of a day
+_SPLASH_KERNELS = (
+  "splash_mha_fwd\\w*",
+  "splash_mha_dq\\w*",
+  "splash_mha_dkv\\w*",
+)
+
+
+class Pod(NamedTuple):
+  """A generation's HBM and topologies."""
+
+  gib: float  # of a device, that a program may use
+  of_8: str  # topology of 8 devices
+  of_64: str
+
+
+PODS = {
+  "v5e": Pod(15.75, "v5e:2x4", "v5e:8x8"),
+  "v5p": Pod(95.74, "v5p:2x2x2", "v5p:4x4x4"),
+  "v6e": Pod(31.25, "v6e:2x4", "v6e:8x8"),
+  "tpu7x": Pod(94.75, "tpu7x:2x2x1", "tpu7x:4x4x2"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What is measured.
+
+  Attributes:
+    topology: that is compiled for: a generation and its chips.
+    model: "3b" or "7b": heads and head dim.
+    queries: MemAug queries of the row.
+    keys: memory tokens of the row; the default holds an hour of video.
+    tune: whether to look for tiles instead.
+  """
+
+  topology: str = "v5p:2x2x1"
+  model: str = "3b"
+  queries: int = 9_728
+  keys: int = 235_520
+  tune: bool = False
+
+  @property
+  def generation(self) -> str:
+    return self.topology.partition(":")[0]
+
+  @property
+  def chip(self) -> Chip:
+    return CHIPS[VERSIONS[self.generation]]
+
+  def job(self, what: str, **changes) -> Job:
+    """A job of this shape on one device of the topology."""
+    sizes = SIZES[self.model].decoder
+    job = Job(
+      what,
+      self.topology,
+      1,
+      sizes.heads,
+      sizes.kv_heads,
+      sizes.head_dim,
+      self.queries,
+      self.keys,
+    )
+    return job._replace(**changes)
+
+  def check(self) -> None:
+    """Raises UserError for what does not exist."""
+    check_topology(self.topology)
+    models = [name for name in SIZES if name != "tiny"]
+    if self.model not in models:
+      raise UserError(f"--model={self.model}: known are {', '.join(models)}")
+    for name in ("queries", "keys"):
+      if getattr(self, name) < 1:
+        raise UserError(f"--{name}={getattr(self, name)}: give at least 1")
+
+
+def measure_attention(options: Options) -> dict[str, Any]:
+  """All figures as plain data, or with `tune` those of the tiles.
+
+  Shares are of the bf16 peak of one core. `share_of_peak` is that of the
+  branch that a visit takes whose keys are all of one segment;
+  `share_with_overhead` adds what every visit runs besides, but not the
+  beginning and the end of an output tile.
+
+  Raises:
+    UserError: for an unknown topology or model, or one that the compiler
+      refuses.
+  """
+  options.check()
+  if options.tune:
+    return tune(options.job("forward"), options.chip)
+  pod = PODS[options.generation]
+  sharded = functools.partial(options.job, "sharded", devices=8)
+  day = -(-_DAY // (64 * 2048)) * 64 * 2048
+  steps = {
+    "forward": (options.job("forward"), "attention_forward"),
+    "backward": (options.job("backward"), "attention_backward"),
+    "splash": (options.job("splash"), *_SPLASH_KERNELS),
+    "splash_backward": (options.job("splash_backward"), *_SPLASH_KERNELS),
+    "splash_fused": (
+      options.job("splash_backward", fused=True),
+      *_SPLASH_KERNELS,
+    ),
+    "xla": (options.job("xla"),),
+    "xla_backward": (options.job("xla_backward"),),
+    "day": (options.job("sharded", topology=pod.of_64, devices=64, keys=day),),
+    "s": (sharded(topology=pod.of_8),),
+    "2s": (sharded(topology=pod.of_8, keys=2 * options.keys),),
+  }
+  calls = {
+    name: functools.partial(compile_in_child, *arguments)
+    for name, arguments in steps.items()
+  }
+  return report(options, run_all("attention", calls))
+
+
+def report(options: Options, compiled: dict[str, Compiled]) -> dict[str, Any]:
+  """The figures of `measure_attention`, from the programs by name."""
+  job, generation = options.job("forward"), options.generation
+  try:
+    regions = {
+      "forward": schedule.forward_regions(
+        _kernel(compiled["forward"], "attention_forward")
+      ),
+      "backward": schedule.backward_regions(
+        _kernel(compiled["backward"], "attention_backward")
+      ),
+    }
+  except ValueError as error:
+    raise UserError(
+      f"--queries={options.queries} --keys={options.keys}: {error}; the"
+      " schedule of a row of a few tiles may differ, give more keys"
+    ) from error
+  row = packed_row(options.queries, options.keys)
+  heads = job.heads, job.kv_heads, job.dim
+  calls = {
+    name: Call(found, generation, options.chip, *heads)
+    for name, found in regions.items()
+  }
+  return {
+    "topology": options.topology,
+    "model": options.model,
+    "shape": {
+      name: getattr(job, name)
+      for name in ("queries", "keys", "heads", "kv_heads", "dim")
+    },
+    **{
+      name: kernel_figures(call, compiled[name], options)
+      for name, call in calls.items()
+    },
+    "packed_row": {
+      "videos": row.videos,
+      "keys_of_each": row.keys,
+      "queries_of_each": row.queries,
+      **{name: packed_figures(call, row) for name, call in calls.items()},
+    },
+    "splash": {
+      "forward": _splash(compiled["splash"], ("fwd",), 4, job),
+      "backward": _splash(compiled["splash_backward"], ("dq", "dkv"), 10, job),
+      "backward_fused": _splash(compiled["splash_fused"], ("dkv",), 10, job),
+    },
+    "xla": {
+      "forward": compiled["xla"].memory(),
+      "backward": compiled["xla_backward"].memory(),
+    },
+    "day_long": _day(compiled["day"], PODS[generation]),
+    "sharded_traffic_mib": {
+      name: _sent(compiled[name]) for name in ("s", "2s")
+    },
+    "measured": attention_timed.measure(*heads, options.queries, options.keys),
+  }
+
+
+def kernel_figures(
+  call: Call, compiled: Compiled, options: Options
+) -> dict[str, Any]:
+  """Shares of peak of one of our kernels, and what its program takes."""
+  _, shape = call.cut(options.queries, options.keys)
+  chip = call.generation
+  flops = (10 if call.by_key else 4) * call.dim * shape.rows * shape.keys
+  overhead = schedule.overhead_share(flops, call.regions, chip)
+  return {
+    **schedule.region_figures(flops, call.regions.whole, chip),
+    "share_with_overhead": round(overhead, 3),
+    "tiles": {
+      name: getattr(shape, name) for name in ("rows", "keys", "chunk", "unit")
+    },
+    **compiled.memory(),
+    "vmem_limit_mib": mib(call.chip.vmem),
+    "compile_seconds": compiled.figures and compiled.figures["seconds"],
+  }
+
+
+def _kernel(compiled: Compiled, name: str) -> list[schedule.Piece]:
+  found = compiled.kernels[name]
+  if not found:
+    raise ValueError(f"{name} was not compiled: {compiled.missing}")
+  return found[0]
+
+
+def _splash(
+  compiled: Compiled, names: tuple[str, ...], products: int, job: Job
+) -> dict[str, Any]:
+  """Figures of splash's kernels of these names, which share the products.
+
+  The pieces with products are taken to be the visit of one block of queries
+  and one of keys; `products` counts useful operations by pair and dim.
+  """
+  kernels = [compiled.kernels[f"splash_mha_{name}\\w*"] for name in names]
+  memory = compiled.memory()
+  if not all(kernels):
+    return memory
+  hot = [piece for found in kernels for piece in found[0] if piece.rows]
+  flops = products * job.dim * SPLASH_BLOCK**2
+  return schedule.region_figures(flops, hot, job.generation) | memory
+
+
+def _day(compiled: Compiled, pod: Pod) -> dict[str, Any]:
+  """What a device of 64 holds of a day of video, forward and backward."""
+  figures = compiled.figures
+  if figures is None:
+    return compiled.memory()
+  arrays = {
+    f"{name}_mib": mib(figures[name])
+    for name in ("arguments", "outputs", "temporaries")
+  }
+  held = figures["arguments"] + figures["temporaries"]
+  return {
+    "devices": 64,
+    "topology": pod.of_64,
+    **arrays,
+    "arguments_and_temporaries_mib": mib(held),
+    "hbm_limit_mib": round(pod.gib * 1024),
+    "share_of_hbm": round(held / (pod.gib * (1 << 30)), 4),
+    "collectives_mib": _sent(compiled),
+  }
+
+
+def _sent(compiled: Compiled) -> float | str:
+  """MiB of collectives of a device, or why they are not known."""
+  if compiled.figures is None:
+    return compiled.missing
+  return mib(sum(compiled.figures["collectives"].values()))

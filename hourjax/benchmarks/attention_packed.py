@@ -1,0 +1,178 @@
+"""What packing costs: cycles of a row with several videos, from its visits.
+
+The kernels' own list of visits is made for the row, and every visit is
+weighed with the cycles of the pieces of the kernel that it runs.
+"""
+
+import collections
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hourjax.benchmarks import schedule
+from hourjax.benchmarks.schedule import Backward, Forward
+from hourjax.kernels.tpu import visits
+from hourjax.kernels.tpu.call import split
+from hourjax.kernels.tpu.tiles import Chip, Shape, cut
+
+FRAME = 65  # memory tokens of a frame: 8 x 8 and a newline
+
+
+class Row(NamedTuple):
+  """A row of the batch in which each video has as many queries and keys."""
+
+  videos: int
+  queries: int  # of each video
+  keys: int
+  query_slots: int  # of the row, padding included
+  key_slots: int
+
+  def segments(self) -> tuple[np.ndarray, np.ndarray]:
+    """Segment ids 1, 2, ... of queries [T] and keys [S], then padding."""
+    ids = np.arange(1, self.videos + 1, dtype=np.int32)
+    filled = (np.repeat(ids, n) for n in (self.queries, self.keys))
+    return tuple(
+      np.pad(x, (0, slots - len(x)))
+      for x, slots in zip(filled, (self.query_slots, self.key_slots))
+    )
+
+  def alone(self) -> "Row":
+    """One of its videos, in the smallest row that holds it."""
+    return Row(1, self.queries, self.keys, self.queries, self.keys)
+
+
+def packed_row(queries: int, keys: int, videos: int = 6) -> Row:
+  """Six videos of ten minutes, or shorter ones where `keys` are fewer."""
+  frames = min(600, keys // FRAME // videos)
+  return Row(videos, queries // videos, frames * FRAME, queries, keys)
+
+
+class Call(NamedTuple):
+  """A kernel on one chip.
+
+  Attributes:
+    regions: its pieces, as compiled with the chip's tiles.
+    generation: of the chip, a key of `schedule.FLOP_PER_CYCLE`.
+    chip: its tiles and limits.
+    heads, kv_heads, dim: of the arrays.
+  """
+
+  regions: Forward | Backward
+  generation: str
+  chip: Chip
+  heads: int
+  kv_heads: int
+  dim: int
+
+  @property
+  def by_key(self) -> bool:
+    """Whether it is the backward kernel, which goes key tile by key tile."""
+    return isinstance(self.regions, Backward)
+
+  def cut(self, queries: int, keys: int) -> tuple[int, Shape]:
+    """Parts of the queries, each with a sweep of its own, and its shape."""
+    if self.by_key:
+      q, k = (
+        jax.ShapeDtypeStruct((1, length, heads, self.dim), jnp.bfloat16)
+        for length, heads in ((queries, self.heads), (keys, self.kv_heads))
+      )
+      return split(self.chip, q, k)
+    groups = self.heads // self.kv_heads
+    tiles = self.chip.forward
+    return 1, cut(
+      tiles, queries=queries, keys=keys, groups=groups, dim=self.dim
+    )
+
+
+def packed_figures(call: Call, row: Row) -> dict[str, Any]:
+  """A packed row beside its parts.
+
+  Returns:
+    `cycles` of one core for the row; `ratio_to_sum_of_parts`, over one call
+    for each video; `share_of_useful_peak`, where only pairs of a query and a
+    key of its video are useful; and the row's visits by kind, for one KV head.
+  """
+  visited = []
+  for case in (row, row.alone()):
+    parts, shape = call.cut(case.query_slots, case.key_slots)
+    counts = count_visits(case, shape, parts=parts, by_key=call.by_key)
+    tile = shape._replace(query_tiles=0, key_tiles=0)
+    visited.append((tile, counts))
+  (tile, counts), (smaller, part_counts) = visited
+  if tile != smaller:
+    return {"missing": "a video of the row is smaller than one tile"}
+  cycles, part = (
+    visits_cycles(each, call.regions, call.generation) * call.kv_heads
+    for each in (counts, part_counts)
+  )
+  flops = (10 if call.by_key else 4) * call.dim * call.heads
+  flops *= row.videos * row.queries * row.keys
+  share = schedule.share_of_peak(flops, cycles, call.generation)
+  return {
+    "cycles": cycles,
+    "ratio_to_sum_of_parts": round(cycles / (row.videos * part), 3),
+    "share_of_useful_peak": round(share, 3),
+    "visits": counts,
+  }
+
+
+def count_visits(
+  row: Row, shape: Shape, *, parts: int, by_key: bool
+) -> dict[str, int]:
+  """How often the visits of a row run each piece of the kernel.
+
+  Keys are the names of `schedule.Forward`: "always" counts the visits,
+  "chunk" the chunks of those whose keys are of several segments.
+  """
+  query, key = row.segments()
+  length = shape.query_tiles * shape.queries
+  query = np.pad(query, (0, parts * length - len(query)))
+  key = np.pad(key, (0, shape.key_tiles * shape.keys - len(key)))
+  plan = jax.jit(
+    functools.partial(
+      visits.plan,
+      query_tiles=shape.query_tiles,
+      key_tiles=shape.key_tiles,
+      chunks=shape.chunks,
+      by_key=by_key,
+    )
+  )
+  counts = collections.Counter()
+  for ids in query.reshape(parts, length):
+    counts += _count(plan(ids[None], key[None]), shape.chunks)
+  return dict(counts)
+
+
+def _count(grid: visits.Visits, chunks: int) -> collections.Counter:
+  codes = grid.code[0, : int(grid.count)]
+  counts = collections.Counter(always=len(codes))
+  for name in ("FIRST", "LAST", "WHOLE", "NEW"):
+    listed = visits.has(codes, getattr(visits, name))
+    counts[name.lower()] = int(listed.sum())
+  meets = np.asarray(grid.query.meets(grid.key))[0]
+  only = np.asarray(grid.key.only)[0]
+  partly = codes[visits.has(codes, visits.PARTLY)]
+  queries, keys = visits.query_tile(partly), visits.key_tile(partly)
+  for query, key in zip(np.asarray(queries), np.asarray(keys)):
+    of_tile = np.arange(chunks) + key * chunks
+    met = of_tile[meets[query, of_tile]]
+    counts["chunk"] += chunks
+    counts["uniform"] += int((only[met] > 0).sum())
+    counts["mixed"] += int((only[met] == 0).sum())
+  return counts
+
+
+def visits_cycles(
+  counts: dict[str, int], regions: Forward | Backward, chip: str
+) -> int:
+  """Cycles of these visits, for one KV head."""
+  if isinstance(regions, Backward):  # it masks every chunk of several segments
+    mixed = counts.get("mixed", 0) + counts.get("uniform", 0)
+    counts = counts | {"mixed": mixed}
+  return sum(
+    counts.get(name, 0) * schedule.total(found, chip)
+    for name, found in regions._asdict().items()
+  )

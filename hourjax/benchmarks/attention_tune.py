@@ -1,0 +1,149 @@
+"""Tiles for the TPU kernels: candidates are compiled and ranked."""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hourjax.benchmarks import schedule
+from hourjax.benchmarks.attention_child import VERSIONS, Job
+from hourjax.benchmarks.attention_compile import (
+  Compiled,
+  compile_in_child,
+  run_all,
+)
+from hourjax.errors import UserError
+from hourjax.kernels.tpu import call
+from hourjax.kernels.tpu.tiles import MIB, Chip, Shape, Tiles, cut
+
+_ROWS, _KEYS = (512, 1024, 2048), (512, 1024, 2048, 4096)
+_CHUNKS, _UNITS = (256, 512, 1024), (256, 512, 1024)
+# Scores of a visit: with fewer its overhead shows, with more the unrolled
+# branch takes minutes to compile. Scores of a unit: with fewer the units wait
+# for each other, with more they spill from registers.
+_SCORES = {"forward": (1 << 20, 1 << 22), "backward": (1 << 20, 1 << 21)}
+_OF_UNIT = (1 << 17, 1 << 19)
+_PRODUCTS = {"forward": 4, "backward": 10}  # operations by pair and dim
+# Tiles of what is compiled: so many that the arrays stay in HBM and loops over
+# tiles are not unrolled; more would not change the schedule.
+_QUERY_TILES, _KEY_TILES = 32, 64
+
+
+def tune(job: Job, chip: Chip) -> dict[str, Any]:
+  """Ranks tiles by `schedule.overhead_share` at the job's shape.
+
+  Args:
+    job: whose sizes and topology count.
+    chip: whose VMEM is the limit.
+
+  Returns:
+    For each kernel the candidates, best first, with the share of peak of a
+    visit; those that the compiler refuses with its reason. `line`: what to
+    write into `CHIPS`.
+  """
+  calls = {
+    (what, tiles): functools.partial(_compile, job, what, tiles)
+    for what in ("forward", "backward")
+    for tiles in candidates(job, chip, what)
+  }
+  compiled = run_all("tune", calls)
+  figures, best = {}, {}
+  for what in ("forward", "backward"):
+    ranked = [
+      {"tiles": tiles._asdict(), **_figures(job, what, tiles, found)}
+      for (kernel, tiles), found in compiled.items()
+      if kernel == what
+    ]
+    ranked.sort(key=lambda one: -one.get("share_with_overhead", 0))
+    figures[what] = {
+      f"{place:02}": candidate for place, candidate in enumerate(ranked, 1)
+    }
+    best[what] = Tiles(**ranked[0]["tiles"])
+  line = f"Chip({tuple(best['forward'])}, {tuple(best['backward'])},"
+  line = line.replace("(", "Tiles(").replace("ChipTiles(", "Chip(")
+  name = VERSIONS[job.generation]
+  return figures | {"line": f'"{name}": {line} {chip.vmem // MIB} * MIB),'}
+
+
+def candidates(job: Job, chip: Chip, what: str) -> list[Tiles]:
+  """Tiles that fit VMEM, neither too small nor too large to compile.
+
+  Those with one chunk are left out: their loop over chunks is none, and the
+  kernel's pieces could not be told apart.
+  """
+  least, most = _SCORES[what]
+  found = []
+  for tiles in itertools.starmap(
+    Tiles, itertools.product(_ROWS, _KEYS, _CHUNKS, _UNITS)
+  ):
+    fits = tiles.unit <= tiles.rows and tiles.chunk < tiles.keys
+    fits = fits and least <= tiles.rows * tiles.keys <= most
+    fits = fits and _OF_UNIT[0] <= tiles.chunk * tiles.unit <= _OF_UNIT[1]
+    if fits and vmem(job, chip, what, tiles) <= chip.vmem:
+      found.append(tiles)
+  return found
+
+
+def vmem(job: Job, chip: Chip, what: str, tiles: Tiles) -> int:
+  """Bytes of VMEM that the kernel takes with these tiles."""
+  if what == "forward":
+    return call.forward_vmem(_shape(job, tiles), 2)
+  q, k = (
+    jax.ShapeDtypeStruct((1, length, heads, job.dim), jnp.bfloat16)
+    for length, heads in ((job.queries, job.heads), (job.keys, job.kv_heads))
+  )
+  parts, shape = call.split(chip._replace(backward=tiles), q, k)
+  # A second sweep over the keys costs more than any tiles gain.
+  return call.backward_vmem(shape, 2) if parts == 1 else chip.vmem + 1
+
+
+def _shape(job: Job, tiles: Tiles) -> Shape:
+  return cut(
+    tiles,
+    queries=job.queries,
+    keys=job.keys,
+    groups=job.heads // job.kv_heads,
+    dim=job.dim,
+  )
+
+
+def _compile(job: Job, what: str, tiles: Tiles) -> Compiled | str:
+  """A few tiles' program, or why the compiler refuses."""
+  shape = _shape(job, tiles)
+  small = job._replace(
+    what=what,
+    tiles=tuple(tiles),
+    queries=min(job.queries, _QUERY_TILES * shape.queries),
+    keys=min(job.keys, _KEY_TILES * shape.keys),
+  )
+  try:
+    return compile_in_child(small, f"attention_{what}")
+  except UserError as error:
+    return str(error)
+
+
+def _figures(
+  job: Job, what: str, tiles: Tiles, compiled: Compiled | str
+) -> dict[str, Any]:
+  if isinstance(compiled, str):
+    return {"refused": compiled}
+  kernels = compiled.kernels[f"attention_{what}"]
+  if not kernels:
+    return {"refused": compiled.missing}
+  shape = _shape(job, tiles)
+  flops = _PRODUCTS[what] * job.dim * shape.rows * shape.keys
+  read = {
+    "forward": schedule.forward_regions,
+    "backward": schedule.backward_regions,
+  }[what]
+  try:
+    regions = read(kernels[0])
+  except ValueError as error:  # another layout than the one that is known
+    return {"refused": str(error)}
+  share = schedule.overhead_share(flops, regions, job.generation)
+  return {
+    "share_with_overhead": round(share, 4),
+    **schedule.region_figures(flops, regions.whole, job.generation),
+  }

@@ -1,0 +1,261 @@
+"""Cycles of a Pallas TPU kernel, read from the compiler's final bundles.
+
+The TPU is a machine of long instruction words: the compiler decides which
+bundle of instructions is issued in which cycle, and writes that down. What it
+does not foresee are waits for memory, and on v5e and v5p it issues products
+faster than the matrix unit takes rows. So the rows are counted too, and the
+longer of the two times is what counts.
+"""
+
+import collections
+import itertools
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+# bf16 operations of one core in one cycle; 2 x (units) x (side of a unit)^2,
+# and on v6e and tpu7x two rows enter a unit in a cycle.
+FLOP_PER_CYCLE = {
+  "v5e": 131_072,  # 4 units of 128 x 128
+  "v5p": 131_072,
+  "v6e": 524_288,  # 2 units of 256 x 256
+  "tpu7x": 524_288,
+}
+# Rows that a matrix unit takes in a cycle.
+ROWS_PER_CYCLE = {"v5e": 1, "v5p": 1, "v6e": 2, "tpu7x": 2}
+# Flags with which the compiler writes final bundles into a folder.
+DUMP_FLAGS = (
+  "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+  " --xla_jf_dump_llo_pass_label_regex=final_bundles"
+)
+
+# `0x1b4 LB: >> { first ;; second }`: address, label, loop depth, bundle.
+_BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*((?:> ?)*)\{")
+_PRODUCT = re.compile(r"vmatmul((?:\.[\w\[\]]+)*?)\.(mxu\d+)")
+_BRANCH = "= sbr."
+
+
+class Piece(NamedTuple):
+  """Bundles that are issued one after the other.
+
+  Attributes:
+    start: number of the first bundle.
+    cycles: how many bundles there are, one a cycle.
+    depth: of the loops around it; the grid is the outermost.
+    labelled: whether a label begins it, and not the end of a branch.
+    rows: rows that its products send through each matrix unit.
+  """
+
+  start: int
+  cycles: int
+  depth: int
+  labelled: bool
+  rows: dict[str, int]
+
+  def matrix_cycles(self, chip: str) -> int:
+    """Cycles that the busiest matrix unit needs for its rows."""
+    return max(self.rows.values(), default=0) // ROWS_PER_CYCLE[chip]
+
+  def cost(self, chip: str) -> int:
+    """Cycles: what is issued, or what the matrix unit needs if longer."""
+    return max(self.cycles, self.matrix_cycles(chip))
+
+
+def pieces(text: str) -> list[Piece]:
+  """Cuts a kernel's final bundles at labels and after branches.
+
+  A branch takes effect some bundles after it is issued; as many as lie, at
+  the least, between a branch and the next label.
+
+  Args:
+    text: of the compiler's file.
+  """
+  labels, branches, depths, rows = [], [], [], []
+  for line in text.splitlines():
+    found = _BUNDLE.match(line)
+    if not found:
+      continue
+    number = len(depths)
+    depths.append(found[2].count(">"))
+    rows.append(_rows(line))
+    if found[1] or not number:
+      labels.append(number)
+    if _BRANCH in line:
+      branches.append(number)
+  after = [min((b for b in labels if b > x), default=x) - x for x in branches]
+  delay = min((gap for gap in after if gap), default=1)
+  cuts = {*labels, *(x + delay for x in branches), len(depths)}
+  cuts = sorted(cut for cut in cuts if cut <= len(depths))
+  return [
+    Piece(
+      start,
+      stop - start,
+      depths[start],
+      start in labels,
+      dict(sum(rows[start:stop], collections.Counter())),
+    )
+    for start, stop in itertools.pairwise(cuts)
+  ]
+
+
+def _rows(line: str) -> collections.Counter:
+  """Rows by matrix unit of one bundle's products.
+
+  A register holds 16 rows of bfloat16 or 8 of float32; `lmr` takes 8 rows of
+  an operand that is transposed on the way.
+  """
+  rows = collections.Counter()
+  for kind, unit in _PRODUCT.findall(line):
+    rows[unit] += 16 if ".bf16" in kind and ".lmr" not in kind else 8
+  return rows
+
+
+class Forward(NamedTuple):
+  """Pieces of `attention_forward`, by what a visit does in them."""
+
+  first: list[Piece]  # begins an output tile
+  new: list[Piece]  # the reference of a new segment
+  whole: list[Piece]  # keys of one segment: the hot one
+  chunk: list[Piece]  # of each chunk, whether it meets or not
+  uniform: list[Piece]  # a chunk of one segment, in a tile of several
+  mixed: list[Piece]  # a chunk of several
+  last: list[Piece]  # ends an output tile
+  always: list[Piece]  # of every visit: addresses, transfers, branches
+
+
+class Backward(NamedTuple):
+  """Pieces of `attention_backward`; names as in `Forward`."""
+
+  first: list[Piece]
+  whole: list[Piece]
+  chunk: list[Piece]
+  mixed: list[Piece]
+  last: list[Piece]
+  always: list[Piece]
+
+
+def forward_regions(found: list[Piece]) -> Forward:
+  """Names the pieces of the forward kernel.
+
+  Raises:
+    ValueError: if the compiler has laid it out in another way.
+  """
+  (new, whole), (uniform, mixed) = _products(found, 2, 2)
+  return Forward(
+    new=[new],
+    whole=[whole],
+    uniform=[uniform],
+    mixed=[mixed],
+    **_rest(found, new, whole, (new, whole), (uniform, mixed)),
+  )
+
+
+def backward_regions(found: list[Piece]) -> Backward:
+  """Names the pieces of the backward kernel; raises as `forward_regions`."""
+  (whole,), (mixed,) = _products(found, 1, 1)
+  rest = _rest(found, whole, whole, (whole,), (mixed,))
+  return Backward(whole=[whole], mixed=[mixed], **rest)
+
+
+def _products(found, outside: int, inside: int):
+  """Pieces with products: those of the grid's body and of the chunk loop."""
+  with_rows = [piece for piece in found if piece.rows]
+  depths = [piece.depth for piece in with_rows]
+  if depths != [1] * outside + [2] * inside:
+    raise ValueError(
+      f"expected {outside} pieces with products in the grid's body and then"
+      f" {inside} in the loop over chunks; the compiler made pieces of loop"
+      f" depths {depths}, cycles {[piece.cycles for piece in with_rows]}"
+    )
+  return with_rows[:outside], with_rows[outside:]
+
+
+def _rest(found, entered, whole, branches, chunks):
+  """The other pieces, by where they lie beside those with products."""
+  body = [piece for piece in found if piece.depth == 1]
+  loop = [
+    piece for piece in found if piece.depth == 2 and whole.start < piece.start
+  ]
+  end = loop[-1].start + loop[-1].cycles
+  # `when(FIRST)` lies before the label at which the branch of `entered` is.
+  label = max(
+    piece.start
+    for piece in body
+    if piece.labelled and piece.start <= entered.start
+  )
+  first = max(
+    (piece for piece in body if piece.start < label),
+    key=lambda piece: piece.start,
+  )
+  last = next(
+    piece for piece in body if piece.start >= end and not piece.labelled
+  )
+  special = (first, last, *branches)
+  return {
+    "first": [first],
+    "last": [last],
+    "chunk": [piece for piece in loop if piece not in chunks],
+    "always": [piece for piece in body if piece not in special],
+  }
+
+
+def read_kernels(folder: pathlib.Path, name: str) -> list[list[Piece]]:
+  """Pieces of each kernel of this name (a pattern) in the compiler's folder."""
+  pattern = re.compile(rf"\d+-(?:{name})[.\d]*-\d+-final_bundles\.txt")
+  return [
+    pieces(path.read_text())
+    for path in sorted(folder.iterdir())
+    if pattern.fullmatch(path.name)
+  ]
+
+
+def total(parts: list[Piece], chip: str) -> int:
+  """Cycles of pieces that are issued in turn."""
+  return sum(piece.cost(chip) for piece in parts)
+
+
+def share_of_peak(flops: float, cycles: int, chip: str) -> float:
+  """Part of what one core could do in these cycles, between 0 and 1.
+
+  Raises:
+    ValueError: if it is above 1: then cycles are missing.
+  """
+  share = flops / (FLOP_PER_CYCLE[chip] * cycles)
+  if share > 1:
+    raise ValueError(
+      f"{flops:.4g} operations in {cycles} cycles are {share:.1%} of what a"
+      f" core of {chip} can do; cycles are missing"
+    )
+  return share
+
+
+def region_figures(flops: float, hot: list[Piece], chip: str) -> dict[str, Any]:
+  """Share of peak of pieces that are issued in turn, and what limits it.
+
+  Args:
+    flops: operations that are done in them.
+    hot: the pieces.
+    chip: a key of `FLOP_PER_CYCLE`.
+  """
+  issued = sum(piece.cycles for piece in hot)
+  needed = sum(piece.matrix_cycles(chip) for piece in hot)
+  share = share_of_peak(flops, max(issued, needed), chip)
+  return {
+    "share_of_peak": round(share, 3),
+    "schedule_cycles": issued,
+    "matrix_unit_cycles": needed,
+    "limit": "schedule" if issued > needed else "matrix unit",
+  }
+
+
+def overhead_share(
+  flops: float, regions: Forward | Backward, chip: str
+) -> float:
+  """Share of peak of a whole visit that neither begins nor ends a tile.
+
+  Counted are the branch for keys of one segment and all that every visit
+  runs: addresses, transfers that are started, branches. Not counted is time
+  that is spent waiting for a transfer.
+  """
+  cycles = total(regions.whole, chip) + total(regions.always, chip)
+  return share_of_peak(flops, cycles, chip)

@@ -1,0 +1,156 @@
+"""The figures of attention, at small shapes and through a real process."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hourjax.benchmarks import attention_timed
+from hourjax.benchmarks.attention import Options
+from hourjax.benchmarks.attention_child import (
+  Job,
+  collective_bytes,
+  collectives,
+)
+from hourjax.benchmarks.attention_compile import compile_in_child
+from hourjax.benchmarks.attention_packed import (
+  Row,
+  count_visits,
+  packed_row,
+)
+from hourjax.errors import UserError
+from hourjax.kernels.tpu.tiles import Tiles, cut
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("--queries=640", "--keys=12480")
+
+
+def _run(*arguments, timeout=60):
+  return subprocess.run(
+    [sys.executable, "-m", "hourjax.bench", "attention", *arguments],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=timeout,
+  )
+
+
+def test_collectives_of_a_snippet():
+  hlo = """
+  %a = f32[2,8]{1,0} all-reduce(%x), to_apply=%add
+  %b = (f32[4]{0}, bf16[2]{0}) all-reduce-start(%y, %z), to_apply=%add
+  %c = f32[4]{0} all-reduce-done(%b)
+  %d = (bf16[1,4]{1,0}, bf16[8,4]{1,0}) all-gather-start(%w), dimensions={0}
+  %e = f32[3]{0} add(%c, %c), metadata={op_name="all-reduce(x)"}
+  """
+  assert collectives(hlo) == [
+    ("all-reduce", "f32", 64),
+    ("all-reduce", "f32", 16),
+    ("all-reduce", "bf16", 4),
+    ("all-gather", "bf16", 64),
+  ]
+  assert collective_bytes(hlo) == 148
+
+
+@pytest.mark.slow
+def test_traffic_does_not_grow_with_the_memory():
+  job = Job("sharded", "v5e:2x4", 8, 4, 2, 128, 128, 8 * 256)
+  traffic = [
+    compile_in_child(job._replace(keys=keys)).figures["collectives"]
+    for keys in (8 * 256, 2 * 8 * 256)
+  ]
+  assert traffic[0] == traffic[1]
+  reduced = 128 * 4 * 128 * 4  # float32 [T, H, C]
+  (name, sent), *others = traffic[0].items()
+  assert name == "all-reduce f32" and not others
+  # Output and dq; a maximum and a sum for each query and head.
+  assert 2 * reduced <= sent <= 2.1 * reduced
+
+
+def test_visits_of_a_packed_row():
+  # Queries 1 1 2 2 in tiles of one, and keys 1 1 | 1 2 | 2 2 | 0 0 in tiles of
+  # two chunks: each query tile meets a whole key tile and the mixed one, in
+  # which one chunk concerns it. Segment 2 is seen before its whole tile.
+  row = Row(2, 256, 384, 512, 1024)
+  tiles = Tiles(128, 256, 128, 128)
+  shape = cut(tiles, queries=512, keys=1024, groups=1, dim=8)
+  counts = count_visits(row, shape, parts=1, by_key=False)
+  visits = {"always": 8, "first": 4, "last": 4, "whole": 4, "new": 2}
+  visits |= {"chunk": 8, "uniform": 4}
+  assert counts == visits
+  # Backward, key tile by key tile: the last one has a visit that does nothing.
+  counts = count_visits(row, shape, parts=1, by_key=True)
+  assert counts == visits | {"always": 9}
+
+
+def test_six_videos_of_ten_minutes():
+  row = packed_row(9_728, 235_520)
+  assert (row.videos, row.queries, row.keys) == (6, 1_621, 39_000)
+  query, key = row.segments()
+  assert np.bincount(key).tolist() == [1_520, *[39_000] * 6]
+  assert np.bincount(query).tolist() == [2, *[1_621] * 6]
+
+
+def test_times_of_a_tiny_call():
+  here = attention_timed.measure_here(4, 2, 16, 8, 32)["ours"]
+  assert here["forward"]["seconds"] > 0
+  assert here["forward_and_backward"]["tflop_per_second"] >= 0
+  missing = attention_timed.measure(4, 2, 16, 8, 32)
+  assert missing == {"missing": "no accelerator: this process runs on the CPU"}
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (
+      {"topology": "v9:2x2"},
+      "--topology=v9:2x2: 'v9' is no generation of TPU; known are v5e, v5p,"
+      " v6e, tpu7x",
+    ),
+    ({"topology": "v5e"}, "--topology=v5e: give its chips, such as v5e:2x4"),
+    ({"topology": "v5e:2by4"}, "--topology=v5e:2by4: give its chips"),
+    ({"model": "70b"}, "--model=70b: known are 3b, 7b"),
+    ({"keys": 0}, "--keys=0: give at least 1"),
+  ],
+)
+def test_nonsense(changes, message):
+  with pytest.raises(UserError, match=re.escape(message)):
+    Options(**changes).check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--model=70b"], "--model=70b: known are 3b, 7b"),
+    (["--topology=v5p:3x3x3", *SMALL], "--topology=v5p:3x3x3: cannot compile"),
+  ],
+)
+def test_nonsense_in_a_process(arguments, message):
+  done = _run(*arguments)
+  assert done.returncode == 2, done.stderr
+  assert f"error: {message}" in done.stderr
+  assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_one_json_object():
+  done = _run("--topology=v5e:2x4", "--json", *SMALL, timeout=300)
+  assert done.returncode == 0, done.stderr
+  figures = json.loads(done.stdout)
+  for name in ("forward", "backward"):
+    kernel, packed = figures[name], figures["packed_row"][name]
+    assert 0.1 < kernel["share_with_overhead"] < kernel["share_of_peak"] <= 1
+    cycles = kernel["schedule_cycles"], kernel["matrix_unit_cycles"]
+    assert kernel["limit"] == ("schedule", "matrix unit")[np.argmax(cycles)]
+    assert kernel["hbm_temporaries_mib"] > 0
+    assert packed.get("ratio_to_sum_of_parts", 1) < 3
+    assert 0 < figures["splash"][name]["share_of_peak"] <= 1
+  traffic = figures["sharded_traffic_mib"]
+  assert traffic["s"] == traffic["2s"] > 0
+  assert 0 < figures["day_long"]["share_of_hbm"] < 0.1
+  assert figures["measured"]["missing"].startswith("no accelerator")
