@@ -1,4 +1,7 @@
-"""Attention, behind one call: `hourjax.kernels.attention`."""
+"""Attention, behind one call: `hourjax.kernels.attention`.
+
+Tiles of the TPU kernels and what they reach: `hourjax.kernels.tpu`.
+"""
 
 from hourjax.kernels.attention import SAVED as SAVED
 from hourjax.kernels.attention import attention as attention

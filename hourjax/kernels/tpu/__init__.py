@@ -21,10 +21,10 @@ hour of memory; `python -m hourjax.bench attention --topology=v5e:2x4 --json`:
           backward  1024  1024    512   512    100 % (mxu)   97 %     71 %
   v5p     forward   1024  1024    512   512    100 % (mxu)   93 %     81 %
           backward  1024  1024    512   512    100 % (mxu)   96 %     71 %
-  v6e     forward   1024  2048    512   512     59 %         55 %     31 %
-          backward  1024  1024    512   512     58 %         53 %     32 %
-  tpu7x   forward   1024  2048    512   512     66 %         61 %     30 %
-          backward  1024  1024    512   512     65 %         58 %     31 %
+  v6e     forward   2048  2048    512   512     61 %         59 %     31 %
+          backward  2048  1024    256   512     63 %         60 %     32 %
+  tpu7x   forward   2048  2048    512   512     66 %         63 %     30 %
+          backward  2048  1024    256   512     71 % (mxu)   67 %     31 %
 
 Share of peak is the arithmetic of the hot region over its cycles (one bundle of
 the final schedule is a cycle) at the core's bf16 rate; never more than what the
@@ -33,6 +33,6 @@ code around the region. Neither knows of stalls or of waiting for HBM: no TPU
 was at hand, and a schedule read so is optimistic by some 10 to 25 %. Splash is
 jax's splash attention at the same shape, read the same way, its backward not
 fused (fused it reaches 100, 100, 45 and 48 % and holds 9.5 GiB of partial dq).
-7B (7 heads a group) on v6e: 57 and 56 %. Temporaries in HBM are 0.3 GiB, for
+7B (7 heads a group) on v6e: 58 and 56 %. Temporaries in HBM are 0.3 GiB, for
 7B 0.6 GiB: operands turned into tiles; XLA's own attention asks for 139 GiB.
 """
