@@ -9,12 +9,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from hourjax.kernels import reference, sharded, splash, triton
+from hourjax.kernels.common import SAVED
 from hourjax.kernels.sharded import Sharding
 from hourjax.kernels.tpu import call as tpu
-
-# Under these names rematerialisation keeps each attention's output and
-# log-sum-exp, so that the backward pass never repeats the sweep.
-SAVED = ("attention_out", "attention_lse")
 
 
 class Backend(NamedTuple):
@@ -46,7 +43,7 @@ def attention(
     k: keys.
     v: values.
     query_segment: a query sees the keys whose segment id equals its own.
-      0 is padding: such a query sees nothing.
+      0 is padding: such a query sees nothing. Ids are not negative.
     key_segment: ids of the keys; 0 is padding.
     causal: query t also sees only the keys at index s <= t (needs T == S).
     sharding: the mesh and the axes over which rows, heads and memory are
@@ -57,9 +54,10 @@ def attention(
     gradient.
 
   Raises:
-    ValueError: if H is not a multiple of K, causal with T != S or with the
-      memory split, sizes that the mesh does not divide, or what the kernels
-      of this device cannot do (`kernels.tpu.call.check`).
+    ValueError: for no queries or keys, H that is not a multiple of K, causal
+      with T != S or with the memory split, sizes that the mesh does not
+      divide, and what the kernels of this device cannot do
+      (`kernels.tpu.call.check`, `kernels.triton`).
   """
   _check(q, k, causal, sharding)
   with jax.named_scope("attention"):
@@ -80,12 +78,16 @@ def platform(sharding: Sharding | None = None) -> str:
   if device is not None:
     return device.platform
   device = jax.config.jax_default_device
-  return getattr(device, "platform", None) or jax.default_backend()
+  if isinstance(device, str):
+    return device
+  return jax.default_backend() if device is None else device.platform
 
 
 def backend(name: str, causal: bool) -> Backend:
   """Who computes attention on the platform `name`."""
   if name == "tpu":
+    if causal:
+      raise ValueError("causal attention on TPU is `kernels.splash`")
     return Backend(tpu.forward, tpu.backward)
   if name == "gpu":
     return _with_causal(triton, causal)
@@ -105,9 +107,9 @@ def _attention(q, k, v, query_segment, key_segment, causal, sharding, name):
     if sharding is not None:
       specs = sharding.specs()
       call = _shard_map(
-        call, sharding, (*[specs.q] * 3, specs.query_segment), specs.q
+        call, sharding, (*[specs.q] * 3, *[specs.query_segment] * 2), specs.q
       )
-    return call(q, k, v, query_segment)
+    return call(q, k, v, query_segment, key_segment)
   return _differentiable(
     q, k, v, query_segment, key_segment, causal, sharding, name
   )
@@ -170,6 +172,11 @@ def _check(q, k, causal, sharding):
   if heads % kv_heads:
     raise ValueError(
       f"{heads} query heads cannot share {kv_heads} KV heads evenly"
+    )
+  if not q.shape[1] or not k.shape[1]:
+    raise ValueError(
+      "attention needs at least one query and one key, got"
+      f" {q.shape[1]} queries and {k.shape[1]} keys"
     )
   if causal and q.shape[1] != k.shape[1]:
     raise ValueError(

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from hourjax.kernels.common import NO_PART
+
 QUERY_TILE = 512
 KEY_TILE = 2048
 _NEVER = -1e30  # finite, so that exp(_NEVER - _NEVER) stays a number
@@ -122,7 +124,7 @@ def _forward_row(q, k, v, query_segment, key_segment, *, causal, out_dtype):
     top, total, acc = _over_keys(tiles, i, causal, visit, start)
     seen = total > 0
     safe = jnp.where(seen, total, 1.0)
-    lse = jnp.where(seen, top + jnp.log(safe), _NEVER)
+    lse = jnp.where(seen, top + jnp.log(safe), NO_PART)
     return (acc / safe[..., None]).astype(out_dtype), lse[..., None]
 
   out, lse = jax.lax.map(one_query_tile, jnp.arange(n_q))

@@ -14,10 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-# Log-sum-exp of a query without keys: as a part it weighs nothing, as the
-# whole it makes all weights zero. Finite, so that differences are numbers.
-NO_PART = -1e30
-NO_KEYS = 1e30
+from hourjax.kernels.common import NO_KEYS, NO_PART
 
 
 class Sharding(NamedTuple):
@@ -57,7 +54,7 @@ class Sharding(NamedTuple):
       if length % parts:
         raise ValueError(
           f"{length} {name} cannot be split evenly over {parts} devices"
-          f" ({' x '.join(axes)}); pad them or choose another mesh"
+          f" ({' x '.join(axes)}); choose another mesh or capacity"
         )
 
   @property

@@ -28,6 +28,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from hourjax.kernels.common import NO_PART
+
 
 class Tile(NamedTuple):
   """Queries and keys of a tile, and how Triton compiles the kernel."""
@@ -51,8 +53,7 @@ TILES = {
   **{(name, 4): Tile(32, 32, 8, 2) for name in ("forward", "dq", "dkv")},
 }
 _MAX_HEAD_DIM = 128  # what TILES leaves shared memory for
-_MAX_ELEMENTS = 2**31 - 1  # of one row of the batch: offsets are int32
-_UNSEEN = -1e30  # finite, so that differences stay numbers
+_MAX_ELEMENTS = 2**31 - 1  # of one row of the batch: more was never tried
 _LOG2_E = math.log2(math.e)  # the GPU has exp2, not exp
 
 
@@ -144,19 +145,18 @@ def _check(q, k, v):
   if q.shape[3] > _MAX_HEAD_DIM:
     raise ValueError(
       f"head dim {q.shape[3]} > {_MAX_HEAD_DIM}, for which the tiles fit"
-      " shared memory; use the reference"
+      " shared memory; add smaller ones to TILES"
     )
   for name, x in (("T * H * C", q), ("S * K * C", k)):
     elements = math.prod(x.shape[1:])
     if elements > _MAX_ELEMENTS:
       raise ValueError(
-        f"{name} = {elements} elements > {_MAX_ELEMENTS}, the largest int32"
-        " offset; shard them over more devices"
+        f"{name} = {elements} elements > {_MAX_ELEMENTS}; shard them over"
+        " more devices"
       )
 
 
-# Masked scores are -inf and what is subtracted from them is finite, so their
-# weights are exactly 0, whatever finite numbers the padding holds.
+# Masked scores are -inf less something finite: their weights are exactly 0.
 
 
 def _forward_kernel(tile, causal, scale, *refs):
@@ -177,12 +177,12 @@ def _forward_kernel(tile, causal, scale, *refs):
     return new_top, total * shrink + jnp.sum(weight, 1), acc
 
   none = jnp.zeros((tile.query,), jnp.float32)
-  start = (none + _UNSEEN, none, jnp.zeros(q.shape, jnp.float32))
+  start = (none + NO_PART, none, jnp.zeros(q.shape, jnp.float32))
   top, total, acc = jax.lax.fori_loop(range_ref[0], range_ref[1], step, start)
   seen = total > 0
   total = jnp.where(seen, total, 1.0)
   out_ref[...] = (acc / total[:, None]).astype(out_ref.dtype)
-  lse_ref[...] = jnp.where(seen, (top + jnp.log2(total)) / _LOG2_E, _UNSEEN)
+  lse_ref[...] = jnp.where(seen, (top + jnp.log2(total)) / _LOG2_E, NO_PART)
 
 
 def _dq_kernel(tile, causal, scale, *refs):

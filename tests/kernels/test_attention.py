@@ -314,3 +314,11 @@ def test_causal_needs_as_many_keys_as_queries():
   ids = jnp.ones((1, 6), jnp.int32)
   with pytest.raises(ValueError, match="got 6 keys for 4 queries"):
     attention(*map(jnp.asarray, (q, k, v)), ids[:, :4], ids, causal=True)
+
+
+@pytest.mark.parametrize("queries, keys", [(0, 4), (4, 0)])
+def test_nothing_to_attend_with(queries, keys):
+  q, k, v, _ = _draw(0, 1, queries, keys, 2, 2)
+  ids = jnp.ones((1, 4), jnp.int32)
+  with pytest.raises(ValueError, match=f"got {queries} queries and {keys}"):
+    attention(*map(jnp.asarray, (q, k, v)), ids[:, :queries], ids[:, :keys])

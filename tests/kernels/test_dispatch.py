@@ -32,6 +32,17 @@ def test_platform_of_the_mesh_that_is_set(name):
     assert module.platform() == name
 
 
+@pytest.mark.parametrize("name", ["tpu", "gpu", "cpu"])
+def test_platform_of_a_default_device_by_name(name):
+  with jax.default_device(name):
+    assert module.platform() == name
+
+
+def test_the_tpu_kernels_are_not_causal():
+  with pytest.raises(ValueError, match=r"kernels\.splash"):
+    module.backend("tpu", causal=True)
+
+
 def test_platform_of_the_mesh_that_is_given():
   mesh = Mesh(np.array(jax.devices()), ("data",))
   assert module.platform(kernels.Sharding(mesh)) == "cpu"

@@ -1,6 +1,7 @@
 """Causal attention of the TPU path, in interpret mode, against float64."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,12 @@ ATOL = 2e-5
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
-def _ours(q, k, v, segment, d_out, interpret=True):
+def _ours(q, k, v, query_segment, key_segment, d_out, interpret=True):
   call = functools.partial(
-    splash.attention, segment=segment, interpret=interpret
+    splash.attention,
+    query_segment=query_segment,
+    key_segment=key_segment,
+    interpret=interpret,
   )
   out, pull = jax.vjp(call, q, k, v)
   return out, *pull(d_out)
@@ -35,14 +39,44 @@ def test_float64(length, heads):
   segment = np.concatenate(
     [_segments(60, 50, total=length), _segments(length - 9, total=length)]
   )
-  got = _ours(*map(jnp.asarray, (q, k, v, segment, d_out)))
-  expected = dense(q, k, v, segment, segment, True, d_out)
+  key_segment = segment.copy()
+  key_segment[1, :20] = 0  # the first queries of this row see nothing
+  got = _ours(*map(jnp.asarray, (q, k, v, segment, key_segment, d_out)))
+  expected = dense(q, k, v, segment, key_segment, True, d_out)
   for name, x, reference in zip(("out", "dq", "dk", "dv"), got, expected):
     np.testing.assert_allclose(x, reference, atol=ATOL, rtol=0, err_msg=name)
   blind = segment == 0
   assert blind.any()
   for x in got:
     assert not np.asarray(x)[blind].any()
+  assert not np.asarray(got[0])[1, :20].any()
+
+
+@pytest.mark.parametrize(
+  "dtype, precision", [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")]
+)
+def test_precision_of_every_product(dtype, precision):
+  """Whatever is set around it, and in the backward pass too."""
+  x = jnp.zeros((1, 128, 2, 128), dtype)
+  ids = jnp.ones((1, 128), jnp.int32)
+  with jax.default_matmul_precision(
+    "highest" if dtype == "bfloat16" else "bfloat16"
+  ):
+    traced = jax.make_jaxpr(
+      jax.grad(
+        lambda *qkv: splash.attention(*qkv, ids, ids).sum(), argnums=(0, 1, 2)
+      )
+    )(x, x, x)
+  found = re.findall(r"precision=(?:\(Precision\.)?(\w+)", str(traced))
+  assert len(found) >= 8
+  assert set(found) == {precision}
+
+
+def test_dtypes_that_are_refused():
+  x = jnp.zeros((1, 8, 2, 8), jnp.float16)
+  ids = jnp.ones((1, 8), jnp.int32)
+  with pytest.raises(ValueError, match="not float16, float16, float16"):
+    splash.attention(x, x, x, ids, ids)
 
 
 @pytest.mark.parametrize(
@@ -51,4 +85,4 @@ def test_float64(length, heads):
 )
 def test_block(length, block):
   """Pads little; of the blocks that pad least the largest."""
-  assert splash._block(length) == block
+  assert splash._block(length, 1024) == block

@@ -5,8 +5,9 @@ import math
 import jax
 import jax.numpy as jnp
 
+from hourjax.kernels.common import LANES
+
 NEVER = -1e30  # finite, so that exp2(NEVER - NEVER) stays a number
-UNSEEN = 1e30  # log-sum-exp of a query that sees no key: its weights are 0
 LOG2E = math.log2(math.e)
 
 
@@ -21,18 +22,22 @@ def dot_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _dot(a, b, axis):
-  exact = a.dtype == jnp.float32
+  # Said outright: the compiler refuses bfloat16 under a global "highest".
+  choice = jax.lax.Precision
+  precision = choice.HIGHEST if a.dtype == jnp.float32 else choice.DEFAULT
   return jax.lax.dot_general(
     a,
     b,
     (((1,), (axis,)), ((), ())),
-    precision=jax.lax.Precision.HIGHEST if exact else None,
+    precision=precision,
     preferred_element_type=jnp.float32,
   )
 
 
 def mask(key_segment: jax.Array, query_segment: jax.Array) -> jax.Array:
   """int32 [1, keys] and [1, rows] to bool [keys, rows]: the same segment?"""
-  square = jnp.broadcast_to(key_segment, (128, key_segment.shape[1]))
+  # Ids lie along lanes and are wanted down a column: a whole register's width
+  # of them is what the transpose unit takes.
+  square = jnp.broadcast_to(key_segment, (LANES, key_segment.shape[1]))
   column = square.T[:, :1]
   return (column == query_segment) & (column > 0)

@@ -2,7 +2,7 @@
 
 Visits go key tile by key tile: dk and dv gather in VMEM while a key tile
 stays, and are written once. Queries are few beside the keys, so dq of all
-queries of a KV group stays in VMEM for the whole sweep (39 MiB for 9,728
+queries of a KV group stays in VMEM for the whole sweep (38 MiB for 9,728
 queries of 8 heads) and nothing partial goes to HBM. Where it does not fit, the
 queries are split and the keys swept once for each part.
 
@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from hourjax.kernels.common import NO_KEYS
 from hourjax.kernels.tpu import folding, visits
 from hourjax.kernels.tpu.arithmetic import (
   LOG2E,
-  UNSEEN,
   dot,
   dot_transposed,
   mask,
@@ -123,7 +123,7 @@ def backward(
     *grid.scalars(),
     folded,
     folding.fold(d_out.astype(q.dtype), shape),
-    folding.fold_numbers(lse * LOG2E, shape, fill=UNSEEN),
+    folding.fold_numbers(lse * LOG2E, shape, fill=NO_KEYS),
     folding.fold_numbers(delta, shape, fill=0.0),
     flat,
     folding.flat_keys(v, shape),
@@ -204,9 +204,9 @@ def _kernel(
 
   @pl.when(visits.has(code, visits.WHOLE))
   def _():
-    # Rows of other segments are masked by row: exp2(score - 1e30) is 0.
+    # Rows of other segments are masked by row: exp2(score - NO_KEYS) is 0.
     mine = query_segment[0, 0] == key_only[chunk]
-    lse = jnp.where(mine, lse_ref[0, 0, 0], UNSEEN)
+    lse = jnp.where(mine, lse_ref[0, 0, 0], NO_KEYS)
     ahead = products(*shape.units[0])
     for number, (key, at) in enumerate(shape.units):
       now = ahead

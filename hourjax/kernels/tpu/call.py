@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from hourjax.kernels.common import NO_KEYS
 from hourjax.kernels.tpu import backward as sweep
 from hourjax.kernels.tpu import folding, visits
 from hourjax.kernels.tpu import forward as attend
@@ -85,7 +86,7 @@ def backward(
     for x, fill in (
       (q, 0),
       (query_segment, 0),
-      (lse, 1e30),
+      (lse, NO_KEYS),
       (delta, 0),
       (d_out, 0),
     )
@@ -115,12 +116,7 @@ def check(
       tiles that VMEM does not hold, more tiles than a visit can name, and
       more visits of one row than scalar memory holds.
   """
-  dtypes = {x.dtype for x in (q, k, v)}
-  if len(dtypes) > 1 or q.dtype not in _DTYPES:
-    raise ValueError(
-      "attention on TPU takes q, k and v all bfloat16 or all float32, not"
-      f" {', '.join(str(x.dtype) for x in (q, k, v))}; cast them"
-    )
+  check_dtypes(q, k, v)
   if vmem > chip.vmem:
     raise ValueError(
       f"attention needs {vmem / MIB:.0f} MiB of VMEM for tiles of"
@@ -142,6 +138,15 @@ def check(
       f"a row of {shape.query_tiles} x {shape.key_tiles} tiles needs"
       f" {row_scalars(shape)} bytes of scalar memory for its visits, more than"
       f" {SMEM}; shard the memory over more devices"
+    )
+
+
+def check_dtypes(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+  """Raises ValueError unless all are bfloat16 or all float32."""
+  if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in _DTYPES:
+    raise ValueError(
+      "attention on TPU takes q, k and v all bfloat16 or all float32, not"
+      f" {', '.join(str(x.dtype) for x in (q, k, v))}; cast them"
     )
 
 

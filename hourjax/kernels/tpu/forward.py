@@ -10,7 +10,8 @@ FlashAttention (arXiv 2205.14135) rescales its sums whenever the maximum of a
 row grows. Here a row's reference is the maximum over the first keys that it
 sees, and stays: float32 and bfloat16 hold weights up to 2 ** 127 as exactly as
 those up to 1. Only if a sum passes `LARGEST` (scores more than 69 above the
-reference) is the call repeated with the running maximum.
+reference), or is not a number, the whole call is repeated with the running
+maximum: at worst it costs three times as much, and is never wrong.
 """
 
 import functools

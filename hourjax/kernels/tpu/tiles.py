@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from hourjax.kernels.common import LANES
+
 MIB = 1 << 20
-LANES = 128
 SMEM = 512 << 10  # bytes of scalar memory for the list of visits; 1 MiB exists
 
 
