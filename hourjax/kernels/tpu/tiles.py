@@ -46,6 +46,8 @@ _LARGE = Tiles(2048, 2048, 512, 512)
 _SWEEP = Tiles(1024, 1024, 512, 512)
 _LARGE_SWEEP = Tiles(2048, 1024, 256, 512)
 
+_EXACT = Tiles(512, 256, 256, 256)
+
 # By `pltpu.get_tpu_info().chip_version`. VMEM: 16, 128, 64, 128 and 64 MiB
 # exist; the compiler wants a part of it for itself.
 CHIPS = {
@@ -74,13 +76,9 @@ def this_chip(dtype: jax.typing.DTypeLike) -> Chip:
     )
   chip = CHIPS[name]
   if dtype == jnp.float32:
-    # An exact product is six: a whole tile of them would be a program that
-    # takes the compiler a minute.
-    forward, backward = (
-      tiles._replace(keys=tiles.chunk)
-      for tiles in (chip.forward, chip.backward)
-    )
-    return chip._replace(forward=forward, backward=backward)
+    # An exact product is six: larger tiles of them would be programs that take
+    # the compiler minutes.
+    return chip._replace(forward=_EXACT, backward=_EXACT)
   return chip
 
 

@@ -72,11 +72,12 @@ def test_a_chip_without_a_line_is_refused(monkeypatch):
   assert tiles.this_chip(jnp.bfloat16) == CHIPS["v6e"]
 
 
-def test_tiles_of_float32_hold_one_chunk(monkeypatch):
+def test_tiles_of_float32_are_smaller(monkeypatch):
   class Info:
     chip_version = "v6e"
 
   monkeypatch.setattr(tiles.pltpu, "get_tpu_info", Info)
-  chip = tiles.this_chip(jnp.float32)
-  assert chip.forward.keys == chip.forward.chunk
-  assert chip.backward.keys == chip.backward.chunk
+  exact, narrow = (tiles.this_chip(x) for x in (jnp.float32, jnp.bfloat16))
+  for kernel in ("forward", "backward"):
+    small, large = getattr(exact, kernel), getattr(narrow, kernel)
+    assert small.rows * small.keys < large.rows * large.keys
