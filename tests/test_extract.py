@@ -112,6 +112,7 @@ def _stamps(out):
   return {path: path.stat().st_mtime_ns for path in out.rglob("*.npy")}
 
 
+@pytest.mark.slow
 def test_kill_and_resume(many):
   """One decoding thread: what the kill costs is the video in hand."""
   folder, out = many

@@ -20,5 +20,6 @@ def test_a_child_of_a_large_process_counts_its_own_memory():
     [sys.executable, "-c", _CHILD], capture_output=True, text=True, check=True
   )
   before, peak = map(float, done.stdout.split())
-  assert before < 200 <= peak - before < 260
+  # Not peak - before >= 200: what was freed after the first peak is used again.
+  assert before < 200 <= peak < before + 260
   assert large[0] == 1

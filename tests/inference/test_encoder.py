@@ -55,6 +55,7 @@ def test_fingerprints(params):
   assert Encoder(changed, towers.MODEL, batch_frames=1).fingerprint == one
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_features_of_one(params, tmp_path):
   """Batches of 8 frames, one a device; 5 asked for are rounded up."""
   np.save(tmp_path / "pixels.npy", _pixels(8))

@@ -106,6 +106,7 @@ def _files(workdir):
   }
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_losses_of_a_whole_one(
   experiment, whole, tmp_path, monkeypatch
 ):

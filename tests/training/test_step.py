@@ -164,6 +164,7 @@ def test_chunks_change_neither_loss_nor_gradient(params, monkeypatch):
   np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_micro_batches_with_different_label_counts_equal_one_batch(
   params, all_trained, pair
 ):
@@ -215,6 +216,7 @@ def test_same_inputs_same_bits(all_trained, pair):
   jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
+@pytest.mark.slow
 def test_pixels_train_the_tower(params):
   state, step = _start(params)
   batch = _batch([_sample("frames", 3, 1)], (1, 1))
