@@ -36,7 +36,7 @@ and a schedule read so is optimistic by some 10 to 25 %.
 
 Splash is jax's splash attention at the same shape, read the same way, its
 backward not fused (fused it reaches 100, 100, 45 and 48 % and holds 9.5 GiB of
-partial dq). 7B (7 heads a group) on v6e: 58 and 56 %. Temporaries in HBM are 0.3
-GiB, for 7B 0.6 GiB: operands turned into tiles; XLA's own attention asks for
-139 GiB.
+partial dq). 7B (7 heads a group) on v6e: 58 and 56 %. Temporaries in HBM are
+0.3 GiB, for 7B 0.6 GiB: operands turned into tiles; XLA's own attention asks
+for 139 GiB.
 """
