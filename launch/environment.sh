@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the launch scripts: makes .venv and installs what is missing.
 #
 #   environment [requirements file ...]
@@ -7,7 +8,7 @@
 # .venv tells whether there is anything to do.
 
 environment() {
-  local files=(requirements.txt "$@") stamp wanted python
+  local files=(requirements.txt "$@") options=() file stamp wanted python
   python=$(find_python) || return 1
   wanted=$(cat "${files[@]}" | cksum)
   stamp=".venv/.installed-$(echo "${files[@]}" | tr ' /' '__')"
@@ -17,8 +18,9 @@ environment() {
   fi
   if [[ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]]; then
     echo "installing ${files[*]} (a few minutes, once)"
+    for file in "${files[@]}"; do options+=(-r "$file"); done
     .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-      $(printf -- '-r %s ' "${files[@]}")
+      "${options[@]}"
     echo "$wanted" >"$stamp"
   fi
   export PATH="$PWD/.venv/bin:$PATH"

@@ -9,6 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
+# shellcheck disable=SC2119  # no files beside requirements.txt
 environment
 
 work=${WORK:-work}
