@@ -1,0 +1,156 @@
+"""The processes of a run: how they find each other, agree, and leave.
+
+On TPU VMs one process runs on each host and finds the others without any
+setting. Elsewhere (CPUs, several processes on one machine) the environment
+says who is who, e.g. for the first of two:
+
+    HOURJAX_COORDINATOR=localhost:9876 HOURJAX_PROCESSES=2 HOURJAX_PROCESS=0
+"""
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from hourjax.errors import UserError
+
+_KEYS = ("HOURJAX_COORDINATOR", "HOURJAX_PROCESSES", "HOURJAX_PROCESS")
+_MESSAGE_BYTES = 4096
+# Seconds after which the others notice that a process is gone.
+_SILENCE = 60
+
+
+def start_hosts() -> None:
+  """Joins the other processes; must come before jax touches a device.
+
+  Does nothing on a machine without TPU that the environment says nothing of.
+
+  Raises:
+    UserError: the environment is incomplete, or the others did not come.
+  """
+  settings = settings_of(os.environ)
+  if settings is None:
+    return
+  try:
+    jax.distributed.initialize(heartbeat_timeout_seconds=_SILENCE, **settings)
+  except (RuntimeError, ValueError) as error:
+    raise UserError(
+      f"the processes of this run did not find each other: {error}; start one"
+      " on every host within five minutes"
+    ) from None
+
+
+def settings_of(environ: Mapping[str, str]) -> dict[str, Any] | None:
+  """Arguments of `jax.distributed.initialize`; None if it is not to be called.
+
+  Empty on TPU VMs, where jax asks the metadata server for them. Importing jax
+  has set TPU_SKIP_MDS_QUERY on a machine without TPU chips.
+
+  Raises:
+    UserError: HOURJAX_... variables that are incomplete or no numbers.
+  """
+  given = {key: environ[key] for key in _KEYS if environ.get(key)}
+  if given:
+    if len(given) < len(_KEYS):
+      raise UserError(
+        f"{', '.join(given)} is set, but not"
+        f" {', '.join(key for key in _KEYS if key not in given)}; set all three"
+        " or none"
+      )
+    address, processes, process = given.values()
+    if not (processes.isdecimal() and process.isdecimal()) or int(
+      process
+    ) >= int(processes):
+      raise UserError(
+        f"HOURJAX_PROCESS={process} of HOURJAX_PROCESSES={processes}: must be"
+        " numbers, the first from 0 to one less than the second"
+      )
+    if not address.rpartition(":")[2].isdecimal():
+      raise UserError(f"HOURJAX_COORDINATOR={address} must be host:port")
+    return {
+      "coordinator_address": address,
+      "num_processes": int(processes),
+      "process_id": int(process),
+    }
+  platforms = environ.get("JAX_PLATFORMS")
+  if platforms and "tpu" not in platforms.split(","):
+    return None
+  managed = environ.get("TPU_PROCESS_ADDRESSES", "") or environ.get(
+    "TPU_WORKER_HOSTNAMES", ""
+  )
+  return {} if managed or not environ.get("TPU_SKIP_MDS_QUERY") else None
+
+
+def is_primary() -> bool:
+  """Whether this process writes what only one may write."""
+  return jax.process_index() == 0
+
+
+def agree(message: str) -> dict[int, str]:
+  """What processes have to say, by process; those with "" are left out.
+
+  All processes must call it, in the same order as their other collectives.
+  Longer messages are cut at 4096 bytes.
+  """
+  if jax.process_count() == 1:
+    return {0: message} if message else {}
+  mine = np.zeros(_MESSAGE_BYTES, np.uint8)
+  data = np.frombuffer(message.encode()[:_MESSAGE_BYTES], np.uint8)
+  mine[: len(data)] = data
+  every = np.asarray(multihost_utils.process_allgather(mine))
+  told = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in every]
+  return {i: text for i, text in enumerate(told) if text}
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """A block without collectives that fails on all processes or on none.
+
+  So no process waits in a collective for one that has left.
+
+  Raises:
+    UserError: it failed on another process; with its message.
+  """
+  failure = None
+  try:
+    yield
+  except Exception as error:
+    failure = error
+  message = f"{failure or type(failure).__name__}" if failure else ""
+  told = agree(message)
+  if failure is not None:
+    raise failure
+  if told:
+    process, text = min(told.items())
+    raise UserError(f"process {process} of {jax.process_count()}: {text}")
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+  """Ends the process at once on an error while others may be waiting for it.
+
+  An ordinary exit would wait for them, and they, in a collective, for us;
+  once we are gone jax ends them, within a minute or so. UserErrors pass: by
+  `together` they reach all processes.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception:
+    if jax.process_count() == 1:
+      raise
+    traceback.print_exc()
+    print(
+      f"error: process {jax.process_index()} of {jax.process_count()} leaves;"
+      " the others will be ended by jax",
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(1)

@@ -1,0 +1,225 @@
+"""One checkpoint on disk: what it says of itself, and its arrays, verified.
+
+    checkpoints/120/about   JSON: step, position, plan, configuration, versions
+                            and, of every array, shape, dtype and checksum
+    checkpoints/120/state   the arrays, as Orbax writes them
+
+A folder appears under its number only when it is complete, and by what it
+says of itself it can be told from one that was damaged later. Every process
+reads for itself: nothing here waits for another one.
+"""
+
+import contextlib
+import gc
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+from hourjax.training.checksums import checksums, named_arrays
+
+_LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "hourjax")
+# Seconds in which reads beside the one that failed come to their end.
+_REST = 0.2
+
+
+class Damaged(Exception):
+  """A checkpoint that is not what was written; says how."""
+
+
+def folder_of(workdir: str | os.PathLike) -> epath.Path:
+  """Where the checkpoints of a run are; `workdir` may be a URL."""
+  text = os.fspath(workdir)
+  if "://" not in text:
+    text = os.path.abspath(text)  # Orbax refuses relative ones
+  return epath.Path(text) / "checkpoints"
+
+
+def saved_steps(folder: epath.Path) -> list[int]:
+  """Steps of the finished checkpoints, oldest first; sound or not."""
+  if not folder.exists():
+    return []
+  found = [path for path in folder.iterdir() if path.name.isdecimal()]
+  if "://" in os.fspath(folder):
+    # No folder is renamed in a bucket; this file is written last.
+    found = [p for p in found if (p / "commit_success.txt").exists()]
+  return sorted(int(path.name) for path in found if path.is_dir())
+
+
+def describe(
+  tree: Any, *, step: int, position: int, plan: str, config: dict[str, Any]
+) -> dict[str, Any]:
+  """What a checkpoint says of itself.
+
+  Args:
+    tree: of the arrays to be saved.
+    step: number of steps taken.
+    position: in the data, of the next step's first row.
+    plan: fingerprint of the plan that the position is in.
+    config: the run's configuration as plain data.
+  """
+  sums = checksums(tree)
+  about = {
+    "step": step,
+    "position": position,
+    "plan": plan,
+    "config": config,
+    "versions": {name: _version(name) for name in _LIBRARIES},
+    "arrays": {
+      path: [list(x.shape), str(x.dtype), sums[path]]
+      for path, x in named_arrays(tree).items()
+    },
+  }
+  # As it will be read: JSON turns tuples into lists.
+  about = json.loads(json.dumps(about))
+  return {**about, "crc": _crc(about)}
+
+
+def read_about(folder: epath.Path, step: int) -> dict[str, Any]:
+  """What `describe` gave.
+
+  Raises:
+    Damaged: missing or changed.
+  """
+  path = folder / str(step) / "about" / "metadata"
+  try:
+    about = json.loads(path.read_text())
+    crc = about.pop("crc")
+  except FileNotFoundError:
+    raise Damaged("about/metadata is missing") from None
+  except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    raise Damaged(f"about/metadata cannot be read ({error!r})") from None
+  if crc != _crc(about):
+    raise Damaged("about/metadata was changed after it was written")
+  return about
+
+
+def read_arrays(folder: epath.Path, step: int, like: Any) -> Any:
+  """The arrays that `like` asks for, not verified yet.
+
+  Args:
+    folder: of the checkpoints.
+    step: of the one to read.
+    like: a tree of ShapeDtypeStructs with shardings; of a mapping at the top,
+      entries may be left out.
+
+  Raises:
+    Damaged: they cannot be read.
+  """
+  handler = ocp.PyTreeCheckpointHandler()
+  restore_args = jax.tree.map(
+    lambda x: ocp.ArrayRestoreArgs(
+      sharding=x.sharding, global_shape=x.shape, dtype=x.dtype
+    ),
+    like,
+  )
+  arguments = ocp.args.PyTreeRestore(
+    like, restore_args=restore_args, partial_restore=True
+  )
+  with _quiet():
+    try:
+      tree = handler.restore(folder / str(step) / "state", args=arguments)
+      return jax.block_until_ready(tree)
+    # Whatever a broken file makes of the readers: their errors have many types.
+    except Exception as error:
+      reason = f"state cannot be read: {_short(error)}"
+      del error
+      time.sleep(_REST)
+    finally:
+      handler.close()
+  raise Damaged(reason)
+
+
+def verify(tree: Any, about: Mapping[str, Any]) -> None:
+  """Compares arrays with what their checkpoint says of them.
+
+  All processes compute the sums together and come to the same result.
+
+  Raises:
+    Damaged: naming the arrays that differ.
+  """
+  wrong = [
+    path
+    for path, value in checksums(tree).items()
+    if about["arrays"][path][2] != value
+  ]
+  if wrong:
+    shown = ", ".join(wrong[:5]) + (", ..." if len(wrong) > 5 else "")
+    raise Damaged(
+      f"{len(wrong)} arrays are not those that were written: {shown}"
+    )
+
+
+def misfits(tree: Any, about: Mapping[str, Any]) -> list[str]:
+  """What differs between a state's arrays and those of a checkpoint."""
+  wanted = {
+    path: [list(x.shape), str(x.dtype)]
+    for path, x in named_arrays(tree).items()
+  }
+  saved = {path: value[:2] for path, value in about["arrays"].items()}
+  return [
+    f"{path}: saved {_kind(saved.get(path))}, here {_kind(wanted.get(path))}"
+    for path in sorted({**saved, **wanted})
+    if saved.get(path) != wanted.get(path)
+  ]
+
+
+def abstract_params(
+  about: Mapping[str, Any], sharding: jax.sharding.Sharding
+) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+  """{"trained": parameters by path, "frozen": ...} of a checkpoint."""
+  result: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+  for name, (shape, dtype, _) in about["arrays"].items():
+    part, _, path = name.partition("/")
+    if part in ("trained", "frozen"):
+      result.setdefault(part, {})[path] = jax.ShapeDtypeStruct(
+        shape, jnp.dtype(dtype), sharding=sharding
+      )
+  return result
+
+
+def _kind(value):
+  return f"{value[1]} {value[0]}" if value else "nothing"
+
+
+def _crc(about: Mapping[str, Any]) -> int:
+  return zlib.crc32(json.dumps(about, sort_keys=True).encode())
+
+
+def _version(name: str) -> str:
+  try:
+    return metadata.version(name)
+  except metadata.PackageNotFoundError:
+    return "not installed"
+
+
+def _short(error: BaseException) -> str:
+  """The first part of a reader's message; the rest is its whole setup."""
+  text = " ".join(f"{type(error).__name__}: {error}".split())
+  return text if len(text) < 300 else f"{text[:300]} ..."
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps pages about abandoned reads off the screen when one has failed."""
+  logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+  disabled, logger.disabled = logger.disabled, True
+  sys.unraisablehook = lambda _: None
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", RuntimeWarning)  # never awaited
+      yield
+      gc.collect()
+  finally:
+    logger.disabled, sys.unraisablehook = disabled, hook
