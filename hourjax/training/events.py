@@ -1,0 +1,75 @@
+"""TensorBoard event files, without TensorFlow.
+
+tensorboardX has the messages and the checksum. Its writer is not used: it
+hands events to a thread through a bounded queue, so that a full disk, which
+ends the thread, would stop training without a word.
+"""
+
+import json
+import os
+import pathlib
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
+from tensorboardX.summary import text
+
+
+class Events:
+  """Writes scalars of one start of a run into a file of its own.
+
+  The file says from which step on the files before it no longer count, so a
+  run that goes on from a checkpoint shows one curve.
+  """
+
+  def __init__(
+    self,
+    folder: str | os.PathLike,
+    *,
+    start: int,
+    config: Mapping[str, Any],
+  ):
+    """Creates the file.
+
+    Args:
+      folder: of all starts of the run.
+      start: step that the run goes on from, 0 for a new one.
+      config: shown as text.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Read in the order of their names. Nanoseconds: a run may start twice
+    # within a second.
+    now = time.time_ns()
+    name = f"events.out.tfevents.{now // 10**9:010}.{now % 10**9:09}"
+    path = folder / f"{name}.{socket.gethostname()}"
+    self._file = open(path, "xb")  # noqa: SIM115 (see close)
+    self._add(file_version="brain.Event:2")
+    begins = SessionLog(status=SessionLog.START)
+    self._add(step=start + 1, session_log=begins)
+    shown = json.dumps(config, indent=2, default=str)
+    self._add(step=start, summary=text("config", f"```json\n{shown}\n```"))
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """One point for each tag; TensorBoard groups them by what precedes "/"."""
+    points = (Summary.Value(tag=t, simple_value=v) for t, v in values.items())
+    self._add(step=step, summary=Summary(value=points))
+
+  def close(self) -> None:
+    self._file.close()
+
+  def _add(self, **fields) -> None:
+    event = Event(wall_time=time.time(), **fields).SerializeToString()
+    length = struct.pack("<Q", len(event))
+    record = (length, _checksum(length), event, _checksum(event))
+    self._file.write(b"".join(record))
+    self._file.flush()
+
+
+def _checksum(data: bytes) -> bytes:
+  return struct.pack("<I", masked_crc32c(data))

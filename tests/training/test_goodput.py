@@ -1,0 +1,113 @@
+"""Goodput against sums done by hand, on a clock that is set."""
+
+import pytest
+
+from hourjax.training.goodput import Goodput, wall_clock
+
+
+class Clock:
+  def __init__(self, now=1000.0):
+    self.now = now
+
+  def __call__(self):
+    return self.now
+
+
+@pytest.fixture
+def clock():
+  return Clock()
+
+
+def _steps(goodput, clock, steps, seconds=10.0):
+  for step in steps:
+    goodput.step_begins(step)
+    clock.now += seconds
+
+
+def test_one_start(tmp_path, clock):
+  goodput = Goodput(tmp_path, start=0, clock=clock)
+  clock.now += 5  # opening data: no step yet
+  goodput.step_begins(1)
+  clock.now += 30  # 20 of them compile
+  goodput.lost(20, "compile")
+  assert goodput.share() == pytest.approx(10 / 35)
+  _steps(goodput, clock, [2, 3])
+  goodput.lost(4, "save")
+  assert goodput.share() == pytest.approx((10 + 10 + 6) / 55)
+  assert goodput.lost_seconds == {"compile": 20, "save": 4}
+  goodput.close()
+
+
+def test_a_crash_between(tmp_path, clock):
+  goodput = Goodput(tmp_path, start=0, clock=clock)
+  _steps(goodput, clock, [1, 2, 3, 4])
+  # Killed in step 4, which has no line yet; 2 was saved; down for 60 s.
+  clock.now += 60
+  began = clock.now
+  clock.now += 7
+  goodput = Goodput(tmp_path, start=2, began=began, clock=clock)
+  assert goodput.share() == pytest.approx(20 / 107)
+  assert goodput.lost_seconds == {"recomputed": 10, "down": 70}
+  goodput.lost(7, "restore")
+  _steps(goodput, clock, [3, 4])
+  goodput.close()
+  assert goodput.share() == pytest.approx(40 / 127)
+  lost = sum(goodput.lost_seconds.values())
+  assert 40 + lost == 127  # every second is somewhere
+
+
+def test_starts_that_come_to_nothing(tmp_path, clock):
+  goodput = Goodput(tmp_path, start=0, clock=clock)
+  _steps(goodput, clock, [1, 2, 3])
+  goodput.close()
+  for _ in range(3):
+    clock.now += 100
+    Goodput(tmp_path, start=3, clock=clock)
+  goodput = Goodput(tmp_path, start=3, clock=clock)
+  assert goodput.lost_seconds == {"down": 300}
+  assert goodput.share() == pytest.approx(30 / 330)
+
+
+def test_an_older_checkpoint_than_the_last_time(tmp_path, clock):
+  goodput = Goodput(tmp_path, start=0, clock=clock)
+  _steps(goodput, clock, [1, 2, 3, 4])
+  goodput.close()
+  goodput = Goodput(tmp_path, start=3, clock=clock)
+  _steps(goodput, clock, [4])
+  goodput.close()
+  assert goodput.share() == pytest.approx(40 / 50)
+  goodput = Goodput(tmp_path, start=1, clock=clock)
+  assert goodput.share() == pytest.approx(10 / 50)
+  assert goodput.lost_seconds == {"recomputed": 10 + 30}
+  goodput = Goodput(tmp_path, start=0, clock=clock)
+  assert goodput.share() == 0
+
+
+def test_a_saved_step_keeps_its_time_if_killed_at_once(tmp_path, clock):
+  goodput = Goodput(tmp_path, start=0, clock=clock)
+  _steps(goodput, clock, [1])
+  clock.now += 2
+  goodput.lost(2, "save")
+  goodput = Goodput(tmp_path, start=1, clock=clock)
+  assert goodput.share() == pytest.approx(10 / 12)
+
+
+def test_a_damaged_file_begins_anew(tmp_path, clock):
+  (tmp_path / "goodput.jsonl").write_text('{"began": 1\n{"step": 9')
+  goodput = Goodput(tmp_path, start=9, clock=clock)
+  _steps(goodput, clock, [10])
+  assert goodput.share() == 1
+
+
+def test_time_lost_is_never_more_than_there_was(tmp_path, clock):
+  goodput = Goodput(tmp_path, start=0, clock=clock)
+  _steps(goodput, clock, [1])
+  goodput.lost(50, "save")
+  assert goodput.share() == 0
+  goodput.close()
+
+
+def test_the_wall_clock_is_one():
+  import time
+
+  assert abs(wall_clock() - time.time()) < 60

@@ -1,0 +1,80 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from hourjax.errors import UserError
+from hourjax.training.profiling import Profiler, parse_steps
+
+
+@pytest.mark.parametrize(
+  "text", ["5", "5:5", "6:5", "0:3", "-1:3", "a:b", "1:"]
+)
+def test_not_a_range(text):
+  with pytest.raises(UserError) as error:
+    parse_steps(text)
+  assert f"config.watch.profile_steps is {text!r}; write a:b" in str(
+    error.value
+  )
+
+
+def test_a_range():
+  assert list(parse_steps("10:13")) == [10, 11, 12]
+  assert not parse_steps("")
+
+
+def _run(profiler, steps):
+  double = jax.jit(lambda x: x @ x)
+  x = jnp.ones((64, 64))
+  took = {}
+  for step in steps:
+    took[step] = profiler.step_begins(step)
+    x = double(x)
+  return took
+
+
+def _traces(workdir):
+  return list((workdir / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_trace_of_three_steps(tmp_path, capsys):
+  profiler = Profiler(tmp_path, range(2, 5))
+  took = _run(profiler, range(1, 5))
+  assert not _traces(tmp_path)
+  took |= _run(profiler, range(5, 8))
+  assert [step for step, seconds in took.items() if seconds] == [2, 5]
+  profiler.close()
+  # Where TensorBoard looks for traces.
+  (trace,) = _traces(tmp_path)
+  assert trace.parents[1] == tmp_path / "profile" / "plugins" / "profile"
+  content = trace.read_bytes()
+  assert b"/host:CPU" in content and b"step_num" in content
+  found = jax.profiler.ProfileData.from_serialized_xspace(content)
+  steps = [
+    dict(event.stats)["step_num"]
+    for plane in found.planes
+    for line in plane.lines
+    for event in line.events
+    if event.name == "train"
+  ]
+  assert steps == [2, 3, 4]
+  assert f"wrote a trace into {tmp_path / 'profile'}" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_within_the_range(tmp_path):
+  profiler = Profiler(tmp_path, range(2, 100))
+  _run(profiler, range(1, 4))
+  profiler.close()
+  assert len(_traces(tmp_path)) == 1
+  profiler.close()
+
+
+def test_a_trace_of_somebody_else(tmp_path, capsys):
+  jax.profiler.start_trace(tmp_path / "other")
+  try:
+    profiler = Profiler(tmp_path, range(1, 3))
+    _run(profiler, range(1, 5))
+    profiler.close()
+  finally:
+    jax.profiler.stop_trace()
+  assert "no trace of these steps" in capsys.readouterr().err
+  assert not _traces(tmp_path)
