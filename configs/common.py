@@ -8,6 +8,7 @@ from hourjax.data.forgetting import Forgetting
 from hourjax.data.pipeline import ReadOptions
 from hourjax.data.rows import Size
 from hourjax.models.config import ModelConfig
+from hourjax.parallel.mesh import MeshConfig
 from hourjax.training.experiment import DataConfig, Experiment
 from hourjax.training.optimizer import OptimizerConfig
 
@@ -48,6 +49,7 @@ def experiment(model: ModelConfig, rows: Size, **overrides) -> ConfigDict:
     rows=rows,
     optimizer=OptimizerConfig(),
     read=ReadOptions(),
+    mesh=MeshConfig(),
   )
   config = ConfigDict(dataclasses.asdict(base))
   config.update(overrides)

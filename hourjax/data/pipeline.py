@@ -6,7 +6,7 @@ memory.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -65,13 +65,13 @@ def batches(
   *,
   rows: int,
   start: int = 0,
-  host: tuple[int, int] = (0, 1),
+  mine: Sequence[int] | None = None,
   options: ReadOptions = ReadOptions(),
 ) -> Iterator[Delivered]:
   """Endless batches from a position of the plan on.
 
-  The global batch is the same for any number of hosts; host i of n fills the
-  i-th n-th of its rows, of which it reads only its own.
+  The global batch is the same for any number of hosts; each fills, and reads
+  files for, the rows that its devices need.
 
   Args:
     dataset: samples by index.
@@ -79,29 +79,20 @@ def batches(
     spec: of the rows.
     rows: in the global batch.
     start: position of its first row.
-    host: index and number of hosts.
+    mine: numbers of this host's rows in the global batch; all if None.
     options: how far to read ahead.
-
-  Raises:
-    UserError: the rows cannot be split evenly over the hosts.
   """
-  index, count = host
-  if rows % count:
-    raise UserError(
-      f"a batch of {rows} rows cannot be split over {count} hosts; make"
-      " config.batch_rows a multiple"
-    )
-  mine = rows // count
+  mine = range(rows) if mine is None else mine
   firsts = {0: plan.advance(start, 0)}  # of the batch that comes next
   with ThreadPoolExecutor(options.threads) as pool:
 
     def fill(number: int) -> Delivered:
       first = firsts.pop(number)
-      batch = empty_rows(spec, mine)
-      positions = [plan.advance(first, index * mine + i) for i in range(mine)]
+      batch = empty_rows(spec, len(mine))
+      positions = [plan.advance(first, row) for row in mine]
       filled = pool.map(
         lambda i: fill_row(dataset, plan, spec, positions[i], row_of(batch, i)),
-        range(mine),
+        range(len(mine)),
       )
       samples, unread = zip(*filled)
       after = firsts[number + 1] = plan.advance(first, rows)

@@ -8,7 +8,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from hourjax.kernels import reference, sharded, splash, triton
+from hourjax.kernels import exchange, reference, sharded, splash, triton
 from hourjax.kernels.common import SAVED
 from hourjax.kernels.sharded import Sharding
 from hourjax.kernels.tpu import call as tpu
@@ -72,8 +72,9 @@ def platform(sharding: Sharding | None = None) -> str:
   The devices of the given mesh or of the one that is set (they may be of a
   topology, for compiling without a TPU), else the default device.
   """
-  if sharding is not None:
-    return sharding.mesh.devices.flat[0].platform
+  mesh = None if sharding is None else sharding.mesh
+  if isinstance(mesh, jax.sharding.Mesh):
+    return mesh.devices.flat[0].platform
   device = jax.sharding.get_abstract_mesh().abstract_device
   if device is not None:
     return device.platform
@@ -102,14 +103,26 @@ def _with_causal(module, causal):
 
 
 def _attention(q, k, v, query_segment, key_segment, causal, sharding, name):
+  if not causal or sharding is None:
+    return _computed(
+      q, k, v, query_segment, key_segment, causal, sharding, name
+    )
+  # Each device attends whole sequences: no collective is within what has a
+  # gradient of its own, so it may stand inside of shard_map.
+  specs = sharding.specs()
+  local = functools.partial(_computed, causal=True, sharding=None, name=name)
+  call = _shard_map(
+    functools.partial(exchange.causal, local, sharding.sequence),
+    sharding,
+    (*[specs.q] * 3, *[specs.query_segment] * 2),
+    specs.q,
+  )
+  return call(q, k, v, query_segment, key_segment)
+
+
+def _computed(q, k, v, query_segment, key_segment, causal, sharding, name):
   if causal and name == "tpu":
-    call = splash.attention
-    if sharding is not None:
-      specs = sharding.specs()
-      call = _shard_map(
-        call, sharding, (*[specs.q] * 3, *[specs.query_segment] * 2), specs.q
-      )
-    return call(q, k, v, query_segment, key_segment)
+    return splash.attention(q, k, v, query_segment, key_segment)
   return _differentiable(
     q, k, v, query_segment, key_segment, causal, sharding, name
   )
@@ -185,15 +198,20 @@ def _check(q, k, causal, sharding):
     )
   if sharding is None:
     return
+  if sharding.sequence is not None and q.shape[1] != k.shape[1]:
+    raise ValueError(
+      f"a split sequence needs as many keys as queries, got {k.shape[1]} keys"
+      f" for {q.shape[1]} queries; split the memory instead"
+    )
   if causal and sharding.memory is not None:
     raise ValueError(
       "causal attention cannot be split over keys, but the sharding splits"
-      f" them over {sharding.memory!r}; give it one with memory=None"
+      f" them over {sharding.memory!r}; split the sequence instead"
     )
   sharding.check(
     rows=(q.shape[0], sharding.rows),
-    keys=(k.shape[1], sharding.over_memory),
-    queries=(q.shape[1], sharding.over_memory if sharding.queries else ()),
+    keys=(k.shape[1], sharding.over_keys),
+    queries=(q.shape[1], sharding.over_queries),
     **{
       "KV heads": (
         kv_heads,

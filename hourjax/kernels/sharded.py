@@ -6,8 +6,17 @@ the backward every device recomputes its weights from the global lse, dq is
 summed, and dk and dv stay where the keys are. What is sent grows with the
 queries and never with the keys. Keys carry their positions, so they may be
 dealt in any order, and a device may hold none of a segment.
+
+In self-attention over a split sequence the keys travel instead, since there
+are few KV heads: each device has its own queries and gathers all keys. (Causal
+self-attention: `exchange`.)
+
+What is split is taken to be dealt round-robin, as `data.dealing` deals
+queries: joined again it is in the order of the row, where neighbours are of
+one segment. Attention does not depend on the order; what it costs does.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -27,13 +36,16 @@ class Sharding(NamedTuple):
     memory: of the keys, S.
     queries: whether queries are split over `memory` too (else every device
       has all of them).
+    sequence: of the positions of self-attention, queries and keys alike;
+      instead of `memory`.
   """
 
-  mesh: jax.sharding.Mesh
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
   rows: tuple[str, ...] = ()
   heads: str | None = None
   memory: str | None = None
   queries: bool = False
+  sequence: str | None = None
 
   def check(self, **sizes: tuple[int, tuple[str, ...]]) -> None:
     """Raises ValueError for a size that its axes do not divide.
@@ -58,19 +70,27 @@ class Sharding(NamedTuple):
         )
 
   @property
-  def over_memory(self) -> tuple[str, ...]:
+  def over_keys(self) -> tuple[str, ...]:
     """The axis of the keys, if they are split."""
-    return () if self.memory is None else (self.memory,)
+    axis = self.memory or self.sequence
+    return () if axis is None else (axis,)
+
+  @property
+  def over_queries(self) -> tuple[str, ...]:
+    """The axis of the queries, if they are split."""
+    if self.sequence is not None:
+      return (self.sequence,)
+    return self.over_keys if self.queries else ()
 
   def specs(self) -> "Specs":
     """How each kind of array is split."""
     rows, heads = self.rows or None, self.heads
-    queries = self.memory if self.queries else None
+    queries, keys = self.over_queries or None, self.over_keys or None
     return Specs(
       q=P(rows, queries, heads),
-      k=P(rows, self.memory, heads),
+      k=P(rows, keys, heads),
       query_segment=P(rows, queries),
-      key_segment=P(rows, self.memory),
+      key_segment=P(rows, keys),
     )
 
 
@@ -89,6 +109,7 @@ def forward(backend, sharding, q, k, v, query_segment, key_segment):
   `backend` has the functions `forward` and `backward` of `kernels.reference`.
   """
   if sharding is None or sharding.memory is None:
+    k, v, key_segment = (_all_keys(x, sharding) for x in (k, v, key_segment))
     out, lse = backend.forward(
       q, k, v, query_segment, key_segment, out_dtype=q.dtype
     )
@@ -123,6 +144,8 @@ def backward(
     precision=jax.lax.Precision.HIGHEST,
   )
   everyone, mine = _collectives(sharding)
+  dtypes = k.dtype, v.dtype
+  k, v, key_segment = (_all_keys(x, sharding) for x in (k, v, key_segment))
   dq, dk, dv = backend.backward(
     everyone(q),
     k,
@@ -137,7 +160,8 @@ def backward(
   # it does through a select or a barrier.
   seen = (lse != NO_KEYS).astype(jnp.float32)
   dq = mine(dq) * seen[..., None]
-  return dq.astype(q.dtype), dk, dv
+  dk, dv = (_own_keys(x, sharding) for x in (dk, dv))
+  return dq.astype(q.dtype), dk.astype(dtypes[0]), dv.astype(dtypes[1])
 
 
 def _collectives(sharding):
@@ -148,9 +172,39 @@ def _collectives(sharding):
   if not sharding.queries:
     return (lambda x: x), (lambda x: jax.lax.psum(x, axis))
   return (
-    lambda x: jax.lax.all_gather(x, axis, axis=1, tiled=True),
-    lambda x: jax.lax.psum_scatter(x, axis, scatter_dimension=1, tiled=True),
+    functools.partial(_join, axis=axis),
+    functools.partial(_sum_parts, axis=axis),
   )
+
+
+def _all_keys(x, sharding):
+  """Of all positions, from a device's own, where keys travel."""
+  if sharding is None or sharding.sequence is None:
+    return x
+  return _join(x, sharding.sequence)
+
+
+def _own_keys(x, sharding):
+  """A device's own of the sum of all devices' gradients of all keys."""
+  if sharding is None or sharding.sequence is None:
+    return x
+  return _sum_parts(x.astype(jnp.float32), sharding.sequence)
+
+
+def _join(x, axis):
+  """[B, N / n, ...] of n devices to [B, N, ...], undoing the dealing.
+
+  Devices with [0 2] and [1 3] both get [0 1 2 3].
+  """
+  x = jax.lax.all_gather(x, axis, axis=2)
+  return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _sum_parts(x, axis):
+  """A device's own part of the sum over devices; the inverse of `_join`."""
+  devices = jax.lax.axis_size(axis)
+  x = x.reshape(x.shape[0], -1, devices, *x.shape[2:])
+  return jax.lax.psum_scatter(x, axis, scatter_dimension=2)
 
 
 def _part(x, sharding):
@@ -158,6 +212,6 @@ def _part(x, sharding):
   if not sharding.queries:
     return x
   devices = jax.lax.axis_size(sharding.memory)
-  length = x.shape[1] // devices
-  start = jax.lax.axis_index(sharding.memory) * length
-  return jax.lax.dynamic_slice_in_dim(x, start, length, axis=1)
+  x = x.reshape(x.shape[0], -1, devices, *x.shape[2:])
+  place = jax.lax.axis_index(sharding.memory)
+  return jax.lax.dynamic_index_in_dim(x, place, 2, keepdims=False)

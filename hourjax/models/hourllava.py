@@ -11,10 +11,12 @@ from jaxtyping import Array, Float, Num
 from hourjax.batch import Batch
 from hourjax.models.config import ModelConfig
 from hourjax.models.memaug import make_memaug
-from hourjax.models.memory import build_memory, gather_rows
+from hourjax.models.memory import build_memory
 from hourjax.models.projector import Projector
 from hourjax.models.qwen2 import Decoder
 from hourjax.models.siglip import VisionTower, pool_frames
+from hourjax.parallel.rules import constrain, parts
+from hourjax.parallel.take import take_rows
 
 
 class HourLLaVA(nnx.Module):
@@ -60,19 +62,24 @@ class HourLLaVA(nnx.Module):
     """Float32 logits over the vocabulary."""
     return self.decoder.logits(hidden)
 
+  @property
+  def words(self) -> Float[Array, "N D"]:
+    """Output vectors of the vocabulary."""
+    return self.decoder.words
+
   def embeddings(self, batch: Batch) -> Float[Array, "B L D"]:
     """Decoder input: words, with MemAug's outputs in the visual slots."""
     words = self.decoder.embed(batch.decoder_token)
     if not batch.memory_source.shape[1]:
       return words
     augmented = self.augment(batch)
-    seen = gather_rows(augmented, batch.decoder_source)
+    seen = take_rows(augmented, batch.decoder_source)
     return jnp.where(batch.decoder_token[..., None] >= 0, words, seen)
 
   def augment(self, batch: Batch) -> Float[Array, "B T D"]:
     """Queries after they have read the memory (as they are without MemAug)."""
     memory = self.memory(batch)
-    kept = gather_rows(memory, batch.query_source)
+    kept = take_rows(memory, batch.query_source)
     words = self.decoder.embed(batch.query_token)
     queries = jnp.where(batch.query_token[..., None] >= 0, words, kept)
     if not self.config.memaug_layers:
@@ -90,31 +97,38 @@ class HourLLaVA(nnx.Module):
   def memory(self, batch: Batch) -> Float[Array, "B S D"]:
     """The projected memory repository of each row."""
     return build_memory(
-      self.projector(self.visual_features(batch)),
+      self.projector(batch.features.astype(self.config.dtype)),
+      self.encoded(batch),
       self.newline[...],
       batch.blend_source,
       batch.blend_weight,
       batch.memory_source,
     )
 
-  def visual_features(self, batch: Batch) -> Float[Array, "B X V"]:
-    """Stored features, then encoded frames, then encoded tiles."""
-    parts = [batch.features.astype(self.config.dtype)]
-    if batch.frames.shape[1]:
-      encoded = self.encode(batch.frames)
-      parts.append(_flat(pool_frames(encoded, self.config.pool_side), batch))
-    if batch.tiles.shape[1]:
-      parts.append(_flat(self.encode(batch.tiles), batch))
-    return jnp.concatenate(parts, axis=1)
+  def encoded(self, batch: Batch) -> Float[Array, "B E D"]:
+    """Projected tokens of the rows' frames, pooled, and then of their tiles."""
+    frames = self._encoded_rows(batch.frames, self.config.pool_side)
+    tiles = self._encoded_rows(batch.tiles, None)
+    return jnp.concatenate([frames, tiles], axis=1)
+
+  def _encoded_rows(self, pixels, pool_side):
+    """[B, I, h, w, 3] -> [B, I * tokens, D], every image on some device."""
+    rows, images = pixels.shape[:2]
+    if not images:
+      return jnp.zeros((rows, 0, self.config.decoder.width), self.config.dtype)
+    extra = -images % (parts("images") // parts("rows"))
+    pixels = jnp.pad(pixels, ((0, 0), (0, extra), *[(0, 0)] * 3))
+    tokens = self.encode(pixels)
+    if pool_side is not None:
+      tokens = pool_frames(tokens, pool_side)
+    tokens = constrain(self.projector(tokens), "images", None, None)
+    tokens = tokens.reshape(rows, -1, *tokens.shape[1:])[:, :images]
+    return constrain(tokens.reshape(rows, -1, tokens.shape[-1]), "rows")
 
   def encode(self, pixels: Num[Array, "... h w 3"]) -> Float[Array, "N P V"]:
     """Images [..., h, w, 3] to tower features [N, P, V]."""
     pixels = pixels.reshape(-1, *pixels.shape[-3:])
+    pixels = constrain(pixels, "images")
     if pixels.dtype == jnp.uint8:
       pixels = pixels.astype(jnp.float32) / 255.0 * 2.0 - 1.0
     return self.vision(pixels)
-
-
-def _flat(encoded, batch: Batch):
-  """[B * I, P, V] -> [B, I * P, V]."""
-  return encoded.reshape(batch.memory_source.shape[0], -1, encoded.shape[-1])

@@ -1,5 +1,6 @@
 """What the towers share: rotary attention and a scanned stack of layers."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from hourjax import kernels
 from hourjax.models.config import Remat
+from hourjax.parallel.rules import attention_sharding, constrain
 
 
 def rope(
@@ -62,10 +64,12 @@ class Attention(nnx.Module):
     self.heads, self.kv_heads = heads, kv_heads
     self.rotary_dim, self.rope_base = rotary_dim, rope_base
     kv_width = width // heads * kv_heads
-    self.q = linear(width, width, dtype=dtype, rngs=rngs)
-    self.k = linear(width, kv_width, dtype=dtype, rngs=rngs)
-    self.v = linear(width, kv_width, dtype=dtype, rngs=rngs)
-    self.o = linear(width, width, bias=out_bias, dtype=dtype, rngs=rngs)
+    make = functools.partial(
+      linear, axes=("width", "heads"), dtype=dtype, rngs=rngs
+    )
+    self.q = make(width, width)
+    self.k, self.v = make(width, kv_width), make(width, kv_width)
+    self.o = make(width, width, bias=out_bias, axes=("heads", "width"))
 
   def __call__(
     self,
@@ -78,12 +82,15 @@ class Attention(nnx.Module):
     context_segment: Int[Array, "B S"] | None = None,
     causal: bool = False,
   ) -> Float[Array, "B T D"]:
+    sharding = attention_sharding("self" if context is None else "cross")
     if context is None:
       context, context_position, context_segment = x, position, segment
     q = self._turned(self.q(x), position, self.heads)
     k = self._turned(self.k(context), context_position, self.kv_heads)
     v = self._heads(self.v(context), self.kv_heads)
-    out = kernels.attention(q, k, v, segment, context_segment, causal=causal)
+    out = kernels.attention(
+      q, k, v, segment, context_segment, causal=causal, sharding=sharding
+    )
     return self.o(out.reshape(x.shape))
 
   def _heads(self, x, heads):
@@ -146,22 +153,90 @@ def rematerialised(function: Callable, remat: Remat) -> Callable:
   raise ValueError(f"remat is {remat!r}; choose none, dots or full")
 
 
+class Linear(nnx.Linear):
+  """`nnx.Linear` on a mesh: see `product`.
+
+  Attributes:
+    axes: logical axes of the kernel.
+  """
+
+  def __init__(self, *args, axes: tuple[str, str], **kwargs):
+    super().__init__(
+      *args,
+      kernel_metadata={"axes": axes},
+      bias_metadata={"axes": (bias_axis(axes),)},
+      **kwargs,
+    )
+    self.axes = axes
+
+  def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+    bias = None if self.bias is None else self.bias[...]
+    return product(x.astype(self.dtype), self.kernel[...], bias, self.axes)
+
+
+def bias_axis(axes: tuple[str, str]) -> str | None:
+  """A bias is split only where it meets outputs that are."""
+  return axes[1] if axes[1] in ("heads", "mlp") else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def product(
+  x: Float[Array, "... i"],
+  kernel: Float[Array, "i o"],
+  bias: Float[Array, "o"] | None,
+  axes: tuple[str, str],
+) -> Float[Array, "... o"]:
+  """x @ kernel + bias in the dtype of x.
+
+  On a mesh the kernel is cast and then gathered, in the backward pass anew;
+  its gradient is summed over devices in float32 into the part that each stores
+  (FSDP, arXiv 2304.11277).
+  """
+  y = x @ _gathered(kernel, axes, x.dtype)
+  return y if bias is None else y + bias.astype(x.dtype)
+
+
+def _product_forward(x, kernel, bias, axes):
+  return product(x, kernel, bias, axes), (x, kernel, bias)
+
+
+def _product_backward(axes, saved, d_y):
+  x, kernel, bias = saved
+  d_x = jnp.einsum("...o,io->...i", d_y, _gathered(kernel, axes, x.dtype))
+  d_kernel = jnp.einsum(
+    "...i,...o->io", x, d_y, preferred_element_type=kernel.dtype
+  )
+  d_kernel = constrain(d_kernel, *axes)
+  if bias is None:
+    return d_x, d_kernel, None
+  return d_x, d_kernel, d_y.astype(bias.dtype).sum(range(d_y.ndim - 1))
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def _gathered(kernel, axes, dtype):
+  return constrain(kernel.astype(dtype), *axes, in_use=True)
+
+
 def linear(
   in_width: int,
   out_width: int,
   *,
+  axes: tuple[str, str],
   bias: bool = True,
   dtype: str,
   rngs: nnx.Rngs,
-) -> nnx.Linear:
+) -> Linear:
   """Float32 parameters, N(0, 1 / in_width); computes in `dtype`.
 
   At the decoders' real widths that is their published 0.02; a tiny model
   trained from scratch needs the larger weights of its own width.
   """
-  return nnx.Linear(
+  return Linear(
     in_width,
     out_width,
+    axes=axes,
     use_bias=bias,
     dtype=jnp.dtype(dtype),
     kernel_init=nnx.initializers.lecun_normal(),

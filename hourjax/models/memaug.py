@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from hourjax.models.config import DecoderConfig, Remat
 from hourjax.models.layers import Attention, Stack, layer_norm, linear
+from hourjax.parallel.rules import constrain
 
 _NORM_EPS = 1e-5
 
@@ -36,8 +37,9 @@ class MemAugBlock(nnx.Module):
       layer_norm, width, eps=_NORM_EPS, dtype=dtype, rngs=rngs
     )
     self.self_attn, self.cross_attn = attention(), attention()
-    self.fc1 = linear(width, 4 * width, dtype=dtype, rngs=rngs)
-    self.fc2 = linear(4 * width, width, dtype=dtype, rngs=rngs)
+    make = functools.partial(linear, dtype=dtype, rngs=rngs)
+    self.fc1 = make(width, 4 * width, axes=("width", "mlp"))
+    self.fc2 = make(4 * width, width, axes=("mlp", "width"))
     self.norm1, self.norm2, self.norm3 = norm(), norm(), norm()
 
   def __call__(
@@ -61,7 +63,8 @@ class MemAugBlock(nnx.Module):
       context_segment=memory_segment,
     )
     x = self.norm2(x + read)
-    return self.norm3(x + self.mlp(x))
+    x = self.norm3(x + self.mlp(x))
+    return constrain(x, "rows", "queries", None)
 
   def mlp(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))

@@ -11,7 +11,11 @@ from hourjax.models.hourllava import HourLLaVA
 
 
 def init_params(
-  config: ModelConfig, seed: int, *, below: str = ""
+  config: ModelConfig,
+  seed: int,
+  *,
+  below: str = "",
+  shardings: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> dict[str, jax.Array]:
   """Freshly drawn float32 parameters.
 
@@ -20,20 +24,34 @@ def init_params(
     seed: of the draw.
     below: start of the paths that are wanted, e.g. "vision/"; the others are
       not computed, and these are the same as without it.
+    shardings: of all of these by path; every device draws its own part. The
+      values are those of a single device.
   """
 
-  @jax.jit
   def draw():
     params = to_flat(HourLLaVA(config, rngs=nnx.Rngs(seed)))
     return {p: value for p, value in params.items() if p.startswith(below)}
 
-  return draw()
+  return jax.jit(draw, out_shardings=shardings)()
 
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Shapes of all parameters, without allocating any."""
   model = nnx.eval_shape(lambda: HourLLaVA(config, rngs=nnx.Rngs(0)))
   return {path: tuple(p.shape) for path, p in to_flat(model).items()}
+
+
+def param_axes(config: ModelConfig) -> dict[str, tuple[str | None, ...]]:
+  """Logical axes of all parameters (`parallel.rules`); None is not split."""
+  model = nnx.eval_shape(lambda: HourLLaVA(config, rngs=nnx.Rngs(0)))
+  axes = {}
+  for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    own = variable.get_metadata().get("axes")
+    dims = len(variable.get_value().shape)
+    # A stack of layers has one dimension more than the layer named.
+    stacked = ("layers",) * (own is not None and dims > len(own))
+    axes["/".join(map(str, path))] = (*stacked, *(own or (None,) * dims))
+  return axes
 
 
 def to_flat(model: HourLLaVA) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The Qwen2 decoder (arXiv 2407.10671), also Qwen2.5's text model."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,6 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from hourjax.models.config import DecoderConfig, Remat
 from hourjax.models.layers import Attention, Stack, linear
+from hourjax.parallel import vocabulary
+from hourjax.parallel.rules import constrain
 
 
 class DecoderLayer(nnx.Module):
@@ -26,9 +30,11 @@ class DecoderLayer(nnx.Module):
       rngs=rngs,
     )
     self.norm2 = rms_norm(config, dtype, rngs)
-    self.gate = linear(width, mlp, bias=False, dtype=dtype, rngs=rngs)
-    self.up = linear(width, mlp, bias=False, dtype=dtype, rngs=rngs)
-    self.down = linear(mlp, width, bias=False, dtype=dtype, rngs=rngs)
+    make = functools.partial(
+      linear, axes=("width", "mlp"), bias=False, dtype=dtype, rngs=rngs
+    )
+    self.gate, self.up = make(width, mlp), make(width, mlp)
+    self.down = make(mlp, width, axes=("mlp", "width"))
 
   def __call__(
     self,
@@ -39,7 +45,8 @@ class DecoderLayer(nnx.Module):
   ) -> Float[Array, "B L D"]:
     x = x + self.attn(self.norm1(x), position, segment, causal=True)
     h = self.norm2(x)
-    return x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
+    x = x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
+    return constrain(x, "rows", "positions", None)
 
 
 class Decoder(nnx.Module):
@@ -52,7 +59,8 @@ class Decoder(nnx.Module):
     self.embedding = nnx.Param(
       nnx.initializers.normal(config.width**-0.5)(
         rngs.params(), (config.vocab, config.width)
-      )
+      ),
+      axes=("words", "table"),
     )
     self.layers = Stack(
       lambda rngs: DecoderLayer(config, dtype, rngs),
@@ -63,13 +71,17 @@ class Decoder(nnx.Module):
     self.norm = rms_norm(config, dtype, rngs)
     if not config.tied:
       self.head = linear(
-        config.width, config.vocab, bias=False, dtype=dtype, rngs=rngs
+        config.width,
+        config.vocab,
+        axes=("table", "words"),
+        bias=False,
+        dtype=dtype,
+        rngs=rngs,
       )
 
   def embed(self, token: Int[Array, "B N"]) -> Float[Array, "B N D"]:
     """Word embeddings in the compute dtype. Ids below 0 read row 0."""
-    rows = jnp.take(self.embedding[...], jnp.maximum(token, 0), axis=0)
-    return rows.astype(self.dtype)
+    return vocabulary.embed(self.embedding[...], token, self.dtype)
 
   def __call__(
     self,
@@ -82,16 +94,19 @@ class Decoder(nnx.Module):
 
   def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... N"]:
     """Float32 logits over the vocabulary."""
-    if self.config.tied:
-      kernel = self.embedding[...].T
-    else:
-      kernel = self.head.kernel[...]
     return jnp.einsum(
-      "...d,dn->...n",
+      "...d,nd->...n",
       hidden,
-      kernel.astype(hidden.dtype),
+      self.words.astype(hidden.dtype),
       preferred_element_type=jnp.float32,
     )
+
+  @property
+  def words(self) -> Float[Array, "N D"]:
+    """Output vectors of the words."""
+    if self.config.tied:
+      return self.embedding[...]
+    return self.head.kernel[...].T
 
 
 def rms_norm(config: DecoderConfig, dtype: str, rngs: nnx.Rngs) -> nnx.RMSNorm:

@@ -18,13 +18,16 @@ class EncoderLayer(nnx.Module):
   def __init__(self, config: VisionConfig, dtype: str, rngs: nnx.Rngs):
     self.heads = config.heads
     width = config.width
-    make = functools.partial(linear, dtype=dtype, rngs=rngs)
+    make = functools.partial(
+      linear, axes=("tower", None), dtype=dtype, rngs=rngs
+    )
     norm = functools.partial(
       layer_norm, width, eps=config.norm_eps, dtype=dtype, rngs=rngs
     )
     self.norm1, self.norm2 = norm(), norm()
     self.q, self.k, self.v, self.o = (make(width, width) for _ in range(4))
-    self.fc1, self.fc2 = make(width, config.mlp), make(config.mlp, width)
+    self.fc1 = make(width, config.mlp)
+    self.fc2 = make(config.mlp, width, axes=(None, "tower"))
 
   def __call__(self, x: Float[Array, "I P V"]) -> Float[Array, "I P V"]:
     h = self.norm1(x)

@@ -11,6 +11,7 @@ from hourjax.data.pipeline import ReadOptions
 from hourjax.data.rows import RowSpec, Size
 from hourjax.errors import UserError
 from hourjax.models.config import ModelConfig
+from hourjax.parallel.mesh import MeshConfig
 from hourjax.training.optimizer import OptimizerConfig
 
 
@@ -64,14 +65,14 @@ class Experiment:
   """Everything that decides a training run.
 
   Attributes:
-    model, forgetting, data, rows, optimizer, read: see their classes; rows is
-      the capacity of one row.
+    model, forgetting, data, rows, optimizer, read, mesh: see their classes;
+      rows is the capacity of one row.
     init: empty for fresh weights, a checkpoint folder with official names, or
       the workdir of an earlier run.
     draw_missing: components (e.g. "memaug") that `init` may lack; they are
       drawn fresh. Stage 1 starts so from LLaVA-OneVision.
     seed: of weights, shuffling and forgetting.
-    batch_rows: rows in a micro-batch.
+    batch_rows: rows in a micro-batch, over all devices.
     accumulate: micro-batches in a step.
     steps: of the run; 0 takes them from `epochs`.
     epochs: passes over the data, if `steps` is 0.
@@ -86,6 +87,7 @@ class Experiment:
   rows: Size
   optimizer: OptimizerConfig
   read: ReadOptions
+  mesh: MeshConfig = MeshConfig()
   init: str = ""
   draw_missing: str = ""
   seed: int = 0

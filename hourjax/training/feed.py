@@ -10,12 +10,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import jax
-
 from hourjax.batch import Batch
 from hourjax.data.dataset import Unread
 from hourjax.data.pipeline import Delivered
 from hourjax.errors import UserError
+from hourjax.training.placing import Placing
 
 # A few failures at the start are no share yet.
 _ENOUGH_SAMPLES = 1000
@@ -23,26 +22,23 @@ _SHOWN = 20
 
 
 class Feed:
-  """Iterates over (batch on the device, what was delivered).
+  """Iterates over (micro-batch on the devices, what was delivered).
 
-  While a step runs, the next batch is copied to the device.
+  While one is computed with, the next one is copied to the devices.
 
   Attributes:
     waited: seconds that the caller spent waiting for data.
   """
 
-  def __init__(
-    self, delivered: Iterator[Delivered], *, accumulate: int, rows: int
-  ):
+  def __init__(self, delivered: Iterator[Delivered], placing: Placing):
     """Starts reading.
 
     Args:
-      delivered: endless, A * B rows each.
-      accumulate: A, micro-batches in a step.
-      rows: B, rows in a micro-batch.
+      delivered: endless, this host's rows of each micro-batch.
+      placing: puts them on the devices.
     """
     self.waited = 0.0
-    self._delivered, self._split = delivered, (accumulate, rows)
+    self._delivered, self._placing = delivered, placing
     self._pool = ThreadPoolExecutor(1)
     self._next: Future = self._pool.submit(self._place)
 
@@ -63,9 +59,7 @@ class Feed:
 
   def _place(self) -> tuple[Batch, Delivered]:
     delivered = next(self._delivered)
-    arrays = (x.reshape(*self._split, *x.shape[1:]) for x in delivered.batch)
-    batch = jax.device_put(Batch(*arrays))
-    return batch, delivered
+    return self._placing(delivered.batch), delivered
 
 
 class UnreadLedger:

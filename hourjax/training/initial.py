@@ -1,8 +1,11 @@
 """Where a run's first parameters come from."""
 
 import pathlib
+from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hourjax.errors import UserError
 from hourjax.models.params import init_params, param_shapes
@@ -12,11 +15,19 @@ from hourjax.training.optimizer import COMPONENTS, component
 from hourjax.weights.checkpoint import load_params
 
 
-def initial_params(experiment: Experiment) -> dict[str, jnp.ndarray]:
-  """Fresh, imported or continued parameters by path (`Experiment.init`)."""
+def initial_params(
+  experiment: Experiment,
+  shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+) -> dict[str, jax.Array]:
+  """Fresh, imported or continued parameters by path (`Experiment.init`).
+
+  Args:
+    experiment: of the run.
+    shardings: by path; all on the default device if None.
+  """
   config = experiment.model
   if not experiment.init:
-    return init_params(config, experiment.seed)
+    return init_params(config, experiment.seed, shardings=shardings)
   folder = pathlib.Path(experiment.init)
   draw = tuple(filter(None, experiment.draw_missing.split(",")))
   if set(draw) - set(COMPONENTS):
@@ -30,13 +41,23 @@ def initial_params(experiment: Experiment) -> dict[str, jnp.ndarray]:
   else:
     optional = {path for path in shapes if component(path) in draw}
     params = load_params(folder, config, shapes, optional=optional)
-  params = {path: jnp.asarray(value) for path, value in params.items()}
   lacking = {p for p in shapes if p not in params}
-  if lacking:
-    fresh = init_params(config, experiment.seed)
-    params |= {path: fresh[path] for path in lacking}
   _check_shapes(params, shapes, draw, lacking, folder)
+  params = {path: _placed(params[path], shardings, path) for path in params}
+  if lacking:
+    fresh = init_params(config, experiment.seed, shardings=shardings)
+    params |= {path: fresh[path] for path in lacking}
   return params
+
+
+def _placed(value, shardings, path):
+  """A whole array that every host has read, each device's part of it."""
+  if shardings is None:
+    return jnp.asarray(value)
+  value = np.asarray(value)
+  return jax.make_array_from_callback(
+    value.shape, shardings[path], lambda index: value[index]
+  )
 
 
 def _check_shapes(params, shapes, draw, lacking, folder):

@@ -3,12 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import optax
 
 from hourjax.errors import UserError
 
+MuDtype = Literal["float32", "bfloat16"]
 COMPONENTS = ("vision", "projector", "memaug", "decoder")
 
 
@@ -22,6 +23,8 @@ class OptimizerConfig:
       newline token trains with the decoder.
     warmup: share of all steps.
     clip: global gradient norm above which gradients are scaled; 0 is off.
+    mu_dtype: "float32" or "bfloat16", of the first moment. The second stays
+      float32: with b2 = 0.999 bfloat16 would round its every change away.
   """
 
   vision: float = 0.0
@@ -34,6 +37,14 @@ class OptimizerConfig:
   weight_decay: float = 0.0
   warmup: float = 0.03
   clip: float = 0.0
+  mu_dtype: MuDtype = "float32"
+
+  def __post_init__(self):
+    if self.mu_dtype not in get_args(MuDtype):
+      raise UserError(
+        f"config.optimizer.mu_dtype is {self.mu_dtype!r}; choose float32 or"
+        " bfloat16"
+      )
 
   def rate(self, component: str) -> float:
     """Peak learning rate of a component."""
@@ -93,6 +104,7 @@ def make_optimizer(
       b2=config.b2,
       eps=config.eps,
       weight_decay=config.weight_decay,
+      mu_dtype=config.mu_dtype,
     )
     for name in sorted(set(labels.values()))
   }

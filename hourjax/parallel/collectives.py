@@ -1,0 +1,66 @@
+"""Collectives of functions that run on each device's own part.
+
+An island is such a function. Where no mesh is set it runs on whole arrays,
+and its collectives do nothing.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+
+from hourjax.parallel.rules import has_mesh
+
+
+def island(function: Callable, in_specs, out_specs) -> Callable:
+  """`function` on each device's part of its arrays (`jax.shard_map`).
+
+  It must not be differentiated: give the gradient as an island of its own,
+  outside of which the custom gradient is defined.
+  """
+  if not has_mesh():
+    return function
+  return jax.shard_map(
+    function, in_specs=in_specs, out_specs=out_specs, check_vma=False
+  )
+
+
+def gather(x: jax.Array, *axes: str, dim: int) -> jax.Array:
+  """The parts of all devices along mesh axes, joined along `dim`."""
+  for axis in reversed(_there(axes)):
+    x = jax.lax.all_gather(x, axis, axis=dim, tiled=True)
+  return x
+
+
+def scatter_sum(x: jax.Array, *axes: str, dim: int) -> jax.Array:
+  """A device's part along `dim` of the sum over mesh axes."""
+  for axis in _there(axes):
+    x = jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+  return x
+
+
+def total(x: jax.Array, *axes: str) -> jax.Array:
+  """The sum over mesh axes."""
+  return jax.lax.psum(x, _there(axes)) if _there(axes) else x
+
+
+def largest(x: jax.Array, *axes: str) -> jax.Array:
+  """The maximum over mesh axes."""
+  return jax.lax.pmax(x, _there(axes)) if _there(axes) else x
+
+
+def place(*axes: str) -> jax.Array | int:
+  """This device's number along mesh axes, the last one fastest."""
+  return jax.lax.axis_index(_there(axes)) if _there(axes) else 0
+
+
+def size(*axes: str) -> int:
+  """Devices along mesh axes."""
+  if not has_mesh():
+    return 1
+  shape = jax.sharding.get_abstract_mesh().shape
+  return math.prod(shape[axis] for axis in axes)
+
+
+def _there(axes: tuple[str, ...]) -> tuple[str, ...]:
+  return tuple(axis for axis in axes if size(axis) > 1)

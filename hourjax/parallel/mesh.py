@@ -1,0 +1,121 @@
+"""The mesh of devices: axes data, fsdp, seq and tensor."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh
+
+from hourjax.errors import UserError
+
+AXES = ("data", "fsdp", "seq", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """How many devices lie along each axis.
+
+  One of data and fsdp may be -1: it takes what the others leave.
+
+  Attributes:
+    data: copies of the parameters; rows are split over it.
+    fsdp: rows and parameters are split over it.
+    seq: memory, queries, decoder positions and parameters are split over it.
+    tensor: heads, MLP width and vocabulary are split over it.
+    slices: slices of a multi-slice job, all along `data`: between slices
+      only gradients travel. 0 takes those that the devices tell.
+  """
+
+  data: int = 1
+  fsdp: int = -1
+  seq: int = 1
+  tensor: int = 1
+  slices: int = 0
+
+  def __post_init__(self):
+    for axis in AXES:
+      size = getattr(self, axis)
+      if size < 1 and not (size == -1 and axis in ("data", "fsdp")):
+        raise UserError(
+          f"config.mesh.{axis} is {size}; it must be at least 1 (data or fsdp"
+          " may be -1, for all devices that are left)"
+        )
+    if self.data == self.fsdp == -1:
+      raise UserError(
+        "config.mesh.data and config.mesh.fsdp are both -1; only one of them"
+        " can take the devices that are left"
+      )
+    if self.slices < 0:
+      raise UserError(
+        f"config.mesh.slices is {self.slices}; it must be 0 (as the devices"
+        " tell) or more"
+      )
+
+  def sizes(self, devices: int) -> tuple[int, int, int, int]:
+    """Sizes of the four axes for so many devices.
+
+    Raises:
+      UserError: they do not fill the devices.
+    """
+    sizes = [getattr(self, axis) for axis in AXES]
+    known = math.prod(size for size in sizes if size > 0)
+    filled = [devices // known if size == -1 else size for size in sizes]
+    if math.prod(filled) != devices:
+      raise UserError(
+        f"config.mesh ({self}) takes {known if -1 in sizes else ''}"
+        f"{' x n' if -1 in sizes else math.prod(filled)} devices and there are"
+        f" {devices}; choose sizes whose product is {devices}"
+      )
+    return tuple(filled)
+
+  def __str__(self) -> str:
+    return ", ".join(f"{axis}={getattr(self, axis)}" for axis in AXES)
+
+
+def make_mesh(
+  config: MeshConfig, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """Arranges devices so that neighbours along an axis are near one another.
+
+  Args:
+    config: sizes of the axes.
+    devices: all of them by default; those of a topology to compile for it.
+
+  Raises:
+    UserError: the sizes do not fill the devices, or slices do not fit.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = config.sizes(len(devices))
+  found = len({getattr(device, "slice_index", 0) for device in devices})
+  slices = config.slices or found
+  if found not in (1, slices):
+    raise UserError(
+      f"config.mesh.slices is {slices} and the devices are of {found} slices;"
+      " set it to that number or to 0"
+    )
+  if sizes[0] % slices:
+    raise UserError(
+      f"config.mesh.data={sizes[0]} cannot be split over {slices} slices; make"
+      " it a multiple: only gradients should travel between slices"
+    )
+  if found > 1:
+    array = mesh_utils.create_hybrid_device_mesh(
+      (sizes[0] // slices, *sizes[1:]),
+      (slices, 1, 1, 1),
+      devices,
+      allow_split_physical_axes=True,
+    )
+  else:
+    array = _arranged(sizes, devices)
+  return Mesh(array, AXES)
+
+
+def _arranged(sizes, devices) -> np.ndarray:
+  if devices[0].platform != "tpu":
+    return np.array(devices).reshape(sizes)
+  return mesh_utils.create_device_mesh(
+    sizes, devices, allow_split_physical_axes=True
+  )

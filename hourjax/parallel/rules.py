@@ -1,0 +1,145 @@
+"""Logical axes to mesh axes: the one place that says how arrays are split.
+
+Parameters name their axes where they are made (`models.layers`), activations
+where they are constrained. Neither names a mesh axis.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hourjax.errors import UserError
+from hourjax.kernels import Sharding
+
+Axes = Sequence[str | None]
+
+ACTIVATIONS = {
+  "rows": ("data", "fsdp"),
+  "memory": ("seq",),
+  "queries": ("seq",),
+  "positions": ("seq",),
+  "images": ("data", "fsdp", "seq", "tensor"),
+}
+PARAMETERS = {
+  "layers": (),
+  # Split where they are stored, and gathered layer by layer where they are
+  # used (FSDP): the width of the decoder, and the tower's, which few numbers
+  # divide.
+  "width": ("fsdp", "seq"),
+  "tower": ("fsdp",),
+  "table": ("fsdp",),
+  # Split in use too.
+  "heads": ("tensor",),
+  "mlp": ("tensor",),
+  "words": ("seq", "tensor"),
+}
+RULES = ACTIVATIONS | PARAMETERS
+# What a product finds split of its parameters; the rest has been gathered.
+_IN_USE = ("tensor",)
+
+
+def spec(*axes: str | None, in_use: bool = False) -> P:
+  """How an array with these logical axes is split.
+
+  Args:
+    *axes: a name of `RULES` or None for each dimension.
+    in_use: of a parameter that has been gathered for a product.
+
+  Raises:
+    ValueError: no rule has this name.
+  """
+  parts = []
+  for axis in axes:
+    if axis is not None and axis not in RULES:
+      raise ValueError(
+        f"no sharding rule for axis {axis!r}; known are {', '.join(RULES)}"
+      )
+    names = () if axis is None else RULES[axis]
+    if in_use:
+      names = tuple(name for name in names if name in _IN_USE)
+    parts.append(names or None)
+  return P(*parts)
+
+
+def constrain(x: jax.Array, *axes: str | None, in_use: bool = False):
+  """Asks for `x` to be split so, in the mesh that is set; else nothing."""
+  if not has_mesh():
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(*axes, in_use=in_use))
+
+
+def has_mesh() -> bool:
+  """Is a mesh with our axes set that has more than one device?"""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and "seq" in mesh.shape and mesh.size > 1
+
+
+def parts(axis: str) -> int:
+  """Into how many parts the mesh that is set splits a logical axis."""
+  if not has_mesh():
+    return 1
+  shape = jax.sharding.get_abstract_mesh().shape
+  return math.prod(shape[name] for name in RULES[axis])
+
+
+def attention_sharding(kind: str) -> Sharding | None:
+  """What `kernels.attention` needs to know of the mesh that is set.
+
+  Args:
+    kind: "self", or "cross" for queries that read a memory which stays
+      where it is.
+  """
+  if not has_mesh():
+    return None
+  mesh = jax.sharding.get_abstract_mesh()
+  (length,) = RULES["memory"]
+  (heads,) = RULES["heads"]
+  common = {"mesh": mesh, "rows": RULES["rows"], "heads": heads}
+  if kind == "cross":
+    return Sharding(**common, memory=length, queries=True)
+  return Sharding(**common, sequence=length)
+
+
+def param_shardings(
+  mesh: jax.sharding.Mesh,
+  shapes: Mapping[str, Sequence[int]],
+  axes: Mapping[str, Axes],
+) -> dict[str, NamedSharding]:
+  """How each parameter is stored.
+
+  Args:
+    mesh: with the axes of `mesh.AXES`.
+    shapes: by path.
+    axes: logical axes by path.
+
+  Raises:
+    UserError: a dimension that its mesh axes do not divide.
+    ValueError: an axis without a rule, or a rule for parameters that none has.
+  """
+  used = {axis for names in axes.values() for axis in names}
+  unmatched = sorted(set(PARAMETERS) - used)
+  if unmatched:
+    raise ValueError(
+      f"the sharding rules for {', '.join(unmatched)} match no parameter;"
+      " remove them or name the axes of the parameters so"
+    )
+  problems = []
+  for path, shape in shapes.items():
+    for axis, size in zip(axes[path], shape, strict=True):
+      names = RULES.get(axis, ())
+      count = math.prod(mesh.shape[name] for name in names)
+      if size % count:
+        product = " x ".join(f"{name}={mesh.shape[name]}" for name in names)
+        problems.append(
+          f"{path}: {axis} of {size} cannot be split over {product}"
+        )
+  if problems:
+    shown = "\n  ".join(problems[:8])
+    raise UserError(
+      f"config.mesh does not divide {len(problems)} dimensions of parameters;"
+      f" choose other sizes (data splits no parameter):\n  {shown}"
+    )
+  return {path: NamedSharding(mesh, spec(*axes[path])) for path in shapes}

@@ -1,0 +1,170 @@
+"""A train step on the virtual devices of this process, beside one device.
+
+  python -m tests.parallel.sharded_step '[{"mesh": {"seq": 8}}, ...]'
+
+prints, for each case, the largest difference of the loss and of every
+gradient, relative to the norm of that gradient, as JSON.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+
+if __name__ == "__main__":
+  os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from hourjax.batch import IGNORE, Batch
+from hourjax.data import repository, rows
+from hourjax.data.conversations import IMAGE, Conversation
+from hourjax.data.forgetting import Forgetting, kept_tokens
+from hourjax.data.images import anyres_geometry
+from hourjax.data.layout import build_layout
+from hourjax.models.config import TINY, DecoderConfig, VisionConfig
+from hourjax.models.params import init_params, param_axes, param_shapes
+from hourjax.parallel.mesh import AXES, MeshConfig, make_mesh
+from hourjax.parallel.rules import param_shardings
+from hourjax.training.placing import Placing
+from hourjax.training.step import Sums, accumulate, no_sums
+
+SIDE, PIXELS, ROWS = 4, 8, 8
+CONFIG = dataclasses.replace(
+  TINY,
+  vision=VisionConfig(
+    image_size=PIXELS, patch_size=2, width=24, layers=1, heads=2, mlp=32
+  ),
+  decoder=DecoderConfig(
+    vocab=96, width=32, layers=2, heads=4, kv_heads=2, mlp=48, tied=True
+  ),
+  pool_side=SIDE,
+  memaug_layers=2,
+  dtype="float32",
+  remat="full",
+)
+SPEC = rows.RowSpec(
+  capacity=rows.Size(
+    features=16 * 380,
+    frames=5,
+    tiles=7,
+    blends=64,
+    memory=8 * 840,
+    queries=8 * 130,
+    decoder=8 * 150,
+  ),
+  frame_tokens=SIDE**2,
+  tile_tokens=CONFIG.vision.side**2,
+  width=CONFIG.vision.width,
+  image_size=PIXELS,
+)
+
+
+def main(cases: list[dict]) -> None:
+  """Prints a JSON list of the differences of the cases."""
+  print(json.dumps([differences(**case) for case in cases]))
+
+
+def differences(mesh: dict, model: dict | None = None) -> dict[str, float]:
+  """Of loss, label tokens and gradients between a mesh and one device."""
+  config = dataclasses.replace(CONFIG, **_nested(model or {}))
+  batch = packed_batch()
+  params = init_params(config, 0)
+  alone = jax.jit(lambda p, b: accumulate(no_sums(p), p, {}, b, config=config))
+  expected = alone(params, Batch(*map(jnp.asarray, batch)))
+  got = on_mesh(MeshConfig(**mesh), config, params, batch)
+  found = {
+    "loss": abs(float(got.loss) / float(expected.loss) - 1),
+    "tokens": abs(int(got.tokens) - int(expected.tokens)),
+  }
+  whole = np.sqrt(
+    sum(float((np.asarray(g, np.float64) ** 2).sum())
+        for g in expected.grads.values())
+  )  # fmt: skip
+  for path, grad in expected.grads.items():
+    reference = np.asarray(grad, np.float64)
+    # Of biases that change nothing the exact gradient is zero.
+    scale = np.linalg.norm(reference) + 1e-4 * whole
+    difference = np.linalg.norm(np.asarray(got.grads[path]) - reference)
+    found[path] = float(difference / scale)
+  return found
+
+
+def on_mesh(mesh_config, config, params, batch) -> Sums:
+  """Loss and gradients of a micro-batch on a mesh."""
+  mesh = make_mesh(mesh_config)
+  shardings = param_shardings(mesh, param_shapes(config), param_axes(config))
+  params = jax.device_put(params, shardings)
+  placed = Placing(mesh, SPEC, ROWS)(batch)
+  with jax.set_mesh(mesh):
+    run = jax.jit(lambda p, b: accumulate(no_sums(p), p, {}, b, config=config))
+    return run(params, placed)
+
+
+def packed_batch() -> Batch:
+  """Rows of several samples: videos, frames, tiles, images and text."""
+  kinds = [
+    ("video:150", "text", "video:20"),
+    ("frames:3", "tiled", "video:130"),
+    ("images:2", "video:40", "text"),
+    ("text",),
+    ("video:180",),
+    ("frames:5", "images:1", "video:130"),
+    ("tiled", "text", "video:128"),
+    ("video:1", "video:129", "text"),
+  ]
+  made = [
+    rows.build_row([_sample(kind, 10 * i + k) for k, kind in enumerate(row)],
+                   SPEC)
+    for i, row in enumerate(kinds)
+  ]  # fmt: skip
+  return rows.stack_rows(made)
+
+
+def _sample(kind: str, seed: int) -> rows.Sample:
+  rng = np.random.default_rng(seed)
+  kind, _, count = kind.partition(":")
+  count = int(count or 0)
+  words = rng.integers(1, CONFIG.decoder.vocab, 24).astype(np.int32)
+  memory, source, visual = repository.empty_repository(), "features", None
+  side = CONFIG.vision.side
+  if kind in ("video", "frames"):
+    memory = repository.video_repository(count, SIDE)
+  if kind == "video":
+    shape = (count, SIDE**2, CONFIG.vision.width)
+    visual = rng.normal(size=shape).astype(ml_dtypes.bfloat16)
+  elif kind == "frames":
+    source, visual = "frames", _pixels(rng, count)
+  elif kind == "images":
+    memory = repository.images_repository(count, side)
+    source, visual = "tiles", _pixels(rng, count)
+  elif kind == "tiled":
+    geometry = anyres_geometry(20, 14, tile=PIXELS, side=side)
+    memory = repository.tiled_repository(geometry, side)
+    source, visual = "tiles", _pixels(rng, geometry.tiles)
+  slots = len(memory.slots)
+  words[3 : 3 + slots] = IMAGE
+  labels = np.where(np.arange(24) < 12, np.int32(IGNORE), words)
+  layout = build_layout(
+    Conversation(words, labels), memory, kept_tokens(memory, Forgetting(), rng)
+  )
+  return rows.Sample(f"{kind} {seed}", layout, source, visual)
+
+
+def _pixels(rng, count: int) -> np.ndarray:
+  return rng.integers(0, 256, (count, PIXELS, PIXELS, 3)).astype(np.uint8)
+
+
+def _nested(changes: dict) -> dict:
+  decoder = changes.pop("decoder", None)
+  if decoder:
+    changes["decoder"] = dataclasses.replace(CONFIG.decoder, **decoder)
+  return changes
+
+
+if __name__ == "__main__":
+  assert len(jax.devices()) == 8 and AXES
+  main(json.loads(sys.argv[1]))
