@@ -1,0 +1,225 @@
+"""Keeps a training going through preemptions until it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tpu import slices
+from tpu.errors import LaunchError
+from tpu.gcloud import Gcloud
+from tpu.training import job_of, run_id
+from tpu.workers import State, Worker, Workers
+
+_TAIL = 20  # lines of a failed worker's log that are shown
+_LOST = 20  # times in a row that nobody answers, before giving up
+# Exit status of a mistake in the options: a restart would meet it again.
+_USER_ERROR = 2
+
+
+class Patience(NamedTuple):
+  """How long to wait for what, in seconds, and how often to try again.
+
+  Attributes:
+    poll: between two looks.
+    grace: before an end is believed: a preempted training also ends with 0,
+      and a machine's state tells of the preemption only some time later.
+    restarts: of a training that failed, or of a request that did.
+  """
+
+  poll: float = 60
+  grace: float = 120
+  restarts: int = 3
+
+
+def verdict(states: dict[Worker, State], job: str) -> str:
+  """What the workers do, taken together, as seen by a job.
+
+  Returns:
+    "absent" (some are not set up), "other" (another job runs), "none",
+    "running" (all of one run), "done", "stopped", "failed" (one ended badly or
+    died), or "mixed" (some have ended well, or were never started).
+  """
+  values = list(states.values())
+  mine = [x for x in values if x.run.startswith(job)]
+  if any(x.what == "running" and x not in mine for x in values):
+    return "other"
+  if any(x.what == "absent" for x in values):
+    return "absent"
+  if not mine:
+    return "none"
+  if any(x.note == "stopped" for x in mine):
+    return "stopped"
+  if any(x.what == "lost" or (x.what == "ended" and x.code) for x in mine):
+    return "failed"
+  if len(mine) < len(values) or len({x.run for x in mine}) > 1:
+    return "mixed"
+  if all(x.what == "running" for x in mine):
+    return "running"
+  if any(x.what == "running" for x in mine):
+    return "mixed"
+  return "failed" if any(x.note == "signalled" for x in mine) else "done"
+
+
+class Supervisor:
+  """One training, on as many TPUs after each other as it takes."""
+
+  def __init__(
+    self,
+    gcloud: Gcloud,
+    order: slices.Order,
+    patience: Patience,
+    *,
+    workers: Callable[[slices.Tpu], Workers],
+    tarball: str,
+    command: list[str],
+    env_file: str = "",
+  ):
+    self._gcloud, self._order, self._patience = gcloud, order, patience
+    self._workers, self._tarball = workers, tarball
+    self._command, self._env_file = command, env_file
+    self._job = job_of(command)
+    self._failed = self._refused = self._unanswered = 0
+    self._started = False  # by this process: an older end does not count
+    self._seen, self._since = None, 0.0  # the last ending, and since when
+    self._said = None
+
+  def run(self) -> int:
+    """Exit status: 0 when the training is done, 1 when it fails for good.
+
+    Raises:
+      LaunchError: if no TPU can be had, or nobody answers any more.
+    """
+    if self._gcloud.dry_run:
+      return self._dry_run()
+    while True:
+      try:
+        status = self._step()
+        self._unanswered = 0
+      except LaunchError as error:
+        if error.kind not in ("lost", "capacity"):
+          raise
+        if error.kind == "lost":
+          self._unanswered += 1
+          if self._unanswered > _LOST:
+            raise
+        self._say(f"{error}; looking again")
+        status = None
+      if status is not None:
+        return status
+      time.sleep(self._patience.poll)
+
+  def _dry_run(self) -> int:
+    slices.create(self._gcloud, self._order)
+    tpu = slices.wait(self._gcloud, self._order, 0)
+    workers = self._workers(tpu)
+    workers.setup(self._tarball)
+    workers.start(run_id(self._command), self._command, self._env_file)
+    workers.states()
+    return 0
+
+  def _step(self) -> int | None:
+    """One look and what follows from it; an exit status at the end."""
+    tpu = slices.look(self._gcloud, self._order.name)
+    phase = tpu.phase if tpu else "none"
+    if phase in ("none", "gone", "failed"):
+      return self._ask_again(tpu, phase)
+    if phase == "waiting":
+      self._say(f"{self._order.name}: {tpu.state}")
+      return None
+    self._refused = 0
+    workers = self._workers(tpu)
+    states = workers.states()
+    what = verdict(states, self._job)
+    if what == "other":
+      names = {x.run for x in states.values() if x.what == "running"}
+      raise LaunchError(
+        f"another training ({', '.join(sorted(names))}) runs on"
+        f" {self._order.name}; `stop` it first, or take another --name"
+      )
+    if what == "running":
+      self._started = True
+      self._seen = None
+      self._say(f"training on {len(states)} workers")
+      return None
+    if what in ("absent", "none"):
+      return self._start(workers, what)
+    return self._ended(workers, states, what)
+
+  def _ask_again(self, tpu, phase) -> None:
+    if phase == "failed":
+      self._refused += 1
+      if self._refused > self._patience.restarts:
+        raise LaunchError(slices.refusal(self._order.name, tpu))
+      self._gcloud.say(f"the request failed ({tpu.why}); asking again")
+    elif phase == "gone":
+      self._gcloud.say(f"{self._order.name} was taken away; asking for another")
+    self._seen = None
+    slices.create(self._gcloud, self._order)
+
+  def _start(self, workers, what) -> None:
+    if what == "absent":
+      workers.setup(self._tarball)
+    run = run_id(self._command)
+    workers.start(run, self._command, self._env_file)
+    self._gcloud.say(f"started {run} on {len(workers.all)} workers")
+    self._started, self._seen, self._said = True, None, None
+
+  def _ended(self, workers, states, what) -> int | None:
+    """Judges an end once it has stayed the same for the time of grace."""
+    if what in ("stopped", "failed", "mixed") and not self._started:
+      # Of an earlier command.
+      self._stop_rest(workers, states)
+      return self._start(workers, "none")
+    seen = (what, tuple(states.values()))
+    now = time.monotonic()
+    if seen != self._seen:
+      self._seen, self._since = seen, now
+      self._say(f"training {what}; waiting to see whether the machines stay")
+    if now - self._since < self._patience.grace:
+      return None
+    if what == "done":
+      self._gcloud.say(
+        "training is done on all workers; `delete` ends the bill"
+      )
+      return 0
+    if what == "stopped":
+      self._gcloud.say(
+        "training was stopped; the same command takes it up again"
+      )
+      return 0
+    self._failed += 1
+    self._show(workers, states)
+    final = any(x.code == _USER_ERROR for x in states.values())
+    self._stop_rest(workers, states)
+    if final or self._failed > self._patience.restarts:
+      self._gcloud.say(
+        f"training failed {self._failed} times; `logs` brings all of it"
+      )
+      return 1
+    self._gcloud.say(f"restart {self._failed} of {self._patience.restarts}")
+    return self._start(workers, "none")
+
+  def _stop_rest(self, workers, states) -> None:
+    """Ends those who would wait for a dead one forever."""
+    if any(x.what == "running" for x in states.values()):
+      workers.stop(60, kill=True)
+
+  def _show(self, workers, states) -> None:
+    bad = [
+      worker
+      for worker, state in states.items()
+      if state.what == "lost" or state.code
+    ]
+    for worker in (bad or list(states))[:1]:
+      state = states[worker]
+      code = f" with {state.code}" if state.what == "ended" else ""
+      self._gcloud.say(f"{worker} {state.what}{code}; its last lines:")
+      print(workers.tail(worker, _TAIL), flush=True)
+
+  def _say(self, text: str) -> None:
+    """Says a thing once, not at every look."""
+    if text != self._said:
+      self._gcloud.say(text)
+    self._said = text

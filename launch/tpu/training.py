@@ -1,0 +1,112 @@
+"""The command line that every worker runs."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+import time
+
+from tpu.errors import LaunchError
+
+
+def train_command(arguments: list[str], env: list[str]) -> list[str]:
+  """`python -m hourjax.train` with its options, and variables before it.
+
+  Args:
+    arguments: options of the trainer.
+    env: KEY=VALUE each.
+
+  Raises:
+    LaunchError: for a variable without a value or with an odd name.
+  """
+  for pair in env:
+    if not re.match(r"[A-Za-z_][A-Za-z0-9_]*=", pair):
+      raise LaunchError(f"--env={pair}: write --env=KEY=VALUE")
+  prefix = ["env", *env] if env else []
+  return [*prefix, "python", "-m", "hourjax.train", *arguments]
+
+
+def check_env_file(path: str) -> None:
+  """Refuses a file that the workers could not read.
+
+  Raises:
+    LaunchError: naming the line.
+  """
+  try:
+    with open(path, encoding="utf-8") as file:
+      lines = file.read().splitlines()
+  except OSError as error:
+    raise LaunchError(f"--env_file={path}: {error.strerror}") from None
+  for number, line in enumerate(lines, 1):
+    comment = not line.strip() or line.startswith("#")
+    if not comment and not re.match(r"[A-Za-z_][A-Za-z0-9_]*=", line):
+      raise LaunchError(f"--env_file={path}: line {number} is no KEY=VALUE")
+
+
+def workdir_of(arguments: list[str]) -> str | None:
+  """The last --workdir among options, None if there is none."""
+  found = None
+  for option, following in zip(arguments, [*arguments[1:], None]):
+    if option in ("--workdir", "-workdir"):
+      found = following
+    elif option.startswith(("--workdir=", "-workdir=")):
+      found = option.split("=", 1)[1]
+  return found
+
+
+def check_workdir(
+  arguments: list[str], *, workers: int, until_done: bool, shared: str
+) -> None:
+  """Refuses a workdir that some worker, or the next TPU, would not see.
+
+  Args:
+    workers: that train together.
+    until_done: the run goes on on another TPU if this one is taken away.
+    shared: folder that is the same storage on all workers and outlives them,
+      "" if there is none.
+
+  Raises:
+    LaunchError: if the run could not be resumed from there.
+  """
+  workdir = workdir_of(arguments)
+  if not workdir:
+    raise LaunchError(
+      "no --workdir among the trainer's options; give one after --, as in"
+      " `run ... -- --config=... --workdir=gs://BUCKET/RUN`"
+    )
+  if re.match(r"gs://[^/]+/.", workdir):
+    return
+  remedy = (
+    "give --workdir=gs://BUCKET/RUN, or a folder below --shared_path=FOLDER, a"
+    " mount that all workers have and that outlives them"
+  )
+  if shared and (workdir + "/").startswith(shared.rstrip("/") + "/"):
+    return
+  if until_done:
+    raise LaunchError(
+      f"--workdir={workdir} is a disk of the TPU VM and is lost with it, but"
+      f" --until_done resumes from there; {remedy}"
+    )
+  if workers > 1:
+    raise LaunchError(
+      f"--workdir={workdir} is another disk on each of the {workers} workers,"
+      f" who write one checkpoint together; {remedy}"
+    )
+  if not workdir.startswith("/"):
+    raise LaunchError(
+      f"--workdir={workdir} lies in the shipped code, which `setup` replaces;"
+      " give gs://BUCKET/RUN or an absolute path"
+    )
+
+
+def job_of(command: list[str]) -> str:
+  """Short name of a command line, by which a run is known again."""
+  return hashlib.sha256(shlex.join(command).encode()).hexdigest()[:8]
+
+
+def run_id(command: list[str]) -> str:
+  """Name of a new run of a command: job, date, time and milliseconds."""
+  now = time.time()
+  clock = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+  return f"{job_of(command)}-{clock}-{int(now * 1000) % 1000:03d}"
