@@ -4,28 +4,46 @@
       --config.data.dataset=videomarathon --workdir=work/run
 
 Any key of the configuration can be set as --config.KEY=VALUE; an unknown one
-fails. Started again with the same workdir, the run continues.
+fails. Started again with the same workdir, the run continues. SIGTERM and
+Ctrl-C save a checkpoint first; after SIGTERM the status is 0.
+
+On a TPU VM of several hosts, start the same line on each; elsewhere see
+`hourjax.parallel.hosts`.
 """
 
 import pathlib
+import signal
+import sys
 
 from absl import app, flags
 from ml_collections import config_flags
 
 from hourjax import command
+from hourjax.parallel import hosts
 from hourjax.training.experiment import build_experiment
 from hourjax.training.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_PROFILE = flags.DEFINE_string(
+  "profile_steps",
+  None,
+  "a:b traces steps a to b-1 (the same as --config.watch.profile_steps).",
+)
 
 
 def main(argv: list[str]) -> None:
   command.begin(argv)
+  config = _CONFIG.value.to_dict()
+  if _PROFILE.value is not None:
+    config["watch"]["profile_steps"] = _PROFILE.value
   with command.user_errors():
-    train(
-      build_experiment(_CONFIG.value.to_dict()), pathlib.Path(_WORKDIR.value)
-    )
+    experiment = build_experiment(config)
+    hosts.start_hosts()
+    with hosts.leaving():
+      ended_by = train(experiment, pathlib.Path(_WORKDIR.value))
+  if ended_by == signal.SIGINT:
+    sys.exit(128 + ended_by)
 
 
 if __name__ == "__main__":

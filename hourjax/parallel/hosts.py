@@ -10,6 +10,7 @@ says who is who, e.g. for the first of two:
 import contextlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,6 +25,7 @@ _KEYS = ("HOURJAX_COORDINATOR", "HOURJAX_PROCESSES", "HOURJAX_PROCESS")
 _MESSAGE_BYTES = 4096
 # Seconds after which the others notice that a process is gone.
 _SILENCE = 60
+_LAST_WORDS = 2
 
 
 def start_hosts() -> None:
@@ -87,9 +89,19 @@ def settings_of(environ: Mapping[str, str]) -> dict[str, Any] | None:
   return {} if managed or not environ.get("TPU_SKIP_MDS_QUERY") else None
 
 
+def count() -> int:
+  """Number of processes."""
+  return jax.process_count()
+
+
+def index() -> int:
+  """Of this process, from 0."""
+  return jax.process_index()
+
+
 def is_primary() -> bool:
   """Whether this process writes what only one may write."""
-  return jax.process_index() == 0
+  return index() == 0
 
 
 def agree(message: str) -> dict[int, str]:
@@ -106,6 +118,11 @@ def agree(message: str) -> dict[int, str]:
   every = np.asarray(multihost_utils.process_allgather(mine))
   told = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in every]
   return {i: text for i, text in enumerate(told) if text}
+
+
+def tell(message: str) -> str:
+  """The first process's message, on all of them; see `agree`."""
+  return agree(message if is_primary() else "").get(0, "")
 
 
 @contextlib.contextmanager
@@ -133,24 +150,29 @@ def together() -> Iterator[None]:
 
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
-  """Ends the process at once on an error while others may be waiting for it.
+  """Ends the process at once on an error that others may not know of.
 
-  An ordinary exit would wait for them, and they, in a collective, for us;
-  once we are gone jax ends them, within a minute or so. UserErrors pass: by
-  `together` they reach all processes.
+  An ordinary exit would wait for them, and they, in a collective, for this
+  one; once it is gone jax ends them, within a minute or so. A process alone
+  fails as usual.
   """
   try:
     yield
-  except UserError:
-    raise
-  except Exception:
-    if jax.process_count() == 1:
+  except Exception as error:
+    if count() == 1:
       raise
-    traceback.print_exc()
+    expected = isinstance(error, UserError)
+    if expected:
+      print(f"error: {error}", file=sys.stderr)
+    else:
+      traceback.print_exc()
     print(
-      f"error: process {jax.process_index()} of {jax.process_count()} leaves;"
-      " the others will be ended by jax",
+      f"process {index()} of {count()} leaves; the others will end, too",
       file=sys.stderr,
       flush=True,
     )
-    os._exit(1)
+    if is_primary():
+      # It is the one that all are connected to: where all have failed alike,
+      # the others shall have said why.
+      time.sleep(_LAST_WORDS)
+    os._exit(2 if expected else 1)

@@ -16,8 +16,6 @@ from hourjax.parallel import hosts
 from hourjax.training import saved
 from hourjax.training.step import TrainState
 
-ON_ERROR = ("continue", "stop")
-
 
 class Checkpoints:
   """Checkpoints of one run, in WORKDIR/checkpoints/STEP.

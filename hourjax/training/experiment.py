@@ -13,6 +13,7 @@ from hourjax.errors import UserError
 from hourjax.models.config import ModelConfig
 from hourjax.parallel.mesh import MeshConfig
 from hourjax.training.optimizer import OptimizerConfig
+from hourjax.training.watch import WatchConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +66,8 @@ class Experiment:
   """Everything that decides a training run.
 
   Attributes:
-    model, forgetting, data, rows, optimizer, read, mesh: see their classes;
-      rows is the capacity of one row.
+    model, forgetting, data, rows, optimizer, read, mesh, watch: see their
+      classes; rows is the capacity of one row.
     init: empty for fresh weights, a checkpoint folder with official names, or
       the workdir of an earlier run.
     draw_missing: components (e.g. "memaug") that `init` may lack; they are
@@ -79,6 +80,9 @@ class Experiment:
     max_length: of the decoder's sequence.
     log_every, checkpoint_every: steps.
     keep_checkpoints: how many stay on disk.
+    on_save_error: "continue" or "stop" when a checkpoint cannot be saved.
+    max_nonfinite: steps in a row without finite loss and gradient after which
+      the run stops; fewer are skipped.
   """
 
   model: ModelConfig
@@ -87,7 +91,7 @@ class Experiment:
   rows: Size
   optimizer: OptimizerConfig
   read: ReadOptions
-  mesh: MeshConfig = MeshConfig()
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   init: str = ""
   draw_missing: str = ""
   seed: int = 0
@@ -99,16 +103,25 @@ class Experiment:
   log_every: int = 10
   checkpoint_every: int = 500
   keep_checkpoints: int = 2
+  on_save_error: str = "continue"
+  max_nonfinite: int = 5
+  watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
 
   def __post_init__(self):
     at_least_one = ("batch_rows", "accumulate", "max_length", "log_every",
-                    "checkpoint_every", "keep_checkpoints")  # fmt: skip
+                    "checkpoint_every", "keep_checkpoints",
+                    "max_nonfinite")  # fmt: skip
     for name in (*at_least_one, "steps", "seed"):
       low = int(name in at_least_one)
       if getattr(self, name) < low:
         raise UserError(
           f"config.{name} is {getattr(self, name)}; it must be at least {low}"
         )
+    if self.on_save_error not in ("continue", "stop"):
+      raise UserError(
+        f"config.on_save_error is {self.on_save_error!r}; choose continue or"
+        " stop"
+      )
     if not self.steps and not self.epochs > 0:
       raise UserError(
         f"config.epochs is {self.epochs} and config.steps 0; one must be"

@@ -1,133 +1,266 @@
 """The training loop.
 
-The order is a contract: restore (or initialise), then for each step get a
-batch, take the step, write metrics, save a checkpoint if it is due. A
-checkpoint holds the position in the data, so the run that continues sees the
-batches that the interrupted one would have seen.
+The order is a contract. Before the first step: refuse a workdir of another
+configuration, open the data, restore (or initialise). For each step: get its
+batches, take it, look whether the loss is finite, write metrics, see to a save
+that has ended, save a checkpoint if one is due; and where a signal has asked
+for it, save and leave. Nothing is saved in a series of steps that are not
+finite.
+
+A checkpoint holds the position in the data, so the run that continues sees the
+batches that the interrupted one would have seen. Every process of a run goes
+through the same order; the first one writes the files.
 """
 
 import contextlib
 import dataclasses
-import json
 import math
 import pathlib
 import sys
 import time
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from hourjax.data.dataset import Dataset
 from hourjax.data.pipeline import batches
 from hourjax.data.plan import RowPlan
 from hourjax.data.records import Skipped
 from hourjax.errors import UserError
+from hourjax.parallel import hosts
+from hourjax.parallel.chips import peak_flops
+from hourjax.parallel.mesh import make_mesh
 from hourjax.training.checkpoint import Checkpoints
 from hourjax.training.experiment import Experiment
 from hourjax.training.feed import Feed, UnreadLedger
-from hourjax.training.initial import initial_params
-from hourjax.training.metrics import Metrics
-from hourjax.training.optimizer import make_optimizer, split_params
+from hourjax.training.nonfinite import NonFinite
+from hourjax.training.placing import Placing
+from hourjax.training.preemption import Leave
+from hourjax.training.report import Report
 from hourjax.training.source import open_dataset, row_plan
-from hourjax.training.step import TrainState, jit_train_step
+from hourjax.training.state import (
+  abstract_state,
+  fresh_state,
+  state_shardings,
+)
+from hourjax.training.step import Step, TrainState
+from hourjax.training.watch import Watch
+from hourjax.training.work import RowWork, row_records
+from hourjax.training.workdir import check_workdir, epoch_rows, write_about
 
 
-def train(experiment: Experiment, workdir: pathlib.Path) -> None:
+def train(experiment: Experiment, workdir: pathlib.Path) -> int | None:
   """Trains to the last step, from the newest checkpoint in `workdir` if any.
 
   Leaves config.json, plan.json, metrics.jsonl, skipped.json, checkpoints/ and,
-  if samples could not be read, unread.jsonl.
+  if samples could not be read, unread.jsonl, and if steps were skipped,
+  nonfinite.jsonl.
+
+  Returns:
+    The number of the signal that ended the run early, None otherwise.
 
   Raises:
     UserError: for anything wrong with data, weights or configuration.
-    FloatingPointError: if the loss stops being finite.
   """
-  dataset = open_dataset(experiment)
-  plan = row_plan(experiment, dataset)
-  rows = epoch_rows(plan, workdir)
-  steps = total_steps(experiment, rows["rows"])
-  state, optimizer = fresh_state(experiment, dataset, steps)
-  checkpoints = Checkpoints(workdir, keep=experiment.keep_checkpoints)
+  with contextlib.closing(Leave()) as leave:
+    _train(experiment, workdir, leave)
+  return leave.signal
+
+
+def _train(experiment: Experiment, workdir: pathlib.Path, leave: Leave) -> None:
+  began = time.time()
+  check_workdir(experiment, workdir)
+  with hosts.together():
+    dataset = open_dataset(experiment)
+    _check_vocabulary(experiment, dataset)
+    plan = row_plan(experiment, dataset)
+    rows = epoch_rows(plan, workdir)
+    mesh = make_mesh(experiment.mesh)
+    placing = Placing(mesh, experiment.row_spec, experiment.batch_rows)
+    steps = total_steps(experiment, rows["rows"])
+    like, optimizer = abstract_state(experiment, mesh, steps)
+  checkpoints = Checkpoints(
+    workdir,
+    keep=experiment.keep_checkpoints,
+    on_error=experiment.on_save_error,
+  )
   with contextlib.closing(checkpoints):
-    position = 0
-    if checkpoints.latest() is not None:
-      state, position = checkpoints.restore(state, plan=rows["plan"])
-    _write_about(experiment, rows, dataset.skipped, workdir)
-    start = int(state.step)
-    print(_summary(experiment, dataset, rows, state, steps), file=sys.stderr)
-    if start < steps:
-      _run(experiment, dataset, plan, state, optimizer, position, steps,
-           checkpoints, workdir)  # fmt: skip
+    position, restoring = 0, time.monotonic()
+    if checkpoints.latest() is None:
+      state = fresh_state(experiment, like, optimizer)
     else:
+      state, position = checkpoints.restore(like, plan=rows["plan"])
+    restoring = time.monotonic() - restoring
+    with hosts.together():
+      if hosts.is_primary():
+        write_about(experiment, rows, dataset.skipped, workdir)
+        print(
+          _summary(experiment, dataset, rows, state, steps), file=sys.stderr
+        )
+    start = int(state.step)
+    if leave.at_once():
+      print(f"left before step {start + 1}; nothing is lost", file=sys.stderr)
+    elif start < steps:
+      run = _Run(
+        experiment, dataset, plan, placing, checkpoints, leave, workdir, steps
+      )
+      step = Step(experiment.model, optimizer, state_shardings(like))
+      run.go(step, state, position, began=began, restoring=restoring)
+    elif hosts.is_primary():
       print(f"already trained: step {start} of {steps}", file=sys.stderr)
-  report_skipped(dataset.skipped)
+  if hosts.is_primary():
+    report_skipped(dataset.skipped)
 
 
-def _run(
-  experiment,
-  dataset,
-  plan,
-  state,
-  optimizer,
-  position,
-  steps,
-  checkpoints,
-  workdir,
-):
-  start = int(state.step)
-  step_fn = jit_train_step(experiment.model, optimizer)
-  metrics = Metrics(workdir, steps=steps, start=start)
-  unread = UnreadLedger(
-    workdir, start=start, max_share=experiment.data.max_skipped
-  )
-  feed = Feed(
-    batches(
-      dataset,
-      plan,
-      experiment.row_spec,
-      rows=experiment.step_rows,
+@dataclasses.dataclass
+class _Run:
+  """What stays the same from step to step."""
+
+  experiment: Experiment
+  dataset: Dataset
+  plan: RowPlan
+  placing: Placing
+  checkpoints: Checkpoints
+  leave: Leave
+  workdir: pathlib.Path
+  steps: int
+
+  def go(
+    self,
+    take_step: Step,
+    state: TrainState,
+    position: int,
+    *,
+    began: float,
+    restoring: float,
+  ) -> None:
+    """Takes the steps that are left.
+
+    Args:
+      take_step: compiled on its first call.
+      state: to start from; its memory is reused.
+      position: in the data, of the next row.
+      began: seconds since 1970 when the process did.
+      restoring: seconds that it took to get the state.
+    """
+    experiment, start = self.experiment, int(state.step)
+    config = dataclasses.asdict(experiment)
+    fingerprint = self.plan.fingerprint()
+    with contextlib.ExitStack() as stack:
+      watch = stack.enter_context(
+        contextlib.closing(self._watch(config, start, began))
+      )
+      nonfinite = stack.enter_context(
+        contextlib.closing(self._nonfinite(start))
+      )
+      unread = UnreadLedger(
+        self.workdir, start=start, max_share=experiment.data.max_skipped
+      )
+      feed = stack.enter_context(contextlib.closing(self._feed(position)))
+      work = RowWork(experiment, self.dataset, self.plan)
+      report = Report(watch, experiment, work, feed, self.steps)
+      watch.lost(restoring, "restore")
+      for step in range(start + 1, self.steps + 1):
+        watch.step_begins(step)
+        micro = _MicroBatches(feed, experiment.accumulate)
+        called = time.monotonic()
+        state, scalars = take_step(state, micro)
+        if step == start + 1:
+          # The call returns when all is compiled and queued.
+          took = time.monotonic() - called - feed.waited
+          watch.lost(max(took, 0.0), "compile")
+        # Waits for the step. Meanwhile the feed prepares the next batch; more
+        # steps in flight would hold a batch each.
+        scalars = jax.device_get(scalars)
+        for delivered in micro.delivered:
+          unread.add(step, delivered)
+        finite = nonfinite.check(step, scalars, self._records(position))
+        report.add(position, scalars)
+        if step % experiment.log_every == 0 or step in (1, self.steps):
+          counts = {f"unread_{kind}": n for kind, n in unread.counts.items()}
+          counts["skipped_steps"] = nonfinite.skipped
+          report.write(step, scalars, counts)
+        position = micro.delivered[-1].position
+        if nonfinite.too_many:
+          self.checkpoints.settle()
+          raise nonfinite.error(step, self.checkpoints.latest())
+        saving = time.monotonic()
+        self.checkpoints.poll()
+        asked = self.leave.reached(step)
+        due = step % experiment.checkpoint_every == 0 or asked
+        if (due and finite) or step == self.steps:
+          self.checkpoints.save(state, position, fingerprint, config)
+          watch.lost(time.monotonic() - saving, "save")
+        if asked:
+          break
+      self.checkpoints.finish()
+    if asked and hosts.is_primary():
+      newest = self.checkpoints.latest()
+      print(
+        f"left after step {step} of {self.steps}; the same command goes on"
+        f" from step {newest or 0}",
+        file=sys.stderr,
+      )
+
+  def _watch(self, config, start, began):
+    device = jax.devices()[0]
+    peak = peak_flops(device.device_kind)
+    return Watch(
+      self.workdir,
+      self.experiment.watch,
+      run_config=config,
+      steps=self.steps,
+      start=start,
+      flops_per_second=peak and peak * jax.device_count(),
+      primary=hosts.is_primary(),
+      began=began,
+    )
+
+  def _nonfinite(self, start):
+    return NonFinite(
+      self.workdir,
+      start=start,
+      max_in_a_row=self.experiment.max_nonfinite,
+      primary=hosts.is_primary(),
+    )
+
+  def _feed(self, position):
+    delivered = batches(
+      self.dataset,
+      self.plan,
+      self.experiment.row_spec,
+      rows=self.experiment.batch_rows,
+      mine=self.placing.mine,
       start=position,
-      options=experiment.read,
-    ),
-    accumulate=experiment.accumulate,
-    rows=experiment.batch_rows,
-  )
-  config = dataclasses.asdict(experiment)
-  clock = _Clock(feed, start)
-  with contextlib.closing(metrics), contextlib.closing(feed):
-    for step in range(start + 1, steps + 1):
-      batch, delivered = next(feed)
-      unread.add(step, delivered)
-      state, scalars = step_fn(state, batch)
-      # Waits for the step. Meanwhile the feed prepares the next batch; more
-      # steps in flight would hold a batch each.
-      scalars = jax.device_get(scalars)
-      _check_finite(scalars, step, position, experiment, plan, dataset)
-      if step % experiment.log_every == 0 or step in (1, steps):
-        counts = {f"unread_{kind}": n for kind, n in unread.counts.items()}
-        metrics.write(step, {**scalars, **clock.read(step), **counts})
-      position = delivered.position
-      if step % experiment.checkpoint_every == 0 or step == steps:
-        checkpoints.save(state, position, plan.fingerprint(), config)
+      options=self.experiment.read,
+    )
+    return Feed(delivered, self.placing)
+
+  def _records(self, position):
+    rows = self.experiment.step_rows
+    return lambda: row_records(self.dataset, self.plan, position, rows)
 
 
-class _Clock:
-  """Seconds a step, and the share of them that waited for data."""
+class _MicroBatches:
+  """Iterates over one step's micro-batches on the devices.
 
-  def __init__(self, feed: Feed, step: int):
-    self._feed, self._last = feed, (step, time.monotonic(), feed.waited)
+  Attributes:
+    delivered: what came with each of them.
+  """
 
-  def read(self, step: int) -> dict[str, float]:
-    """Since the last reading."""
-    before, began, waited = self._last
-    self._last = (step, time.monotonic(), self._feed.waited)
-    took = self._last[1] - began
-    return {
-      "step_seconds": took / (step - before),
-      "data_wait": (self._last[2] - waited) / max(took, 1e-9),
-    }
+  def __init__(self, feed: Feed, count: int):
+    self._feed, self._left = feed, count
+    self.delivered = []
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    if not self._left:
+      raise StopIteration
+    self._left -= 1
+    batch, delivered = next(self._feed)
+    self.delivered.append(delivered)
+    return batch
 
 
 def report_skipped(skipped: list[Skipped]) -> None:
@@ -141,20 +274,6 @@ def report_skipped(skipped: list[Skipped]) -> None:
   print("\n".join(lines), file=sys.stderr)
 
 
-def epoch_rows(plan: RowPlan, workdir: pathlib.Path) -> dict[str, Any]:
-  """Rows in the first epoch: {"plan": fingerprint, "rows": number}.
-
-  Counting them packs the whole epoch, seconds for a million samples; a run
-  that goes on finds the number in its plan.json.
-  """
-  path, fingerprint = workdir / "plan.json", plan.fingerprint()
-  with contextlib.suppress(OSError, ValueError, KeyError):
-    known = json.loads(path.read_text())
-    if known["plan"] == fingerprint:
-      return known
-  return {"plan": fingerprint, "rows": plan.rows_in_epoch(0)}
-
-
 def total_steps(experiment: Experiment, rows: int) -> int:
   """Steps of the run: as configured, or enough for the epochs of `rows`."""
   if experiment.steps:
@@ -162,11 +281,7 @@ def total_steps(experiment: Experiment, rows: int) -> int:
   return math.ceil(rows * experiment.epochs / experiment.step_rows)
 
 
-def fresh_state(
-  experiment: Experiment, dataset: Dataset, steps: int
-) -> tuple[TrainState, Any]:
-  """State at step 0 and its optimizer; frozen parameters get no moments."""
-  params = initial_params(experiment)
+def _check_vocabulary(experiment: Experiment, dataset: Dataset) -> None:
   vocab = experiment.model.decoder.vocab
   if dataset.vocab_size > vocab:
     raise UserError(
@@ -174,33 +289,6 @@ def fresh_state(
       f" {vocab} embeddings; use the model's own tokenizer or raise"
       " config.model.decoder.vocab"
     )
-  trained, frozen = split_params(params, experiment.optimizer)
-  optimizer = make_optimizer(experiment.optimizer, steps, trained)
-  step = jnp.zeros((), jnp.int32)
-  return TrainState(step, trained, frozen, optimizer.init(trained)), optimizer
-
-
-def _check_finite(scalars, step, position, experiment, plan, dataset):
-  if np.isfinite(scalars["loss"]) and np.isfinite(scalars["grad_norm"]):
-    return
-  rows = {}
-  for k in range(experiment.step_rows):
-    at = plan.advance(position, k)
-    groups = plan.row(at)[1]
-    rows[at] = [dataset.record(i).id for group in groups for i in group]
-  raise FloatingPointError(
-    f"step {step}: loss {scalars['loss']}, gradient norm"
-    f" {scalars['grad_norm']}; rows and records: {rows}"
-  )
-
-
-def _write_about(experiment, rows, skipped, workdir):
-  workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / "plan.json").write_text(json.dumps(rows) + "\n")
-  config = json.dumps(dataclasses.asdict(experiment), indent=2)
-  (workdir / "config.json").write_text(config + "\n")
-  listed = [dataclasses.asdict(item) for item in skipped]
-  (workdir / "skipped.json").write_text(json.dumps(listed, indent=2) + "\n")
 
 
 def _summary(experiment, dataset, rows, state, steps):

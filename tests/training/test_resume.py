@@ -1,26 +1,25 @@
 """Whole runs through the loop on a small demo; losses are equal floats."""
 
 import dataclasses
-import functools
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
 import pytest
+from ml_collections import ConfigDict
 
 from configs import demo
-from hourjax.data.demo import build
-from hourjax.data.prepare import build as prepare
-from hourjax.data.prepare import lists
 from hourjax.errors import UserError
-from hourjax.inference.extraction import extract_videos
-from hourjax.models.params import init_params
 from hourjax.training import loop
-from hourjax.training.checkpoint import read_config, restore_params
+from hourjax.training.changes import differences
+from hourjax.training.checkpoint import restore_params
 from hourjax.training.experiment import build_experiment
-from hourjax.training.initial import initial_params
-from hourjax.training.metrics import Metrics, read_metrics
+from hourjax.training.metrics import read_metrics
+from hourjax.training.step import Step
+from hourjax.training.watch import Watch
+from tests.training import runs
 
 STEPS = 6
 BAD = {
@@ -36,54 +35,30 @@ BAD = {
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
   """Six steps on six conversations and a record without its video."""
-  folder = tmp_path_factory.mktemp("data")
-  options = build.Options(train_videos=3, test_scale=0.02, conversations=2)
-  build.build(folder, options)
-  path = folder / "train.json"
-  path.write_text(json.dumps([BAD, *json.loads(path.read_text())]))
-  config = demo.get_config(f"data={folder},stage=2")
-  config.update(
-    steps=STEPS, batch_rows=1, accumulate=2, log_every=1, checkpoint_every=3
-  )
-  config.model.decoder.layers = config.model.memaug_layers = 1
-  config.data.max_skipped = 0.5
-  made = build_experiment(config.to_dict())
-  options = prepare.Options(
-    items=(lists.Item.of_files([str(path)]),), tokenizer=f"{folder}/tokenizer"
-  )
-  prepare.build(folder / "stage2", options, workers=1)
-  extract_videos(
-    init_params(made.model, made.seed),
-    made.model,
-    videos=folder / "videos",
-    out=folder / "features",
-    batch_frames=64,
-  )
-  return made
+  folder = runs.make_data(tmp_path_factory.mktemp("data"), BAD)
+  config = runs.small_config(folder, steps=STEPS, checkpoint_every=3)
+  return build_experiment(config.to_dict())
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _drawn_and_compiled_once(experiment):
+def _drawn_and_compiled_once():
   """Spares every run but the first what takes longest, and is the same."""
-  drawn = initial_params(experiment)
-  made, compile_step = [], loop.jit_train_step
+  draw, drawn, compiled = loop.fresh_state, {}, {}
 
-  def fresh(asked):
+  def fresh(asked, like, optimizer):
+    if asked.model not in drawn:
+      drawn[asked.model] = draw(asked, like, optimizer)
     # A step reuses the memory of the state before it, so each run gets copies.
-    same = asked.model == experiment.model
-    return jax.tree.map(jnp.copy, drawn) if same else initial_params(asked)
+    return jax.tree.map(jnp.copy, drawn[asked.model])
 
-  @functools.cache
-  def jitted(config):
-    return compile_step(config, made[0])
-
-  def step_of(config, optimizer):
-    made.append(optimizer)
-    return jitted(config)
+  def step_of(config, optimizer, shardings):
+    if config not in compiled:
+      compiled[config] = Step(config, optimizer, shardings)
+    return compiled[config]
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, "initial_params", fresh)
-    patch.setattr(loop, "jit_train_step", step_of)
+    patch.setattr(loop, "fresh_state", fresh)
+    patch.setattr(loop, "Step", step_of)
     yield
 
 
@@ -93,11 +68,6 @@ def whole(experiment, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("whole")
   loop.train(experiment, workdir)
   return workdir
-
-
-def _losses(workdir):
-  kept = ("step", "loss", "grad_norm", "tokens")
-  return [{k: row[k] for k in kept} for row in read_metrics(workdir)]
 
 
 def _files(workdir):
@@ -110,15 +80,15 @@ def _files(workdir):
 def test_a_resumed_run_has_the_losses_of_a_whole_one(
   experiment, whole, tmp_path, monkeypatch
 ):
-  write = Metrics.write
+  wrote = Watch.wrote
 
-  def stop(self, step, values):
-    write(self, step, values)
+  def stop(self, step, *args, **values):
+    wrote(self, step, *args, **values)
     if step == 5:
       raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(Metrics, "write", stop)
+    patch.setattr(Watch, "wrote", stop)
     with pytest.raises(KeyboardInterrupt):
       loop.train(experiment, tmp_path)
   # Steps 4 and 5 are after the checkpoint; they are taken and written again.
@@ -126,7 +96,7 @@ def test_a_resumed_run_has_the_losses_of_a_whole_one(
   loop.train(experiment, tmp_path)
   rows = read_metrics(whole)
   assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-  assert _losses(tmp_path) == _losses(whole)
+  assert runs.losses(tmp_path) == runs.losses(whole)
   assert len({row["loss"] for row in rows}) == STEPS
   one, two = restore_params(whole), restore_params(tmp_path)
   assert one.keys() == two.keys()
@@ -156,23 +126,87 @@ def test_what_cannot_be_read_is_left_out_and_listed(
 
 def test_a_finished_run_is_left_alone(experiment, whole, monkeypatch, capsys):
   before = _files(whole)
-  monkeypatch.setattr(loop, "jit_train_step", None)
+  monkeypatch.setattr(loop, "Step", None)
   loop.train(experiment, whole)
   assert "already trained: step 6 of 6" in capsys.readouterr().err
   assert _files(whole) == before
 
 
-def test_another_model_on_the_same_workdir(experiment, whole):
-  wider = dataclasses.replace(
-    experiment.model,
-    decoder=dataclasses.replace(experiment.model.decoder, mlp=128),
+def _changed(experiment, **changes):
+  """Keys have __ for dots."""
+  config = ConfigDict(dataclasses.asdict(experiment))
+  changes = {key.replace("__", "."): value for key, value in changes.items()}
+  config.update_from_flattened_dict(changes)
+  return build_experiment(config.to_dict())
+
+
+def test_another_configuration_on_the_same_workdir(experiment, whole):
+  """Refused with what differs, before anything is opened or written."""
+  before = _files(whole)
+  other = _changed(
+    experiment, model__decoder__mlp=128, optimizer__clip=2.0, log_every=5
   )
-  other = dataclasses.replace(experiment, model=wider)
-  with pytest.raises(UserError, match="does not fit this configuration") as e:
+  with pytest.raises(UserError, match="of another configuration") as error:
     loop.train(other, whole)
-  assert str(whole) in str(e.value)
-  # What the run was started with must not be lost.
-  assert read_config(whole)["model"] == dataclasses.asdict(experiment.model)
+  assert str(whole) in str(error.value)
+  assert "\n  model.decoder.mlp: 256 -> 128\n" in str(error.value)
+  assert "\n  optimizer.clip: 1.0 -> 2.0\n" in str(error.value)
+  assert "log_every" not in str(error.value)
+  assert "config.init" in str(error.value)
+  assert _files(whole) == before
+
+
+@pytest.mark.parametrize(
+  "changes, refused",
+  [
+    ({"read__threads": 2, "watch__tensorboard": False}, []),
+    ({"keep_checkpoints": 5, "checkpoint_every": 1, "log_every": 3}, []),
+    ({"mesh__data": -1, "mesh__fsdp": 1, "model__remat": "full"}, []),
+    ({"on_save_error": "stop", "max_nonfinite": 2}, []),
+    ({"batch_rows": 2, "accumulate": 1}, []),
+    ({"batch_rows": 2}, ["batch_rows"]),
+    ({"batch_rows": 4, "accumulate": 1}, ["accumulate", "batch_rows"]),
+    ({"steps": 12}, ["steps"]),
+    ({"seed": 1, "data__weights": "train=2"}, ["data.weights", "seed"]),
+    ({"data__media": "elsewhere"}, []),
+  ],
+)
+def test_what_may_change(experiment, changes, refused):
+  old = json.loads(json.dumps(dataclasses.asdict(experiment)))
+  new = dataclasses.asdict(_changed(experiment, **changes))
+  assert list(differences(old, new)) == refused
+
+
+def test_keys_that_an_older_version_lacked(experiment):
+  old = json.loads(json.dumps(dataclasses.asdict(experiment)))
+  new = dataclasses.asdict(experiment)
+  del old["max_length"], old["mesh"]
+  assert differences(old, new) == {}
+  old["gone"] = 3
+  assert differences(old, new) == {"gone": ("3", "(not set)")} | {
+    key: found for key, found in differences(old, new).items() if key != "gone"
+  }
+  assert "gone" in differences(old, new)
+
+
+def test_other_data_behind_the_same_configuration(experiment, whole, tmp_path):
+  """A position in one plan says nothing in another."""
+  shutil.copytree(whole, tmp_path / "run")
+  store = pathlib.Path(experiment.data.features)
+  hidden = min(store.glob("train*.npy"))
+  hidden.rename(tmp_path / hidden.name)
+  lines = store / "index.jsonl"
+  index = lines.read_text()
+  kept = [x for x in index.splitlines() if hidden.stem not in x]
+  lines.write_text("".join(f"{x}\n" for x in kept))
+  try:
+    with pytest.raises(UserError, match="trained on rows of plan") as error:
+      loop.train(experiment, tmp_path / "run")
+  finally:
+    (tmp_path / hidden.name).rename(hidden)
+    lines.write_text(index)
+  assert "config.init" in str(error.value)
+  assert not (tmp_path / "run" / "damaged").exists()
 
 
 def test_bad_records_are_listed(whole):
@@ -191,17 +225,6 @@ def test_too_many_bad_records(experiment, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def test_other_data_on_the_same_workdir(experiment, whole):
-  """A position in one plan says nothing in another."""
-  before = read_config(whole)
-  data = dataclasses.replace(experiment.data, weights="train=2")
-  other = dataclasses.replace(experiment, data=data)
-  with pytest.raises(UserError, match="trained on rows of plan") as error:
-    loop.train(other, whole)
-  assert "config.init" in str(error.value)
-  assert read_config(whole) == before
-
-
 @pytest.mark.parametrize(
   "key, value",
   [
@@ -212,6 +235,8 @@ def test_other_data_on_the_same_workdir(experiment, whole):
     ("data.share_memory", 0),
     ("data.single_image", "plan"),
     ("read.threads", 0),
+    ("max_nonfinite", 0),
+    ("on_save_error", "ignore"),
   ],
 )
 def test_values_out_of_range(key, value):

@@ -1,0 +1,154 @@
+"""Whole trainings as processes: small data, one command, its losses."""
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+from configs import demo
+from hourjax.data.demo import build
+from hourjax.data.prepare import build as prepare
+from hourjax.data.prepare import lists
+from hourjax.inference.extraction import extract_videos
+from hourjax.models.params import init_params
+from hourjax.training.experiment import build_experiment
+from hourjax.training.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
+# Of the demo's configuration: the smallest model that has all parts.
+SMALL = {
+  "model.decoder.layers": 1,
+  "model.memaug_layers": 1,
+  "batch_rows": 1,
+  "accumulate": 2,
+  "log_every": 1,
+  "data.max_skipped": 0.5,
+}
+
+
+def small_config(data: pathlib.Path, **changes):
+  """The demo's stage 2 on `data`; keys of `changes` have __ for dots."""
+  config = demo.get_config(f"data={data},stage=2")
+  changes = {key.replace("__", "."): value for key, value in changes.items()}
+  config.update_from_flattened_dict(SMALL | changes)
+  return config
+
+
+def make_data(folder: pathlib.Path, *extra: dict) -> pathlib.Path:
+  """Six conversations about three videos, and `extra` raw records."""
+  options = build.Options(train_videos=3, test_scale=0.02, conversations=2)
+  build.build(folder, options)
+  path = folder / "train.json"
+  path.write_text(json.dumps([*extra, *json.loads(path.read_text())]))
+  made = build_experiment(small_config(folder).to_dict())
+  options = prepare.Options(
+    items=(lists.Item.of_files([str(path)]),), tokenizer=f"{folder}/tokenizer"
+  )
+  prepare.build(folder / "stage2", options, workers=1)
+  extract_videos(
+    init_params(made.model, made.seed),
+    made.model,
+    videos=folder / "videos",
+    out=folder / "features",
+    batch_frames=64,
+  )
+  return folder
+
+
+class Training:
+  """A process of `python -m hourjax.train`."""
+
+  def __init__(
+    self,
+    data: pathlib.Path,
+    workdir: pathlib.Path,
+    *,
+    wrap: tuple[str, ...] = (),
+    env: dict[str, str] | None = None,
+    **changes,
+  ):
+    """Starts it.
+
+    Args:
+      data: of `make_data`.
+      workdir: of the run.
+      wrap: a command to run it under.
+      env: more variables.
+      changes: of the configuration, with __ for dots.
+    """
+    changes = SMALL | {k.replace("__", "."): v for k, v in changes.items()}
+    command = [
+      *wrap,
+      *(sys.executable, "-m", "hourjax.train"),
+      f"--config=configs/demo.py:data={data},stage=2",
+      f"--workdir={workdir}",
+      *(f"--config.{key}={value}" for key, value in changes.items()),
+    ]
+    variables = {
+      **os.environ,
+      "JAX_PLATFORMS": "cpu",
+      # Compiled once, by the first process.
+      "JAX_COMPILATION_CACHE_DIR": f"{data}/compiled",
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+      "TF_CPP_MIN_LOG_LEVEL": "2",
+      **(env or {}),
+    }
+    self.process = subprocess.Popen(
+      command, cwd=ROOT, env=variables, text=True, stderr=subprocess.PIPE,
+      stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+
+  def ended(self, timeout: float = 240) -> tuple[int, str]:
+    """Its exit status and what it said; killed if it does not end."""
+    try:
+      _, said = self.process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+      self.process.kill()
+      _, said = self.process.communicate()
+      raise AssertionError(f"did not end in {timeout} s:\n{said}") from None
+    return self.process.returncode, said
+
+  def when(self, condition, timeout: float = 120) -> bool:
+    """Waits until `condition()` or its end; tells whether the former came."""
+    until = time.monotonic() + timeout
+    while time.monotonic() < until:
+      with contextlib.suppress(OSError):
+        if condition():
+          return True
+      if self.process.poll() is not None:
+        return False
+      time.sleep(0.005)
+    raise AssertionError(f"nothing came of it in {timeout} s")
+
+
+def hosts(count: int, devices: int = 1) -> list[dict[str, str]]:
+  """Variables of `count` processes that are one run."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  return [
+    {
+      "HOURJAX_COORDINATOR": f"localhost:{port}",
+      "HOURJAX_PROCESSES": str(count),
+      "HOURJAX_PROCESS": str(index),
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    for index in range(count)
+  ]
+
+
+def losses(workdir: pathlib.Path) -> list[tuple[float, ...]]:
+  """(step, loss, gradient norm, tokens) of each logged step."""
+  kept = ("step", "loss", "grad_norm", "tokens")
+  return [tuple(row[key] for key in kept) for row in read_metrics(workdir)]
+
+
+def logged(workdir: pathlib.Path) -> int:
+  """Lines of metrics.jsonl so far."""
+  path = workdir / "metrics.jsonl"
+  return path.read_bytes().count(b"\n") if path.exists() else 0
