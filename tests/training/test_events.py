@@ -39,6 +39,10 @@ def test_steps_that_are_taken_again_replace_the_first_ones(tmp_path):
   assert len(list(tmp_path.iterdir())) == 3
   shown = curves(read_events(tmp_path))
   assert shown["train/loss"] == {1: 4.0, 2: 3.0, 3: 2.25, 4: 1.5}
+  # Every step after the checkpoint goes, also one that is not logged again.
+  _write(tmp_path, 2, {4: 1.25})
+  shown = curves(read_events(tmp_path))
+  assert shown["train/loss"] == {1: 4.0, 2: 3.0, 4: 1.25}
 
 
 def test_what_a_kill_leaves_can_be_read(tmp_path):
