@@ -6,7 +6,7 @@ class LaunchError(Exception):
 
   Attributes:
     kind: what it is about, for those who handle it: "lost", "missing",
-      "exists", "capacity", "quota", "busy" or "other".
+      "exists", "capacity", "quota", "busy", "passing" or "other".
     line: gcloud's own words, "" if it said none.
   """
 

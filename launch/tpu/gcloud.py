@@ -70,6 +70,13 @@ _MEANINGS = (
     "no project is chosen; give --project, or run `gcloud config set project"
     " PROJECT`",
   ),
+  (
+    r"This TPU has (terminal )?state|while in state|FAILED_PRECONDITION"
+    r"|ABORTED",
+    "passing",
+    "Google is just now changing it; `status` shows how it goes on, try again"
+    " in a minute",
+  ),
   (r"ALREADY_EXISTS|already exists", "exists", "it exists already"),
   (
     r"NOT_FOUND|was not found|could not be found",

@@ -13,7 +13,9 @@ from tpu.training import job_of, run_id
 from tpu.workers import State, Worker, Workers
 
 _TAIL = 20  # lines of a failed worker's log that are shown
-_LOST = 20  # times in a row that nobody answers, before giving up
+_UNANSWERED = 20  # looks in a row without an answer, before giving up
+# Errors that another look may not meet. "missing": taken away since the look.
+_PASSING = ("lost", "missing", "passing")
 # Exit status of a mistake in the options: a restart would meet it again.
 _USER_ERROR = 2
 
@@ -98,12 +100,10 @@ class Supervisor:
         status = self._step()
         self._unanswered = 0
       except LaunchError as error:
-        if error.kind not in ("lost", "capacity"):
+        self._unanswered += error.kind in _PASSING
+        passing = error.kind in (*_PASSING, "capacity")
+        if not passing or self._unanswered > _UNANSWERED:
           raise
-        if error.kind == "lost":
-          self._unanswered += 1
-          if self._unanswered > _LOST:
-            raise
         self._say(f"{error}; looking again")
         status = None
       if status is not None:
@@ -159,10 +159,17 @@ class Supervisor:
     slices.create(self._gcloud, self._order)
 
   def _start(self, workers, what) -> None:
-    if what == "absent":
-      workers.setup(self._tarball)
     run = run_id(self._command)
-    workers.start(run, self._command, self._env_file)
+    try:
+      if what == "absent":
+        workers.setup(self._tarball)
+      workers.start(run, self._command, self._env_file)
+    except LaunchError as error:
+      self._failed += error.kind == "other"
+      if error.kind != "other" or self._failed > self._patience.restarts:
+        raise
+      self._gcloud.say(f"{error}; trying again")
+      return
     self._gcloud.say(f"started {run} on {len(workers.all)} workers")
     self._started, self._seen, self._said = True, None, None
 

@@ -7,6 +7,7 @@ belongs to one of them, which `--worker=all` does not give.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import shlex
 from collections.abc import Callable
@@ -126,9 +127,10 @@ class Workers:
     try:
       self._answers(f"bash {_SCRIPT} start {run} {words}")
     except LaunchError:
-      states = self.states()
-      mine = [x for x in self.all if states[x] == State("running", run)]
-      self.each(lambda x: self._ssh(x, f"bash {_SCRIPT} stop 20 kill"), mine)
+      with contextlib.suppress(LaunchError):  # the first error counts
+        states = self.states()
+        mine = [x for x in self.all if states[x] == State("running", run)]
+        self._answers(f"bash {_SCRIPT} stop 20 kill", mine)
       raise
 
   def stop(self, seconds: int, kill: bool) -> dict[Worker, State]:
