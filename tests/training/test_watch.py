@@ -7,19 +7,15 @@ import sys
 import time
 import types
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hourjax.errors import UserError
 from hourjax.training import watch as watch_module
-from hourjax.training.hbm import hbm
 from hourjax.training.metrics import read_metrics
 from hourjax.training.watch import Watch, WatchConfig
 from tests.training.event_files import curves, read_events
-
-GIB = 2**30
 
 
 class Clock:
@@ -142,25 +138,14 @@ def test_what_is_not_known_is_left_out(tmp_path):
   assert row["video_hours_per_second"] == 0
 
 
-def test_memory_of_the_fullest_device(tmp_path, monkeypatch):
-  def device(stats):
-    return types.SimpleNamespace(memory_stats=lambda: stats)
-
-  one = device({"bytes_in_use": 2 * GIB, "peak_bytes_in_use": 5 * GIB})
-  two = device({"bytes_in_use": 3 * GIB, "peak_bytes_in_use": 4 * GIB})
-  assert hbm([one, two]) == {"hbm_gib": 3.0, "hbm_peak_gib": 5.0}
-  assert hbm([device({"bytes_in_use": GIB})]) == {"hbm_gib": 1.0}
-  assert hbm([device(None)]) == hbm([]) == hbm(jax.local_devices()) == {}
-
-  def unable():
-    raise NotImplementedError
-
-  assert hbm([types.SimpleNamespace(memory_stats=unable)]) == {}
-  monkeypatch.setattr(watch_module.jax, "local_devices", lambda: [one, two])
+def test_memory_of_devices_that_know_it(tmp_path, monkeypatch):
+  device = types.SimpleNamespace(memory_stats=lambda: {"bytes_in_use": 2**31})
+  monkeypatch.setattr(watch_module.jax, "local_devices", lambda: [device])
   watch = _watch(tmp_path)
   _wrote(watch, 1)
   watch.close()
-  assert _logged(tmp_path)["memory/hbm_gib"] == {1: 3.0}
+  assert read_metrics(tmp_path)[0]["hbm_gib"] == 2
+  assert _logged(tmp_path)["memory/hbm_gib"] == {1: 2.0}
 
 
 def test_arrays_and_numbers_that_are_not_finite(tmp_path):
