@@ -1,0 +1,92 @@
+"""Says, before a pod is rented, what training takes of it.
+
+  python -m hourjax.plan --config=configs/hourllava.py:size=3b,stage=3 \
+      --topology=v5e:16x16 --config.mesh.seq=16
+
+Compiles the real train step with the real TPU compiler, on any machine, and
+prints memory, operations and traffic as computed, and time, MFU and cost as
+estimated from them. Ends with 1 if the step does not fit, and says with what
+change it does. --search looks for the best mesh. --table=a.json,b.json prints
+plans that were written with --json as one table.
+"""
+
+import json
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from hourjax import command
+from hourjax.errors import UserError
+from hourjax.planning import fit, plan, report, search
+from hourjax.planning.step import compile_step
+from hourjax.planning.topology import parse_topology
+from hourjax.planning.workload import make_workload
+from hourjax.training.experiment import build_experiment
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:16x16.")
+_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of that topology.")
+_PRICE = flags.DEFINE_float(
+  "price", None, "$ of a chip-hour; an example by default.", lower_bound=0
+)
+_DATA = flags.DEFINE_string(
+  "data", "", "stage1, stage2, stage3; video=SECONDS, one a row; or full rows;"
+  " by default the stage that the configuration trains."
+)  # fmt: skip
+_JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
+_SEARCH = flags.DEFINE_bool("search", False, "Try meshes and rows, rank them.")
+_COMPILED = flags.DEFINE_integer(
+  "compiled", search.COMPILED, "Candidates that --search compiles.",
+  lower_bound=1,
+)  # fmt: skip
+_FIX = flags.DEFINE_bool("fix", True, "Look for a change that makes it fit.")
+_TABLE = flags.DEFINE_list("table", None, "Files of plans, for one table.")
+
+
+def _say(text: str) -> None:
+  print(text, file=sys.stderr, flush=True)
+
+
+def planned() -> list[plan.Plan]:
+  """The plan that is asked for, or those of a search, the best first."""
+  for name, value in (("config", _CONFIG.value), ("topology", _TOPOLOGY.value)):
+    if value is None:
+      raise UserError(f"--{name} is missing; see --help")
+  experiment = build_experiment(_CONFIG.value.to_dict())
+  topology = parse_topology(_TOPOLOGY.value, _SLICES.value)
+  workload = make_workload(experiment, _DATA.value)
+  if _SEARCH.value:
+    return search.search(
+      experiment, topology, workload,
+      price=_PRICE.value, count=_COMPILED.value, say=_say,
+    )  # fmt: skip
+  compiled = compile_step(experiment, topology, workload)
+  return [plan.evaluate(experiment, topology, workload, compiled, _PRICE.value)]
+
+
+def main(argv: list[str]) -> None:
+  command.begin(argv)
+  with command.user_errors():
+    if _TABLE.value:
+      print(report.table(_TABLE.value))
+      return
+    plans = planned()
+    best = plans[0]
+    found = None if best.fits or not _FIX.value else fit.remedy(best, _say)
+    data = plan.as_data(best)
+    if found is not None:
+      data["remedy"] = list(found[0].flags)
+  if _JSON.value:
+    print(json.dumps(data))
+  else:
+    print(report.page(best))
+    if _SEARCH.value:
+      print(f"\n{report.ranking(plans)}\n\n  {report.flags(best)}")
+    if found is not None:
+      print(f"\nfits with {' '.join(found[0].flags)}")
+  sys.exit(0 if best.fits else 1)
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,239 @@
+"""Plans for people to read: a page of one, a table of many."""
+
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hourjax.errors import UserError
+from hourjax.parallel.chips import CHIPS, GIB
+from hourjax.planning.plan import Plan, as_data
+from hourjax.planning.roofline import HOST_READS
+from hourjax.planning.search import describe
+
+_WIDE = 78
+
+
+def page(plan: Plan) -> str:
+  """Everything that is known of a plan."""
+  data = as_data(plan)
+  lines = [_title(data), *_heading(data)]
+  if plan.memory is None:
+    return "\n".join([*lines, "", f"DOES NOT FIT: {data['reason']}"])
+  lines += ["", *_rule("computed: what the compiler allots, GiB a device")]
+  lines += _memory(plan)
+  lines += ["", *_rule("computed: TFLOP of a step, all chips")]
+  lines += _flops(data["computed"])
+  lines += ["", *_rule("computed: MiB that a device sends in a step")]
+  lines += _traffic(data)
+  lines += ["", *_rule("estimated: no TPU was timed")]
+  lines += _estimate(plan, data["estimated"])
+  lines += ["", *_rule("assumed")]
+  lines += [line for text in data["assumed"] for line in _folded(text)]
+  return "\n".join(lines)
+
+
+def _rule(title: str) -> list[str]:
+  return [f"{title} {'-' * max(0, _WIDE - len(title) - 1)}"]
+
+
+def _title(data: Mapping[str, Any]) -> str:
+  slices = f"{data['slices']} x " if data["slices"] > 1 else ""
+  return (
+    f"{slices}{data['topology']}: {data['chips']} chips, {data['hosts']} hosts;"
+    f" data {data['data']}"
+  )
+
+
+def _heading(data: Mapping[str, Any]) -> list[str]:
+  mesh = " x ".join(f"{k} {v}" for k, v in data["mesh"].items())
+  rows = data["batch_rows"] * data["accumulate"]
+  lines = [
+    f"mesh {mesh}; {rows} rows a step in {data['accumulate']} micro-batches;"
+    f" remat {data['remat']}"
+  ]
+  if "computed" in data:
+    filled = ", ".join(
+      f"{k} {v:.0%}" for k, v in data["computed"]["fill"].items()
+    )
+    each = data["computed"]["samples_a_row"]
+    lines.append(f"a row holds {each:.1f} samples on average: {filled}")
+  return lines
+
+
+def _memory(plan: Plan) -> list[str]:
+  memory = plan.memory
+  names = ("parameters", "optimizer", "gradients", "batches", "temporaries")
+  note = {
+    "batches": "two micro-batches",
+    "temporaries": f"activations and all else, while {memory.program!r} runs",
+  }
+  lines = [
+    f"  {name:<14}{getattr(memory, name) / GIB:8.2f}   {note.get(name, '')}"
+    for name in names
+  ]
+  verdict = "fits" if memory.fits else "DOES NOT FIT"
+  lines.append(
+    f"  {'total':<14}{memory.total / GIB:8.2f}   of {memory.limit / GIB:.2f}"
+    f" ({memory.total / memory.limit:.0%}): {verdict}"
+  )
+  return [line.rstrip() for line in lines]
+
+
+def _flops(computed: Mapping[str, Any]) -> list[str]:
+  lines = [f"  {'':<24}{'forward':>10}{'backward':>10}{'again':>10}"]
+  sums = [0.0, 0.0, 0.0]
+  for name, part in computed["flops"].items():
+    values = [part[key] / 1e12 for key in ("forward", "backward", "again")]
+    if not any(values):
+      continue
+    sums = [a + b for a, b in zip(sums, values)]
+    numbers = "".join(f"{value:10.0f}" for value in values)
+    lines.append(f"  {name.replace('_', ' '):<24}{numbers}")
+  lines.append(f"  {'total':<24}" + "".join(f"{x:10.0f}" for x in sums))
+  useful, all_of_it = computed["useful_flops"] / 1e12, sum(sums)
+  lines.append(
+    f"  of {all_of_it:.0f} executed {useful:.0f} are useful"
+    f" ({useful / all_of_it:.0%}): the rest fills rows up or is done again"
+  )
+  return lines
+
+
+def _traffic(data: Mapping[str, Any]) -> list[str]:
+  lines = [
+    f"  {'along':<16}{'waited for':>12}{'beside work':>13}{'seconds':>10}"
+  ]
+  for axes, sent in data["computed"]["sent_by_axis"].items():
+    total = sum(sent.values())
+    if total < 1 << 16:
+      continue
+    took = sum(data["estimated"]["axes"].get(axes, (0.0,)))
+    lines.append(
+      f"  {axes:<16}{sent['waited'] / 2**20:>12,.0f}"
+      f"{sent['beside'] / 2**20:>13,.0f}{took:>10.2f}"
+    )
+  if len(lines) == 1:
+    return ["  nothing"]
+  return [*lines, "  (seconds are estimated)"]
+
+
+def _estimate(plan: Plan, found: Mapping[str, Any]) -> list[str]:
+  waited = sum(a for a, _ in found["axes"].values())
+  beside = sum(b for _, b in found["axes"].values())
+  parts = (
+    f"products {found['compute']:.2f} (evenly spread {found['balanced']:.2f}),"
+    f" HBM {found['memory']:.2f}, traffic {waited:.2f} waited for and"
+    f" {beside:.2f} beside, optimizer {found['update']:.2f}"
+  )
+  share = found["host_bytes"] / HOST_READS
+  hours = found["video_hours_a_day"]
+  lines = [
+    f"  step {found['step']:.2f} s ({found['hidden']:.2f} if all traffic were"
+    f" hidden, {found['exposed']:.2f} if none)",
+    *_folded(parts, "    "),
+    f"  MFU {found['mfu']:.1%}; {hours:,.0f} hours of video a day",
+  ]
+  if plan.workload.samples > 1:
+    lines.append(
+      f"  an epoch of {plan.workload.samples / 1e6:.2f}M samples:"
+      f" {found['days']:.2f} days, ${found['cost']:,.0f} at"
+      f" ${plan.price:.2f} a chip-hour"
+    )
+  lines.append(
+    f"  each host reads {found['host_bytes'] / 1e9:.2f} GB of features a"
+    f" second ({share:.0%} of the 5 GB/s that one was measured to read)"
+  )
+  return lines
+
+
+def _folded(text: str, indent: str = "  ") -> list[str]:
+  lines, line = [], indent
+  for word in text.split():
+    if len(line) + len(word) > _WIDE:
+      lines.append(line.rstrip())
+      line = indent + "  "
+    line += word + " "
+  return [*lines, line.rstrip()]
+
+
+def ranking(plans: Sequence[Plan]) -> str:
+  """Candidates of a search, a line each."""
+  lines = [f"  {'GiB':>6}{'step':>8}{'rows':>6}{'MFU':>8}{'days':>8}  mesh"]
+  for plan in plans:
+    if plan.estimate is None:
+      lines.append(f"  {'--':>6}{'':30}  {describe(plan.experiment)}")
+      continue
+    found = plan.estimate
+    mark = "" if plan.fits else "  DOES NOT FIT"
+    lines.append(
+      f"  {plan.memory.total / GIB:6.2f}{found.step:8.2f}{found.rows:6d}"
+      f"{found.mfu:8.1%}{found.days:8.2f}  {describe(plan.experiment)}{mark}"
+    )
+  return "\n".join(lines)
+
+
+def flags(plan: Plan) -> str:
+  """What to write on the command line to get a plan's mesh and rows."""
+  experiment = plan.experiment
+  values = {
+    **{f"mesh.{axis}": size for axis, size in plan.mesh.items()},
+    "batch_rows": experiment.batch_rows,
+    "accumulate": experiment.accumulate,
+    "model.remat": experiment.model.remat,
+  }
+  return " ".join(f"--config.{key}={value}" for key, value in values.items())
+
+
+_COLUMNS = (
+  "configuration", "chips", "mesh (data, fsdp, seq, tensor)", "rows",
+  "GiB of", "step, s", "MFU", "video h/day", "epoch, days", "cost",
+)  # fmt: skip
+
+
+def table(paths: Iterable[str]) -> str:
+  """A Markdown table of plans that were printed with --json into files.
+
+  Raises:
+    UserError: a file that is missing or is no plan.
+  """
+  lines = [
+    "| " + " | ".join(_COLUMNS) + " |",
+    "|" + "---|" * len(_COLUMNS),
+  ]
+  for path in paths:
+    try:
+      data = json.loads(pathlib.Path(path).read_text())
+      lines.append(_row(pathlib.Path(path).stem, data))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      raise UserError(
+        f"--table: {path} holds no plan ({error!r}); write it with --json"
+      ) from None
+  return "\n".join(lines)
+
+
+def _row(name: str, data: Mapping[str, Any]) -> str:
+  limit = CHIPS[data["topology"].partition(":")[0]].usable
+  mesh = ", ".join(str(size) for size in data["mesh"].values())
+  rows = f"{data['batch_rows']} x {data['accumulate']}"
+  start = [name, f"{data['chips']} ({data['topology']})", mesh, rows]
+  if "computed" not in data:
+    return _joined([*start, f"more than {limit}", *["--"] * 5])
+  found = data["estimated"]
+  total = data["computed"]["memory_bytes"]["total"] / GIB
+  whole = data["data"].startswith("stage")
+  hours = found["video_hours_a_day"]
+  return _joined(
+    [
+      *start,
+      f"{total:.1f} of {limit}" + ("" if data["fits"] else " (too much)"),
+      f"{found['step']:.2f}",
+      f"{found['mfu']:.0%}",
+      f"{hours:,.0f}" if hours else "--",
+      f"{found['days']:.2f}" if whole else "--",
+      f"${found['cost']:,.0f}" if whole else "--",
+    ]
+  )
+
+
+def _joined(cells: Sequence[str]) -> str:
+  return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,313 @@
+"""Looks for the mesh and the rows per device with the shortest step.
+
+Every mesh that divides devices and rows, with every rematerialisation, is
+judged by formulas first; only the most promising are compiled, and those
+numbers decide.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, get_args
+
+from hourjax.data.dealing import check_dealing
+from hourjax.errors import UserError
+from hourjax.models.config import Remat
+from hourjax.models.params import param_axes, param_shapes
+from hourjax.parallel.mesh import MeshConfig
+from hourjax.parallel.rules import RULES
+from hourjax.planning.plan import Plan, evaluate
+from hourjax.planning.step import Compiled, compile_step
+from hourjax.planning.topology import Topology
+from hourjax.planning.workload import Workload, trained
+from hourjax.training.experiment import Experiment
+from hourjax.training.optimizer import component
+
+COMPILED = 3  # candidates
+_ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # of a device group in a micro-batch
+_STEP = (0.75, 1.34)  # of the configured rows of a step that are accepted
+# Share of HBM that the formulas may fill: they leave out what they do not
+# know.
+_ROOM = 0.85
+
+
+def search(
+  experiment: Experiment,
+  topology: Topology,
+  workload: Workload,
+  *,
+  price: float | None = None,
+  count: int = COMPILED,
+  say: Callable[[str], None] = print,
+) -> list[Plan]:
+  """Plans of the best candidates, the shortest epoch first.
+
+  Args:
+    experiment: whose rows of a step are kept, about.
+    topology: on which to run.
+    workload: the rows.
+    price: $ of a chip-hour.
+    count: candidates to compile.
+    say: is told what is being compiled.
+
+  Raises:
+    UserError: no mesh divides the rows, or none fits by the formulas.
+  """
+  judged = judge(experiment, topology, workload)
+  if not judged:
+    raise UserError(
+      f"--search: no mesh of {topology.devices} devices suits"
+      f" {experiment.step_rows} rows of a step; change config.batch_rows or"
+      " config.accumulate"
+    )
+  fitting = [plan for plan in judged if plan.memory.total
+             <= _ROOM * plan.memory.limit]  # fmt: skip
+  if not fitting:
+    least = min(judged, key=lambda plan: plan.memory.total)
+    fitting = [least]
+  plans = []
+  for number, plan in enumerate(fitting[:count]):
+    say(f"compiling {number + 1} of {min(count, len(fitting))}:"
+        f" {describe(plan.experiment)}")  # fmt: skip
+    try:
+      compiled = compile_step(plan.experiment, topology, workload)
+    except UserError as error:
+      say(f"  not possible: {error}")
+      continue
+    plans.append(evaluate(plan.experiment, topology, workload, compiled, price))
+  if not plans:
+    raise UserError("--search: none of the candidates could be compiled")
+  return sorted(plans, key=_order)
+
+
+def _order(plan: Plan):
+  days = plan.estimate.days if plan.estimate else math.inf
+  return not plan.fits, days
+
+
+def describe(experiment: Experiment) -> str:
+  """The mesh and the rows in one line."""
+  return (
+    f"{experiment.mesh}; batch_rows={experiment.batch_rows},"
+    f" accumulate={experiment.accumulate}, remat={experiment.model.remat}"
+  )
+
+
+def judge(
+  experiment: Experiment, topology: Topology, workload: Workload
+) -> list[Plan]:
+  """All candidates by formulas, the shortest epoch first."""
+  judged = []
+  counted = count_parameters(experiment)
+  for candidate in candidates(experiment, topology):
+    answer = formulas(candidate, topology, counted)
+    judged.append(
+      evaluate(candidate, topology, workload, Compiled(answer), 0.0)
+    )
+  return sorted(judged, key=_order)
+
+
+def candidates(
+  experiment: Experiment, topology: Topology
+) -> Iterator[Experiment]:
+  """The experiment on every mesh that divides devices, rows and parameters."""
+  shapes, axes = param_shapes(experiment.model), param_axes(experiment.model)
+  kv_heads = experiment.model.decoder.kv_heads
+  for sizes in _meshes(topology.devices, kv_heads):
+    mesh = MeshConfig(*sizes)
+    if sizes[0] % topology.slices or not _divides(sizes, shapes, axes):
+      continue
+    try:
+      check_dealing(experiment.row_spec, mesh.seq)
+    except UserError:
+      continue
+    for rows in _ROWS:
+      batch = mesh.data * mesh.fsdp * rows
+      accumulate = max(1, round(experiment.step_rows / batch))
+      share = batch * accumulate / experiment.step_rows
+      if not _STEP[0] <= share <= _STEP[1]:
+        continue
+      for remat in get_args(Remat):
+        yield dataclasses.replace(
+          experiment,
+          model=dataclasses.replace(experiment.model, remat=remat),
+          mesh=mesh,
+          batch_rows=batch,
+          accumulate=accumulate,
+        )
+
+
+def _meshes(devices: int, kv_heads: int) -> Iterator[tuple[int, ...]]:
+  for tensor in (1, 2, 4):
+    if kv_heads % tensor or devices % tensor:
+      continue
+    for seq in _divisors(devices // tensor):
+      rest = devices // tensor // seq
+      for data in _divisors(rest):
+        yield data, rest // data, seq, tensor
+
+
+def _divisors(n: int) -> list[int]:
+  return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _divides(sizes, shapes, axes) -> bool:
+  mesh = dict(zip(("data", "fsdp", "seq", "tensor"), sizes))
+  return all(
+    size % math.prod(mesh[name] for name in RULES.get(axis, ())) == 0
+    for path, shape in shapes.items()
+    for axis, size in zip(axes[path], shape)
+  )
+
+
+def count_parameters(experiment: Experiment) -> dict[str, float]:
+  """Numbers of parameters: the tower's, trained and frozen, and the rest's."""
+  learnt = trained(experiment)
+  found = {"tower": 0.0, "learnt": 0.0, "frozen": 0.0}
+  for path, shape in param_shapes(experiment.model).items():
+    name = component(path)
+    kind = "learnt" if name in learnt else "frozen"
+    found["tower" if name == "vision" else kind] += math.prod(shape)
+  return found
+
+
+def formulas(
+  experiment: Experiment, topology: Topology, counted: Mapping[str, float]
+) -> dict[str, Any]:
+  """What `child.compile_step` would answer, roughly, in its form."""
+  sizes = experiment.mesh.sizes(topology.devices)
+  mesh = dict(zip(("data", "fsdp", "seq", "tensor"), sizes))
+  split = mesh["fsdp"] * mesh["seq"] * mesh["tensor"]
+  learns_tower = "vision" in trained(experiment)
+  state = (counted["learnt"] / split
+           + learns_tower * counted["tower"] / mesh["fsdp"])  # fmt: skip
+  parameters = (counted["learnt"] + counted["frozen"]) / split + counted[
+    "tower"
+  ] / mesh["fsdp"]
+  moments = 6 if experiment.optimizer.mu_dtype == "bfloat16" else 8
+  rows = experiment.batch_rows / (mesh["data"] * mesh["fsdp"])
+  kinds = {
+    "parameters": int(4 * parameters),
+    "gradients": int(4 * state),
+    "batches": int(rows * _batch_bytes(experiment, mesh["seq"])),
+  }
+  program = {"outputs": 0, "code": 100 << 20}
+  return {
+    "mesh": mesh,
+    "links": _links(mesh, topology),
+    "programs": {
+      "accumulate": program
+      | {
+        "kinds": kinds,
+        "arguments": sum(kinds.values()),
+        "temporaries": int(_temporaries(experiment, mesh, rows)),
+        "traffic": _traffic(experiment, mesh, rows, counted),
+        "seconds": 0.0,
+      },
+      "update": program
+      | {
+        "kinds": kinds | {"optimizer": int(moments * state)},
+        "arguments": int((8 + moments) * state),
+        "temporaries": 0,
+        "traffic": [],
+        "seconds": 0.0,
+      },
+    },
+  }
+
+
+def _batch_bytes(experiment: Experiment, seq: int) -> float:
+  spec, rows = experiment.row_spec, experiment.rows
+  pixels = (rows.frames + rows.tiles) * spec.image_size**2 * 3
+  numbers = 12 * rows.memory + 20 * rows.queries + 16 * rows.decoder
+  return pixels + (rows.features * spec.width * 2 + numbers) / seq
+
+
+def _temporaries(experiment: Experiment, mesh, rows: float) -> float:
+  """What layers keep, what is gathered, and the buffers of one layer."""
+  model, capacity = experiment.model, experiment.rows
+  decoder = model.decoder
+  width, seq = decoder.width, mesh["seq"]
+  full = model.remat == "full"
+  # Bytes of a token in a layer: its input and attention's output; all outputs
+  # of products; everything.
+  kept = {
+    "full": 4 * width,
+    "dots": 12 * width + 4 * decoder.mlp,
+    "none": 24 * width + 8 * decoder.mlp,
+  }[model.remat]
+  tokens = capacity.decoder * decoder.layers * kept / seq
+  kept = {"full": 8, "dots": 36, "none": 60}[model.remat] * width
+  memaug = model.memaug_layers * capacity.queries * kept
+  memory = capacity.memory * width * 2 * 4 / seq
+  queries = capacity.queries * width * 12
+  vision = model.vision
+  images = -(-(capacity.frames + capacity.tiles) // (seq * mesh["tensor"]))
+  patch = vision.side**2 * vision.width * 2
+  learns = "vision" in trained(experiment)
+  tower = images * patch * (12 + (2 if full else 14) * vision.layers * learns)
+  tower += (capacity.frames * experiment.row_spec.frame_tokens
+            + capacity.tiles * vision.side**2) * width * 4  # fmt: skip
+  words = decoder.vocab * width * 6 / (seq * mesh["tensor"])
+  layer = 6 * width * decoder.mlp * 4 / mesh["tensor"]
+  row = tokens + memaug / seq + memory + queries + tower
+  return 1.2 * (rows * row + words + layer)
+
+
+def _traffic(experiment: Experiment, mesh, rows: float, counted):
+  """Weights three times in bfloat16, gradients, queries, decoder heads."""
+  model, capacity = experiment.model, experiment.rows
+  decoder = model.decoder
+  weights = (counted["learnt"] + counted["frozen"]) / mesh["tensor"]
+  width = decoder.width
+  queries = model.memaug_layers * capacity.queries * width * 40 * rows
+  heads = decoder.layers * capacity.decoder * width * 24 * rows / mesh["seq"]
+  own = counted["learnt"] / (mesh["fsdp"] * mesh["seq"] * mesh["tensor"])
+  hidden = (capacity.decoder * decoder.layers + 3 * capacity.queries
+            * model.memaug_layers) * width * 2 / mesh["seq"]  # fmt: skip
+  lines = {
+    "fsdp+seq": (6 * weights, 4 * counted["learnt"] / mesh["tensor"], 1000),
+    "seq": (0.0, queries + heads, 40 * decoder.layers),
+    "tensor": (0.0, 8 * hidden * rows, 8 * decoder.layers),
+    "data": (0.0, 8 * own, 20),
+  }
+  found = []
+  for axes, (beside, waited, count) in lines.items():
+    devices = math.prod(mesh[name] for name in axes.split("+"))
+    for asynchronous, sent in ((True, beside), (False, waited)):
+      if devices > 1 and sent:
+        found.append(
+          {
+            "axes": axes,
+            "kind": "all",
+            "dtype": "bf16",
+            "devices": devices,
+            "asynchronous": asynchronous,
+            "guessed": False,
+            "count": count,
+            "sent": sent * (devices - 1) / devices,
+          }
+        )
+  return found
+
+
+def _links(mesh, topology: Topology) -> dict[str, Any]:
+  """One dimension of the torus for an axis, two for two; closed if whole."""
+  whole = max(topology.shape)
+
+  def dim(devices):
+    return [min(devices, whole)] * 2 + [whole]
+
+  both = [dim(mesh[name]) for name in ("fsdp", "seq") if mesh[name] > 1]
+  slices = topology.slices
+  return {
+    "fsdp+seq": {"devices": 1, "slices": 1, "dims": both},
+    **{
+      name: {
+        "devices": mesh[name],
+        "slices": slices if name == "data" else 1,
+        "dims": [dim(mesh[name])],
+      }
+      for name in ("seq", "tensor", "data")
+    },
+  }

@@ -1,0 +1,323 @@
+"""What a stage's rows hold: its data drawn from published numbers, packed.
+
+How many samples of which kind is the paper's (SPEC section 3), and so are the
+durations of VideoMarathon (section 4). Lengths of texts, of short videos and
+sizes of images are assumptions, all of them below. The samples are then
+measured and packed by the code that does it in training.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from hourjax.benchmarks import synthetic
+from hourjax.data.columns import MODALITIES, Columns
+from hourjax.data.plan import PlanOptions, RowPlan
+from hourjax.data.sizes import Shown, sample_sizes
+from hourjax.errors import UserError
+from hourjax.models.flops import Work, sample_flops, sample_work
+from hourjax.training.experiment import Experiment
+
+_DRAWN = 20_000  # samples; the stage's numbers are scaled up from them
+_PIXEL_SECONDS = 128  # longest video that the tower encodes in the step
+# Share of images, and their sizes: photographs, screens, charts, pages.
+_IMAGES = (
+  (0.5, 640, 480),
+  (0.2, 1024, 768),
+  (0.15, 800, 600),
+  (0.15, 1240, 1754),
+)
+_SEVERAL = (2, 6)  # images of a sample with more than one, inclusive
+_SHORT_SECONDS = (35.0, 0.8)  # median and spread (of the logarithm)
+_SHORT_RANGE = (5.0, 180.0)
+# Tokens of the prompt and of the answers: ranges they are drawn from.
+_WORDS = {
+  "image": ((60, 140), (20, 260)),
+  "text": ((60, 400), (100, 500)),
+  "short": ((80, 160), (20, 300)),
+}
+
+
+class Part(NamedTuple):
+  """Samples of one kind in a stage."""
+
+  kind: str  # "image", "images", "text", "short" or "marathon"
+  samples: float
+  stream: str
+
+
+def _stage3() -> tuple[Part, ...]:
+  """Short videos and VideoMarathon, each with half of images and text."""
+  mixed = [
+    Part(kind, samples / 2, stream)
+    for stream in ("short", "marathon")
+    for kind, samples in (("image", 1.14e6), ("images", 0.5e6),
+                          ("text", 0.81e6))
+  ]  # fmt: skip
+  return (
+    *mixed,
+    Part("short", 1.3e6, "short"),
+    Part("marathon", 0.7e6, "marathon"),
+  )
+
+
+STAGES = {
+  "stage1": (Part("image", 3.2e6, "default"),),
+  "stage2": (
+    Part("image", 0.12e6, "default"),
+    Part("images", 0.05e6, "default"),
+    Part("text", 0.09e6, "default"),
+    Part("short", 0.3e6, "default"),
+  ),
+  "stage3": _stage3(),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+  """Rows of a training run, N of which have been drawn.
+
+  Attributes:
+    name: "stage3", or "video=3600".
+    samples: of an epoch.
+    rows: of an epoch.
+    work: of each drawn row, arrays [N].
+    useful: operations of each drawn row that count for MFU.
+    seconds: of video in each drawn row.
+    sizes: what each drawn row's samples take of its capacities, [N, 7].
+    assumptions: one line each.
+  """
+
+  name: str
+  samples: float
+  rows: float
+  work: Work
+  useful: Float64[np.ndarray, "N"]
+  seconds: Float64[np.ndarray, "N"]
+  sizes: Int64[np.ndarray, "N 7"]
+  assumptions: tuple[str, ...]
+
+
+def trained(experiment: Experiment) -> frozenset[str]:
+  """Components with a learning rate."""
+  names = ("vision", "projector", "memaug", "decoder")
+  return frozenset(n for n in names if experiment.optimizer.rate(n) > 0)
+
+
+def stage_of(experiment: Experiment) -> str:
+  """The stage whose data a configuration is for, by what it trains."""
+  found = trained(experiment)
+  if "vision" in found:
+    return "stage2"
+  return "stage1" if found == {"memaug"} else "stage3"
+
+
+def make_workload(experiment: Experiment, name: str = "") -> Workload:
+  """Rows of a stage, or rows that hold one video each.
+
+  Args:
+    experiment: capacities, forgetting, and what is trained.
+    name: "stage1" to "stage3"; "video=SECONDS"; "full" for rows that one
+      sample fills; empty for `stage_of`.
+
+  Raises:
+    UserError: another name, or samples that no row holds.
+  """
+  name = name or stage_of(experiment)
+  if name.startswith("video="):
+    return _one_video(experiment, name)
+  if name == "full":
+    return _full(experiment)
+  if name not in STAGES:
+    raise UserError(
+      f"--data={name}: known are {', '.join(STAGES)}, video=SECONDS and full"
+    )
+  parts = STAGES[name]
+  rng = np.random.default_rng(0)
+  total = sum(part.samples for part in parts)
+  scale = total / _DRAWN
+  stored = not experiment.rows.frames
+  columns = _draw(parts, scale, stored, rng)
+  sizes, problems = _measure(experiment, columns, stored)
+  usable = np.setdiff1d(np.arange(len(columns)), list(problems))
+  if not len(usable):
+    raise UserError(
+      f"--data={name}: no sample fits a row: {next(iter(problems.values()))};"
+      " --data=full takes rows that are filled"
+    )
+  plan = RowPlan(
+    sizes,
+    experiment.rows,
+    PlanOptions(share=1),
+    members=usable,
+    stream=columns.stream,
+  )
+  rows = [
+    np.concatenate([np.array(group) for group in row])
+    for row in plan.epoch_rows(0)
+  ]
+  seconds = np.where(columns.video >= 0, columns.duration[columns.video], 0)
+  note = (
+    f"{total / 1e6:.2f}M samples of {name} drawn 1 in {scale:.0f} from"
+    " published counts and durations; texts, images and short videos as"
+    " planning/workload.py assumes them"
+  )
+  dropped = len(problems) / len(columns)
+  notes = [note]
+  if dropped > 0.001:
+    notes.append(f"{dropped:.1%} of the samples fit no row and are left out")
+  return Workload(
+    name,
+    len(usable) * scale,
+    len(rows) * scale,
+    **_rows(experiment, sizes, rows, seconds),
+    assumptions=tuple(notes),
+  )
+
+
+def _one_video(experiment: Experiment, name: str) -> Workload:
+  text = name.removeprefix("video=")
+  if not text.isdigit() or not int(text):
+    raise UserError(f"--data={name}: give whole seconds, such as video=3600")
+  columns = _draw(
+    (Part("marathon", 1, "marathon"),), 1.0, True, np.random.default_rng(0)
+  )
+  columns = dataclasses.replace(columns, duration=np.array([float(text)]))
+  sizes, problems = _measure(experiment, columns, True)
+  if problems:
+    raise UserError(f"--data={name}: a row does not hold it: {problems[0]}")
+  return Workload(
+    name,
+    1,
+    1,
+    **_rows(experiment, sizes, [np.array([0])], columns.duration),
+    assumptions=(f"every row holds one video of {text} s and 5 questions",),
+  )
+
+
+def _full(experiment: Experiment) -> Workload:
+  """One sample that takes all of a row."""
+  size = np.array([experiment.rows.astuple()], np.int64)
+  frames = experiment.rows.frames
+  frames += experiment.rows.features / experiment.row_spec.frame_tokens
+  return Workload(
+    "full",
+    1,
+    1,
+    **_rows(experiment, size, [np.array([0])], np.array([frames])),
+    assumptions=("every row is filled by one sample, at one frame a second",),
+  )
+
+
+def _rows(experiment, sizes, rows, seconds):
+  """Sums over the samples of each row."""
+  config = experiment.model
+  order = np.concatenate(rows)
+  starts = np.cumsum([0, *(len(row) for row in rows[:-1])])
+
+  def summed(values):
+    return np.add.reduceat(np.asarray(values)[order], starts, axis=0)
+
+  work = sample_work(config, sizes)
+  return {
+    "work": Work(*(summed(column) for column in work)),
+    "useful": summed(sample_flops(config, sizes, trained(experiment))),
+    "seconds": summed(seconds.astype(np.float64)),
+    "sizes": summed(sizes),
+  }
+
+
+def _measure(experiment, columns, stored):
+  seconds = columns.duration.astype(np.int64)
+  # The tower takes 128 frames of any video; features are one a second.
+  frames = seconds if stored else np.full(len(seconds), _PIXEL_SECONDS)
+  problems = {}
+  if not stored:
+    longer = np.flatnonzero(seconds > _PIXEL_SECONDS).tolist()
+    problems = dict.fromkeys(longer, "longer than the tower takes")
+  return sample_sizes(
+    columns,
+    Shown(frames, columns.duration, stored, problems),
+    tokenizer=synthetic.tokenizer(),
+    spec=experiment.row_spec,
+    forgetting=experiment.forgetting,
+    max_length=experiment.max_length,
+    single_image=experiment.data.single_image,
+  )
+
+
+def _draw(parts, scale, stored, rng) -> Columns:
+  """Columns of the parts' samples, each of a video of its own."""
+  streams = tuple(dict.fromkeys(part.stream for part in parts))
+  columns: dict[str, list[np.ndarray]] = {}
+  durations: list[np.ndarray] = []
+  for part in parts:
+    count = max(1, round(part.samples / scale))
+    made, seconds = _draw_part(part.kind, count, stored, rng)
+    if seconds is not None:
+      first = sum(map(len, durations))
+      made["video"] = first + np.arange(count)
+      durations.append(seconds)
+    made["stream"] = np.full(count, streams.index(part.stream))
+    for name in _COLUMNS:
+      value = made.get(name, -1 if name == "video" else 0)
+      columns.setdefault(name, []).append(np.broadcast_to(value, count))
+  duration = np.concatenate(durations) if durations else np.zeros(1)
+  joined = {k: np.concatenate(v).astype(_COLUMNS[k])
+            for k, v in columns.items()}  # fmt: skip
+  return Columns(
+    **joined,
+    videos=tuple(map(synthetic.video_name, range(len(duration)))),
+    sources=("drawn",),
+    streams=streams,
+    duration=duration,
+    pictures=np.zeros(len(duration), np.int32),
+  )
+
+
+_COLUMNS = {
+  "modality": np.uint8,
+  **dict.fromkeys(
+    ("tokens", "prompt", "answer", "images", "width", "height", "video",
+     "source", "stream"),
+    np.int32,
+  ),
+}  # fmt: skip
+
+
+def _draw_part(kind, count, stored, rng):
+  """Columns of samples of one kind, and seconds of their videos."""
+  if kind == "marathon":
+    seconds = synthetic.video_durations(count, 0)
+    made = synthetic.conversation_columns(seconds, count, 0)
+    names = ("tokens", "prompt", "answer", "modality")
+    return {name: getattr(made, name) for name in names}, seconds
+  asked, said = _WORDS["image" if kind == "images" else kind]
+  prompt = rng.integers(*asked, count)
+  made = {
+    "prompt": prompt,
+    "tokens": prompt + rng.integers(*said, count),
+    "answer": prompt,
+    "modality": MODALITIES.index(
+      {"images": "image", "short": "video"}.get(kind, kind)
+    ),
+  }
+  if kind == "image":
+    shares = np.array([share for share, _, _ in _IMAGES])
+    chosen = rng.choice(len(_IMAGES), count, p=shares)
+    sizes = np.array([size for _, *size in _IMAGES])[chosen]
+    made |= {"images": 1, "width": sizes[:, 0], "height": sizes[:, 1]}
+  if kind == "images":
+    low, high = _SEVERAL
+    made["images"] = rng.integers(low, high + 1, count)
+  if kind != "short":
+    return made, None
+  median, spread = _SHORT_SECONDS
+  seconds = np.clip(
+    median * np.exp(spread * rng.standard_normal(count)), *_SHORT_RANGE
+  )
+  if not stored:
+    seconds = np.minimum(seconds, _PIXEL_SECONDS)
+  return made, np.round(seconds, 2)
