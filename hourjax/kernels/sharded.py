@@ -204,7 +204,8 @@ def _sum_parts(x, axis):
   """A device's own part of the sum over devices; the inverse of `_join`."""
   devices = jax.lax.axis_size(axis)
   x = x.reshape(x.shape[0], -1, devices, *x.shape[2:])
-  return jax.lax.psum_scatter(x, axis, scatter_dimension=2)
+  # The outermost dimension, else the compiler sums all of it everywhere.
+  return jax.lax.psum_scatter(jnp.moveaxis(x, 2, 0), axis)
 
 
 def _part(x, sharding):

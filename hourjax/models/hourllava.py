@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Num
 
 from hourjax.batch import Batch
 from hourjax.models.config import ModelConfig
+from hourjax.models.layers import IMAGES
 from hourjax.models.memaug import make_memaug
 from hourjax.models.memory import build_memory
 from hourjax.models.projector import Projector
@@ -121,7 +122,7 @@ class HourLLaVA(nnx.Module):
     tokens = self.encode(pixels)
     if pool_side is not None:
       tokens = pool_frames(tokens, pool_side)
-    tokens = constrain(self.projector(tokens), "images", None, None)
+    tokens = constrain(self.projector(tokens, IMAGES), "images", None, None)
     tokens = tokens.reshape(rows, -1, *tokens.shape[1:])[:, :images]
     return constrain(tokens.reshape(rows, -1, tokens.shape[-1]), "rows")
 

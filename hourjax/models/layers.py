@@ -11,7 +11,13 @@ from jaxtyping import Array, Float, Int
 
 from hourjax import kernels
 from hourjax.models.config import Remat
-from hourjax.parallel.rules import attention_sharding, constrain
+from hourjax.parallel.fsdp import gather_weight, weight_gradients
+from hourjax.parallel.rules import attention_sharding
+
+# Logical axes of a layer's input before its channels.
+Lead = tuple[str, str | None]
+SEQUENCE: Lead = ("rows", "positions")
+IMAGES: Lead = ("images", None)
 
 
 def rope(
@@ -160,7 +166,7 @@ class Linear(nnx.Linear):
     axes: logical axes of the kernel.
   """
 
-  def __init__(self, *args, axes: tuple[str, str], **kwargs):
+  def __init__(self, *args, axes: tuple[str | None, str | None], **kwargs):
     super().__init__(
       *args,
       kernel_metadata={"axes": axes},
@@ -169,61 +175,62 @@ class Linear(nnx.Linear):
     )
     self.axes = axes
 
-  def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+  def __call__(
+    self, x: Float[Array, "a b i"], lead: Lead = SEQUENCE
+  ) -> Float[Array, "a b o"]:
     bias = None if self.bias is None else self.bias[...]
-    return product(x.astype(self.dtype), self.kernel[...], bias, self.axes)
+    x = x.astype(self.dtype)
+    return product(x, self.kernel[...], bias, self.axes, lead)
 
 
-def bias_axis(axes: tuple[str, str]) -> str | None:
+def bias_axis(axes: tuple[str | None, str | None]) -> str | None:
   """A bias is split only where it meets outputs that are."""
   return axes[1] if axes[1] in ("heads", "mlp") else None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def product(
-  x: Float[Array, "... i"],
+  x: Float[Array, "a b i"],
   kernel: Float[Array, "i o"],
   bias: Float[Array, "o"] | None,
-  axes: tuple[str, str],
-) -> Float[Array, "... o"]:
+  axes: tuple[str | None, str | None],
+  lead: Lead,
+) -> Float[Array, "a b o"]:
   """x @ kernel + bias in the dtype of x.
 
-  On a mesh the kernel is cast and then gathered, in the backward pass anew;
-  its gradient is summed over devices in float32 into the part that each stores
-  (FSDP, arXiv 2304.11277).
+  The kernel is gathered for it, and in the backward pass anew
+  (`parallel.fsdp`).
+
+  Args:
+    x: input.
+    kernel, bias: as they are stored.
+    axes: logical axes of the kernel.
+    lead: logical axes of a and b.
   """
-  y = x @ _gathered(kernel, axes, x.dtype)
+  y = x @ gather_weight(kernel, axes, x.dtype)
   return y if bias is None else y + bias.astype(x.dtype)
 
 
-def _product_forward(x, kernel, bias, axes):
-  return product(x, kernel, bias, axes), (x, kernel, bias)
+def _product_forward(x, kernel, bias, axes, lead):
+  return product(x, kernel, bias, axes, lead), (x, kernel, bias)
 
 
-def _product_backward(axes, saved, d_y):
+def _product_backward(axes, lead, saved, d_y):
   x, kernel, bias = saved
-  d_x = jnp.einsum("...o,io->...i", d_y, _gathered(kernel, axes, x.dtype))
-  d_kernel = jnp.einsum(
-    "...i,...o->io", x, d_y, preferred_element_type=kernel.dtype
-  )
-  d_kernel = constrain(d_kernel, *axes)
-  if bias is None:
-    return d_x, d_kernel, None
-  return d_x, d_kernel, d_y.astype(bias.dtype).sum(range(d_y.ndim - 1))
+  whole = gather_weight(kernel, axes, x.dtype)
+  d_x = jnp.einsum("abo,io->abi", d_y, whole)
+  d_kernel, d_bias = weight_gradients(x, d_y, axes, lead, kernel.dtype)
+  return d_x, d_kernel, None if bias is None else d_bias
 
 
 product.defvjp(_product_forward, _product_backward)
-
-
-def _gathered(kernel, axes, dtype):
-  return constrain(kernel.astype(dtype), *axes, in_use=True)
 
 
 def linear(
   in_width: int,
   out_width: int,
   *,
-  axes: tuple[str, str],
+  axes: tuple[str | None, str | None],
   bias: bool = True,
   dtype: str,
   rngs: nnx.Rngs,

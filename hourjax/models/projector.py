@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from hourjax.models.layers import linear
+from hourjax.models.layers import SEQUENCE, Lead, linear
 
 
 class Projector(nnx.Module):
@@ -18,5 +18,9 @@ class Projector(nnx.Module):
       width, width, axes=("width", None), dtype=dtype, rngs=rngs
     )
 
-  def __call__(self, features: Float[Array, "B X V"]) -> Float[Array, "B X D"]:
-    return self.fc2(jax.nn.gelu(self.fc1(features), approximate=False))
+  def __call__(
+    self, features: Float[Array, "a X V"], lead: Lead = SEQUENCE
+  ) -> Float[Array, "a X D"]:
+    """Rows of features, or images of them as `lead` says."""
+    hidden = jax.nn.gelu(self.fc1(features, lead), approximate=False)
+    return self.fc2(hidden, lead)

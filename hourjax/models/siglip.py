@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from hourjax.models.config import Remat, VisionConfig
-from hourjax.models.layers import Stack, layer_norm, linear
+from hourjax.models.layers import IMAGES, Stack, layer_norm, linear
 
 
 class EncoderLayer(nnx.Module):
@@ -32,12 +32,13 @@ class EncoderLayer(nnx.Module):
   def __call__(self, x: Float[Array, "I P V"]) -> Float[Array, "I P V"]:
     h = self.norm1(x)
     q, k, v = (
-      f(h).reshape(*h.shape[:2], self.heads, -1)
+      f(h, IMAGES).reshape(*h.shape[:2], self.heads, -1)
       for f in (self.q, self.k, self.v)
     )
-    x = x + self.o(jax.nn.dot_product_attention(q, k, v).reshape(x.shape))
-    h = jax.nn.gelu(self.fc1(self.norm2(x)), approximate=True)
-    return x + self.fc2(h)
+    out = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+    x = x + self.o(out, IMAGES)
+    h = jax.nn.gelu(self.fc1(self.norm2(x), IMAGES), approximate=True)
+    return x + self.fc2(h, IMAGES)
 
 
 class VisionTower(nnx.Module):

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from hourjax.parallel.rules import has_mesh
 
@@ -32,11 +33,14 @@ def gather(x: jax.Array, *axes: str, dim: int) -> jax.Array:
   return x
 
 
-def scatter_sum(x: jax.Array, *axes: str, dim: int) -> jax.Array:
-  """A device's part along `dim` of the sum over mesh axes."""
-  for axis in _there(axes):
-    x = jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
-  return x
+def scatter_sum(x: jax.Array, axis: str, *, dim: int) -> jax.Array:
+  """A device's part along `dim` of the sum over a mesh axis."""
+  count = size(axis)
+  if count == 1:
+    return x
+  x = x.reshape(*x.shape[:dim], count, -1, *x.shape[dim + 1 :])
+  # The outermost dimension, else the compiler sums all of it everywhere.
+  return jax.lax.psum_scatter(jnp.moveaxis(x, dim, 0), axis)
 
 
 def total(x: jax.Array, *axes: str) -> jax.Array:

@@ -41,34 +41,38 @@ RULES = ACTIVATIONS | PARAMETERS
 _IN_USE = ("tensor",)
 
 
-def spec(*axes: str | None, in_use: bool = False) -> P:
+def spec(*axes: str | None) -> P:
   """How an array with these logical axes is split.
 
   Args:
     *axes: a name of `RULES` or None for each dimension.
-    in_use: of a parameter that has been gathered for a product.
 
   Raises:
     ValueError: no rule has this name.
   """
-  parts = []
-  for axis in axes:
-    if axis is not None and axis not in RULES:
-      raise ValueError(
-        f"no sharding rule for axis {axis!r}; known are {', '.join(RULES)}"
-      )
-    names = () if axis is None else RULES[axis]
-    if in_use:
-      names = tuple(name for name in names if name in _IN_USE)
-    parts.append(names or None)
-  return P(*parts)
+  return P(*(_names(axis) or None for axis in axes))
 
 
-def constrain(x: jax.Array, *axes: str | None, in_use: bool = False):
+def in_use(*axes: str | None) -> P:
+  """How a parameter is split that has been gathered for a product."""
+  return P(
+    *(tuple(n for n in _names(axis) if n in _IN_USE) or None for axis in axes)
+  )
+
+
+def _names(axis: str | None) -> tuple[str, ...]:
+  if axis is not None and axis not in RULES:
+    raise ValueError(
+      f"no sharding rule for axis {axis!r}; known are {', '.join(RULES)}"
+    )
+  return () if axis is None else RULES[axis]
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Asks for `x` to be split so, in the mesh that is set; else nothing."""
   if not has_mesh():
     return x
-  return jax.lax.with_sharding_constraint(x, spec(*axes, in_use=in_use))
+  return jax.lax.with_sharding_constraint(x, spec(*axes))
 
 
 def has_mesh() -> bool:

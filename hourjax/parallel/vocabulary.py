@@ -155,6 +155,8 @@ def _entropy(hidden, table, target, *, gradients):
       d_logits = jnp.exp(logits - lse[:, None]) - own
       d_logits = jnp.where(trained[:, None], d_logits, 0).astype(dtype)
       d_x = over.total(_dot("in,nd->id", d_logits, words), *_WORDS)
+      # A factor after the sum, which would else be cast before it is sent.
+      d_x *= trained[:, None]
       d_hidden = d_hidden.at[at].set(d_x.astype(dtype), mode="drop")
       d_words += _dot("in,id->nd", d_logits, x)
     return losses, d_hidden, d_words

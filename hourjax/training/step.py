@@ -165,7 +165,7 @@ class Step:
       ),
       "update": jax.jit(
         functools.partial(update, optimizer=optimizer),
-        donate_argnums=(0, 1),
+        donate_argnums=0,
         out_shardings=(shardings, whole),
       ),
     }
