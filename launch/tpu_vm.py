@@ -30,7 +30,7 @@ from tpu import accelerators, following, slices, training
 from tpu.errors import LaunchError
 from tpu.gcloud import Gcloud
 from tpu.supervise import Patience, Supervisor
-from tpu.workers import Workers
+from tpu.workers import Job, Workers
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -77,6 +77,8 @@ def parser() -> argparse.ArgumentParser:
   add("--grace_seconds", type=float, default=120, help="to believe an end")
   add("--env", action="append", default=[], metavar="KEY=VALUE")
   add("--env_file", default="", help="lines KEY=VALUE, for what is secret")
+  add("--prepare", default="", metavar="COMMAND", help="a shell's line on each"
+      " worker before each start; has to bear repetition")  # fmt: skip
   add("--shared_path", default="", help="a mount that all workers share")
   verbs.add_parser("status", parents=[common])
   add = verbs.add_parser("logs", parents=[common]).add_argument
@@ -143,6 +145,7 @@ class Commands:
   def run(self) -> int:
     flags = self.flags
     command = training.train_command(self.arguments, flags.env)
+    job = Job(command, flags.env_file, flags.prepare)
     if flags.env_file:
       training.check_env_file(flags.env_file)
 
@@ -160,13 +163,13 @@ class Commands:
       return Supervisor(
         self.gcloud, self.order, patience,
         workers=lambda tpu: Workers(self.gcloud, tpu, flags.parallel),
-        tarball=self.tarball, command=command, env_file=flags.env_file,
+        tarball=self.tarball, job=job,
       ).run()  # fmt: skip
     workers = self._workers()
     check(len(workers.all))
     self._free(workers)
     run = training.run_id(command)
-    workers.start(run, command, flags.env_file)
+    workers.start(run, job)
     self.gcloud.say(
       f"started {run} on {len(workers.all)} workers; `logs --follow` watches"
     )

@@ -10,7 +10,7 @@ from tpu import slices
 from tpu.errors import LaunchError
 from tpu.gcloud import Gcloud
 from tpu.training import job_of, run_id
-from tpu.workers import State, Worker, Workers
+from tpu.workers import Job, State, Worker, Workers
 
 _TAIL = 20  # lines of a failed worker's log that are shown
 _UNANSWERED = 20  # looks in a row without an answer, before giving up
@@ -75,13 +75,11 @@ class Supervisor:
     *,
     workers: Callable[[slices.Tpu], Workers],
     tarball: str,
-    command: list[str],
-    env_file: str = "",
+    job: Job,
   ):
     self._gcloud, self._order, self._patience = gcloud, order, patience
     self._workers, self._tarball = workers, tarball
-    self._command, self._env_file = command, env_file
-    self._job = job_of(command)
+    self._job, self._name = job, job_of(job.command)
     self._failed = self._refused = self._unanswered = 0
     self._started = False  # by this process: an older end does not count
     self._seen, self._since = None, 0.0  # the last ending, and since when
@@ -115,7 +113,7 @@ class Supervisor:
     tpu = slices.wait(self._gcloud, self._order, 0)
     workers = self._workers(tpu)
     workers.setup(self._tarball)
-    workers.start(run_id(self._command), self._command, self._env_file)
+    workers.start(run_id(self._job.command), self._job)
     workers.states()
     return 0
 
@@ -131,7 +129,7 @@ class Supervisor:
     self._refused = 0
     workers = self._workers(tpu)
     states = workers.states()
-    what = verdict(states, self._job)
+    what = verdict(states, self._name)
     if what == "other":
       names = {x.run for x in states.values() if x.what == "running"}
       raise LaunchError(
@@ -159,11 +157,11 @@ class Supervisor:
     slices.create(self._gcloud, self._order)
 
   def _start(self, workers, what) -> None:
-    run = run_id(self._command)
+    run = run_id(self._job.command)
     try:
       if what == "absent":
         workers.setup(self._tarball)
-      workers.start(run, self._command, self._env_file)
+      workers.start(run, self._job)
     except LaunchError as error:
       self._failed += error.kind == "other"
       if error.kind != "other" or self._failed > self._patience.restarts:

@@ -2,6 +2,7 @@
 # One worker's side of launch/tpu_vm.py, which runs it over ssh:
 #
 #   worker.sh install               puts unpacked code and .venv into place
+#   worker.sh prepare COMMAND       a shell's line, before a start
 #   worker.sh start ID COMMAND...   starts it detached from the connection
 #   worker.sh state                 one line, see `state` below
 #   worker.sh stop SECONDS [kill]   SIGTERM and wait; kill: then SIGKILL
@@ -71,6 +72,12 @@ install() {
   # shellcheck disable=SC2119  # no files beside requirements.txt
   environment
   touch "$home/ready"
+}
+
+# To mount storage or copy data: at every start, for a machine may have rebooted.
+prepare() {
+  cd "$home/code"
+  PATH="$PWD/.venv/bin:$PATH" bash -euo pipefail -c "$1"
 }
 
 # Asked twice for the same ID, as after a lost connection, it starts once.

@@ -33,6 +33,19 @@ class Worker(NamedTuple):
     return f"{self.node}:{self.index}"
 
 
+class Job(NamedTuple):
+  """What every worker shall run.
+
+  Attributes:
+    env_file: local file of lines KEY=VALUE for its environment, "" for none.
+    prepare: a shell's line before it, "" for none; has to bear repetition.
+  """
+
+  command: list[str]
+  env_file: str = ""
+  prepare: str = ""
+
+
 class State(NamedTuple):
   """What a worker does.
 
@@ -108,22 +121,25 @@ class Workers:
     )
     return self._answers(command)
 
-  def start(self, run: str, command: list[str], env_file: str = "") -> None:
-    """Starts a command on every worker, detached.
+  def start(self, run: str, job: Job) -> None:
+    """Starts a job on every worker, detached, under the name of a run.
 
     Raises:
       LaunchError: if a worker is not set up or runs already; then none is
         left running.
     """
     prefix = []
-    if env_file:
+    if job.prepare:
+      line = shlex.quote(job.prepare)
+      self.each(lambda x: self._ssh(x, f"bash {_SCRIPT} prepare {line}"))
+    if job.env_file:
       prefix = ["bash", "launch/tpu/worker.sh", "with", f"../{_ENV}"]
       self.each(
         lambda x: self._gcloud.copy(
-          env_file, x.node, x.index, f"hourjax/{_ENV}"
+          job.env_file, x.node, x.index, f"hourjax/{_ENV}"
         )
       )
-    words = shlex.join([*prefix, *command])
+    words = shlex.join([*prefix, *job.command])
     try:
       self._answers(f"bash {_SCRIPT} start {run} {words}")
     except LaunchError:

@@ -224,6 +224,22 @@ def test_secrets_travel_in_a_file(ready, tmp_path):
   assert "secret.env: line 1 is no KEY=VALUE" in said
 
 
+def test_prepare(ready):
+  line = 'echo "$PWD $(command -v python)" >>~/"it\'s done"; [ $? = 0 ]'
+  ready("run", "--prepare", line, *TRAIN)
+  ready("stop")
+  ready("run", "--prepare", line, *TRAIN)
+  for worker in PAIR:
+    home = ready.home(*worker)
+    code = home / "hourjax" / "code"
+    text = (home / "it's done").read_text()
+    assert text == f"{code} {code}/.venv/bin/python\n" * 2
+  ready("stop")
+  said = ready("run", "--prepare=echo no disk >&2; false", *TRAIN, code=2)
+  assert "2 of 2 workers failed: worker 0 of hour: no disk (exit" in said.stderr
+  assert ready("status").stdout.count("ended with 0 stopped") == 2
+
+
 @pytest.mark.parametrize(
   ("arguments", "says"),
   [

@@ -77,9 +77,12 @@ def test_only_one_of_many_starts(home):
 def test_dead_is_dead_though_its_number_lives(home):
   home("start", "a", *SLEEP)
   os.killpg(home.group(), signal.SIGKILL)
-  (home.run / "pid").write_text(f"{os.getpid()}\n")
-  until(lambda: home("state") == "lost a")
-  assert home("stop", "5") == "lost a"  # and signals nobody
+  with subprocess.Popen(SLEEP) as other:
+    (home.run / "pid").write_text(f"{other.pid}\n")
+    until(lambda: home("state") == "lost a")
+    assert home("stop", "5") == "lost a"
+    assert other.poll() is None  # nobody is signalled
+    other.kill()
 
 
 def test_survives_the_death_of_its_watcher(home):
