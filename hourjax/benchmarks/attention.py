@@ -27,6 +27,7 @@ from hourjax.benchmarks.attention_tune import tune
 from hourjax.errors import UserError
 from hourjax.kernels.tpu.tiles import CHIPS, Chip
 from hourjax.models.config import SIZES
+from hourjax.parallel import chips
 
 _DAY = 24 * 3600 * FRAME  # memory tokens of a video of a day
 _SPLASH_KERNELS = (
@@ -37,18 +38,17 @@ _SPLASH_KERNELS = (
 
 
 class Pod(NamedTuple):
-  """A generation's HBM and topologies."""
+  """Topologies of a generation."""
 
-  gib: float  # of a device, that a program may use
-  of_8: str  # topology of 8 devices
+  of_8: str  # devices
   of_64: str
 
 
 PODS = {
-  "v5e": Pod(15.75, "v5e:2x4", "v5e:8x8"),
-  "v5p": Pod(95.74, "v5p:2x2x2", "v5p:4x4x4"),
-  "v6e": Pod(31.25, "v6e:2x4", "v6e:8x8"),
-  "tpu7x": Pod(94.75, "tpu7x:2x2x1", "tpu7x:4x4x2"),
+  "v5e": Pod("v5e:2x4", "v5e:8x8"),
+  "v5p": Pod("v5p:2x2x2", "v5p:4x4x4"),
+  "v6e": Pod("v6e:2x4", "v6e:8x8"),
+  "tpu7x": Pod("tpu7x:2x2x1", "tpu7x:4x4x2"),
 }
 
 
@@ -193,7 +193,7 @@ def report(options: Options, compiled: dict[str, Compiled]) -> dict[str, Any]:
       "forward": compiled["xla"].memory(),
       "backward": compiled["xla_backward"].memory(),
     },
-    "day_long": _day(compiled["day"], PODS[generation]),
+    "day_long": _day(compiled["day"], generation),
     "sharded_traffic_mib": {
       name: _sent(compiled[name]) for name in ("s", "2s")
     },
@@ -245,7 +245,7 @@ def _splash(
   return schedule.region_figures(flops, hot, job.generation) | memory
 
 
-def _day(compiled: Compiled, pod: Pod) -> dict[str, Any]:
+def _day(compiled: Compiled, generation: str) -> dict[str, Any]:
   """What a device of 64 holds of a day of video, forward and backward."""
   figures = compiled.figures
   if figures is None:
@@ -255,13 +255,14 @@ def _day(compiled: Compiled, pod: Pod) -> dict[str, Any]:
     for name in ("arguments", "outputs", "temporaries")
   }
   held = figures["arguments"] + figures["temporaries"]
+  limit = chips.CHIPS[generation].limit
   return {
     "devices": 64,
-    "topology": pod.of_64,
+    "topology": PODS[generation].of_64,
     **arrays,
     "arguments_and_temporaries_mib": mib(held),
-    "hbm_limit_mib": round(pod.gib * 1024),
-    "share_of_hbm": round(held / (pod.gib * (1 << 30)), 4),
+    "hbm_limit_mib": round(limit / (1 << 20)),
+    "share_of_hbm": round(held / limit, 4),
     "collectives_mib": _sent(compiled),
   }
 

@@ -1,8 +1,8 @@
 """Compiles one attention call for a TPU, in a process of its own.
 
 An impossible topology ends the process, and the compiler reads its flags when
-it is loaded: so `attention_compile` starts this file with a `Job` as JSON, and
-it prints one line of JSON. No TPU is needed.
+it is loaded: so `attention_compile` starts this file, gives it a `Job` as JSON
+on standard input, and it prints one line of JSON. No TPU is needed.
 """
 
 import functools
@@ -24,9 +24,10 @@ from jax.sharding import PartitionSpec as P
 from hourjax import kernels
 from hourjax.kernels.tpu import call as tpu
 from hourjax.kernels.tpu.tiles import CHIPS, Tiles
+from hourjax.parallel import chips
 
-# By the topology's name of a generation, that of `CHIPS`.
-VERSIONS = {"v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "tpu7x": "7x"}
+# By the topology's name of a generation, that of `tiles.CHIPS`.
+VERSIONS = {name: chip.compiler for name, chip in chips.CHIPS.items()}
 SPLASH_BLOCK = 1024  # of queries and of keys
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "f64": 8}
 _COLLECTIVE = re.compile(
@@ -245,4 +246,4 @@ def answer(text: str) -> str:
 
 
 if __name__ == "__main__":
-  print(answer(sys.argv[1]))
+  print(answer(sys.stdin.read()))

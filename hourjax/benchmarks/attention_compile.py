@@ -1,12 +1,8 @@
 """Starts `attention_child` and reads what the compiler leaves behind."""
 
 import concurrent.futures
-import json
-import os
 import pathlib
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,11 +12,11 @@ from hourjax.benchmarks import schedule
 from hourjax.benchmarks.attention_child import Job
 from hourjax.benchmarks.schedule import Piece
 from hourjax.errors import UserError
+from hourjax.planning.children import REASON, ask_child
 
 _LAYOUT = re.compile(r"\d+(x\d+){1,2}")
 _AT_ONCE = 2  # programs that are compiled
 _LIMIT = 240  # seconds for one program
-_REASON = 300  # characters of the compiler's reason that are shown
 
 
 class Compiled(NamedTuple):
@@ -107,41 +103,20 @@ def run_all(name: str, calls: dict[str, Callable]) -> dict[str, Any]:
 
 def _run(job: Job, flags: str) -> tuple[dict[str, Any] | None, str]:
   """The child's figures, or None and why not."""
-  environment = os.environ | {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_PLATFORMS": "cpu",
-    "LIBTPU_INIT_ARGS": flags,
-    "TPU_SKIP_MDS_QUERY": "1",  # no question to a host about its TPU
-  }
-  command = [sys.executable, "-m", "hourjax.benchmarks.attention_child"]
-  try:
-    done = subprocess.run(
-      [*command, json.dumps(job._asdict())],
-      env=environment,
-      capture_output=True,
-      text=True,
-      timeout=_LIMIT,
-    )
-  except subprocess.TimeoutExpired:
-    return None, f"not compiled within {_LIMIT} s"
-  if done.returncode:
+  found = ask_child(
+    "hourjax.benchmarks.attention_child",
+    job._asdict(),
+    limit=_LIMIT,
+    flags=flags,
+  )
+  if found.late:
+    return None, found.reason
+  if found.answer is None:
     raise UserError(
       f"--topology={job.topology}: cannot compile {job.what} for"
       f" {job.devices} device(s), {job.queries} queries and {job.keys} keys:"
-      f" {_reason(done.stderr)}"
+      f" {found.reason}"
     )
-  answer = json.loads(done.stdout.splitlines()[-1])
-  if "exhausted" in answer:
-    return None, answer["exhausted"].splitlines()[0][:_REASON]
-  return answer, ""
-
-
-def _reason(stderr: str) -> str:
-  """The line of a failed child that says why."""
-  lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-  telling = [
-    line
-    for line in lines
-    if re.search(r"^[\w.]*Error: |^[\w.]*Exception: |Check failed", line)
-  ]
-  return (telling or lines or ["no reason given"])[-1][:_REASON]
+  if "exhausted" in found.answer:
+    return None, found.answer["exhausted"].splitlines()[0][:REASON]
+  return found.answer, ""

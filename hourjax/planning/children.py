@@ -15,7 +15,7 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
-_REASON = 300  # characters of the compiler's reason that are shown
+REASON = 300  # characters of the compiler's reason that are shown
 _ENVIRONMENT = {
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   "JAX_PLATFORMS": "cpu",
@@ -86,4 +86,4 @@ def reason(stderr: str) -> str:
     for line in lines
     if re.search(r"^[\w.]*Error: |^[\w.]*Exception: |Check failed", line)
   ]
-  return (telling or lines or ["no reason given"])[-1][:_REASON]
+  return (telling or lines or ["no reason given"])[-1][:REASON]

@@ -5,7 +5,7 @@ from typing import Any
 
 from hourjax.data.rows import Size
 from hourjax.parallel.chips import GIB
-from hourjax.planning import roofline
+from hourjax.planning import roofline, speeds
 from hourjax.planning.roofline import Estimate
 from hourjax.planning.step import Compiled, Memory, device_memory
 from hourjax.planning.topology import Topology
@@ -17,7 +17,7 @@ ASSUMED = (
   "products run at {dense:.0%} of the chip's bf16 peak, MemAug's attention at"
   " {reading[0]:.0%} forward and {reading[1]:.0%} backward, the decoder's at"
   " {causal[0]:.0%} and {causal[1]:.0%}: schedules of the compiler (README)"
-  f" times {roofline.STOPWATCH}, and what large models report; no TPU was"
+  f" times {speeds.STOPWATCH}, and what large models report; no TPU was"
   " timed",
   "a micro-batch waits for the device whose rows are the most work, and for"
   " the traffic that the compiler's schedule does not run beside other work;"
@@ -83,7 +83,7 @@ def evaluate(
 
 def assumptions(plan: Plan) -> list[str]:
   """What the estimate rests on, a sentence each."""
-  rates = roofline.EFFICIENCY[plan.topology.chip.name]._asdict()
+  rates = speeds.EFFICIENCY[plan.topology.chip.name]._asdict()
   return [
     *plan.workload.assumptions,
     *(line.format(**rates) for line in ASSUMED),

@@ -8,8 +8,8 @@ from typing import Any
 from hourjax.errors import UserError
 from hourjax.parallel.chips import CHIPS, GIB
 from hourjax.planning.plan import Plan, as_data
-from hourjax.planning.roofline import HOST_READS
 from hourjax.planning.search import describe
+from hourjax.planning.speeds import HOST_READS
 
 _WIDE = 78
 
@@ -31,6 +31,13 @@ def page(plan: Plan) -> str:
   lines += ["", *_rule("assumed")]
   lines += [line for text in data["assumed"] for line in _folded(text)]
   return "\n".join(lines)
+
+
+def number(value: float) -> str:
+  """Three digits, or all those before the point: 1,234, 56.7, 0.00123."""
+  if not value or abs(value) >= 100:
+    return f"{value:,.0f}"
+  return f"{value:.3g}" if abs(value) >= 1e-4 else f"{value:.1e}"
 
 
 def _rule(title: str) -> list[str]:
@@ -88,12 +95,12 @@ def _flops(computed: Mapping[str, Any]) -> list[str]:
     if not any(values):
       continue
     sums = [a + b for a, b in zip(sums, values)]
-    numbers = "".join(f"{value:10.0f}" for value in values)
+    numbers = "".join(f"{number(value):>10}" for value in values)
     lines.append(f"  {name.replace('_', ' '):<24}{numbers}")
-  lines.append(f"  {'total':<24}" + "".join(f"{x:10.0f}" for x in sums))
+  lines.append(f"  {'total':<24}" + "".join(f"{number(x):>10}" for x in sums))
   useful, all_of_it = computed["useful_flops"] / 1e12, sum(sums)
   lines.append(
-    f"  of {all_of_it:.0f} executed {useful:.0f} are useful"
+    f"  of {number(all_of_it)} executed {number(useful)} are useful"
     f" ({useful / all_of_it:.0%}): the rest fills rows up or is done again"
   )
   return lines
@@ -110,7 +117,7 @@ def _traffic(data: Mapping[str, Any]) -> list[str]:
     took = sum(data["estimated"]["axes"].get(axes, (0.0,)))
     lines.append(
       f"  {axes:<16}{sent['waited'] / 2**20:>12,.0f}"
-      f"{sent['beside'] / 2**20:>13,.0f}{took:>10.2f}"
+      f"{sent['beside'] / 2**20:>13,.0f}{number(took):>10}"
     )
   if len(lines) == 1:
     return ["  nothing"]
@@ -121,22 +128,22 @@ def _estimate(plan: Plan, found: Mapping[str, Any]) -> list[str]:
   waited = sum(a for a, _ in found["axes"].values())
   beside = sum(b for _, b in found["axes"].values())
   parts = (
-    f"products {found['compute']:.2f} (evenly spread {found['balanced']:.2f}),"
-    f" HBM {found['memory']:.2f}, traffic {waited:.2f} waited for and"
-    f" {beside:.2f} beside, optimizer {found['update']:.2f}"
+    f"products {number(found['compute'])} (evenly spread"
+    f" {number(found['balanced'])}), HBM {number(found['memory'])}, traffic {number(waited)} waited for and"
+    f" {number(beside)} beside, optimizer {number(found['update'])}"
   )
   share = found["host_bytes"] / HOST_READS
   hours = found["video_hours_a_day"]
   lines = [
-    f"  step {found['step']:.2f} s ({found['hidden']:.2f} if all traffic were"
-    f" hidden, {found['exposed']:.2f} if none)",
+    f"  step {number(found['step'])} s ({number(found['hidden'])} if all traffic"
+    f" were hidden, {number(found['exposed'])} if none)",
     *_folded(parts, "    "),
     f"  MFU {found['mfu']:.1%}; {hours:,.0f} hours of video a day",
   ]
   if plan.workload.samples > 1:
     lines.append(
       f"  an epoch of {plan.workload.samples / 1e6:.2f}M samples:"
-      f" {found['days']:.2f} days, ${found['cost']:,.0f} at"
+      f" {number(found['days'])} days, ${found['cost']:,.0f} at"
       f" ${plan.price:.2f} a chip-hour"
     )
   lines.append(
@@ -226,10 +233,10 @@ def _row(name: str, data: Mapping[str, Any]) -> str:
     [
       *start,
       f"{total:.1f} of {limit}" + ("" if data["fits"] else " (too much)"),
-      f"{found['step']:.2f}",
+      number(found["step"]),
       f"{found['mfu']:.0%}",
       f"{hours:,.0f}" if hours else "--",
-      f"{found['days']:.2f}" if whole else "--",
+      f"{number(found['days'])}" if whole else "--",
       f"${found['cost']:,.0f}" if whole else "--",
     ]
   )

@@ -101,7 +101,7 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
 def _exists(chip: Chip, shape: tuple[int, ...]) -> bool:
   """Whether chips are sold, or at least compiled for, in this shape."""
   fits = all(
-    size in (1, 2) or (size % 4 == 0 and size <= most)
+    size in (1, 2) or (0 < size <= most and size % 4 == 0)
     for size, most in zip(sorted(shape), sorted(chip.largest))
   )
   return fits and (math.prod(shape) < 4 or math.prod(shape) % 4 == 0)

@@ -1,0 +1,93 @@
+"""What a device holds, and how failures of the compiler are told."""
+
+import pytest
+
+from hourjax.errors import UserError
+from hourjax.planning import step
+from hourjax.planning.children import Outcome
+from hourjax.planning.step import compile_step, device_memory
+from hourjax.planning.topology import parse_topology
+from hourjax.planning.workload import make_workload
+from tests.planning.examples import experiment
+
+GIB = 1 << 30
+TOPOLOGY = parse_topology("v5e:4x4")
+
+
+def _answer(**temporaries):
+  common = {"outputs": 3, "code": 4, "seconds": 1.0, "traffic": []}
+  kinds = {"parameters": 100, "gradients": 30, "batches": 7}
+  return {
+    "programs": {
+      "accumulate": common
+      | {"kinds": kinds, "temporaries": temporaries["accumulate"]},
+      "update": common
+      | {
+        # It reads parameters that the other one does not.
+        "kinds": {"parameters": 120, "gradients": 30, "optimizer": 60},
+        "temporaries": temporaries["update"],
+      },
+    }
+  }
+
+
+def test_everything_that_is_there_counts_once():
+  memory = device_memory(_answer(accumulate=1000, update=10), TOPOLOGY)
+  assert memory.program == "accumulate"
+  assert memory.batches == 14
+  assert memory.total == 120 + 60 + 30 + 14 + 1007
+  assert memory.limit == int(15.75 * GIB)
+  assert memory.fits
+
+
+def test_the_larger_program_counts_and_may_be_too_large():
+  memory = device_memory(_answer(accumulate=1, update=16 * GIB), TOPOLOGY)
+  assert memory.program == "update"
+  assert not memory.fits
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+  found = experiment(mesh={"fsdp": 16})
+  workload = make_workload(found, "full")
+
+  def run(outcome, found=found):
+    def ask(module, task, *, limit):
+      assert task["topology"] == "v5e:4x4" and task["unknown_trips"] >= 1
+      return outcome
+
+    monkeypatch.setattr(step, "ask_child", ask)
+    return compile_step(found, TOPOLOGY, workload)
+
+  return run
+
+
+def test_out_of_memory_is_an_answer(compiled):
+  message = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required"
+    " for HLO temporaries (64.50G) exceeds available HBM (15.75G).\nmore"
+  )
+  found = compiled(Outcome({"exhausted": message, "program": "accumulate"}))
+  assert found.answer is None
+  assert found.needed == int(64.5 * GIB)
+  assert found.reason == "accumulate: " + message.splitlines()[0]
+
+
+def test_a_crash_names_the_topology(compiled):
+  with pytest.raises(UserError, match=r"v5e:4x4: .*Check failed: x"):
+    compiled(Outcome(None, False, "Check failed: x"))
+
+
+def test_a_mistake_found_by_the_child_is_passed_on(compiled):
+  with pytest.raises(UserError, match="rows"):
+    compiled(Outcome({"user_error": "rows"}))
+
+
+def test_too_late_is_an_answer(compiled):
+  found = compiled(Outcome(None, True, "not compiled within 9 s"))
+  assert (found.answer, found.reason) == (None, "not compiled within 9 s")
+
+
+def test_a_mesh_that_does_not_fill_the_devices_needs_no_compiler(compiled):
+  with pytest.raises(UserError, match="takes 3 devices and there are 16"):
+    compiled(None, experiment(mesh={"fsdp": 3}))

@@ -1,0 +1,68 @@
+"""Topologies by name."""
+
+import pytest
+
+from hourjax.errors import UserError
+from hourjax.planning.topology import parse_topology
+
+
+@pytest.mark.parametrize(
+  ("name", "slices", "chips", "devices", "hosts"),
+  [
+    ("v5e:16x16", 1, 256, 256, 64),
+    ("v5e:1x1", 1, 1, 1, 1),
+    ("v5e:2x4", 2, 16, 16, 4),
+    ("v5p:4x8x8", 1, 256, 256, 64),
+    ("tpu7x:2x2x1", 1, 4, 8, 1),
+    ("v6e:4x4", 4, 64, 64, 16),
+  ],
+)
+def test_sizes(name, slices, chips, devices, hosts):
+  found = parse_topology(name, slices)
+  assert (found.name, found.chips, found.devices, found.hosts) == (
+    name,
+    chips,
+    devices,
+    hosts,
+  )
+
+
+def test_a_slice_below_a_host_says_so():
+  bounds = parse_topology("v5e:1x1").bounds
+  assert bounds == {"chips_per_host_bounds": (1, 1, 1)}
+  assert parse_topology("v5e:2x2").bounds == {}
+
+
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("v9:2x2", "'v9' is no generation of TPU; known are v4, v5e"),
+    ("v5e", "give its chips, such as v5e:4x4"),
+    ("v5e:4", "give its chips, such as v5e:4x4"),
+    ("v5p:4x4", "v5p has 3 dimensions, not 2; write it as v5p:4x4x4"),
+    ("v5e:32x16", "there is no such slice"),
+    ("v5e:3x4", "there is no such slice"),
+    ("v5e:0x4", "there is no such slice"),
+    ("v5p:20x20x20", "up to 16x20x28"),
+  ],
+)
+def test_what_does_not_exist(name, message):
+  with pytest.raises(UserError, match=f"--topology={name}: .*") as error:
+    parse_topology(name)
+  assert message in str(error.value)
+
+
+def test_slices_are_at_least_one():
+  with pytest.raises(UserError, match="--num_slices=0"):
+    parse_topology("v5e:4x4", 0)
+
+
+def test_doubling_goes_on_until_the_largest():
+  sizes, topology = [], parse_topology("v5p:2x2x1")
+  while topology is not None:
+    sizes.append(topology.chips)
+    topology = topology.doubled()
+  assert sizes[:3] == [4, 8, 16]
+  assert sizes == [4 * 2**i for i in range(len(sizes))]
+  assert parse_topology("v5e:16x16").doubled() is None
+  assert parse_topology("v5e:8x16").doubled().name == "v5e:16x16"
