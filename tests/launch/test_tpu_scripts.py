@@ -121,6 +121,28 @@ def test_dry_run_is_a_script(cloud):
   assert "0: running" in cloud("status").stdout
 
 
+def documented():
+  """Command lines of launch/tpu_vm.py in WORKSPACE.md."""
+  text = (ROOT / "WORKSPACE.md").read_text().replace("\\\n", " ")
+  return [line.strip() for line in text.splitlines()
+          if line.strip().startswith("python3 launch/tpu_vm.py ")]  # fmt: skip
+
+
+def test_documented_commands_are_understood(cloud):
+  verbs = set()
+  for line in documented():
+    words = shlex.split(line)[2:]
+    verbs.add(words[0])
+    cut = words.index("--") if "--" in words else len(words)
+    words[cut:cut] = ["--dry_run", "--accelerator=v5litepod-256"]
+    done = cloud(words[0], *words[1:])
+    workers = [x for x in done.stdout.splitlines() if " ssh hour " in x]
+    assert len(workers) >= 64 or words[0] in ("create", "delete")
+  assert verbs == {
+    "create", "setup", "run", "status", "logs", "stop", "delete",
+  }  # fmt: skip
+
+
 def test_dry_run_needs_the_type(cloud):
   said = cloud("status", "--dry_run", code=2).stderr
   assert "give --accelerator as well" in said
