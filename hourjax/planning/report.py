@@ -11,13 +11,13 @@ from hourjax.planning.plan import Plan, as_data
 from hourjax.planning.search import describe
 from hourjax.planning.speeds import HOST_READS
 
-_WIDE = 78
+_WIDE = 79
 
 
 def page(plan: Plan) -> str:
   """Everything that is known of a plan."""
   data = as_data(plan)
-  lines = [_title(data), *_heading(data)]
+  lines = [*_folded(_title(data), ""), *_heading(data)]
   if plan.memory is None:
     return "\n".join([*lines, "", f"DOES NOT FIT: {data['reason']}"])
   lines += ["", *_rule("computed: what the compiler allots, GiB a device")]
@@ -55,16 +55,17 @@ def _title(data: Mapping[str, Any]) -> str:
 def _heading(data: Mapping[str, Any]) -> list[str]:
   mesh = " x ".join(f"{k} {v}" for k, v in data["mesh"].items())
   rows = data["batch_rows"] * data["accumulate"]
-  lines = [
+  lines = _folded(
     f"mesh {mesh}; {rows} rows a step in {data['accumulate']} micro-batches;"
-    f" remat {data['remat']}"
-  ]
+    f" remat {data['remat']}",
+    "",
+  )
   if "computed" in data:
     filled = ", ".join(
       f"{k} {v:.0%}" for k, v in data["computed"]["fill"].items()
     )
     each = data["computed"]["samples_a_row"]
-    lines.append(f"a row holds {each:.1f} samples on average: {filled}")
+    lines += _folded(f"a row holds {each:.1f} samples on average: {filled}", "")
   return lines
 
 
@@ -99,11 +100,10 @@ def _flops(computed: Mapping[str, Any]) -> list[str]:
     lines.append(f"  {name.replace('_', ' '):<24}{numbers}")
   lines.append(f"  {'total':<24}" + "".join(f"{number(x):>10}" for x in sums))
   useful, all_of_it = computed["useful_flops"] / 1e12, sum(sums)
-  lines.append(
-    f"  of {number(all_of_it)} executed {number(useful)} are useful"
+  return lines + _folded(
+    f"of {number(all_of_it)} executed {number(useful)} are useful"
     f" ({useful / all_of_it:.0%}): the rest fills rows up or is done again"
   )
-  return lines
 
 
 def _traffic(data: Mapping[str, Any]) -> list[str]:
@@ -127,16 +127,21 @@ def _traffic(data: Mapping[str, Any]) -> list[str]:
 def _estimate(plan: Plan, found: Mapping[str, Any]) -> list[str]:
   waited = sum(a for a, _ in found["axes"].values())
   beside = sum(b for _, b in found["axes"].values())
+  seconds = {
+    key: number(found[key])
+    for key in ("step", "hidden", "exposed", "compute", "balanced", "memory",
+                "update")
+  }  # fmt: skip
   parts = (
-    f"products {number(found['compute'])} (evenly spread"
-    f" {number(found['balanced'])}), HBM {number(found['memory'])}, traffic {number(waited)} waited for and"
-    f" {number(beside)} beside, optimizer {number(found['update'])}"
-  )
+    "products {compute} (evenly spread {balanced}), HBM {memory}, traffic"
+    f" {number(waited)} waited for and {number(beside)} beside, optimizer"
+    " {update}"
+  ).format(**seconds)
   share = found["host_bytes"] / HOST_READS
   hours = found["video_hours_a_day"]
   lines = [
-    f"  step {number(found['step'])} s ({number(found['hidden'])} if all traffic"
-    f" were hidden, {number(found['exposed'])} if none)",
+    "  step {step} s ({hidden} if all traffic were hidden, {exposed} if"
+    " none)".format(**seconds),
     *_folded(parts, "    "),
     f"  MFU {found['mfu']:.1%}; {hours:,.0f} hours of video a day",
   ]
@@ -146,11 +151,10 @@ def _estimate(plan: Plan, found: Mapping[str, Any]) -> list[str]:
       f" {number(found['days'])} days, ${found['cost']:,.0f} at"
       f" ${plan.price:.2f} a chip-hour"
     )
-  lines.append(
-    f"  each host reads {found['host_bytes'] / 1e9:.2f} GB of features a"
+  return lines + _folded(
+    f"each host reads {number(found['host_bytes'] / 1e9)} GB of features a"
     f" second ({share:.0%} of the 5 GB/s that one was measured to read)"
   )
-  return lines
 
 
 def _folded(text: str, indent: str = "  ") -> list[str]:

@@ -249,7 +249,8 @@ def _temporaries(experiment: Experiment, mesh, rows: float) -> float:
   tower += (capacity.frames * experiment.row_spec.frame_tokens
             + capacity.tiles * vision.side**2) * width * 4  # fmt: skip
   words = decoder.vocab * width * 6 / (seq * mesh["tensor"])
-  layer = 6 * width * decoder.mlp * 4 / mesh["tensor"]
+  # Gathered weights of a layer, and one gradient before it is summed.
+  layer = 10 * width * decoder.mlp / mesh["tensor"]
   row = tokens + memaug / seq + memory + queries + tower
   return 1.2 * (rows * row + words + layer)
 

@@ -51,10 +51,10 @@ class Topology(NamedTuple):
     return {"chips_per_host_bounds": (*self.shape, 1, 1)[:3]}
 
   def doubled(self) -> "Topology | None":
-    """The next larger slice, or None if there is none."""
+    """The next larger slice, or None if there is none: 2x2, 2x4, 4x4, ..."""
     bigger = [
       (*self.shape[:i], 2 * size, *self.shape[i + 1 :])
-      for i, size in enumerate(self.shape)
+      for i, size in reversed([*enumerate(self.shape)])
     ]
     bigger = [shape for shape in bigger if _exists(self.chip, shape)]
     if not bigger:

@@ -63,6 +63,8 @@ def test_doubling_goes_on_until_the_largest():
     sizes.append(topology.chips)
     topology = topology.doubled()
   assert sizes[:3] == [4, 8, 16]
+  assert parse_topology("v5e:8x8").doubled().name == "v5e:8x16"
+  assert parse_topology("v5p:2x2x4").doubled().name == "v5p:2x4x4"
   assert sizes == [4 * 2**i for i in range(len(sizes))]
   assert parse_topology("v5e:16x16").doubled() is None
   assert parse_topology("v5e:8x16").doubled().name == "v5e:16x16"

@@ -1,0 +1,130 @@
+"""Which candidates there are, and how they are ranked."""
+
+import dataclasses
+
+import pytest
+
+from hourjax.errors import UserError
+from hourjax.planning import search
+from hourjax.planning.step import Compiled
+from hourjax.planning.topology import parse_topology
+from hourjax.planning.workload import make_workload
+from tests.planning.examples import experiment, plan_by_formulas
+
+GIB = 1 << 30
+POD = parse_topology("v5e:16x16")
+
+
+@pytest.fixture(scope="module")
+def stage3():
+  found = experiment()
+  return found, make_workload(found)
+
+
+def test_candidates_can_be_split(stage3):
+  found, _ = stage3
+  candidates = list(search.candidates(found, POD))
+  assert len(candidates) > 50
+  assert len(set(candidates)) == len(candidates)
+  for each in candidates:
+    data, fsdp, seq, tensor = each.mesh.sizes(256)
+    assert each.batch_rows % (data * fsdp) == 0
+    assert 0.75 <= each.step_rows / found.step_rows <= 1.34
+    assert 64 % seq == 0  # tokens of a frame
+    assert 2 % tensor == 0  # KV heads
+  assert {each.model.remat for each in candidates} == {"full", "dots", "none"}
+
+
+def test_slices_are_joined_by_data_alone(stage3):
+  found, _ = stage3
+  for each in search.candidates(found, POD._replace(slices=2)):
+    assert each.mesh.sizes(512)[0] % 2 == 0
+
+
+def test_parameters_are_counted():
+  counted = search.count_parameters(experiment())
+  assert sum(counted.values()) == 3_700_088_352  # SPEC section 1
+  assert counted["tower"] == 397_747_744
+  assert counted["frozen"] == 0
+  first = search.count_parameters(experiment(stage=1))
+  assert first["learnt"] == 209_842_176
+
+
+def test_formulas_of_what_is_stored():
+  """Parameters, moments and gradients are known exactly, but for padding."""
+  plan = plan_by_formulas(
+    experiment(mesh={"fsdp": 16, "seq": 16}), "v5e:16x16", "full"
+  )
+  learnt = 3_700_088_352 - 397_747_744
+  assert plan.memory.optimizer == pytest.approx(8 * learnt / 256, rel=1e-6)
+  assert plan.memory.gradients == pytest.approx(4 * learnt / 256, rel=1e-6)
+  assert plan.memory.parameters == pytest.approx(
+    4 * learnt / 256 + 4 * 397_747_744 / 16, rel=1e-6
+  )
+
+
+def test_keeping_more_takes_more_memory():
+  mesh = {"fsdp": 16, "seq": 16}
+  sizes = []
+  for remat in ("full", "dots", "none"):
+    found = experiment(mesh=mesh)
+    model = dataclasses.replace(found.model, remat=remat)
+    found = dataclasses.replace(found, model=model)
+    plan = plan_by_formulas(found, "v5e:16x16", "full")
+    sizes.append(plan.memory.temporaries)
+  assert sizes == sorted(set(sizes))
+
+
+def test_hbm_is_flat_when_video_and_seq_double():
+  found = experiment(mesh={"fsdp": 16, "seq": 8}, batch_rows=16)
+  rows = dataclasses.replace(
+    found.rows,
+    memory=2 * found.rows.memory,
+    features=2 * found.rows.features,
+  )
+  longer = dataclasses.replace(
+    found, rows=rows, mesh=dataclasses.replace(found.mesh, seq=16)
+  )
+  plans = [
+    plan_by_formulas(found, "v5e:8x16", "full"),
+    plan_by_formulas(longer, "v5e:16x16", "full"),
+  ]
+  assert plans[1].memory.total <= plans[0].memory.total
+
+
+@pytest.mark.slow
+def test_the_best_are_compiled_and_those_numbers_rank(stage3, monkeypatch):
+  found, workload = stage3
+  asked, said, counted = [], [], search.count_parameters(found)
+
+  def compile_step(candidate, topology, workload):
+    asked.append(candidate)
+    if len(asked) == 2:
+      raise UserError("cannot be split")
+    answer = search.formulas(candidate, topology, counted)
+    if len(asked) == 1:  # the compiler needs more than was thought
+      answer["programs"]["accumulate"]["temporaries"] = 20 * GIB
+    return Compiled(answer)
+
+  monkeypatch.setattr(search, "compile_step", compile_step)
+  plans = search.search(found, POD, workload, count=4, say=said.append)
+  assert len(asked) == 4 and len(plans) == 3
+  assert plans[-1].experiment == asked[0] and not plans[-1].fits
+  assert plans[0].fits
+  days = [plan.estimate.days for plan in plans[:-1]]
+  assert days == sorted(days)
+  assert any("cannot be split" in line for line in said)
+  # By the formulas these were the shortest of those that fit.
+  judged = search.judge(found, POD, workload)
+  roomy = (p for p in judged if p.memory.total <= 0.85 * p.memory.limit)
+  assert next(roomy).experiment == asked[0]
+  fits = [plan.fits for plan in judged]
+  assert fits == sorted(fits, reverse=True)
+
+
+def test_rows_that_suit_no_mesh_are_refused(stage3):
+  found, workload = stage3
+  found = dataclasses.replace(found, batch_rows=1, accumulate=1)
+  topology = parse_topology("v5p:16x16x16")
+  with pytest.raises(UserError, match="no mesh of 4096 devices suits 1 rows"):
+    search.search(found, topology, workload, say=print)
