@@ -16,6 +16,7 @@ _TAIL = 20  # lines of a failed worker's log that are shown
 _UNANSWERED = 20  # looks in a row without an answer, before giving up
 # Errors that another look may not meet. "missing": taken away since the look.
 _PASSING = ("lost", "missing", "passing")
+_HEALTHY = 3600  # seconds of training after which failures are forgotten
 # Exit status of a mistake in the options: a restart would meet it again.
 _USER_ERROR = 2
 
@@ -81,6 +82,7 @@ class Supervisor:
     self._workers, self._tarball = workers, tarball
     self._job, self._name = job, job_of(job.command)
     self._failed = self._refused = self._unanswered = 0
+    self._began = time.monotonic()  # of the newest run, as far as known
     self._started = False  # by this process: an older end does not count
     self._seen, self._since = None, 0.0  # the last ending, and since when
     self._said = None
@@ -169,6 +171,7 @@ class Supervisor:
       self._gcloud.say(f"{error}; trying again")
       return
     self._gcloud.say(f"started {run} on {len(workers.all)} workers")
+    self._began = time.monotonic()
     self._started, self._seen, self._said = True, None, None
 
   def _ended(self, workers, states, what) -> int | None:
@@ -194,6 +197,11 @@ class Supervisor:
         "training was stopped; the same command takes it up again"
       )
       return 0
+    if all(x.what == "ended" and not x.code for x in states.values()):
+      self._gcloud.say("a machine shut down beneath the training; starting it")
+      return self._start(workers, "none")
+    if now - self._began > _HEALTHY:
+      self._failed = 0
     self._failed += 1
     self._show(workers, states)
     final = any(x.code == _USER_ERROR for x in states.values())

@@ -124,7 +124,7 @@ def test_training_that_fails(cloud, status, starts):
 
 def test_reboot(cloud):
   """Machines that come back without having been taken away."""
-  process = cloud.begin("run", *DONE, *TRAIN)
+  process = cloud.begin("run", *DONE, "--restarts=0", *TRAIN)
   until(lambda: steps(cloud) > 3)
   cloud.preempt("hour", warn=True, vanish=False)
   before = steps(cloud)
@@ -132,6 +132,7 @@ def test_reboot(cloud):
   cloud.storage("finish").touch()
   assert process.wait(90) == 0, cloud.output()
   assert verbs(cloud) == ["create", "install", "start", "start"]
+  assert "a machine shut down beneath the training" in cloud.output()
 
 
 def test_requests_that_fail(cloud):
