@@ -145,7 +145,7 @@ def together() -> Iterator[None]:
     raise failure
   if told:
     process, text = min(told.items())
-    raise UserError(f"process {process} of {jax.process_count()}: {text}")
+    raise UserError(f"process {process} of {count()}: {text}")
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from etils import epath
 from hourjax.errors import UserError
 from hourjax.parallel import hosts
 from hourjax.training import saved
+from hourjax.training.quiet import quiet_orbax
 from hourjax.training.step import TrainState
 
 
@@ -193,6 +194,7 @@ class Checkpoints:
   def _open(self) -> ocp.CheckpointManager:
     """Orbax's manager; it counts what is on disk when it is made."""
     if self._manager is None:
+      quiet_orbax()
       self._manager = ocp.CheckpointManager(
         self.folder,
         options=ocp.CheckpointManagerOptions(

@@ -10,15 +10,10 @@ reads for itself: nothing here waits for another one.
 """
 
 import contextlib
-import gc
 import json
-import logging
 import os
-import sys
-import time
-import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
@@ -28,10 +23,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from hourjax.training.checksums import checksums, named_arrays
+from hourjax.training.quiet import quiet_orbax
 
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "hourjax")
-# Seconds in which reads beside the one that failed come to their end.
-_REST = 0.2
 
 
 class Damaged(Exception):
@@ -117,6 +111,7 @@ def read_arrays(folder: epath.Path, step: int, like: Any) -> Any:
   Raises:
     Damaged: they cannot be read.
   """
+  quiet_orbax()
   handler = ocp.PyTreeCheckpointHandler()
   restore_args = jax.tree.map(
     lambda x: ocp.ArrayRestoreArgs(
@@ -127,18 +122,13 @@ def read_arrays(folder: epath.Path, step: int, like: Any) -> Any:
   arguments = ocp.args.PyTreeRestore(
     like, restore_args=restore_args, partial_restore=True
   )
-  with _quiet():
-    try:
+  try:
+    with contextlib.closing(handler):
       tree = handler.restore(folder / str(step) / "state", args=arguments)
       return jax.block_until_ready(tree)
-    # Whatever a broken file makes of the readers: their errors have many types.
-    except Exception as error:
-      reason = f"state cannot be read: {_short(error)}"
-      del error
-      time.sleep(_REST)
-    finally:
-      handler.close()
-  raise Damaged(reason)
+  # Whatever a broken file makes of the readers: their errors have many types.
+  except Exception as error:
+    raise Damaged(f"state cannot be read: {_short(error)}") from None
 
 
 def verify(tree: Any, about: Mapping[str, Any]) -> None:
@@ -208,18 +198,3 @@ def _short(error: BaseException) -> str:
   """The first part of a reader's message; the rest is its whole setup."""
   text = " ".join(f"{type(error).__name__}: {error}".split())
   return text if len(text) < 300 else f"{text[:300]} ..."
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """Keeps pages about abandoned reads off the screen when one has failed."""
-  logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
-  disabled, logger.disabled = logger.disabled, True
-  sys.unraisablehook = lambda _: None
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore", RuntimeWarning)  # never awaited
-      yield
-      gc.collect()
-  finally:
-    logger.disabled, sys.unraisablehook = disabled, hook

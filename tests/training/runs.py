@@ -7,6 +7,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 from configs import demo
@@ -98,20 +99,28 @@ class Training:
       "TF_CPP_MIN_LOG_LEVEL": "2",
       **(env or {}),
     }
+    # Not a pipe: one that nobody reads would stop a talkative process.
+    self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115
     self.process = subprocess.Popen(
-      command, cwd=ROOT, env=variables, text=True, stderr=subprocess.PIPE,
+      command, cwd=ROOT, env=variables, stderr=self._said,
       stdout=subprocess.DEVNULL,
     )  # fmt: skip
+
+  def said(self) -> str:
+    """What it wrote to stderr so far."""
+    self._said.seek(0)
+    return self._said.read()
 
   def ended(self, timeout: float = 240) -> tuple[int, str]:
     """Its exit status and what it said; killed if it does not end."""
     try:
-      _, said = self.process.communicate(timeout=timeout)
+      self.process.wait(timeout)
     except subprocess.TimeoutExpired:
       self.process.kill()
-      _, said = self.process.communicate()
-      raise AssertionError(f"did not end in {timeout} s:\n{said}") from None
-    return self.process.returncode, said
+      self.process.wait()
+      message = f"did not end in {timeout} s:\n{self.said()}"
+      raise AssertionError(message) from None
+    return self.process.returncode, self.said()
 
   def when(self, condition, timeout: float = 120) -> bool:
     """Waits until `condition()` or its end; tells whether the former came."""
