@@ -18,7 +18,13 @@ ALLOWED = {
     "hourjax.data",
   ),
   "hourjax.kernels": ("hourjax.kernels",),
-  "hourjax.models": ("hourjax.kernels", "hourjax.models", "hourjax.batch"),
+  "hourjax.models": (
+    "hourjax.batch",
+    "hourjax.kernels",
+    "hourjax.models",
+    "hourjax.parallel",
+  ),
+  "hourjax.parallel": ("hourjax.errors", "hourjax.kernels", "hourjax.parallel"),
 }
 
 

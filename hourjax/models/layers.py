@@ -208,7 +208,7 @@ def product(
     lead: logical axes of a and b.
   """
   y = x @ gather_weight(kernel, axes, x.dtype)
-  return y if bias is None else y + bias.astype(x.dtype)
+  return y if bias is None else y + bias.astype(x.dtype)[None, None]
 
 
 def _product_forward(x, kernel, bias, axes, lead):

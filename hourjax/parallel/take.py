@@ -91,7 +91,8 @@ def _memory_forward(stored, encoded, newline, source):
 def _memory_here(stored, encoded, newline, source):
   table = jnp.concatenate([stored, encoded], axis=1)
   rows = _lookup(table, jnp.maximum(source, 0))
-  return jnp.where(source[..., None] < 0, newline.astype(rows.dtype), rows)
+  newline = newline.astype(rows.dtype)[None, None]
+  return jnp.where(source[..., None] < 0, newline, rows)
 
 
 def _memory_backward(saved, d_memory):

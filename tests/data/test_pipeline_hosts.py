@@ -57,7 +57,9 @@ def write_steps(root, start, host):
     PlanOptions(seed=4, share=2),
     memory=prepared.columns.video,
   )
-  stream = batches(dataset, plan, SPEC, rows=ROWS, start=start, host=host)
+  index, hosts = host
+  mine = np.array_split(np.arange(ROWS), hosts)[index].tolist()
+  stream = batches(dataset, plan, SPEC, rows=ROWS, start=start, mine=mine)
   for step in range(STEPS):
     made = next(stream)
     np.savez(

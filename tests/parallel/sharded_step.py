@@ -32,6 +32,7 @@ from hourjax.parallel.rules import param_shardings
 from hourjax.training.placing import Placing
 from hourjax.training.step import Sums, accumulate, no_sums
 
+jax.config.update("jax_numpy_rank_promotion", "raise")
 SIDE, PIXELS, ROWS = 4, 8, 8
 CONFIG = dataclasses.replace(
   TINY,
