@@ -35,18 +35,28 @@ def errors(
   kernel: str,
   rows: int = 1,
   heads: int = 1,
+  sequence: str = "",
 ) -> dict[str, float]:
-  """Largest differences from the dense computation."""
-  q, k, v, query_segment, key_segment, d_out = _inputs(devices, order)
-  expected = dense(q, k, v, query_segment, key_segment, False, d_out)
+  """Largest differences from the dense computation.
+
+  `sequence` is "" for queries that read a memory, "whole" or "causal" for
+  self-attention over a split sequence.
+  """
+  causal = sequence == "causal"
+  if sequence:
+    q, k, v, query_segment, key_segment, d_out = _sequence()
+  else:
+    q, k, v, query_segment, key_segment, d_out = _inputs(devices, order)
+  expected = dense(q, k, v, query_segment, key_segment, causal, d_out)
   memory = devices // rows // heads
   mesh = Mesh(
     np.array(jax.devices()[:devices]).reshape(rows, memory, heads),
     ("data", "seq", "tensor"),
   )
-  sharding = kernels.Sharding(
-    mesh, ("data",), "tensor", memory="seq", queries=queries
-  )
+  split = {"memory": "seq", "queries": queries}
+  if sequence:
+    split = {"sequence": "seq"}
+  sharding = kernels.Sharding(mesh, ("data",), "tensor", **split)
   specs = sharding.specs()
   specs = (specs.q, specs.k, specs.k, specs.query_segment, specs.key_segment)
   arrays = [
@@ -62,7 +72,13 @@ def errors(
     def run(q, k, v, query_segment, key_segment, d_out):
       out, pull = jax.vjp(
         lambda q, k, v: kernels.attention(
-          q, k, v, query_segment, key_segment, sharding=sharding
+          q,
+          k,
+          v,
+          query_segment,
+          key_segment,
+          causal=causal,
+          sharding=sharding,
         ),
         q,
         k,
@@ -103,6 +119,19 @@ def _inputs(devices: int, order: str):
     places = rng.permutation(KEYS)
   k, v, key_segment = k[:, places], v[:, places], key_segment[:, places]
   return q, k, v, query_segment, key_segment, d_out
+
+
+def _sequence():
+  """Two rows of self-attention, as in `_inputs`."""
+  rng = np.random.default_rng(1)
+  shapes = [(HEADS,), (KV_HEADS,), (KV_HEADS,), (HEADS,)]
+  q, k, v, d_out = (
+    rng.normal(size=(ROWS, KEYS, *shape, DIM)).astype(np.float32)
+    for shape in shapes
+  )
+  segment = np.stack([_ids(90, 120, 80, length=KEYS), _ids(20, length=KEYS)])
+  segment = segment.astype(np.int32)
+  return q, k, v, segment, segment, d_out
 
 
 def _ids(*lengths, length=QUERIES):

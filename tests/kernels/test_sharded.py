@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import AbstractMesh, Mesh
 
 from hourjax import kernels
+from hourjax.kernels import exchange
 
 # float32 against float64 on numbers of order 1.
 ATOL = 2e-5
@@ -35,6 +36,13 @@ _MESHES = [
     {"rows": 1, "heads": 2},
   )
 ]
+# Self-attention; with 8 devices several compute the same of 4 heads.
+_SEQUENCES = [
+  {"devices": devices, "order": "", "queries": True, "kernel": "cpu",
+   "heads": heads, "sequence": sequence}
+  for devices, heads in ((1, 1), (2, 1), (4, 1), (8, 1), (8, 2))
+  for sequence in ("whole", "causal")
+]  # fmt: skip
 _INTERPRETED = [
   {"devices": devices, "order": order, "queries": queries, "kernel": "tpu"}
   for devices, order, queries in (
@@ -43,7 +51,10 @@ _INTERPRETED = [
     (4, "dealt", False),
     (8, "as it is", True),
   )
-]
+] + [
+  {"devices": 4, "order": "", "queries": True, "kernel": "tpu",
+   "sequence": "whole"}
+]  # fmt: skip
 
 
 def _name(case):
@@ -69,8 +80,9 @@ def _errors(cases):
   return json.loads(done.stdout.splitlines()[-1])
 
 
-_QUICK = [case for case in _CASES if case["devices"] == 4] + _MESHES[:1]
-_REST = [case for case in _CASES + _MESHES if case not in _QUICK]
+_QUICK = [case for case in _CASES if case["devices"] == 4]
+_QUICK += _MESHES[:1] + _SEQUENCES[-4:-2]
+_REST = [c for c in _CASES + _MESHES + _SEQUENCES if c not in _QUICK]
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +154,29 @@ def test_causal_attention_is_not_split_over_keys():
   sharding = kernels.Sharding(_mesh("seq"), memory="seq")
   with pytest.raises(ValueError, match="splits them over 'seq'"):
     _call(sharding, causal=True)
+
+
+def test_a_split_sequence_is_one_sequence():
+  sharding = kernels.Sharding(_mesh("seq"), sequence="seq")
+  with pytest.raises(ValueError, match="got 16 keys for 8 queries"):
+    _call(sharding, keys=16)
+
+
+@pytest.mark.parametrize(
+  "heads, kv_heads, devices, blocks",
+  [
+    (16, 2, 4, 4),  # two blocks a KV head
+    (16, 2, 64, 16),  # four devices a head
+    (28, 4, 4, 4),
+    (28, 4, 8, 4),
+    (28, 4, 2, 2),  # two KV heads a block
+    (12, 2, 4, 4),  # half a group
+    (6, 2, 4, 2),
+    (7, 7, 3, 1),
+  ],
+)
+def test_blocks_of_heads(heads, kv_heads, devices, blocks):
+  assert exchange.head_blocks(heads, kv_heads, devices) == blocks
 
 
 @pytest.mark.parametrize(
