@@ -54,11 +54,11 @@ class MeshConfig:
         " tell) or more"
       )
 
-  def sizes(self, devices: int) -> tuple[int, int, int, int]:
-    """Sizes of the four axes for so many devices.
+  def sizes(self, devices: int, slices: int = 1) -> tuple[int, int, int, int]:
+    """Sizes of the four axes for so many devices of so many slices.
 
     Raises:
-      UserError: they do not fill the devices.
+      UserError: they do not fill the devices, or data is not split by slices.
     """
     sizes = [getattr(self, axis) for axis in AXES]
     known = math.prod(size for size in sizes if size > 0)
@@ -68,6 +68,17 @@ class MeshConfig:
         f"config.mesh ({self}) takes {known if -1 in sizes else ''}"
         f"{' x n' if -1 in sizes else math.prod(filled)} devices and there are"
         f" {devices}; choose sizes whose product is {devices}"
+      )
+    wanted = self.slices or slices
+    if slices not in (1, wanted):
+      raise UserError(
+        f"config.mesh.slices is {wanted} and the devices are of {slices}"
+        " slices; set it to that number or to 0"
+      )
+    if filled[0] % wanted:
+      raise UserError(
+        f"config.mesh.data={filled[0]} cannot be split over {wanted} slices;"
+        " make it a multiple: only gradients should travel between slices"
       )
     return tuple(filled)
 
@@ -88,20 +99,9 @@ def make_mesh(
     UserError: the sizes do not fill the devices, or slices do not fit.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = config.sizes(len(devices))
-  found = len({getattr(device, "slice_index", 0) for device in devices})
-  slices = config.slices or found
-  if found not in (1, slices):
-    raise UserError(
-      f"config.mesh.slices is {slices} and the devices are of {found} slices;"
-      " set it to that number or to 0"
-    )
-  if sizes[0] % slices:
-    raise UserError(
-      f"config.mesh.data={sizes[0]} cannot be split over {slices} slices; make"
-      " it a multiple: only gradients should travel between slices"
-    )
-  if found > 1:
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  sizes = config.sizes(len(devices), slices)
+  if slices > 1:
     array = mesh_utils.create_hybrid_device_mesh(
       (sizes[0] // slices, *sizes[1:]),
       (slices, 1, 1, 1),

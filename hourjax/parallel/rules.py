@@ -108,7 +108,7 @@ def attention_sharding(kind: str) -> Sharding | None:
 
 
 def param_shardings(
-  mesh: jax.sharding.Mesh,
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
   shapes: Mapping[str, Sequence[int]],
   axes: Mapping[str, Axes],
 ) -> dict[str, NamedSharding]:

@@ -1,0 +1,58 @@
+"""Loss and every gradient on 8 devices are those of one device.
+
+The devices are virtual ones of a child process; rows are packed with videos,
+frames and images for the encoder, tiled images and text.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Of the norm of each gradient; float32 throughout.
+LIMIT = 1e-5
+
+
+_CASES = [
+  {"mesh": {"fsdp": 2, "seq": 4}},
+  {"mesh": {"fsdp": 8}},
+  {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
+  {"mesh": {"fsdp": 1, "seq": 8}},
+  # Fewer blocks of heads than devices, and a head that is not the embedding.
+  {
+    "mesh": {"fsdp": 1, "seq": 4, "tensor": 2},
+    "model": {
+      "decoder": {"heads": 12, "kv_heads": 2, "width": 48, "tied": False}
+    },
+  },
+  {"mesh": {"data": 2, "fsdp": 2, "seq": 2}, "model": {"memaug_layers": 0}},
+]
+
+
+def _differences(cases):
+  done = subprocess.run(
+    [sys.executable, "-m", "tests.parallel.sharded_step", json.dumps(cases)],
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    timeout=900,
+  )
+  assert not done.returncode, done.stderr[-3000:]
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found():
+  return _differences(_CASES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(_CASES)))
+def test_meshes(found, number):
+  differences = dict(found[number])
+  assert differences.pop("tokens") == 0
+  assert len(differences) > 30
+  wrong = {name: x for name, x in differences.items() if not x < LIMIT}
+  assert not wrong
