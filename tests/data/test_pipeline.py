@@ -13,7 +13,6 @@ from hourjax.data.records import Record, Turn
 from hourjax.data.rows import RowSpec, Size, build_row, stack_rows
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
-from hourjax.errors import UserError
 
 SPEC = RowSpec(
   Size(features=48, memory=1400, queries=600, decoder=700), 4, 16, 6, 8

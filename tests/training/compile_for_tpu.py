@@ -13,16 +13,11 @@ import json
 import re
 import sys
 
-import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hourjax.data import rows
-from hourjax.models.params import param_shapes
+from hourjax.parallel.mesh import make_mesh
 from hourjax.training.experiment import build_experiment
-from hourjax.training.optimizer import make_optimizer, split_params
-from hourjax.training.step import TrainState, jit_train_step
+from hourjax.training.lowering import programs
 
 
 def main(config: str, topology: str) -> None:
@@ -32,18 +27,16 @@ def main(config: str, topology: str) -> None:
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   experiment = build_experiment(module.get_config(argument).to_dict())
-  mesh = Mesh(
-    np.array(
-      topologies.get_topology_desc(
-        platform="tpu",
-        topology_name=topology,
-        chips_per_host_bounds=(1, 1, 1),
-      ).devices[:1]
-    ),
-    ("data",),
+  topology = topologies.get_topology_desc(
+    platform="tpu",
+    topology_name=topology,
+    chips_per_host_bounds=(1, 1, 1),
   )
-  with jax.set_mesh(mesh):
-    compiled = _lower(experiment, mesh).compile()
+  mesh = make_mesh(experiment.mesh, topology.devices[:1])
+  # So that a test can see what is not computed again.
+  model = dataclasses.replace(experiment.model, remat="full")
+  experiment = dataclasses.replace(experiment, model=model)
+  compiled = programs(experiment, mesh)["accumulate"].compile()
   memory = compiled.memory_analysis()
   calls = re.findall(
     r"%((?:attention|splash)_\w+?)(?:\.\d+)? = ", compiled.as_text()
@@ -57,38 +50,6 @@ def main(config: str, topology: str) -> None:
       }
     )
   )
-
-
-def _lower(experiment, mesh):
-  def state(params):
-    trained, frozen = split_params(params, experiment.optimizer)
-    optimizer = make_optimizer(experiment.optimizer, 10, trained)
-    return TrainState(
-      jax.numpy.zeros((), np.int32), trained, frozen, optimizer.init(trained)
-    )
-
-  params = {
-    name: jax.ShapeDtypeStruct(shape, np.float32)
-    for name, shape in param_shapes(experiment.model).items()
-  }
-  trained, _ = split_params(params, experiment.optimizer)
-  optimizer = make_optimizer(experiment.optimizer, 10, trained)
-  row = rows.empty_rows(experiment.row_spec, 1)
-  accumulate, batch = experiment.accumulate, experiment.batch_rows
-  batches = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(
-      (accumulate, batch, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype)
-    ),
-    row,
-  )
-  replicated = NamedSharding(mesh, PartitionSpec())
-  arguments = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
-    (jax.eval_shape(state, params), batches),
-  )
-  # So that a test can see what is not computed again.
-  config = dataclasses.replace(experiment.model, remat="full")
-  return jit_train_step(config, optimizer).lower(*arguments)
 
 
 if __name__ == "__main__":
