@@ -156,7 +156,7 @@ _ROWS = 2
     {"vision", "projector", "memaug", "decoder"},
     {"decoder"},
   ],
-  ids="+".join,
+  ids=lambda parts: "+".join(sorted(parts)),
 )
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_model_multiplies_what_is_counted(trained, remat):
