@@ -30,8 +30,10 @@ from hourjax.data.prepared import Prepared
 from hourjax.data.records import Record
 from hourjax.data.sizes import FIELDS
 from hourjax.data.store.features import FeatureStore
+from hourjax.parallel.mesh import MeshConfig, make_mesh
 from hourjax.training.experiment import Experiment
 from hourjax.training.feed import Feed
+from hourjax.training.placing import Placing
 
 _SLOTS = ("memory", "queries", "decoder")
 _COLUMNS, _STORE, _READ = "columns.npz", "index", "read"
@@ -174,7 +176,8 @@ def measure_reading(
   delivered = batches(
     dataset, plan, experiment.row_spec, rows=_ROWS, options=experiment.read
   )
-  feed = Feed(delivered, accumulate=1, rows=_ROWS)
+  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+  feed = Feed(delivered, Placing(mesh, experiment.row_spec, _ROWS))
   for batch, _ in itertools.islice(feed, _WARM):
     jax.block_until_ready(batch)
   position = plan.advance(0, _WARM * _ROWS)

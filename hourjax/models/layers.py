@@ -178,9 +178,9 @@ class Linear(nnx.Linear):
   def __call__(
     self, x: Float[Array, "a b i"], lead: Lead = SEQUENCE
   ) -> Float[Array, "a b o"]:
-    bias = None if self.bias is None else self.bias[...]
-    x = x.astype(self.dtype)
-    return product(x, self.kernel[...], bias, self.axes, lead)
+    kernel = jnp.asarray(self.kernel[...])
+    bias = None if self.bias is None else jnp.asarray(self.bias[...])
+    return product(x.astype(self.dtype), kernel, bias, self.axes, lead)
 
 
 def bias_axis(axes: tuple[str | None, str | None]) -> str | None:

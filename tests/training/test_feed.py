@@ -10,7 +10,9 @@ from hourjax.data.dataset import Unread
 from hourjax.data.pipeline import Delivered
 from hourjax.data.rows import RowSpec, Size, empty_rows
 from hourjax.errors import UserError
+from hourjax.parallel.mesh import MeshConfig, make_mesh
 from hourjax.training.feed import Feed, UnreadLedger
+from hourjax.training.placing import Placing
 
 SPEC = RowSpec(Size(features=3, memory=5, queries=2, decoder=4), 1, 1, 2, 2)
 LOST = Unread("r1", "missing", "record r1: a.npy does not exist")
@@ -25,17 +27,22 @@ def _delivered(number, samples=10, unread=()):
   return Delivered(batch, number, samples, tuple(unread))
 
 
+def _placing():
+  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+  return Placing(mesh, SPEC, 6)
+
+
 def test_micro_batches_on_the_device_in_order():
-  feed = Feed((_delivered(n) for n in range(99)), accumulate=3, rows=2)
+  feed = Feed((_delivered(n) for n in range(99)), _placing())
   for n in range(4):
     batch, delivered = next(feed)
     assert delivered.position == n
     assert isinstance(batch, Batch)
     assert all(isinstance(x, jax.Array) for x in batch)
-    assert batch.decoder_token.shape == (3, 2, 4)
+    assert batch.decoder_token.shape == (6, 4)
     assert batch.features.dtype == "bfloat16"
     np.testing.assert_array_equal(
-      batch.decoder_token.reshape(6, 4), delivered.batch.decoder_token
+      batch.decoder_token, delivered.batch.decoder_token
     )
   feed.close()
 
@@ -49,7 +56,7 @@ def test_the_next_batch_is_read_before_it_is_asked_for():
     asked.wait(10)
     yield _delivered(1)
 
-  feed = Feed(slow(), accumulate=1, rows=6)
+  feed = Feed(slow(), _placing())
   next(feed)
   assert read.wait(10)
   asked.set()
@@ -63,7 +70,7 @@ def test_errors_of_the_reader_reach_the_caller():
     yield _delivered(0)
     raise UserError("disk gone")
 
-  feed = Feed(broken(), accumulate=1, rows=6)
+  feed = Feed(broken(), _placing())
   next(feed)
   with pytest.raises(UserError, match="disk gone"):
     next(feed)
