@@ -19,6 +19,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from hourjax import command
+from hourjax.errors import UserError
 from hourjax.parallel import hosts
 from hourjax.training.experiment import build_experiment
 from hourjax.training.loop import train
@@ -38,6 +39,11 @@ def main(argv: list[str]) -> None:
   if _PROFILE.value is not None:
     config["watch"]["profile_steps"] = _PROFILE.value
   with command.user_errors():
+    if "://" in _WORKDIR.value:
+      raise UserError(
+        f"--workdir={_WORKDIR.value} is a URL; a run needs a folder: give one"
+        " that all hosts share, such as a mounted disk (see WORKSPACE.md)"
+      )
     experiment = build_experiment(config)
     hosts.start_hosts()
     with hosts.leaving():

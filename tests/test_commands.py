@@ -64,3 +64,9 @@ def test_option_without_dashes(tmp_path):
     "error: unknown argument 'train_videos=3'; options start with --"
   )
   assert not (tmp_path / "demo").exists()
+
+
+def test_a_workdir_behind_a_url():
+  done = _run("train", "--config=configs/demo.py", "--workdir=gs://bucket/run")
+  assert done.returncode == 2
+  assert "--workdir=gs://bucket/run is a URL; a run needs a" in done.stderr
