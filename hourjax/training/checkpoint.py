@@ -201,7 +201,6 @@ class Checkpoints:
           max_to_keep=self._keep,
           create=True,
           cleanup_tmp_directories=True,
-          lightweight_initialize=True,
         ),
       )
     return self._manager

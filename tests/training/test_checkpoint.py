@@ -258,6 +258,31 @@ def test_a_killed_save_leaves_nothing_that_counts(workdir):
   assert sorted(path.name for path in folder.iterdir()) == ["3", "6"]
 
 
+@pytest.mark.parametrize(
+  "harm",
+  [
+    "rm 3/_CHECKPOINT_METADATA 6/_CHECKPOINT_METADATA",
+    "echo '{' | tee 3/_CHECKPOINT_METADATA > 6/_CHECKPOINT_METADATA",
+    "truncate -s 0 3/_CHECKPOINT_METADATA 6/_CHECKPOINT_METADATA",
+    "rm -r 3/state 3/about",  # killed while it was deleted
+    "rm -r 3/*",
+  ],
+)
+def test_what_orbax_says_of_older_ones_stops_no_save(workdir, harm):
+  """Nothing of it is needed to go on, so it must not end a run's saves."""
+  folder = workdir / "checkpoints"
+  subprocess.run(harm, shell=True, check=True, cwd=folder)
+  checkpoints = Checkpoints(workdir)
+  assert int(checkpoints.restore(_state(0), plan="plan")[0].step) == 6
+  for step in (9, 12):
+    checkpoints.save(_state(step), 10 * step, "plan", {})
+  checkpoints.finish()
+  checkpoints.close()
+  assert sorted(path.name for path in folder.iterdir()) == ["12", "9"]
+  state, _ = Checkpoints(workdir).restore(_state(0), plan="plan")
+  assert _equal(state, _state(12))
+
+
 def test_config_from_a_checkpoint_if_the_file_is_gone(workdir):
   assert checkpoint_module.saved_config(workdir)["seed"] == 1
   (workdir / "config.json").write_text('{"seed": 2}')

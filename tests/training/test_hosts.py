@@ -30,8 +30,8 @@ def start(data):
     if len(workdirs) == 1:
       environments = [{"XLA_FLAGS": environments[0]["XLA_FLAGS"]}]
     processes = []
-    for workdir, env in zip(workdirs, environments):
-      own = base | (last or {}) if workdir is workdirs[-1] else base
+    options = [base] * (len(workdirs) - 1) + [base | (last or {})]
+    for workdir, env, own in zip(workdirs, environments, options):
       processes.append(runs.Training(data, workdir, env=env, **own))
     return processes
 
