@@ -1,0 +1,69 @@
+"""The plan command, with the real TPU compiler."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def _run(*arguments):
+  return subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "hourjax.plan",
+      "--config=configs/demo.py:stage=1",
+      *arguments,
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+
+
+@pytest.mark.slow
+def test_a_step_that_fits():
+  done = _run(
+    "--topology=v5e:2x4",
+    "--data=full",
+    "--config.mesh.fsdp=2",
+    "--config.mesh.seq=4",
+    "--json",
+  )
+  assert done.returncode == 0, done.stderr
+  data = json.loads(done.stdout)
+  assert data["fits"] and data["chips"] == 8
+  computed = data["computed"]
+  memory = computed["memory_bytes"]
+  # The demo's step takes megabytes, most of them the kernels' code and
+  # buffers.
+  assert 1e6 < memory["total"] < 1e9
+  assert memory["optimizer"] == pytest.approx(2 * memory["gradients"], rel=0.01)
+  # What each axis is for travels along it; only the loop over labels has a
+  # length that the data decides.
+  assert {"seq", "fsdp", "fsdp+seq"} <= set(computed["sent_by_axis"])
+  assert all(line["sent"] > 0 for line in computed["traffic"])
+  guessed = sum(x["sent"] for x in computed["traffic"] if x["guessed"])
+  assert guessed < 0.2 * sum(x["sent"] for x in computed["traffic"])
+  assert 0 < data["estimated"]["mfu"] < 1
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_fit_and_what_would():
+  done = _run("--topology=v5e:1x1", "--data=full", "--config.batch_rows=2048")
+  assert done.returncode == 1, done.stderr
+  assert "DOES NOT FIT: accumulate: RESOURCE_EXHAUSTED" in done.stdout
+  last = done.stdout.splitlines()[-1]
+  assert last == "fits with --config.batch_rows=1024 --config.accumulate=2"
+
+
+def test_mistakes_are_told_without_a_traceback():
+  done = _run("--topology=v5e:32x16")
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: --topology=v5e:32x16: there is no such")
+  assert "Traceback" not in done.stderr
