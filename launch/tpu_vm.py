@@ -4,9 +4,10 @@
   python3 launch/tpu_vm.py create --name=hour --zone=us-west4-a \
       --accelerator=v5litepod-256 --queued --spot
   python3 launch/tpu_vm.py setup --name=hour --zone=us-west4-a
-  python3 launch/tpu_vm.py run --name=hour --zone=us-west4-a -- \
+  python3 launch/tpu_vm.py run --name=hour --zone=us-west4-a \
+      --shared_path=/mnt/hour -- \
       --config=configs/hourllava.py:size=3b,stage=3 \
-      --workdir=gs://bucket/stage3
+      --workdir=/mnt/hour/stage3
   python3 launch/tpu_vm.py status|logs|stop|delete --name=hour \
       --zone=us-west4-a
 

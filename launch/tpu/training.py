@@ -73,14 +73,17 @@ def check_workdir(
   if not workdir:
     raise LaunchError(
       "no --workdir among the trainer's options; give one after --, as in"
-      " `run ... -- --config=... --workdir=gs://BUCKET/RUN`"
+      " `run --shared_path=/mnt/hour ... -- --config=..."
+      " --workdir=/mnt/hour/RUN`"
     )
-  if re.match(r"gs://[^/]+/.", workdir):
-    return
   remedy = (
-    "give --workdir=gs://BUCKET/RUN, or a folder below --shared_path=FOLDER, a"
-    " mount that all workers have and that outlives them"
+    "give --shared_path=FOLDER, a mount that all workers have and that outlives"
+    " them, and a --workdir below it"
   )
+  if "://" in workdir:
+    raise LaunchError(
+      f"--workdir={workdir} is a URL; a run needs a folder: {remedy}"
+    )
   if shared and (workdir + "/").startswith(shared.rstrip("/") + "/"):
     return
   if until_done:
@@ -96,7 +99,7 @@ def check_workdir(
   if not workdir.startswith("/"):
     raise LaunchError(
       f"--workdir={workdir} lies in the shipped code, which `setup` replaces;"
-      " give gs://BUCKET/RUN or an absolute path"
+      " give an absolute path"
     )
 
 

@@ -40,7 +40,7 @@ class Cloud:
   """The fake, and the commands under test.
 
   Attributes:
-    root: its folder; `gs/` below it is the storage.
+    root: its folder; `mount/` below it is the shared disk.
   """
 
   def __init__(self, root: pathlib.Path, checkout: pathlib.Path):
@@ -161,8 +161,8 @@ class Cloud:
     return path.read_text()
 
   def storage(self, name: str) -> pathlib.Path:
-    """A file of the run's workdir gs://bucket/run."""
-    folder = self.root / "gs" / "bucket" / "run"
+    """A file of the run's workdir /mnt/hour/run."""
+    folder = self.root / "mount" / "run"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / name
 

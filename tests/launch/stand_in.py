@@ -3,7 +3,7 @@
 It makes environments that are itself, notes what pip is told to install, and
 for `-m hourjax.train` counts steps in a checkpoint: until a file `finish` lies
 in the workdir, or `crash` with an exit status. SIGTERM saves and leaves with 0,
-as the trainer does. gs:// is a folder of the cloud.
+as the trainer does. /mnt/hour is a folder of the cloud.
 """
 
 import os
@@ -38,7 +38,7 @@ def main(argv):
 
 def train(options):
   workdir = next(x for x in options if x.startswith("--workdir=")).split("=")[1]
-  workdir = pathlib.Path(workdir.replace("gs://", f"{CLOUD}/gs/"))
+  workdir = pathlib.Path(workdir.replace("/mnt/hour", f"{CLOUD}/mount"))
   workdir.mkdir(parents=True, exist_ok=True)
   node, worker = HOME.parts[-2:]
   saved = workdir / f"{node}-{worker}"

@@ -7,13 +7,13 @@ import pytest
 
 from tests.launch.clouds import until
 
-TRAIN = ("--", "--config=configs/hourllava.py:size=3b,stage=3",
-         "--config.data.weights=ego4d=2,short=0.5", "--config.name=it's $HOME",
-         "--workdir=gs://bucket/run")  # fmt: skip
-INSTALL = (
-  "--command=rm -rf hourjax/next && mkdir -p hourjax/next && tar -xzf"
-  " hourjax-code.tar.gz -C hourjax/next && bash"
-  " hourjax/next/launch/tpu/worker.sh install"
+TRAIN = (
+  "--shared_path=/mnt/hour",
+  "--",
+  "--config=configs/hourllava.py:size=3b,stage=3",
+  "--config.data.weights=ego4d=2,short=0.5",
+  "--config.name=it's $HOME",
+  "--workdir=/mnt/hour/run",
 )
 
 
@@ -102,7 +102,7 @@ def test_whole_life(many):
     "env 'NOTE=a '\"'\"'b'\"'\"' $c' python -m hourjax.train"
     " --config=configs/hourllava.py:size=3b,stage=3"
     " --config.data.weights=ego4d=2,short=0.5"
-    " '--config.name=it'\"'\"'s $HOME' --workdir=gs://bucket/run"
+    " '--config.name=it'\"'\"'s $HOME' --workdir=/mnt/hour/run"
   )
   assert len(starts) == 4
   # It goes on although every connection has ended.
@@ -126,7 +126,7 @@ def test_whole_life(many):
     assert text.splitlines()[:4] == [
       "options --config=configs/hourllava.py:size=3b,stage=3"
       " --config.data.weights=ego4d=2,short=0.5 --config.name=it's $HOME"
-      " --workdir=gs://bucket/run",
+      " --workdir=/mnt/hour/run",
       "platforms tpu,cpu",
       "note a 'b' $c",
       "from step 0",
@@ -249,8 +249,9 @@ def test_prepare(ready):
     (
       ("--until_done", "--accelerator=v6e-8", "--", "--workdir=/data/run"),
       "is lost with it, but --until_done resumes from there; give"
-      " --workdir=gs://BUCKET/RUN",
+      " --shared_path=FOLDER, a mount",
     ),
+    (("--", "--workdir=gs://bucket/run"), "is a URL; a run needs a folder"),
     (("--env=NOTE", *TRAIN), "write --env=KEY=VALUE"),
   ],
 )

@@ -15,7 +15,12 @@ PYTHON = [
   *(ROOT / "launch" / "tpu").glob("*.py"),
 ]
 SHELL = [*(ROOT / "launch").rglob("*.sh"), ROOT / ".ci" / "run"]
-TRAIN = ("--", "--config=c", "--workdir=gs://bucket/run")
+TRAIN = (
+  "--shared_path=/mnt/hour",
+  "--",
+  "--config=c",
+  "--workdir=/mnt/hour/run",
+)
 
 
 def test_all_are_found():

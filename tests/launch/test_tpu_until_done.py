@@ -9,7 +9,12 @@ from tests.launch.clouds import until
 pytestmark = pytest.mark.slow
 DONE = ("--until_done", "--accelerator=v5litepod-16", "--spot",
         "--grace_seconds=0.3")  # fmt: skip
-TRAIN = ("--", "--config=c", "--workdir=gs://bucket/run")
+TRAIN = (
+  "--shared_path=/mnt/hour",
+  "--",
+  "--config=c",
+  "--workdir=/mnt/hour/run",
+)
 ASK = (
   "gcloud compute tpus queued-resources create hour"
   " --accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite"
@@ -73,7 +78,11 @@ def test_slice_of_several(cloud):
   cloud.storage("finish").touch()
   assert process.wait(90) == 0, cloud.output()
   once = ["create", "install", "install", "start", "start"]
-  assert verbs(cloud) == [*once, "delete", *once]
+  done = verbs(cloud)
+  assert done[:5] == done[-5:] == once
+  # Where the cloud tells later than the workers, it starts again in vain.
+  between = done[5:-5]
+  assert between.count("delete") == 1 and set(between) <= {"delete", "start"}
 
 
 def test_interrupted_supervisor_takes_the_run_up(cloud):
