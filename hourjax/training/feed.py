@@ -14,6 +14,7 @@ from hourjax.batch import Batch
 from hourjax.data.dataset import Unread
 from hourjax.data.pipeline import Delivered
 from hourjax.errors import UserError
+from hourjax.training.files import write_whole
 from hourjax.training.placing import Placing
 
 # A few failures at the start are no share yet.
@@ -65,15 +66,24 @@ class Feed:
 class UnreadLedger:
   """WORKDIR/unread.jsonl: samples that were left out of their rows.
 
+  Every process notes those of its own rows; from the second one on in
+  unread-1.jsonl and so on.
+
   Attributes:
     counts: of failures by kind, since the run began.
   """
 
   def __init__(
-    self, workdir: str | os.PathLike, *, start: int, max_share: float
+    self,
+    workdir: str | os.PathLike,
+    *,
+    start: int,
+    max_share: float,
+    process: int = 0,
   ):
     """Keeps the lines up to step `start`; later steps are taken again."""
-    self._path = pathlib.Path(workdir) / "unread.jsonl"
+    name = f"unread-{process}.jsonl" if process else "unread.jsonl"
+    self._path = pathlib.Path(workdir) / name
     self._max_share = max_share
     self._seen = 0
     self._new: list[Unread] = []
@@ -81,7 +91,7 @@ class UnreadLedger:
     if self._path.exists():
       kept = [line for line in _lines(self._path) if line["step"] <= start]
       self.counts.update(line["kind"] for line in kept)
-      self._path.write_text("".join(json.dumps(x) + "\n" for x in kept))
+      write_whole(self._path, "".join(json.dumps(x) + "\n" for x in kept))
 
   def add(self, step: int, delivered: Delivered) -> None:
     """Notes what a step's rows lack.

@@ -153,7 +153,10 @@ class _Run:
         contextlib.closing(self._nonfinite(start))
       )
       unread = UnreadLedger(
-        self.workdir, start=start, max_share=experiment.data.max_skipped
+        self.workdir,
+        start=start,
+        max_share=experiment.data.max_skipped,
+        process=hosts.index(),
       )
       feed = stack.enter_context(contextlib.closing(self._feed(position)))
       work = RowWork(experiment, self.dataset, self.plan)

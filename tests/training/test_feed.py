@@ -113,3 +113,14 @@ def test_a_share_below_the_limit_goes_on(tmp_path):
   for step in range(1, 50):
     ledger.add(step, _delivered(step, samples=999, unread=[LOST]))
   assert ledger.counts == {"missing": 49}
+
+
+def test_processes_keep_ledgers_of_their_own(tmp_path):
+  for process in (0, 1):
+    ledger = UnreadLedger(tmp_path, start=0, max_share=1, process=process)
+    ledger.add(1, _delivered(1, unread=[(LOST, BROKEN)[process]]))
+  first, second = (
+    json.loads((tmp_path / name).read_text())
+    for name in ("unread.jsonl", "unread-1.jsonl")
+  )
+  assert first["id"] == LOST.id and second["id"] == BROKEN.id
