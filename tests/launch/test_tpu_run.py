@@ -15,6 +15,11 @@ TRAIN = (
   "--config.name=it's $HOME",
   "--workdir=/mnt/hour/run",
 )
+INSTALL = (
+  "--command=rm -rf hourjax/next && mkdir -p hourjax/next && tar -xzf"
+  " hourjax-code.tar.gz -C hourjax/next && bash"
+  " hourjax/next/launch/tpu/worker.sh install"
+)
 
 
 MANY = [(f"hour-{i}", j) for i in range(2) for j in range(2)]
