@@ -5,6 +5,7 @@ JSON (see `children`). No TPU is needed.
 """
 
 import collections
+import concurrent.futures
 import json
 import re
 import sys
@@ -52,23 +53,34 @@ def compile_step(task: dict[str, Any]) -> dict[str, Any]:
     **task["bounds"],
   )
   mesh = make_mesh(experiment.mesh, topology.devices)
+  lowered = programs(experiment, mesh)
+  with concurrent.futures.ThreadPoolExecutor(len(lowered)) as pool:
+    began = {
+      name: pool.submit(_compiled, each, mesh, task["unknown_trips"])
+      for name, each in lowered.items()
+    }
   found = {}
-  for name, lowered in programs(experiment, mesh).items():
-    began = time.monotonic()
+  for name, running in began.items():
     try:
-      compiled = lowered.compile()
+      found[name] = running.result()
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       return {"exhausted": str(error), "program": name}
-    figures = read_program(compiled, mesh, task["unknown_trips"])
-    found[name] = figures | {"seconds": time.monotonic() - began}
   used = {line["axes"] for each in found.values() for line in each["traffic"]}
   return {
     "mesh": dict(mesh.shape),
     "links": {axes: group_links(mesh, axes.split("+")) for axes in used},
     "programs": found,
   }
+
+
+def _compiled(lowered: jax.stages.Lowered, mesh, unknown_trips):
+  """What is read of a program, and the seconds that compiling it took."""
+  began = time.monotonic()
+  compiled = lowered.compile()
+  seconds = time.monotonic() - began
+  return read_program(compiled, mesh, unknown_trips) | {"seconds": seconds}
 
 
 def read_program(
@@ -80,10 +92,14 @@ def read_program(
   sent = traffic.collectives(program, traffic.Layout.of(mesh), unknown_trips)
   return {
     "arguments": memory.argument_size_in_bytes,
-    "temporaries": memory.temp_size_in_bytes,
-    # What is not written over an argument.
-    "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-    "code": memory.generated_code_size_in_bytes,
+    # All that is there beside the arguments while it runs, and its code. The
+    # compiler's own `temp_size` is no limit: a program of 18.4 GiB of them
+    # compiled for a device of 15.75, with a peak of 12.1. Where it refuses
+    # one for want of memory it names the peak, to 3 %.
+    "temporaries": max(
+      0, memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+    )
+    + memory.generated_code_size_in_bytes,
     "kinds": argument_kinds(program),
     "traffic": traffic.by_axis(sent),
   }

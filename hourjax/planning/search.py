@@ -191,21 +191,18 @@ def formulas(
     "gradients": int(4 * state),
     "batches": int(rows * _batch_bytes(experiment, mesh["seq"])),
   }
-  program = {"outputs": 0, "code": 100 << 20}
   return {
     "mesh": mesh,
     "links": _links(mesh, topology),
     "programs": {
-      "accumulate": program
-      | {
+      "accumulate": {
         "kinds": kinds,
         "arguments": sum(kinds.values()),
         "temporaries": int(_temporaries(experiment, mesh, rows)),
         "traffic": _traffic(experiment, mesh, rows, counted),
         "seconds": 0.0,
       },
-      "update": program
-      | {
+      "update": {
         "kinds": kinds | {"optimizer": int(moments * state)},
         "arguments": int((8 + moments) * state),
         "temporaries": 0,
@@ -252,7 +249,8 @@ def _temporaries(experiment: Experiment, mesh, rows: float) -> float:
   # Gathered weights of a layer, and one gradient before it is summed.
   layer = 10 * width * decoder.mlp / mesh["tensor"]
   row = tokens + memaug / seq + memory + queries + tower
-  return 1.2 * (rows * row + words + layer)
+  code = 150 << 20
+  return 1.2 * (rows * row + words + layer) + code
 
 
 def _traffic(experiment: Experiment, mesh, rows: float, counted):

@@ -136,14 +136,10 @@ def device_memory(answer: Mapping[str, Any], topology: Topology) -> Memory:
   }
   held["batches"] *= 2
 
-  def temporaries(name):
-    each = programs[name]
-    return each["temporaries"] + each["outputs"] + each["code"]
-
-  program = max(programs, key=temporaries)
+  program = max(programs, key=lambda name: programs[name]["temporaries"])
   return Memory(
     **held,
-    temporaries=temporaries(program),
+    temporaries=programs[program]["temporaries"],
     program=program,
     limit=topology.chip.limit,
   )
