@@ -203,9 +203,12 @@ def _join(x, axis):
 def _sum_parts(x, axis):
   """A device's own part of the sum over devices; the inverse of `_join`."""
   devices = jax.lax.axis_size(axis)
-  x = x.reshape(x.shape[0], -1, devices, *x.shape[2:])
-  # The outermost dimension, else the compiler sums all of it everywhere.
-  return jax.lax.psum_scatter(jnp.moveaxis(x, 2, 0), axis)
+  rows, length, *rest = x.shape
+  # Devices outermost and channels in one dimension, else the compiler sums
+  # all of it everywhere.
+  x = x.reshape(rows, length // devices, devices, -1)
+  part = jax.lax.psum_scatter(jnp.moveaxis(x, 2, 0), axis)
+  return part.reshape(rows, length // devices, *rest)
 
 
 def _part(x, sharding):

@@ -17,6 +17,7 @@ from hourjax.parallel import collectives as over
 from hourjax.parallel.chips import chip_of
 from hourjax.parallel.rules import RULES, has_mesh, in_use, spec
 
+_LARGE = 16 << 20  # bytes
 Names = tuple[str | None, ...]
 
 
@@ -99,21 +100,22 @@ def _join(part, names, dim):
   """All parts along `dim`."""
   front = jnp.moveaxis(part, dim, 0)
   whole = _lines(front)
-  for each in _at_once(names):
-    whole = jax.lax.all_gather(whole, each)
   length = front.shape[0] * math.prod(over.size(name) for name in names)
+  for each in _at_once(names, length * front.nbytes // front.shape[0]):
+    whole = jax.lax.all_gather(whole, each)
   return jnp.moveaxis(whole.reshape(length, *front.shape[1:]), 0, dim)
 
 
-def _at_once(names):
+def _at_once(names, size):
   """Mesh axes to gather over together, the innermost first.
 
   On a two-dimensional torus all of them, which uses all its links. On one of
-  three dimensions the compiler then sums zeros instead, at twice the traffic.
+  three dimensions, or for few bytes, the compiler then sums zeros instead, at
+  twice the traffic.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   chip = device and chip_of(device.device_kind)
-  if chip is None or chip.dims < 3:
+  if chip is None or (chip.dims < 3 and size >= _LARGE):
     return [names]
   return [(name,) for name in reversed(names)]
 
