@@ -26,12 +26,18 @@ _STAGES = {
   3: {"vision": 0.0, "projector": 1e-4, "memaug": 1e-4, "decoder": 2e-5},
 }
 
+
+def _shared(tokens: int) -> int:
+  """The next capacity that up to 128 devices along `seq` can share."""
+  return -(-tokens // 128) * 128
+
+
 _ROWS = {
   # Images only: two of the largest tilings, or several small ones.
   1: Size(
     tiles=80,
     blends=2 * 81 * 81,
-    memory=2 * (_TILE + 82 * 81),
+    memory=_shared(2 * (_TILE + 82 * 81)),
     queries=4096,
     decoder=6144,
   ),
@@ -40,7 +46,7 @@ _ROWS = {
     frames=256,
     tiles=40,
     blends=81 * 81,
-    memory=2 * 65 * 128 + _TILE + 82 * 81,
+    memory=_shared(2 * 65 * 128 + _TILE + 82 * 81),
     queries=4096,
     decoder=8192,
   ),
