@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from hourjax import kernels
@@ -14,6 +15,7 @@ from hourjax.models.config import Remat
 from hourjax.parallel.fsdp import gather_weight, weight_gradients
 from hourjax.parallel.rules import attention_sharding
 
+_PRODUCT = "product"  # of an activation and a weight, for rematerialisation
 # Logical axes of a layer's input before its channels.
 Lead = tuple[str, str | None]
 SEQUENCE: Lead = ("rows", "positions")
@@ -145,17 +147,14 @@ def rematerialised(function: Callable, remat: Remat) -> Callable:
   Attention keeps its output and log-sum-exp in any case: they are small beside
   what it costs to compute them again.
   """
-  policies = jax.checkpoint_policies
-  attention = policies.save_only_these_names(*kernels.SAVED)
+  keep = jax.checkpoint_policies.save_only_these_names
   if remat == "none":
     return function
   if remat == "dots":
-    policy = policies.save_from_both_policies(
-      policies.dots_with_no_batch_dims_saveable, attention
-    )
-    return jax.checkpoint(function, policy=policy)
+    # By name: the products' own gradient hides them from other policies.
+    return jax.checkpoint(function, policy=keep(_PRODUCT, *kernels.SAVED))
   if remat == "full":
-    return jax.checkpoint(function, policy=attention)
+    return jax.checkpoint(function, policy=keep(*kernels.SAVED))
   raise ValueError(f"remat is {remat!r}; choose none, dots or full")
 
 
@@ -180,7 +179,8 @@ class Linear(nnx.Linear):
   ) -> Float[Array, "a b o"]:
     kernel = jnp.asarray(self.kernel[...])
     bias = None if self.bias is None else jnp.asarray(self.bias[...])
-    return product(x.astype(self.dtype), kernel, bias, self.axes, lead)
+    y = product(x.astype(self.dtype), kernel, bias, self.axes, lead)
+    return checkpoint_name(y, _PRODUCT)
 
 
 def bias_axis(axes: tuple[str | None, str | None]) -> str | None:
