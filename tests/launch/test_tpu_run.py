@@ -52,7 +52,7 @@ def steps(cloud, node="hour"):
 def test_setup(many):
   calls = many.calls()[1:]
   tarball = calls[0].split()[5]
-  assert tarball.endswith("/work/tpu/hour/code.tar.gz")
+  assert tarball.endswith("/tpu/hour/code.tar.gz")
   # The first worker alone, then the others in any order.
   first = "gcloud compute tpus tpu-vm {} {} --worker={}"
   assert calls[0] == first.format("scp", f"{tarball} hour-0:hourjax-code.tar.gz"
