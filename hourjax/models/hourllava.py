@@ -6,9 +6,10 @@ turned every sample into gathers before it gets here.
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int, Num
 
 from hourjax.batch import Batch
+from hourjax.models.attention import KeysValues
 from hourjax.models.config import ModelConfig
 from hourjax.models.layers import IMAGES
 from hourjax.models.memaug import make_memaug
@@ -74,15 +75,16 @@ class HourLLaVA(nnx.Module):
     if not batch.memory_source.shape[1]:
       return words
     augmented = self.augment(batch)
+    return self._with_seen(words, augmented, batch)
+
+  def _with_seen(self, words, augmented, batch):
     seen = take_rows(augmented, batch.decoder_source)
     return jnp.where(batch.decoder_token[..., None] >= 0, words, seen)
 
   def augment(self, batch: Batch) -> Float[Array, "B T D"]:
     """Queries after they have read the memory (as they are without MemAug)."""
     memory = self.memory(batch)
-    kept = take_rows(memory, batch.query_source)
-    words = self.decoder.embed(batch.query_token)
-    queries = jnp.where(batch.query_token[..., None] >= 0, words, kept)
+    queries = self._queries(memory, batch)
     if not self.config.memaug_layers:
       return queries
     return self.memaug(
@@ -95,16 +97,106 @@ class HourLLaVA(nnx.Module):
       reads_segment=batch.query_reads,
     )
 
+  def _queries(self, memory, batch):
+    """Words, and rows of the memory (or of what is kept of it)."""
+    kept = take_rows(memory, batch.query_source)
+    words = self.decoder.embed(batch.query_token)
+    return jnp.where(batch.query_token[..., None] >= 0, words, kept)
+
+  def remember(
+    self, batch: Batch, kept: Int[Array, "B X"]
+  ) -> tuple[KeysValues | None, Float[Array, "B X D"]]:
+    """What all questions about a memory share.
+
+    Args:
+      batch: rows of memories; queries and decoder positions are not used.
+      kept: memory tokens that queries will start from.
+
+    Returns:
+      Keys and values [blocks, B, S, K, C] that MemAug reads (None without
+      MemAug), and the kept tokens.
+    """
+    memory = self.memory(batch)
+    kept = take_rows(memory, kept)
+    if not self.config.memaug_layers:
+      return None, kept
+
+    def step(block, x, _):
+      return x, block.remember(memory, batch.memory_position)
+
+    return self.memaug.scan(step, None)[1], kept
+
+  def recall(
+    self,
+    known: KeysValues | None,
+    kept: Float[Array, "B X D"],
+    batch: Batch,
+    watched: Int[Array, "B W"] | None = None,
+  ) -> tuple[Float[Array, "B T D"], Float[Array, "blocks B S"] | None]:
+    """As `augment`, of a memory that is remembered.
+
+    Args:
+      known, kept: of `remember`.
+      batch: rows of queries; `query_source` counts what is kept.
+      watched: queries whose attention is looked at; -1 is none.
+
+    Returns:
+      The queries after MemAug, and how much of the watched queries' attention
+      each memory token gets in each block, summed over queries and heads.
+    """
+    queries = self._queries(kept, batch)
+    if not self.config.memaug_layers:
+      return queries, None
+    where = {
+      "position": batch.query_position,
+      "segment": batch.query_segment,
+      "memory_segment": batch.memory_segment,
+      "reads_segment": batch.query_reads,
+    }
+
+    def step(block, x, known):
+      shares = None
+      if watched is not None:
+        shares = block.shares(x, known, watched, **where)
+      return block.recall(x, known, **where), shares
+
+    return self.memaug.scan(step, queries, known)
+
+  def prefill(
+    self, augmented: Float[Array, "B T D"] | None, batch: Batch
+  ) -> KeysValues:
+    """The decoder's keys and values [layers, B, L, K, C] of prompts.
+
+    Args:
+      augmented: of `recall`; None where the prompts are text alone.
+      batch: rows of prompts.
+    """
+    embeddings = self.decoder.embed(batch.decoder_token)
+    if augmented is not None:
+      embeddings = self._with_seen(embeddings, augmented, batch)
+    return self.decoder.prefill(
+      embeddings,
+      position=batch.decoder_position,
+      segment=batch.decoder_segment,
+    )
+
   def memory(self, batch: Batch) -> Float[Array, "B S D"]:
     """The projected memory repository of each row."""
     return build_memory(
-      self.projector(batch.features.astype(self.config.dtype)),
+      self.stored(batch),
       self.encoded(batch),
       self.newline[...],
       batch.blend_source,
       batch.blend_weight,
       batch.memory_source,
     )
+
+  def stored(self, batch: Batch) -> Float[Array, "B X D"]:
+    """Projected tokens that come as features."""
+    rows, tokens = batch.features.shape[:2]
+    if not tokens:
+      return jnp.zeros((rows, 0, self.config.decoder.width), self.config.dtype)
+    return self.projector(batch.features.astype(self.config.dtype))
 
   def encoded(self, batch: Batch) -> Float[Array, "B E D"]:
     """Projected tokens of the rows' frames, pooled, and then of their tiles."""

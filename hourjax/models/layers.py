@@ -1,116 +1,26 @@
-"""What the towers share: rotary attention and a scanned stack of layers."""
+"""What the towers share: linear layers on a mesh and a scanned stack."""
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from hourjax import kernels
 from hourjax.models.config import Remat
 from hourjax.parallel.fsdp import gather_weight, weight_gradients
-from hourjax.parallel.rules import attention_sharding
 
 _PRODUCT = "product"  # of an activation and a weight, for rematerialisation
 # Logical axes of a layer's input before its channels.
 Lead = tuple[str, str | None]
 SEQUENCE: Lead = ("rows", "positions")
 IMAGES: Lead = ("images", None)
-
-
-def rope(
-  x: Float[Array, "B N H C"],
-  position: Int[Array, "B N"],
-  *,
-  rotary_dim: int,
-  base: float,
-) -> Float[Array, "B N H C"]:
-  """Rotary embedding of the first `rotary_dim` channels, two-halves layout.
-
-  Channel i is turned with channel i + rotary_dim / 2 by the angle
-  position * base ** (-2 i / rotary_dim). The phase is float32, as in the
-  published weights' training: at position 234,000 another precision would be
-  another model. Source: RoFormer (arXiv 2104.09864), GPT-NeoX layout.
-  """
-  # Exponent and power in float32 steps, as torch computes the table.
-  exponent = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(
-    rotary_dim
-  )
-  frequency = (1.0 / (np.float64(base) ** exponent).astype(np.float32)).astype(
-    np.float32
-  )
-  phase = position.astype(jnp.float32)[..., None] * frequency[None, None]
-  cos, sin = jnp.cos(phase)[:, :, None], jnp.sin(phase)[:, :, None]
-  turned, kept = jnp.split(x.astype(jnp.float32), [rotary_dim], axis=-1)
-  first, second = jnp.split(turned, 2, axis=-1)
-  out = [first * cos - second * sin, second * cos + first * sin, kept]
-  return jnp.concatenate(out, axis=-1).astype(x.dtype)
-
-
-class Attention(nnx.Module):
-  """Grouped-query attention with rotary positions.
-
-  Without `context` it is self-attention; with it, queries read the context.
-  """
-
-  def __init__(
-    self,
-    *,
-    width: int,
-    heads: int,
-    kv_heads: int,
-    rotary_dim: int,
-    rope_base: float,
-    out_bias: bool,
-    dtype: str,
-    rngs: nnx.Rngs,
-  ):
-    self.heads, self.kv_heads = heads, kv_heads
-    self.rotary_dim, self.rope_base = rotary_dim, rope_base
-    kv_width = width // heads * kv_heads
-    make = functools.partial(
-      linear, axes=("width", "heads"), dtype=dtype, rngs=rngs
-    )
-    self.q = make(width, width)
-    self.k, self.v = make(width, kv_width), make(width, kv_width)
-    self.o = make(width, width, bias=out_bias, axes=("heads", "width"))
-
-  def __call__(
-    self,
-    x: Float[Array, "B T D"],
-    position: Int[Array, "B T"],
-    segment: Int[Array, "B T"],
-    *,
-    context: Float[Array, "B S D"] | None = None,
-    context_position: Int[Array, "B S"] | None = None,
-    context_segment: Int[Array, "B S"] | None = None,
-    causal: bool = False,
-  ) -> Float[Array, "B T D"]:
-    sharding = attention_sharding("self" if context is None else "cross")
-    if context is None:
-      context, context_position, context_segment = x, position, segment
-    q = self._turned(self.q(x), position, self.heads)
-    k = self._turned(self.k(context), context_position, self.kv_heads)
-    v = self._heads(self.v(context), self.kv_heads)
-    out = kernels.attention(
-      q, k, v, segment, context_segment, causal=causal, sharding=sharding
-    )
-    return self.o(out.reshape(x.shape))
-
-  def _heads(self, x, heads):
-    return x.reshape(*x.shape[:2], heads, -1)
-
-  def _turned(self, x, position, heads):
-    return rope(
-      self._heads(x, heads),
-      position,
-      rotary_dim=self.rotary_dim,
-      base=self.rope_base,
-    )
+# A few tokens, which go to where the weights are instead of gathering them.
+TOKENS: Lead = ("rows", None)
 
 
 class Stack(nnx.Module):
@@ -128,12 +38,35 @@ class Stack(nnx.Module):
     self.layers = nnx.vmap(make)(rngs.fork(split=depth))
 
   def __call__(self, x: Float[Array, "..."], *args, **kwargs):
+    def step(layer, x, _):
+      return layer(x, *args, **kwargs), None
+
+    return self.scan(step, x)[0]
+
+  def scan(
+    self,
+    step: Callable[[nnx.Module, Any, Any], tuple],
+    x: Any,
+    each: Any = None,
+  ) -> tuple[Any, Any]:
+    """x, out = step(layer, x, part of `each`), layer by layer.
+
+    Args:
+      step: what a layer does.
+      x: goes from layer to layer.
+      each: arrays with a leading axis of layers.
+
+    Returns:
+      The last x, and all outs along a new leading axis.
+    """
     graph, params = nnx.split(self.layers)
 
-    def step(x, layer_params):
-      return nnx.merge(graph, layer_params)(x, *args, **kwargs), None
+    def body(x, part):
+      own, each = part
+      return step(nnx.merge(graph, own), x, each)
 
-    return jax.lax.scan(rematerialised(step, self.remat), x, params)[0]
+    body = rematerialised(body, self.remat)
+    return jax.lax.scan(body, x, (params, each))
 
   def layer(self, index: int) -> nnx.Module:
     """One layer with its own parameters, for tests and inspection."""
@@ -179,6 +112,9 @@ class Linear(nnx.Linear):
   ) -> Float[Array, "a b o"]:
     kernel = jnp.asarray(self.kernel[...])
     bias = None if self.bias is None else jnp.asarray(self.bias[...])
+    if lead == TOKENS:
+      y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+      return y if bias is None else y + bias.astype(self.dtype)[None, None]
     y = product(x.astype(self.dtype), kernel, bias, self.axes, lead)
     return checkpoint_name(y, _PRODUCT)
 

@@ -3,12 +3,20 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from hourjax import kernels
+from hourjax.models.attention import Attention, KeysValues
 from hourjax.models.config import DecoderConfig, Remat
-from hourjax.models.layers import Attention, Stack, layer_norm, linear
-from hourjax.parallel.rules import constrain
+from hourjax.models.layers import (
+  Stack,
+  layer_norm,
+  linear,
+)
+from hourjax.parallel.rules import attention_sharding, constrain
+from hourjax.parallel.take import take_rows
 
 _NORM_EPS = 1e-5
 
@@ -47,24 +55,72 @@ class MemAugBlock(nnx.Module):
     x: Float[Array, "B T D"],
     memory: Float[Array, "B S D"],
     *,
+    memory_position: Int[Array, "B S"],
+    **where: Int[Array, "..."],
+  ) -> Float[Array, "B T D"]:
+    """Queries after this block; `where` as for `recall`."""
+    return self.recall(x, self.remember(memory, memory_position), **where)
+
+  def remember(
+    self, memory: Float[Array, "B S D"], position: Int[Array, "B S"]
+  ) -> KeysValues:
+    """What this block reads of the memory, whatever is asked."""
+    return self.cross_attn.keys_values(memory, position)
+
+  def recall(
+    self,
+    x: Float[Array, "B T D"],
+    known: KeysValues,
+    *,
     position: Int[Array, "B T"],
     segment: Int[Array, "B T"],
-    memory_position: Int[Array, "B S"],
     memory_segment: Int[Array, "B S"],
     reads_segment: Int[Array, "B T"],
   ) -> Float[Array, "B T D"]:
+    """Queries after this block, reading a memory that is remembered."""
     x = self.norm1(x + self.self_attn(x, position, segment))
-    read = self.cross_attn(
-      x,
-      position,
-      reads_segment,
-      context=memory,
-      context_position=memory_position,
-      context_segment=memory_segment,
+    read = self.cross_attn.read(
+      x, position, reads_segment, known, memory_segment, kind="cross"
     )
     x = self.norm2(x + read)
     x = self.norm3(x + self.mlp(x))
     return constrain(x, "rows", "queries", None)
+
+  def shares(
+    self,
+    x: Float[Array, "B T D"],
+    known: KeysValues,
+    watched: Int[Array, "B W"],
+    *,
+    position: Int[Array, "B T"],
+    segment: Int[Array, "B T"],
+    memory_segment: Int[Array, "B S"],
+    reads_segment: Int[Array, "B T"],
+  ) -> Float[Array, "B S"]:
+    """How much attention of some queries each memory token gets.
+
+    Args:
+      x: this block's input, of all queries.
+      known: of the memory.
+      watched: indices of queries; -1 is none.
+      position, segment, memory_segment, reads_segment: as for `recall`.
+
+    Returns:
+      Weights summed over the watched queries and all heads, float32.
+    """
+    x = self.norm1(x + self.self_attn(x, position, segment))
+
+    def of_watched(values):
+      return jnp.take_along_axis(values, jnp.maximum(watched, 0), axis=1)
+
+    reads = jnp.where(watched < 0, 0, of_watched(reads_segment))
+    return kernels.key_shares(
+      self.cross_attn.queries(take_rows(x, watched), of_watched(position)),
+      known.k,
+      reads,
+      memory_segment,
+      sharding=attention_sharding("cross"),
+    )
 
   def mlp(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))

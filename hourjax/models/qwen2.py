@@ -7,8 +7,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from hourjax.models.attention import Attention, KeysValues
 from hourjax.models.config import DecoderConfig, Remat
-from hourjax.models.layers import Attention, Stack, linear
+from hourjax.models.layers import (
+  SEQUENCE,
+  TOKENS,
+  Lead,
+  Stack,
+  linear,
+)
 from hourjax.parallel import vocabulary
 from hourjax.parallel.rules import constrain
 
@@ -43,10 +50,41 @@ class DecoderLayer(nnx.Module):
     position: Int[Array, "B L"],
     segment: Int[Array, "B L"],
   ) -> Float[Array, "B L D"]:
-    x = x + self.attn(self.norm1(x), position, segment, causal=True)
+    read = self.attn(self.norm1(x), position, segment, causal=True)
+    return self._after(x, read)
+
+  def prefill(
+    self,
+    x: Float[Array, "B L D"],
+    *,
+    position: Int[Array, "B L"],
+    segment: Int[Array, "B L"],
+  ) -> tuple[Float[Array, "B L D"], KeysValues]:
+    """As calling it, and the keys and values to continue from."""
+    h = self.norm1(x)
+    known = self.attn.keys_values(h, position)
+    read = self.attn.read(
+      h, position, segment, known, segment, kind="self", causal=True
+    )
+    return self._after(x, read), known
+
+  def extend(
+    self,
+    x: Float[Array, "B n D"],
+    cached: KeysValues,
+    *,
+    position: Int[Array, "B n"],
+    length: Int[Array, "B"],
+  ) -> tuple[Float[Array, "B n D"], KeysValues]:
+    """New tokens after `length` cached ones, and their keys and values."""
+    read, new = self.attn.extend(self.norm1(x), position, cached, length)
+    return self._after(x, read, TOKENS), new
+
+  def _after(self, x, read, lead: Lead = SEQUENCE):
+    x = x + read
     h = self.norm2(x)
-    x = x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
-    return constrain(x, "rows", "positions", None)
+    inner = jax.nn.silu(self.gate(h, lead)) * self.up(h, lead)
+    return constrain(x + self.down(inner, lead), *lead, None)
 
 
 class Decoder(nnx.Module):
@@ -83,6 +121,11 @@ class Decoder(nnx.Module):
     """Word embeddings in the compute dtype. Ids below 0 read row 0."""
     return vocabulary.embed(self.embedding[...], token, self.dtype)
 
+  def embed_few(self, token: Int[Array, "B n"]) -> Float[Array, "B n D"]:
+    """As `embed`, of tokens whose number the mesh need not divide."""
+    rows = self.embedding[...].at[jnp.maximum(token, 0)].get(mode="clip")
+    return constrain(rows.astype(self.dtype), *TOKENS, None)
+
   def __call__(
     self,
     x: Float[Array, "B L D"],
@@ -91,6 +134,44 @@ class Decoder(nnx.Module):
     segment: Int[Array, "B L"],
   ) -> Float[Array, "B L D"]:
     return self.norm(self.layers(x, position=position, segment=segment))
+
+  def prefill(
+    self,
+    x: Float[Array, "B L D"],
+    *,
+    position: Int[Array, "B L"],
+    segment: Int[Array, "B L"],
+  ) -> KeysValues:
+    """Keys and values [layers, B, L, K, C] of a prompt."""
+
+    def step(layer, x, _):
+      return layer.prefill(x, position=position, segment=segment)
+
+    return self.layers.scan(step, x)[1]
+
+  def extend(
+    self,
+    x: Float[Array, "B n D"],
+    cached: KeysValues,
+    length: Int[Array, "B"],
+  ) -> tuple[Float[Array, "B n D"], KeysValues]:
+    """Final hidden states of tokens that follow cached ones.
+
+    Args:
+      x: embeddings.
+      cached: [layers, B, S, K, C].
+      length: of each row's cached tokens, and position of its first new one.
+
+    Returns:
+      Hidden states, and keys and values [layers, B, n, K, C] to be cached.
+    """
+    position = length[:, None] + jnp.arange(x.shape[1])[None]
+
+    def step(layer, x, cached):
+      return layer.extend(x, cached, position=position, length=length)
+
+    hidden, new = self.layers.scan(step, x, cached)
+    return self.norm(hidden), new
 
   def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... N"]:
     """Float32 logits over the vocabulary."""

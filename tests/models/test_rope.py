@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hourjax.models import layers
+from hourjax.models import attention
 from tests import golden_files
 
 TABLES = golden_files.npz("rope_tables.npz")
@@ -18,7 +18,7 @@ golden = pytest.mark.skipif(not TABLES, reason=golden_files.NO_GOLDEN)
 
 @functools.partial(jax.jit, static_argnames="pairs")
 def _turned(unit, position, pairs):
-  return layers.rope(unit, position, rotary_dim=2 * pairs, base=BASE)
+  return attention.rope(unit, position, rotary_dim=2 * pairs, base=BASE)
 
 
 def _turned_unit(position, pairs):
@@ -40,7 +40,7 @@ def test_frequencies_are_the_same_floats(key, monkeypatch):
   """
   expected = TABLES[key]
   # With cos gone, the unit vector at position 1 turns to the frequencies.
-  monkeypatch.setattr(layers.jnp, "cos", lambda phase: phase)
+  monkeypatch.setattr(attention.jnp, "cos", lambda phase: phase)
   got, _ = _turned_unit(np.array([1]), len(expected))
   assert got.dtype == expected.dtype == np.float32
   if key.startswith("memaug"):
@@ -63,7 +63,7 @@ def test_cos_and_sin_at_real_positions(jitted):
 def test_channels_beyond_rotary_dim_stay():
   x = jax.random.normal(jax.random.key(0), (2, 5, 3, 12))
   at = jnp.arange(10).reshape(2, 5) * 1000
-  out = layers.rope(x, at, rotary_dim=8, base=BASE)
+  out = attention.rope(x, at, rotary_dim=8, base=BASE)
   np.testing.assert_array_equal(out[..., 8:], x[..., 8:])
   np.testing.assert_array_equal(out[0, 0], x[0, 0])  # position 0
   np.testing.assert_allclose(
@@ -76,7 +76,7 @@ def test_scores_depend_on_the_distance_only():
 
   def score(a, b):
     q_, k_ = (
-      layers.rope(x, jnp.full((1, 1), at), rotary_dim=16, base=BASE)
+      attention.rope(x, jnp.full((1, 1), at), rotary_dim=16, base=BASE)
       for x, at in ((q, a), (k, b))
     )
     return float(jnp.sum(q_ * k_))
@@ -88,7 +88,7 @@ def test_scores_depend_on_the_distance_only():
 def test_bfloat16_input_is_turned_in_float32():
   x = jax.random.normal(jax.random.key(0), (1, 3, 1, 8)).astype(jnp.bfloat16)
   at = jnp.array([[0, 65_537, 234_000]])
-  got = layers.rope(x, at, rotary_dim=8, base=BASE)
+  got = attention.rope(x, at, rotary_dim=8, base=BASE)
   assert got.dtype == jnp.bfloat16
-  exact = layers.rope(x.astype(jnp.float32), at, rotary_dim=8, base=BASE)
+  exact = attention.rope(x.astype(jnp.float32), at, rotary_dim=8, base=BASE)
   np.testing.assert_array_equal(got, exact.astype(jnp.bfloat16))

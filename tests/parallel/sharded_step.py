@@ -69,14 +69,16 @@ def main(cases: list[dict]) -> None:
   print(json.dumps([differences(**case) for case in cases]))
 
 
-def differences(mesh: dict, model: dict | None = None) -> dict[str, float]:
+def differences(
+  mesh: dict, model: dict | None = None, stored: bool = True
+) -> dict[str, float]:
   """Of loss, label tokens and gradients between a mesh and one device."""
   config = dataclasses.replace(CONFIG, **_nested(model or {}))
-  batch = packed_batch()
+  batch, spec = packed_batch(stored)
   params = init_params(config, 0)
   alone = jax.jit(lambda p, b: accumulate(no_sums(p), p, {}, b, config=config))
   expected = alone(params, Batch(*map(jnp.asarray, batch)))
-  got = on_mesh(MeshConfig(**mesh), config, params, batch)
+  got = on_mesh(MeshConfig(**mesh), config, params, batch, spec)
   found = {
     "loss": abs(float(got.loss) / float(expected.loss) - 1),
     "tokens": abs(int(got.tokens) - int(expected.tokens)),
@@ -94,19 +96,24 @@ def differences(mesh: dict, model: dict | None = None) -> dict[str, float]:
   return found
 
 
-def on_mesh(mesh_config, config, params, batch) -> Sums:
+def on_mesh(mesh_config, config, params, batch, spec) -> Sums:
   """Loss and gradients of a micro-batch on a mesh."""
   mesh = make_mesh(mesh_config)
   shardings = param_shardings(mesh, param_shapes(config), param_axes(config))
   params = jax.device_put(params, shardings)
-  placed = Placing(mesh, SPEC, ROWS)(batch)
+  placed = Placing(mesh, spec, ROWS)(batch)
   with jax.set_mesh(mesh):
     run = jax.jit(lambda p, b: accumulate(no_sums(p), p, {}, b, config=config))
     return run(params, placed)
 
 
-def packed_batch() -> Batch:
-  """Rows of several samples: videos, frames, tiles, images and text."""
+def packed_batch(stored: bool = True) -> tuple[Batch, rows.RowSpec]:
+  """Rows of several samples: videos, frames, tiles, images and text.
+
+  Args:
+    stored: whether rows hold stored features, which stages 1 and 2 have none
+      of; without, there are texts instead.
+  """
   kinds = [
     ("video:150", "text", "video:20"),
     ("frames:3", "tiled", "video:130"),
@@ -117,12 +124,21 @@ def packed_batch() -> Batch:
     ("tiled", "text", "video:128"),
     ("video:1", "video:129", "text"),
   ]
+  spec = SPEC
+  if not stored:
+    capacity = dataclasses.replace(SPEC.capacity, features=0)
+    spec = dataclasses.replace(SPEC, capacity=capacity)
+    kinds = [
+      ["text" if kind.startswith("video") else kind for kind in row]
+      for row in kinds
+    ]
   made = [
-    rows.build_row([_sample(kind, 10 * i + k) for k, kind in enumerate(row)],
-                   SPEC)
+    rows.build_row(
+      [_sample(kind, 10 * i + k) for k, kind in enumerate(row)], spec
+    )
     for i, row in enumerate(kinds)
-  ]  # fmt: skip
-  return rows.stack_rows(made)
+  ]
+  return rows.stack_rows(made), spec
 
 
 def _sample(kind: str, seed: int) -> rows.Sample:

@@ -28,6 +28,8 @@ _CASES = [
     },
   },
   {"mesh": {"data": 2, "fsdp": 2, "seq": 2}, "model": {"memaug_layers": 0}},
+  # As in stages 1 and 2.
+  {"mesh": {"fsdp": 2, "seq": 4}, "stored": False},
 ]
 
 
