@@ -31,14 +31,15 @@ def parse(answer: str, question: Question) -> str | None:
   Args:
     answer: what the model said.
     question: with `kind` and `options`; for "match" `extra["symbols"]` are the
-      letters or digits that the question names its options by ("12" if left
-      out).
+      letters or digits that the question names its options by; digits from 1
+      if left out.
 
   Returns:
     A letter; "yes" or "no"; an option's number from 1; normalised words. None
     if the answer says nothing of the kind, or more than one thing.
   """
-  text = _MARKUP.sub(" ", unicodedata.normalize("NFKC", answer)).strip()
+  text = _MARKUP.sub(" ", unicodedata.normalize("NFKC", answer))
+  text = re.sub(r"[^\S\n]+", " ", text).strip()
   if question.kind == "yes_no":
     return _yes_or_no(text)
   if question.kind == "open":
@@ -47,7 +48,7 @@ def parse(answer: str, question: Question) -> str | None:
     letters = LETTERS[: len(question.options)]
     return _option(text, letters, question.options)
   numbers = [str(i + 1) for i in range(len(question.options))]
-  symbols = question.extra.get("symbols", "".join(numbers))
+  symbols = "".join(question.extra.get("symbols", numbers))
   found = _option(_counted(text, symbols), symbols, question.options)
   return None if found is None else numbers[symbols.index(found)]
 
@@ -77,33 +78,51 @@ def _yes_or_no(text: str) -> str | None:
 
 def _option(text: str, symbols: str, options: Sequence[str]) -> str | None:
   """The one symbol that an answer chooses; None if it is not one of them."""
-  lone = _lone(text)
+  digits = symbols[:1].isdigit()
+  lone = _lone(text, digits)
   if len(lone) == 1 and lone <= set(symbols):
     return lone.pop()
   told = _verbatim(text, symbols, options)
   if not told and not lone:
-    # An explanation may follow: "B\n\nA cat is not shown."
-    told = set().union(*map(_lone, text.splitlines()))
-  if not told and not lone:
-    mentions = list(_mentions(text, digits=symbols[0].isdigit()))
-    told = {m.symbol for m in mentions if m.stated}
-    if not told and (prefix := _SAID.search(text)):
-      told = _verbatim(text[prefix.end() :], symbols, options)
-    told = told or {m.symbol for m in mentions if m.labelled}
+    told = _told(text, symbols, options, digits)
   if not told or len(told) > 1:
     return None
   (symbol,) = told
   return symbol if symbol in symbols else None
 
 
-def _lone(text: str) -> set[str]:
+def _told(
+  text: str, symbols: str, options: Sequence[str], digits: bool
+) -> set[str]:
+  """The symbols that an answer in words states or, failing that, names."""
+  # An explanation may follow: "B\n\nA cat is not shown."
+  lines = [_lone(line, digits) for line in text.splitlines()]
+  if told := set().union(*(line for line in lines if len(line) == 1)):
+    return told
+  mentions = list(_mentions(text, digits))
+  if told := {m.symbol for m in mentions if m.stated}:
+    return told
+  if prefix := _SAID.search(text):
+    told = _verbatim(text[prefix.end() :], symbols, options)
+  return told or {m.symbol for m in mentions if m.labelled}
+
+
+def _lone(text: str, digits: bool = False) -> set[str]:
   """The symbols of an answer that holds nothing else: "(b).", "A and B"."""
-  if not re.fullmatch(r"[\w\s.,:;!?()\[\]/&-]*", text):
-    return set()
-  words = [w for w in re.findall(r"\w+", text) if w not in ("and", "or")]
+  match = (_LONE_DIGITS if digits else _LONE_LETTERS).fullmatch(text)
   return (
-    {w.upper() for w in words} if all(len(w) == 1 for w in words) else set()
+    {s.upper() for s in re.findall(r"\b\w\b", match[1])} if match else set()
   )
+
+
+def _lone_pattern(symbol: str) -> re.Pattern:
+  joint = r"\s*(?:[,/&]|\band\b|\bor\b)+\s*(?:(?:and|or)\s+)?"
+  following = rf"(?:{joint}[(\[]?{symbol}[)\]]?)"
+  edge = r"[\s.,:;!?()\[\]-]*"
+  return re.compile(rf"{edge}({symbol}[)\]]?{following}*){edge}")
+
+
+_LONE_LETTERS, _LONE_DIGITS = _lone_pattern("[A-Za-z]"), _lone_pattern(r"\d")
 
 
 def _verbatim(text: str, symbols: str, options: Sequence[str]) -> set[str]:
@@ -145,7 +164,7 @@ _WRONG = re.compile(
   re.IGNORECASE,
 )
 _LIST = re.compile(
-  rf"[\s)\].]*(?:[,/&+]|\b(?:and|or)\b)+\s*(?:(?:and|or)\s+)?(?:{_NOUN}\s+)?"
+  rf"\s*[)\]]?\s*(?:[,/&+]|\b(?:and|or)\b)*\s*(?:(?:and|or)\s+)?(?:{_NOUN}\s+)?"
   r"[(\[]?",
   re.IGNORECASE,
 )
@@ -181,12 +200,15 @@ class _Mention:
   labelled: bool
 
 
+_NEAR = 80  # characters before a symbol that can state or name it
+
+
 def _mentions(text: str, digits: bool) -> Iterator[_Mention]:
   last, end = None, 0
   for match in (_DIGIT if digits else _LETTER).finditer(text):
     symbol = next(filter(None, match.groups()))
     boxed = match.group().startswith(("(", "["))
-    before, after = text[: match.start()], text[match.end() :]
+    before, after = text[: match.start()][-_NEAR:], text[match.end() :]
     if not boxed and symbol in "AI0123456789" and not _AFTER_WORD.match(after):
       continue
     if _NOT.search(before) or _WRONG.match(after):

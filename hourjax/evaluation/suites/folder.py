@@ -1,0 +1,136 @@
+"""A benchmark's folder: its annotation files and its videos."""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from hourjax.data.prepare.tables import read_rows
+from hourjax.errors import UserError
+
+EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
+
+
+def find_files(
+  folder: pathlib.Path, layouts: Sequence[str]
+) -> tuple[list[pathlib.Path], list[str]]:
+  """The annotation files of the first layout of which there is any.
+
+  Args:
+    folder: of the benchmark.
+    layouts: patterns with spaces between.
+
+  Returns:
+    The files, "2_x" before "10_x", and the layout's patterns without a file.
+  """
+  for layout in layouts:
+    found = {
+      pattern: sorted(
+        (path for path in folder.glob(pattern) if path.is_file()), key=_natural
+      )
+      for pattern in layout.split()
+    }
+    if files := [path for paths in found.values() for path in paths]:
+      return files, [pattern for pattern, paths in found.items() if not paths]
+  return [], []
+
+
+def _natural(path: pathlib.Path) -> list[Any]:
+  parts = re.split(r"(\d+)", path.name)
+  return [(int(part), "") if i % 2 else (0, part) for i, part in
+          enumerate(parts)]  # fmt: skip
+
+
+def read_table(path: pathlib.Path) -> list[Any]:
+  """All rows of a .parquet, .jsonl, .csv or .json file.
+
+  A .json file that holds one object gives it as its only row.
+
+  Raises:
+    UserError: the file cannot be read, is damaged, or holds no rows.
+  """
+  rows = _read_json(path) if path.suffix == ".json" else list(read_rows(path))
+  for number, row in enumerate(rows, start=1):
+    if not isinstance(row, dict):
+      raise UserError(
+        f"{path}: row {number} is damaged ({_problem(row)}); fetch the file"
+        " again",
+        kind="damaged",
+      )
+  if not rows:
+    raise UserError(f"{path} holds no rows; fetch it again", kind="damaged")
+  return rows
+
+
+def _problem(row: Any) -> str:
+  return str(row) if isinstance(row, Exception) else type(row).__name__
+
+
+def _read_json(path: pathlib.Path) -> list[Any]:
+  try:
+    data = json.loads(path.read_bytes())
+  except (ValueError, RecursionError) as error:
+    raise UserError(
+      f"{path} is damaged ({error}); fetch it again", kind="damaged"
+    ) from error
+  except OSError as error:
+    raise UserError(f"cannot read {path}: {error.strerror}") from error
+  return data if isinstance(data, list) else [data]
+
+
+class Videos:
+  """Names of the videos there are, found by name or by id."""
+
+  def __init__(self, names: Iterable[str]):
+    """Takes paths relative to the folder of videos, as POSIX."""
+    self._names: dict[str, str] = {}
+    self._ids: dict[str, str] = {}
+    for name in sorted(names):
+      path = pathlib.PurePosixPath(name)
+      self._names[name] = name
+      self._names.setdefault(path.name, name)
+      self._ids.setdefault(path.stem, name)
+
+  def name(self, *candidates: str) -> str:
+    """The video that a benchmark means.
+
+    Args:
+      candidates: paths or ids, the likeliest first. An id finds a video with
+        any of EXTENSIONS, a bare name one in any folder.
+
+    Returns:
+      The first candidate that exists. If none does, the likeliest, with ".mp4"
+      if it has no extension, so that it can be reported as missing.
+    """
+    for candidate in candidates:
+      found = self._names.get(candidate) or self._ids.get(candidate)
+      if found:
+        return found
+    first = candidates[0]
+    return first if first.lower().endswith(EXTENSIONS) else f"{first}.mp4"
+
+
+def find_videos(
+  folder: pathlib.Path, candidates: Sequence[str]
+) -> pathlib.Path:
+  """The first of some folders, or the folder itself, that holds videos.
+
+  If none does, the first that exists; if none exists, the first.
+  """
+  folders = [folder / name for name in candidates]
+  for path in folders:
+    if next(list_videos(path), None):
+      return path
+  if any(path.suffix.lower() in EXTENSIONS for path in folder.glob("*")):
+    return folder
+  return next((path for path in folders if path.is_dir()), folders[0])
+
+
+def list_videos(folder: pathlib.Path) -> Iterator[str]:
+  """Yields the paths of all videos below a folder, relative to it."""
+  for parent, _, names in os.walk(folder, followlinks=True):
+    for name in names:
+      if name.lower().endswith(EXTENSIONS):
+        yield pathlib.Path(parent, name).relative_to(folder).as_posix()

@@ -1,0 +1,119 @@
+"""LongVideoBench, validation: 1,337 questions, two to five options each.
+
+Files (longvideobench/LongVideoBench on Hugging Face): `lvb_val.json` with
+`candidates`, or `validation-*.parquet` with `option0` to `option4` ("N/A" where
+there are fewer); `videos/`, `subtitles/`. The test split has no answers.
+
+Prompt: lmms-eval's `longvideobench_val_v`, less the newline that ends its
+yaml's text; the authors' loader words it alike. Both interleave subtitles with
+frames where they use them; here the video comes first, so they are listed
+before the question, in the words of Video-MME's authors.
+"""
+
+from typing import Any
+
+from hourjax.errors import UserError
+from hourjax.evaluation.parsing import LETTERS
+from hourjax.evaluation.questions import Question
+from hourjax.evaluation.suites import fields, subtitles
+from hourjax.evaluation.suites.suite import Source, Suite
+
+QUESTION = (
+  "{question}\n{options}\nAnswer with the option's letter from the given"
+  " choices directly."
+)
+SUBTITLES = "This video's subtitles are listed below:\n{subtitles}\n"
+# `duration_group` is the upper edge, in seconds (section 3 of the paper).
+DURATIONS = {
+  15: "8-15 s",
+  60: "15-60 s",
+  600: "180-600 s",
+  3600: "900-3600 s",
+}
+
+
+def read(source: Source) -> list[Question]:
+  """One question a row."""
+  return [_question(row, source) for row in source.rows]
+
+
+def _question(row: dict[str, Any], source: Source) -> Question:
+  name = fields.text(row, "id", source.file.name)
+  at = f"{source.file.name}: question {name}"
+  options = _options(row, at)
+  prompt = QUESTION.format(
+    question=fields.text(row, "question", at),
+    options=fields.lettered(options, "{}. {}"),
+  )
+  extra = {"topic": fields.text(row, "topic_category", at)}
+  if source.subtitles:
+    said = _subtitles(row, source, at)
+    extra["subtitles"] = "missing" if said is None else "given"
+    if said is not None:
+      prompt = SUBTITLES.format(subtitles=said) + prompt
+  group = row.get("duration_group")
+  return Question(
+    id=name,
+    video=source.videos.name(
+      fields.text(row, "video_path", at), fields.text(row, "video_id", at)
+    ),
+    prompt=prompt,
+    expected=_expected(row, options, at),
+    kind="choice",
+    options=options,
+    task=fields.text(row, "question_category", at),
+    duration=DURATIONS.get(group, f"{group} s"),
+    chance=1 / len(options),
+    extra=extra,
+  )
+
+
+def _options(row: dict[str, Any], at: str) -> tuple[str, ...]:
+  if "candidates" not in row:
+    listed = [row.get(f"option{i}") for i in range(5)]
+    row = {"candidates": [o for o in listed if o is not None and o != "N/A"]}
+  return fields.texts(row, "candidates", at)
+
+
+def _expected(row: dict[str, Any], options: tuple[str, ...], at: str) -> str:
+  choice = row.get("correct_choice")
+  if not isinstance(choice, int) or choice < 0:
+    raise UserError(
+      f"{at}: correct_choice is {choice!r}: the test split's answers are not"
+      " published; use the validation split (lvb_val.json)"
+    )
+  return fields.letter((LETTERS + "?" * 99)[choice], options, at)
+
+
+def _subtitles(row: dict[str, Any], source: Source, at: str) -> str | None:
+  name = row.get("subtitle_path")
+  if not name:
+    return None
+  # The subtitles are those of the video that the clip is cut from.
+  start = float(row.get("starting_timestamp_for_subtitles") or 0)
+  return subtitles.read_json(
+    source.root / "subtitles" / name, start, start + float(row["duration"])
+  )
+
+
+SUITE = Suite(
+  name="longvideobench",
+  title="LongVideoBench",
+  revision=1,
+  annotations=(
+    "lvb_val.json",
+    "validation-*.parquet",
+    "data/validation-*.parquet",
+    "lvb_test_wo_gt.json",
+    "test-*.parquet",
+  ),
+  columns=(
+    frozenset({"video_path", "question", "candidates", "duration_group"}),
+    frozenset({"video_path", "question", "option0", "duration_group"}),
+  ),
+  read=read,
+  prompts={"choice": QUESTION, "subtitles": SUBTITLES},
+  videos=("videos", "video"),
+  subtitles="what is said within the clip, subtitles/<subtitle_path>, before"
+  f" the question: {subtitles.RULE}; a video without the file is asked without",
+)

@@ -1,0 +1,91 @@
+"""LVBench: 1,549 questions about 103 videos of half an hour to two hours.
+
+Files: the authors' `video_info.meta.jsonl`, a line a video with its `qa`
+(THUDM/LVBench on Hugging Face), or `data/train-*.parquet`, a row a question
+(lmms-lab/LVBench); videos are named by their YouTube id. Options stand in the
+question's text, "(A) ..." a line each.
+
+Prompt: lmms-eval's `lvbench`, which adds no full stop.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from hourjax.errors import UserError
+from hourjax.evaluation.questions import Question
+from hourjax.evaluation.suites import fields
+from hourjax.evaluation.suites.suite import Source, Suite
+
+QUESTION = "{question}\nAnswer the question with the option letter"
+
+
+def read(source: Source) -> list[Question]:
+  """One question a row, or a video's many a line of the authors' file."""
+  return [_question(row, source) for row in _rows(source)]
+
+
+def _rows(source: Source) -> Iterator[dict[str, Any]]:
+  for row in source.rows:
+    if "qa" not in row:
+      yield row
+      continue
+    for item in row["qa"]:
+      yield {**item, "key": row["key"], "type": row.get("type") or "unknown"}
+
+
+def _question(row: dict[str, Any], source: Source) -> Question:
+  key = fields.text(row, "key", source.file.name)
+  name = f"{key}/{fields.text(row, 'uid', source.file.name)}"
+  at = f"{source.file.name}: question {name}"
+  text = fields.text(row, "question", at)
+  _, options = fields.split_options(text)
+  if not options:
+    raise UserError(
+      f"{at}: found no options '(A) ...' and '(B) ...' below the question"
+      f" {text!r}; fetch the file again"
+    )
+  tasks = _tasks(row.get("question_type"))
+  return Question(
+    id=name,
+    video=source.videos.name(key),
+    prompt=QUESTION.format(question=text),
+    expected=fields.letter(fields.text(row, "answer", at), options, at),
+    kind="choice",
+    options=options,
+    task=tasks[0] if tasks else "",
+    chance=1 / len(options),
+    # The authors count a question in each of its tasks.
+    extra={"tasks": tasks, "type": fields.text(row, "type", at)},
+  )
+
+
+def _tasks(value: Any) -> tuple[str, ...]:
+  """Question types, which some copies hold as the text of a list."""
+  if isinstance(value, str):
+    try:
+      value = json.loads(value.replace("'", '"'))
+    except ValueError:
+      value = [value]
+  return tuple(str(item) for item in value or ())
+
+
+SUITE = Suite(
+  name="lvbench",
+  title="LVBench",
+  revision=1,
+  annotations=(
+    "video_info.meta.jsonl",
+    "data/video_info.meta.jsonl",
+    "data/train-*.parquet",
+    "train-*.parquet",
+    "*.parquet",
+  ),
+  columns=(
+    frozenset({"key", "qa"}),
+    frozenset({"key", "uid", "question", "answer", "time_reference"}),
+  ),
+  read=read,
+  prompts={"choice": QUESTION},
+  videos=("videos", "all_videos", "video", "data"),
+)

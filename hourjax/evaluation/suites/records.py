@@ -1,0 +1,133 @@
+"""Records in VideoMarathon's format, the demo's test records among them.
+
+Files: one JSON list or JSONL of records as in training, each with a single
+question about a video. What the demo knows of its questions (`questions[0]`:
+letter, options, task, chance, whether it asks for a needle) is used where it is
+there. Without it a question is multiple choice if options stand below it and
+the answer names one of them, yes or no if the answer is that, else free text.
+
+Prompt: the record's own question; the answer is not shown.
+"""
+
+import re
+from typing import Any
+
+from hourjax.data.record_files import read_records
+from hourjax.data.records import MARKER, Record
+from hourjax.errors import UserError
+from hourjax.evaluation.parsing import LETTERS, normalise, parse
+from hourjax.evaluation.questions import Question
+from hourjax.evaluation.suites import fields
+from hourjax.evaluation.suites.suite import Source, Suite
+
+QUESTION = "{question}"
+
+
+def read(source: Source) -> list[Question]:
+  """One question a record.
+
+  Raises:
+    UserError: a record is damaged, has several questions, or is not about one
+      video.
+  """
+  records, skipped = read_records(source.file)
+  if skipped:
+    raise UserError(
+      f"{len(skipped)} of {len(skipped) + len(records)} records of"
+      f" {source.file} are damaged, the first: {skipped[0].reason}; repair or"
+      " drop them"
+    )
+  return [_question(record, source) for record in records]
+
+
+def _question(record: Record, source: Source) -> Question:
+  at = f"{source.file.name}: question {record.id}"
+  text, answer = _asked(record, at)
+  facts = _facts(record)
+  kind, expected, options = _kind(text, answer, facts, at)
+  chance = facts.get("chance")
+  if chance is None:
+    chance = {"choice": 1 / max(len(options), 1), "yes_no": 0.5}.get(kind, 0.0)
+  return Question(
+    id=record.id,
+    video=source.videos.name(record.media[0]),
+    prompt=QUESTION.format(question=text),
+    expected=expected,
+    kind=kind,
+    options=options,
+    task=str(facts.get("task") or ""),
+    duration=fields.minutes_range(record.extra.get("duration")),
+    chance=float(chance),
+    extra=_extra(record, facts),
+  )
+
+
+def _asked(record: Record, at: str) -> tuple[str, str]:
+  """The one question of a record and its answer."""
+  if record.modality != "video":
+    raise UserError(f"{at}: is about {record.modality}, not a video; drop it")
+  roles = [turn.role for turn in record.turns]
+  if roles != ["human", "gpt"]:
+    raise UserError(
+      f"{at}: has the turns {', '.join(roles)}, expected human, gpt: one"
+      " question and its answer; write each question as a record of its own"
+    )
+  text = record.turns[0].text.replace(MARKER, "").strip()
+  if not text:
+    raise UserError(f"{at}: the question is empty; repair or drop it")
+  return text, record.turns[1].text.strip()
+
+
+def _facts(record: Record) -> dict[str, Any]:
+  """What is known about the question, or nothing."""
+  questions = record.extra.get("questions")
+  first = questions[0] if isinstance(questions, list) and questions else None
+  return first if isinstance(first, dict) else {}
+
+
+def _kind(text: str, answer: str, facts: dict[str, Any], at: str):
+  """Kind, what is right, and the options."""
+  if facts.get("letter") is not None:
+    options = fields.texts(facts, "options", at)
+    return "choice", fields.letter(str(facts["letter"]), options, at), options
+  if "letter" not in facts:
+    _, options = fields.split_options(text)
+    probe = Question("", "", text, "", "choice", options)
+    if options and (right := _letter(answer, probe, at)):
+      return "choice", right, options
+  if normalise(answer) in ("yes", "no"):
+    return "yes_no", normalise(answer), ()
+  return "open", normalise(answer), ()
+
+
+def _letter(answer: str, probe: Question, at: str) -> str | None:
+  """The letter that an answer names; None if it is an answer in words."""
+  found = parse(answer, probe)
+  if found is None and re.fullmatch(rf"\(?[{LETTERS}]\)?[.:]?", answer):
+    return fields.letter(answer, probe.options, at)  # raises: none of them
+  return found
+
+
+def _extra(record: Record, facts: dict[str, Any]) -> dict[str, Any]:
+  extra: dict[str, Any] = {
+    key: facts[key] for key in ("topic", "format") if facts.get(key)
+  }
+  if record.source:
+    extra["source"] = record.source
+  if facts:
+    extra["needle"] = bool(facts.get("needle"))
+    extra["hidden"] = bool(facts.get("dropped"))
+  return extra
+
+
+SUITE = Suite(
+  name="records",
+  title="Records",
+  revision=1,
+  annotations=("test.json", "test.jsonl", "*.json", "*.jsonl"),
+  columns=(frozenset({"id", "conversations"}),),
+  read=read,
+  prompts={"question": QUESTION},
+  videos=("videos", "video"),
+  max_tokens=64,
+)

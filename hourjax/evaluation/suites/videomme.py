@@ -1,0 +1,107 @@
+"""Video-MME: 2,700 questions about 900 videos, with and without subtitles.
+
+Files: `videomme/test-00000-of-00001.parquet`, `data/<videoID>.mp4` and
+`subtitle/<videoID>.srt` (lmms-lab/Video-MME on Hugging Face), or the authors'
+JSON, an entry a video with its three `questions` (github.com/BradyFU/Video-MME,
+README). Not every video has subtitles; those without are asked without.
+
+Prompt: the authors' README, word for word; options are published with their
+letters ("A. Apples."). lmms-eval words it much the same, but speaks of
+subtitles where there are none.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from hourjax.evaluation.questions import Question
+from hourjax.evaluation.suites import fields, subtitles
+from hourjax.evaluation.suites.suite import Source, Suite
+
+QUESTION = (
+  "Select the best answer to the following multiple-choice question based on"
+  " the video. Respond with only the letter (A, B, C, or D) of the correct"
+  " option.\n{question}\n{options}\nThe best answer is:"
+)
+SUBTITLES = "This video's subtitles are listed below:\n{subtitles}\n"
+
+
+def read(source: Source) -> list[Question]:
+  """One question a row, or three an entry of the authors' file."""
+  return [_question(row, source) for row in _rows(source)]
+
+
+def _rows(source: Source) -> Iterator[dict[str, Any]]:
+  for row in source.rows:
+    if "questions" not in row:
+      yield row
+      continue
+    for item in row["questions"]:
+      url = row.get("url") or ""
+      yield {
+        "duration": row.get("duration") or row.get("duration_category"),
+        "domain": row.get("domain") or row.get("video_category"),
+        "sub_category": row.get("sub_category")
+        or row.get("video_sub_category"),
+        "videoID": row.get("videoID") or url.split("v=")[-1].split("/")[-1],
+        **item,
+        "options": item.get("options") or item.get("choices"),
+      }
+
+
+def _question(row: dict[str, Any], source: Source) -> Question:
+  name = fields.text(row, "question_id", source.file.name)
+  at = f"{source.file.name}: question {name}"
+  video = fields.text(row, "videoID", at)
+  listed = fields.texts(row, "options", at)
+  options = fields.without_letters(listed)
+  prompt = QUESTION.format(
+    question=fields.text(row, "question", at),
+    options="\n".join(listed)
+    if options != listed
+    else fields.lettered(listed, "{}. {}"),
+  )
+  extra = {
+    "domain": fields.text(row, "domain", at),
+    "sub_category": fields.text(row, "sub_category", at),
+  }
+  if source.subtitles:
+    said = subtitles.read_srt(source.root / "subtitle" / f"{video}.srt")
+    extra["subtitles"] = "missing" if said is None else "given"
+    if said is not None:
+      prompt = SUBTITLES.format(subtitles=said) + prompt
+  return Question(
+    id=name,
+    video=source.videos.name(video),
+    prompt=prompt,
+    expected=fields.letter(fields.text(row, "answer", at), options, at),
+    kind="choice",
+    options=options,
+    task=fields.text(row, "task_type", at),
+    duration=fields.text(row, "duration", at),
+    chance=1 / len(options),
+    extra=extra,
+  )
+
+
+SUITE = Suite(
+  name="videomme",
+  title="Video-MME",
+  revision=1,
+  annotations=(
+    "videomme/test-*.parquet",
+    "test-*.parquet",
+    "data/test-*.parquet",
+    "*.parquet",
+    "*.json",
+  ),
+  columns=(
+    frozenset({"question_id", "videoID", "task_type", "options", "answer"}),
+    frozenset({"questions", "duration_category", "video_category"}),
+    frozenset({"questions", "duration", "domain", "sub_category"}),
+  ),
+  read=read,
+  prompts={"choice": QUESTION, "subtitles": SUBTITLES},
+  videos=("data", "videos", "video"),
+  subtitles=f"subtitle/<videoID>.srt before the question: {subtitles.RULE};"
+  " a video without the file is asked without",
+)
