@@ -1,97 +1,98 @@
-"""Answers held-out questions with trained models and reports accuracies.
+"""Asks a model the questions of a benchmark, and reports how it did.
 
-  python -m hourjax.evaluate --records=work/data/test.json \
-      --run=work/memaug --without=work/no_memaug --out=work
+  python -m hourjax.evaluate --model=work/stage3 --benchmark=videomme \
+      --data=downloads/Video-MME --subtitles
 
-Leaves report.json, answers of each run and the plots in --out.
+Answers and report go to MODEL/evaluation/BENCHMARK or --out. Started again it
+goes on; several machines share the videos by JAX's process index or by
+--worker=0/8 and so on, and the last one writes the report. Without --model the
+answers in --out are read and judged anew.
+
+Ends with 0; 3 if questions were left out, which the report lists; 2 on a
+mistake in the options, 1 if the disk is full, 130 on interrupt.
 """
 
-import hashlib
-import json
-import pathlib
-import time
+import sys
 
 from absl import app, flags
 
+import hourjax
 from hourjax import command
-from hourjax.data.record_files import read_records
-from hourjax.evaluation.answers import answer_records
-from hourjax.evaluation.report import (
-  WITH,
-  WITHOUT,
-  build_report,
-  plot_losses,
-  summary,
-  table,
-  write_report,
-)
-from hourjax.evaluation.scoring import score
-from hourjax.training.checkpoint import (
-  checkpoint_name,
-  read_config,
-  restore_params,
-)
-from hourjax.training.experiment import build_experiment
-from hourjax.training.loop import report_skipped
-from hourjax.training.metrics import read_curve
+from hourjax.errors import UserError
+from hourjax.evaluation import compare
+from hourjax.evaluation.exam import open_exam
+from hourjax.evaluation.suites import SUITES
+from hourjax.inference.videos import parse_worker
+from hourjax.parallel import hosts
 
-_RECORDS = flags.DEFINE_string("records", None, "Questions, one a record.")
-_RUN = flags.DEFINE_string("run", None, "Workdir of the run to report on.")
-_WITHOUT = flags.DEFINE_string(
-  "without", None, "Workdir of the same run without MemAug, to compare."
+_MODEL = flags.DEFINE_string("model", None, "Workdir or official checkpoint.")
+_BENCHMARK = flags.DEFINE_string(
+  "benchmark", None, f"One of {', '.join(sorted(SUITES))}."
 )
-_OUT = flags.DEFINE_string("out", None, "Folder of the report.")
-_TOKENS = flags.DEFINE_integer("tokens", 8, "Longest answer, in tokens.")
-_ROW_MEMORY = flags.DEFINE_integer(
-  "row_memory", 16_384, "Memory tokens that a row of short videos holds."
+_DATA = flags.DEFINE_string("data", None, "Folder of the benchmark.")
+_SUBTITLES = flags.DEFINE_bool("subtitles", False, "Ask with subtitles.")
+_FEATURES = flags.DEFINE_string(
+  "features", None, "Feature store to read instead of videos."
 )
-
-
-def evaluate(run: str, name: str, records, out: pathlib.Path):
-  """Scores one run; its answers are kept, and reused while nothing changed."""
-  path = out / f"answers_{name.replace(' ', '_').lower()}.json"
-  source = {
-    "checkpoint": checkpoint_name(run),
-    "records": hashlib.sha256(
-      pathlib.Path(_RECORDS.value).read_bytes()
-    ).hexdigest(),
-    "tokens": _TOKENS.value,
-  }
-  saved = json.loads(path.read_text()) if path.exists() else {}
-  if all(saved.get(key) == value for key, value in source.items()):
-    print(f"reused {path}")
-    return score(records, saved["answers"])
-  answers, skipped = answer_records(
-    restore_params(run),
-    build_experiment(read_config(run)),
-    records,
-    new_tokens=_TOKENS.value,
-    row_memory=_ROW_MEMORY.value,
-  )
-  report_skipped(skipped)
-  path.write_text(json.dumps({**source, "answers": answers}, indent=1) + "\n")
-  return score(records, answers)
+_VIDEOS = flags.DEFINE_string("videos", None, "Folder of videos, if elsewhere.")
+_OUT = flags.DEFINE_string("out", None, "Folder of answers and report.")
+_WORKER = flags.DEFINE_string("worker", None, "Share of this process, i/n.")
+_LIMIT = flags.DEFINE_integer(
+  "limit", None, "Asks the first questions only.", lower_bound=1
+)
+_TOKENIZER = flags.DEFINE_string(
+  "tokenizer", None, "Folder of the tokenizer, if not the model's own."
+)
+_COMPARE = flags.DEFINE_list("compare", [], "Other models to ask the same.")
+_NAMES = flags.DEFINE_list(
+  "names", [], "Names of the models in the report, --model's first."
+)
 
 
 def main(argv: list[str]) -> None:
   command.begin(argv)
-  began = time.monotonic()
-  out = pathlib.Path(_OUT.value)
   with command.user_errors():
-    out.mkdir(parents=True, exist_ok=True)
-    records, skipped = read_records(_RECORDS.value)
-    report_skipped(skipped)
-    folders = {WITH: _RUN.value, WITHOUT: _WITHOUT.value}
-    folders = {name: folder for name, folder in folders.items() if folder}
-    runs = {n: evaluate(f, n, records, out) for n, f in folders.items()}
-    report = build_report(runs, time.monotonic() - began)
-    write_report(report, out)
-    curves = {name: read_curve(f) for name, f in folders.items()}
-    plot_losses(curves, out / "loss.png")
-  print(table(report))
-  print(summary(report))
+    try:
+      report = _evaluate()
+    except OSError as error:
+      sys.exit(f"error: {error}; what is answered so far counts, start again")
+    except KeyboardInterrupt:
+      print("interrupted; start again to go on", file=sys.stderr)
+      sys.exit(130)
+  if report is None:
+    return
+  if not _MODEL.value or hosts.is_primary():
+    print(report.table())
+    print(report.summary())
+  sys.exit(0 if report.complete else 3)
+
+
+def _evaluate():
+  worker = parse_worker(_WORKER.value) if _WORKER.value else None
+  exam = open_exam(
+    _BENCHMARK.value,
+    _DATA.value,
+    subtitles=_SUBTITLES.value,
+    features=_FEATURES.value,
+    videos=_VIDEOS.value,
+    limit=_LIMIT.value,
+  )
+  if not _MODEL.value:
+    if not _OUT.value:
+      raise UserError("give --model to ask, or --out to report again")
+    return compare.report_again(exam, _OUT.value, *_NAMES.value[:1])
+  hosts.start_hosts()
+  with hosts.leaving():
+    return compare.evaluate_folders(
+      [_MODEL.value, *_COMPARE.value],
+      exam,
+      lambda folder: hourjax.load(folder, tokenizer=_TOKENIZER.value),
+      out=_OUT.value,
+      names=_NAMES.value,
+      worker=worker or (hosts.index(), hosts.count()),
+    )
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["records", "run", "out"])
+  flags.mark_flags_as_required(["benchmark", "data"])
   app.run(main)

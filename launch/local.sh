@@ -51,8 +51,10 @@ step "4/6 train" train memaug
 step "5/6 train the same without MemAug, to compare" \
   train no_memaug --config.model.memaug_layers=0
 step "6/6 evaluate on held-out videos of up to one hour" \
-  python -m hourjax.evaluate --records="$work/data/test.json" \
-  --run="$work/memaug/stage2" --without="$work/no_memaug/stage2" --out="$work"
+  python -m hourjax.evaluate --model="$work/memaug/stage2" \
+  --compare="$work/no_memaug/stage2" --names="with MemAug,without MemAug" \
+  --benchmark=records --data="$work/data" --features="$work/data/features" \
+  --out="$work"
 echo
-echo "in $work: report.json, loss.png, accuracy_by_task.png," \
-  "accuracy_by_duration.png, needles_by_duration.png"
+echo "in $work: report.md, report.json, loss.png, accuracy_by_task.png," \
+  "accuracy_by_duration.png, needles_by_duration.png, answers-00000.jsonl"

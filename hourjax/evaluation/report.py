@@ -1,203 +1,300 @@
-"""report.json, its table and its pictures."""
+"""The report of an evaluation: as data, in files, and read again."""
 
+import collections
 import dataclasses
+import importlib.metadata
 import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
-
+import hourjax
+from hourjax.errors import UserError
+from hourjax.evaluation import pages, plots
+from hourjax.evaluation.records import write_whole
 from hourjax.evaluation.scoring import (
+  Accuracy,
+  Run,
   Scored,
   accuracy,
-  duration_bin,
+  compare,
   group,
+  in_order,
 )
 
-WITH, WITHOUT = "with MemAug", "without MemAug"
+WITHOUT = "without MemAug"
+_EXAMPLES = 6  # of wrong answers, and of unreadable ones
+_FILE = "report.json"
 
 
-def build_report(
-  runs: Mapping[str, Sequence[Scored]], seconds: float
-) -> dict[str, Any]:
-  """All accuracies of one evaluation as plain data.
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """Accuracies of one model, or of several on the same questions.
+
+  Attributes:
+    data: the content of report.json, described in `build`.
+  """
+
+  data: Mapping[str, Any]
+
+  @property
+  def names(self) -> list[str]:
+    """The runs; the first is the one reported on."""
+    return list(self.data["runs"])
+
+  @property
+  def left_out(self) -> int:
+    """Questions that the first run could not ask."""
+    return self.data["left_out"]
+
+  @property
+  def complete(self) -> bool:
+    """Whether every run asked every question."""
+    return not any(run["left_out"] for run in self.data["runs"].values())
+
+  def groups(self, key: str) -> Mapping[str, Mapping[str, Any]]:
+    """Group -> run -> its accuracy, by "task", "duration", "kind", ..."""
+    return self.data.get(f"by_{key}", {})
+
+  def table(self) -> str:
+    """Accuracies by everything, as text for a terminal."""
+    return pages.table(self.data)
+
+  def summary(self) -> str:
+    """The report in some lines."""
+    return pages.summary(self.data)
+
+  def _repr_markdown_(self) -> str:
+    """What a notebook shows of it."""
+    return pages.page(self.data)
+
+
+def build(runs: Mapping[str, Run]) -> Report:
+  """Scores of one or more runs as plain data.
+
+  An accuracy is {"accuracy", "chance", "count", "interval", "unreadable"}.
+  Null stands for shares of nothing.
 
   Args:
-    runs: scored answers by name; the first run is the one reported on, a run
-      named WITHOUT is the comparison.
-    seconds: that the evaluation took.
+    runs: by name; the first one is reported on, the others are compared with
+      it. All are of one benchmark.
 
   Returns:
-    `accuracy`, `chance`, `count` over all questions; `needle`,
-    `needle_chance`, `needle_count`, `needle_hidden` (share of needles whose
-    every frame forgetting drops) and `needle_without_memaug`; `by_task`,
-    `by_topic`, `by_duration`, `by_format`, `needle_by_duration` and
-    `needle_by_format`, each name -> run -> accuracy, chance, count.
+    `benchmark` and `versions`; `runs`, each with what its answers depend on,
+    its accuracy and what it left out; the first run's `accuracy`, `interval`,
+    `chance`, `count`, `unreadable`, `unfinished`, `left_out`, `seconds`;
+    `compared`, each other run against the first; `by_task`, `by_duration`,
+    `by_kind` and one more for every text in the questions' `extra`, such as
+    `by_topic`: group -> run -> accuracy; `examples`. Where questions are
+    marked as needles also `needle`, `needle_chance`, `needle_count`,
+    `needle_hidden` (share of needles whose every frame forgetting drops),
+    `needle_without_memaug`, `needle_by_duration` and `needle_by_format`.
+
+  Raises:
+    UserError: a run answered nothing.
   """
-  first = next(iter(runs.values()))
-  needles = {name: [s for s in run if s.needle] for name, run in runs.items()}
-  needle = accuracy(next(iter(needles.values())))
-  whole = accuracy(first)
-  hidden = [s.hidden for s in next(iter(needles.values()))]
-  report = {
-    "accuracy": whole.accuracy,
-    "chance": whole.chance,
-    "count": whole.count,
-    "needle": needle.accuracy,
-    "needle_without_memaug": accuracy(needles.get(WITHOUT, [])).accuracy,
-    "needle_chance": needle.chance,
-    "needle_count": needle.count,
-    "needle_hidden": sum(hidden) / max(len(hidden), 1),
-    "seconds": seconds,
-    "by_task": _by(runs, lambda s: s.task),
-    "by_topic": _by(runs, lambda s: s.topic),
-    "by_duration": _by(runs, duration_bin),
-    "by_format": _by(runs, lambda s: s.form),
-    "needle_by_duration": _by(needles, duration_bin),
-    "needle_by_format": _by(needles, lambda s: s.form),
+  for name, run in runs.items():
+    if not run.scored:
+      raise UserError(_nothing(name, run))
+  first, *others = runs
+  scored = runs[first].scored
+  keys = _keys(item for run in runs.values() for item in run.scored)
+  data = {
+    "benchmark": runs[first].about.get("benchmark", ""),
+    "versions": _versions(runs[first].about),
+    "runs": {name: _run(run) for name, run in runs.items()},
+    **_plain(accuracy(scored)),
+    "unfinished": sum(not item.finished for item in scored),
+    "left_out": len(runs[first].left_out),
+    "seconds": sum(i.seconds for run in runs.values() for i in run.scored),
+    "compared": {
+      name: dataclasses.asdict(compare(scored, runs[name].scored))
+      for name in others
+    },
+    **{f"by_{key}": _by(runs, _getter(key)) for key in keys},
+    **_needles(runs),
+    "examples": {
+      "wrong": _examples(
+        i for i in scored if i.parsed is not None and not i.correct
+      ),
+      "unreadable": _examples(i for i in scored if i.parsed is None),
+    },
   }
-  return _without_nan(report)
+  return Report(_without_nan(data))
 
 
-def _by(runs, key):
-  tables = {name: group(run, key) for name, run in runs.items()}
-  names = sorted({name for table in tables.values() for name in table})
+def write(
+  report: Report,
+  folder: str | os.PathLike,
+  curves: Mapping[str, Sequence[Mapping[str, float]]] | None = None,
+) -> list[str]:
+  """Writes report.json, report.md and the pictures.
+
+  Args:
+    report: to write.
+    folder: is made if needed.
+    curves: losses of the runs, rows with "step" and "loss", if known.
+
+  Returns:
+    Names of the files.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  pictures = plots.pictures(report.data)
+  if curves:
+    pictures["loss.png"] = plots.losses(curves)
+  for name, figure in pictures.items():
+    write_whole(folder / name, plots.png(figure))
+  write_whole(folder / "report.md", pages.page(report.data, list(pictures)))
+  text = json.dumps(report.data, indent=2, allow_nan=False) + "\n"
+  write_whole(folder / _FILE, text)
+  return [_FILE, "report.md", *pictures]
+
+
+def load(folder: str | os.PathLike) -> Report:
+  """The report in a folder.
+
+  Raises:
+    UserError: there is none, or it is not one of this version.
+  """
+  path = pathlib.Path(folder) / _FILE
+  try:
+    data = json.loads(path.read_text())
+    data["runs"], data["by_task"], data["versions"]
+  except FileNotFoundError:
+    raise UserError(
+      f"{path} does not exist; run `python -m hourjax.evaluate"
+      f" --out={folder}` or correct the folder"
+    ) from None
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(
+      f"{path} is no report ({error!r}); evaluate again with --out={folder}"
+    ) from None
+  return Report(data)
+
+
+def _plain(found: Accuracy) -> dict[str, Any]:
+  return {
+    "accuracy": found.accuracy,
+    "interval": [found.low, found.high],
+    "chance": found.chance,
+    "count": found.count,
+    "unreadable": found.unreadable,
+  }
+
+
+def _run(run: Run) -> dict[str, Any]:
+  reasons = collections.Counter(
+    (item.video, item.reason) for item in run.left_out
+  )
+  return {
+    **run.about,
+    **_plain(accuracy(run.scored)),
+    "unfinished": sum(not item.finished for item in run.scored),
+    "seconds": sum(item.seconds for item in run.scored),
+    "left_out": [
+      {"video": video, "questions": count, "reason": reason}
+      for (video, reason), count in reasons.items()
+    ],
+  }
+
+
+def _versions(about: Mapping[str, Any]) -> dict[str, str]:
+  return {
+    "benchmark": str(about.get("version", "")),
+    "parser": str(about.get("parser", "")),
+    "hourjax": hourjax.__version__,
+    **{name: importlib.metadata.version(name) for name in ("jax", "numpy")},
+  }
+
+
+def _keys(scored: Iterable[Scored]) -> list[str]:
+  """What questions are told apart by: their own fields, then `extra`'s."""
+  known: dict[str, None] = {}
+  for item in scored:
+    extra = item.question.extra
+    known |= {k: None for k, v in extra.items() if isinstance(v, str)}
+  fixed = ("task", "duration", "kind")
+  return [*fixed, *sorted(known.keys() - set(fixed))]
+
+
+def _getter(key: str) -> Callable[[Scored], str]:
+  if key in ("task", "duration", "kind"):
+    return lambda item: getattr(item.question, key)
+  return lambda item: str(item.question.extra.get(key, ""))
+
+
+def _by(runs: Mapping[str, Run], key: Callable[[Scored], str]):
+  tables = {name: group(run.scored, key) for name, run in runs.items()}
+  names = in_order({name for table in tables.values() for name in table})
   return {
     name: {
-      run: dataclasses.asdict(table[name])
-      for run, table in tables.items()
-      if name in table
+      run: _plain(table[name]) for run, table in tables.items() if name in table
     }
     for name in names
   }
 
 
-def _without_nan(value):
+def _needles(runs: Mapping[str, Run]) -> dict[str, Any]:
+  """Questions for what a video shows for a second or two only."""
+  only = {
+    name: dataclasses.replace(
+      run,
+      scored=tuple(i for i in run.scored if i.question.extra.get("needle")),
+    )
+    for name, run in runs.items()
+  }
+  scored = next(iter(only.values())).scored
+  whole = accuracy(scored)
+  without = only[WITHOUT].scored if WITHOUT in only else ()
+  hidden = sum(bool(i.question.extra.get("hidden")) for i in scored)
+  return {
+    "needle": whole.accuracy,
+    "needle_interval": [whole.low, whole.high],
+    "needle_without_memaug": accuracy(without).accuracy,
+    "needle_chance": whole.chance,
+    "needle_count": whole.count,
+    "needle_hidden": hidden / max(len(scored), 1),
+    "needle_by_duration": _by(only, _getter("duration")),
+    "needle_by_format": _by(only, _getter("format")),
+  }
+
+
+def _examples(scored: Iterable[Scored]) -> list[dict[str, Any]]:
+  """Some, spread evenly over all of them."""
+  items = list(scored)
+  step = max(1, math.ceil(len(items) / _EXAMPLES))
+  return [
+    {
+      "id": item.question.id,
+      "video": item.question.video,
+      "prompt": item.question.prompt,
+      "answer": item.answer,
+      "parsed": item.parsed,
+      "expected": item.question.expected,
+    }
+    for item in items[::step]
+  ]
+
+
+def _nothing(name: str, run: Run) -> str:
+  if not run.left_out:
+    return f"{name} was asked no question: there is nothing to report"
+  first = run.left_out[0]
+  return (
+    f"none of the {len(run.left_out)} questions could be asked of {name}, so"
+    f" there is nothing to report; the first, {first.id}: {first.reason}"
+  )
+
+
+def _without_nan(value: Any) -> Any:
   """JSON has no NaN: an empty group's accuracy is null."""
   if isinstance(value, dict):
     return {key: _without_nan(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_without_nan(item) for item in value]
   if isinstance(value, float) and math.isnan(value):
     return None
   return value
-
-
-def write_report(report: Mapping[str, Any], folder: str | os.PathLike) -> None:
-  """Writes report.json and the accuracy plots."""
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-  plot_accuracy(
-    report["by_task"], "Accuracy by task", folder / "accuracy_by_task.png"
-  )
-  plot_accuracy(
-    report["by_duration"],
-    "Accuracy by length of video",
-    folder / "accuracy_by_duration.png",
-  )
-  if report["needle_count"]:
-    plot_accuracy(
-      report["needle_by_duration"],
-      "Needles (shown for 1-2 s) by length of video",
-      folder / "needles_by_duration.png",
-    )
-
-
-def table(report: Mapping[str, Any]) -> str:
-  """The report as text for a terminal."""
-  runs = list(next(iter(report["by_task"].values())))
-  head = f"{'':<28}{'n':>6}{'chance':>9}" + "".join(f"{r:>17}" for r in runs)
-  lines = [head]
-  for title, key in [
-    ("topic", "by_topic"),
-    ("task", "by_task"),
-    ("length", "by_duration"),
-    ("needles, by length", "needle_by_duration"),
-    ("needles, by format", "needle_by_format"),
-  ]:
-    if not report[key]:
-      continue
-    lines += ["-" * len(head), title]
-    for name, row in report[key].items():
-      lines.append(_line("  " + name, row, runs))
-  return "\n".join(lines)
-
-
-def _line(name: str, row: Mapping[str, Any], runs: Sequence[str]) -> str:
-  any_run = next(iter(row.values()))
-  text = f"{name:<28}{any_run['count']:>6}{any_run['chance']:>9.0%}"
-  for run in runs:
-    shown = f"{row[run]['accuracy']:.0%}" if run in row else "-"
-    text += f"{shown:>17}"
-  return text
-
-
-def plot_accuracy(
-  groups: Mapping[str, Mapping[str, Any]], title: str, path: pathlib.Path
-) -> None:
-  """Bars of each run by group, a tick at chance, counts in the labels."""
-  runs = list(next(iter(groups.values())))
-  names = list(groups)
-  figure, axes = plt.subplots(
-    figsize=(7, 1.2 + 0.34 * len(names)), layout="constrained"
-  )
-  height = 0.8 / len(runs)
-  colours = ["#1b6ca8", "#c9ced6"]
-  for offset, (run, colour) in enumerate(zip(runs, colours)):
-    places = [i + (offset - (len(runs) - 1) / 2) * height for i in
-              range(len(names))]  # fmt: skip
-    values = [groups[n].get(run, {}).get("accuracy") or 0 for n in names]
-    axes.barh(places, values, height * 0.92, label=run, color=colour)
-  for i, name in enumerate(names):
-    chance = next(iter(groups[name].values()))["chance"]
-    label = "chance" if not i else None
-    axes.plot([chance] * 2, [i - 0.45, i + 0.45], "k:", lw=1.4, label=label)
-  counts = [next(iter(groups[n].values()))["count"] for n in names]
-  labels = [f"{n.replace('_', ' ')} ({c})" for n, c in zip(names, counts)]
-  axes.set_yticks(range(len(names)), labels)
-  axes.set_ylim(len(names) - 0.4, -0.6)
-  axes.set_xlim(0, 1)
-  axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-  axes.set_title(title, loc="left")
-  axes.spines[["top", "right"]].set_visible(False)
-  figure.legend(loc="outside lower right", ncols=3, frameon=False)
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
-
-
-def plot_losses(
-  curves: Mapping[str, Sequence[Mapping[str, float]]], path: pathlib.Path
-) -> None:
-  """Loss by step of each run, from the rows of its metrics.jsonl."""
-  figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
-  for name, rows in curves.items():
-    axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], label=name)
-  axes.set(xlabel="step", ylabel="cross entropy", yscale="log")
-  axes.set_title("Training loss", loc="left")
-  axes.spines[["top", "right"]].set_visible(False)
-  axes.legend(frameon=False)
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
-
-
-def summary(report: Mapping[str, Any]) -> str:
-  """The report in one or two lines."""
-  lines = [
-    f"accuracy {report['accuracy']:.1%} of {report['count']} questions"
-    f" (chance {report['chance']:.1%})"
-  ]
-  if report["needle_count"]:
-    line = (
-      f"needles  {report['needle']:.1%} of {report['needle_count']} questions"
-      f" (chance {report['needle_chance']:.1%}); {report['needle_hidden']:.0%}"
-      " of them never reach the decoder directly"
-    )
-    if report["needle_without_memaug"] is not None:
-      line += f"; without MemAug {report['needle_without_memaug']:.1%}"
-    lines.append(line)
-  return "\n".join(lines)

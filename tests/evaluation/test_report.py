@@ -1,119 +1,259 @@
+"""Numbers, files, page and pictures of a report."""
+
+import itertools
 import json
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from hourjax.evaluation import report
-from hourjax.evaluation.scoring import Scored
+from hourjax.errors import UserError
+from hourjax.evaluation import pages, plots, report
+from hourjax.evaluation.scoring import LeftOut, Run, score, wilson
+from tests.evaluation.fakes import question
+
+WITH = "with MemAug"
+ABOUT = {
+  "model": "stage2@240",
+  "benchmark": "records",
+  "version": "records-1-abc",
+  "parser": 1,
+  "subtitles": False,
+  "videos": "features",
+  "frames": "one a second",
+  "max_tokens": 16,
+}
 
 
-def _run(rights, needles=True):
-  """Four questions, of which the last two are for needles."""
-  out = []
-  for n, right in enumerate(rights):
-    out.append(
-      Scored(
-        id=str(n),
-        task=("order", "colour")[n % 2],
-        topic=("time", "object")[n % 2],
-        form=("open", "multiple_choice")[n % 2],
-        needle=needles and n >= 2,
-        hidden=needles and n == 3,
-        minutes=(3.0, 20.0, 3.0, 60.0)[n],
-        chance=(0.5, 0.25, 0.25, 0.25)[n],
-        answer="red",
-        expected="red",
-        correct=right,
-      )
+def _run(answers, needles=True, left_out=(), about=None):
+  """Four questions whose answer is B; the last two are for needles."""
+  scored = []
+  for n, answer in enumerate(answers):
+    item = question(
+      1,
+      id=f"q{n}",
+      task=("order", "colour")[n % 2],
+      duration=("00-05 min", "10-20 min", "00-05 min", "30-60 min")[n % 4],
+      chance=0.5 if n == 0 else 0.25,
+      extra={
+        "topic": ("time", "object")[n % 2],
+        "format": ("open", "multiple_choice")[n % 2],
+        "needle": needles and n >= 2,
+        "hidden": needles and n == 3,
+      },
     )
-  return out
+    scored.append(score(item, {"answer": answer, "seconds": 2.0}))
+  return Run({**ABOUT, **(about or {})}, tuple(scored), tuple(left_out))
 
 
 @pytest.fixture
 def built():
-  runs = {
-    report.WITH: _run([True, True, True, False]),
-    report.WITHOUT: _run([False, True, False, False]),
+  return report.build({WITH: _run("BBBC"), report.WITHOUT: _run("CBCC")})
+
+
+def _part(right, count, chance, unreadable=0):
+  return {
+    "accuracy": right / count,
+    "interval": list(wilson(right, count)),
+    "chance": chance,
+    "count": count,
+    "unreadable": unreadable,
   }
-  return report.build_report(runs, 12.5)
 
 
 def test_numbers(built):
-  assert built["accuracy"] == 0.75 and built["count"] == 4
-  assert built["chance"] == 0.3125
-  assert built["needle"] == 0.5 and built["needle_count"] == 2
-  assert built["needle_without_memaug"] == 0
-  assert built["needle_chance"] == 0.25 and built["needle_hidden"] == 0.5
-  assert built["seconds"] == 12.5
-  assert built["by_task"]["order"] == {
-    report.WITH: {"accuracy": 1.0, "chance": 0.375, "count": 2},
-    report.WITHOUT: {"accuracy": 0.0, "chance": 0.375, "count": 2},
+  data = built.data
+  assert data["accuracy"] == 0.75 and data["count"] == 4
+  assert data["interval"] == list(wilson(3, 4))
+  assert data["chance"] == 0.3125
+  assert data["needle"] == 0.5 and data["needle_count"] == 2
+  assert data["needle_without_memaug"] == 0
+  assert data["needle_chance"] == 0.25 and data["needle_hidden"] == 0.5
+  assert data["seconds"] == 16
+  assert data["by_task"]["order"] == {
+    WITH: _part(2, 2, 0.375),
+    report.WITHOUT: _part(0, 2, 0.375),
   }
-  assert list(built["by_duration"]) == ["00-05 min", "10-20 min", "30-60 min"]
-  assert list(built["needle_by_duration"]) == ["00-05 min", "30-60 min"]
+  lengths = ["00-05 min", "10-20 min", "30-60 min"]
+  assert list(data["by_duration"]) == lengths
+  assert list(data["needle_by_duration"]) == ["00-05 min", "30-60 min"]
+  assert data["needle_by_format"]["open"][WITH] == _part(1, 1, 0.25)
+  assert data["by_topic"].keys() == {"time", "object"}
+  assert data["by_format"].keys() == {"open", "multiple_choice"}
+  assert data["compared"][report.WITHOUT]["only_ours"] == 2
+  assert data["runs"][WITH]["model"] == "stage2@240"
+  assert data["benchmark"] == "records"
+  assert data["versions"].keys() >= {"benchmark", "parser", "hourjax", "jax"}
 
 
-def test_without_a_comparison_or_needles():
-  alone = report.build_report({report.WITH: _run([True] * 4, False)}, 1.0)
-  assert alone["accuracy"] == 1
+def test_alone_and_without_needles():
+  data = report.build({"m": _run("BBBB", needles=False)}).data
+  assert data["accuracy"] == 1 and data["compared"] == {}
   for key in ("needle", "needle_chance", "needle_without_memaug"):
-    assert alone[key] is None
-  assert alone["needle_count"] == alone["needle_hidden"] == 0
-  assert "needles" not in report.summary(alone)
-  assert "order" in report.table(alone)
+    assert data[key] is None
+  assert data["needle_count"] == data["needle_hidden"] == 0
+  assert data["needle_by_duration"] == data["needle_by_format"] == {}
+  assert "needles" not in pages.summary(data) + pages.table(data)
 
 
-def _assert_drawn(path):
-  pixels = np.asarray(Image.open(path).convert("RGB"))
-  assert min(pixels.shape[:2]) > 100
-  inked = (pixels.min(axis=-1) < 200).mean()
-  assert 0.005 < inked < 0.9, (path, inked)
+def test_nothing_to_report():
+  lost = LeftOut("q9", "z.mp4", "z.mp4 is gone")
+  with pytest.raises(UserError, match=r"none of the 1 questions .* is gone"):
+    report.build({"m": _run("", left_out=[lost])})
+  with pytest.raises(UserError, match="asked no question"):
+    report.build({"m": _run("")})
 
 
-def test_written_files(built, tmp_path):
-  report.write_report(built, tmp_path / "out")
-  written = json.loads((tmp_path / "out" / "report.json").read_text())
-  assert written == built
-  assert written.keys() >= {
-    "accuracy",
-    "needle",
-    "needle_without_memaug",
-    "chance",
-    "seconds",
-    "by_task",
-    "by_duration",
-  }
-  names = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
-  assert names == [
+def test_written_and_read_again(built, tmp_path):
+  names = report.write(built, tmp_path / "out")
+  assert sorted(names) == sorted(p.name for p in (tmp_path / "out").iterdir())
+  assert sorted(names) == [
     "accuracy_by_duration.png",
     "accuracy_by_task.png",
     "needles_by_duration.png",
+    "report.json",
+    "report.md",
   ]
+  written = json.loads((tmp_path / "out" / "report.json").read_text())
+  assert written == built.data
+  again = report.load(tmp_path / "out")
+  assert again == built and again.names == [WITH, report.WITHOUT]
+  assert again.groups("task") == built.data["by_task"]
+  assert again.groups("weather") == {}
+  page = (tmp_path / "out" / "report.md").read_text()
   for name in names:
-    _assert_drawn(tmp_path / "out" / name)
+    assert (f"![]({name})" in page) == name.endswith(".png")
 
 
-def test_report_without_needles_is_written(tmp_path):
-  alone = report.build_report({report.WITH: _run([True] * 4, False)}, 1.0)
-  report.write_report(alone, tmp_path)
-  assert json.loads((tmp_path / "report.json").read_text())["needle"] is None
-  assert not (tmp_path / "needles_by_duration.png").exists()
+def test_no_report(tmp_path):
+  with pytest.raises(UserError, match="does not exist"):
+    report.load(tmp_path)
+  (tmp_path / "report.json").write_text('{"accuracy": 0.5}')
+  with pytest.raises(UserError, match="is no report"):
+    report.load(tmp_path)
 
 
-def test_loss_curves(tmp_path):
-  curves = {
-    name: [{"step": s, "loss": 3.0 / (s + n)} for s in range(1, 20)]
-    for n, name in enumerate([report.WITH, report.WITHOUT])
-  }
-  report.plot_losses(curves, tmp_path / "loss.png")
-  _assert_drawn(tmp_path / "loss.png")
+def test_page(built):
+  page = pages.page(built.data)
+  for part in (
+    "# records: with MemAug, without MemAug",
+    "| model | stage2@240 | stage2@240 |",
+    "| version of questions and prompts | records-1-abc | records-1-abc |",
+    "| subtitles | no | no |",
+    "accuracy 75.0% [30.1, 95.4] of 4 questions (chance 31.2%)",
+    "| order | 2 | 38% | 100% [34, 100] | 0% [0, 66] |",
+    "Nothing: every question was asked.",
+    "said 'C'\n    read as 'C', expected 'B'",
+  ):
+    assert part in page
+  assert "unreadable answers, counted" not in page
+  # Every table has as many cells as its head.
+  for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_page_tells_what_is_left_out_and_unreadable():
+  lost = [LeftOut(f"x{n}", f"v{n // 3}.mp4", "it | is gone") for n in range(6)]
+  run = _run(["B", "C", "mumble | `grumble`", "B"], left_out=lost)
+  data = report.build({"m": run}).data
+  page = pages.page(data)
+  assert "10 questions, 4 asked, 6 left out: 2 videos" in page
+  assert "- v1.mp4 (3): it \\| is gone" in page
+  assert "unreadable answers, counted as wrong: 1" in page
+  assert "Examples of unreadable answers" in page
+  assert "    said 'mumble | `grumble`'\n    read as nothing" in page
+  assert "10 questions, 4 asked" in pages.summary(data)
+
+
+def test_runs_over_different_questions():
+  lost = [LeftOut("q3", "v.mp4", "gone")]
+  data = report.build({"a": _run("BBBB"), "b": _run("BBC", left_out=lost)}).data
+  (line,) = [x for x in pages.table(data).splitlines() if "colour" in x]
+  assert line.split() == [
+    *("colour", "2", "25%", "100%", "[34,", "100]"),
+    *("100%", "of", "1", "[21,", "100]"),
+  ]
+  assert "scored on what they asked" in pages.summary(data)
+  assert "30-60 min" in pages.table(data)
+
+
+def test_long_prompts_are_cut_in_the_middle():
+  item = question(1, prompt="start " + "x" * 5000 + " end")
+  run = Run(ABOUT, (score(item, {"answer": "C"}),), ())
+  page = pages.page(report.build({"m": run}).data)
+  assert "    start xxx" in page and "xxx end\n" in page
+  assert "[... 3,810 characters ...]" in page and len(page) < 4000
 
 
 def test_table_and_summary(built):
-  text = report.table(built)
-  (line,) = [x for x in text.splitlines() if x.strip().startswith("order")]
-  assert line.split() == ["order", "2", "38%", "100%", "0%"]
-  text = report.summary(built)
-  assert "accuracy 75.0% of 4 questions (chance 31.2%)" in text
+  (line,) = [x for x in built.table().splitlines() if "order" in x]
+  cells = ["order", "2", "38%", "100%", "[34,", "100]", "0%", "[0,", "66]"]
+  assert line.split() == cells
+  text = built.summary()
   assert "needles  50.0% of 2" in text and "without MemAug 0.0%" in text
+  assert "against without MemAug: +50.0 points [" in text
+  assert "2 right here alone, 0 there alone" in text
+
+
+def _inked(figure, tmp_path):
+  path = tmp_path / "picture.png"
+  path.write_bytes(plots.png(figure))
+  pixels = np.asarray(Image.open(path).convert("RGB"))
+  assert min(pixels.shape[:2]) > 100
+  return (pixels.min(axis=-1) < 200).mean()
+
+
+def test_pictures(built, tmp_path):
+  pictures = plots.pictures(built.data)
+  assert len(pictures) == 3
+  curves = {
+    name: [{"step": s, "loss": 3.0 / (s + n)} for s in range(1, 20)]
+    for n, name in enumerate(built.names)
+  }
+  for figure in [*pictures.values(), plots.losses(curves)]:
+    assert 0.005 < _inked(figure, tmp_path) < 0.9
+
+
+def _texts(figure):
+  """Boxes of the labels of groups, in pixels."""
+  figure.canvas.draw()
+  (axes,) = figure.axes
+  return [label.get_window_extent() for label in axes.get_yticklabels()]
+
+
+@pytest.mark.parametrize("runs", [1, 2, 5])
+@pytest.mark.parametrize("count", [1, 6, 45])
+def test_labels_do_not_collide(runs, count):
+  names = [f"a rather long name of task {n} that wraps twice" for n in
+           range(count)]  # fmt: skip
+  part = _part(1, 3, 0.25)
+  groups = {n: {f"model-{r}@200": part for r in range(runs)} for n in names}
+  (figure,) = plots.pictures({"by_task": groups}).values()
+  boxes = _texts(figure)
+  assert len(boxes) == count
+  for above, below in itertools.pairwise(boxes):
+    assert above.y0 >= below.y1
+  width, height = figure.canvas.get_width_height()
+  for box in boxes:
+    assert box.x0 >= 0 and box.x1 <= width
+    assert box.y0 >= 0 and box.y1 <= height
+  legend = figure.legends[0].get_window_extent()
+  assert legend.x0 >= 0 and legend.x1 <= width
+  assert legend.y1 <= boxes[-1].y0
+
+
+def test_two_reports_side_by_side(built):
+  other = report.build({WITH: _run("CCCC")})
+  figure = plots.accuracy([built, other], by="duration")
+  (axes,) = figure.axes
+  labels = [text.get_text() for text in figure.legends[0].get_texts()]
+  assert labels == [
+    "chance", WITH, report.WITHOUT, f"{WITH} (2)"
+  ]  # fmt: skip
+  bars = {c.get_label(): c for c in axes.containers if c.get_label() in labels}
+  widths = [bar.get_width() for bar in bars[WITH]]
+  assert widths == [1.0, 1.0, 0.0]
+  assert axes.get_title(loc="left") == "Accuracy by length of video"
+  with pytest.raises(ValueError, match="by 'weather'"):
+    plots.accuracy([built], by="weather")

@@ -1,154 +1,136 @@
+"""Shares, their intervals, and what counts as right."""
+
 import math
 
 import pytest
 
-from hourjax.data.records import Record, Turn
 from hourjax.evaluation.scoring import (
-  Scored,
   accuracy,
-  duration_bin,
+  compare,
   group,
-  normalise,
-  parse_letter,
+  in_order,
+  is_right,
   score,
+  wilson,
 )
+from tests.evaluation.fakes import question
 
 
-def _scored(**values):
-  given = {
-    "id": "x",
-    "task": "order",
-    "topic": "time",
-    "form": "open",
-    "needle": False,
-    "hidden": False,
-    "minutes": 3.0,
-    "chance": 0.25,
-    "answer": "red",
-    "expected": "red",
-    "correct": True,
-  }
-  return Scored(**{**given, **values})
-
-
-def _record(name, **facts):
-  question = {
-    "task": "order",
-    "topic": "time",
-    "format": "open",
-    "answer": "red",
-    "letter": None,
-    "needle": False,
-    "dropped": None,
-    "chance": 0.5,
-    **facts,
-  }
-  turns = (Turn("human", "Why?"), Turn("gpt", "red"))
-  extra = {"questions": [question], "duration": 90.0}
-  return Record(name, "text", (), turns, "", extra)
-
-
-@pytest.mark.parametrize(
-  ("answer", "letter"),
-  [
-    ("B", "B"),
-    ("b", "B"),
-    ("B.", "B"),
-    ("B. red", "B"),
-    ("(B) red", "B"),
-    (" \n B", "B"),
-    ("B) it", "B"),
-    ("Blue", None),
-    ("a boat", "A"),
-    ("", None),
-    ("the B", None),
-    ("Z", None),
-    ("7", None),
-  ],
-)
-def test_parse_letter(answer, letter):
-  assert parse_letter(answer) == letter
-
-
-@pytest.mark.parametrize(
-  ("answer", "expected"),
-  [
-    ("Red", "red"),
-    ("  the  Red\nboat. ", "the red boat"),
-    ("yes!", "yes"),
-    ("3.5", "3.5"),
-    ("", ""),
-  ],
-)
-def test_normalise(answer, expected):
-  assert normalise(answer) == expected
+def _scored(number=1, answer="B", **changes):
+  return score(question(number, **changes), {"answer": answer})
 
 
 def test_score():
-  records = [
-    _record("open"),
-    _record("wrong"),
-    _record("letter", letter="C", format="multiple_choice", chance=0.25),
-    _record("word", letter="C", format="multiple_choice", chance=0.25),
-    _record("needle", needle=True, dropped=True),
-    _record("unanswered"),
-  ]
-  answers = {
-    "open": " Red.",
-    "wrong": "reddish",
-    "letter": "C. red",
-    # The option's text is no letter.
-    "word": "red",
-    "needle": "red",
-  }
-  scored = {item.id: item for item in score(records, answers)}
-  assert scored.keys() == answers.keys()
-  right = {name for name, item in scored.items() if item.correct}
-  assert right == {"open", "letter", "needle"}
-  assert scored["letter"].expected == "C" and scored["letter"].chance == 0.25
-  assert scored["needle"].needle and scored["needle"].hidden
-  assert not scored["open"].needle and not scored["open"].hidden
-  assert scored["open"].minutes == 1.5 and scored["open"].chance == 0.5
+  right = score(
+    question(1), {"answer": "(B)", "finished": False, "seconds": 2.5}
+  )
+  assert right.correct and right.parsed == "B" and right.answer == "(B)"
+  assert not right.finished and right.seconds == 2.5
+  wrong = _scored(answer="C")
+  assert not wrong.correct and wrong.parsed == "C" and wrong.finished
+  unreadable = _scored(answer="")
+  assert not unreadable.correct and unreadable.parsed is None
+  # What a record says of itself does not count.
+  lie = score(question(1), {"answer": "C", "parsed": "B", "correct": True})
+  assert not lie.correct
 
 
-def test_accuracy_and_chance_are_means():
+@pytest.mark.parametrize(
+  ("kind", "parsed", "expected", "right"),
+  [
+    ("choice", "B", "B", True),
+    ("choice", "A", "B", False),
+    ("choice", None, "B", False),
+    ("yes_no", "yes", "yes", True),
+    ("match", "2", "2", True),
+    # The words of an answer, as a file writes them.
+    ("open", "the red boat", "The  red boat.", True),
+    ("open", "red boat", "The red boat", False),
+    ("open", None, "", False),
+  ],
+)
+def test_is_right(kind, parsed, expected, right):
+  item = question(1, kind=kind, expected=expected)
+  assert is_right(parsed, item) is right
+
+
+# As scipy's binomtest(...).proportion_ci(method="wilson") gives them.
+@pytest.mark.parametrize(
+  ("right", "count", "low", "high"),
+  [
+    (0, 10, 0.0, 0.2775),
+    (4, 4, 0.5101, 1.0),
+    (50, 100, 0.4038, 0.5962),
+    (81, 263, 0.2553, 0.3662),
+    (1, 1, 0.2065, 1.0),
+  ],
+)
+def test_wilson(right, count, low, high):
+  assert wilson(right, count) == pytest.approx((low, high), abs=5e-5)
+  mirrored = wilson(count - right, count)
+  assert mirrored == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_accuracy():
   items = [
     _scored(chance=0.5),
-    _scored(chance=0.25, correct=False),
-    _scored(chance=0.25, correct=False),
-    _scored(chance=0.25),
+    _scored(answer="A"),
+    _scored(answer="no idea"),
+    _scored(),
   ]
   whole = accuracy(items)
   assert (whole.accuracy, whole.chance, whole.count) == (0.5, 0.3125, 4)
+  assert (whole.low, whole.high) == wilson(2, 4)
+  assert whole.unreadable == 1
   empty = accuracy([])
-  assert math.isnan(empty.accuracy) and math.isnan(empty.chance)
+  assert math.isnan(empty.accuracy) and math.isnan(empty.low)
   assert empty.count == 0
 
 
 def test_group():
   items = [
     _scored(task="b"),
-    _scored(task="a", correct=False),
-    _scored(task="b", correct=False),
+    _scored(task="a", answer="C"),
+    _scored(task="b", answer="C"),
+    _scored(task=""),
   ]
-  groups = group(iter(items), lambda item: item.task)
+  groups = group(iter(items), lambda item: item.question.task)
   assert list(groups) == ["a", "b"]
   assert [g.accuracy for g in groups.values()] == [0, 0.5]
   assert [g.count for g in groups.values()] == [1, 2]
 
 
-@pytest.mark.parametrize(
-  ("minutes", "name"),
-  [
-    (0.5, "00-05 min"),
-    (5.0, "00-05 min"),
-    (5.01, "05-10 min"),
-    (10.0, "05-10 min"),
-    (20.0, "10-20 min"),
-    (30.0, "20-30 min"),
-    (60.0, "30-60 min"),
-    (61.0, "over 60 min"),
-  ],
-)
-def test_duration_bins(minutes, name):
-  assert duration_bin(_scored(minutes=minutes)) == name
+def test_lengths_come_from_short_to_long():
+  names = ["order", "long", "over 60 min", "10-20 min", "short", "8-15 s"]
+  names += ["3-10 min", "medium", "15-60 s", "30-60 min", "1-2 h"]
+  assert in_order(names) == [
+    "8-15 s",
+    "15-60 s",
+    "3-10 min",
+    "10-20 min",
+    "30-60 min",
+    "1-2 h",
+    "over 60 min",
+    "short",
+    "medium",
+    "long",
+    "order",
+  ]
+
+
+def _run(answers):
+  return [_scored(4 * n + 1, answer) for n, answer in enumerate(answers)]
+
+
+def test_compare():
+  ours, theirs = _run("BBBBACB"), _run("BACAAB")
+  found = compare(ours, theirs)  # the seventh has one answer only
+  assert (found.count, found.only_ours, found.only_theirs) == (6, 3, 1)
+  assert found.difference == pytest.approx(2 / 6)
+  # By hand: d = 2/8, changed = 5/8, reach = 1.96 sqrt((5/8 - 1/16) / 8).
+  assert found.low == pytest.approx(0.25 - 0.5197, abs=1e-4)
+  assert found.high == pytest.approx(0.25 + 0.5197, abs=1e-4)
+  same = compare(ours, ours)
+  assert same.difference == 0 and same.low == -same.high < 0
+  nothing = compare(ours, [])
+  assert nothing.count == nothing.difference == 0 and nothing.low < -0.9

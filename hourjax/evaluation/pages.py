@@ -1,0 +1,258 @@
+"""A report as a page to read and as text for a terminal."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Data = Mapping[str, Any]
+
+# What of a run.json the page tells, in its words.
+_ABOUT = {
+  "model": "model",
+  "benchmark": "benchmark",
+  "version": "version of questions and prompts",
+  "parser": "version of the parser",
+  "subtitles": "subtitles",
+  "videos": "videos read from",
+  "frames": "frames",
+  "max_tokens": "longest answer, in tokens",
+}
+_NOTE = (
+  "Intervals are Wilson's at 95 % and take questions as independent. Chance is"
+  " what guessing would reach. Answers that could not be read count as wrong."
+)
+_LISTED = 50  # videos left out that a page names; all are in report.json
+_LONGEST = 1200  # characters of an example's prompt
+
+
+def page(data: Data, pictures: Sequence[str] = ()) -> str:
+  """The whole report in Markdown.
+
+  Args:
+    data: of a report.
+    pictures: file names beside the page.
+  """
+  parts = [
+    f"# {data['benchmark']}: {', '.join(data['runs'])}",
+    "```\n" + summary(data) + "\n```",
+    "## What was run",
+    _about(data),
+    "## Scores",
+    _NOTE,
+  ]
+  for title, groups in tables(data):
+    parts += [f"### {title[0].upper()}{title[1:]}", _scores(data, groups)]
+  parts += [f"![]({name})" for name in pictures]
+  parts += ["## Left out", _left_out(data)]
+  for kind, items in data["examples"].items():
+    if items:
+      parts.append(f"## Examples of {kind} answers")
+      parts += [_example(item) for item in items]
+  return "\n\n".join(parts) + "\n"
+
+
+def table(data: Data) -> str:
+  """Accuracies by everything as text for a terminal, intervals in percent."""
+  names = list(data["runs"])
+  found = tables(data)
+  cells = {
+    (title, group): _cells(row, names)
+    for title, groups in found
+    for group, row in groups.items()
+  }
+  width = 3 + max(len(text) for row in [names, *cells.values()] for text in row)
+
+  def line(first, count, chance, row):
+    start = f"{first:<28}{count:>6}{chance:>9}"
+    return start + "".join(f"{text:>{width}}" for text in row)
+
+  head = line("", "n", "chance", names)
+  lines = [head]
+  for title, groups in found:
+    lines += ["-" * len(head), title]
+    for group, row in groups.items():
+      count, chance, *row = cells[title, group]
+      lines.append(line(f"  {_words(group)}", count, chance, row))
+  return "\n".join(lines)
+
+
+def summary(data: Data) -> str:
+  """The report in some lines."""
+  asked, runs = data["count"], data["runs"]
+  lines = [
+    f"accuracy {data['accuracy']:.1%} [{_interval(data)}] of {asked:,}"
+    f" questions (chance {data['chance']:.1%})"
+  ]
+  if data["unreadable"]:
+    lines.append(
+      f"unreadable answers, counted as wrong: {data['unreadable']:,}"
+    )
+  for name, run in runs.items():
+    if run["left_out"]:
+      lines.append(f"{name}: {_coverage(run)}")
+  if data["needle_count"]:
+    lines.append(_needles(data))
+  for name, pair in data["compared"].items():
+    low, high = (100 * end for end in (pair["low"], pair["high"]))
+    lines.append(
+      f"against {name}: {100 * pair['difference']:+.1f} points [{low:+.1f},"
+      f" {high:+.1f}] on {pair['count']:,} questions; {pair['only_ours']:,}"
+      f" right here alone, {pair['only_theirs']:,} there alone"
+    )
+  if len(runs) > 1 and any(run["left_out"] for run in runs.values()):
+    lines.append("runs that left something out are scored on what they asked")
+  return "\n".join(lines)
+
+
+def tables(data: Data) -> list[tuple[str, Mapping[str, Data]]]:
+  """Titles and groups of a report, those that tell something apart.
+
+  A single kind of questions, say, is no table.
+  """
+  keys = [key for key in data if key.startswith("by_")]
+  order = ["by_topic", "by_task", "by_duration"]
+  keys = [k for k in order if k in keys] + [k for k in keys if k not in order]
+  named = [(_title(key), data[key]) for key in keys]
+  named += [
+    (f"needles, by {_title(key[len('needle_') :])}", data[key])
+    for key in ("needle_by_duration", "needle_by_format")
+    if data[key]
+  ]
+  kept = [item for item in named if len(item[1]) > 1 or "needles" in item[0]]
+  return kept or [item for item in named if item[1]][:1]
+
+
+def _title(key: str) -> str:
+  name = _words(key[len("by_") :])
+  return "length" if name == "duration" else name
+
+
+def _words(name: str) -> str:
+  return name.replace("_", " ")
+
+
+def _interval(accuracy: Data) -> str:
+  low, high = accuracy["interval"]
+  return f"{100 * low:.1f}, {100 * high:.1f}"
+
+
+def _cells(row: Data, names: Sequence[str]) -> list[str]:
+  """Questions, chance, and "28% [25, 31]" for each run.
+
+  A run that was asked another number of questions tells it.
+  """
+  first = next(iter(row.values()))
+  cells = [f"{first['count']:,}", f"{first['chance']:.0%}"]
+  for name in names:
+    if name not in row:
+      cells.append("-")
+      continue
+    found = row[name]
+    low, high = (round(100 * end) for end in found["interval"])
+    other = found["count"] != first["count"]
+    count = f" of {found['count']:,}" if other else ""
+    cells.append(f"{found['accuracy']:.0%}{count} [{low}, {high}]")
+  return cells
+
+
+def _coverage(run: Data) -> str:
+  """ "2,700 questions, 2,688 asked, 12 left out: 4 videos"."""
+  count = sum(item["questions"] for item in run["left_out"])
+  videos = len({item["video"] for item in run["left_out"]})
+  return (
+    f"{run['count'] + count:,} questions, {run['count']:,} asked, {count:,}"
+    f" left out: {videos:,} {'video' if videos == 1 else 'videos'}, see"
+    " report.md"
+  )
+
+
+def _needles(data: Data) -> str:
+  line = (
+    f"needles  {data['needle']:.1%} of {data['needle_count']} questions"
+    f" (chance {data['needle_chance']:.1%}); {data['needle_hidden']:.0%}"
+    " of them never reach the decoder directly"
+  )
+  if data["needle_without_memaug"] is not None:
+    line += f"; without MemAug {data['needle_without_memaug']:.1%}"
+  return line
+
+
+def _about(data: Data) -> str:
+  runs = data["runs"]
+  lines = ["| | " + " | ".join(runs) + " |", "|---" * (len(runs) + 1) + "|"]
+  for key, words in _ABOUT.items():
+    cells = [_text(run.get(key)) for run in runs.values()]
+    lines.append(f"| {words} | " + " | ".join(cells) + " |")
+  rows = {
+    "questions asked": "count",
+    "unreadable": "unreadable",
+    "not finished in that length": "unfinished",
+  }
+  for words, key in rows.items():
+    cells = [f"{run[key]:,}" for run in runs.values()]
+    lines.append(f"| {words} | " + " | ".join(cells) + " |")
+  spent = [f"{run['seconds'] / 60:.1f} min" for run in runs.values()]
+  lines.append("| time, all workers' | " + " | ".join(spent) + " |")
+  versions = ", ".join(
+    f"{name} {data['versions'][name]}" for name in ("hourjax", "jax", "numpy")
+  )
+  notes = " ".join(next(iter(runs.values())).get("notes", ()))
+  return "\n".join(lines) + f"\n\nWith {versions}. {notes}".rstrip()
+
+
+def _text(value: Any) -> str:
+  if isinstance(value, bool):
+    return "yes" if value else "no"
+  return str("" if value is None else value).replace("|", "\\|")
+
+
+def _scores(data: Data, groups: Mapping[str, Data]) -> str:
+  names = list(data["runs"])
+  lines = [
+    "| | n | chance | " + " | ".join(names) + " |",
+    "|---|---:|---:" + "|---:" * len(names) + "|",
+  ]
+  for group, row in groups.items():
+    cells = " | ".join([_text(_words(group)), *_cells(row, names)])
+    lines.append(f"| {cells} |")
+  return "\n".join(lines)
+
+
+def _left_out(data: Data) -> str:
+  parts = []
+  for name, run in data["runs"].items():
+    if not run["left_out"]:
+      continue
+    lines = [f"{name}: {_coverage(run).removesuffix(', see report.md')}."]
+    lines += [
+      f"- {item['video']} ({item['questions']}): {_text(item['reason'])}"
+      for item in run["left_out"][:_LISTED]
+    ]
+    more = len(run["left_out"]) - _LISTED
+    if more > 0:
+      lines.append(f"- and {more:,} more, listed in report.json")
+    parts.append("\n".join([lines[0], "", *lines[1:]]))
+  return "\n\n".join(parts) or "Nothing: every question was asked."
+
+
+def _example(item: Data) -> str:
+  said = repr(item["answer"])
+  read = "nothing" if item["parsed"] is None else repr(item["parsed"])
+  # Indented, so that no answer is taken for Markdown.
+  return (
+    f"**{_text(item['id'])}**, {_text(item['video'])}\n\n"
+    + textwrap.indent(_short(item["prompt"]), "    ", lambda _: True)
+    + "\n\n"
+    + textwrap.indent(
+      f"said {said}\nread as {read}, expected {item['expected']!r}", "    "
+    )
+  )
+
+
+def _short(prompt: str) -> str:
+  """A prompt's start and end; long subtitles stand between."""
+  if len(prompt) <= _LONGEST:
+    return prompt
+  half = _LONGEST // 2
+  left = len(prompt) - 2 * half
+  return f"{prompt[:half]}\n[... {left:,} characters ...]\n{prompt[-half:]}"

@@ -1,0 +1,188 @@
+"""The folder of an evaluation: what was asked, answered and left out.
+
+    OUT/run.json              what the answers depend on
+    OUT/answers-00000.jsonl   a worker's records, one a question
+    OUT/missing-00000.jsonl   what a worker could not ask, and why
+
+A worker writes files of its own and reads everyone's, so any number of them
+may share a folder, at a time or one after the other.
+"""
+
+import json
+import os
+import pathlib
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hourjax.errors import UserError
+
+Row = dict[str, Any]
+# A new parser reads the old answers: nobody is asked again.
+_MAY_CHANGE = frozenset({"parser"})
+_RUN = "run.json"
+
+
+class Records:
+  """Reads all records of a folder; writes those of one worker."""
+
+  def __init__(self, out: str | os.PathLike, worker: int = 0):
+    """Touches nothing.
+
+    Args:
+      out: folder of the evaluation; all workers see the same one.
+      worker: number of this process among those that write.
+    """
+    self.folder = pathlib.Path(out)
+    self._answers = self.folder / f"answers-{worker:05d}.jsonl"
+    self._missing = self.folder / f"missing-{worker:05d}.jsonl"
+    self._mended = False
+
+  def claim(self, about: Mapping[str, Any]) -> None:
+    """Makes the folder that of one run, or makes sure that it is.
+
+    This worker's list of what is missing starts anew: it will be tried again.
+
+    Args:
+      about: what the answers depend on, JSON values only.
+
+    Raises:
+      UserError: the folder holds another run, with each difference, or cannot
+        be written to.
+    """
+    try:
+      self.folder.mkdir(parents=True, exist_ok=True)
+      self._claim(dict(about))
+      self._missing.unlink(missing_ok=True)
+    except OSError as error:
+      raise UserError(
+        f"{self.folder} cannot be written to ({error}); make room, or choose"
+        " another --out"
+      ) from None
+
+  def about(self) -> Row:
+    """What the run's answers depend on, as `claim` wrote it.
+
+    Raises:
+      UserError: there is none, or it cannot be read.
+    """
+    path = self.folder / _RUN
+    try:
+      about = json.loads(path.read_text())
+    except FileNotFoundError:
+      raise UserError(
+        f"{path} does not exist: {self.folder} is no folder of an evaluation;"
+        " correct it"
+      ) from None
+    except (OSError, ValueError) as error:
+      raise UserError(
+        f"{path} cannot be read ({error}); choose another --out"
+      ) from None
+    if not isinstance(about, dict):
+      raise UserError(f"{path} is no JSON object; choose another --out")
+    return about
+
+  def answered(self) -> dict[str, Row]:
+    """Records of all workers by the question's id; the first one counts."""
+    rows: dict[str, Row] = {}
+    for row in self._rows("answers-*.jsonl"):
+      if isinstance(row.get("id"), str) and isinstance(row.get("answer"), str):
+        rows.setdefault(row["id"], row)
+    return rows
+
+  def left_out(self) -> dict[str, Row]:
+    """What could not be asked by any worker, by the question's id."""
+    answered = self.answered()
+    return {
+      row["id"]: row
+      for row in self._rows("missing-*.jsonl")
+      if row.get("id") not in answered and row.keys() >= {"id", "reason"}
+    }
+
+  def add(self, rows: Sequence[Row]) -> None:
+    """Appends records in one write: a kill leaves all of them or none.
+
+    Raises:
+      OSError: they cannot be written whole, e.g. the disk is full.
+    """
+    if not self._mended:
+      self._mend()
+    _append(self._answers, rows)
+
+  def leave_out(self, rows: Iterable[Row]) -> None:
+    """Appends what could not be asked: {"id", "video", "reason"}."""
+    _append(self._missing, rows)
+
+  def _claim(self, about: Row) -> None:
+    path = self.folder / _RUN
+    if not path.exists():
+      if any(self.folder.glob("answers-*.jsonl")):
+        raise UserError(
+          f"{self.folder} holds answers, but no {_RUN} that says whose; choose"
+          " another --out"
+        )
+      # Workers that start together write the same.
+      write_whole(path, _text(about))
+    old = self.about()
+    names = sorted((old.keys() | about.keys()) - _MAY_CHANGE)
+    differences = [
+      f"{name} is {_shown(old, name)} there and {_shown(about, name)} here"
+      for name in names
+      if old.get(name) != about.get(name)
+    ]
+    if differences:
+      raise UserError(
+        f"{self.folder} holds the answers of another run:"
+        f" {'; '.join(differences)}; choose another --out, or delete that"
+        " folder's files"
+      )
+    if old != about:
+      write_whole(path, _text(about))
+
+  def _rows(self, pattern: str) -> Iterable[Row]:
+    """Objects of all workers; half a line, as a kill leaves it, is none."""
+    for path in sorted(self.folder.glob(pattern)):
+      for line in path.read_bytes().split(b"\n"):
+        try:
+          row = json.loads(line)
+        except ValueError:
+          continue
+        if isinstance(row, dict):
+          yield row
+
+  def _mend(self) -> None:
+    """Ends a line that a kill tore, so that the next one starts its own."""
+    self._mended = True
+    if not self._answers.exists():
+      return
+    with open(self._answers, "rb+") as file:
+      if file.seek(0, os.SEEK_END):
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+          file.write(b"\n")
+
+
+def write_whole(path: pathlib.Path, data: str | bytes) -> None:
+  """Writes a file whole or not at all, also if several do so at a time."""
+  partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+  try:
+    partial.write_bytes(data.encode() if isinstance(data, str) else data)
+    os.replace(partial, path)
+  except BaseException:
+    partial.unlink(missing_ok=True)
+    raise
+
+
+def _append(path: pathlib.Path, rows: Iterable[Row]) -> None:
+  data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+  with open(path, "ab", buffering=0) as file:
+    if file.write(data) != len(data):
+      raise OSError(f"{path}: only part of the answers was written")
+
+
+def _text(about: Row) -> str:
+  return json.dumps(about, indent=2) + "\n"
+
+
+def _shown(about: Row, name: str) -> str:
+  return repr(about[name]) if name in about else "not told"
