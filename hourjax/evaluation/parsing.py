@@ -20,7 +20,8 @@ LETTERS = "ABCDEFGHIJ"
 def parse(answer: str, question: Question) -> str | None:
   """What an answer says, in the form of `question.expected`.
 
-  The right answer is the one that equals `expected`, whatever the kind.
+  The right answer is the one that equals `expected`; for free text, what
+  `normalise` makes of it.
 
     choice   "B", "(b)", "B. red", "The answer is B", or option B verbatim -> B
              "A man runs", "A or B", "", "E" of four options -> None

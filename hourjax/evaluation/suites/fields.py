@@ -1,5 +1,6 @@
 """Fields of annotation rows, checked: texts, options, the right one."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,6 +48,40 @@ def texts(row: Mapping[str, Any], key: str, at: str) -> tuple[str, ...]:
     )
   numbered = {f"{key}[{i}]": value for i, value in enumerate(values)}
   return tuple(text(numbered, name, at) for name in numbered)
+
+
+def number(row: Mapping[str, Any], key: str, at: str) -> float:
+  """A field that must hold a number.
+
+  Raises:
+    UserError: it does not.
+  """
+  value = row.get(key)
+  if isinstance(value, (int, float)) and math.isfinite(value):
+    return float(value)
+  raise UserError(
+    f"{at}: {key} is {value!r}, expected a number; fetch the file again"
+  )
+
+
+def rows(row: Mapping[str, Any], key: str, at: str) -> list[dict[str, Any]]:
+  """A field that must hold a list of objects.
+
+  Raises:
+    UserError: it does not.
+  """
+  value = row.get(key) if isinstance(row, dict) else row
+  if isinstance(value, list) and all(isinstance(v, dict) for v in value):
+    return value
+  raise UserError(
+    f"{at}: {key} is {value!r:.80}, expected a list of objects; fetch the file"
+    " again"
+  )
+
+
+def known(row: Mapping[str, Any], *keys: str) -> dict[str, str]:
+  """The fields that are there, as texts; reports group by them."""
+  return {key: str(row[key]) for key in keys if row.get(key)}
 
 
 def letter(answer: str, options: Sequence[str], at: str) -> str:

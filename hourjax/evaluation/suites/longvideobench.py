@@ -10,10 +10,10 @@ frames where they use them; here the video comes first, so they are listed
 before the question, in the words of Video-MME's authors.
 """
 
+import string
 from typing import Any
 
 from hourjax.errors import UserError
-from hourjax.evaluation.parsing import LETTERS
 from hourjax.evaluation.questions import Question
 from hourjax.evaluation.suites import fields, subtitles
 from hourjax.evaluation.suites.suite import Source, Suite
@@ -45,13 +45,13 @@ def _question(row: dict[str, Any], source: Source) -> Question:
     question=fields.text(row, "question", at),
     options=fields.lettered(options, "{}. {}"),
   )
-  extra = {"topic": fields.text(row, "topic_category", at)}
+  extra = fields.known(row, "topic_category", "level")
   if source.subtitles:
     said = _subtitles(row, source, at)
     extra["subtitles"] = "missing" if said is None else "given"
     if said is not None:
       prompt = SUBTITLES.format(subtitles=said) + prompt
-  group = row.get("duration_group")
+  group = fields.number(row, "duration_group", at)
   return Question(
     id=name,
     video=source.videos.name(
@@ -62,7 +62,7 @@ def _question(row: dict[str, Any], source: Source) -> Question:
     kind="choice",
     options=options,
     task=fields.text(row, "question_category", at),
-    duration=DURATIONS.get(group, f"{group} s"),
+    duration=DURATIONS.get(group, f"{group:g} s"),
     chance=1 / len(options),
     extra=extra,
   )
@@ -77,12 +77,13 @@ def _options(row: dict[str, Any], at: str) -> tuple[str, ...]:
 
 def _expected(row: dict[str, Any], options: tuple[str, ...], at: str) -> str:
   choice = row.get("correct_choice")
-  if not isinstance(choice, int) or choice < 0:
+  if not isinstance(choice, int) or not 0 <= choice < 26:
     raise UserError(
-      f"{at}: correct_choice is {choice!r}: the test split's answers are not"
-      " published; use the validation split (lvb_val.json)"
+      f"{at}: correct_choice is {choice!r}, expected an option's index from 0;"
+      " the test split's answers are not published, use the validation split"
+      " (lvb_val.json)"
     )
-  return fields.letter((LETTERS + "?" * 99)[choice], options, at)
+  return fields.letter(string.ascii_uppercase[choice], options, at)
 
 
 def _subtitles(row: dict[str, Any], source: Source, at: str) -> str | None:
@@ -90,9 +91,10 @@ def _subtitles(row: dict[str, Any], source: Source, at: str) -> str | None:
   if not name:
     return None
   # The subtitles are those of the video that the clip is cut from.
-  start = float(row.get("starting_timestamp_for_subtitles") or 0)
+  start = fields.number(row, "starting_timestamp_for_subtitles", at)
+  length = fields.number(row, "duration", at)
   return subtitles.read_json(
-    source.root / "subtitles" / name, start, start + float(row["duration"])
+    source.root / "subtitles" / name, start, start + length
   )
 
 

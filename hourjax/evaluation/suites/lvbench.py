@@ -30,8 +30,9 @@ def _rows(source: Source) -> Iterator[dict[str, Any]]:
     if "qa" not in row:
       yield row
       continue
-    for item in row["qa"]:
-      yield {**item, "key": row["key"], "type": row.get("type") or "unknown"}
+    key = fields.text(row, "key", source.file.name)
+    for item in fields.rows(row, "qa", f"{source.file.name}: video {key}"):
+      yield {**item, "key": key, "type": row.get("type")}
 
 
 def _question(row: dict[str, Any], source: Source) -> Question:
@@ -56,7 +57,7 @@ def _question(row: dict[str, Any], source: Source) -> Question:
     task=tasks[0] if tasks else "",
     chance=1 / len(options),
     # The authors count a question in each of its tasks.
-    extra={"tasks": tasks, "type": fields.text(row, "type", at)},
+    extra={"tasks": tasks, **fields.known(row, "type")},
   )
 
 

@@ -97,7 +97,7 @@ def _kind(text: str, answer: str, facts: dict[str, Any], at: str):
       return "choice", right, options
   if normalise(answer) in ("yes", "no"):
     return "yes_no", normalise(answer), ()
-  return "open", normalise(answer), ()
+  return "open", answer, ()
 
 
 def _letter(answer: str, probe: Question, at: str) -> str | None:

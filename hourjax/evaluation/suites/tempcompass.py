@@ -57,8 +57,9 @@ def _rows(source: Source) -> Iterator[dict[str, Any]]:
       yield row
       continue
     for video, aspects in row.items():
-      for aspect, items in aspects.items():
-        for item in items:
+      at = f"{source.file.name}: video {video}"
+      for aspect in aspects if isinstance(aspects, dict) else ("",):
+        for item in fields.rows(aspects, aspect, at):
           yield {**item, "video_id": video, "dim": aspect}
 
 

@@ -35,8 +35,9 @@ def _rows(source: Source) -> Iterator[dict[str, Any]]:
     if "questions" not in row:
       yield row
       continue
-    for item in row["questions"]:
-      url = row.get("url") or ""
+    url = str(row.get("url") or "")
+    at = f"{source.file.name}: video {row.get('video_id') or url}"
+    for item in fields.rows(row, "questions", at):
       yield {
         "duration": row.get("duration") or row.get("duration_category"),
         "domain": row.get("domain") or row.get("video_category"),
@@ -60,10 +61,7 @@ def _question(row: dict[str, Any], source: Source) -> Question:
     if options != listed
     else fields.lettered(listed, "{}. {}"),
   )
-  extra = {
-    "domain": fields.text(row, "domain", at),
-    "sub_category": fields.text(row, "sub_category", at),
-  }
+  extra = fields.known(row, "domain", "sub_category")
   if source.subtitles:
     said = subtitles.read_srt(source.root / "subtitle" / f"{video}.srt")
     extra["subtitles"] = "missing" if said is None else "given"

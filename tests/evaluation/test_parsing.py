@@ -1,0 +1,322 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hourjax.evaluation.parsing import LETTERS, normalise, parse
+from hourjax.evaluation.questions import Question
+
+OPTIONS = ("a blue hat", "Red", "running fast", "two dogs")
+
+
+def _choice(options=OPTIONS):
+  return Question("1", "v.mp4", "Which?", "A", "choice", tuple(options))
+
+
+CHOICES = {
+  # A letter, however it is written.
+  "B": "B",
+  "b": "B",
+  "B.": "B",
+  "b.": "B",
+  "(B)": "B",
+  "(b)": "B",
+  "[B]": "B",
+  "(B": "B",
+  "B)": "B",
+  " B \n": "B",
+  "**B**": "B",
+  "`B`": "B",
+  '"B"': "B",
+  "\\boxed{B}": "B",
+  "<answer>B</answer>": "B",
+  "Ｂ": "B",
+  "（Ｂ）": "B",
+  "B B": "B",
+  "B, B": "B",
+  "A": "A",
+  "a": "A",
+  "a)": "A",
+  # A letter with its option, or with another text.
+  "B: red": "B",
+  "B. red": "B",
+  "B red": "B",
+  "(B) red": "B",
+  "B) Red": "B",
+  "B - red": "B",
+  "b. red": "B",
+  "B, because of the dog": "B",
+  "B because it is": "B",
+  "A because it is": "A",
+  "A. a man walks": "A",
+  "A: a blue hat": "A",
+  "B. 5": "B",
+  "B\nA man is shown.": "B",
+  "B\n\nExplanation: the man of (A) is not there.": "B",
+  # A letter that is stated to be the answer.
+  "The answer is B": "B",
+  "The answer is b.": "B",
+  "The best answer is:\nB": "B",
+  "The correct answer is (B).": "B",
+  "Answer: (C).": "C",
+  "Answer:C": "C",
+  "Answer B": "B",
+  "answer = D": "D",
+  "My answer is option D.": "D",
+  "Best option: (B": "B",
+  "The best option is D. Two dogs": "D",
+  "The correct option is B because A is wrong": "B",
+  "The correct option is B because (A) shows a cat": "B",
+  "A is wrong, so the answer is B.": "B",
+  "Option B": "B",
+  "option b": "B",
+  "Option B is correct": "B",
+  "B is the correct answer": "B",
+  "(B) is right": "B",
+  "I think B": "B",
+  "I think it's B.": "B",
+  "I would go with D": "D",
+  "I choose (C)": "C",
+  "The answer is most likely C": "C",
+  "Based on the video, the answer would be C.": "C",
+  "Based on the video: C.": "C",
+  "It must be so, B": "B",
+  "A. hat\nB. red\nC. fast\nAnswer: B": "B",
+  # The option's text without a letter.
+  "a blue hat": "A",
+  "A blue hat": "A",
+  "red": "B",
+  "RED.": "B",
+  "The answer is red.": "B",
+  "The answer is a blue hat": "A",
+  "It is red.": "B",
+  "Two dogs.": "D",
+  # A sentence that begins with a word that could be a letter.
+  "A man in a hat walks by": None,
+  "A man": None,
+  "I see nothing": None,
+  "I think it is late": None,
+  "the answer is a man": None,
+  "The answer is A man": None,
+  "A-frame houses": None,
+  "U.S. soldiers": None,
+  "D'Artagnan": None,
+  "Both dogs run.": None,
+  "Vitamin C is good": None,
+  # Nothing.
+  "": None,
+  "   \n": None,
+  ".": None,
+  "?!": None,
+  "()": None,
+  "Yes": None,
+  "I don't know": None,
+  "None of the above": None,
+  "and": None,
+  # Several letters.
+  "A and B": None,
+  "A or B": None,
+  "A, B": None,
+  "A/B": None,
+  "A & B": None,
+  "(A) or (B)": None,
+  "(A), (B)": None,
+  "(A) (B)": None,
+  "A, B and C": None,
+  "B A": None,
+  "AB": None,
+  "ABCD": None,
+  "A\nB\nC\nD": None,
+  "A. hat\nB. red\nC. fast\nD. dogs": None,
+  "(A) hat (B) red": None,
+  "The answer is A or B": None,
+  "The answer is A and B": None,
+  "The answer is A. The answer is B.": None,
+  "Both A and B": None,
+  "I cannot choose between A and B": None,
+  "Option A or option B": None,
+  # Letters that are ruled out.
+  "B is wrong": None,
+  "B is not right": None,
+  "B isn't it": None,
+  "not B": None,
+  "The answer is not B": None,
+  # Letters beyond the options.
+  "E": None,
+  "(E)": None,
+  "E.": None,
+  "The answer is E": None,
+  "E. green": None,
+  "Option Z": None,
+  "5": None,
+}
+
+
+@pytest.mark.parametrize(("answer", "letter"), CHOICES.items())
+def test_choice(answer, letter):
+  assert parse(answer, _choice()) == letter
+
+
+@pytest.mark.parametrize(
+  ("answer", "options", "letter"),
+  [
+    # An option's text is no letter, a letter no option's text.
+    ("5", ("3", "5", "7"), "B"),
+    ("B. 5", ("3", "5", "7"), "B"),
+    ("The answer is 5.", ("3", "5", "7"), "B"),
+    ("x", ("x", "y"), "A"),
+    ("A. y", ("x", "y"), "A"),
+    ("(A) y", ("x", "y"), "A"),
+    ("A", ("B", "A"), "A"),
+    ("C major", ("C major", "D minor"), "A"),
+    ("A man runs", ("A dog runs", "A man runs"), "B"),
+    ("The answer is A man runs", ("A dog runs", "A man runs"), "B"),
+    ("E. green", ("a", "b", "c", "d", "green"), "E"),
+    # Two options with the same text: which one is not said.
+    ("red", ("red", "red", "blue"), None),
+    ("Red and blue", ("red", "blue"), None),
+    ("red hat", ("red", "blue"), None),
+  ],
+)
+def test_choice_among_other_options(answer, options, letter):
+  assert parse(answer, _choice(options)) == letter
+
+
+@pytest.mark.parametrize(
+  ("answer", "said"),
+  [
+    ("Yes", "yes"),
+    ("yes.", "yes"),
+    ("**No**", "no"),
+    ("no.", "no"),
+    ("Yes, the man is running.", "yes"),
+    ("No, he is not.", "no"),
+    ("No dogs are shown", "no"),
+    ("Yes, there is no dog.", "yes"),
+    ("The answer is no", "no"),
+    ("I think yes", "yes"),
+    ("No because he sits", "no"),
+    ("Yes and no", None),
+    ("Yes or no", None),
+    ("Yes. No.", None),
+    ("No, wait: yes", None),
+    ("There is no dog.", None),
+    ("Not really", None),
+    ("nobody", None),
+    ("Yesterday", None),
+    ("", None),
+    ("The man is running.", None),
+  ],
+)
+def test_yes_or_no(answer, said):
+  question = Question("1", "v.mp4", "Is it?", "yes", "yes_no")
+  assert parse(answer, question) == said
+
+
+CAPTIONS = ("A man is dribbling.", "A man: he is dunking.")
+
+
+@pytest.mark.parametrize(
+  ("answer", "symbols", "number"),
+  [
+    ("Option 1", "12", "1"),
+    ("Option 2: A man: he is dunking.", "12", "2"),
+    ("option two", "12", "2"),
+    ("The second option", "12", "2"),
+    ("1", "12", "1"),
+    ("(2)", "12", "2"),
+    ("2.", "12", "2"),
+    ("The best option is 2.", "12", "2"),
+    ("Option 3", "12", None),
+    ("1 and 2", "12", None),
+    ("Option 1 or Option 2", "12", None),
+    ("2 men are dribbling", "12", None),
+    ("1.5", "12", None),
+    ("A", "12", None),
+    ("Sentence A", "AB", "1"),
+    ("Sentence B: A man: he is dunking.", "AB", "2"),
+    ("Caption B", "AB", "2"),
+    ("B", "AB", "2"),
+    ("b.", "AB", "2"),
+    ("The better match is Sentence B.", "AB", "2"),
+    ("The second caption", "AB", "2"),
+    ("1", "AB", None),
+    ("Sentence C", "AB", None),
+    ("A man", "AB", None),
+    ("Sentence A and Sentence B", "AB", None),
+    ("A man is dribbling.", "12", "1"),
+    ("a man: he is dunking", "AB", "2"),
+    ("The answer is: A man is dribbling.", "AB", "1"),
+    ("A woman is dribbling.", "AB", None),
+    ("", "AB", None),
+  ],
+)
+def test_captions(answer, symbols, number):
+  extra = {"symbols": tuple(symbols)}
+  question = Question("1", "v", "?", "1", "match", CAPTIONS, extra=extra)
+  assert parse(answer, question) == number
+
+
+def test_captions_are_numbered_where_nothing_is_said():
+  question = Question("1", "v", "?", "1", "match", CAPTIONS)
+  assert parse("Option 2", question) == "2"
+
+
+@pytest.mark.parametrize(
+  ("answer", "words"),
+  [
+    ("Red", "red"),
+    ("  the  Red\nball. ", "the red ball"),
+    ("**Red!**", "red"),
+    ("red, white", "red, white"),
+    ("3.5 m", "3.5 m"),
+    ("...", None),
+    ("", None),
+  ],
+)
+def test_words(answer, words):
+  assert parse(answer, Question("1", "v", "?", "red", "open")) == words
+
+
+def test_words_compare_as_normalised():
+  question = Question("1", "v", "?", "The  Red ball.", "open")
+  said = parse("the red ball", question)
+  assert said == normalise(question.expected)
+
+
+_PIECES = st.sampled_from(
+  [*"ABCDEabcd12", *"().,:/&\n'", " ", " and ", " or ", "The answer is ",
+   "option ", " is wrong", "yes", "no", "red", "A man ", "Sentence ", "**"]
+)  # fmt: skip
+_ANSWERS = st.one_of(st.text(), st.lists(_PIECES).map("".join))
+
+
+@given(_ANSWERS, st.lists(st.text(max_size=5), max_size=len(LETTERS)))
+def test_a_letter_is_one_of_the_options(answer, options):
+  found = parse(answer, _choice(options))
+  assert found is None or found in LETTERS[: len(options)]
+
+
+@given(
+  _ANSWERS,
+  st.lists(st.text(max_size=5), min_size=2, max_size=5),
+  st.booleans(),
+)
+def test_a_number_is_one_of_the_captions(answer, captions, letters):
+  extra = {"symbols": LETTERS[: len(captions)]} if letters else {}
+  question = Question("1", "v", "?", "1", "match", tuple(captions), extra=extra)
+  found = parse(answer, question)
+  assert found is None or 1 <= int(found) <= len(captions)
+
+
+@given(_ANSWERS)
+def test_yes_no_and_words_never_fail(answer):
+  question = Question("1", "v", "?", "yes", "yes_no")
+  assert parse(answer, question) in (None, "yes", "no")
+  words = parse(answer, Question("1", "v", "?", "red", "open"))
+  assert words is None or words == normalise(words) != ""
+
+
+@given(st.sampled_from(LETTERS[:4]), st.sampled_from(LETTERS[:4]))
+def test_two_letters_are_no_answer(one, two):
+  for answer in (f"{one} or {two}", f"({one}) and ({two})", f"{one}, {two}"):
+    assert parse(answer, _choice()) == (one if one == two else None)
