@@ -1,0 +1,408 @@
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hourjax.data.demo.tokens import write_tokenizer
+from hourjax.errors import UserError
+from hourjax.models.config import TINY
+from hourjax.models.params import param_shapes
+from hourjax.weights.checkpoint import save_params
+from tests import videos
+
+ROOT = Path(__file__).parents[2]
+TASK = Path(__file__).parent / "lmms_task"
+WITHOUT = (
+  "lmms_eval is not installed: pip install -r requirements-eval.txt, then "
+  "pip install --no-deps -r requirements-eval-alone.txt"
+)
+
+
+@pytest.fixture(scope="module")
+def lmms():
+  """The module of the plugin."""
+  pytest.importorskip("lmms_eval", reason=WITHOUT)
+  from hourjax.evaluation import lmms
+
+  return lmms
+
+
+class FakeModel:
+  """Answers with what it is shown and asked; notes every call."""
+
+  name = "fake@0"
+
+  def __init__(self):
+    self.calls = []
+
+  def remember(self, video):
+    return self._memory("video", video)
+
+  def see(self, images):
+    shown = [np.asarray(Image.open(path))[0, 0].tolist() for path in images]
+    return self._memory("images", shown)
+
+  def read(self):
+    return self._memory("text", None)
+
+  def _memory(self, kind, shown):
+    self.calls.append((kind, shown))
+
+    def answer(questions, **options):
+      self.calls.append(("answer", len(questions), options))
+      return [
+        SimpleNamespace(text=f"{shown}: {question}", tokens=len(question))
+        for question in questions
+      ]
+
+    return SimpleNamespace(answer=answer)
+
+
+@pytest.fixture
+def make(lmms, monkeypatch):
+  """Makes the plugin with a fake model behind it."""
+  monkeypatch.setattr(lmms, "load", lambda folder, tokenizer: FakeModel())
+  monkeypatch.delenv("WORLD_SIZE", raising=False)
+  return lambda **options: lmms.HourJax(**{"pretrained": "DIR", **options})
+
+
+def _requests(plugin, docs):
+  """Requests as lmms_eval makes them; a doc is (text, visuals[, options])."""
+  from lmms_eval.api.instance import Instance
+
+  plugin.task_dict["task"] = {"test": docs}
+  requests = []
+  for i, (text, _, *options) in enumerate(docs):
+    options = options[0] if options else {}
+    arguments = (text, options, lambda doc: doc[1], i, "task", "test")
+    metadata = {"task": "task", "doc_id": i, "repeats": 1}
+    requests.append(Instance("generate_until", arguments, 0, metadata))
+  return requests
+
+
+def _ask(plugin, docs):
+  results = plugin.generate_until(_requests(plugin, docs))
+  return [result.text for result in results]
+
+
+def _kinds(plugin):
+  return [call[0] for call in plugin._model.calls]
+
+
+# --- requests ---------------------------------------------------------------
+
+
+def test_a_video_is_remembered_while_it_is_asked_about(make):
+  plugin = make(batch_size=2)
+  docs = [(f"q{i}", ["a.mp4"]) for i in range(5)] + [("q5", ["b.mp4"])]
+  assert _ask(plugin, docs) == [
+    *(f"a.mp4: q{i}" for i in range(5)),
+    "b.mp4: q5",
+  ]
+  calls = [(call[0], call[1]) for call in plugin._model.calls]
+  batches = [("answer", n) for n in (2, 2, 1)]
+  assert calls == [
+    ("video", "a.mp4"),
+    *batches,
+    ("video", "b.mp4"),
+    ("answer", 1),
+  ]
+
+
+def test_the_video_before_is_still_known_in_the_next_call(make):
+  plugin = make()
+  _ask(plugin, [("q", ["a.mp4"])])
+  _ask(plugin, [("q", ["a.mp4"])])
+  assert _kinds(plugin) == ["video", "answer", "answer"]
+
+
+def test_every_kind_of_question_in_order(make, tmp_path):
+  Image.new("RGB", (2, 2), (1, 2, 3)).save(tmp_path / "a.PNG")
+  inside = Image.new("L", (2, 2), 9)
+  plugin = make(batch_size=8)
+  docs = [
+    ("t0", []),
+    ("t1", None),
+    ("i0", [inside]),
+    ("i1", [inside, str(tmp_path / "a.PNG")]),
+    ("v0", [Path("a.mp4")]),
+    ("t2", []),
+  ]
+  assert _ask(plugin, docs) == [
+    "None: t0",
+    "None: t1",
+    "[[9, 9, 9]]: i0",
+    "[[9, 9, 9], [1, 2, 3]]: i1",
+    "a.mp4: v0",
+    "None: t2",
+  ]
+
+
+def test_tokens_are_counted(make):
+  plugin = make()
+  (result,) = plugin.generate_until(_requests(plugin, [("four", [])]))
+  assert result.token_counts.to_dict() == {"output_tokens": 4}
+
+
+def test_questions_of_one_batch_are_answered_in_one_way(make):
+  plugin = make(batch_size=8)
+  long = {"max_new_tokens": 9}
+  _ask(plugin, [("a", []), ("b", [], long), ("c", [], long), ("d", [])])
+  answers = plugin._model.calls[1:]
+  assert [call[1] for call in answers] == [1, 2, 1]
+  assert [call[2]["max_tokens"] for call in answers] == [1024, 9, 1024]
+
+
+@pytest.mark.parametrize(
+  "visuals, message",
+  [
+    (["a.mp4", "b.mp4"], "task/test/0: 2 visuals with a video among them"),
+    (["a.png", "b.mp4"], "task/test/0: 2 visuals with a video among them"),
+    ([{"array": 1}], "task/test/0: a visual is a dict; expected the path"),
+  ],
+)
+def test_visuals_that_are_refused(make, visuals, message):
+  with pytest.raises(UserError, match=message):
+    _ask(make(), [("q", visuals)])
+
+
+def test_likelihoods_are_refused(make):
+  plugin = make()
+  with pytest.raises(NotImplementedError, match="task compares likelihoods"):
+    plugin.loglikelihood(_requests(plugin, [("q", [])]))
+
+
+def test_rounds(make):
+  """A task writes the next question, and may change what was answered."""
+  plugin = make()
+
+  def next_round(doc, *, previous_output, round_idx, previous_round_info):
+    steps.append((list(previous_output), round_idx, previous_round_info))
+    if round_idx == 3:
+      return None, None, True, [*previous_output[:-1], "end"], None
+    visuals = ["a.mp4"] if round_idx == 1 else ["b.mp4"]
+    return visuals, f"q{round_idx}", False, previous_output, round_idx
+
+  steps = []
+  (request,) = _requests(plugin, [("q0", ["a.mp4"])])
+  *first, doc_id, task, split = request.args
+  request.arguments = (*first, next_round, doc_id, task, split)
+  (answers,) = plugin.generate_until_multi_round([request])
+  assert answers == ["a.mp4: q0", "a.mp4: q1", "end"]
+  assert steps == [
+    (["a.mp4: q0"], 1, None),
+    (["a.mp4: q0", "a.mp4: q1"], 2, 1),
+    (["a.mp4: q0", "a.mp4: q1", "b.mp4: q2"], 3, 2),
+  ]
+  assert _kinds(plugin) == ["video", "answer", "answer", "video", "answer"]
+
+
+# --- options ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "given, temperature, top_p",
+  [
+    ({}, 0, 1),
+    ({"do_sample": False, "temperature": 0.7, "top_p": 0.5}, 0, 1),
+    ({"do_sample": True}, 1, 1),
+    ({"do_sample": True, "temperature": 0.2, "top_p": 0.9}, 0.2, 0.9),
+    ({"temperature": 0.7, "top_p": None}, 0.7, 1),
+    ({"temperature": 0, "top_p": 0}, 0, 1),
+    ({"do_sample": True, "temperature": 0, "top_p": 0.9}, 0, 1),
+    ({"do_sample": True, "temperature": None, "top_p": 0}, 0, 1),
+  ],
+)
+def test_sampling_as_in_transformers(lmms, given, temperature, top_p):
+  got = lmms.Generation.parse(given, max_tokens=7)
+  assert got == lmms.Generation(7, temperature, top_p)
+
+
+@pytest.mark.parametrize(
+  "until, expected",
+  [
+    (None, "One. Two\n\nThree"),
+    ([], "One. Two\n\nThree"),
+    (["\n\n"], "One. Two"),
+    ("Two", "One."),
+    (["\n\n", "", "."], "One"),
+    (["four"], "One. Two\n\nThree"),
+    (["One"], ""),
+  ],
+)
+def test_stop_strings_cut(lmms, until, expected):
+  generation = lmms.Generation.parse({"until": until}, max_tokens=7)
+  assert generation.cut("One. Two\n\nThree") == expected
+
+
+def test_options_of_a_task_reach_the_model(make):
+  plugin = make()
+  options = {
+    "max_new_tokens": 5,
+    "do_sample": True,
+    "temperature": 0.5,
+    "top_p": 0.8,
+    "until": ["b"],
+  }
+  assert _ask(plugin, [("a b c", [], options)]) == ["None: a"]
+  assert plugin._model.calls[-1][2] == {
+    "max_tokens": 5,
+    "temperature": 0.5,
+    "top_p": 0.8,
+  }
+
+
+def test_what_is_not_followed_is_told_once(make):
+  from loguru import logger
+
+  told = []
+  sink = logger.add(told.append, level="WARNING", format="{message}")
+  plugin = make()
+  options = {"num_beams": 3, "top_k": None, "repetition_penalty": 1.0}
+  _ask(plugin, [("a", [], options), ("b", [], options)])
+  logger.remove(sink)
+  assert told == ["hourjax does not follow num_beams=3 of the task\n"]
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    ({"pretrained": ""}, "no model is named; say --model_args pretrained="),
+    ({"batch_size": "auto"}, "--batch_size=auto: expected a number"),
+    ({"batch_size": 0}, "--batch_size=0: expected a number of 1 or more"),
+    ({"max_batch_size": 4}, "--max_batch_size=4 means nothing here"),
+    ({"device": "cuda"}, "--device=cuda means nothing here: jax chooses"),
+  ],
+)
+def test_options_that_are_refused(make, options, message):
+  with pytest.raises(UserError, match=message):
+    make(**options)
+
+
+def test_torch_distributed_is_refused(make, monkeypatch):
+  monkeypatch.setenv("WORLD_SIZE", "2")
+  with pytest.raises(UserError, match="WORLD_SIZE=2: lmms_eval would share"):
+    make()
+
+
+# --- packaging --------------------------------------------------------------
+
+
+def _imported(path):
+  """Modules that a file imports as soon as it is imported."""
+  for node in ast.parse(path.read_text()).body:
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_only_the_plugin_needs_lmms_eval():
+  foreign = ("lmms_eval", "loguru", "torch", "transformers")
+  for path in (ROOT / "hourjax").rglob("*.py"):
+    imported = set(_imported(path))
+    assert "hourjax.evaluation.lmms" not in imported, path
+    if path.name != "lmms.py":
+      assert not [n for n in imported if n.split(".")[0] in foreign], path
+
+
+# --- the real command -------------------------------------------------------
+
+QUESTIONS = [
+  ("film.mp4", None, "What happens first?"),
+  ("film.mp4", None, "And how does it end, all in all?"),
+  (None, "picture.png", "What colour is it?"),
+  (None, None, "Who are you?"),
+]
+
+
+def _write_model(folder):
+  """A tiny model with random weights, written as the official ones are."""
+  write_tokenizer(folder, [question for *_, question in QUESTIONS])
+  rng = np.random.default_rng(0)
+  params = {
+    path: rng.normal(size=shape, scale=0.1).astype(np.float32)
+    for path, shape in param_shapes(TINY).items()
+  }
+  save_params(params, TINY, folder)
+
+
+def _write_questions(folder, answers):
+  rows = [
+    {"video": video, "image": image, "question": question, "answer": answer}
+    for (video, image, question), answer in zip(QUESTIONS, answers)
+  ]
+  lines = [json.dumps(row) + "\n" for row in rows]
+  (folder / "questions.jsonl").write_text("".join(lines))
+
+
+def _metadata(folder):
+  """A folder in which Python finds our entry points, as if installed."""
+  folder.mkdir()
+  subprocess.run(
+    [
+      *(sys.executable, "-c", "import setuptools; setuptools.setup()"),
+      *("-q", "egg_info", "--egg-base", str(folder)),
+    ],
+    cwd=ROOT,
+    check=True,
+  )
+  return folder
+
+
+def _lmms_eval(folder, *arguments):
+  distributed = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+  env = {k: v for k, v in os.environ.items() if k not in distributed}
+  path = os.pathsep.join([str(_metadata(folder / "metadata")), str(ROOT)])
+  offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+  env |= {"PYTHONPATH": path, "HF_HOME": str(folder / "home"), **offline}
+  return subprocess.run(
+    [sys.executable, "-m", "lmms_eval", "--model", "hourjax", *arguments],
+    cwd=folder,
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+
+
+@pytest.mark.slow
+def test_the_lmms_eval_command(tmp_path):
+  pytest.importorskip("lmms_eval", reason=WITHOUT)
+  from hourjax.inference.model import load
+
+  _write_model(tmp_path / "model")
+  videos.write(tmp_path / "film.mp4", 90)
+  Image.fromarray(videos.picture(3)).save(tmp_path / "picture.png")
+  model = load(tmp_path / "model")
+  texts = [question for *_, question in QUESTIONS]
+  answers = [
+    *model.remember(tmp_path / "film.mp4").answer(texts[:2], max_tokens=6),
+    *model.see([tmp_path / "picture.png"]).answer(texts[2:3], max_tokens=6),
+    *model.read().answer(texts[3:], max_tokens=6),
+  ]
+  answers = [answer.text for answer in answers]
+  assert len({*answers, ""}) > 3, "answers so alike prove nothing"
+  _write_questions(tmp_path, [answers[0], "-", answers[2], "-"])
+
+  done = _lmms_eval(
+    tmp_path,
+    *("--model_args", f"pretrained={tmp_path / 'model'}"),
+    *("--tasks", "hourjax_tiny", "--include_path", str(TASK)),
+    *("--batch_size", "2", "--output_path", "out", "--log_samples"),
+  )
+  # On an error lmms_eval ends with 0 all the same, but writes nothing.
+  written = list((tmp_path / "out").rglob("*_results.json"))
+  assert len(written) == 1, done.stdout + done.stderr
+  results = json.loads(written[0].read_text())["results"]["hourjax_tiny"]
+  assert results["right,none"] == 0.5
+  (samples,) = (tmp_path / "out").rglob("*_samples_hourjax_tiny.jsonl")
+  samples = [json.loads(line) for line in samples.read_text().splitlines()]
+  assert [sample["filtered_resps"] for sample in samples] == answers
