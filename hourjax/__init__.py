@@ -16,6 +16,21 @@ The data path, one noun per file:
   models/memaug       queries read the memory
   models/qwen2        the decoder
   training/loss, training/step
+
+A trained model answers:
+
+  model = hourjax.load("work/memaug/stage2")
+  memory = model.remember("film.mp4")
+  print(memory.ask("What happens at the end?").text)
 """
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+  # Only when asked for: numpy is enough for the data, and jax is slow to load.
+  if name == "load":
+    from hourjax.inference.load import load
+
+    return load
+  raise AttributeError(f"module 'hourjax' has no attribute {name!r}")

@@ -15,6 +15,7 @@ IMAGE = -200  # the id of a visual slot
 IGNORE = -100  # the label of a token that is not trained
 SYSTEM = "You are a helpful assistant."
 
+_OPENING = "<|im_start|>assistant\n"
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -58,8 +59,9 @@ def encode_conversation(
       turn then opens with the visual slot and the time instruction; markers
       in the turns are dropped. What is left of the question is not stripped:
       "<image>\\nWhy?" gives "...this video.\\n\\nWhy?", as in training.
-    prompt_only: for inference: drops a final gpt turn, opens the answer's
-      turn and labels nothing.
+    prompt_only: for inference: drops a final gpt turn and opens the answer's
+      turn. Nothing is labelled but earlier answers, which MemAug does not see
+      in training either; the rest is prompt, markup included.
 
   Raises:
     UserError: nothing to ask, nothing to train on, roles that do not
@@ -78,18 +80,32 @@ def encode_conversation(
     new = _encode_turn(_ROLES[turn.role], turn.text, tokenizer)
     ids += new
     spoken += [turn.role == "gpt"] * len(new)
-  opening = tokenizer.encode("<|im_start|>assistant\n")
+  opening = tokenizer.encode(_OPENING)
   if prompt_only:
     ids += opening
 
   ids = np.array(ids, np.int32)
   if prompt_only:
-    return Conversation(ids, np.full_like(ids, IGNORE), len(ids))
+    answered = np.append(spoken, [False] * len(opening))
+    labels = np.where(answered, ids, np.int32(IGNORE))
+    return Conversation(ids, labels.astype(np.int32), len(ids))
   markup = [tokenizer.im_start, tokenizer.im_end, tokenizer.newline]
   trained = (np.array(spoken) | np.isin(ids, markup)) & (ids != IMAGE)
   labels = np.where(trained, ids, np.int32(IGNORE))
   # There is an answer with text, or _check would have raised.
   return Conversation(ids, labels, spoken.index(True) + len(opening))
+
+
+def follow_up(question: str, tokenizer: Tokenizer) -> list[int]:
+  """What follows the end of an answer: a question, and the next answer's turn.
+
+  \n <|im_start|> user \n Why ? <|im_end|> \n <|im_start|> assistant \n
+  """
+  return [
+    tokenizer.newline,
+    *_encode_turn("user", question, tokenizer),
+    *tokenizer.encode(_OPENING),
+  ]
 
 
 def _check(turns: list[Turn], prompt_only: bool) -> None:

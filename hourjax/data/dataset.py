@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int64
 
-from hourjax.data import images, video
+from hourjax.data import video
 from hourjax.data.columns import Columns, ColumnsBuilder, measure_record
 from hourjax.data.conversations import Conversation, encode_conversation
 from hourjax.data.forgetting import Forgetting, kept_tokens
@@ -17,12 +17,11 @@ from hourjax.data.records import Record, Skipped, Turn
 from hourjax.data.repository import (
   Repository,
   empty_repository,
-  images_repository,
   repeated_frames,
-  tiled_repository,
   video_repository,
 )
 from hourjax.data.rows import RowSpec, Sample, Visual
+from hourjax.data.shown import images_shown, read_images
 from hourjax.data.sizes import (
   pixel_frames,
   sample_sizes,
@@ -271,20 +270,14 @@ class Dataset:
   def _plan(self, record: Record) -> _Planned:
     if record.modality == "video":
       return self._plan_video(record)
-    side = round(self._spec.tile_tokens**0.5)
     conversation = self._encode(record)
     if record.modality == "text":
       return _Planned(record, conversation, empty_repository(), "features", 0)
-    if len(record.media) > 1 or self._options.single_image == "plain":
-      count = len(record.media)
-      repository = images_repository(count, side)
-      return _Planned(record, conversation, repository, "tiles", count)
-    width, height = images.image_size(self._media / record.media[0])
-    geometry = images.anyres_geometry(
-      width, height, tile=self._spec.image_size, side=side
+    paths = [self._media / name for name in record.media]
+    repository, count = images_shown(
+      paths, self._spec, self._options.single_image
     )
-    repository = tiled_repository(geometry, side)
-    return _Planned(record, conversation, repository, "tiles", geometry.tiles)
+    return _Planned(record, conversation, repository, "tiles", count)
 
   def _plan_video(self, record: Record) -> _Planned:
     name = record.media[0]
@@ -324,13 +317,8 @@ class Dataset:
       path = self._media / media[0]
       frames = video.decode_frames(path, plan.frames, spec.image_size)
       return np.concatenate(list(frames))
-    pictures = [images.load_image(self._media / name) for name in media]
-    if len(pictures) > 1:
-      square = [images.pad_to_square(picture) for picture in pictures]
-      return np.stack([images.resize(p, spec.image_size) for p in square])
-    if self._options.single_image == "plain":
-      return images.resize(pictures[0], spec.image_size)[None]
-    return images.tile_image(pictures[0], spec.image_size)
+    paths = [self._media / name for name in media]
+    return read_images(paths, spec, self._options.single_image)
 
 
 def _with_room(layout: Layout, room: int, pad: int) -> Layout:

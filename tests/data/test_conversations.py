@@ -9,6 +9,7 @@ from hourjax.data.conversations import (
   IGNORE,
   IMAGE,
   encode_conversation,
+  follow_up,
 )
 from hourjax.data.records import Turn, parse_record
 from hourjax.data.tokenizer import Tokenizer
@@ -128,9 +129,23 @@ def test_prompt_only_drops_the_answer(tokenizer):
   got = encode_conversation(TURNS, tokenizer, prompt_only=True)
   asked = encode_conversation(TURNS[:3], tokenizer, prompt_only=True)
   np.testing.assert_array_equal(got.ids, asked.ids)
-  assert (got.labels == IGNORE).all() and len(got.labels) == len(got.ids)
+  # Only the earlier answer is no prompt, markup of its turn included.
+  answered = got.ids[got.labels != IGNORE]
+  assert tokenizer.decode(answered) == (
+    f"<|im_start|>assistant\n{TURNS[1].text}<|im_end|>\n"
+  )
+  alone = encode_conversation(TURNS[:1], tokenizer, prompt_only=True)
+  assert (alone.labels == IGNORE).all() and len(alone.labels) == len(alone.ids)
   np.testing.assert_array_equal(got.ids, full.ids[: len(got.ids)])
   assert tokenizer.decode(got.ids[-20:]).endswith("\n<|im_start|>assistant\n")
+
+
+def test_follow_up_goes_on_as_the_whole_conversation(tokenizer):
+  whole = encode_conversation(TURNS[:3], tokenizer, prompt_only=True).ids
+  ends = np.flatnonzero(whole == tokenizer.im_end)
+  after_answer = whole[ends[2] + 1 :]  # of system, question and answer
+  got = follow_up(TURNS[2].text, tokenizer)
+  np.testing.assert_array_equal(got, after_answer)
 
 
 def test_video_instruction(tokenizer):

@@ -1,0 +1,269 @@
+"""A memory to ask about, and conversations about it."""
+
+import dataclasses
+import typing
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from hourjax.data.conversations import follow_up
+from hourjax.data.records import Turn
+from hourjax.data.repository import Repository
+from hourjax.errors import UserError
+from hourjax.inference.engine import Known
+from hourjax.inference.looking import Looked, looked_at
+from hourjax.inference.sampling import GREEDY, Sampling, draws
+
+if typing.TYPE_CHECKING:
+  from hourjax.inference.model import Model
+
+# Told the text of an answer so far.
+Stream = Callable[[str], None]
+
+_QUERIES = 32_768  # of prompts that are read together
+_WATCHED = 512  # visual queries whose attention is looked at, at most
+_STEPS = 4  # tokens between two looks at what is written
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """What the model says.
+
+  Attributes:
+    text: without the end of turn and surrounding blanks.
+    tokens: written, the end of turn included.
+    finished: it ended by itself, not by the limit.
+    looked: where in the video MemAug looked, if that was asked for.
+  """
+
+  text: str
+  tokens: int
+  finished: bool
+  looked: Looked | None = None
+
+
+class Memory:
+  """A video, images or nothing, remembered by a model.
+
+  Attributes:
+    duration: of the video in seconds; None if it is none.
+    frames: that the model is told of; 0 if it is no video.
+  """
+
+  duration: float | None
+  frames: int
+
+  def __init__(
+    self,
+    model: "Model",
+    known: Known,
+    repository: Repository,
+    kept: list[np.ndarray],
+    video: tuple[float, int] | None = None,
+  ):
+    """Made by the model.
+
+    Args:
+      model: that remembers.
+      known: what of it is on the devices.
+      repository: of the memory's tokens.
+      kept: what the decoder sees of them, by visual slot.
+      video: duration and frames.
+    """
+    self.model, self._known = model, known
+    self._repository, self._kept, self._video = repository, kept, video
+    self.duration, self.frames = video or (None, 0)
+
+  def ask(
+    self,
+    question: str,
+    *,
+    max_tokens: int = 256,
+    sampling: Sampling = GREEDY,
+    stream: Stream | None = None,
+  ) -> Answer:
+    """Answers one question, and says where the model looked.
+
+    Args:
+      question: what to ask.
+      max_tokens: of the answer.
+      sampling: how tokens are chosen.
+      stream: told of the text as it grows.
+
+    Raises:
+      UserError: an empty question, or one that is too long.
+    """
+    return self.converse().ask(
+      question, max_tokens=max_tokens, sampling=sampling, stream=stream
+    )
+
+  def converse(self, *, reread: bool = False) -> "Conversation":
+    """A conversation: its turns know of the turns before.
+
+    Args:
+      reread: see `Conversation`.
+    """
+    return Conversation(self, reread=reread)
+
+  def answer(
+    self,
+    questions: Sequence[str],
+    *,
+    max_tokens: int = 256,
+    sampling: Sampling = GREEDY,
+  ) -> list[Answer]:
+    """Answers to questions that do not know of one another.
+
+    They are read and written together, as many as fit.
+    """
+    layouts = [
+      self._layout([Turn("human", question)], max_tokens)
+      for question in questions
+    ]
+    answers: list[Answer] = []
+    for group in _groups([len(x.query_token) for x in layouts]):
+      first = len(answers)
+      writing, _ = self.model.engine.begin(
+        self._known, [layouts[first + n] for n in range(group)], room=max_tokens
+      )
+      writing = self.model.engine.write(
+        writing,
+        draws(sampling, first, len(writing.done)),
+        stop=self._stop,
+        limit=max_tokens,
+        steps_=max_tokens,
+      )
+      answers += [self._answer(writing, row) for row in range(group)]
+    return answers
+
+  @property
+  def _stop(self) -> list[int]:
+    return [self.model.tokenizer.im_end, self.model.tokenizer.pad]
+
+  def _layout(self, turns, room):
+    return self.model.layout(
+      turns, self._repository, self._kept, self._video, room
+    )
+
+  def _answer(self, writing, row: int, looked: Looked | None = None) -> Answer:
+    count = int(writing.count[row])
+    ids = np.asarray(writing.written[row, :count])
+    finished = count > 0 and int(ids[-1]) in self._stop
+    text = self._text(ids)
+    return Answer(text, count, finished, looked)
+
+  def _text(self, ids) -> str:
+    said = [int(i) for i in ids if int(i) not in self._stop]
+    return self.model.tokenizer.decode(said).strip()
+
+
+class Conversation:
+  """Turns about one memory.
+
+  A later turn goes on from the decoder's cache: what the decoder sees of the
+  video stays as the first question made MemAug read it, and only the new words
+  cost. With `reread` MemAug reads the memory again with all questions so far,
+  as it does in training, which costs what the first question did.
+
+  Attributes:
+    turns: so far, questions and answers.
+  """
+
+  turns: list[Turn]
+
+  def __init__(self, memory: Memory, *, reread: bool = False):
+    self._memory, self._reread = memory, reread
+    self.turns = []
+    self._writing = None
+
+  def ask(
+    self,
+    question: str,
+    *,
+    max_tokens: int = 256,
+    sampling: Sampling = GREEDY,
+    stream: Stream | None = None,
+  ) -> Answer:
+    """The next turn; see `Memory.ask`.
+
+    `looked` is None where the memory was not read.
+    """
+    turns = [*self.turns, Turn("human", question)]
+    looked = None
+    if self._writing is None or self._reread:
+      looked = self._begin(turns, max_tokens)
+    else:
+      self._go_on(turns, max_tokens)
+    answer = self._write(max_tokens, sampling, stream, looked)
+    self.turns = [*turns, Turn("gpt", answer.text)]
+    return answer
+
+  def _begin(self, turns, room) -> Looked | None:
+    memory = self._memory
+    layout = memory._layout(turns, room)
+    watched = None
+    if memory.duration is not None and memory.model.config.memaug_layers:
+      watched = watched_queries(layout.query_token)
+    self._writing, shares = memory.model.engine.begin(
+      memory._known, [layout], room=room, watched=watched
+    )
+    if shares is None:
+      return None
+    tokens = memory.model.config.pool_side**2 + 1
+    return looked_at(shares, memory._known.places, tokens, memory.duration)
+
+  def _go_on(self, turns, room) -> None:
+    model = self._memory.model
+    # What was said last is not in the cache yet.
+    tokens = [int(self._writing.token[0])]
+    if tokens[0] != model.tokenizer.im_end:
+      tokens.append(model.tokenizer.im_end)
+    tokens += follow_up(turns[-1].text, model.tokenizer)
+    length = int(self._writing.length[0]) + len(tokens)
+    if not turns[-1].text.strip():
+      raise UserError("the question is empty; ask something")
+    if length + room > model.rules.max_length:
+      raise UserError(
+        f"the conversation and the next answer take {length} + {room} tokens"
+        f" and the model reads {model.rules.max_length}; begin a new one"
+      )
+    self._writing = model.engine.extend(self._writing, tokens, room=room)
+
+  def _write(self, limit, sampling, stream, looked) -> Answer:
+    memory, how = self._memory, draws(sampling, len(self.turns), 1)
+    while True:
+      self._writing = memory.model.engine.write(
+        self._writing,
+        how,
+        stop=memory._stop,
+        limit=limit,
+        steps_=_STEPS if stream else limit,
+      )
+      answer = memory._answer(self._writing, 0, looked)
+      if stream:
+        stream(answer.text)
+      if bool(self._writing.done[0]):
+        return answer
+
+
+def watched_queries(token: np.ndarray) -> np.ndarray:
+  """The queries whose attention tells where the model looked.
+
+  Args:
+    token: word of each query, -1 where it is a memory token.
+  """
+  visual = np.flatnonzero(token < 0)
+  step = max(1, -(-len(visual) // _WATCHED))
+  return visual[::step].astype(np.int32)
+
+
+def _groups(lengths: Sequence[int]):
+  """How many prompts are read at a time, in order."""
+  count, total = 0, 0
+  for length in lengths:
+    if count and total + length > _QUERIES:
+      yield count
+      count, total = 0, 0
+    count, total = count + 1, total + length
+  if count:
+    yield count

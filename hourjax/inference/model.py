@@ -1,0 +1,225 @@
+"""A model to ask: load it, let it remember a video, ask.
+
+model = hourjax.load("work/memaug/stage2")
+memory = model.remember("film.mp4")
+print(memory.ask("What happens at the end?").text)
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from hourjax.data.conversations import encode_conversation
+from hourjax.data.forgetting import Forgetting, kept_tokens
+from hourjax.data.layout import Layout, build_layout
+from hourjax.data.records import MARKER, Turn
+from hourjax.data.repository import (
+  Repository,
+  empty_repository,
+  repeated_frames,
+  video_repository,
+)
+from hourjax.data.rows import Size
+from hourjax.data.shown import Single, images_shown, read_images
+from hourjax.data.sizes import stored_frames
+from hourjax.data.store.features import FeatureStore
+from hourjax.data.tokenizer import Tokenizer
+from hourjax.data.video import stored_feature_frames
+from hourjax.errors import UserError
+from hourjax.inference.encoder import Encoder
+from hourjax.inference.engine import Engine, Known, row_spec
+from hourjax.inference.film import Progress, read_film
+from hourjax.inference.memory import Memory
+from hourjax.models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """What of the training's configuration decides answers too.
+
+  Attributes:
+    forgetting: which memory tokens the decoder sees.
+    max_length: of a conversation in the decoder.
+    single_image: "tiled" or "plain".
+    seed: of what forgetting draws; the same for every question.
+  """
+
+  forgetting: Forgetting = dataclasses.field(default_factory=Forgetting)
+  max_length: int = 32_768
+  single_image: Single = "tiled"
+  seed: int = 0
+
+
+class Model:
+  """Hour-LLaVA with its tokenizer, on the devices of this process.
+
+  Attributes:
+    name: of folder and weights, for records of what was asked.
+    config: of the model.
+    tokenizer: of its text.
+    rules: see there.
+  """
+
+  def __init__(
+    self,
+    params: Mapping[str, np.ndarray],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    name: str = "model",
+    rules: Rules | None = None,
+    mesh: Mesh,
+  ):
+    """Puts the parameters on the mesh; `hourjax.load` reads them first."""
+    if tokenizer.vocab_size > config.decoder.vocab:
+      raise UserError(
+        f"the tokenizer has {tokenizer.vocab_size} tokens and {name} knows"
+        f" {config.decoder.vocab}; give the tokenizer it was trained with"
+      )
+    self.name, self.config, self.tokenizer = name, config, tokenizer
+    self.rules = rules or Rules()
+    self.engine = Engine(params, config, mesh)
+
+  def remember(
+    self,
+    source: str | os.PathLike | np.ndarray,
+    *,
+    duration: float | None = None,
+    progress: Progress = lambda done, total: None,
+  ) -> Memory:
+    """A video, to be asked about as often as one likes.
+
+    Args:
+      source: a video file, a `.npy` file of features, or features [F, Q, V].
+      duration: of features, in seconds; by default one frame is a second.
+      progress: told of frames that are read and encoded.
+
+    Raises:
+      UserError: it cannot be read, is shorter than a second, or has features
+        of another shape.
+    """
+    if isinstance(source, np.ndarray):
+      return self._features(source, duration, "features")
+    path = pathlib.Path(source)
+    if path.suffix == ".npy":
+      return self._features(_load_features(path), duration, str(path))
+    features, duration = read_film(path, self._encoder, progress)
+    return self._features(features, duration, str(path))
+
+  def remember_stored(self, store: FeatureStore, name: str) -> Memory:
+    """A video whose features are stored.
+
+    Raises:
+      UserError: it is not there, or cannot be used.
+    """
+    duration, frames = stored_frames(store, name)
+    shape = (self.config.pool_side**2, self.config.vision.width)
+    return self._video(store.read(name, frames, shape), duration)
+
+  def see(self, images: Sequence[str | os.PathLike]) -> Memory:
+    """One or more images.
+
+    Questions have one <image> for each, or they come first.
+    """
+    if not images:
+      raise UserError("no images to see; name at least one, or use read()")
+    paths = [pathlib.Path(image) for image in images]
+    spec = row_spec(self.config, Size())
+    single = self.rules.single_image
+    repository, _ = images_shown(paths, spec, single)
+    pixels = read_images(paths, spec, single)
+    return self._memory(repository, "tiles", pixels)
+
+  def read(self) -> Memory:
+    """Nothing to see: questions are about text alone."""
+    return Memory(self, Known(), empty_repository(), [])
+
+  def layout(
+    self,
+    turns: Sequence[Turn],
+    repository: Repository,
+    kept: list[np.ndarray],
+    video: tuple[float, int] | None,
+    room: int,
+  ) -> Layout:
+    """A prompt laid out.
+
+    Raises:
+      UserError: an empty question, or more tokens than the decoder takes.
+    """
+    if not turns[-1].text.replace(MARKER, "").strip():
+      raise UserError("the question is empty; ask something")
+    missing = len(repository.slots) - sum(t.text.count(MARKER) for t in turns)
+    if video is None and missing > 0:
+      first = f"{MARKER}\n" * missing + turns[0].text
+      turns = [Turn("human", first), *turns[1:]]
+    prompt = encode_conversation(
+      turns, self.tokenizer, video=video, prompt_only=True
+    )
+    layout = build_layout(prompt, repository, kept, name="the question")
+    length = len(layout.decoder_token)
+    if length + room > self.rules.max_length:
+      raise UserError(
+        f"prompt and answer take {length} + {room} tokens and the model reads"
+        f" {self.rules.max_length}; ask with less text or fewer tokens"
+      )
+    return layout
+
+  @functools.cached_property
+  def _encoder(self) -> Encoder:
+    return Encoder(self.engine.params, self.config)
+
+  def _features(self, features, duration, name):
+    shape = (self.config.pool_side**2, self.config.vision.width)
+    if features.ndim != 3 or features.shape[1:] != shape:
+      raise UserError(
+        f"{name} has features of shape {features.shape}, the model reads"
+        f" (frames, {shape[0]}, {shape[1]}); extract them with its own tower"
+      )
+    duration = float(len(features)) if duration is None else float(duration)
+    frames = stored_feature_frames(len(features), duration)
+    if not len(frames):
+      raise UserError(
+        f"{name} has {len(features)} frames of {duration:.2f} seconds; at"
+        " least 1 frame and 1 second are needed"
+      )
+    return self._video(features[frames], duration)
+
+  def _video(self, features, duration):
+    side = self.config.pool_side
+    repository = video_repository(len(features), side)
+    return self._memory(repository, "features", features, duration)
+
+  def _memory(self, repository, kind, visual, duration=None) -> Memory:
+    rule, means = self.rules.forgetting, None
+    if rule.temporal == "keyframe" and kind == "features":
+      shown = repeated_frames(len(visual))
+      means = visual.astype(np.float32).mean(axis=1)[shown]
+    rng = np.random.default_rng(self.rules.seed)
+    kept = kept_tokens(repository, rule, rng, frame_features=means)
+    known = self.engine.remember(repository, kind, visual, np.concatenate(kept))
+    video = None if duration is None else (float(duration), len(visual))
+    return Memory(self, known, repository, kept, video)
+
+
+def _load_features(path: pathlib.Path) -> np.ndarray:
+  try:
+    features = np.load(path, mmap_mode="r")
+  except (OSError, ValueError) as error:
+    raise UserError(
+      f"cannot read features {path}: {error}; give a .npy file of an array"
+      " (frames, tokens, width)"
+    ) from None
+  if features.dtype.kind == "V" and features.dtype.itemsize == 2:
+    return features.view(jax.numpy.bfloat16)  # as numpy stores it
+  if features.dtype.kind not in "fV":
+    raise UserError(
+      f"{path} holds {features.dtype}, features are bfloat16 or floats"
+    )
+  return features

@@ -1,0 +1,235 @@
+"""The steps of an answer, compiled: remember, recall, prefill, write, extend.
+
+    features -> remember -> [keys and values of the memory, kept tokens]
+    prompts  -> recall   -> visual tokens that have read the memory
+             -> prefill  -> [keys and values of the prompts], one row a prompt
+             -> write    -> tokens, one after the other
+    the next turn of a conversation -> extend -> write
+
+What `remember` gives does not depend on what is asked. Several prompts about
+one memory lie in one row, told apart by segments; from `prefill` on each has a
+row of its own.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from hourjax.batch import Batch
+from hourjax.inference.sampling import Draw, draw
+from hourjax.models.attention import KeysValues
+from hourjax.models.config import ModelConfig
+from hourjax.models.params import with_params
+from hourjax.parallel.rules import constrain
+
+Params = Mapping[str, jax.Array]
+
+
+class Remembered(NamedTuple):
+  """A memory on the devices.
+
+  Attributes:
+    known: keys and values [blocks, 1, S, K, C] that MemAug reads, or None
+      without MemAug.
+    kept: memory tokens that queries start from.
+    segment: 1 where there is a memory token, 0 where the row is padded.
+  """
+
+  known: KeysValues | None
+  kept: Float[Array, "1 X D"]
+  segment: Int[Array, "1 S"]
+
+
+class Writing(NamedTuple):
+  """N answers being written.
+
+  Attributes:
+    cache: the decoder's keys and values [layers, N, M, K, C].
+    length: tokens of each row in the cache.
+    token: the newest token of each row, which is not in the cache yet.
+    written: tokens of the present turn so far; -1 where none is yet.
+    count: how many they are.
+    done: rows that have ended, by a stop token or by the turn's limit.
+  """
+
+  cache: KeysValues
+  length: Int[Array, "N"]
+  token: Int[Array, "N"]
+  written: Int[Array, "N n"]
+  count: Int[Array, "N"]
+  done: Bool[Array, "N"]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def remember(
+  params: Params, batch: Batch, *, config: ModelConfig
+) -> Remembered:
+  """The memory of one row; its queries say which tokens are kept."""
+  model = with_params(config, params)
+  known, kept = model.remember(batch, batch.query_source)
+  return Remembered(known, kept, batch.memory_segment)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def recall(
+  params: Params,
+  memory: Remembered,
+  batch: Batch,
+  watched: Int[Array, "1 W"] | None,
+  *,
+  config: ModelConfig,
+) -> tuple[Float[Array, "1 T D"], Float[Array, "blocks 1 S"] | None]:
+  """The prompts' queries after MemAug.
+
+  Args:
+    params: of the model.
+    memory: what they are about.
+    batch: a row of prompts whose queries count what is kept.
+    watched: queries whose attention is looked at; -1 is none.
+    config: of the model.
+
+  Returns:
+    Queries, and the attention that each memory token gets in each block.
+  """
+  reads = jnp.minimum(batch.query_segment, 1)  # all prompts, the one memory
+  batch = batch._replace(memory_segment=memory.segment, query_reads=reads)
+  model = with_params(config, params)
+  return model.recall(memory.known, memory.kept, batch, watched)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "capacity"))
+def prefill(
+  params: Params,
+  augmented: Float[Array, "1 T D"] | None,
+  batch: Batch,
+  start: Int[Array, "N"],
+  *,
+  config: ModelConfig,
+  capacity: int,
+) -> KeysValues:
+  """A cache [layers, N, capacity, K, C] of the prompts in a row.
+
+  Args:
+    params: of the model.
+    augmented: of `recall`; None for prompts of text alone.
+    batch: the row of prompts.
+    start: where in the row each prompt begins.
+    config: of the model.
+    capacity: of the cache; beyond a prompt its content means nothing.
+  """
+  model = with_params(config, params)
+  known = model.prefill(augmented, batch)
+  index = start[:, None] + jnp.arange(capacity)[None]
+
+  def unpacked(values):
+    values = values[:, 0].at[:, index].get(mode="clip")
+    return _split(values)
+
+  return KeysValues(*map(unpacked, known))
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="writing")
+def write(
+  params: Params,
+  writing: Writing,
+  how: Draw,
+  stop: Int[Array, "e"],
+  limit: Int[Array, ""],
+  steps: Int[Array, ""],
+  *,
+  config: ModelConfig,
+) -> Writing:
+  """Up to `steps` tokens more for each row.
+
+  Args:
+    params: of the model.
+    writing: used up.
+    how: to choose tokens.
+    stop: tokens that end an answer; they are written too.
+    limit: tokens of a turn, at most the width of `written`.
+    steps: tokens of this call.
+    config: of the model.
+  """
+  model = with_params(config, params)
+
+  def step(state):
+    now, done_steps = state
+    hidden, new = model.decoder.extend(
+      model.decoder.embed_few(now.token[:, None]), now.cache, now.length
+    )
+    logits = constrain(model.logits(hidden[:, 0]), "rows", None)
+    token = draw(logits, how, now.count)
+    at = jnp.where(now.done, now.written.shape[1], now.count)
+    ended = (token[:, None] == stop[None]).any(1) | (now.count + 1 >= limit)
+    rows = jnp.arange(len(at))
+    going = (~now.done).astype(jnp.int32)
+    return Writing(
+      cache=_cached(now.cache, new, now.length, going),
+      length=now.length + going,
+      token=jnp.where(now.done, now.token, token),
+      written=now.written.at[rows, at].set(token, mode="drop"),
+      count=now.count + going,
+      done=now.done | ended,
+    ), done_steps + 1
+
+  def more(state):
+    now, done_steps = state
+    return (done_steps < steps) & ~now.done.all()
+
+  return jax.lax.while_loop(more, step, (writing, 0))[0]
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="writing")
+def extend(
+  params: Params,
+  writing: Writing,
+  tokens: Int[Array, "N n"],
+  count: Int[Array, "N"],
+  *,
+  config: ModelConfig,
+) -> Writing:
+  """The next turn of each row, after which `write` goes on.
+
+  Args:
+    params: of the model.
+    writing: used up; its `token` is not cached, so it has to come first in
+      `tokens`.
+    tokens: padded at the end; the last one that counts will not be cached.
+    count: tokens of each row that count, at least 1.
+    config: of the model.
+  """
+  model = with_params(config, params)
+  embedded = model.decoder.embed_few(tokens)
+  _, new = model.decoder.extend(embedded, writing.cache, writing.length)
+  last = jnp.take_along_axis(tokens, count[:, None] - 1, axis=1)[:, 0]
+  return Writing(
+    cache=_cached(writing.cache, new, writing.length, count - 1),
+    length=writing.length + count - 1,
+    token=last,
+    written=jnp.full_like(writing.written, -1),
+    count=jnp.zeros_like(writing.count),
+    done=jnp.zeros_like(writing.done),
+  )
+
+
+def _cached(cache, new, length, count):
+  """The cache with the first `count` of the new tokens after `length`."""
+  place = jnp.arange(new.k.shape[2])[None]
+  # Past the end of the cache nothing is written.
+  place = jnp.where(
+    place < count[:, None], length[:, None] + place, cache.k.shape[2]
+  )
+  rows = jnp.arange(len(length))[:, None]
+
+  def put(old, values):
+    return _split(old.at[:, rows, place].set(values, mode="drop"))
+
+  return KeysValues(*map(put, cache, new))
+
+
+def _split(values):
+  return constrain(values, None, "rows", "positions", "heads", None)
