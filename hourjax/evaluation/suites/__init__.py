@@ -99,10 +99,7 @@ def _suite(name: str, subtitles: bool) -> Suite:
 def _files(suite: Suite, data: pathlib.Path):
   """The benchmark's folder, its annotation files, and notes on lacking ones."""
   if data.is_file():
-    for root in (data.parent, data.parent.parent):
-      if data in find_files(root, suite.annotations)[0]:
-        return root, [data], []
-    return data.parent, [data], []
+    return _root(suite, data), [data], []
   if not data.is_dir():
     raise UserError(f"{data} does not exist; correct --data")
   files, lacking = find_files(data, suite.annotations)
@@ -112,6 +109,16 @@ def _files(suite: Suite, data: pathlib.Path):
     shown = ", ".join(lacking)
     return data, files, [f"Not asked, as the file is missing: {shown}."]
   return data, files, []
+
+
+def _root(suite: Suite, file: pathlib.Path) -> pathlib.Path:
+  """The folder below which a file lies as published; else its own folder."""
+  for layout in suite.annotations:
+    for pattern in layout.split():
+      for root in file.parents[:3]:
+        if file in root.glob(pattern):
+          return root
+  return file.parent
 
 
 def _nothing(suite: Suite, data: pathlib.Path) -> str:

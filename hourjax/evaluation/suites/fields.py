@@ -70,7 +70,7 @@ def rows(row: Mapping[str, Any], key: str, at: str) -> list[dict[str, Any]]:
   Raises:
     UserError: it does not.
   """
-  value = row.get(key) if isinstance(row, dict) else row
+  value = row.get(key)
   if isinstance(value, list) and all(isinstance(v, dict) for v in value):
     return value
   raise UserError(

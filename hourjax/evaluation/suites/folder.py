@@ -91,25 +91,32 @@ class Videos:
       path = pathlib.PurePosixPath(name)
       self._names[name] = name
       self._names.setdefault(path.name, name)
+      self._ids.setdefault(str(path.with_suffix("")), name)
       self._ids.setdefault(path.stem, name)
 
   def name(self, *candidates: str) -> str:
     """The video that a benchmark means.
 
     Args:
-      candidates: paths or ids, the likeliest first. An id finds a video with
-        any of EXTENSIONS, a bare name one in any folder.
+      candidates: paths or ids, the likeliest first. A bare name or id finds
+        one in any folder, and an extension any other of EXTENSIONS.
 
     Returns:
       The first candidate that exists. If none does, the likeliest, with ".mp4"
       if it has no extension, so that it can be reported as missing.
     """
     for candidate in candidates:
-      found = self._names.get(candidate) or self._ids.get(candidate)
+      found = self._names.get(candidate) or self._ids.get(_id(candidate))
       if found:
         return found
     first = candidates[0]
-    return first if first.lower().endswith(EXTENSIONS) else f"{first}.mp4"
+    return f"{first}.mp4" if _id(first) == first else first
+
+
+def _id(name: str) -> str:
+  """A name without its extension; an id may hold a dot of its own."""
+  stem, dot, extension = name.rpartition(".")
+  return stem if f"{dot}{extension}".lower() in EXTENSIONS else name
 
 
 def find_videos(

@@ -58,7 +58,11 @@ def _rows(source: Source) -> Iterator[dict[str, Any]]:
       continue
     for video, aspects in row.items():
       at = f"{source.file.name}: video {video}"
-      for aspect in aspects if isinstance(aspects, dict) else ("",):
+      if not isinstance(aspects, dict):
+        raise UserError(
+          f"{at} is {aspects!r:.80}, expected its aspects; fetch the file again"
+        )
+      for aspect in aspects:
         for item in fields.rows(aspects, aspect, at):
           yield {**item, "video_id": video, "dim": aspect}
 

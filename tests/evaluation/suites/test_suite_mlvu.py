@@ -1,0 +1,111 @@
+import pytest
+
+from hourjax.errors import UserError
+from hourjax.evaluation import suites
+from tests.evaluation.suites import layouts
+from tests.evaluation.suites.layouts import MLVU
+
+PROMPT = """\
+What color is the main male character in the video?
+(A) Yellow
+(B) Red
+(C) Green
+(D) Blue
+Only give the best option.
+Best option: ("""
+
+
+def _read(root, *rows, task="1_plotQA"):
+  layouts.write_json(root / f"json/{task}.json", rows or [MLVU])
+  return suites.read("mlvu", root)
+
+
+def test_question(tmp_path):
+  layouts.touch(tmp_path, "video/1_plotQA/movie101_66.mp4")
+  loaded = _read(tmp_path)
+  (question,) = loaded.questions
+  assert question.prompt == PROMPT
+  assert question.id == "1_plotQA/0"
+  assert question.video == "1_plotQA/movie101_66.mp4"
+  assert loaded.videos == tmp_path / "video"
+  assert question.expected == "A"
+  assert question.options == ("Yellow", "Red", "Green", "Blue")
+  assert question.task == "plotQA"
+  assert question.duration == "0-5 min"
+  assert question.chance == 0.25
+
+
+def test_tasks_of_a_download(tmp_path):
+  """Multiple-choice tasks by number; the two of free text are left out."""
+  root = tmp_path / "MLVU"
+  for task in ("7_topic_reasoning", "2_needle", "1_plotQA"):
+    layouts.write_json(root / f"json/{task}.json", [MLVU, MLVU])
+  summary = {"video": "a.mp4", "question": "Sum up.", "answer": "A man."}
+  layouts.write_json(root / "json/9_summary.json", [summary])
+  layouts.touch(root, "video/2_needle/movie101_66.mp4")
+  loaded = suites.read("mlvu", tmp_path)
+  assert [q.id for q in loaded.questions] == [
+    f"{task}/{i}"
+    for task in ("1_plotQA", "2_needle", "7_topic_reasoning")
+    for i in (0, 1)
+  ]
+  assert loaded.videos == root / "video"
+  (note,) = loaded.notes
+  assert "3_ego" in note and "1_plotQA" not in note and "9_" not in note
+
+
+def test_folders_without_numbers(tmp_path):
+  layouts.touch(tmp_path, "video/plotQA/movie101_66.mp4")
+  (question,) = _read(tmp_path).questions
+  assert question.video == "plotQA/movie101_66.mp4"
+
+
+def test_table(tmp_path):
+  row = {
+    "video_name": "movie101_66.mp4",
+    "duration": 246.0,
+    "question": PROMPT.rsplit("\n", 2)[0],
+    "candidates": MLVU["candidates"],
+    "answer": "A",
+    "task_type": "plotQA",
+  }
+  layouts.write_parquet(tmp_path / "mlvu/test-00000-of-00001.parquet", [row])
+  layouts.touch(tmp_path, "video/1_plotQA/movie101_66.mp4")
+  (question,) = suites.read("mlvu", tmp_path).questions
+  (json_question,) = _read(tmp_path / "json").questions
+  assert question.prompt == json_question.prompt
+  assert question.expected == "A"
+  assert question.video == "1_plotQA/movie101_66.mp4"
+  assert question.id == "test-00000-of-00001/0"
+
+
+def test_answers_are_texts_of_options(tmp_path):
+  row = MLVU | {"candidates": ["B", "A", "3", "5"], "answer": "A"}
+  assert _read(tmp_path, row).questions[0].expected == "B"
+  row = MLVU | {"candidates": [3, 5, 7, 9], "answer": 5}
+  assert _read(tmp_path, row).questions[0].expected == "B"
+
+
+@pytest.mark.parametrize(
+  ("seconds", "duration"),
+  [(300, "0-5 min"), (301, "5-10 min"), (4000, "60-120 min"),
+   (9000, "over 120 min"), (None, "")],
+)  # fmt: skip
+def test_durations(seconds, duration, tmp_path):
+  loaded = _read(tmp_path, MLVU | {"duration": seconds})
+  assert loaded.questions[0].duration == duration
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"answer": "Pink"}, r"1_plotQA/0.*'Pink'.*4 options.*Yellow"),
+    ({"answer": "E"}, r"1_plotQA/0.*'E', but there are 4 options"),
+    ({"answer": None}, r"1_plotQA/0: has no answer.*MLVU-Test"),
+    ({"question": ""}, r"1_plotQA/0: question is empty"),
+    ({"candidates": []}, r"1_plotQA/0: candidates is \[\]"),
+  ],
+)
+def test_questions_that_cannot_be_scored(change, message, tmp_path):
+  with pytest.raises(UserError, match=message):
+    _read(tmp_path, MLVU | change)
