@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import zlib
 from collections.abc import Sequence
 
 from hourjax.data.store.features import FeatureStore
@@ -24,15 +25,22 @@ class Memory:
   def answer(self, questions: Sequence[str], *, max_tokens: int):
     self._model.before_answer(self._video, questions)
     self._model.asked.append((self._video, tuple(questions)))
-    return [Answer(self._model.say(text)) for text in questions]
+    return [Answer(self._model.say(text, questions)) for text in questions]
 
 
 class Model:
   """Says what `answers` holds for a prompt, else "B"."""
 
-  def __init__(self, name: str = "fake@3", answers=None, broken=()):
-    """`broken` videos cannot be read."""
+  def __init__(
+    self, name: str = "fake@3", answers=None, broken=(), sensitive=False
+  ):
+    """`broken` videos cannot be read.
+
+    A `sensitive` model's answers depend on the whole batch, as rounding can
+    make those of a real one.
+    """
     self.name, self.answers, self.broken = name, answers or {}, set(broken)
+    self.sensitive = sensitive
     self.remembered: list[str] = []
     self.asked: list[tuple[str, tuple[str, ...]]] = []
 
@@ -47,7 +55,9 @@ class Model:
     self.remembered.append(f"stored {video}")
     return Memory(self, video)
 
-  def say(self, prompt: str) -> str:
+  def say(self, prompt: str, batch: Sequence[str]) -> str:
+    if self.sensitive:
+      return "ABCD"[zlib.crc32(f"{prompt} {batch}".encode()) % 4]
     return self.answers.get(prompt, "B")
 
   def before_answer(self, video: str, questions: Sequence[str]) -> None:
