@@ -51,7 +51,7 @@ CHOICES = {
   "A: a blue hat": "A",
   "B. 5": "B",
   "B\nA man is shown.": "B",
-  "B\n\nExplanation: the man of (A) is not there.": "B",
+  "B\n\nExplanation: the man of (A) waves.": "B",
   # A letter that is stated to be the answer.
   "The answer is B": "B",
   "The answer is b.": "B",
@@ -140,6 +140,10 @@ CHOICES = {
   "B isn't it": None,
   "not B": None,
   "The answer is not B": None,
+  "It is not (B).": None,
+  "It isn't (B).": None,
+  "(A), not (B)": "A",
+  "(B) is wrong, (A) is not": None,
   # Letters beyond the options.
   "E": None,
   "(E)": None,

@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,24 +22,16 @@ def find_files(
     layouts: patterns with spaces between.
 
   Returns:
-    The files, "2_x" before "10_x", and the layout's patterns without a file.
+    The files, in the patterns' order, and the patterns without a file.
   """
   for layout in layouts:
     found = {
-      pattern: sorted(
-        (path for path in folder.glob(pattern) if path.is_file()), key=_natural
-      )
+      pattern: sorted(p for p in folder.glob(pattern) if p.is_file())
       for pattern in layout.split()
     }
     if files := [path for paths in found.values() for path in paths]:
       return files, [pattern for pattern, paths in found.items() if not paths]
   return [], []
-
-
-def _natural(path: pathlib.Path) -> list[Any]:
-  parts = re.split(r"(\d+)", path.name)
-  return [(int(part), "") if i % 2 else (0, part) for i, part in
-          enumerate(parts)]  # fmt: skip
 
 
 def read_table(path: pathlib.Path) -> list[Any]:

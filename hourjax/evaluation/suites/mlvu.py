@@ -33,10 +33,8 @@ def _question(row: dict[str, Any], source: Source, number: int) -> Question:
   part = source.file.stem
   name = f"{part}/{number}"
   at = f"{source.file.name}: question {name}"
-  text, inside = fields.split_options(fields.text(row, "question", at))
+  text, _ = fields.split_options(fields.text(row, "question", at))
   options = fields.texts(row, "candidates", at)
-  if inside:
-    options = inside
   seconds = row.get("duration")
   return Question(
     id=name,
@@ -57,12 +55,10 @@ def _question(row: dict[str, Any], source: Source, number: int) -> Question:
 
 def _video(row: dict[str, Any], source: Source, at: str) -> str:
   name = fields.text(row, "video" if "video" in row else "video_name", at)
-  # A folder a task, which older copies name without the number.
-  folder = source.file.stem
-  plain = folder.lstrip("0123456789_")
-  if source.file.suffix == ".json":
-    return source.videos.name(f"{folder}/{name}", f"{plain}/{name}", name)
-  return source.videos.name(name)
+  if "video_name" in row:
+    return source.videos.name(name)
+  # A folder a task, which some copies name otherwise ("plotQA").
+  return source.videos.name(f"{source.file.stem}/{name}", name)
 
 
 def _expected(row: dict[str, Any], options: tuple[str, ...], at: str) -> str:

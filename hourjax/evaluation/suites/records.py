@@ -129,5 +129,5 @@ SUITE = Suite(
   read=read,
   prompts={"question": QUESTION},
   videos=("videos", "video"),
-  max_tokens=64,
+  max_tokens=32,
 )

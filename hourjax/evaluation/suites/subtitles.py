@@ -74,8 +74,9 @@ def read_json(path: pathlib.Path, start: float, end: float) -> str | None:
 def _entry(entry: dict[str, Any]) -> tuple[float, float, str]:
   if "timestamp" in entry:
     since, until = entry["timestamp"]
-    return since, float("inf") if until is None else until, entry["text"]
-  return _seconds(entry["start"]), _seconds(entry["end"]), entry["line"]
+    until = float("inf") if until is None else float(until)
+    return float(since), until, str(entry["text"])
+  return _seconds(entry["start"]), _seconds(entry["end"]), str(entry["line"])
 
 
 def _seconds(time: str) -> float:

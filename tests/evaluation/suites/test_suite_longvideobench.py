@@ -113,7 +113,17 @@ def test_without_subtitle_file(path, tmp_path):
   assert len(loaded.notes) == 1
 
 
-@pytest.mark.parametrize("content", [{"a": 1}, [1], [{"start": 1}], [{}]])
+@pytest.mark.parametrize(
+  "content",
+  [
+    {"a": 1},
+    [1],
+    [{"start": 1}],
+    [{}],
+    [{"timestamp": [None, 1.0], "text": "x"}],
+    [{"timestamp": [1.0], "text": "x"}],
+  ],
+)
 def test_damaged_subtitles(content, tmp_path):
   layouts.write_json(tmp_path / "subtitles/86CxyhFV9MI_en.json", content)
   with pytest.raises(UserError, match=r"MI_en\.json is damaged"):

@@ -79,6 +79,20 @@ def test_table(tmp_path):
   assert question.id == "test-00000-of-00001/0"
 
 
+def test_table_answers_are_letters(tmp_path):
+  row = {
+    "video_name": "a.mp4",
+    "question": "Which letter?\n(A) B\n(B) A",
+    "candidates": ["B", "A"],
+    "answer": "A",
+    "task_type": "plotQA",
+  }
+  layouts.write_parquet(tmp_path / "test-0.parquet", [row])
+  (question,) = suites.read("mlvu", tmp_path).questions
+  assert question.expected == "A"
+  assert question.prompt.startswith("Which letter?\n(A) B\n(B) A\nOnly")
+
+
 def test_answers_are_texts_of_options(tmp_path):
   row = MLVU | {"candidates": ["B", "A", "3", "5"], "answer": "A"}
   assert _read(tmp_path, row).questions[0].expected == "B"

@@ -98,6 +98,19 @@ def test_prepared_records(tmp_path):
   assert question.extra["topic"] == "o"
 
 
+def test_facts_without_letter(tmp_path):
+  record = _record("Which?\nA. x\nB. y", "B", questions=[{"task": "t"}])
+  (question,) = _read(tmp_path, record).questions
+  assert (question.kind, question.expected) == ("choice", "B")
+
+
+def test_one_line_is_no_list_of_options(tmp_path):
+  (question,) = _read(
+    tmp_path, _record("Who?\nA. Smith is one.", "A")
+  ).questions
+  assert question.kind == "open"
+
+
 def test_folder_of_one_file(tmp_path):
   layouts.touch(tmp_path, "videos/film.mp4")
   loaded = _read(tmp_path, RECORD, name="mine.jsonl")

@@ -20,7 +20,7 @@ VERSIONS = {
   "lvbench": "1-0d0170d9",
   "tempcompass": "1-6e60baeb",
   "mlvu": "1-c6eb2600",
-  "records": "1-649ac93a",
+  "records": "1-6e51c56a",
 }
 
 
@@ -179,6 +179,13 @@ def test_videos_are_found_by_any_extension(folders):
   assert loaded.questions[0].video == "fFjv93ACGo8.MKV"
 
 
+def test_videos_are_where_there_are_some(folders):
+  layouts.touch(folders["videomme"], "data/notes.txt", "videos/x.mp4")
+  loaded = suites.read("videomme", folders["videomme"])
+  assert loaded.videos == folders["videomme"] / "videos"
+  assert loaded.questions[0].video == "fFjv93ACGo8.mp4"
+
+
 def test_videos_in_a_folder_of_their_own(folders, tmp_path):
   layouts.touch(tmp_path, "films/part2/fFjv93ACGo8.webm")
   loaded = suites.read(
@@ -199,6 +206,9 @@ def test_stored_videos(folders):
   stored = ["plotQA/movie101_66.mkv"]
   loaded = suites.read("mlvu", folders["mlvu"], stored=stored)
   assert loaded.questions[0].video == "plotQA/movie101_66.mkv"
+  stored = ["0_other/movie101_66.mkv", "1_plotQA/movie101_66.mkv"]
+  loaded = suites.read("mlvu", folders["mlvu"], stored=stored)
+  assert loaded.questions[0].video == "1_plotQA/movie101_66.mkv"
   loaded = suites.read("mlvu", folders["mlvu"], stored=[])
   assert loaded.questions[0].video == "1_plotQA/movie101_66.mp4"
 
