@@ -84,19 +84,21 @@ def _seconds(time: str) -> float:
   return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
 
 
-_TAG = re.compile(r"<[^<>]*>|\{\\[^{}]*\}")
+_TAG = re.compile(r"<[^<>\n]*>|\{\\[^{}\n]*\}")
 
 
 def join(lines: Iterable[str]) -> str | None:
   """Lines of subtitles as one text by RULE; None if nothing is left."""
   kept: list[str] = []
-  for line in lines:
-    line = " ".join(html.unescape(_TAG.sub(" ", line)).split())
+  text = html.unescape(_TAG.sub(" ", "\n".join(lines)))
+  for line in (" ".join(line.split()) for line in text.split("\n")):
     if line and line != (kept[-1] if kept else None):
       kept.append(line)
-  while (size := len("\n".join(kept).encode())) > LIMIT:
-    kept = _spaced(kept, min(len(kept) - 1, len(kept) * LIMIT // size))
-  return "\n".join(kept) or None
+  said, count = "\n".join(kept), len(kept)
+  while (size := len(said.encode())) > LIMIT:
+    count = min(count - 1, count * LIMIT // size)
+    said = "\n".join(_spaced(kept, count))
+  return said or None
 
 
 def _spaced(lines: list[str], count: int) -> list[str]:

@@ -10,6 +10,7 @@ letters ("A. Apples."). lmms-eval words it much the same, but speaks of
 subtitles where there are none.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,8 @@ SUBTITLES = "This video's subtitles are listed below:\n{subtitles}\n"
 
 def read(source: Source) -> list[Question]:
   """One question a row, or three an entry of the authors' file."""
-  return [_question(row, source) for row in _rows(source)]
+  read_srt = functools.cache(subtitles.read_srt)  # three questions a video
+  return [_question(row, source, read_srt) for row in _rows(source)]
 
 
 def _rows(source: Source) -> Iterator[dict[str, Any]]:
@@ -49,7 +51,7 @@ def _rows(source: Source) -> Iterator[dict[str, Any]]:
       }
 
 
-def _question(row: dict[str, Any], source: Source) -> Question:
+def _question(row: dict[str, Any], source: Source, read_srt) -> Question:
   name = fields.text(row, "question_id", source.file.name)
   at = f"{source.file.name}: question {name}"
   video = fields.text(row, "videoID", at)
@@ -63,7 +65,7 @@ def _question(row: dict[str, Any], source: Source) -> Question:
   )
   extra = fields.known(row, "domain", "sub_category")
   if source.subtitles:
-    said = subtitles.read_srt(source.root / "subtitle" / f"{video}.srt")
+    said = read_srt(source.root / "subtitle" / f"{video}.srt")
     extra["subtitles"] = "missing" if said is None else "given"
     if said is not None:
       prompt = SUBTITLES.format(subtitles=said) + prompt
