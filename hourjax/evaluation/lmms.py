@@ -24,7 +24,9 @@ from PIL import Image
 
 from hourjax import progress
 from hourjax.errors import UserError
-from hourjax.inference.model import load
+from hourjax.inference.load import load
+from hourjax.inference.memory import Memory
+from hourjax.inference.sampling import Sampling
 
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _USED = ("do_sample", "max_new_tokens", "temperature", "top_p", "until")
@@ -134,7 +136,9 @@ class HourJax(lmms):
     self._max_tokens = int(max_tokens)
     self._batch_size = int(batch_size)
     self._subject: str | None = None
-    self._memory: Any = None
+    self._memory: Memory | None = None
+    # Seeds draws, so that a question asked again is answered anew.
+    self._asked = 0
     self._warned: set[str] = set()
 
   def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
@@ -231,9 +235,11 @@ class HourJax(lmms):
     answers = self._look(questions[0]).answer(
       [question.text for question in questions],
       max_tokens=generation.max_tokens,
-      temperature=generation.temperature,
-      top_p=generation.top_p,
+      sampling=Sampling(
+        generation.temperature, generation.top_p, seed=self._asked
+      ),
     )
+    self._asked += len(questions)
     return [
       GenerationResult(
         generation.cut(answer.text), TokenCounts(output_tokens=answer.tokens)
@@ -241,7 +247,7 @@ class HourJax(lmms):
       for answer in answers
     ]
 
-  def _look(self, question: Question) -> Any:
+  def _look(self, question: Question) -> Memory:
     """The memory of what a question is about; the last one is kept."""
     if question.subject != self._subject:
       # Forgotten first: two memories of hour-long videos may not fit.
@@ -250,7 +256,7 @@ class HourJax(lmms):
       self._subject = question.subject
     return self._memory
 
-  def _remember(self, question: Question) -> Any:
+  def _remember(self, question: Question) -> Memory:
     visuals, subject = question.visuals, question.subject
     if not visuals:
       return self._model.read()

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +11,8 @@ from PIL import Image
 
 from hourjax.data.demo.tokens import write_tokenizer
 from hourjax.errors import UserError
+from hourjax.inference.memory import Answer, Memory
+from hourjax.inference.sampling import Sampling
 from hourjax.models.config import TINY
 from hourjax.models.params import param_shapes
 from hourjax.weights.checkpoint import save_params
@@ -34,6 +35,18 @@ def lmms():
   return lmms
 
 
+class FakeMemory(Memory):
+  def __init__(self, shown, calls):
+    self._shown, self._calls = shown, calls
+
+  def answer(self, questions, **options):
+    self._calls.append(("answer", len(questions), options))
+    return [
+      Answer(f"{self._shown}: {question}", len(question), True)
+      for question in questions
+    ]
+
+
 class FakeModel:
   """Answers with what it is shown and asked; notes every call."""
 
@@ -54,15 +67,7 @@ class FakeModel:
 
   def _memory(self, kind, shown):
     self.calls.append((kind, shown))
-
-    def answer(questions, **options):
-      self.calls.append(("answer", len(questions), options))
-      return [
-        SimpleNamespace(text=f"{shown}: {question}", tokens=len(question))
-        for question in questions
-      ]
-
-    return SimpleNamespace(answer=answer)
+    return FakeMemory(shown, self.calls)
 
 
 @pytest.fixture
@@ -254,9 +259,16 @@ def test_options_of_a_task_reach_the_model(make):
   assert _ask(plugin, [("a b c", [], options)]) == ["None: a"]
   assert plugin._model.calls[-1][2] == {
     "max_tokens": 5,
-    "temperature": 0.5,
-    "top_p": 0.8,
+    "sampling": Sampling(0.5, 0.8),
   }
+
+
+def test_a_question_asked_again_is_drawn_anew(make):
+  plugin = make(batch_size=2)
+  _ask(plugin, [("a", [])] * 3)
+  _ask(plugin, [("a", [])])
+  answers = plugin._model.calls[1:]
+  assert [call[2]["sampling"].seed for call in answers] == [0, 2, 3]
 
 
 def test_what_is_not_followed_is_told_once(make):
@@ -328,7 +340,7 @@ def _write_model(folder):
   write_tokenizer(folder, [question for *_, question in QUESTIONS])
   rng = np.random.default_rng(0)
   params = {
-    path: rng.normal(size=shape, scale=0.1).astype(np.float32)
+    path: rng.normal(size=shape).astype(np.float32)
     for path, shape in param_shapes(TINY).items()
   }
   save_params(params, TINY, folder)
@@ -369,14 +381,14 @@ def _lmms_eval(folder, *arguments):
     env=env,
     capture_output=True,
     text=True,
-    timeout=300,
+    timeout=600,
   )
 
 
 @pytest.mark.slow
 def test_the_lmms_eval_command(tmp_path):
   pytest.importorskip("lmms_eval", reason=WITHOUT)
-  from hourjax.inference.model import load
+  from hourjax.inference.load import load
 
   _write_model(tmp_path / "model")
   videos.write(tmp_path / "film.mp4", 90)
@@ -404,5 +416,5 @@ def test_the_lmms_eval_command(tmp_path):
   results = json.loads(written[0].read_text())["results"]["hourjax_tiny"]
   assert results["right,none"] == 0.5
   (samples,) = (tmp_path / "out").rglob("*_samples_hourjax_tiny.jsonl")
-  samples = [json.loads(line) for line in samples.read_text().splitlines()]
+  samples = [json.loads(line) for line in samples.open()]
   assert [sample["filtered_resps"] for sample in samples] == answers
