@@ -1,19 +1,20 @@
 """Measures speed, memory and goodput.
 
-  python -m hourjax.bench data              a table
-  python -m hourjax.bench data --json       one JSON object
+  python -m hourjax.bench data --json
   python -m hourjax.bench attention --topology=v5e:2x4
+  python -m hourjax.bench ask
 
 `data` measures the data path with rows of --config (by default 3B, stage 3).
-It writes 3 GB into a temporary folder; --gigabytes takes less.
+--gigabytes says how much it writes and reads.
 
 `attention` asks the TPU compiler, on any machine, how near the kernels come
 to the limits of --topology (v5e, v5p, v6e or tpu7x and its chips), at the
 sizes --model, --queries and --keys; on a TPU or GPU it takes the time too.
 --tune looks for tiles instead, which takes many minutes.
+
+`ask` takes the time to the first token of two questions about an hour of video.
 """
 
-import json
 import pathlib
 import tempfile
 
@@ -22,7 +23,9 @@ from ml_collections import config_flags
 
 from hourjax import command
 from hourjax.benchmarks import attention as kernels
+from hourjax.benchmarks.ask import measure_ask
 from hourjax.benchmarks.data import Options, measure_data
+from hourjax.benchmarks.figures import show
 from hourjax.errors import UserError
 from hourjax.training.experiment import build_experiment
 
@@ -74,14 +77,13 @@ def attention() -> dict:
   return kernels.measure_attention(options)
 
 
-BENCHMARKS = {"data": data, "attention": attention}
+def ask() -> dict:
+  """Figures of questions."""
+  with tempfile.TemporaryDirectory(dir=_SCRATCH.value) as folder:
+    return measure_ask(pathlib.Path(folder))
 
 
-def lines(figures, path=()) -> list[str]:
-  """`a.b.c   value` a line."""
-  if not isinstance(figures, dict):
-    return [f"{'.'.join(path):<44}{figures}"]
-  return [x for k, v in figures.items() for x in lines(v, (*path, k))]
+BENCHMARKS = {"data": data, "attention": attention, "ask": ask}
 
 
 def main(argv: list[str]) -> None:
@@ -92,7 +94,7 @@ def main(argv: list[str]) -> None:
         f"bench {' '.join(argv[1:])!r}: give one of {', '.join(BENCHMARKS)}"
       )
     figures = BENCHMARKS[argv[1]]()
-  print(json.dumps(figures) if _JSON.value else "\n".join(lines(figures)))
+  show(figures, _JSON.value)
 
 
 if __name__ == "__main__":

@@ -297,6 +297,8 @@ def _rounded_frames(size: Size, kind: Visual, tokens: int) -> int:
 
 def _of_kept(layout: Layout, kept: np.ndarray) -> Layout:
   """Query sources as numbers among the kept tokens."""
+  if not len(kept):
+    return layout
   order = np.argsort(kept, kind="stable")
   source = layout.query_source
   place = order[np.searchsorted(kept[order], np.maximum(source, kept.min()))]

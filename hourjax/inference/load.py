@@ -9,7 +9,8 @@ import numpy as np
 
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
-from hourjax.inference.model import Model, Rules
+from hourjax.inference.model import Model
+from hourjax.inference.prompts import Rules
 from hourjax.models.config import ModelConfig
 from hourjax.models.params import param_shapes
 from hourjax.parallel.mesh import MeshConfig, make_mesh

@@ -18,7 +18,7 @@ class Looked:
     share: of each moment; they sum to 1.
   """
 
-  edges: Float[np.ndarray, "n+1"]
+  edges: Float[np.ndarray, "edges"]
   share: Float[np.ndarray, "n"]
 
   @property

@@ -1,7 +1,6 @@
 """A memory to ask about, and conversations about it."""
 
 import dataclasses
-import typing
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,12 +9,10 @@ from hourjax.data.conversations import follow_up
 from hourjax.data.records import Turn
 from hourjax.data.repository import Repository
 from hourjax.errors import UserError
-from hourjax.inference.engine import Known
+from hourjax.inference.engine import Engine, Known
 from hourjax.inference.looking import Looked, looked_at
+from hourjax.inference.prompts import Prompts, check_question
 from hourjax.inference.sampling import GREEDY, Sampling, draws
-
-if typing.TYPE_CHECKING:
-  from hourjax.inference.model import Model
 
 # Told the text of an answer so far.
 Stream = Callable[[str], None]
@@ -55,7 +52,8 @@ class Memory:
 
   def __init__(
     self,
-    model: "Model",
+    engine: Engine,
+    prompts: Prompts,
     known: Known,
     repository: Repository,
     kept: list[np.ndarray],
@@ -64,13 +62,14 @@ class Memory:
     """Made by the model.
 
     Args:
-      model: that remembers.
+      engine: the model.
+      prompts: lays questions out.
       known: what of it is on the devices.
       repository: of the memory's tokens.
       kept: what the decoder sees of them, by visual slot.
       video: duration and frames.
     """
-    self.model, self._known = model, known
+    self._engine, self._prompts, self._known = engine, prompts, known
     self._repository, self._kept, self._video = repository, kept, video
     self.duration, self.frames = video or (None, 0)
 
@@ -123,10 +122,10 @@ class Memory:
     answers: list[Answer] = []
     for group in _groups([len(x.query_token) for x in layouts]):
       first = len(answers)
-      writing, _ = self.model.engine.begin(
+      writing, _ = self._engine.begin(
         self._known, [layouts[first + n] for n in range(group)], room=max_tokens
       )
-      writing = self.model.engine.write(
+      writing = self._engine.write(
         writing,
         draws(sampling, first, len(writing.done)),
         stop=self._stop,
@@ -138,10 +137,10 @@ class Memory:
 
   @property
   def _stop(self) -> list[int]:
-    return [self.model.tokenizer.im_end, self.model.tokenizer.pad]
+    return [self._prompts.tokenizer.im_end, self._prompts.tokenizer.pad]
 
   def _layout(self, turns, room):
-    return self.model.layout(
+    return self._prompts.layout(
       turns, self._repository, self._kept, self._video, room
     )
 
@@ -154,7 +153,7 @@ class Memory:
 
   def _text(self, ids) -> str:
     said = [int(i) for i in ids if int(i) not in self._stop]
-    return self.model.tokenizer.decode(said).strip()
+    return self._prompts.tokenizer.decode(said).strip()
 
 
 class Conversation:
@@ -202,37 +201,38 @@ class Conversation:
     memory = self._memory
     layout = memory._layout(turns, room)
     watched = None
-    if memory.duration is not None and memory.model.config.memaug_layers:
+    if memory.duration is not None and memory._engine.config.memaug_layers:
       watched = watched_queries(layout.query_token)
-    self._writing, shares = memory.model.engine.begin(
+    self._writing, shares = memory._engine.begin(
       memory._known, [layout], room=room, watched=watched
     )
     if shares is None:
       return None
-    tokens = memory.model.config.pool_side**2 + 1
+    tokens = memory._engine.config.pool_side**2 + 1
     return looked_at(shares, memory._known.places, tokens, memory.duration)
 
   def _go_on(self, turns, room) -> None:
-    model = self._memory.model
+    memory = self._memory
+    tokenizer = memory._prompts.tokenizer
+    check_question(turns[-1].text)
     # What was said last is not in the cache yet.
     tokens = [int(self._writing.token[0])]
-    if tokens[0] != model.tokenizer.im_end:
-      tokens.append(model.tokenizer.im_end)
-    tokens += follow_up(turns[-1].text, model.tokenizer)
+    if tokens[0] != tokenizer.im_end:
+      tokens.append(tokenizer.im_end)
+    tokens += follow_up(turns[-1].text, tokenizer)
     length = int(self._writing.length[0]) + len(tokens)
-    if not turns[-1].text.strip():
-      raise UserError("the question is empty; ask something")
-    if length + room > model.rules.max_length:
+    most = memory._prompts.rules.max_length
+    if length + room > most:
       raise UserError(
         f"the conversation and the next answer take {length} + {room} tokens"
-        f" and the model reads {model.rules.max_length}; begin a new one"
+        f" and the model reads {most}; begin a new one"
       )
-    self._writing = model.engine.extend(self._writing, tokens, room=room)
+    self._writing = memory._engine.extend(self._writing, tokens, room=room)
 
   def _write(self, limit, sampling, stream, looked) -> Answer:
     memory, how = self._memory, draws(sampling, len(self.turns), 1)
     while True:
-      self._writing = memory.model.engine.write(
+      self._writing = memory._engine.write(
         self._writing,
         how,
         stop=memory._stop,

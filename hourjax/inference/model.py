@@ -5,7 +5,6 @@ memory = model.remember("film.mp4")
 print(memory.ask("What happens at the end?").text)
 """
 
-import dataclasses
 import functools
 import os
 import pathlib
@@ -15,18 +14,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from hourjax.data.conversations import encode_conversation
-from hourjax.data.forgetting import Forgetting, kept_tokens
-from hourjax.data.layout import Layout, build_layout
-from hourjax.data.records import MARKER, Turn
+from hourjax.data.forgetting import kept_tokens
 from hourjax.data.repository import (
-  Repository,
   empty_repository,
   repeated_frames,
   video_repository,
 )
 from hourjax.data.rows import Size
-from hourjax.data.shown import Single, images_shown, read_images
+from hourjax.data.shown import images_shown, read_images
 from hourjax.data.sizes import stored_frames
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
@@ -36,24 +31,8 @@ from hourjax.inference.encoder import Encoder
 from hourjax.inference.engine import Engine, Known, row_spec
 from hourjax.inference.film import Progress, read_film
 from hourjax.inference.memory import Memory
+from hourjax.inference.prompts import Prompts, Rules
 from hourjax.models.config import ModelConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-  """What of the training's configuration decides answers too.
-
-  Attributes:
-    forgetting: which memory tokens the decoder sees.
-    max_length: of a conversation in the decoder.
-    single_image: "tiled" or "plain".
-    seed: of what forgetting draws; the same for every question.
-  """
-
-  forgetting: Forgetting = dataclasses.field(default_factory=Forgetting)
-  max_length: int = 32_768
-  single_image: Single = "tiled"
-  seed: int = 0
 
 
 class Model:
@@ -84,6 +63,7 @@ class Model:
       )
     self.name, self.config, self.tokenizer = name, config, tokenizer
     self.rules = rules or Rules()
+    self._prompts = Prompts(tokenizer, self.rules)
     self.engine = Engine(params, config, mesh)
 
   def remember(
@@ -109,8 +89,16 @@ class Model:
     path = pathlib.Path(source)
     if path.suffix == ".npy":
       return self._features(_load_features(path), duration, str(path))
-    features, duration = read_film(path, self._encoder, progress)
+    features, duration = self.read_film(path, progress)
     return self._features(features, duration, str(path))
+
+  def read_film(
+    self,
+    path: str | os.PathLike,
+    progress: Progress = lambda done, total: None,
+  ) -> tuple[np.ndarray, float]:
+    """Features [F, Q, V] of a video file and its duration in seconds."""
+    return read_film(path, self._encoder, progress)
 
   def remember_stored(self, store: FeatureStore, name: str) -> Memory:
     """A video whose features are stored.
@@ -138,38 +126,7 @@ class Model:
 
   def read(self) -> Memory:
     """Nothing to see: questions are about text alone."""
-    return Memory(self, Known(), empty_repository(), [])
-
-  def layout(
-    self,
-    turns: Sequence[Turn],
-    repository: Repository,
-    kept: list[np.ndarray],
-    video: tuple[float, int] | None,
-    room: int,
-  ) -> Layout:
-    """A prompt laid out.
-
-    Raises:
-      UserError: an empty question, or more tokens than the decoder takes.
-    """
-    if not turns[-1].text.replace(MARKER, "").strip():
-      raise UserError("the question is empty; ask something")
-    missing = len(repository.slots) - sum(t.text.count(MARKER) for t in turns)
-    if video is None and missing > 0:
-      first = f"{MARKER}\n" * missing + turns[0].text
-      turns = [Turn("human", first), *turns[1:]]
-    prompt = encode_conversation(
-      turns, self.tokenizer, video=video, prompt_only=True
-    )
-    layout = build_layout(prompt, repository, kept, name="the question")
-    length = len(layout.decoder_token)
-    if length + room > self.rules.max_length:
-      raise UserError(
-        f"prompt and answer take {length} + {room} tokens and the model reads"
-        f" {self.rules.max_length}; ask with less text or fewer tokens"
-      )
-    return layout
+    return Memory(self.engine, self._prompts, Known(), empty_repository(), [])
 
   @functools.cached_property
   def _encoder(self) -> Encoder:
@@ -205,7 +162,7 @@ class Model:
     kept = kept_tokens(repository, rule, rng, frame_features=means)
     known = self.engine.remember(repository, kind, visual, np.concatenate(kept))
     video = None if duration is None else (float(duration), len(visual))
-    return Memory(self, known, repository, kept, video)
+    return Memory(self.engine, self._prompts, known, repository, kept, video)
 
 
 def _load_features(path: pathlib.Path) -> np.ndarray:

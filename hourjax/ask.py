@@ -1,0 +1,98 @@
+"""Asks a model about a video.
+
+  python -m hourjax.ask --model=work/memaug/stage2 --video=film.mp4 "question"
+
+prints the answer as it is written, and where in the video the model looked.
+Without a question it is a conversation, ended by Ctrl-D; a file or pipe as
+input is read line by line. --features=x.npy takes features instead of a video,
+--images=a.jpg,b.jpg images.
+"""
+
+import sys
+
+from absl import app, flags
+
+from hourjax import command, progress
+from hourjax.errors import UserError
+from hourjax.inference.load import load
+from hourjax.inference.memory import Memory
+from hourjax.inference.sampling import Sampling
+from hourjax.inference.terminal import Talk
+
+_MODEL = flags.DEFINE_string(
+  "model", None, "Workdir of a training run, or a folder with official names."
+)
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "If not the model's own.")
+_VIDEO = flags.DEFINE_string("video", None, "Video file to ask about.")
+_FEATURES = flags.DEFINE_string(
+  "features", None, "Features of a video (.npy) instead of the video."
+)
+_DURATION = flags.DEFINE_float(
+  "duration", None, "Of --features in seconds; a frame a second by default."
+)
+_IMAGES = flags.DEFINE_list("images", [], "Images instead of a video.")
+_TOKENS = flags.DEFINE_integer(
+  "max_tokens", 256, "Longest answer.", lower_bound=1
+)
+_TEMPERATURE = flags.DEFINE_float(
+  "temperature", 0.0, "0 takes the likeliest word, above draws."
+)
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from this probability mass.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+_REREAD = flags.DEFINE_bool(
+  "reread", False, "Read the memory again for each turn of a conversation."
+)
+_PICTURE = flags.DEFINE_string(
+  "picture", "", "PNG file: where the model looked."
+)
+
+
+def remember() -> Memory:
+  """What is asked about."""
+  sources = [_VIDEO.value, _FEATURES.value, _IMAGES.value]
+  if sum(map(bool, sources)) != 1:
+    raise UserError("give one of --video, --features and --images")
+  if _DURATION.value is not None and not _FEATURES.value:
+    raise UserError("--duration is of --features; a video knows its own")
+  model = load(_MODEL.value, tokenizer=_TOKENIZER.value)
+  if _IMAGES.value:
+    return model.see(_IMAGES.value)
+  with progress.bar(0, unit="frame", desc="read") as bar:
+
+    def show(done: int, total: int) -> None:
+      bar.total = total
+      bar.update(done - bar.n)
+
+    return model.remember(
+      _VIDEO.value or _FEATURES.value,
+      duration=_DURATION.value,
+      progress=show,
+    )
+
+
+def main(argv: list[str]) -> None:
+  command.begin(argv[:1])
+  with command.user_errors():
+    if len(argv) > 2:
+      raise UserError(
+        f"{len(argv) - 1} arguments, {argv[1]!r} and more; put the question in"
+        " quotes, options start with --"
+      )
+    if len(argv) == 2 and not argv[1].strip():
+      raise UserError("the question is empty; ask something")
+    talk = Talk(
+      remember().converse(reread=_REREAD.value),
+      max_tokens=_TOKENS.value,
+      sampling=Sampling(_TEMPERATURE.value, _TOP_P.value, _SEED.value),
+      picture=_PICTURE.value,
+      film=_VIDEO.value or "",
+    )
+    if len(argv) == 2:
+      talk.ask(argv[1])
+    else:
+      talk.listen(sys.stdin)
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("model")
+  app.run(main)

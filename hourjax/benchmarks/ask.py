@@ -1,0 +1,147 @@
+"""What a first and a second question about an hour of video cost.
+
+The film is a real file of an hour, made here. Each question is asked once
+before the clock starts, so that nothing is compiled while it runs.
+"""
+
+import dataclasses
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from hourjax.benchmarks.memory import peak_mib
+from hourjax.data.demo.script import make_script
+from hourjax.data.demo.tokens import MARKUP, write_tokenizer
+from hourjax.data.demo.video import write_video
+from hourjax.data.tokenizer import Tokenizer
+from hourjax.inference.memory import Memory
+from hourjax.inference.model import Model
+from hourjax.models.config import HOUR_LLAVA_3B, TINY, ModelConfig
+from hourjax.models.flops import Work, count_flops
+from hourjax.models.params import init_params
+from hourjax.parallel.mesh import MeshConfig, make_mesh
+
+_FIRST = "What does the person in the kitchen pick up?"
+_SECOND = "Which colour has the card that is shown once?"
+
+
+_SECONDS = 3600
+_REPEATS = 3
+
+
+def measure_ask(
+  folder: pathlib.Path, seconds: int = _SECONDS
+) -> dict[str, Any]:
+  """All figures as plain data, seconds to the first token.
+
+  Args:
+    folder: for the film.
+    seconds: of the film.
+
+  Returns:
+    `film`: of a first question about a video file, which is read and encoded;
+    `features`: of a first question about its features; `second`: of another
+    question about the same video; their ratios; `without_cache`: of the other
+    question where nothing is remembered but features; `peak_mib`; and for 3B
+    the operations behind them.
+  """
+  film = folder / "hour.mp4"
+  write_video(film, make_script(0, "test", 1, (seconds,) * 2))
+  model = tiny_model(folder)
+  features = _features(model, film)
+
+  def from_film():
+    return _first_token(model.remember(film), _FIRST)
+
+  def from_features(question=_FIRST):
+    return _first_token(model.remember(features), question)
+
+  memory = model.remember(features)
+  _first_token(memory, _FIRST)
+  second = _median(lambda: _first_token(memory, _SECOND), _REPEATS)
+  first = _median(from_features, _REPEATS)
+  found = {
+    "frames": memory.frames,
+    "film": _median(from_film, _REPEATS),
+    "features": first,
+    "second": second,
+    "without_cache": _median(lambda: from_features(_SECOND), _REPEATS),
+    "peak_mib": peak_mib(),
+  }
+  found["film_over_second"] = found["film"] / second
+  found["features_over_second"] = first / second
+  return {"tiny": found, "3b": operations(HOUR_LLAVA_3B, seconds)}
+
+
+def operations(config: ModelConfig, frames: int) -> dict[str, float]:
+  """TFLOP to the first token, from the model's own count.
+
+  Args:
+    config: of the model.
+    frames: of the video, at least 2048.
+  """
+  tokens = config.pool_side**2
+  kept = 512 * (tokens // 4 + 1)
+  text = 60
+  length = kept + text
+
+  def total(**changes):
+    nothing = Work(*[0.0] * len(Work._fields))
+    parts = count_flops(config, nothing._replace(**changes), frozenset())
+    return sum(float(part.forward) for part in parts.values()) / 1e12
+
+  memory = frames * (tokens + 1)
+  encode = total(images=float(frames), encoded=float(frames * tokens))
+  project = total(stored=float(frames * tokens), memory=float(memory))
+  ask = total(
+    queries=float(length),
+    decoder=float(length),
+    labels=1.0,
+    self_pairs=float(length) ** 2,
+    cross_pairs=float(length) * memory,
+    causal_pairs=float(length) ** 2 / 2,
+  )
+  # Encoded tokens go through the projector too: counted once, with `project`.
+  encode -= total(encoded=float(frames * tokens))
+  return {
+    "encode_tflop": encode,
+    "project_tflop": project,
+    "question_tflop": ask,
+    "film_over_second": (encode + project + ask) / ask,
+    "features_over_second": (project + ask) / ask,
+  }
+
+
+def tiny_model(folder: pathlib.Path) -> Model:
+  """A tiny model with weights as they are drawn, and a tokenizer."""
+  write_tokenizer(folder / "tokenizer", [*MARKUP, _FIRST, _SECOND])
+  config = dataclasses.replace(
+    TINY, decoder=dataclasses.replace(TINY.decoder, vocab=1024)
+  )
+  params = jax.tree.map(np.asarray, init_params(config, 0))
+  tokenizer = Tokenizer.from_folder(folder / "tokenizer")
+  mesh = make_mesh(MeshConfig(fsdp=1), jax.local_devices()[:1])
+  return Model(params, config, tokenizer, name="tiny", mesh=mesh)
+
+
+def _features(model: Model, film: pathlib.Path) -> np.ndarray:
+  features, _ = model.read_film(film)
+  return features
+
+
+def _first_token(memory: Memory, question: str) -> None:
+  memory.answer([question], max_tokens=1)
+
+
+def _median(function, repeats: int) -> float:
+  """Seconds; the first call, which compiles, is not counted."""
+  function()
+  seconds = []
+  for _ in range(repeats):
+    began = time.perf_counter()
+    function()
+    seconds.append(time.perf_counter() - began)
+  return float(np.median(seconds))

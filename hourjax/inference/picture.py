@@ -1,0 +1,98 @@
+"""Where the model looked, as a picture."""
+
+import os
+from collections.abc import Sequence
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from hourjax.data.video import decode_frames, probe
+from hourjax.inference.looking import Looked, clock
+
+_SIDE = 192  # pixels of a frame that is shown
+_BAR, _PEAK = "#9db8cf", "#1b6ca8"
+_SHORT = 110  # letters of a question or an answer
+
+
+def look_figure(
+  looked: Looked,
+  *,
+  question: str = "",
+  answer: str = "",
+  film: str | os.PathLike | None = None,
+  frames: int = 5,
+) -> Figure:
+  """Attention over time; of a film also the moments that got most.
+
+  Args:
+    looked: of an answer.
+    question, answer: for the title.
+    film: video file to take frames from.
+    frames: how many are shown.
+
+  Raises:
+    UserError: the film cannot be read.
+  """
+  edges, share = looked.minutes()
+  count = min(frames, len(share))
+  best = np.argsort(-share, kind="stable")[:count]
+  figure = plt.figure(figsize=(9, 4.8 if film else 2.9), layout="constrained")
+  grid = figure.add_gridspec(
+    2 if film else 1, count, height_ratios=[1.15, 1] if film else [1]
+  )
+  if film:
+    moments = sorted(_moment(looked, edges, i) for i in best)
+    for column, (second, picture) in enumerate(_frames(film, moments, looked)):
+      axes = figure.add_subplot(grid[0, column])
+      axes.imshow(picture)
+      axes.set_title(clock(second), fontsize=9)
+      axes.set_axis_off()
+  axes = figure.add_subplot(grid[-1, :])
+  colours = [_PEAK if i in best else _BAR for i in range(len(share))]
+  axes.bar(
+    edges[:-1] / 60, share, np.diff(edges) / 60 * 0.92, align="edge",
+    color=colours,
+  )  # fmt: skip
+  axes.set_xlim(0, looked.duration / 60)
+  axes.set(xlabel="minutes", ylabel="attention")
+  axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+  axes.spines[["top", "right"]].set_visible(False)
+  title = [_short(text) for text in (question, answer) if text]
+  figure.suptitle("\n".join(title), x=0.01, ha="left", fontsize=10)
+  return figure
+
+
+def save_look(looked: Looked, path: str | os.PathLike, **options) -> None:
+  """Writes `look_figure` to a file."""
+  figure = look_figure(looked, **options)
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+def _moment(looked: Looked, edges, i: int) -> float:
+  """The second within minute `i` that got most."""
+  inside = (looked.edges[:-1] >= edges[i]) & (looked.edges[:-1] < edges[i + 1])
+  if not inside.any():
+    return float(edges[i])
+  where = np.flatnonzero(inside)
+  return float(looked.edges[where[np.argmax(looked.share[where])]])
+
+
+def _frames(film, moments: Sequence[float], looked: Looked):
+  info = probe(film)
+  last = info.frames - 1
+  indices = [
+    min(last, round(second / looked.duration * info.frames))
+    for second in moments
+  ]
+  pictures = np.concatenate(list(decode_frames(film, indices, _SIDE)))
+  return list(zip(moments, pictures))
+
+
+def _short(text: str) -> str:
+  text = " ".join(text.split())
+  return text if len(text) <= _SHORT else f"{text[: _SHORT - 3]}..."

@@ -1,0 +1,92 @@
+"""Conversations about a memory, laid out as training lays them out."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from hourjax.data.conversations import encode_conversation
+from hourjax.data.forgetting import Forgetting
+from hourjax.data.layout import Layout, build_layout
+from hourjax.data.records import MARKER, Turn
+from hourjax.data.repository import Repository
+from hourjax.data.shown import Single
+from hourjax.data.tokenizer import Tokenizer
+from hourjax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """What of the training's configuration decides answers too.
+
+  Attributes:
+    forgetting: which memory tokens the decoder sees.
+    max_length: of a conversation in the decoder.
+    single_image: "tiled" or "plain".
+    seed: of what forgetting draws; the same for every question.
+  """
+
+  forgetting: Forgetting = dataclasses.field(default_factory=Forgetting)
+  max_length: int = 32_768
+  single_image: Single = "tiled"
+  seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+  """Turns questions into layouts.
+
+  Attributes:
+    tokenizer: of the model.
+    rules: see there.
+  """
+
+  tokenizer: Tokenizer
+  rules: Rules
+
+  def layout(
+    self,
+    turns: Sequence[Turn],
+    repository: Repository,
+    kept: list[np.ndarray],
+    video: tuple[float, int] | None,
+    room: int,
+  ) -> Layout:
+    """A conversation up to a question, as queries and decoder positions.
+
+    Args:
+      turns: of which the last one asks.
+      repository: the memory.
+      kept: of its tokens, by visual slot.
+      video: duration in seconds and frames, if it is a video.
+      room: tokens that the answer may have.
+
+    Raises:
+      UserError: an empty question, or more tokens than the decoder takes.
+    """
+    check_question(turns[-1].text)
+    first = turns[0].text
+    missing = len(repository.slots) - sum(t.text.count(MARKER) for t in turns)
+    if missing > 0:
+      # As records have it; of a video only the line break remains.
+      first = f"{MARKER}\n" * missing + first
+    prompt = encode_conversation(
+      [Turn("human", first), *turns[1:]],
+      self.tokenizer,
+      video=video,
+      prompt_only=True,
+    )
+    layout = build_layout(prompt, repository, kept, name="the question")
+    length = len(layout.decoder_token)
+    if length + room > self.rules.max_length:
+      raise UserError(
+        f"prompt and answer take {length} + {room} tokens and the model reads"
+        f" {self.rules.max_length}; ask with less text or fewer tokens"
+      )
+    return layout
+
+
+def check_question(text: str) -> None:
+  """Raises a UserError where nothing is asked."""
+  if not text.replace(MARKER, "").strip():
+    raise UserError("the question is empty; ask something")

@@ -1,0 +1,99 @@
+"""A small model with weights as they are drawn, and the slow way to answer."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from hourjax.data.demo.tokens import MARKUP, write_tokenizer
+from hourjax.data.layout import Layout
+from hourjax.data.records import Turn
+from hourjax.data.rows import Sample, build_row, stack_rows
+from hourjax.data.tokenizer import Tokenizer
+from hourjax.inference.engine import row_spec
+from hourjax.inference.model import Model
+from hourjax.inference.prompts import Rules
+from hourjax.models.config import TINY, VisionConfig
+from hourjax.models.params import init_params, with_params
+from hourjax.parallel.mesh import MeshConfig, make_mesh
+
+CONFIG = dataclasses.replace(
+  TINY,
+  vision=VisionConfig(
+    image_size=8, patch_size=2, width=24, layers=1, heads=2, mlp=32
+  ),
+  decoder=dataclasses.replace(TINY.decoder, vocab=640),
+  pool_side=4,
+)
+SHAPE = (CONFIG.pool_side**2, CONFIG.vision.width)
+QUESTIONS = ["Who?", "What is shown on the card in the garden?", "Why so late?"]
+
+
+def tokenizer(folder: pathlib.Path) -> Tokenizer:
+  """Of few words."""
+  write_tokenizer(folder, [*MARKUP, *QUESTIONS])
+  return Tokenizer.from_folder(folder)
+
+
+def tiny(
+  folder: pathlib.Path, mesh: MeshConfig | None = None, **rules
+) -> Model:
+  """Weights are larger than drawn, so that answers depend on what is asked."""
+  params = init_params(CONFIG, 3)
+  params = {
+    path: np.asarray(value) * (3 if path.endswith("kernel") else 1)
+    for path, value in params.items()
+  }
+  mesh = mesh or MeshConfig(fsdp=1)
+  count = mesh.seq * mesh.tensor
+  return Model(
+    params,
+    CONFIG,
+    tokenizer(folder),
+    name="tiny",
+    rules=Rules(**rules),
+    mesh=make_mesh(mesh, jax.devices()[:count]),
+  )
+
+
+def features(frames: int = 150, seed: int = 0) -> np.ndarray:
+  """[F, Q, V]."""
+  drawn = np.random.default_rng(seed).normal(size=(frames, *SHAPE))
+  return drawn.astype(ml_dtypes.bfloat16)
+
+
+def layout_of(memory, turns: list[Turn]) -> Layout:
+  """Of a prompt about a memory."""
+  return memory._layout(turns, 1)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _logits(params, batch, config):
+  model = with_params(config, params)
+  return model.logits(model(batch))
+
+
+def slow_logits(
+  model: Model, layout: Layout, visual: np.ndarray, answer: list[int]
+) -> np.ndarray:
+  """Logits [n + 1, N] at the end of a prompt and after each answer token.
+
+  The whole row runs through the model that training runs: nothing is kept.
+  """
+  answer = np.asarray(answer, np.int32)
+  minus = np.full(len(answer), -1, np.int32)
+  layout = dataclasses.replace(
+    layout,
+    decoder_token=np.append(layout.decoder_token, answer),
+    decoder_source=np.append(layout.decoder_source, minus),
+    labels=np.append(layout.labels, minus),
+  )
+  sample = Sample("slow", layout, "features", visual)
+  batch: Batch = stack_rows(
+    [build_row([sample], row_spec(CONFIG, sample.size))]
+  )
+  logits = _logits(model.engine.params, batch, config=model.config)
+  return np.asarray(logits)[0, -len(answer) - 1 :]
