@@ -79,9 +79,15 @@ def table(data: Data) -> str:
 def summary(data: Data) -> str:
   """The report in some lines."""
   asked, runs = data["count"], data["runs"]
+  versions = data["versions"]
   lines = [
+    f"{data['benchmark']} {versions['benchmark']}, parser {versions['parser']}",
+    *(
+      name if name == run["model"] else f"{name}: {run['model']}"
+      for name, run in runs.items()
+    ),
     f"accuracy {data['accuracy']:.1%} [{_interval(data)}] of {asked:,}"
-    f" questions (chance {data['chance']:.1%})"
+    f" questions (chance {data['chance']:.1%})",
   ]
   if data["unreadable"]:
     lines.append(

@@ -133,8 +133,8 @@ class Records:
     if differences:
       raise UserError(
         f"{self.folder} holds the answers of another run:"
-        f" {'; '.join(differences)}; choose another --out, or delete that"
-        " folder's files"
+        f" {'; '.join(differences)}; choose another --out, or delete its"
+        " run.json and answers-*.jsonl"
       )
     if old != about:
       write_whole(path, _text(about))

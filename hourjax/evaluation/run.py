@@ -109,7 +109,7 @@ def ask(
   }
   total = sum(len(batch) for video in share for batch in batches[video])
   left = sum(len(batch) for video in share for batch in todo[video])
-  with progress.bar(total, unit="question", desc=model.name) as bar:
+  with progress.bar(total, unit="question", desc="answer") as bar:
     bar.update(total - left)
     for video, missing in todo.items():
       for rows, lost in _ask_video(model, exam, video, missing):

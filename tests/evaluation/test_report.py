@@ -191,6 +191,9 @@ def test_table_and_summary(built):
   cells = ["order", "2", "38%", "100%", "[34,", "100]", "0%", "[0,", "66]"]
   assert line.split() == cells
   text = built.summary()
+  assert text.startswith(
+    "records records-1-abc, parser 1\nwith MemAug: stage2@240\n"
+  )
   assert "needles  50.0% of 2" in text and "without MemAug 0.0%" in text
   assert "against without MemAug: +50.0 points [" in text
   assert "2 right here alone, 0 there alone" in text

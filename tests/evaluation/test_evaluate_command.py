@@ -1,0 +1,177 @@
+"""`python -m hourjax.evaluate` on a tiny model, seen from a shell."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+import hourjax
+from hourjax import evaluate
+from hourjax.evaluation import report
+from hourjax.evaluation.records import Records
+from tests.evaluation import small
+from tests.evaluation.fakes import Model, same, timeless
+from tests.training.runs import hosts
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("small")
+  small.write_model(folder / "model")
+  small.write_data(folder / "data")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def options(made):
+  """Of a run on stored features, without the folder it writes to."""
+  records = json.loads((made / "data" / "test.json").read_text())
+  stored = [item for item in records if item["video"] != "e.mp4"]
+  (made / "stored.json").write_text(json.dumps(stored))
+  return {
+    "model": made / "model",
+    "benchmark": "records",
+    "data": made / "stored.json",
+    "features": made / "data" / "features",
+  }
+
+
+@pytest.fixture(scope="module")
+def whole(made, options):
+  """Records and report of one undisturbed process."""
+  out = made / "whole"
+  code, stdout, stderr = small.ended(small.start(made, **options, out=out))
+  assert code == 0, stderr
+  assert f"answers go to {out}" in stdout and f"report in {out}" in stdout
+  assert "of 17 questions (chance 50.0%)" in stdout
+  rows = same(Records(out).answered())
+  assert len(rows) == 17
+  # Not all alike, else the comparisons below show nothing.
+  assert len({row["answer"] for row in rows.values()}) > 5
+  return rows, timeless(report.load(out).data)
+
+
+def _assert_equal(out, whole):
+  rows, data = whole
+  assert same(Records(out).answered()) == rows
+  assert timeless(report.load(out).data) == data
+
+
+@pytest.mark.slow
+def test_three_workers(made, options, whole):
+  out = made / "three"
+  running = [
+    small.start(made, **options, out=out, worker=f"{index}/3")
+    for index in range(3)
+  ]
+  ends = [small.ended(process) for process in running]
+  assert [code for code, _, _ in ends] == [0, 0, 0], ends
+  assert any("report in" in stdout for _, stdout, _ in ends)
+  _assert_equal(out, whole)
+
+
+@pytest.mark.slow
+def test_two_processes_of_one_run(made, options, whole):
+  out = made / "hosts"
+  running = [small.start(made, env, **options, out=out) for env in hosts(2)]
+  ends = [small.ended(process) for process in running]
+  assert [code for code, _, _ in ends] == [0, 0], ends
+  assert sum("report in" in stdout for _, stdout, _ in ends) == 1
+  for index in range(2):
+    assert (out / f"answers-{index:05d}.jsonl").stat().st_size
+  _assert_equal(out, whole)
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(made, options, whole):
+  out = made / "killed"
+  path = out / "answers-00000.jsonl"
+  process = small.start(made, **options, out=out)
+  until = time.monotonic() + 200
+  while not (path.exists() and path.stat().st_size):
+    assert process.poll() is None and time.monotonic() < until
+    time.sleep(0.002)
+  os.kill(process.pid, signal.SIGKILL)
+  process.communicate()
+  assert not (out / "report.json").exists()
+  code, _, stderr = small.ended(small.start(made, **options, out=out))
+  assert code == 0, stderr
+  _assert_equal(out, whole)
+
+
+@pytest.mark.slow
+def test_videos_that_are_missing_or_none(made):
+  """From files: b and c can be read, d is no video, a and e are not there."""
+  out = made / "files"
+  given = {"model": made / "model", "benchmark": "records", "out": out}
+  started = small.start(made, **given, data=made / "data", limit=18)
+  code, stdout, stderr = small.ended(started)
+  assert code == 3, stderr
+  assert "18 questions, 5 asked, 13 left out: 3 videos" in stdout
+  page = (out / "report.md").read_text()
+  for name, count in (("a.mp4", 11), ("d.mp4", 1), ("e.mp4", 1)):
+    assert f"- {name} ({count}): " in page
+  lost = Records(out).left_out()
+  assert len(lost) == 14 and all(row["reason"] for row in lost.values())
+  # Read and judged again without a model.
+  del given["model"]
+  again = small.start(made, **given, data=made / "data", limit=18)
+  code, stdout, stderr = small.ended(again)
+  assert code == 3 and "18 questions, 5 asked" in stdout, stderr
+  assert report.load(out).data["count"] == 5
+
+
+def _refused(capsys, **options):
+  """Message of the command in this process; it must end with 2."""
+  flags.FLAGS.mark_as_parsed()
+  with flagsaver.flagsaver(**options), pytest.raises(SystemExit) as ended:
+    evaluate.main([])
+  assert ended.value.code == 2
+  error = capsys.readouterr().err
+  assert error.startswith("error: ") and error.count("\n") == 1
+  return error
+
+
+def test_mistakes(made, options, capsys, tmp_path):
+  good = {name: str(value) for name, value in options.items()}
+  nowhere = str(tmp_path / "nowhere")
+  for change, message in (
+    ({"model": nowhere}, f"{nowhere} is no folder of a model"),
+    ({"model": None}, "give --model to ask, or --out to report again"),
+    ({"data": nowhere}, f"{nowhere} does not exist; correct --data"),
+    ({"features": nowhere}, "holds no index*.jsonl"),
+    ({"benchmark": "videommee"}, "no benchmark 'videommee'; choose one of"),
+    ({"benchmark": "videomme"}, "looks like Records"),
+    ({"subtitles": True}, "has no subtitles"),
+    ({"worker": "1"}, "--worker=1; write index/count"),
+    ({"compare": [nowhere]}, f"{nowhere} is no folder of a model"),
+    ({"compare": [good["model"]]}, "cannot be compared with itself"),
+    ({"names": ["a", "b"]}, "2 different names for 1 models"),
+    ({"tokenizer": nowhere}, "nowhere"),
+  ):
+    assert message in _refused(capsys, **{**good, **change}), change
+
+
+def test_wrong_folders_to_write_to(
+  made, options, capsys, tmp_path, monkeypatch
+):
+  def load(folder, tokenizer):
+    return Model("another model")
+
+  monkeypatch.setattr(hourjax, "load", load, raising=False)
+  good = {name: str(value) for name, value in options.items()}
+  out = tmp_path / "out"
+  Records(out).claim({"model": "one", "benchmark": "records"})
+  message = _refused(capsys, **good, out=str(out))
+  assert "model is 'one' there and 'another model' here" in message
+  (tmp_path / "file").write_text("")
+  message = _refused(capsys, **good, out=str(tmp_path / "file"))
+  assert "cannot be written to" in message
+  message = _refused(capsys, **good, out=str(tmp_path), worker="3/3")
+  assert "worker 3 of 3" in message
+  message = _refused(capsys, **{**good, "model": None}, out=str(tmp_path))
+  assert "no folder of an evaluation" in message
