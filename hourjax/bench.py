@@ -1,4 +1,4 @@
-"""Measures speed, memory and goodput.
+"""Measures speed and memory.
 
   python -m hourjax.bench data --json
   python -m hourjax.bench attention --topology=v5e:2x4
@@ -6,13 +6,12 @@
 
 `data` measures the data path with rows of --config (by default 3B, stage 3).
 --gigabytes says how much it writes and reads.
-
 `attention` asks the TPU compiler, on any machine, how near the kernels come
 to the limits of --topology (v5e, v5p, v6e or tpu7x and its chips), at the
 sizes --model, --queries and --keys; on a TPU or GPU it takes the time too.
 --tune looks for tiles instead, which takes many minutes.
 
-`ask` takes the time to the first token of two questions about an hour of video.
+`ask` takes the time to the first token of questions about an hour of video.
 """
 
 import pathlib

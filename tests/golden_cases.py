@@ -20,7 +20,6 @@ from safetensors.numpy import load_file, save_file
 from hourjax.batch import IGNORE, Batch
 from hourjax.data import forgetting, images, repository, rows
 from hourjax.data.conversations import IMAGE, Conversation
-from hourjax.data.dataset import _with_room
 from hourjax.data.layout import build_layout
 from hourjax.models.config import ModelConfig
 from hourjax.models.params import param_shapes
@@ -313,8 +312,6 @@ def _samples(name, arrays, entry, visuals, modalities, config):
       max_length=arrays["out_inputs_embeds"].shape[1],
       name=f"{name}[{b}]",
     )
-    if "greedy_tokens" in arrays:
-      layout = _with_room(layout, arrays["greedy_tokens"].shape[1], pad=0)
     yield rows.Sample(f"{name}[{b}]", layout, visual_kind, visual)
 
 

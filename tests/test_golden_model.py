@@ -9,14 +9,15 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hourjax.batch import IGNORE
 from hourjax.data import forgetting, repository, rows
-from hourjax.inference.generation import generate
+from hourjax.inference.engine import Engine
+from hourjax.inference.sampling import GREEDY, draws
 from hourjax.models.params import with_params
+from hourjax.parallel.mesh import MeshConfig, make_mesh
 from hourjax.training.loss import loss_sums, token_losses
 from tests import golden_cases, golden_files, official
 
@@ -228,38 +229,40 @@ def test_text_costs_no_encoder():
 )
 def test_prompt_logits_and_greedy_answer(name):
   case = golden_cases.load(name)
-  expected = case.arrays["greedy_tokens"]
-  room = expected.shape[1]
-  prompts = [length - room for length in case.lengths]
   logits = _outputs(name).logits
-  for b, prompt in enumerate(prompts):
+  for b, length in enumerate(case.lengths):
     tail = case.arrays["logits_last16"][b]
-    _close(logits[b, prompt - len(tail) : prompt], tail)
-
-  last = np.array(prompts)[:, None] - 1
-  answer = _answer(case, case.batch, last, room)
-  np.testing.assert_array_equal(answer[:, 0], expected)
-
-  # The first prompt twice in a row, and a place that no sample takes.
-  twice = case.samples[0]
-  spec = golden_cases.row_spec([twice], case.config, extra=twice.size)
-  batch = golden_cases.stack([[twice, twice]], spec)
-  last = np.array([[prompts[0] - 1, twice.size.decoder + prompts[0] - 1, -1]])
-  answer = _answer(case, batch, last, room)
-  np.testing.assert_array_equal(answer[0, :2], expected[[0, 0]])
-
-
-def _answer(case, batch, last, new_tokens):
-  params = jax.tree.map(jnp.asarray, case.params)
-  return np.asarray(
-    generate(
-      params,
-      jax.tree.map(jnp.asarray, batch),
-      jnp.asarray(last, jnp.int32),
-      config=case.config,
-      new_tokens=new_tokens,
+    _close(logits[b, length - len(tail) : length], tail)
+  # The engine keeps memory and cache; the official code kept its cache too.
+  engine = Engine(case.params, case.config, make_mesh(MeshConfig(fsdp=1)))
+  expected = case.arrays["greedy_tokens"]
+  for sample, tokens in zip(case.samples, expected, strict=True):
+    source = sample.layout.query_source
+    known = engine.remember(
+      sample.layout.repository,
+      sample.kind,
+      sample.visual,
+      np.unique(source[source >= 0]),
     )
+    # Alone, and three times in a row.
+    for layouts in ([sample.layout], [sample.layout] * 3):
+      answer = _answer(engine, known, layouts, len(tokens))
+      np.testing.assert_array_equal(answer, [tokens] * len(layouts))
+
+
+def _answer(engine, known, layouts, count):
+  writing, _ = engine.begin(known, layouts, room=count)
+  writing = engine.write(
+    writing,
+    draws(GREEDY, 0, len(writing.done)),
+    stop=[-1],
+    limit=count,
+    tokens=count,
   )
+  assert np.asarray(writing.count)[: len(layouts)].tolist() == [count] * len(
+    layouts
+  )
+  return np.asarray(writing.written)[: len(layouts), :count]
 
 
 # --- rows -------------------------------------------------------------------

@@ -177,8 +177,6 @@ def measure_record(
   record: Record,
   tokenizer: Tokenizer,
   media_root: str | os.PathLike | None,
-  *,
-  prompt_only: bool = False,
 ) -> Measures:
   """Counts one record's tokens; of a single image it reads the header.
 
@@ -186,7 +184,6 @@ def measure_record(
     record: checked.
     tokenizer: that training will use.
     media_root: folder of the images.
-    prompt_only: for inference: the prompt alone, all of it queries.
 
   Raises:
     UserError: an image that is needed and cannot be read.
@@ -195,7 +192,6 @@ def measure_record(
     record.turns,
     tokenizer,
     video=MEASURED_AS if record.modality == "video" else None,
-    prompt_only=prompt_only,
   )
   spoken = conversation.ids != IMAGE
   count = len(record.media) if record.modality == "image" else 0

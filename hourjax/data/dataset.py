@@ -43,16 +43,12 @@ class SampleOptions:
     max_length: the decoder's sequence is cut here.
     single_image: "tiled" cuts one image into tiles by its aspect, "plain"
       resizes it to one tile.
-    prompt_only: for inference: no answer, every prompt token is a query.
-    answer_room: decoder positions left free after each sample's prompt.
   """
 
   seed: int = 0
   forgetting: Forgetting = dataclasses.field(default_factory=Forgetting)
   max_length: int = 32_768
   single_image: Literal["tiled", "plain"] = "tiled"
-  prompt_only: bool = False
-  answer_room: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +118,6 @@ class Dataset:
     self._records, self.columns = records, columns
     self._tokenizer, self._spec, self._options = tokenizer, spec, options
     self._media, self._features = pathlib.Path(media_root), features
-    room = options.answer_room if options.prompt_only else None
     self.sizes, problems = sample_sizes(
       columns,
       shown_videos(columns, features),
@@ -131,7 +126,6 @@ class Dataset:
       forgetting=options.forgetting,
       max_length=options.max_length,
       single_image=options.single_image,
-      answer_room=room,
     )
     good = np.ones(len(columns), bool)
     good[list(problems)] = False
@@ -156,9 +150,7 @@ class Dataset:
     columns, kept, skipped = ColumnsBuilder(), [], []
     for record in records:
       try:
-        measures = measure_record(
-          record, tokenizer, media_root, prompt_only=options.prompt_only
-        )
+        measures = measure_record(record, tokenizer, media_root)
         name, known = None, None
         if record.modality == "video":
           name = record.media[0]
@@ -258,14 +250,13 @@ class Dataset:
       shown = repeated_frames(plan.images // self._spec.frame_tokens)
       means = visual.astype(np.float32).mean(axis=1)[shown]
     kept = kept_tokens(plan.repository, rule, rng, frame_features=means)
-    layout = build_layout(
+    return build_layout(
       plan.conversation,
       plan.repository,
       kept,
       max_length=self._options.max_length,
       name=f"record {plan.record.id}",
     )
-    return _with_room(layout, self._options.answer_room, self._tokenizer.pad)
 
   def _plan(self, record: Record) -> _Planned:
     if record.modality == "video":
@@ -299,7 +290,6 @@ class Dataset:
       turns,
       self._tokenizer,
       video=shown,
-      prompt_only=self._options.prompt_only,
     )
 
   def _read(self, plan: _Planned, room) -> np.ndarray | None:
@@ -319,19 +309,3 @@ class Dataset:
       return np.concatenate(list(frames))
     paths = [self._media / name for name in media]
     return read_images(paths, spec, self._options.single_image)
-
-
-def _with_room(layout: Layout, room: int, pad: int) -> Layout:
-  """Free decoder positions at the end, for the answer to come."""
-  if not room:
-    return layout
-
-  def longer(column, fill):
-    return np.append(column, np.full(room, fill, np.int32))
-
-  return dataclasses.replace(
-    layout,
-    decoder_token=longer(layout.decoder_token, pad),
-    decoder_source=longer(layout.decoder_source, -1),
-    labels=longer(layout.labels, -100),
-  )

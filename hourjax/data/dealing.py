@@ -134,5 +134,7 @@ def _own_source(source, spec, devices):
 
 
 def _renumbered(source, place):
+  if not place.shape[1]:
+    return source  # nothing to point to
   found = np.take_along_axis(place, np.maximum(source, 0), axis=1)
   return np.where(source < 0, -1, found).astype(np.int32)

@@ -132,7 +132,6 @@ def sample_sizes(
   forgetting: Forgetting,
   max_length: int,
   single_image: str,
-  answer_room: int | None = None,
 ) -> tuple[Int64[np.ndarray, "N 7"], dict[int, str]]:
   """Sizes in the order of `FIELDS`, and why some samples cannot be used.
 
@@ -144,7 +143,6 @@ def sample_sizes(
     forgetting: rule; which tokens it keeps does not matter, only how many.
     max_length: the decoder's sequence is cut here.
     single_image: see `SampleOptions`.
-    answer_room: None in training; for inference the positions to add.
   """
   sizes = np.zeros((len(columns), len(FIELDS)), np.int64)
   problems = {}
@@ -172,22 +170,13 @@ def sample_sizes(
 
   visual = columns.modality != MODALITIES.index("text")
   sizes[:, _AT["queries"]] = np.where(visual, prompt + kept, 0)
-  decoder = np.minimum(tokens + kept, max_length)
-  sizes[:, _AT["decoder"]] = decoder + (answer_room or 0)
-  if answer_room is not None:
-    for i in np.flatnonzero(tokens + kept > max_length).tolist():
-      problems.setdefault(
-        i,
-        f"its prompt has {tokens[i] + kept[i]} positions and max_length is"
-        f" {max_length}; raise config.max_length or shorten the question",
-      )
-  else:
-    for i in np.flatnonzero(answer + kept >= max_length).tolist():
-      problems.setdefault(
-        i,
-        f"its answer starts at position {answer[i] + kept[i]} and max_length"
-        f" is {max_length}; raise config.max_length or drop the record",
-      )
+  sizes[:, _AT["decoder"]] = np.minimum(tokens + kept, max_length)
+  for i in np.flatnonzero(answer + kept >= max_length).tolist():
+    problems.setdefault(
+      i,
+      f"its answer starts at position {answer[i] + kept[i]} and max_length"
+      f" is {max_length}; raise config.max_length or drop the record",
+    )
   capacity = np.array(spec.capacity.astuple())
   for i in np.flatnonzero((sizes > capacity).any(axis=1)).tolist():
     try:

@@ -201,9 +201,9 @@ class Engine:
     *,
     stop: Sequence[int],
     limit: int,
-    steps_: int,
+    tokens: int,
   ) -> steps.Writing:
-    """Up to `steps_` tokens more; see `steps.write`."""
+    """Up to so many tokens more; see `steps.write`."""
     with jax.set_mesh(self.mesh):
       return steps.write(
         self.params,
@@ -211,7 +211,7 @@ class Engine:
         how,
         jnp.asarray(stop, jnp.int32),
         jnp.int32(limit),
-        jnp.int32(steps_),
+        jnp.int32(tokens),
         config=self.config,
       )
 

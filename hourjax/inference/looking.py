@@ -26,7 +26,9 @@ class Looked:
     """Seconds."""
     return float(self.edges[-1])
 
-  def binned(self, edges: Sequence[float]) -> Float[np.ndarray, "m"]:
+  def binned(
+    self, edges: Sequence[float] | np.ndarray
+  ) -> Float[np.ndarray, "m"]:
     """Shares of other spans of time; a moment is divided as time is."""
     total = np.append(0.0, np.cumsum(self.share))
     return np.diff(np.interp(edges, self.edges, total))

@@ -130,7 +130,7 @@ class Memory:
         draws(sampling, first, len(writing.done)),
         stop=self._stop,
         limit=max_tokens,
-        steps_=max_tokens,
+        tokens=max_tokens,
       )
       answers += [self._answer(writing, row) for row in range(group)]
     return answers
@@ -237,7 +237,7 @@ class Conversation:
         how,
         stop=memory._stop,
         limit=limit,
-        steps_=_STEPS if stream else limit,
+        tokens=_STEPS if stream else limit,
       )
       answer = memory._answer(self._writing, 0, looked)
       if stream:

@@ -59,7 +59,8 @@ def look_figure(
   )  # fmt: skip
   axes.set_xlim(0, looked.duration / 60)
   axes.set(xlabel="minutes", ylabel="attention")
-  axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+  digits = 0 if share.max() > 0.05 else 1
+  axes.yaxis.set_major_formatter(lambda value, _: f"{value:.{digits}%}")
   axes.spines[["top", "right"]].set_visible(False)
   title = [_short(text) for text in (question, answer) if text]
   figure.suptitle("\n".join(title), x=0.01, ha="left", fontsize=10)

@@ -95,23 +95,20 @@ def test_damaged_columns(tmp_path):
 
 
 @pytest.mark.parametrize("media", [{"video": "a.mp4"}, {}])
-@pytest.mark.parametrize("prompt_only", [False, True])
-def test_measures_are_those_of_the_encoded_conversation(media, prompt_only):
+def test_measures_are_those_of_the_encoded_conversation(media):
   record = _record(**media)
-  made = measure_record(record, TOKENIZER, None, prompt_only=prompt_only)
+  made = measure_record(record, TOKENIZER, None)
   whole = encode_conversation(
     record.turns,
     TOKENIZER,
     video=MEASURED_AS if media else None,
-    prompt_only=prompt_only,
   )
   text = whole.ids != IMAGE
   assert made.tokens == text.sum()
   assert made.prompt == (text & (whole.labels == IGNORE)).sum()
   assert made.images == made.width == made.height == 0
-  if not prompt_only:
-    said = TOKENIZER.decode(whole.ids[text][made.answer :])
-    assert said.startswith("Red.")
+  said = TOKENIZER.decode(whole.ids[text][made.answer :])
+  assert said.startswith("Red.")
 
 
 def test_an_image_without_a_folder():

@@ -162,19 +162,6 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(media):
     assert (queries(0) != other).any()
 
 
-def test_a_prompt_has_no_labels_and_room_for_the_answer(media):
-  record = _record("clip", video="clip.mp4")
-  plain = _dataset([record], media, stored=True)
-  asked = _dataset(
-    [record], media, stored=True, prompt_only=True, answer_room=7
-  )
-  layout = asked.sample(0).layout
-  assert (layout.labels == -100).all()
-  assert (layout.decoder_token[-8:] != TOKENIZER.pad).sum() == 1
-  assert _size(asked).decoder - 7 < _size(plain).decoder
-  assert (layout.decoder_token[-7:] == TOKENIZER.pad).all()
-
-
 def test_keyframes_are_kept_by_their_features(media):
   rule = Forgetting(temporal="keyframe")
   record = _record("clip", video="clip.mp4")
@@ -303,13 +290,3 @@ def test_keyframes_need_features(media):
   stored = _dataset(records, media, stored=True, forgetting=rule)
   for index in (0, 1):  # text has nothing to choose from
     assert not stored.samples((index,), 0)[1]
-
-
-def test_a_prompt_that_is_cut_off(media):
-  record = _record("long", video="clip.mp4")
-  options = {"stored": True, "prompt_only": True, "answer_room": 3}
-  length = _size(_dataset([record], media, **options)).decoder - 3
-  assert len(_dataset([record], media, max_length=length, **options)) == 1
-  cut = _dataset([record], media, max_length=length - 1, **options)
-  (skipped,) = cut.skipped
-  assert f"prompt has {length} positions and max_length is" in skipped.reason

@@ -77,7 +77,6 @@ def test_planned_sizes_are_the_real_ones(rule, single, tokenizer, root):
   for options in (
     SampleOptions(forgetting=rule, single_image=single),
     SampleOptions(forgetting=rule, single_image=single, max_length=400),
-    SampleOptions(forgetting=rule, prompt_only=True, answer_room=5),
   ):
     dataset = Dataset.from_records(
       records,

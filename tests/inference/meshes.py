@@ -1,0 +1,47 @@
+"""Answers on the virtual devices of this process.
+
+  python -m tests.inference.meshes '[{"seq": 4}, ...]'
+
+prints, for each mesh, the answers' token ids, the next turn's, and shares of
+attention by second, as JSON.
+"""
+
+import json
+import os
+import pathlib
+import sys
+import tempfile
+
+if __name__ == "__main__":
+  os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import numpy as np
+
+from hourjax.parallel.mesh import MeshConfig
+from tests.inference import models
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def answers(mesh: dict, folder: pathlib.Path) -> dict:
+  """What a mesh makes of the questions."""
+  model = models.tiny(folder, MeshConfig(fsdp=1, **mesh))
+  memory = model.remember(models.features())
+  written = memory.answer(models.QUESTIONS, max_tokens=8)
+  conversation = memory.converse()
+  looked = conversation.ask(models.QUESTIONS[1], max_tokens=4).looked
+  after = conversation.ask(models.QUESTIONS[2], max_tokens=8)
+  return {
+    "answers": [answer.text for answer in written],
+    "after": after.text,
+    "looked": np.asarray(looked.share).tolist(),
+    "text": model.read().ask("Who?", max_tokens=8).text,
+  }
+
+
+if __name__ == "__main__":
+  assert len(jax.devices()) == 8
+  with tempfile.TemporaryDirectory() as made:
+    cases = json.loads(sys.argv[1])
+    print(json.dumps([answers(case, pathlib.Path(made)) for case in cases]))
