@@ -3,12 +3,15 @@
 #
 #   environment [requirements file ...]
 #
+# Files *-alone.txt are installed last, without what their packages ask for.
+#
 # PYTHON names the interpreter to make .venv with (default: python3, or one of
 # python3.14 to python3.11 where that is too old). A stamp of the requirement files in
 # .venv tells whether there is anything to do.
 
 environment() {
-  local files=(requirements.txt "$@") options=() file stamp wanted python
+  local files=(requirements.txt "$@") options=() alone=()
+  local file stamp wanted python
   python=$(find_python) || return 1
   wanted=$(cat "${files[@]}" | cksum)
   stamp=".venv/.installed-$(echo "${files[@]}" | tr ' /' '__')"
@@ -18,9 +21,18 @@ environment() {
   fi
   if [[ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]]; then
     echo "installing ${files[*]} (a few minutes, once)"
-    for file in "${files[@]}"; do options+=(-r "$file"); done
+    for file in "${files[@]}"; do
+      case "$file" in
+        *-alone.txt) alone+=(-r "$file") ;;
+        *) options+=(-r "$file") ;;
+      esac
+    done
     .venv/bin/python -m pip install --quiet --disable-pip-version-check \
       "${options[@]}"
+    if ((${#alone[@]})); then
+      .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+        --no-deps "${alone[@]}"
+    fi
     echo "$wanted" >"$stamp"
   fi
   export PATH="$PWD/.venv/bin:$PATH"

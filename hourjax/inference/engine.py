@@ -64,7 +64,10 @@ class Engine:
   """
 
   def __init__(
-    self, params: Mapping[str, np.ndarray], config: ModelConfig, mesh: Mesh
+    self,
+    params: Mapping[str, jax.Array | np.ndarray],
+    config: ModelConfig,
+    mesh: Mesh,
   ):
     """Puts the parameters on the mesh.
 

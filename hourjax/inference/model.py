@@ -47,7 +47,7 @@ class Model:
 
   def __init__(
     self,
-    params: Mapping[str, np.ndarray],
+    params: Mapping[str, jax.Array | np.ndarray],
     config: ModelConfig,
     tokenizer: Tokenizer,
     *,

@@ -39,7 +39,7 @@ def look_figure(
   """
   edges, share = looked.minutes()
   count = min(frames, len(share))
-  best = np.argsort(-share, kind="stable")[:count]
+  best = np.argsort(-share, kind="stable")[:count].tolist()
   figure = plt.figure(figsize=(9, 4.8 if film else 2.9), layout="constrained")
   grid = figure.add_gridspec(
     2 if film else 1, count, height_ratios=[1.15, 1] if film else [1]

@@ -26,7 +26,8 @@ _SHARD_BYTES = 4 * 2**30
 def read_config(folder: str | pathlib.Path) -> ModelConfig:
   """The model that `config.json` describes; bfloat16 compute, full remat.
 
-  The tower is so400m unless a `vision_config` entry gives other sizes.
+  The tower is so400m unless a `vision_config` entry gives other sizes, and
+  frames are pooled to 8 x 8 unless a `pool_side` does.
 
   Raises:
     UserError: if the file is missing, broken or lacks a key.
@@ -55,6 +56,7 @@ def read_config(folder: str | pathlib.Path) -> ModelConfig:
         rope_base=float(raw.get("rope_theta", 1e6)),
         norm_eps=raw.get("rms_norm_eps", 1e-6),
       ),
+      pool_side=raw.get("pool_side", 8),
       memaug_layers=raw.get("memaug_depth", 4),
     )
   except KeyError as error:
@@ -109,6 +111,7 @@ def write_config(config: ModelConfig, folder: str | pathlib.Path) -> None:
     "rope_theta": decoder.rope_base,
     "rms_norm_eps": decoder.norm_eps,
     "memaug_depth": config.memaug_layers,
+    "pool_side": config.pool_side,
     "vision_config": {
       "image_size": vision.image_size,
       "patch_size": vision.patch_size,

@@ -1,0 +1,207 @@
+"""Models from disk, and asking them by the command."""
+
+import pathlib
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from PIL import Image
+
+import hourjax
+from hourjax.data.store.features import FeatureStore
+from hourjax.data.video import extraction_frames, probe
+from hourjax.errors import UserError
+from hourjax.weights.checkpoint import save_params
+from tests import videos
+from tests.inference import models
+from tests.training import runs
+
+QUESTION = models.QUESTIONS[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A published folder."""
+  path = tmp_path_factory.mktemp("published")
+  model = models.tiny(path)
+  params = {p: np.asarray(x) for p, x in model.engine.params.items()}
+  save_params(params, models.CONFIG, path)
+  return path
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+  path = tmp_path_factory.mktemp("films") / "film.mp4"
+  videos.write(path, 300, rate=2, size=(32, 24))
+  return path
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+  return hourjax.load(folder)
+
+
+def test_a_published_folder(folder, model):
+  assert model.config.decoder == models.CONFIG.decoder
+  assert model.name.startswith("/".join(folder.parts[-2:]) + " ")
+  assert hourjax.load(folder).name == model.name
+  text = model.read().ask(QUESTION, max_tokens=4).text
+  assert isinstance(text, str)
+
+
+def test_the_name_tells_weights_apart(folder, tmp_path):
+  other = tmp_path / folder.parent.name / folder.name
+  other.mkdir(parents=True)
+  for path in folder.iterdir():
+    (other / path.name).write_bytes(path.read_bytes())
+  assert hourjax.load(other).name == hourjax.load(folder).name
+  (weights,) = other.glob("*.safetensors")
+  data = bytearray(weights.read_bytes())
+  data[-5] ^= 64
+  weights.write_bytes(data)
+  assert hourjax.load(other).name != hourjax.load(folder).name
+
+
+def test_a_film_is_its_stored_features(model, film, tmp_path):
+  """What extraction stores of a film gives the same answers as the film."""
+  seen = []
+  memory = model.remember(film, progress=lambda *done: seen.append(done))
+  info = probe(film)
+  indices, duration = extraction_frames(info.frames, info.fps)
+  assert (memory.duration, memory.frames) == (150.0, 150)
+  assert seen[0] == (0, len(indices)) and seen[-1] == (150, 150)
+  features, _ = model.read_film(film)
+  assert features.dtype == ml_dtypes.bfloat16
+  store = FeatureStore(tmp_path / "store", create=True)
+  store.write("film.mp4", features, duration)
+  stored = model.remember_stored(store, "film.mp4")
+  np.save(tmp_path / "x.npy", features)
+  copied = model.remember(tmp_path / "x.npy", duration=duration)
+  expected = memory.answer(models.QUESTIONS, max_tokens=6)
+  assert stored.answer(models.QUESTIONS, max_tokens=6) == expected
+  assert copied.answer(models.QUESTIONS, max_tokens=6) == expected
+
+
+def test_images(model, tmp_path):
+  rng = np.random.default_rng(0)
+  paths = []
+  for n, size in enumerate([(40, 30), (9, 70)]):
+    pixels = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+    paths.append(tmp_path / f"{n}.png")
+    Image.fromarray(pixels).save(paths[-1])
+  texts = [
+    model.see(shown).ask("What differs?", max_tokens=8).text
+    for shown in (paths[:1], paths[1:], paths)
+  ]
+  assert len(set(texts)) > 1
+  both = model.see(paths)
+  marked = both.ask("<image>\n<image>\nWhat differs?", max_tokens=8)
+  assert marked.text == texts[2] and marked.looked is None
+  with pytest.raises(UserError, match="no images to see"):
+    model.see([])
+
+
+def _bad_sources(tmp_path):
+  still = tmp_path / "short.mp4"
+  videos.write(still, 9, rate=10)
+  (tmp_path / "text.mp4").write_text("no video")
+  np.save(tmp_path / "flat.npy", np.zeros((5, 3), np.float32))
+  np.save(tmp_path / "wide.npy", np.zeros((5, 16, 99), np.float32))
+  np.save(tmp_path / "none.npy", np.zeros((0, *models.SHAPE), np.float32))
+  np.save(tmp_path / "ints.npy", np.zeros((5, *models.SHAPE), np.int32))
+  (tmp_path / "torn.npy").write_bytes(b"\x93NUMPY")
+  return {
+    "short.mp4": "lasts 0.90 seconds .* at least 1 second",
+    "text.mp4": "is not a video",
+    "missing.mp4": "cannot read video",
+    "flat.npy": r"shape \(5, 3\), the model reads \(frames, 16, 24\)",
+    "wide.npy": r"shape \(5, 16, 99\)",
+    "none.npy": "has 0 frames of 0.00 seconds",
+    "ints.npy": "holds int32",
+    "torn.npy": "cannot read features",
+    "missing.npy": "cannot read features",
+  }
+
+
+def test_what_cannot_be_remembered(model, tmp_path):
+  for name, message in _bad_sources(tmp_path).items():
+    with pytest.raises(UserError, match=message):
+      model.remember(tmp_path / name)
+
+
+def test_no_such_model(tmp_path, folder):
+  with pytest.raises(UserError, match=r"model folder .* does not exist"):
+    hourjax.load(tmp_path / "missing")
+  with pytest.raises(UserError, match=r"config.json does not exist"):
+    hourjax.load(tmp_path)
+  with pytest.raises(UserError, match=r"the tokenizer of"):
+    hourjax.load(folder, tokenizer=tmp_path / "nothing")
+
+
+@pytest.mark.slow
+def test_a_workdir_of_a_run(tmp_path):
+  """Trained for two steps, asked by the command, from another directory."""
+  data = runs.make_data(tmp_path / "data")
+  run = runs.Training(data, tmp_path / "run", steps=2)
+  status, said = run.ended()
+  assert not status, said
+  video = next(iter(FeatureStore(data / "features").videos()))
+  loaded = hourjax.load(tmp_path / "run")
+  assert loaded.name.startswith(f"{tmp_path.name}/run step 2 ")
+  stored = loaded.remember_stored(FeatureStore(data / "features"), video)
+  expected = stored.ask(QUESTION, max_tokens=5)
+  done = _ask(
+    f"--model={tmp_path}/run",
+    f"--video={data}/videos/{video}",
+    "--max_tokens=5",
+    f"--picture={tmp_path}/look.png",
+    QUESTION,
+  )
+  lines = done.stdout.splitlines()
+  assert not done.returncode, done.stderr
+  assert lines[0].startswith(expected.text)
+  assert lines[-2].startswith("looked most at ")
+  assert lines[-1] == f"wrote {tmp_path}/look.png"
+  assert (tmp_path / "look.png").exists()
+
+
+def _ask(*options, given=""):
+  root = pathlib.Path(__file__).parents[2]
+  return subprocess.run(
+    [sys.executable, "-m", "hourjax.ask", *options],
+    input=given,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    cwd=root,
+  )
+
+
+@pytest.mark.slow
+def test_a_conversation_through_a_pipe(folder, tmp_path):
+  np.save(tmp_path / "x.npy", models.features())
+  done = _ask(
+    f"--model={folder}",
+    f"--features={tmp_path}/x.npy",
+    "--max_tokens=3",
+    given="Who?\n\nWhy so late?\n",
+  )
+  assert not done.returncode, done.stderr
+  assert done.stdout.count("\n> ") == 2
+  assert done.stdout.count("looked most at") == 1  # the second reads a cache
+  assert "[cut at 3 tokens]" in done.stdout
+
+
+@pytest.mark.slow
+def test_mistakes_on_the_command_line(folder, tmp_path):
+  cases = {
+    "question in quotes": ["--video=a.mp4", "two", "words"],
+    "the question is empty": ["--video=a.mp4", " "],
+    "give one of --video": ["Who?"],
+    "--duration is of --features": ["--video=a", "--duration=3", "Who?"],
+  }
+  for message, options in cases.items():
+    done = _ask(f"--model={folder}", *options)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
