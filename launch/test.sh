@@ -1,16 +1,23 @@
 #!/usr/bin/env bash
-# Ruff and the tests: bash launch/test.sh [--quick] [pytest arguments]
+# Ruff and the tests: bash launch/test.sh [--quick] [--eval] [pytest arguments]
+#
+# --quick leaves the long tests out; --eval also installs what lmms-eval needs
+# (PyTorch among it), without which its tests are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-environment requirements-test.txt requirements-prep.txt
+files=(requirements-test.txt requirements-prep.txt)
+marks=()
+while [[ "${1:-}" == --quick || "${1:-}" == --eval ]]; do
+  case "$1" in
+    --quick) marks=(-m "not slow") ;;
+    --eval) files+=(requirements-eval.txt requirements-eval-alone.txt) ;;
+  esac
+  shift
+done
+environment "${files[@]}"
 
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} TF_CPP_MIN_LOG_LEVEL=2
-marks=()
-if [[ "${1:-}" == --quick ]]; then
-  shift
-  marks=(-m "not slow")
-fi
 ruff check .
 ruff format --check .
 python -m pytest -n 2 --dist loadfile ${marks[@]+"${marks[@]}"} "$@"

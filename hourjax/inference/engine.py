@@ -84,7 +84,9 @@ class Engine:
     self.config, self.mesh = config, mesh
     shardings = param_shardings(mesh, param_shapes(config), param_axes(config))
     self.params = {
-      path: jax.device_put(_narrow(path, value, config), shardings[path])
+      path: jax.device_put(
+        np.asarray(value).astype(narrow_dtype(path, config)), shardings[path]
+      )
       for path, value in params.items()
     }
 
@@ -310,12 +312,10 @@ def _of_kept(layout: Layout, kept: np.ndarray) -> Layout:
   )
 
 
-def _narrow(path: str, value, config: ModelConfig):
-  """What products and lookups cast at every use is cast once."""
-  value = np.asarray(value)
-  if path.rpartition("/")[2] in ("kernel", "embedding"):
-    return value.astype(jnp.dtype(config.dtype))
-  return value
+def narrow_dtype(path: str, config: ModelConfig) -> np.dtype:
+  """What products and lookups cast at every use is kept cast."""
+  cast = path.rpartition("/")[2] in ("kernel", "embedding")
+  return jnp.dtype(config.dtype if cast else jnp.float32)
 
 
 def _grown(writing, capacity: int, room: int):

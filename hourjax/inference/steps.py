@@ -218,15 +218,15 @@ def extend(
 
 def _cached(cache, new, length, count):
   """The cache with the first `count` of the new tokens after `length`."""
-  place = jnp.arange(new.k.shape[2])[None]
-  # Past the end of the cache nothing is written.
-  place = jnp.where(
-    place < count[:, None], length[:, None] + place, cache.k.shape[2]
-  )
-  rows = jnp.arange(len(length))[:, None]
+  # Every place looks up what it gets, instead of tokens being sent to places:
+  # so each device fills its own part of a cache that is split by place.
+  place = jnp.arange(cache.k.shape[2])[None] - length[:, None]
+  fresh = ((place >= 0) & (place < count[:, None]))[None, :, :, None, None]
+  place = jnp.clip(place, 0, new.k.shape[2] - 1)[None, :, :, None, None]
 
   def put(old, values):
-    return _split(old.at[:, rows, place].set(values, mode="drop"))
+    found = jnp.take_along_axis(values, place, axis=2)
+    return _split(jnp.where(fresh, found, old))
 
   return KeysValues(*map(put, cache, new))
 
