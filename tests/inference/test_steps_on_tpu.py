@@ -11,8 +11,10 @@ import pytest
 @pytest.mark.slow
 def test_3b_on_four_chips_of_v5e():
   done = subprocess.run(
-    [sys.executable, "-m", "tests.inference.compile_for_tpu"]
-    + ["3b", "v5e:2x2", "3600"],
+    [
+      *(sys.executable, "-m", "tests.inference.compile_for_tpu"),
+      *("3b", "v5e:2x2", "3600"),
+    ],
     env={
       **os.environ,
       "JAX_PLATFORMS": "cpu",
