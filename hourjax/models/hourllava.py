@@ -155,10 +155,7 @@ class HourLLaVA(nnx.Module):
     }
 
     def step(block, x, known):
-      shares = None
-      if watched is not None:
-        shares = block.shares(x, known, watched, **where)
-      return block.recall(x, known, **where), shares
+      return block.recall(x, known, watched, **where)
 
     return self.memaug.scan(step, queries, known)
 

@@ -59,7 +59,7 @@ class MemAugBlock(nnx.Module):
     **where: Int[Array, "..."],
   ) -> Float[Array, "B T D"]:
     """Queries after this block; `where` as for `recall`."""
-    return self.recall(x, self.remember(memory, memory_position), **where)
+    return self.recall(x, self.remember(memory, memory_position), **where)[0]
 
   def remember(
     self, memory: Float[Array, "B S D"], position: Int[Array, "B S"]
@@ -71,51 +71,48 @@ class MemAugBlock(nnx.Module):
     self,
     x: Float[Array, "B T D"],
     known: KeysValues,
+    watched: Int[Array, "B W"] | None = None,
     *,
     position: Int[Array, "B T"],
     segment: Int[Array, "B T"],
     memory_segment: Int[Array, "B S"],
     reads_segment: Int[Array, "B T"],
-  ) -> Float[Array, "B T D"]:
-    """Queries after this block, reading a memory that is remembered."""
+  ) -> tuple[Float[Array, "B T D"], Float[Array, "B S"] | None]:
+    """Queries after this block, reading a memory that is remembered.
+
+    Args:
+      x: queries.
+      known: of the memory.
+      watched: indices of queries whose attention is looked at; -1 is none.
+      position, segment: of the queries.
+      memory_segment, reads_segment: which queries read what.
+
+    Returns:
+      Queries, and how much of the watched ones' attention each memory token
+      gets, summed over them and all heads, float32.
+    """
     x = self.norm1(x + self.self_attn(x, position, segment))
+    shares = None
+    if watched is not None:
+      at = jnp.maximum(watched, 0)
+      reads = jnp.take_along_axis(reads_segment, at, axis=1)
+      shares = self._shares(
+        take_rows(x, watched),
+        jnp.take_along_axis(position, at, axis=1),
+        jnp.where(watched < 0, 0, reads),
+        known,
+        memory_segment,
+      )
     read = self.cross_attn.read(
       x, position, reads_segment, known, memory_segment, kind="cross"
     )
     x = self.norm2(x + read)
     x = self.norm3(x + self.mlp(x))
-    return constrain(x, "rows", "queries", None)
+    return constrain(x, "rows", "queries", None), shares
 
-  def shares(
-    self,
-    x: Float[Array, "B T D"],
-    known: KeysValues,
-    watched: Int[Array, "B W"],
-    *,
-    position: Int[Array, "B T"],
-    segment: Int[Array, "B T"],
-    memory_segment: Int[Array, "B S"],
-    reads_segment: Int[Array, "B T"],
-  ) -> Float[Array, "B S"]:
-    """How much attention of some queries each memory token gets.
-
-    Args:
-      x: this block's input, of all queries.
-      known: of the memory.
-      watched: indices of queries; -1 is none.
-      position, segment, memory_segment, reads_segment: as for `recall`.
-
-    Returns:
-      Weights summed over the watched queries and all heads, float32.
-    """
-    x = self.norm1(x + self.self_attn(x, position, segment))
-
-    def of_watched(values):
-      return jnp.take_along_axis(values, jnp.maximum(watched, 0), axis=1)
-
-    reads = jnp.where(watched < 0, 0, of_watched(reads_segment))
+  def _shares(self, x, position, reads, known, memory_segment):
     return kernels.key_shares(
-      self.cross_attn.queries(take_rows(x, watched), of_watched(position)),
+      self.cross_attn.queries(x, position),
       known.k,
       reads,
       memory_segment,
