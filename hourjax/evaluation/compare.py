@@ -11,7 +11,7 @@ from hourjax.errors import UserError
 from hourjax.evaluation import report
 from hourjax.evaluation.exam import Exam
 from hourjax.evaluation.report import Report
-from hourjax.evaluation.run import Model, ask, gather
+from hourjax.evaluation.run import Model, ask, check, gather
 from hourjax.parallel import hosts
 from hourjax.training.metrics import read_curve
 
@@ -55,6 +55,8 @@ def evaluate_folders(
   outs = [default_out(path, exam) for path in paths]
   if out is not None:
     outs[0] = pathlib.Path(out)
+  for where in outs:  # before the first of them takes hours
+    check(exam, where)
   own = []
   for number, (path, where) in enumerate(zip(paths, outs)):
     if hosts.is_primary():
@@ -143,6 +145,11 @@ def _check(paths: Sequence[pathlib.Path], names: Sequence[str]) -> None:
   for path in paths:
     if not path.is_dir():
       raise UserError(f"{path} is no folder of a model; correct it")
+    if not (path / "config.json").is_file():
+      raise UserError(
+        f"{path} has no config.json, so it is neither the workdir of a training"
+        " run nor an official checkpoint; correct it"
+      )
   if len({path.resolve() for path in paths}) < len(paths):
     raise UserError(
       f"{', '.join(map(str, paths))}: a model cannot be compared with itself"

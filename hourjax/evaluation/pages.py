@@ -107,6 +107,7 @@ def summary(data: Data) -> str:
     )
   if len(runs) > 1 and any(run["left_out"] for run in runs.values()):
     lines.append("runs that left something out are scored on what they asked")
+  lines += _notes(data)
   return "\n".join(lines)
 
 
@@ -202,8 +203,12 @@ def _about(data: Data) -> str:
   versions = ", ".join(
     f"{name} {data['versions'][name]}" for name in ("hourjax", "jax", "numpy")
   )
-  notes = " ".join(next(iter(runs.values())).get("notes", ()))
+  notes = " ".join(_notes(data))
   return "\n".join(lines) + f"\n\nWith {versions}. {notes}".rstrip()
+
+
+def _notes(data: Data) -> Sequence[str]:
+  return next(iter(data["runs"].values())).get("notes", ())
 
 
 def _text(value: Any) -> str:
@@ -238,7 +243,7 @@ def _left_out(data: Data) -> str:
     if more > 0:
       lines.append(f"- and {more:,} more, listed in report.json")
     parts.append("\n".join([lines[0], "", *lines[1:]]))
-  return "\n\n".join(parts) or "Nothing: every question was asked."
+  return "\n\n".join(parts) or "Nothing: all of these questions were asked."
 
 
 def _example(item: Data) -> str:

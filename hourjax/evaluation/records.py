@@ -60,6 +60,17 @@ class Records:
         " another --out"
       ) from None
 
+  def check(self, about: Mapping[str, Any]) -> None:
+    """As `claim`, of what is known so far, and touches nothing.
+
+    Raises:
+      UserError: the folder holds another run, with each difference.
+    """
+    if (self.folder / _RUN).exists():
+      old = self.about()
+      both = old.keys() & about.keys()
+      self._compare(*({name: of[name] for name in both} for of in (old, about)))
+
   def about(self) -> Row:
     """What the run's answers depend on, as `claim` wrote it.
 
@@ -124,6 +135,11 @@ class Records:
       # Workers that start together write the same.
       write_whole(path, _text(about))
     old = self.about()
+    self._compare(old, about)
+    if old != about:
+      write_whole(path, _text(about))
+
+  def _compare(self, old: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     names = sorted((old.keys() | about.keys()) - _MAY_CHANGE)
     differences = [
       f"{name} is {_shown(old, name)} there and {_shown(about, name)} here"
@@ -136,8 +152,6 @@ class Records:
         f" {'; '.join(differences)}; choose another --out, or delete its"
         " run.json and answers-*.jsonl"
       )
-    if old != about:
-      write_whole(path, _text(about))
 
   def _rows(self, pattern: str) -> Iterable[Row]:
     """Objects of all workers; half a line, as a kill leaves it, is none."""

@@ -97,7 +97,7 @@ def ask(
   batches = exam.batches()
   share = worker_slice(list(batches), index, count)
   records = Records(out, index)
-  records.claim(_about(model, exam))
+  records.claim({"model": model.name, **_about(exam)})
   answered = records.answered()
   todo = {
     video: [
@@ -110,7 +110,7 @@ def ask(
   total = sum(len(batch) for video in share for batch in batches[video])
   left = sum(len(batch) for video in share for batch in todo[video])
   with progress.bar(total, unit="question", desc="answer") as bar:
-    bar.update(total - left)
+    bar.initial = bar.n = total - left  # the pace is that of the others
     for video, missing in todo.items():
       for rows, lost in _ask_video(model, exam, video, missing):
         records.add([row for row in rows if row["id"] not in answered])
@@ -147,14 +147,25 @@ def gather(exam: Exam, out: str | os.PathLike) -> Run | None:
       left_out.append(LeftOut(item.id, item.video, lost[item.id]["reason"]))
     else:
       return None
-  about |= {"parser": PARSER_VERSION, "notes": list(exam.notes)}
+  notes = list(exam.notes)
+  if (count := len(exam.questions)) > len(exam.chosen):
+    notes.append(f"The first {len(exam.chosen):,} of {count:,} questions only.")
+  about |= {"parser": PARSER_VERSION, "notes": notes}
   return Run(about, tuple(scored), tuple(left_out))
 
 
-def _about(model: Model, exam: Exam) -> Row:
-  """What the answers depend on; see `Records.claim`."""
+def check(exam: Exam, out: str | os.PathLike) -> None:
+  """Finds what `ask` would refuse, as far as it shows without the model.
+
+  Raises:
+    UserError: `out` holds answers to another exam.
+  """
+  Records(out).check(_about(exam))
+
+
+def _about(exam: Exam) -> Row:
+  """What the answers depend on beside the model; see `Records.claim`."""
   return {
-    "model": model.name,
     "benchmark": exam.benchmark,
     "version": exam.version,
     "parser": PARSER_VERSION,

@@ -96,6 +96,16 @@ def test_wrong_folders(folders, tmp_path):
     evaluate_folders([*folders, tmp_path / "nowhere"], exam(), load)
   with pytest.raises(UserError, match="cannot be compared with itself"):
     evaluate_folders([folders[0], folders[0]], exam(), load)
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(
+    UserError, match=r"empty has no config.json, so it is nei"
+  ):
+    evaluate_folders([*folders, tmp_path / "empty"], exam(), load)
+  # The second one's answers are to the same questions, with subtitles.
+  other = default_out(folders[1], exam())
+  evaluate_folders(folders[1:], exam(subtitles=True), Loader(), out=other)
+  with pytest.raises(UserError, match="subtitles is True there and False here"):
+    evaluate_folders(folders, exam(), load)
   assert not load.made  # told before anything is loaded
 
 
@@ -141,9 +151,11 @@ def test_an_exam_from_disk(tmp_path):
   assert [item.id for item in opened.chosen] == ["one"]
   assert opened.chosen[0].expected == "B"
   (tmp_path / "m").mkdir()
+  (tmp_path / "m" / "config.json").write_text("{}")
   made = evaluate_folders([tmp_path / "m"], opened, Loader())
   assert made.data["accuracy"] == 1 and made.data["count"] == 1
   assert made.data["benchmark"] == "records"
+  assert "The first 1 of 2 questions only." in made.summary().splitlines()
   (run,) = made.data["runs"].values()
   assert run["version"] == opened.version and run["max_tokens"] > 0
 

@@ -143,7 +143,7 @@ def test_page(built):
     "| subtitles | no | no |",
     "accuracy 75.0% [30.1, 95.4] of 4 questions (chance 31.2%)",
     "| order | 2 | 38% | 100% [34, 100] | 0% [0, 66] |",
-    "Nothing: every question was asked.",
+    "Nothing: all of these questions were asked.",
     "said 'C'\n    read as 'C', expected 'B'",
   ):
     assert part in page
