@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from hourjax.kernels.common import NO_PART
 
 QUERY_TILE = 512
-KEY_TILE = 2048
+KEY_TILE = 512  # what fits into a core's cache, with the scores beside it
 _NEVER = -1e30  # finite, so that exp(_NEVER - _NEVER) stays a number
 
 
