@@ -11,12 +11,13 @@ import numpy as np
 from hourjax.data.demo.tokens import MARKUP, write_tokenizer
 from hourjax.data.layout import Layout
 from hourjax.data.records import Turn
-from hourjax.data.rows import Sample, build_row, stack_rows
+from hourjax.data.rows import Sample, Visual, build_row, stack_rows
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.inference.engine import row_spec
 from hourjax.inference.model import Model
 from hourjax.inference.prompts import Rules
-from hourjax.models.config import TINY, VisionConfig
+from hourjax.inference.steps import Writing
+from hourjax.models.config import TINY, ModelConfig, VisionConfig
 from hourjax.models.params import init_params, with_params
 from hourjax.parallel.mesh import MeshConfig, make_mesh
 
@@ -39,10 +40,13 @@ def tokenizer(folder: pathlib.Path) -> Tokenizer:
 
 
 def tiny(
-  folder: pathlib.Path, mesh: MeshConfig | None = None, **rules
+  folder: pathlib.Path,
+  mesh: MeshConfig | None = None,
+  config: ModelConfig = CONFIG,
+  **rules,
 ) -> Model:
   """Weights are larger than drawn, so that answers depend on what is asked."""
-  params = init_params(CONFIG, 3)
+  params = init_params(config, 3)
   params = {
     path: np.asarray(value) * (3 if path.endswith("kernel") else 1)
     for path, value in params.items()
@@ -51,7 +55,7 @@ def tiny(
   count = mesh.seq * mesh.tensor
   return Model(
     params,
-    CONFIG,
+    config,
     tokenizer(folder),
     name="tiny",
     rules=Rules(**rules),
@@ -77,7 +81,11 @@ def _logits(params, batch, config):
 
 
 def slow_logits(
-  model: Model, layout: Layout, visual: np.ndarray, answer: list[int]
+  model: Model,
+  layout: Layout,
+  visual: np.ndarray | None,
+  answer: list[int],
+  kind: Visual = "features",
 ) -> np.ndarray:
   """Logits [n + 1, N] at the end of a prompt and after each answer token.
 
@@ -91,9 +99,24 @@ def slow_logits(
     decoder_source=np.append(layout.decoder_source, minus),
     labels=np.append(layout.labels, minus),
   )
-  sample = Sample("slow", layout, "features", visual)
+  sample = Sample("slow", layout, kind, visual)
   batch: Batch = stack_rows(
     [build_row([sample], row_spec(CONFIG, sample.size))]
   )
   logits = _logits(model.engine.params, batch, config=model.config)
   return np.asarray(logits)[0, -len(answer) - 1 :]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _next_logits(params, writing, config):
+  model = with_params(config, params)
+  token = model.decoder.embed_few(writing.token[:, None])
+  hidden, _ = model.decoder.extend(token, writing.cache, writing.length)
+  return model.logits(hidden[:, 0])
+
+
+def next_logits(model: Model, writing: Writing) -> np.ndarray:
+  """Logits [rows, N] of what comes after each row's newest token."""
+  return np.asarray(
+    _next_logits(model.engine.params, writing, config=model.config)
+  )

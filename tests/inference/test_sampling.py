@@ -54,8 +54,8 @@ def test_draws_depend_on_the_prompt_and_not_on_the_batch():
 
 def test_draws_of_one_prompt_differ_by_count():
   logits = jnp.zeros((1, 1000))
-  how = draws(Sampling(1.0), 0, 1)
-  tokens = {int(draw(logits, how, jnp.array([n]))[0]) for n in range(20)}
+  how, jitted = draws(Sampling(1.0), 0, 1), jax.jit(draw)
+  tokens = {int(jitted(logits, how, jnp.array([n]))[0]) for n in range(20)}
   assert len(tokens) > 15
 
 

@@ -95,3 +95,49 @@ def test_shares_are_summed_weights(heads, kv_heads):
   )
   np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
   np.testing.assert_allclose(got.sum(1), heads * (query > 0).sum(1), rtol=1e-5)
+
+
+def test_scores_of_any_height():
+  """The highest takes all, wherever it is, and nothing overflows."""
+  q, k, v = _normal(2, 3, 2, 8), _normal(2, 3, 1, 8), _normal(2, 3, 1, 8)
+  old_k, old_v = _normal(2, 5, 1, 8), _normal(2, 5, 1, 8)
+  q *= 1e4
+  # Row 0 has nothing cached, not even in what it must not see.
+  old_k[0] = 1e4
+  seen = np.ones((2, 3, 8), bool)
+  seen[0, :, :5] = False
+  seen[:, :, 5:] = np.tril(np.ones((3, 3), bool))
+  weight = _weights(q, np.concatenate([old_k, k], axis=1), seen)
+  values = np.repeat(np.concatenate([old_v, v], axis=1), 2, axis=2)
+  expected = np.einsum("bhns,bshc->bnhc", weight, values)
+  assert (weight[1, ..., :5].sum(-1) > 0.5).any()  # of an earlier one
+  arrays = [jnp.asarray(x, jnp.float32) for x in (q, k, v, old_k, old_v)]
+  got = cached_attention(*arrays, jnp.array([0, 5]))
+  np.testing.assert_allclose(got, expected, rtol=0, atol=1e-2)
+
+
+def test_cache_in_bfloat16():
+  arrays = [_normal(2, n, heads, 16) for n, heads in [(1, 4), (1, 2), (1, 2)]]
+  arrays += [_normal(2, 300, 2, 16), _normal(2, 300, 2, 16)]
+  narrow = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
+  length = jnp.array([300, 7])
+  got = cached_attention(*narrow, length)
+  assert got.dtype == jnp.bfloat16
+  wide = cached_attention(*[x.astype(jnp.float32) for x in narrow], length)
+  np.testing.assert_allclose(
+    got.astype(jnp.float32), wide, rtol=2**-7, atol=2**-7
+  )
+
+
+def test_shares_of_bfloat16_are_summed_in_float32():
+  q, k = _normal(1, 64, 8, 8), _normal(1, 300, 2, 8)
+  q, k = (jnp.asarray(x, jnp.bfloat16) for x in (q, k))
+  one = [jnp.ones((1, n), jnp.int32) for n in (64, 300)]
+  seen = np.ones((1, 64, 300), bool)
+  wide = [np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k)]
+  expected = _weights(*wide, seen).sum((1, 2))
+  got = key_shares(q, k, *one)
+  assert got.dtype == jnp.float32
+  # Weights are rounded to 8 bits, each by its own.
+  np.testing.assert_allclose(got, expected, rtol=1e-2)
+  np.testing.assert_allclose(got.sum(), 8 * 64, rtol=2e-3)

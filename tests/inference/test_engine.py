@@ -1,0 +1,397 @@
+"""The engine's caches hold what the whole model computes, to rounding."""
+
+import dataclasses
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from hourjax.data.conversations import follow_up
+from hourjax.data.forgetting import Forgetting
+from hourjax.data.layout import Layout
+from hourjax.data.records import Turn
+from hourjax.data.repository import empty_repository
+from hourjax.data.rows import Size
+from hourjax.data.shown import read_images
+from hourjax.data.video import stored_feature_frames
+from hourjax.errors import UserError
+from hourjax.inference import engine
+from hourjax.inference.engine import rounded, row_spec
+from hourjax.inference.memory import _groups
+from hourjax.inference.sampling import GREEDY, Sampling, draw, draws
+from hourjax.models.params import with_params
+from tests.inference import models
+
+HOT = Sampling(2.0, 0.9, seed=4)
+NEAR = {"rtol": 0, "atol": 1e-2}  # of logits that spread by 3; sharp softmax
+WHY = "Why? "
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  return models.tiny(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def memory(model):
+  return model.remember(models.features())
+
+
+def _layout(memory, *texts) -> Layout:
+  roles = ["human", "gpt"] * len(texts)
+  return models.layout_of(
+    memory, [Turn(role, text) for role, text in zip(roles, texts)]
+  )
+
+
+def _ids(conversation) -> list[int]:
+  """Tokens that were written last."""
+  count = int(conversation._writing.count[0])
+  return np.asarray(conversation._writing.written[0, :count]).tolist()
+
+
+def _long(memory, length: int) -> str:
+  """A question whose prompt has about so many tokens, and no fewer."""
+  question = "Who?"
+  while len(_layout(memory, question).decoder_token) < length:
+    question = f"{question} Why?"
+  return question
+
+
+def _chosen(logits, how, count: int) -> list[int]:
+  """The first `count` tokens of a turn with these logits."""
+  how = how._replace(keys=jnp.repeat(how.keys, count))
+  number = jnp.arange(count)
+  return jax.jit(draw)(jnp.asarray(logits[:count]), how, number).tolist()
+
+
+def _between(model, first, question):
+  """What the decoder reads between two answers."""
+  end = [] if first[-1] == model.tokenizer.im_end else [model.tokenizer.im_end]
+  return [*end, *follow_up(question, model.tokenizer)]
+
+
+# --- a conversation ---------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error:Some donated buffers")
+@pytest.mark.parametrize("how", [GREEDY, HOT], ids=["greedy", "drawn"])
+def test_answers_that_cross_capacities(model, how):
+  """Both answers begin in one capacity of the cache and end in the next."""
+  memory = model.read()
+  first_question, later = _long(memory, 120), WHY
+  conversation = memory.converse()
+  conversation.ask(first_question, max_tokens=14, sampling=how)
+  first = _ids(conversation)
+  layout = _layout(memory, first_question)
+  prompt = len(layout.decoder_token)
+  assert rounded(prompt) < rounded(prompt + 14)
+  between, before = [], prompt
+  while rounded(before) == rounded(before + 40) or not between:
+    later += WHY
+    between = _between(model, first, later)
+    before = prompt + len(first) + len(between)
+  # A longer answer than the first one had room for.
+  conversation.ask(later, max_tokens=40, sampling=how)
+  second = _ids(conversation)
+  assert (len(first), len(second)) == (14, 40)
+
+  words = [*first, *between, *second]
+  logits = models.slow_logits(model, layout, None, words)
+  assert int(conversation._writing.length[0]) == before + 40 - 1
+  np.testing.assert_allclose(
+    models.next_logits(model, conversation._writing), logits[-1:], **NEAR
+  )
+  # Draws differ by turn and by token.
+  for turn, start, ids in [(0, 0, first), (2, 14 + len(between), second)]:
+    assert _chosen(logits[start:], draws(how, turn, 1), len(ids)) == ids
+
+
+def test_a_turn_after_one_that_ended_by_itself(model, monkeypatch):
+  memory = model.read()
+  free = memory.converse()
+  free.ask("Who?", max_tokens=6)
+  ids = _ids(free)
+  stop = ids[2]
+  monkeypatch.setattr(model.tokenizer, "im_end", stop)
+  assert memory._stop == [stop, model.tokenizer.pad]
+  conversation = memory.converse()
+  answer = conversation.ask("Who?", max_tokens=6)
+  first = ids[: ids.index(stop) + 1]
+  assert answer.finished and _ids(conversation) == first
+  again = conversation.ask("Why?", max_tokens=1)
+  assert again.tokens == 1
+  # The end of the answer is read once.
+  words = [*first, *follow_up("Why?", model.tokenizer)]
+  prompt = len(_layout(memory, "Who?").decoder_token)
+  assert int(conversation._writing.length[0]) == prompt + len(words)
+
+
+def test_stop_on_the_first_token(memory, monkeypatch):
+  conversation = memory.converse()
+  conversation.ask("Who?", max_tokens=1)
+  monkeypatch.setattr(
+    type(memory), "_stop", [10**6, *_ids(conversation), 10**6 + 1]
+  )
+  for answer in [memory.ask("Who?"), *memory.answer(["Who?", "Who?"])]:
+    assert (answer.text, answer.tokens, answer.finished) == ("", 1, True)
+
+
+def test_rules_bound_prompt_and_answer_exactly(model):
+  def reading(most):
+    memory = model.read()
+    rules = dataclasses.replace(model.rules, max_length=most)
+    memory._prompts = dataclasses.replace(memory._prompts, rules=rules)
+    return memory
+
+  length = len(_layout(model.read(), "Who?").decoder_token)
+  assert reading(length + 3).ask("Who?", max_tokens=3).tokens == 3
+  with pytest.raises(UserError, match=f"take {length} \\+ 3 tokens"):
+    reading(length + 2).ask("Who?", max_tokens=3)
+  words = 3 + 1 + len(follow_up("Why?", model.tokenizer))
+  whole = length + words
+  for most in (whole + 2, whole + 1):
+    conversation = reading(most).converse()
+    conversation.ask("Who?", max_tokens=3)
+    if most == whole + 2:
+      assert conversation.ask("Why?", max_tokens=2).tokens == 2
+      continue
+    with pytest.raises(UserError, match=f"take {whole} \\+ 2 tokens"):
+      conversation.ask("Why?", max_tokens=2)
+
+
+# --- batches ----------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_nine_questions_of_unequal_length(model, memory):
+  """Every row's cache is that of the whole model, padded rows aside."""
+  texts = ["Who?", WHY * 90, "What is shown on the card in the garden?"]
+  texts = [texts[n % 3] for n in range(9)]
+  layouts = [_layout(memory, text) for text in texts]
+  writing, shares = model.engine.begin(memory._known, layouts, room=4)
+  assert shares is None and writing.done.tolist() == [False] * 9 + [True] * 7
+  found = models.next_logits(model, writing)
+  for n in range(3):
+    expected = models.slow_logits(model, layouts[n], models.features(), [])
+    np.testing.assert_allclose(
+      found[n:9:3], np.repeat(expected, 3, axis=0), **NEAR
+    )
+
+
+def test_draws_do_not_depend_on_groups(model, monkeypatch):
+  memory = model.read()
+
+  def drawn():
+    answers = memory.answer(["Who?"] * 3, max_tokens=8, sampling=HOT)
+    return [answer.text for answer in answers]
+
+  together = drawn()
+  assert len(set(together)) == 3
+  monkeypatch.setattr("hourjax.inference.memory._QUERIES", 1)
+  assert drawn() == together
+
+
+def test_prompts_that_are_read_together(monkeypatch):
+  monkeypatch.setattr("hourjax.inference.memory._QUERIES", 10)
+  assert list(_groups([])) == []
+  assert list(_groups([5, 5, 5])) == [2, 1]
+  assert list(_groups([11, 1, 9, 10, 1])) == [1, 2, 1, 1]
+
+
+# --- what there is to see ---------------------------------------------------
+
+
+def test_shares_are_the_weights_of_the_watched(model, memory):
+  """Against float64 softmax in each block, of another prompt beside it."""
+  layouts = [_layout(memory, text) for text in ("Who?", "Why so late?")]
+  watched = np.flatnonzero(layouts[0].query_token < 0)[5:40:3]
+  _, shares = model.engine.begin(
+    memory._known, layouts, room=1, watched=watched
+  )
+  known, kept = memory._known.arrays.known, memory._known.arrays.kept
+  layout = layouts[0]
+  whole = with_params(model.config, model.engine.params)
+  at = engine._of_kept(layout, memory._known.kept).query_source
+  words = whole.decoder.embed(jnp.asarray(layout.query_token)[None])
+  x = jnp.where(layout.query_token[None, :, None] >= 0, words, kept[:, at])
+  position = jnp.asarray(layout.query_position)[None]
+  one = jnp.ones_like(position)
+  segment = memory._known.arrays.segment
+  assert int(segment.sum()) == 150 * (model.config.pool_side**2 + 1)
+  for n in range(model.config.memaug_layers):
+    block = whole.memaug.layer(n)
+    inner = block.norm1(x + block.self_attn(x, position, one))
+    q = np.asarray(block.cross_attn.queries(inner, position), np.float64)
+    q, k = q[0, watched], np.asarray(known.k[n, 0], np.float64)
+    k = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
+    score = np.einsum("nhc,shc->nhs", q, k) * q.shape[-1] ** -0.5
+    score = np.where(np.asarray(segment[0]) == 1, score, -np.inf)
+    weight = np.exp(score - score.max(-1, keepdims=True))
+    expected = (weight / weight.sum(-1, keepdims=True)).sum((0, 1))
+    np.testing.assert_allclose(shares[n], expected, rtol=0, atol=2e-3)
+    read = block.cross_attn.read(
+      inner,
+      position,
+      one,
+      type(known)(known.k[n], known.v[n]),
+      segment,
+      kind="cross",
+    )
+    x = block.norm2(inner + read)
+    x = block.norm3(x + block.mlp(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frames, duration", [(1, 1.0), (150, 97.9)])
+def test_videos_that_are_short(model, frames, duration):
+  """Frames repeat in the memory; the model is told how many there are."""
+  visual = models.features(frames)
+  memory = model.remember(visual, duration=duration)
+  chosen = visual[stored_feature_frames(frames, duration)]
+  assert memory.frames == len(chosen) == int(duration) < 128
+  writing, _ = model.engine.begin(
+    memory._known, [_layout(memory, "Who?")], room=1
+  )
+  layout = _layout(memory, "Who?")
+  text = model.tokenizer.decode([int(i) for i in layout.query_token if i >= 0])
+  assert f"{duration:.2f} seconds, and {len(chosen)} frames" in text
+  expected = models.slow_logits(model, layout, chosen, [])
+  np.testing.assert_allclose(
+    models.next_logits(model, writing), expected, **NEAR
+  )
+
+
+@pytest.mark.slow
+def test_images_with_text_between(model, tmp_path):
+  rng = np.random.default_rng(0)
+  paths = [tmp_path / f"{n}.png" for n in range(2)]
+  for path, size in zip(paths, [(40, 30), (9, 70)], strict=True):
+    pixels = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+  both = "Here <image> and there <image>: who?"
+  for shown, text in [(paths, both), (paths[1:], "Who is <image>?")]:
+    memory = model.see(shown)
+    spec = row_spec(model.config, Size())
+    tiles = read_images(shown, spec, "tiled")
+    layout = _layout(memory, text)
+    slots = np.flatnonzero(np.diff(layout.decoder_token < 0))
+    assert len(slots) == 2 * len(shown)
+    writing, _ = model.engine.begin(memory._known, [layout], room=1)
+    np.testing.assert_allclose(
+      models.next_logits(model, writing),
+      models.slow_logits(model, layout, tiles, [], "tiles"),
+      **NEAR,
+    )
+    with pytest.raises(UserError, match="<image>"):
+      memory.ask(f"{both} <image>")
+
+
+def test_kept_tokens_are_found_in_any_order():
+  source = np.array([-1, 30, 10, -1, 20, 30], np.int32)
+  empty = np.zeros(0, np.int32)
+  layout = Layout(empty_repository(), empty, source, *[empty] * 4)
+  found = engine._of_kept(layout, np.array([20, 30, 10], np.int32))
+  assert found.query_source.tolist() == [-1, 1, 2, -1, 0, 1]
+
+
+def test_forgetting_is_as_the_rules_say(model, memory, tmp_path):
+  visual = models.features()
+  again, other = model.remember(visual)._kept, memory._kept
+  np.testing.assert_array_equal(again[0], other[0])
+  seeded = models.tiny(tmp_path, seed=1).remember(visual)._kept
+  assert len(seeded[0]) == len(again[0]) and (seeded[0] != again[0]).any()
+  rule = Forgetting(temporal="keyframe", ratio=4)
+  chosen = models.tiny(tmp_path, forgetting=rule)
+  # Three frames repeated to 128, of which a quarter is kept.
+  visual = models.features(3)
+  short = chosen.remember(visual)
+  assert len(np.unique(short._kept[0] // 17)) == 128 // 4
+  visual = models.features()
+  visual[40:100] = visual[40]  # alike: of no interest, but for the ends
+  kept = np.unique(chosen.remember(visual)._kept[0] // 17)
+  assert len(kept) == 150 // 4 and not ((kept > 45) & (kept < 94)).any()
+
+
+# --- other models -----------------------------------------------------------
+
+
+def _other(**changes):
+  decoder = dataclasses.replace(
+    models.CONFIG.decoder, tied=changes.pop("tied", False)
+  )
+  return dataclasses.replace(models.CONFIG, decoder=decoder, **changes)
+
+
+@pytest.mark.slow
+def test_without_memaug_and_with_tied_words(tmp_path):
+  model = models.tiny(tmp_path, config=_other(memaug_layers=0, tied=True))
+  visual = models.features()
+  memory = model.remember(visual)
+  conversation = memory.converse()
+  assert conversation.ask("Who?", max_tokens=3).looked is None
+  first = _ids(conversation)
+  conversation.ask("Why?", max_tokens=3)
+  second = _ids(conversation)
+  words = [*first, *_between(model, first, "Why?"), *second]
+  logits = models.slow_logits(model, _layout(memory, "Who?"), visual, words)
+  np.testing.assert_allclose(
+    models.next_logits(model, conversation._writing), logits[-1:], **NEAR
+  )
+  together = memory.answer(["Who?", "Why?"], max_tokens=3)
+  assert together[0].text == memory.ask("Who?", max_tokens=3).text
+
+
+@pytest.mark.slow
+def test_bfloat16(tmp_path):
+  """Caches cost no more precision than bfloat16 does by itself."""
+  model = models.tiny(tmp_path, config=_other(dtype="bfloat16"))
+  exact = models.tiny(tmp_path)
+  kinds = {path: x.dtype for path, x in model.engine.params.items()}
+  assert kinds["decoder/layers/layers/attn/q/kernel"] == jnp.bfloat16
+  assert kinds["decoder/layers/layers/norm1/scale"] == jnp.float32
+  visual = models.features()
+  memory = model.remember(visual)
+  conversation = memory.converse()
+  looked = conversation.ask("Who?", max_tokens=6).looked
+  words = _ids(conversation)
+  writing = conversation._writing
+  assert writing.cache.k.dtype == jnp.bfloat16
+  layout = _layout(memory, "Who?")
+  cached = models.next_logits(model, writing)[0]
+  slow = models.slow_logits(model, layout, visual, words)[-1]
+  true = models.slow_logits(exact, layout, visual, words)[-1]
+  rounding = np.abs(slow - true).mean()
+  assert np.abs(cached - true).mean() < 1.5 * rounding
+  assert np.abs(cached - slow).mean() < 1.5 * rounding
+  there = exact.remember(visual).ask("Who?", max_tokens=6).looked
+  assert np.abs(looked.share - there.share).sum() / 2 < 0.1
+
+
+# --- memory and shapes ------------------------------------------------------
+
+
+def test_what_is_forgotten_is_freed(model):
+  def held():
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays())
+
+  memory = model.remember(models.features())
+  memory.ask("Who?", max_tokens=1)
+  before = held()
+  for seed in range(2):
+    memory = model.remember(models.features(seed=seed))
+    memory.ask("Who?", max_tokens=1)
+    assert held() == before
+
+
+def test_sizes_are_few():
+  sizes = sorted({rounded(n, 128) for n in range(2000)})
+  assert sizes == [0, 128, 256, 384, 512, 768, 1024, 1536, 2048]
+  for least in (1, 16, 128):
+    found = [rounded(n, least) for n in range(1, 3000)]
+    assert all(n <= size for n, size in enumerate(found, 1))
+    assert all(size % least == 0 for size in found)
