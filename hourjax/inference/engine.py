@@ -279,7 +279,7 @@ def row_spec(config: ModelConfig, capacity: Size) -> RowSpec:
 
 
 def rounded(length: int, least: int = _LEAST) -> int:
-  """The next of 1, 1.5, 2, 3, 4, 6, ... times `least`; 0 stays 0.
+  """The next of 1, 2, 3, 4, 6, 8, 12, ... times `least`; 0 stays 0.
 
   So that few shapes have to be compiled.
   """

@@ -17,7 +17,7 @@ from hourjax.inference.sampling import GREEDY, Sampling, draws
 # Told the text of an answer so far.
 Stream = Callable[[str], None]
 
-_QUERIES = 32_768  # of prompts that are read together
+_QUERIES = 32_768  # or positions, of prompts that are read together
 _WATCHED = 512  # visual queries whose attention is looked at, at most
 _STEPS = 4  # tokens between two looks at what is written
 
@@ -115,12 +115,15 @@ class Memory:
 
     They are read and written together, as many as fit.
     """
+    _check_limit(max_tokens)
     layouts = [
       self._layout([Turn("human", question)], max_tokens)
       for question in questions
     ]
     answers: list[Answer] = []
-    for group in _groups([len(x.query_token) for x in layouts]):
+    # Prompts of text alone have no queries.
+    lengths = [max(len(x.query_token), len(x.decoder_token)) for x in layouts]
+    for group in _groups(lengths):
       first = len(answers)
       writing, _ = self._engine.begin(
         self._known, [layouts[first + n] for n in range(group)], room=max_tokens
@@ -187,6 +190,7 @@ class Conversation:
 
     `looked` is None where the memory was not read.
     """
+    _check_limit(max_tokens)
     turns = [*self.turns, Turn("human", question)]
     looked = None
     if self._writing is None or self._reread:
@@ -216,9 +220,9 @@ class Conversation:
     tokenizer = memory._prompts.tokenizer
     check_question(turns[-1].text)
     # What was said last is not in the cache yet.
-    tokens = [int(self._writing.token[0])]
-    if tokens[0] != tokenizer.im_end:
-      tokens.append(tokenizer.im_end)
+    last = int(self._writing.token[0])
+    said = [] if last in memory._stop else [last]
+    tokens = [*said, tokenizer.im_end]  # however it ended
     tokens += follow_up(turns[-1].text, tokenizer)
     length = int(self._writing.length[0]) + len(tokens)
     most = memory._prompts.rules.max_length
@@ -255,6 +259,13 @@ def watched_queries(token: np.ndarray) -> np.ndarray:
   visual = np.flatnonzero(token < 0)
   step = max(1, -(-len(visual) // _WATCHED))
   return visual[::step].astype(np.int32)
+
+
+def _check_limit(max_tokens: int) -> None:
+  if max_tokens < 1:
+    raise UserError(
+      f"max_tokens is {max_tokens}; an answer has at least 1, its end"
+    )
 
 
 def _groups(lengths: Sequence[int]):

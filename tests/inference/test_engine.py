@@ -110,21 +110,22 @@ def test_answers_that_cross_capacities(model, how):
     assert _chosen(logits[start:], draws(how, turn, 1), len(ids)) == ids
 
 
-def test_a_turn_after_one_that_ended_by_itself(model, monkeypatch):
+@pytest.mark.parametrize("end", ["im_end", "pad"])
+def test_a_turn_after_one_that_ended_by_itself(model, monkeypatch, end):
   memory = model.read()
   free = memory.converse()
   free.ask("Who?", max_tokens=6)
   ids = _ids(free)
   stop = ids[2]
-  monkeypatch.setattr(model.tokenizer, "im_end", stop)
-  assert memory._stop == [stop, model.tokenizer.pad]
+  monkeypatch.setattr(model.tokenizer, end, stop)
+  assert memory._stop == [model.tokenizer.im_end, model.tokenizer.pad]
   conversation = memory.converse()
   answer = conversation.ask("Who?", max_tokens=6)
   first = ids[: ids.index(stop) + 1]
   assert answer.finished and _ids(conversation) == first
   again = conversation.ask("Why?", max_tokens=1)
   assert again.tokens == 1
-  # The end of the answer is read once.
+  # The end of the answer is read once, as the end of a turn.
   words = [*first, *follow_up("Why?", model.tokenizer)]
   prompt = len(_layout(memory, "Who?").decoder_token)
   assert int(conversation._writing.length[0]) == prompt + len(words)
@@ -138,6 +139,13 @@ def test_stop_on_the_first_token(memory, monkeypatch):
   )
   for answer in [memory.ask("Who?"), *memory.answer(["Who?", "Who?"])]:
     assert (answer.text, answer.tokens, answer.finished) == ("", 1, True)
+
+
+def test_no_room_for_an_answer(model):
+  memory = model.read()
+  for ask in (memory.ask, lambda *a, **o: memory.answer([*a], **o)):
+    with pytest.raises(UserError, match="max_tokens is 0; an answer has at"):
+      ask("Who?", max_tokens=0)
 
 
 def test_rules_bound_prompt_and_answer_exactly(model):
@@ -193,6 +201,22 @@ def test_draws_do_not_depend_on_groups(model, monkeypatch):
   assert len(set(together)) == 3
   monkeypatch.setattr("hourjax.inference.memory._QUERIES", 1)
   assert drawn() == together
+
+
+def test_text_is_read_in_groups_too(model, monkeypatch):
+  memory, seen = model.read(), []
+  begin = memory._engine.begin
+
+  def watched(known, layouts, **options):
+    seen.append(len(layouts))
+    return begin(known, layouts, **options)
+
+  monkeypatch.setattr(memory._engine, "begin", watched)
+  length = len(_layout(memory, "Who?").decoder_token)
+  monkeypatch.setattr("hourjax.inference.memory._QUERIES", 2 * length)
+  memory.answer(["Who?"] * 3, max_tokens=1)
+  assert seen == [2, 1]
+  memory.answer([], max_tokens=1)
 
 
 def test_prompts_that_are_read_together(monkeypatch):
