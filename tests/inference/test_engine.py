@@ -84,20 +84,20 @@ def test_answers_that_cross_capacities(model, how):
   memory = model.read()
   first_question, later = _long(memory, 120), WHY
   conversation = memory.converse()
-  conversation.ask(first_question, max_tokens=14, sampling=how)
+  conversation.ask(first_question, max_tokens=20, sampling=how)
   first = _ids(conversation)
   layout = _layout(memory, first_question)
   prompt = len(layout.decoder_token)
-  assert rounded(prompt) < rounded(prompt + 14)
+  assert rounded(prompt) < rounded(prompt + 20)
   between, before = [], prompt
-  while rounded(before) == rounded(before + 40) or not between:
+  while rounded(before) == rounded(before + 20) or not between:
     later += WHY
     between = _between(model, first, later)
     before = prompt + len(first) + len(between)
   # A longer answer than the first one had room for.
   conversation.ask(later, max_tokens=40, sampling=how)
   second = _ids(conversation)
-  assert (len(first), len(second)) == (14, 40)
+  assert (len(first), len(second)) == (20, 40)
 
   words = [*first, *between, *second]
   logits = models.slow_logits(model, layout, None, words)
@@ -106,7 +106,7 @@ def test_answers_that_cross_capacities(model, how):
     models.next_logits(model, conversation._writing), logits[-1:], **NEAR
   )
   # Draws differ by turn and by token.
-  for turn, start, ids in [(0, 0, first), (2, 14 + len(between), second)]:
+  for turn, start, ids in [(0, 0, first), (2, 20 + len(between), second)]:
     assert _chosen(logits[start:], draws(how, turn, 1), len(ids)) == ids
 
 
