@@ -6,18 +6,20 @@ prints the answer as it is written, and where in the video the model looked.
 Without a question it is a conversation, ended by Ctrl-D; a file or pipe as
 input is read line by line. --features=x.npy takes features instead of a video,
 --images=a.jpg,b.jpg images.
+
+Ends with 0; 2 on a mistake in options or questions, 130 on interrupt.
 """
 
 import sys
 
 from absl import app, flags
 
-from hourjax import command, progress
-from hourjax.errors import UserError
+from hourjax import command
 from hourjax.inference.load import load
 from hourjax.inference.memory import Memory
+from hourjax.inference.options import check_options
 from hourjax.inference.sampling import Sampling
-from hourjax.inference.terminal import Talk
+from hourjax.inference.terminal import Talk, leaving, shown
 
 _MODEL = flags.DEFINE_string(
   "model", None, "Workdir of a training run, or a folder with official names."
@@ -28,7 +30,7 @@ _FEATURES = flags.DEFINE_string(
   "features", None, "Features of a video (.npy) instead of the video."
 )
 _DURATION = flags.DEFINE_float(
-  "duration", None, "Of --features in seconds; a frame a second by default."
+  "duration", None, "Of --features in seconds, where no feature store knows."
 )
 _IMAGES = flags.DEFINE_list("images", [], "Images instead of a video.")
 _TOKENS = flags.DEFINE_integer(
@@ -49,48 +51,38 @@ _PICTURE = flags.DEFINE_string(
 
 def remember() -> Memory:
   """What is asked about."""
-  sources = [_VIDEO.value, _FEATURES.value, _IMAGES.value]
-  if sum(map(bool, sources)) != 1:
-    raise UserError("give one of --video, --features and --images")
-  if _DURATION.value is not None and not _FEATURES.value:
-    raise UserError("--duration is of --features; a video knows its own")
   model = load(_MODEL.value, tokenizer=_TOKENIZER.value)
   if _IMAGES.value:
     return model.see(_IMAGES.value)
-  with progress.bar(0, unit="frame", desc="read") as bar:
-
-    def show(done: int, total: int) -> None:
-      bar.total = total
-      bar.update(done - bar.n)
-
-    return model.remember(
-      _VIDEO.value or _FEATURES.value,
-      duration=_DURATION.value,
-      progress=show,
-    )
+  source = _VIDEO.value or _FEATURES.value
+  with shown("read", "frame") as show:
+    return model.remember(source, duration=_DURATION.value, progress=show)
 
 
 def main(argv: list[str]) -> None:
   command.begin(argv[:1])
-  with command.user_errors():
-    if len(argv) > 2:
-      raise UserError(
-        f"{len(argv) - 1} arguments, {argv[1]!r} and more; put the question in"
-        " quotes, options start with --"
-      )
-    if len(argv) == 2 and not argv[1].strip():
-      raise UserError("the question is empty; ask something")
+  with command.user_errors(), leaving():
+    sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _SEED.value)
+    check_options(
+      argv[1:],
+      video=_VIDEO.value,
+      features=_FEATURES.value,
+      images=_IMAGES.value,
+      duration=_DURATION.value,
+      sampling=sampling,
+      picture=_PICTURE.value,
+    )
     talk = Talk(
       remember().converse(reread=_REREAD.value),
       max_tokens=_TOKENS.value,
-      sampling=Sampling(_TEMPERATURE.value, _TOP_P.value, _SEED.value),
+      sampling=sampling,
       picture=_PICTURE.value,
       film=_VIDEO.value or "",
     )
     if len(argv) == 2:
       talk.ask(argv[1])
-    else:
-      talk.listen(sys.stdin)
+    elif talk.listen(sys.stdin):
+      sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from hourjax.errors import UserError
 from hourjax.evaluation import compare
 from hourjax.evaluation.exam import open_exam
 from hourjax.evaluation.suites import SUITES
-from hourjax.inference.videos import parse_worker, worker_slice
+from hourjax.inference.videos import parse_worker
 from hourjax.parallel import hosts
 
 _MODEL = flags.DEFINE_string("model", None, "Workdir or official checkpoint.")
@@ -69,15 +69,6 @@ def main(argv: list[str]) -> None:
 
 def _evaluate():
   worker = parse_worker(_WORKER.value) if _WORKER.value else None
-  if worker == (0, 0):
-    raise UserError("--worker=0/0 is none of no workers; the only one is 0/1")
-  if worker:
-    worker_slice([], *worker)
-  if not _MODEL.value and (worker or _COMPARE.value or _NAMES.value[1:]):
-    raise UserError(
-      "--worker, --compare and several --names are of asking; give --model, or"
-      " leave them out to report again"
-    )
   exam = open_exam(
     _BENCHMARK.value,
     _DATA.value,
@@ -87,8 +78,8 @@ def _evaluate():
     limit=_LIMIT.value,
   )
   if not _MODEL.value:
-    if not _OUT.value:
-      raise UserError("give --model to ask, or --out to report again")
+    if not _OUT.value or worker or _COMPARE.value or _NAMES.value[1:]:
+      raise UserError("give --model to ask, or only --out to report again")
     return compare.report_again(exam, _OUT.value, *_NAMES.value[:1])
   hosts.start_hosts()
   with hosts.leaving():

@@ -1,13 +1,20 @@
-"""A video file to features in memory: what `extract` stores, not stored."""
+"""A video in memory as features: encoded as `extract` does, or from a file."""
 
 import os
+import pathlib
 from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
-from hourjax.data.video import decode_frames, extraction_frames, probe
+from hourjax.data.store.features import FeatureStore
+from hourjax.data.video import (
+  MIN_FRAMES,
+  decode_frames,
+  extraction_frames,
+  probe,
+)
 from hourjax.errors import UserError
 from hourjax.inference.encoder import Encoder
 
@@ -58,3 +65,52 @@ def read_film(
   while waiting:
     collect()
   return features, duration
+
+
+def load_features(path: pathlib.Path) -> Shaped[np.ndarray, "..."]:
+  """A .npy file of features; read where they are used.
+
+  Raises:
+    UserError: it cannot be read, or does not hold floats.
+  """
+  try:
+    features = np.load(path, mmap_mode="r")
+  except (OSError, ValueError, EOFError) as error:
+    raise UserError(
+      f"cannot read features {path}: {getattr(error, 'strerror', 0) or error};"
+      " give a .npy file of an array (frames, tokens, width)"
+    ) from None
+  if not isinstance(features, np.ndarray):
+    raise UserError(f"{path} holds several arrays, not one; give a .npy file")
+  if features.dtype.kind == "V" and features.dtype.itemsize == 2:
+    return features.view(ml_dtypes.bfloat16)  # as numpy stores it
+  if features.dtype.kind != "f":
+    raise UserError(
+      f"{path} holds {features.dtype}, features are bfloat16 or floats"
+    )
+  return features
+
+
+def stored_duration(path: pathlib.Path, frames: int) -> float:
+  """Seconds of a video, given a file of its features.
+
+  As the store knows that the file lies in, else a frame is a second.
+
+  Raises:
+    UserError: no store knows it, and every video of up to 129 seconds has so
+      many frames.
+  """
+  path = path.absolute()
+  for folder in path.parents:
+    if next(folder.glob("index*.jsonl"), None):
+      store = FeatureStore(folder)
+      name = path.relative_to(folder).with_suffix("").as_posix()
+      if name in store:
+        return float(store.stored(name).duration)
+  if frames == MIN_FRAMES:
+    raise UserError(
+      f"{path} has {frames} frames, which every video shorter than"
+      f" {frames + 1} seconds has, and no feature store around it knows more;"
+      " give its duration in seconds"
+    )
+  return float(frames)

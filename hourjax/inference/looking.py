@@ -34,9 +34,14 @@ class Looked:
     return np.diff(np.interp(edges, self.edges, total))
 
   def minutes(self) -> tuple[np.ndarray, np.ndarray]:
-    """(edges in seconds, shares) of minutes; of tenths below five minutes."""
+    """(edges in seconds, shares) of minutes; of tenths below five minutes.
+
+    Nothing is finer than a second.
+    """
     if self.duration < 300:
-      edges = np.linspace(0, self.duration, 11)
+      edges = np.linspace(
+        0, self.duration, max(1, min(10, int(self.duration))) + 1
+      )
     else:
       edges = np.append(np.arange(0, self.duration, 60.0), self.duration)
     return edges, self.binned(edges)

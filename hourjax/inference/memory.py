@@ -19,6 +19,7 @@ Stream = Callable[[str], None]
 
 _QUERIES = 32_768  # or positions, of prompts that are read together
 _WATCHED = 512  # visual queries whose attention is looked at, at most
+_TURN = 1024  # tokens of a later turn that are read together
 _STEPS = 4  # tokens between two looks at what is written
 
 
@@ -27,7 +28,7 @@ class Answer:
   """What the model says.
 
   Attributes:
-    text: without the end of turn and surrounding blanks.
+    text: without special tokens and surrounding blanks.
     tokens: written, the end of turn included.
     finished: it ended by itself, not by the limit.
     looked: where in the video MemAug looked, if that was asked for.
@@ -90,7 +91,8 @@ class Memory:
       stream: told of the text as it grows.
 
     Raises:
-      UserError: an empty question, or one that is too long.
+      UserError: an empty question, one that is too long, or one that holds
+        the markup of turns.
     """
     return self.converse().ask(
       question, max_tokens=max_tokens, sampling=sampling, stream=stream
@@ -156,7 +158,7 @@ class Memory:
 
   def _text(self, ids) -> str:
     said = [int(i) for i in ids if int(i) not in self._stop]
-    return self._prompts.tokenizer.decode(said).strip()
+    return self._prompts.tokenizer.decode(said, skip_special=True).strip()
 
 
 class Conversation:
@@ -218,7 +220,7 @@ class Conversation:
   def _go_on(self, turns, room) -> None:
     memory = self._memory
     tokenizer = memory._prompts.tokenizer
-    check_question(turns[-1].text)
+    check_question(turns[-1].text, tokenizer)
     # What was said last is not in the cache yet.
     last = int(self._writing.token[0])
     said = [] if last in memory._stop else [last]
@@ -230,6 +232,12 @@ class Conversation:
       raise UserError(
         f"the conversation and the next answer take {length} + {room} tokens"
         f" and the model reads {most}; begin a new one"
+      )
+    while len(tokens) > _TURN:
+      # The last one is not cached yet, so the next part begins with it.
+      part, tokens = tokens[:_TURN], tokens[_TURN - 1 :]
+      self._writing = memory._engine.extend(
+        self._writing, part, room=len(tokens) - 1 + room
       )
     self._writing = memory._engine.extend(self._writing, tokens, room=room)
 

@@ -23,16 +23,25 @@ from hourjax.data.repository import (
 from hourjax.data.rows import Size
 from hourjax.data.shown import images_shown, read_images
 from hourjax.data.sizes import stored_frames
+from hourjax.data.store.array_file import is_finite
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.data.video import stored_feature_frames
 from hourjax.errors import UserError
 from hourjax.inference.encoder import Encoder
 from hourjax.inference.engine import Engine, Known, row_spec
-from hourjax.inference.film import Progress, read_film
+from hourjax.inference.film import (
+  Progress,
+  load_features,
+  read_film,
+  stored_duration,
+)
 from hourjax.inference.memory import Memory
 from hourjax.inference.prompts import Prompts, Rules
 from hourjax.models.config import ModelConfig
+
+_LONGEST = 30 * 24 * 3600  # seconds; an hour in milliseconds is more
+_BLOCK = 16  # frames that are looked through at a time
 
 
 class Model:
@@ -77,7 +86,8 @@ class Model:
 
     Args:
       source: a video file, a `.npy` file of features, or features [F, Q, V].
-      duration: of features, in seconds; by default one frame is a second.
+      duration: of features, in seconds; by default as the store has it that a
+        file lies in, else one frame is a second.
       progress: told of frames that are read and encoded.
 
     Raises:
@@ -88,7 +98,10 @@ class Model:
       return self._features(source, duration, "features")
     path = pathlib.Path(source)
     if path.suffix == ".npy":
-      return self._features(_load_features(path), duration, str(path))
+      features = load_features(path)
+      if duration is None:
+        duration = stored_duration(path, len(features))
+      return self._features(features, duration, str(path))
     features, duration = self.read_film(path, progress)
     return self._features(features, duration, str(path))
 
@@ -140,13 +153,23 @@ class Model:
         f" (frames, {shape[0]}, {shape[1]}); extract them with its own tower"
       )
     duration = float(len(features)) if duration is None else float(duration)
+    if not 0 <= duration <= _LONGEST:
+      raise UserError(
+        f"{name}: the duration is {duration:g}, expected seconds, at most"
+        f" {_LONGEST} (30 days)"
+      )
     frames = stored_feature_frames(len(features), duration)
     if not len(frames):
       raise UserError(
         f"{name} has {len(features)} frames of {duration:.2f} seconds; at"
         " least 1 frame and 1 second are needed"
       )
-    return self._video(features[frames], duration)
+    features = features[frames]
+    if not _finite(features):
+      raise UserError(
+        f"{name} holds values that are not finite in bfloat16; extract it again"
+      )
+    return self._video(features, duration)
 
   def _video(self, features, duration):
     side = self.config.pool_side
@@ -165,18 +188,11 @@ class Model:
     return Memory(self.engine, self._prompts, known, repository, kept, video)
 
 
-def _load_features(path: pathlib.Path) -> np.ndarray:
-  try:
-    features = np.load(path, mmap_mode="r")
-  except (OSError, ValueError) as error:
-    raise UserError(
-      f"cannot read features {path}: {error}; give a .npy file of an array"
-      " (frames, tokens, width)"
-    ) from None
-  if features.dtype.kind == "V" and features.dtype.itemsize == 2:
-    return features.view(jax.numpy.bfloat16)  # as numpy stores it
-  if features.dtype.kind not in "fV":
-    raise UserError(
-      f"{path} holds {features.dtype}, features are bfloat16 or floats"
+def _finite(features: np.ndarray) -> bool:
+  """Whether all are finite as the model reads them; a few frames at a time."""
+  with np.errstate(over="ignore"):
+    blocks = (
+      features[at : at + _BLOCK].astype(jax.numpy.bfloat16)
+      for at in range(0, len(features), _BLOCK)
     )
-  return features
+    return all(is_finite(block.view(np.uint16)) for block in blocks)

@@ -1,6 +1,7 @@
 """Where the model looked, as a picture."""
 
 import os
+import pathlib
 from collections.abc import Sequence
 
 import matplotlib
@@ -11,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from hourjax.data.video import decode_frames, probe
+from hourjax.errors import UserError
 from hourjax.inference.looking import Looked, clock
 
 _SIDE = 192  # pixels of a frame that is shown
@@ -63,15 +65,45 @@ def look_figure(
   axes.yaxis.set_major_formatter(lambda value, _: f"{value:.{digits}%}")
   axes.spines[["top", "right"]].set_visible(False)
   title = [_short(text) for text in (question, answer) if text]
-  figure.suptitle("\n".join(title), x=0.01, ha="left", fontsize=10)
+  # "$5 or $6" is no formula.
+  figure.suptitle(
+    "\n".join(title), x=0.01, ha="left", fontsize=10, parse_math=False
+  )
   return figure
 
 
+def check_picture(path: str | os.PathLike) -> None:
+  """Raises a UserError where `save_look` could not write, before any work."""
+  path = pathlib.Path(path)
+  known = sorted(plt.figure().canvas.get_supported_filetypes())
+  plt.close()
+  if path.suffix.lower().removeprefix(".") not in known:
+    raise UserError(
+      f"a picture cannot be written as {path.name}; name it .png"
+      f" (or {', '.join(known)})"
+    )
+  if path.is_dir() or not path.parent.is_dir():
+    raise UserError(
+      f"{path.parent} is no folder for the picture {path.name}; make it, or"
+      " write elsewhere"
+    )
+  if not os.access(path if path.exists() else path.parent, os.W_OK):
+    raise UserError(f"no right to write {path}; write elsewhere")
+
+
 def save_look(looked: Looked, path: str | os.PathLike, **options) -> None:
-  """Writes `look_figure` to a file."""
+  """Writes `look_figure` to a file.
+
+  Raises:
+    UserError: the film cannot be read, or the file not be written.
+  """
   figure = look_figure(looked, **options)
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
+  try:
+    figure.savefig(path, dpi=120)
+  except OSError as error:
+    raise UserError(f"cannot write {path}: {error.strerror}") from None
+  finally:
+    plt.close(figure)
 
 
 def _moment(looked: Looked, edges, i: int) -> float:

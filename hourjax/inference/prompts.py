@@ -64,7 +64,13 @@ class Prompts:
     Raises:
       UserError: an empty question, or more tokens than the decoder takes.
     """
-    check_question(turns[-1].text)
+    asked, images = turns[-1].text, 0
+    if video is not None:
+      # As records begin; elsewhere it would get lost.
+      asked = asked.removeprefix(MARKER)
+    elif len(turns) == 1:
+      images = len(repository.slots)
+    check_question(asked, self.tokenizer, images)
     first = turns[0].text
     missing = len(repository.slots) - sum(t.text.count(MARKER) for t in turns)
     if missing > 0:
@@ -86,7 +92,34 @@ class Prompts:
     return layout
 
 
-def check_question(text: str) -> None:
-  """Raises a UserError where nothing is asked."""
+def check_question(text: str, tokenizer: Tokenizer, images: int = 0) -> None:
+  """Refuses what would read as something else than a question.
+
+  Args:
+    text: of the question.
+    tokenizer: of the model.
+    images: how many it may say the place of. A video's is before the text.
+
+  Raises:
+    UserError: nothing is asked, it is no text, or it holds the markup of turns
+      or of images that are not there.
+  """
   if not text.replace(MARKER, "").strip():
     raise UserError("the question is empty; ask something")
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    raise UserError(
+      f"the question {text!r:.80} is not UTF-8 text; correct its letters"
+    ) from None
+  if (count := text.count(MARKER)) > images:
+    raise UserError(
+      f"the question has {count} {MARKER} in its text and {images} are to be"
+      " shown there; leave out what is too many"
+    )
+  markup = {tokenizer.im_start, tokenizer.im_end, tokenizer.pad}
+  if found := markup.intersection(tokenizer.encode(text)):
+    raise UserError(
+      f"the question holds {tokenizer.decode([min(found)])}, which the model"
+      " takes for the end or beginning of a turn; leave it out"
+    )

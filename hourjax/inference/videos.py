@@ -57,11 +57,13 @@ def parse_worker(text: str) -> tuple[int, int]:
   """ "2/8" to (2, 8).
 
   Raises:
-    UserError: not of that form.
+    UserError: not of that form, or no such worker.
   """
   index, slash, count = text.partition("/")
-  if not (slash and index.isdecimal() and count.isdecimal()):
+  numbers = slash and index.isdecimal() and count.isdecimal()
+  if not numbers or int(count) < 1:
     raise UserError(f"--worker={text}; write index/count, e.g. --worker=0/8")
+  worker_slice([], int(index), int(count))
   return int(index), int(count)
 
 

@@ -141,7 +141,7 @@ def test_mistakes(made, options, capsys, tmp_path):
   nowhere = str(tmp_path / "nowhere")
   for change, message in (
     ({"model": nowhere}, f"{nowhere} is no folder of a model"),
-    ({"model": None}, "give --model to ask, or --out to report again"),
+    ({"model": None}, "give --model to ask, or only --out to report"),
     ({"data": nowhere}, f"{nowhere} does not exist; correct --data"),
     ({"features": nowhere}, "holds no index*.jsonl"),
     ({"benchmark": "videommee"}, "no benchmark 'videommee'; choose one of"),
@@ -149,9 +149,12 @@ def test_mistakes(made, options, capsys, tmp_path):
     ({"subtitles": True}, "has no subtitles"),
     ({"worker": "1"}, "--worker=1; write index/count"),
     ({"worker": "3/2"}, "worker 3 of 2; the first is 0, the last 1"),
-    ({"worker": "0/0"}, "the only one is 0/1"),
-    ({"model": None, "compare": [nowhere]}, "are of asking; give --model"),
-    ({"model": None, "worker": "0/2"}, "are of asking; give --model"),
+    ({"worker": "0/0"}, "--worker=0/0; write index/count"),
+    (
+      {"model": None, "compare": [nowhere]},
+      "give --model to ask, or only --out",
+    ),
+    ({"model": None, "worker": "0/2"}, "give --model to ask, or only --out"),
     ({"compare": [nowhere]}, f"{nowhere} is no folder of a model"),
     ({"compare": [good["model"]]}, "cannot be compared with itself"),
     ({"names": ["a", "b"]}, "2 different names for 1 models"),

@@ -1,6 +1,7 @@
 """Models from disk, and asking them by the command."""
 
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -79,6 +80,8 @@ def test_a_film_is_its_stored_features(model, film, tmp_path):
   stored = model.remember_stored(store, "film.mp4")
   np.save(tmp_path / "x.npy", features)
   copied = model.remember(tmp_path / "x.npy", duration=duration)
+  (file,) = (tmp_path / "store").glob("*.npy")
+  assert model.remember(file).duration == duration  # as the store knows
   expected = memory.answer(models.QUESTIONS, max_tokens=6)
   assert stored.answer(models.QUESTIONS, max_tokens=6) == expected
   assert copied.answer(models.QUESTIONS, max_tokens=6) == expected
@@ -112,6 +115,15 @@ def _bad_sources(tmp_path):
   np.save(tmp_path / "none.npy", np.zeros((0, *models.SHAPE), np.float32))
   np.save(tmp_path / "ints.npy", np.zeros((5, *models.SHAPE), np.int32))
   (tmp_path / "torn.npy").write_bytes(b"\x93NUMPY")
+  (tmp_path / "empty.npy").write_bytes(b"")
+  with open(tmp_path / "several.npy", "wb") as file:
+    np.savez(file, np.zeros(3))
+  nan = np.zeros((5, *models.SHAPE), np.float32)
+  nan[3, 2, 1] = np.nan
+  np.save(tmp_path / "nan.npy", nan)
+  np.save(tmp_path / "huge.npy", np.full((5, *models.SHAPE), 1e300))
+  np.save(tmp_path / "v4.npy", nan.view("V4"))
+  np.save(tmp_path / "few.npy", np.zeros((128, *models.SHAPE), np.float32))
   return {
     "short.mp4": "lasts 0.90 seconds .* at least 1 second",
     "text.mp4": "is not a video",
@@ -121,7 +133,13 @@ def _bad_sources(tmp_path):
     "none.npy": "has 0 frames of 0.00 seconds",
     "ints.npy": "holds int32",
     "torn.npy": "cannot read features",
-    "missing.npy": "cannot read features",
+    "missing.npy": "cannot read features .*: No such file",
+    "empty.npy": "cannot read features .*: No data left",
+    "several.npy": "holds several arrays",
+    "nan.npy": "values that are not finite",
+    "huge.npy": "values that are not finite",
+    "v4.npy": r"holds \|V4",
+    "few.npy": "has 128 frames, .* give its duration in seconds",
   }
 
 
@@ -129,6 +147,9 @@ def test_what_cannot_be_remembered(model, tmp_path):
   for name, message in _bad_sources(tmp_path).items():
     with pytest.raises(UserError, match=message):
       model.remember(tmp_path / name)
+  for seconds in (-5, float("nan"), float("inf"), 3.6e6):
+    with pytest.raises(UserError, match=r"the duration is .*, expected secon"):
+      model.remember(models.features(), duration=seconds)
 
 
 def test_no_such_model(tmp_path, folder):
@@ -150,6 +171,12 @@ def test_a_workdir_of_a_run(tmp_path):
   video = next(iter(FeatureStore(data / "features").videos()))
   loaded = hourjax.load(tmp_path / "run")
   assert loaded.name.startswith(f"{tmp_path.name}/run step 2 ")
+  # A newer checkpoint that is damaged is neither read nor named.
+  checkpoints = tmp_path / "run" / "checkpoints"
+  shutil.copytree(checkpoints / "2", checkpoints / "3")
+  (checkpoints / "3" / "about" / "metadata").write_text("torn")
+  assert hourjax.load(tmp_path / "run").name == loaded.name
+  shutil.rmtree(checkpoints / "3")
   stored = loaded.remember_stored(FeatureStore(data / "features"), video)
   expected = stored.ask(QUESTION, max_tokens=5)
   done = _ask(
@@ -201,6 +228,8 @@ def test_mistakes_on_the_command_line(folder, tmp_path):
     "the question is empty": ["--video=a.mp4", " "],
     "give one of --video": ["Who?"],
     "--duration is of --features": ["--video=a", "--duration=3", "Who?"],
+    "temperature is -1.0": ["--video=a.mp4", "--temperature=-1", "Who?"],
+    "is no folder for": ["--video=a.mp4", "--picture=no/a.png", "Who?"],
   }
   for message, options in cases.items():
     done = _ask(f"--model={folder}", *options)

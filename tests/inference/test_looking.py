@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from hourjax.errors import UserError
 from hourjax.inference.looking import Looked, clock, looked_at
-from hourjax.inference.picture import look_figure, save_look
+from hourjax.inference.picture import check_picture, look_figure, save_look
 from tests import videos
 
 
@@ -34,6 +35,9 @@ def test_minutes_and_peaks():
   short = _looked(100.0, 42)
   assert len(short.minutes()[1]) == 10
   assert short.peaks(1)[0][:2] == (40.0, 50.0)
+  # A short video's frames are repeated; a second is not divided.
+  one = Looked(np.linspace(0, 1.5, 129), np.full(128, 1 / 128))
+  assert one.peaks() == [(0.0, 1.5, pytest.approx(1))]
   odd = Looked(np.linspace(0, 350.5, 352), np.full(351, 1 / 351))
   assert odd.minutes()[0][-2:].tolist() == [300.0, 350.5]
 
@@ -67,9 +71,27 @@ def test_picture_with_frames(tmp_path, duration, shown):
     _looked(duration, 1), question="Who?", answer="A dog", film=film
   )
   frames = [axes for axes in figure.axes if axes.images]
-  assert len(frames) == min(5, shown) or duration == 3.0
+  assert len(frames) == min(5, shown)
   titles = [axes.get_title() for axes in frames]
   assert titles == sorted(titles)
   assert "A dog" in figure.get_suptitle()
-  save_look(_looked(duration, 1), tmp_path / "look.png")
+  dollars = r"$5 or $\no$?"  # no formula
+  save_look(_looked(duration, 1), tmp_path / "look.png", question=dollars)
   assert (tmp_path / "look.png").stat().st_size > 4000
+
+
+def test_pictures_that_cannot_be_written(tmp_path):
+  check_picture(tmp_path / "look.png")
+  check_picture(tmp_path / "look.PDF")
+  (tmp_path / "folder.png").mkdir()
+  for name, message in {
+    "look.xyz": r"cannot be written as look.xyz; name it .png",
+    "look": "cannot be written as look;",
+    "no/look.png": r"/no is no folder for the picture look.png",
+    "folder.png": "is no folder for the picture",
+  }.items():
+    with pytest.raises(UserError, match=message):
+      check_picture(tmp_path / name)
+  with pytest.raises(UserError, match=r"cannot write .*no/look.png"):
+    save_look(_looked(), tmp_path / "no/look.png")
+  assert not (tmp_path / "no").exists()

@@ -63,6 +63,8 @@ def test_slices_are_disjoint_and_whole(count):
 
 def test_parse_worker():
   assert parse_worker("2/8") == (2, 8)
-  for text in ("", "2", "2/", "/8", "-1/8", "a/b", "1/2/3"):
+  for text in ("", "2", "2/", "/8", "-1/8", "a/b", "1/2/3", "0/0"):
     with pytest.raises(UserError, match="write index/count"):
       parse_worker(text)
+  with pytest.raises(UserError, match="worker 8 of 8; the first is 0"):
+    parse_worker("8/8")
