@@ -129,7 +129,7 @@ def test_cache_in_bfloat16():
   )
 
 
-def test_shares_of_bfloat16_are_summed_in_float32():
+def test_shares_in_bfloat16():
   q, k = _normal(1, 64, 8, 8), _normal(1, 300, 2, 8)
   q, k = (jnp.asarray(x, jnp.bfloat16) for x in (q, k))
   one = [jnp.ones((1, n), jnp.int32) for n in (64, 300)]
@@ -138,6 +138,6 @@ def test_shares_of_bfloat16_are_summed_in_float32():
   expected = _weights(*wide, seen).sum((1, 2))
   got = key_shares(q, k, *one)
   assert got.dtype == jnp.float32
-  # Weights are rounded to 8 bits, each by its own.
+  # Sums of each KV head are rounded to 8 bits.
   np.testing.assert_allclose(got, expected, rtol=1e-2)
   np.testing.assert_allclose(got.sum(), 8 * 64, rtol=2e-3)
