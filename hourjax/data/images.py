@@ -165,7 +165,8 @@ def anyres_geometry(
     max_tiles: more features than these tiles have are scaled down.
 
   Raises:
-    UserError: see `best_resolution`.
+    UserError: see `best_resolution`; also where no feature of the image is
+      left, which only few features a tile and very narrow images bring about.
   """
   best_w, best_h = best_resolution(width, height, tile)
   grid_w, grid_h = best_w // tile, best_h // tile
@@ -175,6 +176,11 @@ def anyres_geometry(
     rows -= (rows - int(height * (columns / width))) // 2 * 2
   else:
     columns -= (columns - int(width * (rows / height))) // 2 * 2
+  if not rows or not columns:
+    raise UserError(
+      f"an image of {width} x {height} pixels leaves {columns} x {rows}"
+      f" features of its {grid_w} x {grid_h} tiles; crop it"
+    )
   scale = math.sqrt(rows * columns / (max_tiles * side**2))
   shrink = scale > 1.1
   return AnyresGeometry(

@@ -203,3 +203,11 @@ def test_bad_images_name_the_file(tmp_path):
 def test_too_narrow_image_is_refused():
   with pytest.raises(UserError, match="1 x 3000 pixels is too narrow"):
     images.anyres_geometry(1, 3000)
+
+
+@pytest.mark.parametrize("size", [(3000, 10), (10, 3000)])
+def test_narrow_images_of_which_no_feature_is_left(size):
+  with pytest.raises(UserError, match=r"leaves \d+ x \d+ features .* crop it"):
+    images.anyres_geometry(*size, tile=64, side=4)
+  geometry = images.anyres_geometry(*size)  # odd sides keep one row
+  assert min(geometry.unpadded_h, geometry.unpadded_w) == 1
