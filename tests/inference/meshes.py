@@ -2,8 +2,8 @@
 
   python -m tests.inference.meshes '[{"seq": 4}, ...]'
 
-prints, for each mesh, the answers' token ids, the next turn's, and shares of
-attention by second, as JSON.
+prints, for each mesh, the answers, the next turn's, logits after the prompts,
+and shares of attention by second, as JSON.
 """
 
 import json
@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
+from hourjax.data.records import Turn
 from hourjax.parallel.mesh import MeshConfig
 from tests.inference import models
 
@@ -28,13 +29,21 @@ def answers(mesh: dict, folder: pathlib.Path) -> dict:
   """What a mesh makes of the questions."""
   model = models.tiny(folder, MeshConfig(fsdp=1, **mesh))
   memory = model.remember(models.features())
-  written = memory.answer(models.QUESTIONS, max_tokens=8)
+  # At all of these the likeliest word leads by 0.03 or more, and meshes round
+  # logits apart by 0.001: an eighth one here would lead by that.
+  written = memory.answer(models.QUESTIONS, max_tokens=7)
+  layouts = [
+    models.layout_of(memory, [Turn("human", question)])
+    for question in models.QUESTIONS
+  ]
+  writing, _ = model.engine.begin(memory._known, layouts, room=1)
   conversation = memory.converse()
   looked = conversation.ask(models.QUESTIONS[1], max_tokens=4).looked
   after = conversation.ask(models.QUESTIONS[2], max_tokens=8)
   return {
     "answers": [answer.text for answer in written],
     "after": after.text,
+    "logits": models.next_logits(model, writing)[:3].tolist(),
     "looked": np.asarray(looked.share).tolist(),
     "text": model.read().ask("Who?", max_tokens=8).text,
   }

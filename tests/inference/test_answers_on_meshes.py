@@ -31,4 +31,9 @@ def test_meshes(found, number):
   assert len(set(alone["answers"])) > 1
   for name in ("answers", "after", "text"):
     assert split[name] == alone[name], name
-  np.testing.assert_allclose(split["looked"], alone["looked"], rtol=1e-4)
+  # With weights as they are drawn these differ by 1e-6 and 1e-7; larger ones
+  # make of rounding up to 3e-3 and 4e-4.
+  np.testing.assert_allclose(
+    split["logits"], alone["logits"], rtol=0, atol=1e-2
+  )
+  np.testing.assert_allclose(split["looked"], alone["looked"], rtol=5e-3)
