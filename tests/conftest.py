@@ -1,6 +1,11 @@
 import os
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A script starts what it leaves in the background without Ctrl-C, and the
+# processes that tests interrupt would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis
 import jax
