@@ -7,6 +7,7 @@ gradient, relative to the norm of that gradient, as JSON.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -82,9 +83,7 @@ def differences(
   """Of loss, label tokens and gradients between a mesh and one device."""
   config = dataclasses.replace(CONFIG, **_nested(model or {}))
   batch, spec = packed_batch(stored)
-  params = init_params(config, 0)
-  alone = jax.jit(lambda p, b: accumulate(no_sums(p), p, {}, b, config=config))
-  expected = alone(params, Batch(*map(jnp.asarray, batch)))
+  params, expected = on_one_device(config, stored)
   got = on_mesh(MeshConfig(**mesh), config, params, batch, spec)
   found = {
     "loss": abs(float(got.loss) / float(expected.loss) - 1),
@@ -103,6 +102,15 @@ def differences(
     # What the loss does not read (the tower's last norm) is zero on both.
     found[path] = float(difference / scale) if difference else 0.0
   return found
+
+
+@functools.cache
+def on_one_device(config, stored: bool) -> tuple[dict, Sums]:
+  """Parameters, and loss and gradients of the micro-batch with them."""
+  params = init_params(config, 0)
+  batch = Batch(*map(jnp.asarray, packed_batch(stored)[0]))
+  run = jax.jit(lambda p, b: accumulate(no_sums(p), p, {}, b, config=config))
+  return params, run(params, batch)
 
 
 def on_mesh(mesh_config, config, params, batch, spec) -> Sums:
