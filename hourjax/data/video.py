@@ -3,7 +3,9 @@
 The frame rules are the official ones, number by number; index arrays ascend.
 """
 
+import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -212,6 +214,44 @@ def decode_frames(
     )
   if pending:
     yield np.stack(pending)
+
+
+def frame_at(
+  path: str | os.PathLike, second: float, size: int
+) -> UInt8[np.ndarray, "size size 3"]:
+  """What a video shows at a moment, as `decode_frames` gives it.
+
+  Only what stands between it and the key frame before is decoded, so an hour's
+  last minute costs no more than its first.
+
+  Args:
+    path: of the video.
+    second: since its first frame; later ones show the last frame.
+    size: side of the result, in pixels.
+
+  Raises:
+    UserError: cannot be decoded.
+  """
+  # Some formats have no index and are sought in too far, or not at all.
+  for back in (0, 10, 60, math.inf):
+    with _open(path) as container:
+      stream = _video_stream(container, path)
+      start, base = stream.start_time or 0, stream.time_base
+      half = 0.5 / float(stream.average_rate or stream.guessed_rate or 1)
+      if back < math.inf:
+        earlier = max(0, second - back)
+        with contextlib.suppress(av.error.FFmpegError):
+          container.seek(start + int(earlier / base), stream=stream)
+      first, frame = None, None
+      for frame in _frames(container, path, threads=0):
+        pts = frame.raw.pts
+        time = 0.0 if pts is None else float((pts - start) * base)
+        first = time if first is None else first
+        if time > second - half:
+          break
+      if frame is not None and (first < second + half or back == math.inf):
+        return resize(frame.rgb(), size)
+  raise UserError(f"{path}: no frame can be decoded; fetch it again")
 
 
 @dataclasses.dataclass

@@ -87,7 +87,7 @@ def summary(data: Data) -> str:
       for name, run in runs.items()
     ),
     f"accuracy {data['accuracy']:.1%} [{_interval(data)}] of {asked:,}"
-    f" questions (chance {data['chance']:.1%})",
+    f" questions (chance {data['chance']:.1%})" + _tasks(data),
   ]
   if data["unreadable"]:
     lines.append(
@@ -173,6 +173,16 @@ def _coverage(run: Data) -> str:
   )
 
 
+def _tasks(data: Data) -> str:
+  """The mean of the tasks, which some benchmarks count by."""
+  if len(data["by_task"]) < 2:
+    return ""
+  first = next(iter(data["runs"].values()))
+  return (
+    f"; mean of its {len(data['by_task'])} tasks {first['mean_of_tasks']:.1%}"
+  )
+
+
 def _needles(data: Data) -> str:
   line = (
     f"needles  {data['needle']:.1%} of {data['needle_count']} questions"
@@ -198,6 +208,8 @@ def _about(data: Data) -> str:
   for words, key in rows.items():
     cells = [f"{run[key]:,}" for run in runs.values()]
     lines.append(f"| {words} | " + " | ".join(cells) + " |")
+  means = [_share(run["mean_of_tasks"]) for run in runs.values()]
+  lines.append("| accuracy, mean of tasks | " + " | ".join(means) + " |")
   spent = [f"{run['seconds'] / 60:.1f} min" for run in runs.values()]
   lines.append("| time, all workers' | " + " | ".join(spent) + " |")
   versions = ", ".join(
@@ -205,6 +217,10 @@ def _about(data: Data) -> str:
   )
   notes = " ".join(_notes(data))
   return "\n".join(lines) + f"\n\nWith {versions}. {notes}".rstrip()
+
+
+def _share(value: float | None) -> str:
+  return "" if value is None else f"{value:.1%}"
 
 
 def _notes(data: Data) -> Sequence[str]:

@@ -20,7 +20,8 @@ class Question:
       the number of the option; else the words of the answer.
     kind: how an answer is read (`parsing`).
     options: texts of the options in order; () where there are none.
-    task: what the question is about, in the benchmark's own words.
+    tasks: what the question is about, in the benchmark's own words; it counts
+      in each of them.
     duration: group of the video's length, in the benchmark's own words
       ("short") or as a range ("05-10 min").
     chance: probability that a guess is right; 0 for free text.
@@ -33,7 +34,7 @@ class Question:
   expected: str
   kind: Kind
   options: tuple[str, ...] = ()
-  task: str = ""
+  tasks: tuple[str, ...] = ()
   duration: str = ""
   chance: float = 0.0
   extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -83,7 +83,8 @@ def build(runs: Mapping[str, Run]) -> Report:
 
   Returns:
     `benchmark` and `versions`; `runs`, each with what its answers depend on,
-    its accuracy and what it left out; the first run's `accuracy`, `interval`,
+    its accuracy, `mean_of_tasks` (of their accuracies) and what it left out;
+    the first run's `accuracy`, `interval`,
     `chance`, `count`, `unreadable`, `unfinished`, `left_out`, `seconds`;
     `compared`, each other run against the first; `by_task`, `by_duration`,
     `by_kind` and one more for every text in the questions' `extra`, such as
@@ -113,7 +114,7 @@ def build(runs: Mapping[str, Run]) -> Report:
       name: dataclasses.asdict(compare(scored, runs[name].scored))
       for name in others
     },
-    **{f"by_{key}": _by(runs, _getter(key)) for key in keys},
+    **{f"by_{key}": _by(runs, _names(key)) for key in keys},
     **_needles(runs),
     "examples": {
       "wrong": _examples(
@@ -193,12 +194,19 @@ def _run(run: Run) -> dict[str, Any]:
     **run.about,
     **_plain(accuracy(run.scored)),
     "unfinished": sum(not item.finished for item in run.scored),
+    "mean_of_tasks": _mean_of_tasks(run.scored),
     "seconds": sum(item.seconds for item in run.scored),
     "left_out": [
       {"video": video, "questions": count, "reason": reason}
       for (video, reason), count in reasons.items()
     ],
   }
+
+
+def _mean_of_tasks(scored: Sequence[Scored]) -> float:
+  """Each task counts alike, however many questions it has; NaN without."""
+  shares = [found.accuracy for found in group(scored, _names("task")).values()]
+  return sum(shares) / len(shares) if shares else math.nan
 
 
 def _versions(about: Mapping[str, Any]) -> dict[str, str]:
@@ -220,14 +228,22 @@ def _keys(scored: Iterable[Scored]) -> list[str]:
   return [*fixed, *sorted(known.keys() - set(fixed))]
 
 
-def _getter(key: str) -> Callable[[Scored], str]:
-  if key in ("task", "duration", "kind"):
-    return lambda item: getattr(item.question, key)
-  return lambda item: str(item.question.extra.get(key, ""))
+def _names(key: str) -> Callable[[Scored], Sequence[str]]:
+  """What gives the groups by `key` that a question counts in."""
+  if key == "task":
+    return lambda item: item.question.tasks
+
+  def name(item: Scored) -> Sequence[str]:
+    question = item.question
+    own = key in ("duration", "kind")
+    found = getattr(question, key) if own else question.extra.get(key)
+    return (str(found),) if found else ()
+
+  return name
 
 
-def _by(runs: Mapping[str, Run], key: Callable[[Scored], str]):
-  tables = {name: group(run.scored, key) for name, run in runs.items()}
+def _by(runs: Mapping[str, Run], groups: Callable[[Scored], Sequence[str]]):
+  tables = {name: group(run.scored, groups) for name, run in runs.items()}
   names = in_order({name for table in tables.values() for name in table})
   return {
     name: {
@@ -257,8 +273,8 @@ def _needles(runs: Mapping[str, Run]) -> dict[str, Any]:
     "needle_chance": whole.chance,
     "needle_count": whole.count,
     "needle_hidden": hidden / max(len(scored), 1),
-    "needle_by_duration": _by(only, _getter("duration")),
-    "needle_by_format": _by(only, _getter("format")),
+    "needle_by_duration": _by(only, _names("duration")),
+    "needle_by_format": _by(only, _names("format")),
   }
 
 

@@ -234,7 +234,7 @@ def _record(item: Question, answer: Answer, seconds: float) -> dict[str, Any]:
   return {
     "id": item.id,
     "video": item.video,
-    "task": item.task,
+    "tasks": list(item.tasks),
     "duration": item.duration,
     "prompt": item.prompt,
     "answer": answer.text,

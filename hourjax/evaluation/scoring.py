@@ -157,15 +157,19 @@ def wilson(right: int, count: int) -> tuple[float, float]:
 
 
 def group(
-  scored: Iterable[Scored], key: Callable[[Scored], str]
+  scored: Iterable[Scored], names: Callable[[Scored], Iterable[str]]
 ) -> dict[str, Accuracy]:
-  """Accuracies by key in natural order; those without a key are left out.
+  """Accuracies of groups in natural order.
 
   "5-10 min" comes before "10-20 min", and "short" before "long".
+
+  Args:
+    scored: answered questions.
+    names: gives the groups that one counts in: none, one or several.
   """
   groups: dict[str, list[Scored]] = {}
   for item in scored:
-    if name := key(item):
+    for name in names(item):
       groups.setdefault(name, []).append(item)
   return {name: accuracy(groups[name]) for name in in_order(groups)}
 

@@ -74,6 +74,12 @@ class Engine:
     Raises:
       UserError: a mesh with `data` or `fsdp`, or one that divides no sizes.
     """
+    heads, tensor = config.decoder.kv_heads, mesh.shape["tensor"]
+    if heads % tensor:
+      raise UserError(
+        f"the model's {heads} KV heads cannot be split over tensor = {tensor}"
+        " devices; choose a divisor, and split memory over seq"
+      )
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows != 1:
       raise UserError(
@@ -164,7 +170,7 @@ class Engine:
       )
     )
     placed = self._placed(stack_rows([build_row(samples, spec)]), spec)
-    rows = 1 << (len(layouts) - 1).bit_length()
+    rows = padded_rows(len(layouts))
     last, start, length = (np.zeros(rows, np.int32) for _ in range(3))
     start[: len(layouts)] = np.cumsum([0, *lengths[:-1]])
     length[: len(layouts)] = lengths
@@ -276,6 +282,11 @@ def row_spec(config: ModelConfig, capacity: Size) -> RowSpec:
     width=config.vision.width,
     image_size=config.vision.image_size,
   )
+
+
+def padded_rows(rows: int) -> int:
+  """The next power of two, so that few batches have to be compiled."""
+  return 1 << (rows - 1).bit_length()
 
 
 def rounded(length: int, least: int = _LEAST) -> int:

@@ -2,13 +2,15 @@
 
 import os
 import pathlib
+import zipfile
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
-from hourjax.data.store.features import FeatureStore
+from hourjax.data.store.features import TOWER_FILE, FeatureStore
 from hourjax.data.video import (
   MIN_FRAMES,
   decode_frames,
@@ -75,18 +77,29 @@ def load_features(path: pathlib.Path) -> Shaped[np.ndarray, "..."]:
   """
   try:
     features = np.load(path, mmap_mode="r")
-  except (OSError, ValueError, EOFError) as error:
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
     raise UserError(
       f"cannot read features {path}: {getattr(error, 'strerror', 0) or error};"
       " give a .npy file of an array (frames, tokens, width)"
     ) from None
   if not isinstance(features, np.ndarray):
     raise UserError(f"{path} holds several arrays, not one; give a .npy file")
+  return as_floats(features, str(path))
+
+
+def as_floats(
+  features: Shaped[np.ndarray, "..."], name: str
+) -> Shaped[np.ndarray, "..."]:
+  """Features as floats: numpy reads stored bfloat16 as two bytes without type.
+
+  Raises:
+    UserError: they are no floats.
+  """
   if features.dtype.kind == "V" and features.dtype.itemsize == 2:
     return features.view(ml_dtypes.bfloat16)  # as numpy stores it
-  if features.dtype.kind != "f":
+  if not jnp.issubdtype(features.dtype, jnp.floating):
     raise UserError(
-      f"{path} holds {features.dtype}, features are bfloat16 or floats"
+      f"{name} holds {features.dtype}, features are bfloat16 or floats"
     )
   return features
 
@@ -102,11 +115,10 @@ def stored_duration(path: pathlib.Path, frames: int) -> float:
   """
   path = path.absolute()
   for folder in path.parents:
-    if next(folder.glob("index*.jsonl"), None):
-      store = FeatureStore(folder)
-      name = path.relative_to(folder).with_suffix("").as_posix()
-      if name in store:
-        return float(store.stored(name).duration)
+    store = _store(folder)
+    name = path.relative_to(folder).with_suffix("").as_posix()
+    if store and name in store:
+      return float(store.stored(name).duration)
   if frames == MIN_FRAMES:
     raise UserError(
       f"{path} has {frames} frames, which every video shorter than"
@@ -114,3 +126,15 @@ def stored_duration(path: pathlib.Path, frames: int) -> float:
       " give its duration in seconds"
     )
   return float(frames)
+
+
+def _store(folder: pathlib.Path) -> FeatureStore | None:
+  """The store in a folder, if there is one."""
+  if not next(folder.glob("index*.jsonl"), None):
+    return None
+  try:
+    return FeatureStore(folder)
+  except UserError:
+    if (folder / TOWER_FILE).exists():
+      raise
+    return None  # an index of something else

@@ -1,6 +1,5 @@
 """Models from disk: workdirs of training runs, and published folders."""
 
-import contextlib
 import hashlib
 import os
 import pathlib
@@ -15,14 +14,12 @@ from hourjax.inference.prompts import Rules
 from hourjax.models.config import ModelConfig
 from hourjax.models.params import param_shapes
 from hourjax.parallel.mesh import MeshConfig, make_mesh
-from hourjax.training import saved
 from hourjax.training.checkpoint import read_config, restore_params
 from hourjax.training.experiment import build_experiment
 from hourjax.weights import checkpoint as published
 
 _SAMPLE = 1 << 16  # bytes
 _SAMPLES = 64  # of a file of weights, evenly over it
-_TELLING = 8  # arrays by which checkpoints are told apart
 
 
 def load(
@@ -71,7 +68,7 @@ def load(
 
 def _from_run(folder: pathlib.Path):
   experiment = build_experiment(read_config(folder))
-  params = restore_params(folder, _host())
+  params, step, arrays = restore_params(folder, _host())
   rules = Rules(
     experiment.forgetting,
     experiment.max_length,
@@ -79,26 +76,9 @@ def _from_run(folder: pathlib.Path):
     experiment.seed,
   )
   words = pathlib.Path(experiment.data.tokenizer)
-  checkpoints = saved.folder_of(folder)
-  step, arrays = _restored(checkpoints, params)
   mark = hashlib.sha256(repr(sorted(arrays.items())).encode()).hexdigest()
   name = f"{_named(folder)} step {step} {mark[:12]}"
   return params, experiment.model, rules, words, name
-
-
-def _restored(checkpoints, params):
-  """The step that parameters are of, and its arrays' sums.
-
-  Not the newest one if that is damaged. Some small arrays tell.
-  """
-  for step in reversed(saved.saved_steps(checkpoints)):
-    with contextlib.suppress(saved.Damaged):
-      about = saved.read_about(checkpoints, step)
-      trained = saved.abstract_params(about, _host())["trained"]
-      small = sorted(trained, key=lambda path: trained[path].size)[:_TELLING]
-      saved.verify({"trained": {path: params[path] for path in small}}, about)
-      return step, about["arrays"]
-  raise UserError(f"the checkpoints in {checkpoints} changed while being read")
 
 
 def _published(folder: pathlib.Path):

@@ -9,7 +9,7 @@ from hourjax.data.conversations import follow_up
 from hourjax.data.records import Turn
 from hourjax.data.repository import Repository
 from hourjax.errors import UserError
-from hourjax.inference.engine import Engine, Known
+from hourjax.inference.engine import Engine, Known, padded_rows, rounded
 from hourjax.inference.looking import Looked, looked_at
 from hourjax.inference.prompts import Prompts, check_question
 from hourjax.inference.sampling import GREEDY, Sampling, draws
@@ -18,6 +18,7 @@ from hourjax.inference.sampling import GREEDY, Sampling, draws
 Stream = Callable[[str], None]
 
 _QUERIES = 32_768  # or positions, of prompts that are read together
+_CACHED = 65_536  # positions of their caches, padded; 2.4 GB of a 3B model
 _WATCHED = 512  # visual queries whose attention is looked at, at most
 _TURN = 1024  # tokens of a later turn that are read together
 _STEPS = 4  # tokens between two looks at what is written
@@ -125,7 +126,7 @@ class Memory:
     answers: list[Answer] = []
     # Prompts of text alone have no queries.
     lengths = [max(len(x.query_token), len(x.decoder_token)) for x in layouts]
-    for group in _groups(lengths):
+    for group in _groups(lengths, max_tokens):
       first = len(answers)
       writing, _ = self._engine.begin(
         self._known, [layouts[first + n] for n in range(group)], room=max_tokens
@@ -196,28 +197,35 @@ class Conversation:
     turns = [*self.turns, Turn("human", question)]
     looked = None
     if self._writing is None or self._reread:
-      looked = self._begin(turns, max_tokens)
+      writing, looked = self._begin(turns, max_tokens)
     else:
-      self._go_on(turns, max_tokens)
-    answer = self._write(max_tokens, sampling, stream, looked)
+      tokens = self._follow_up(turns, max_tokens)
+      # If this turn is interrupted its half is not gone on from: the next one
+      # reads the memory and the turns before anew.
+      writing, self._writing = self._writing, None
+      writing = self._extend(writing, tokens, max_tokens)
+    writing, answer = self._write(writing, max_tokens, sampling, stream, looked)
+    self._writing = writing
     self.turns = [*turns, Turn("gpt", answer.text)]
     return answer
 
-  def _begin(self, turns, room) -> Looked | None:
+  def _begin(self, turns, room):
     memory = self._memory
     layout = memory._layout(turns, room)
     watched = None
     if memory.duration is not None and memory._engine.config.memaug_layers:
       watched = watched_queries(layout.query_token)
-    self._writing, shares = memory._engine.begin(
+    writing, shares = memory._engine.begin(
       memory._known, [layout], room=room, watched=watched
     )
     if shares is None:
-      return None
+      return writing, None
     tokens = memory._engine.config.pool_side**2 + 1
-    return looked_at(shares, memory._known.places, tokens, memory.duration)
+    places = memory._known.places
+    return writing, looked_at(shares, places, tokens, memory.duration)
 
-  def _go_on(self, turns, room) -> None:
+  def _follow_up(self, turns, room) -> list[int]:
+    """Tokens of the last turn, after what is cached."""
     memory = self._memory
     tokenizer = memory._prompts.tokenizer
     check_question(turns[-1].text, tokenizer)
@@ -233,29 +241,31 @@ class Conversation:
         f"the conversation and the next answer take {length} + {room} tokens"
         f" and the model reads {most}; begin a new one"
       )
+    return tokens
+
+  def _extend(self, writing, tokens, room):
+    engine = self._memory._engine
     while len(tokens) > _TURN:
       # The last one is not cached yet, so the next part begins with it.
       part, tokens = tokens[:_TURN], tokens[_TURN - 1 :]
-      self._writing = memory._engine.extend(
-        self._writing, part, room=len(tokens) - 1 + room
-      )
-    self._writing = memory._engine.extend(self._writing, tokens, room=room)
+      writing = engine.extend(writing, part, room=len(tokens) - 1 + room)
+    return engine.extend(writing, tokens, room=room)
 
-  def _write(self, limit, sampling, stream, looked) -> Answer:
+  def _write(self, writing, limit, sampling, stream, looked):
     memory, how = self._memory, draws(sampling, len(self.turns), 1)
     while True:
-      self._writing = memory._engine.write(
-        self._writing,
+      writing = memory._engine.write(
+        writing,
         how,
         stop=memory._stop,
         limit=limit,
         tokens=_STEPS if stream else limit,
       )
-      answer = memory._answer(self._writing, 0, looked)
+      answer = memory._answer(writing, 0, looked)
       if stream:
         stream(answer.text)
-      if bool(self._writing.done[0]):
-        return answer
+      if bool(writing.done[0]):
+        return writing, answer
 
 
 def watched_queries(token: np.ndarray) -> np.ndarray:
@@ -276,13 +286,18 @@ def _check_limit(max_tokens: int) -> None:
     )
 
 
-def _groups(lengths: Sequence[int]):
-  """How many prompts are read at a time, in order."""
-  count, total = 0, 0
+def _groups(lengths: Sequence[int], room: int):
+  """How many prompts are read at a time, in order.
+
+  A short prompt beside a long one has a cache as long as that.
+  """
+  count, total, longest = 0, 0, 0
   for length in lengths:
-    if count and total + length > _QUERIES:
+    cached = padded_rows(count + 1) * rounded(max(longest, length) + room)
+    if count and (total + length > _QUERIES or cached > _CACHED):
       yield count
-      count, total = 0, 0
+      count, total, longest = 0, 0, 0
     count, total = count + 1, total + length
+    longest = max(longest, length)
   if count:
     yield count

@@ -32,6 +32,7 @@ from hourjax.inference.encoder import Encoder
 from hourjax.inference.engine import Engine, Known, row_spec
 from hourjax.inference.film import (
   Progress,
+  as_floats,
   load_features,
   read_film,
   stored_duration,
@@ -95,7 +96,8 @@ class Model:
         of another shape.
     """
     if isinstance(source, np.ndarray):
-      return self._features(source, duration, "features")
+      features = as_floats(source, "the array of features")
+      return self._features(features, duration, "the array of features")
     path = pathlib.Path(source)
     if path.suffix == ".npy":
       features = load_features(path)

@@ -38,6 +38,8 @@ def check_options(
     raise UserError("the question is empty; ask something")
   if sum(map(bool, (video, features, images))) != 1:
     raise UserError("give one of --video, --features and --images")
+  if video and video.endswith(".npy"):
+    raise UserError(f"--video={video} is no video; features are --features")
   if features and not features.endswith(".npy"):
     raise UserError(
       f"--features={features} is no .npy file; a video is --video"

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import warnings
 from collections.abc import Sequence
 
 import matplotlib
@@ -9,15 +10,25 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 
-from hourjax.data.video import decode_frames, probe
+from hourjax.data.video import frame_at
 from hourjax.errors import UserError
 from hourjax.inference.looking import Looked, clock
 
 _SIDE = 192  # pixels of a frame that is shown
 _BAR, _PEAK = "#9db8cf", "#1b6ca8"
 _SHORT = 110  # letters of a question or an answer
+# The first one comes with matplotlib; the others have the letters it lacks.
+_FONTS = (
+  "DejaVu Sans",
+  "Noto Sans CJK SC",
+  "Noto Sans CJK JP",
+  "Microsoft YaHei",
+  "PingFang SC",
+  "Arial Unicode MS",
+)
 
 
 def look_figure(
@@ -48,7 +59,7 @@ def look_figure(
   )
   if film:
     moments = sorted(_moment(looked, edges, i) for i in best)
-    for column, (second, picture) in enumerate(_frames(film, moments, looked)):
+    for column, (second, picture) in enumerate(_frames(film, moments)):
       axes = figure.add_subplot(grid[0, column])
       axes.imshow(picture)
       axes.set_title(clock(second), fontsize=9)
@@ -65,10 +76,12 @@ def look_figure(
   axes.yaxis.set_major_formatter(lambda value, _: f"{value:.{digits}%}")
   axes.spines[["top", "right"]].set_visible(False)
   title = [_short(text) for text in (question, answer) if text]
+  installed = set(font_manager.get_font_names())
   # "$5 or $6" is no formula.
   figure.suptitle(
-    "\n".join(title), x=0.01, ha="left", fontsize=10, parse_math=False
-  )
+    "\n".join(title), x=0.01, ha="left", fontsize=10, parse_math=False,
+    family=[font for font in _FONTS if font in installed],
+  )  # fmt: skip
   return figure
 
 
@@ -99,7 +112,10 @@ def save_look(looked: Looked, path: str | os.PathLike, **options) -> None:
   """
   figure = look_figure(looked, **options)
   try:
-    figure.savefig(path, dpi=120)
+    with warnings.catch_warnings():
+      # Letters that no font has are boxes; a line for each helps nobody.
+      warnings.filterwarnings("ignore", "Glyph .* missing from font")
+      figure.savefig(path, dpi=120)
   except OSError as error:
     raise UserError(f"cannot write {path}: {error.strerror}") from None
   finally:
@@ -115,15 +131,8 @@ def _moment(looked: Looked, edges, i: int) -> float:
   return float(looked.edges[where[np.argmax(looked.share[where])]])
 
 
-def _frames(film, moments: Sequence[float], looked: Looked):
-  info = probe(film)
-  last = info.frames - 1
-  indices = [
-    min(last, round(second / looked.duration * info.frames))
-    for second in moments
-  ]
-  pictures = np.concatenate(list(decode_frames(film, indices, _SIDE)))
-  return list(zip(moments, pictures))
+def _frames(film, moments: Sequence[float]):
+  return [(second, frame_at(film, second, _SIDE)) for second in moments]
 
 
 def _short(text: str) -> str:

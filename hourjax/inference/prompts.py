@@ -71,6 +71,11 @@ class Prompts:
     elif len(turns) == 1:
       images = len(repository.slots)
     check_question(asked, self.tokenizer, images)
+    # What the model said stands for no image.
+    turns = [
+      Turn(t.role, t.text.replace(MARKER, "")) if t.role == "gpt" else t
+      for t in turns
+    ]
     first = turns[0].text
     missing = len(repository.slots) - sum(t.text.count(MARKER) for t in turns)
     if missing > 0:

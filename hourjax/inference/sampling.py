@@ -35,6 +35,10 @@ class Sampling:
       )
     if not 0 < self.top_p <= 1:
       raise UserError(f"top_p is {self.top_p}; it must be above 0, at most 1")
+    if not 0 <= self.seed < 2**32:
+      raise UserError(
+        f"seed is {self.seed}; it must be 0 or more, below 2^32 = {2**32}"
+      )
 
 
 GREEDY = Sampling()

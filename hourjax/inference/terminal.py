@@ -21,8 +21,11 @@ def leaving() -> Iterator[None]:
   """A command ends without a traceback.
 
   With 130 on interrupt, with 141 when nobody reads the answers any more. What
-  a terminal cannot show is printed as "?".
+  a terminal cannot show is printed as "?"; what is typed that is no text is
+  left to the question's check.
   """
+  if isinstance(sys.stdin, io.TextIOWrapper):
+    sys.stdin.reconfigure(errors="surrogateescape")
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors="replace")
   try:

@@ -68,17 +68,21 @@ def parse_worker(text: str) -> tuple[int, int]:
 
 
 def _search(folder: pathlib.Path) -> list[str]:
-  found, seen = [], set()
-  for here, folders, files in os.walk(folder, followlinks=True):
-    if os.path.realpath(here) in seen:  # a link to a folder above it
-      folders.clear()
-      continue
-    seen.add(os.path.realpath(here))
-    folders[:] = sorted(name for name in folders if name[0] != ".")
-    for name in files:
-      if pathlib.Path(name).suffix.lower() in _SUFFIXES and name[0] != ".":
-        path = pathlib.Path(here, name).relative_to(folder)
-        found.append(path.as_posix())
+  """Folders by their own path first: what links to one seen is passed over."""
+  found, seen, waiting = [], set(), [str(folder)]
+  while waiting:
+    for here, folders, files in os.walk(waiting.pop(0)):
+      if os.path.realpath(here) in seen:
+        folders.clear()
+        continue
+      seen.add(os.path.realpath(here))
+      folders[:] = sorted(name for name in folders if name[0] != ".")
+      paths = (os.path.join(here, name) for name in folders)
+      waiting += [path for path in paths if os.path.islink(path)]
+      for name in files:
+        if pathlib.Path(name).suffix.lower() in _SUFFIXES and name[0] != ".":
+          path = pathlib.Path(here, name).relative_to(folder)
+          found.append(path.as_posix())
   return found
 
 

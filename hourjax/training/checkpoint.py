@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -233,10 +233,24 @@ class Checkpoints:
       )
 
 
+class SavedParams(NamedTuple):
+  """Parameters of a checkpoint.
+
+  Attributes:
+    params: by path, trained and frozen ones.
+    step: that they are of.
+    arrays: what the checkpoint tells of each array in it (`saved.describe`).
+  """
+
+  params: dict[str, jax.Array]
+  step: int
+  arrays: dict[str, Any]
+
+
 def restore_params(
   workdir: str | os.PathLike, sharding: jax.sharding.Sharding | None = None
-) -> dict[str, jax.Array]:
-  """All parameters of a run's newest sound checkpoint, by path.
+) -> SavedParams:
+  """All parameters of a run's newest sound checkpoint.
 
   Args:
     workdir: of the run.
@@ -259,7 +273,8 @@ def restore_params(
         flush=True,
       )
       continue
-    return {**tree.get("frozen", {}), **tree["trained"]}
+    params = {**tree.get("frozen", {}), **tree["trained"]}
+    return SavedParams(params, step, about["arrays"])
   raise UserError(_none_left(folder, problems))
 
 

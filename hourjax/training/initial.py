@@ -37,7 +37,7 @@ def initial_params(
     )
   shapes = param_shapes(config)
   if (folder / "checkpoints").is_dir():
-    params = restore_params(folder)
+    params = restore_params(folder).params
   else:
     optional = {path for path in shapes if component(path) in draw}
     params = load_params(folder, config, shapes, optional=optional)

@@ -211,6 +211,47 @@ def test_decode_at_half_a_frame_a_second(tmp_path):
   assert _decode(path, indices, info=info).shape == (40, 32, 32, 3)
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "webm", "ts", "avi"])
+def test_frame_at_a_moment(tmp_path, suffix, monkeypatch):
+  """Those of decoding all, of which only the group around each is decoded."""
+  codecs = {"webm": "libvpx-vp9", "avi": "mpeg4"}
+  path = videos.write(
+    tmp_path / f"a.{suffix}",
+    200,
+    10,
+    codec=codecs.get(suffix, "libx264"),
+    codec_options={"g": "20"},
+  )
+  every = [resize(frame, 32) for frame in _all_frames(str(path))]
+  assert len(every) == 200
+  decoded = []
+  frames = video._frames
+
+  def counted(*args, **options):
+    for frame in frames(*args, **options):
+      decoded.append(frame)
+      yield frame
+
+  monkeypatch.setattr(video, "_frames", counted)
+  wanted = [0, 1, 19, 20, 57, 123, 199, 140]
+  for n in wanted:
+    frame = video.frame_at(path, n / 10, 32)
+    np.testing.assert_array_equal(frame, every[n], err_msg=str(n))
+  # A transport stream has no index: it is read from further back.
+  assert suffix == "ts" or len(decoded) <= 20 * len(wanted)
+  last = video.frame_at(path, 99.0, 32)
+  np.testing.assert_array_equal(last, every[-1])
+
+
+def test_moments_of_rotated_and_broken_videos(tmp_path):
+  path = _write(tmp_path / "a.mp4", 30, 10, rotation=180)
+  frame = video.frame_at(path, 2.0, 32)
+  assert int(frame[-1, -1, 0]) - frame[-1, -1, 1] > 150
+  (tmp_path / "text.mp4").write_text("no video")
+  with pytest.raises(UserError, match=r"text\.mp4 is not a video"):
+    video.frame_at(tmp_path / "text.mp4", 0.0, 32)
+
+
 @pytest.mark.parametrize(
   "angle, corner",
   [(0, (0, 0)), (90, (-1, 0)), (180, (-1, -1)), (-90, (0, -1))],

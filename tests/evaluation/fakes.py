@@ -72,7 +72,7 @@ def question(number: int, video: str = "a.mp4", **changes) -> Question:
     "expected": "ABCD"[number % 4],
     "kind": "choice",
     "options": ("red", "blue", "green", "white"),
-    "task": ("order", "colour")[number % 2],
+    "tasks": (("order", "colour")[number % 2],),
     "duration": ("short", "long")[number % 3 == 0],
     "chance": 0.25,
   }

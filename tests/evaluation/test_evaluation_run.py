@@ -37,7 +37,7 @@ def test_records_and_report(tmp_path):
   assert row == {
     "id": "q1",
     "video": "a.mp4",
-    "task": "colour",
+    "tasks": ["colour"],
     "duration": "short",
     "prompt": "question 1?",
     "answer": "hm",

@@ -1,5 +1,6 @@
 """Numbers, files, page and pictures of a report."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -33,7 +34,7 @@ def _run(answers, needles=True, left_out=(), about=None):
     item = question(
       1,
       id=f"q{n}",
-      task=("order", "colour")[n % 2],
+      tasks=(("order", "colour")[n % 2],),
       duration=("00-05 min", "10-20 min", "00-05 min", "30-60 min")[n % 4],
       chance=0.5 if n == 0 else 0.25,
       extra={
@@ -95,6 +96,41 @@ def test_alone_and_without_needles():
   assert data["needle_count"] == data["needle_hidden"] == 0
   assert data["needle_by_duration"] == data["needle_by_format"] == {}
   assert "needles" not in pages.summary(data) + pages.table(data)
+
+
+def test_tasks_count_alike_in_their_mean():
+  """One of two and none of one: 1/4, though one of three is right."""
+  run = _run("BCC")
+  data = report.build({"m": run}).data
+  assert data["accuracy"] == 1 / 3
+  assert data["runs"]["m"]["mean_of_tasks"] == 0.25
+  assert "mean of its 2 tasks 25.0%" in pages.summary(data)
+  assert "| accuracy, mean of tasks | 25.0% |" in pages.page(data)
+
+
+def test_a_question_counts_in_each_of_its_tasks():
+  one, two, three = _run("BBC").scored
+  both = dataclasses.replace(
+    three, question=dataclasses.replace(three.question, tasks=("a", "order"))
+  )
+  data = report.build({"m": Run(ABOUT, (one, two, both), ())}).data
+  assert data["count"] == 3
+  assert {k: v["m"]["count"] for k, v in data["by_task"].items()} == {
+    "a": 1,
+    "colour": 1,
+    "order": 2,
+  }
+  assert data["runs"]["m"]["mean_of_tasks"] == (0 + 1 + 0.5) / 3
+
+
+def test_no_tasks():
+  scored = _run("B").scored[0]
+  item = dataclasses.replace(scored.question, tasks=())
+  run = Run(ABOUT, (dataclasses.replace(scored, question=item),), ())
+  data = report.build({"m": run}).data
+  assert data["runs"]["m"]["mean_of_tasks"] is None
+  assert "mean of its" not in pages.summary(data)
+  assert "| accuracy, mean of tasks |  |" in pages.page(data)
 
 
 def test_nothing_to_report():

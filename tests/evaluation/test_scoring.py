@@ -89,15 +89,15 @@ def test_accuracy():
 
 def test_group():
   items = [
-    _scored(task="b"),
-    _scored(task="a", answer="C"),
-    _scored(task="b", answer="C"),
-    _scored(task=""),
+    _scored(tasks=("b",)),
+    _scored(tasks=("a", "c"), answer="C"),
+    _scored(tasks=("b", "c")),
+    _scored(tasks=()),
   ]
-  groups = group(iter(items), lambda item: item.question.task)
-  assert list(groups) == ["a", "b"]
-  assert [g.accuracy for g in groups.values()] == [0, 0.5]
-  assert [g.count for g in groups.values()] == [1, 2]
+  groups = group(iter(items), lambda item: item.question.tasks)
+  assert list(groups) == ["a", "b", "c"]
+  assert [g.accuracy for g in groups.values()] == [0, 1, 0.5]
+  assert [g.count for g in groups.values()] == [1, 2, 2]
 
 
 def test_lengths_come_from_short_to_long():

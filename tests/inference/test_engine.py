@@ -23,6 +23,7 @@ from hourjax.inference.engine import rounded, row_spec
 from hourjax.inference.memory import _groups
 from hourjax.inference.sampling import GREEDY, Sampling, draw, draws
 from hourjax.models.params import with_params
+from hourjax.parallel.mesh import AXES
 from tests.inference import models
 
 HOT = Sampling(2.0, 0.9, seed=4)
@@ -221,9 +222,19 @@ def test_text_is_read_in_groups_too(model, monkeypatch):
 
 def test_prompts_that_are_read_together(monkeypatch):
   monkeypatch.setattr("hourjax.inference.memory._QUERIES", 10)
-  assert list(_groups([])) == []
-  assert list(_groups([5, 5, 5])) == [2, 1]
-  assert list(_groups([11, 1, 9, 10, 1])) == [1, 2, 1, 1]
+  assert list(_groups([], 1)) == []
+  assert list(_groups([5, 5, 5], 1)) == [2, 1]
+  assert list(_groups([11, 1, 9, 10, 1], 1)) == [1, 2, 1, 1]
+
+
+def test_caches_of_short_prompts_are_padded(monkeypatch):
+  """Rows to a power of two, each to the longest prompt and its answer."""
+  monkeypatch.setattr("hourjax.inference.memory._CACHED", 4 * 1024)
+  assert list(_groups([9] * 6, 1000)) == [4, 2]
+  assert list(_groups([9] * 6, 1500)) == [2, 2, 2]  # 1500 are 1536
+  assert list(_groups([2000, 9, 9, 9, 9, 9], 20)) == [2, 4]
+  assert list(_groups([9, 9, 9, 9, 9, 2000], 20)) == [5, 1]
+  assert list(_groups([9000, 9], 20)) == [1, 1]
 
 
 # --- what there is to see ---------------------------------------------------
@@ -312,6 +323,21 @@ def test_images_with_text_between(model, tmp_path):
     )
     with pytest.raises(UserError, match="<image>"):
       memory.ask(f"{both} <image>")
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_an_answer_shows_no_image(model, tmp_path, shown):
+  """What the model said may hold the marker, e.g. of a feed's items."""
+  Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "a.png")
+  memory = model.see([tmp_path / "a.png"]) if shown else model.read()
+
+  def laid_out(said):
+    turns = [Turn("human", "Who?"), Turn("gpt", said), Turn("human", "Why?")]
+    return models.layout_of(memory, turns)
+
+  found, expected = laid_out("<rss><image>"), laid_out("<rss>")
+  np.testing.assert_array_equal(found.decoder_token, expected.decoder_token)
+  np.testing.assert_array_equal(found.decoder_source, expected.decoder_source)
 
 
 def test_kept_tokens_are_found_in_any_order():
@@ -410,6 +436,14 @@ def test_what_is_forgotten_is_freed(model):
     memory = model.remember(models.features(seed=seed))
     memory.ask("Who?", max_tokens=1)
     assert held() == before
+
+
+def test_a_mesh_that_divides_no_heads(tmp_path):
+  """Before any parameter is placed; 2 KV heads over 4 devices."""
+  devices = np.array(jax.devices()[:1] * 4).reshape(1, 1, 1, 4)
+  mesh = jax.sharding.Mesh(devices, AXES)
+  with pytest.raises(UserError, match=r"2 KV heads cannot .* tensor = 4"):
+    engine.Engine({}, models.CONFIG, mesh)
 
 
 def test_sizes_are_few():

@@ -80,11 +80,27 @@ def test_a_film_is_its_stored_features(model, film, tmp_path):
   stored = model.remember_stored(store, "film.mp4")
   np.save(tmp_path / "x.npy", features)
   copied = model.remember(tmp_path / "x.npy", duration=duration)
+  mapped = np.load(tmp_path / "x.npy")  # two bytes without a type
+  assert mapped.dtype.kind == "V"
+  given = model.remember(mapped, duration=duration)
   (file,) = (tmp_path / "store").glob("*.npy")
   assert model.remember(file).duration == duration  # as the store knows
   expected = memory.answer(models.QUESTIONS, max_tokens=6)
   assert stored.answer(models.QUESTIONS, max_tokens=6) == expected
   assert copied.answer(models.QUESTIONS, max_tokens=6) == expected
+  assert given.answer(models.QUESTIONS, max_tokens=6) == expected
+
+
+def test_an_index_of_something_else(model, tmp_path):
+  """Only a store's index tells the duration of features below it."""
+  (tmp_path / "below").mkdir()
+  path = tmp_path / "below" / "x.npy"
+  np.save(path, models.features().astype(np.float32))
+  (tmp_path / "index.jsonl").write_text('{"id": 1}\n')
+  assert model.remember(path).duration == 150
+  (tmp_path / "tower.json").write_text("{}")
+  with pytest.raises(UserError, match=r"index\.jsonl.*'id': 1"):
+    model.remember(path)
 
 
 def test_images(model, tmp_path):
@@ -115,6 +131,7 @@ def _bad_sources(tmp_path):
   np.save(tmp_path / "none.npy", np.zeros((0, *models.SHAPE), np.float32))
   np.save(tmp_path / "ints.npy", np.zeros((5, *models.SHAPE), np.int32))
   (tmp_path / "torn.npy").write_bytes(b"\x93NUMPY")
+  (tmp_path / "zip.npy").write_bytes(b"PK\x03\x04torn")
   (tmp_path / "empty.npy").write_bytes(b"")
   with open(tmp_path / "several.npy", "wb") as file:
     np.savez(file, np.zeros(3))
@@ -133,6 +150,7 @@ def _bad_sources(tmp_path):
     "none.npy": "has 0 frames of 0.00 seconds",
     "ints.npy": "holds int32",
     "torn.npy": "cannot read features",
+    "zip.npy": "cannot read features",
     "missing.npy": "cannot read features .*: No such file",
     "empty.npy": "cannot read features .*: No data left",
     "several.npy": "holds several arrays",
@@ -147,6 +165,8 @@ def test_what_cannot_be_remembered(model, tmp_path):
   for name, message in _bad_sources(tmp_path).items():
     with pytest.raises(UserError, match=message):
       model.remember(tmp_path / name)
+  with pytest.raises(UserError, match="the array of features holds int32"):
+    model.remember(np.zeros((150, *models.SHAPE), np.int32))
   for seconds in (-5, float("nan"), float("inf"), 3.6e6):
     with pytest.raises(UserError, match=r"the duration is .*, expected secon"):
       model.remember(models.features(), duration=seconds)

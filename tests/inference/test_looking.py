@@ -80,6 +80,11 @@ def test_picture_with_frames(tmp_path, duration, shown):
   assert (tmp_path / "look.png").stat().st_size > 4000
 
 
+def test_letters_that_no_font_has(tmp_path, recwarn):
+  save_look(_looked(), tmp_path / "look.png", question="\U0001f436 \U00020bb7?")
+  assert not [w for w in recwarn if "Glyph" in str(w.message)]
+
+
 def test_pictures_that_cannot_be_written(tmp_path):
   check_picture(tmp_path / "look.png")
   check_picture(tmp_path / "look.PDF")

@@ -114,6 +114,33 @@ def test_conversation_outgrows_its_cache(memory):
   assert int(conversation._writing.length[0]) > 4 * 60
 
 
+def test_an_interrupted_turn_is_as_if_not_asked(model, memory, visual):
+  """The next one reads the memory anew, with the turns that were answered."""
+
+  def interrupt(text):
+    raise KeyboardInterrupt
+
+  conversation = memory.converse()
+  for before in (0, 2):
+    with pytest.raises(KeyboardInterrupt):
+      conversation.ask(QUESTIONS[2], max_tokens=TOKENS, stream=interrupt)
+    assert len(conversation.turns) == before
+    answer = conversation.ask(QUESTIONS[0], max_tokens=TOKENS)
+    assert answer.looked is not None
+    asked = [*conversation.turns[:before], Turn("human", QUESTIONS[0])]
+    ids = _ids(conversation)
+    layout = models.layout_of(memory, asked)
+    _is_greedy(models.slow_logits(model, layout, visual, ids), ids)
+
+
+def test_a_question_that_is_refused_costs_no_cache(memory):
+  conversation, _ = _ask(memory, QUESTIONS[0])
+  with pytest.raises(UserError, match="empty"):
+    conversation.ask(" ")
+  answer = conversation.ask(QUESTIONS[1], max_tokens=TOKENS)
+  assert answer.looked is None  # the memory was not read again
+
+
 def test_stop_tokens_end_an_answer(model, memory, monkeypatch):
   free = memory.answer(QUESTIONS, max_tokens=TOKENS)
   conversation, ids = _ask(memory, QUESTIONS[1])

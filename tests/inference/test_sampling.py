@@ -66,6 +66,8 @@ def test_draws_of_one_prompt_differ_by_count():
     ({"temperature": float("nan")}, "temperature is nan"),
     ({"top_p": 0}, "top_p is 0"),
     ({"top_p": 1.5}, "top_p is 1.5"),
+    ({"seed": -1}, "seed is -1"),
+    ({"seed": 2**32}, "seed is 4294967296; it must be 0 or more, below 2.32"),
   ],
 )
 def test_impossible(values, message):

@@ -55,6 +55,15 @@ def test_how_it_ends(monkeypatch, tmp_path, error, status):
   assert ended.value.code == status
 
 
+def test_typed_bytes_that_are_no_text(monkeypatch, tmp_path):
+  """They reach the question's check, not a traceback."""
+  (tmp_path / "asked").write_bytes(b"caf\xe9?\n")
+  with (tmp_path / "asked").open(encoding="utf-8") as typed:
+    monkeypatch.setattr("sys.stdin", typed)
+    with leaving():
+      assert typed.readline() == "caf\udce9?\n"
+
+
 def test_no_bar_where_nothing_takes_time(capsys):
   with shown("read", "frame"):
     pass
@@ -82,6 +91,7 @@ def test_options(tmp_path):
     ({"questions": [" "]}, "the question is empty"),
     ({"video": None}, "give one of --video"),
     ({"images": ["a.jpg"]}, "give one of --video"),
+    ({"video": "a.npy"}, "--video=a.npy is no video; features are --feat"),
     ({**none, "features": "a.mp4"}, "--features=a.mp4 is no .npy file"),
     ({**none, "images": ["a.jpg", ""]}, "an image without a name"),
     ({**none, "images": ["a"], "picture": "a.png"}, "leave it out with --im"),

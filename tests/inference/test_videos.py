@@ -27,6 +27,14 @@ def test_linked_folders_are_followed_once(tmp_path):
   assert find_videos(tmp_path / "root") == ["2.mp4", "linked/1.mp4"]
 
 
+def test_a_link_beside_its_folder_renames_nothing(tmp_path):
+  _touch(tmp_path / "panda", "x.mp4")
+  (tmp_path / "latest").symlink_to(tmp_path / "panda")
+  (tmp_path / "sub").mkdir()
+  (tmp_path / "sub" / "again").symlink_to(tmp_path / "panda")
+  assert find_videos(tmp_path) == ["panda/x.mp4"]
+
+
 def test_a_list_of_names(tmp_path):
   names = tmp_path / "names.txt"
   names.write_text("b.mp4\n\na/ c.mp4\nb.mp4\n", encoding="utf-8")

@@ -68,8 +68,9 @@ def test_state_position_and_what_it_was_made_with(sound):
   assert about["config"] == {"seed": 1, "sizes": [1, 2]}
   assert about["versions"]["jax"] == jax.__version__
   assert set(about["versions"]) > {"flax", "orbax-checkpoint", "hourjax"}
-  params = restore_params(sound)
-  assert _equal(params, {**_state(6).frozen, **_state(6).trained})
+  found = restore_params(sound)
+  assert found.step == 6 and found.arrays == about["arrays"]
+  assert _equal(found.params, {**_state(6).frozen, **_state(6).trained})
 
 
 def test_shapes_are_enough_to_restore(sound):
@@ -193,8 +194,9 @@ def test_all_damaged(workdir):
 
 def test_evaluation_uses_the_one_before_and_moves_nothing(workdir, capsys):
   (workdir / "checkpoints/6/about/metadata").unlink()
-  params = restore_params(workdir)
-  assert _equal(params, {**_state(3).frozen, **_state(3).trained})
+  found = restore_params(workdir)
+  assert found.step == 3
+  assert _equal(found.params, {**_state(3).frozen, **_state(3).trained})
   assert "checkpoints/6 is damaged" in capsys.readouterr().err
   assert Checkpoints(workdir).latest() == 6
 

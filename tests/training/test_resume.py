@@ -98,7 +98,8 @@ def test_a_resumed_run_has_the_losses_of_a_whole_one(
   assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
   assert runs.losses(tmp_path) == runs.losses(whole)
   assert len({row["loss"] for row in rows}) == STEPS
-  one, two = restore_params(whole), restore_params(tmp_path)
+  one = restore_params(whole).params
+  two = restore_params(tmp_path).params
   assert one.keys() == two.keys()
   assert all((one[path] == two[path]).all() for path in one)
 

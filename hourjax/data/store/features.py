@@ -35,7 +35,7 @@ from hourjax.errors import UserError
 # Bytes read at a time: large enough for a bucket, and small enough that the
 # check for NaN finds them in the processor's cache.
 _BLOCK_BYTES = 1_500_000
-_TOWER = "tower.json"
+TOWER_FILE = "tower.json"
 
 
 class FeatureStore:
@@ -208,16 +208,16 @@ class FeatureStore:
     """
     mine = {"tower": tower, "tokens": shape[0], "width": shape[1]}
     try:
-      theirs = json.loads(self.storage.read(_TOWER))
+      theirs = json.loads(self.storage.read(TOWER_FILE))
     except FileNotFoundError:
-      self.storage.write(_TOWER, json.dumps(mine).encode())
+      self.storage.write(TOWER_FILE, json.dumps(mine).encode())
       return
     except ValueError:
       theirs = "unreadable"
     if theirs != mine:
       raise UserError(
-        f"{self.storage.location(_TOWER)} says {theirs}, this run's tower is"
-        f" {mine}; give the same --tower, or another --out"
+        f"{self.storage.location(TOWER_FILE)} says {theirs}, this run's tower"
+        f" is {mine}; give the same --tower, or another --out"
       )
 
   def _fill(self, video, frames, out: np.ndarray) -> None:

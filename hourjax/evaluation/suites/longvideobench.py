@@ -61,7 +61,7 @@ def _question(row: dict[str, Any], source: Source) -> Question:
     expected=_expected(row, options, at),
     kind="choice",
     options=options,
-    task=fields.text(row, "question_category", at),
+    tasks=(fields.text(row, "question_category", at),),
     duration=DURATIONS.get(group, f"{group:g} s"),
     chance=1 / len(options),
     extra=extra,

@@ -46,7 +46,6 @@ def _question(row: dict[str, Any], source: Source) -> Question:
       f"{at}: found no options '(A) ...' and '(B) ...' below the question"
       f" {text!r}; fetch the file again"
     )
-  tasks = _tasks(row.get("question_type"))
   return Question(
     id=name,
     video=source.videos.name(key),
@@ -54,10 +53,9 @@ def _question(row: dict[str, Any], source: Source) -> Question:
     expected=fields.letter(fields.text(row, "answer", at), options, at),
     kind="choice",
     options=options,
-    task=tasks[0] if tasks else "",
+    tasks=_tasks(row.get("question_type")),
     chance=1 / len(options),
-    # The authors count a question in each of its tasks.
-    extra={"tasks": tasks, **fields.known(row, "type")},
+    extra=fields.known(row, "type"),
   )
 
 

@@ -36,6 +36,7 @@ def _question(row: dict[str, Any], source: Source, number: int) -> Question:
   text, _ = fields.split_options(fields.text(row, "question", at))
   options = fields.texts(row, "candidates", at)
   seconds = row.get("duration")
+  kind = "question_type" if "question_type" in row else "task_type"
   return Question(
     id=name,
     video=_video(row, source, at),
@@ -45,9 +46,7 @@ def _question(row: dict[str, Any], source: Source, number: int) -> Question:
     expected=_expected(row, options, at),
     kind="choice",
     options=options,
-    task=fields.text(
-      row, "question_type" if "question_type" in row else "task_type", at
-    ),
+    tasks=(fields.text(row, kind, at),),
     duration=fields.minutes_range(seconds),
     chance=1 / len(options),
   )

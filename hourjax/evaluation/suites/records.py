@@ -55,7 +55,7 @@ def _question(record: Record, source: Source) -> Question:
     expected=expected,
     kind=kind,
     options=options,
-    task=str(facts.get("task") or ""),
+    tasks=tuple(fields.known(facts, "task").values()),
     duration=fields.minutes_range(record.extra.get("duration")),
     chance=float(chance),
     extra=_extra(record, facts),

@@ -90,7 +90,7 @@ def _question(row, source: Source, form: str, name: str) -> Question:
     expected=expected,
     kind=kind,
     options=options,
-    task=fields.text(row, "dim", at),
+    tasks=(fields.text(row, "dim", at),),
     chance=1 / (len(options) or 2),
     extra=extra,
   )

@@ -76,7 +76,7 @@ def _question(row: dict[str, Any], source: Source, read_srt) -> Question:
     expected=fields.letter(fields.text(row, "answer", at), options, at),
     kind="choice",
     options=options,
-    task=fields.text(row, "task_type", at),
+    tasks=(fields.text(row, "task_type", at),),
     duration=fields.text(row, "duration", at),
     chance=1 / len(options),
     extra=extra,

@@ -31,7 +31,7 @@ def test_question(tmp_path):
   assert question.video == "86CxyhFV9MI.mp4"
   assert question.expected == "B"
   assert question.options == tuple(LONGVIDEOBENCH["candidates"])
-  assert question.task == "TOS"
+  assert question.tasks == ("TOS",)
   assert question.duration == "180-600 s"
   assert question.chance == pytest.approx(1 / 3)
   assert question.extra == {

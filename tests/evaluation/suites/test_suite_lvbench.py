@@ -29,13 +29,10 @@ def test_question(tmp_path):
   assert question.video == "Cm73ma6Ibcs.webm"
   assert question.expected == "D"
   assert question.options == ("1636", "1366", "1363", "1633")
-  assert question.task == "key information retrieval"
+  assert question.tasks == ("key information retrieval", "entity recognition")
   assert question.duration == ""
   assert question.chance == 0.25
-  assert question.extra == {
-    "tasks": ("key information retrieval", "entity recognition"),
-    "type": "cartoon",
-  }
+  assert question.extra == {"type": "cartoon"}
 
 
 @pytest.mark.parametrize("as_text", [False, True])
@@ -55,8 +52,7 @@ def test_table(as_text, tmp_path):
 
 def test_one_task_as_text(tmp_path):
   (question,) = _read(tmp_path, question_type="reasoning").questions
-  assert question.extra["tasks"] == ("reasoning",)
-  assert question.task == "reasoning"
+  assert question.tasks == ("reasoning",)
 
 
 @pytest.mark.parametrize(

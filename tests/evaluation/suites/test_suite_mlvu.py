@@ -30,7 +30,7 @@ def test_question(tmp_path):
   assert loaded.videos == tmp_path / "video"
   assert question.expected == "A"
   assert question.options == ("Yellow", "Red", "Green", "Blue")
-  assert question.task == "plotQA"
+  assert question.tasks == ("plotQA",)
   assert question.duration == "0-5 min"
   assert question.chance == 0.25
 

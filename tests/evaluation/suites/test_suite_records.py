@@ -34,7 +34,7 @@ def test_demo_records(tmp_path):
     assert question.id == record["id"]
     assert question.video == record["video"]
     assert "<image>\n" + question.prompt == asked
-    assert question.task == facts["task"]
+    assert question.tasks == (facts["task"],)
     assert question.duration == "5-10 min"
     assert question.chance == facts["chance"]
     assert question.extra == {
@@ -61,7 +61,7 @@ def test_options_are_found_without_facts(tmp_path):
   assert (question.kind, question.expected) == ("choice", "B")
   assert question.options == ("hill", "pond")
   assert question.chance == 0.5
-  assert question.task == ""
+  assert question.tasks == ()
   assert question.duration == "10-20 min"
   assert question.extra == {"source": "demo"}
 
@@ -94,7 +94,7 @@ def test_prepared_records(tmp_path):
   (question,) = _read(tmp_path, record).questions
   assert (question.kind, question.expected) == ("choice", "B")
   assert question.chance == 0.5
-  assert question.task == "t"
+  assert question.tasks == ("t",)
   assert question.extra["topic"] == "o"
 
 

@@ -45,7 +45,7 @@ def test_formats(tmp_path):
     f"{form}/1034419625/action/0" for form in PROMPTS
   ]
   assert {q.video for q in loaded.questions} == {"1034419625.mp4"}
-  assert {q.task for q in loaded.questions} == {"action"}
+  assert {q.tasks for q in loaded.questions} == {("action",)}
   choice, yes_no, match = loaded.questions
   assert (choice.kind, choice.expected) == ("choice", "A")
   assert (yes_no.kind, yes_no.expected) == ("yes_no", "yes")

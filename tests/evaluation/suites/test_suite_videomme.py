@@ -37,7 +37,7 @@ def test_question(tmp_path):
     "Berries.",
     "All the same.",
   )
-  assert question.task == "Counting Problem"
+  assert question.tasks == ("Counting Problem",)
   assert question.duration == "short"
   assert question.chance == 0.25
   assert question.extra == {

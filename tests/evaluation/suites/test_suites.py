@@ -66,7 +66,7 @@ def test_reads_a_folder(name, folders):
   for question in loaded.questions:
     assert question.video.endswith(".mp4")
     assert 0 < question.chance <= 0.5
-    assert question.task or name == "records"
+    assert question.tasks or name == "records"
   assert suites.read(name, folders[name]) == loaded
 
 
