@@ -57,6 +57,8 @@ def evaluate_folders(
     outs[0] = pathlib.Path(out)
   for where in outs:  # before the first of them takes hours
     check(exam, where)
+  if hosts.is_primary() and exam.notes:
+    print("\n".join(exam.notes))
   own = []
   for number, (path, where) in enumerate(zip(paths, outs)):
     if hosts.is_primary():
@@ -69,7 +71,9 @@ def evaluate_folders(
     del model  # before the next one is loaded
   _meet("evaluation-end")
   names = names or (own if len(own) == 1 else told_apart(paths))
-  runs = {name: gather(exam, where) for name, where in zip(names, outs)}
+  runs = {
+    name: gather(exam, where, worker[1]) for name, where in zip(names, outs)
+  }
   if None in runs.values():
     print("other workers have more to ask; the last one writes the report")
     return None

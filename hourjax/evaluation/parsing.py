@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from hourjax.evaluation.questions import Question
 
 # Raised with every change to what any answer is read as.
-PARSER_VERSION = 1
+PARSER_VERSION = 2
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -39,8 +39,7 @@ def parse(answer: str, question: Question) -> str | None:
     A letter; "yes" or "no"; an option's number from 1; normalised words. None
     if the answer says nothing of the kind, or more than one thing.
   """
-  text = _MARKUP.sub(" ", unicodedata.normalize("NFKC", answer))
-  text = re.sub(r"[^\S\n]+", " ", text).strip()
+  text = _clean(answer)
   if question.kind == "yes_no":
     return _yes_or_no(text)
   if question.kind == "open":
@@ -55,8 +54,17 @@ def parse(answer: str, question: Question) -> str | None:
 
 
 def normalise(words: str) -> str:
-  """Lower case, single spaces, no closing full stop or exclamation mark."""
-  return " ".join(words.lower().split()).rstrip(".! ")
+  """Lower case, single spaces, no markup, no closing full stop or "!"."""
+  return " ".join(_clean(words).lower().split()).rstrip(".! ")
+
+
+def _clean(text: str) -> str:
+  """Without markup, letters as they are usually written; lines remain.
+
+  What an answer is compared with goes through it as well: "$ 5" is "5".
+  """
+  text = _MARKUP.sub(" ", unicodedata.normalize("NFKC", text))
+  return re.sub(r"[^\S\n]+", " ", text).strip()
 
 
 _MARKUP = re.compile(r"</?\w+>|\\(?:boxed|text|textbf|mathrm)\b|[*`#$_{}\"“”]")
@@ -133,7 +141,7 @@ def _verbatim(text: str, symbols: str, options: Sequence[str]) -> set[str]:
 
 
 def _key(text: str) -> str:
-  words = " ".join(unicodedata.normalize("NFKC", text).lower().split())
+  words = " ".join(_clean(text).lower().split())
   return re.sub(r"^(?:an?|the) ", "", words.strip(" .,:;!?'\"()[]"))
 
 
@@ -151,8 +159,14 @@ _STATED = re.compile(
   )\s*:?\s*(?:the\s+)?(?:{_NOUN}\s*:?\s*)?[(\[]?\s*$""",
   re.IGNORECASE | re.VERBOSE,
 )
+# "Caption A shows it", where "A" is no word; "caption: A man" is open to doubt.
+_LABEL = re.compile(rf"\b{_NOUN}\s+$", re.IGNORECASE)
 _NAMED = re.compile(rf"\b{_NOUN}\s*:?\s*$", re.IGNORECASE)
-_NOT = re.compile(r"\b(?:not|neither|nor|than|except)\s+$|n['’]t\s+$", re.I)
+_NOT = re.compile(
+  r"(?:\b(?:not|neither|nor|than|except)|n['’]t)\s+(?:the\s+)?"
+  rf"(?:{_NOUN}\s*:?\s*)?$",
+  re.IGNORECASE,
+)
 # What comes before a letter that ends the answer: "So it is B."
 _THUS = re.compile(r"(?:[:,]|\b(?:is|be|with|so|it['’]s))\s*$", re.IGNORECASE)
 _RIGHT = re.compile(
@@ -210,7 +224,8 @@ def _mentions(text: str, digits: bool) -> Iterator[_Mention]:
     symbol = next(filter(None, match.groups()))
     boxed = match.group().startswith(("(", "["))
     before, after = text[: match.start()][-_NEAR:], text[match.end() :]
-    if not boxed and symbol in "AI0123456789" and not _AFTER_WORD.match(after):
+    known = boxed or (symbol != "I" and _LABEL.search(before))
+    if symbol in "AI0123456789" and not (known or _AFTER_WORD.match(after)):
       continue
     if _NOT.search(before) or _WRONG.match(after):
       continue

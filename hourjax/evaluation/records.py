@@ -26,14 +26,22 @@ _RUN = "run.json"
 class Records:
   """Reads all records of a folder; writes those of one worker."""
 
-  def __init__(self, out: str | os.PathLike, worker: int = 0):
+  def __init__(
+    self,
+    out: str | os.PathLike,
+    worker: int = 0,
+    workers: int | None = None,
+  ):
     """Touches nothing.
 
     Args:
       out: folder of the evaluation; all workers see the same one.
       worker: number of this process among those that write.
+      workers: how many there are. What as many other workers once could not
+        ask is not believed: it is going to be tried again.
     """
     self.folder = pathlib.Path(out)
+    self._workers = workers
     self._answers = self.folder / f"answers-{worker:05d}.jsonl"
     self._missing = self.folder / f"missing-{worker:05d}.jsonl"
     self._mended = False
@@ -54,18 +62,25 @@ class Records:
       self.folder.mkdir(parents=True, exist_ok=True)
       self._claim(dict(about))
       self._missing.unlink(missing_ok=True)
+      for path in self.folder.glob("missing-*.jsonl"):
+        if self._workers and path.name >= f"missing-{self._workers:05d}":
+          path.unlink(missing_ok=True)  # of a run of more workers
     except OSError as error:
-      raise UserError(
-        f"{self.folder} cannot be written to ({error}); make room, or choose"
-        " another --out"
-      ) from None
+      raise UserError(_not_writable(self.folder, error)) from None
 
   def check(self, about: Mapping[str, Any]) -> None:
     """As `claim`, of what is known so far, and touches nothing.
 
     Raises:
-      UserError: the folder holds another run, with each difference.
+      UserError: the folder holds another run, with each difference, or cannot
+        be written to.
     """
+    there = self.folder.absolute()
+    while not there.exists():
+      there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK):
+      reason = f"{there} is no folder that may be written to"
+      raise UserError(_not_writable(self.folder, reason))
     if (self.folder / _RUN).exists():
       old = self.about()
       both = old.keys() & about.keys()
@@ -107,7 +122,9 @@ class Records:
     return {
       row["id"]: row
       for row in self._rows("missing-*.jsonl")
-      if row.get("id") not in answered and row.keys() >= {"id", "reason"}
+      if row.get("id") not in answered
+      and row.keys() >= {"id", "reason"}
+      and self._workers in (None, row.get("workers"))
     }
 
   def add(self, rows: Sequence[Row]) -> None:
@@ -122,7 +139,7 @@ class Records:
 
   def leave_out(self, rows: Iterable[Row]) -> None:
     """Appends what could not be asked: {"id", "video", "reason"}."""
-    _append(self._missing, rows)
+    _append(self._missing, [{**row, "workers": self._workers} for row in rows])
 
   def _claim(self, about: Row) -> None:
     path = self.folder / _RUN
@@ -149,8 +166,8 @@ class Records:
     if differences:
       raise UserError(
         f"{self.folder} holds the answers of another run:"
-        f" {'; '.join(differences)}; choose another --out, or delete its"
-        " run.json and answers-*.jsonl"
+        f" {'; '.join(differences)}; delete its run.json and answers-*.jsonl,"
+        " or choose another --out"
       )
 
   def _rows(self, pattern: str) -> Iterable[Row]:
@@ -196,6 +213,13 @@ def _append(path: pathlib.Path, rows: Iterable[Row]) -> None:
 
 def _text(about: Row) -> str:
   return json.dumps(about, indent=2) + "\n"
+
+
+def _not_writable(folder: pathlib.Path, reason: Any) -> str:
+  return (
+    f"{folder} cannot be written to ({reason}); make room, or choose another"
+    " --out, of a compared model a copy or link of its folder"
+  )
 
 
 def _shown(about: Row, name: str) -> str:

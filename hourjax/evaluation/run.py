@@ -77,7 +77,7 @@ def evaluate(
     OSError: `out` cannot be written, e.g. the disk is full.
   """
   ask(model, exam, out, worker=worker)
-  run = gather(exam, out)
+  run = gather(exam, out, worker[1])
   if run is None:
     return None
   made = report.build({model.name: run})
@@ -96,7 +96,7 @@ def ask(
   index, count = worker
   batches = exam.batches()
   share = worker_slice(list(batches), index, count)
-  records = Records(out, index)
+  records = Records(out, index, count)
   records.claim({"model": model.name, **_about(exam)})
   answered = records.answered()
   todo = {
@@ -118,10 +118,17 @@ def ask(
         bar.update(len(rows) + len(lost))
 
 
-def gather(exam: Exam, out: str | os.PathLike) -> Run | None:
+def gather(
+  exam: Exam, out: str | os.PathLike, workers: int | None = None
+) -> Run | None:
   """Scores what all workers recorded in a folder; needs no model.
 
   Answers are read and judged anew, so a better parser changes the score.
+
+  Args:
+    exam: that was asked.
+    out: folder of the records.
+    workers: how many ask now; None if none do.
 
   Returns:
     The run; None while questions are neither answered nor left out.
@@ -129,7 +136,7 @@ def gather(exam: Exam, out: str | os.PathLike) -> Run | None:
   Raises:
     UserError: no folder of an evaluation, or other questions were asked.
   """
-  records = Records(out)
+  records = Records(out, workers=workers)
   about = records.about()
   if about.get("questions") != exam.fingerprint():
     raise UserError(

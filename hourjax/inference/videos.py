@@ -2,11 +2,12 @@
 
 import os
 import pathlib
+from collections.abc import Iterator
 
 from hourjax.data.store.storage import is_url
 from hourjax.errors import UserError
 
-_SUFFIXES = frozenset(
+SUFFIXES = frozenset(
   {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"}
   | {".flv", ".wmv", ".ts", ".mpg", ".mpeg", ".3gp"}
 )
@@ -31,10 +32,10 @@ def find_videos(
       f"{root} is not a folder on this machine; copy or mount the videos, and"
       " correct the folder"
     )
-  found = _listed(names) if names else _search(folder)
+  found = _listed(names) if names else list(walk_videos(folder))
   if not found:
     raise UserError(
-      f"{names or root} holds no video ({', '.join(sorted(_SUFFIXES))});"
+      f"{names or root} holds no video ({', '.join(sorted(SUFFIXES))});"
       " correct it"
     )
   return sorted(set(found))
@@ -67,9 +68,13 @@ def parse_worker(text: str) -> tuple[int, int]:
   return int(index), int(count)
 
 
-def _search(folder: pathlib.Path) -> list[str]:
-  """Folders by their own path first: what links to one seen is passed over."""
-  found, seen, waiting = [], set(), [str(folder)]
+def walk_videos(folder: pathlib.Path) -> Iterator[str]:
+  """Yields the paths of all videos below a folder, relative to it, as POSIX.
+
+  Each under its own path first: a link to a folder already seen is passed
+  over. Hidden files and folders are left out.
+  """
+  seen, waiting = set(), [str(folder)]
   while waiting:
     for here, folders, files in os.walk(waiting.pop(0)):
       if os.path.realpath(here) in seen:
@@ -80,10 +85,8 @@ def _search(folder: pathlib.Path) -> list[str]:
       paths = (os.path.join(here, name) for name in folders)
       waiting += [path for path in paths if os.path.islink(path)]
       for name in files:
-        if pathlib.Path(name).suffix.lower() in _SUFFIXES and name[0] != ".":
-          path = pathlib.Path(here, name).relative_to(folder)
-          found.append(path.as_posix())
-  return found
+        if pathlib.Path(name).suffix.lower() in SUFFIXES and name[0] != ".":
+          yield pathlib.Path(here, name).relative_to(folder).as_posix()
 
 
 def _listed(path: str | os.PathLike) -> list[str]:

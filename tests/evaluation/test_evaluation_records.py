@@ -39,6 +39,24 @@ def test_what_is_missing_is_tried_again(tmp_path):
   assert not again.left_out()
 
 
+def test_what_fewer_workers_will_try_again_is_not_left_out(tmp_path):
+  """Lists of an earlier run of three are not those of a run of two."""
+  lost = [{"id": "d", "video": "v", "reason": "gone"}]
+  for worker in range(3):
+    records = Records(tmp_path, worker, 3)
+    records.claim(ABOUT)
+    records.leave_out([{**lost[0], "id": f"d{worker}"}])
+  assert records.left_out().keys() == {"d0", "d1", "d2"}
+  first = Records(tmp_path, 0, 2)
+  first.claim(ABOUT)
+  assert not first.left_out()  # the second worker has not begun
+  assert Records(tmp_path).left_out().keys() == {"d1"}
+  second = Records(tmp_path, 1, 2)
+  second.claim(ABOUT)
+  second.leave_out(lost)
+  assert first.left_out().keys() == Records(tmp_path).left_out().keys() == {"d"}
+
+
 def test_a_torn_line_wherever_it_is_cut(tmp_path):
   whole = Records(tmp_path / "whole")
   whole.claim(ABOUT)
@@ -82,8 +100,11 @@ def test_answers_of_nobody(tmp_path):
 
 def test_a_file_where_the_folder_should_be(tmp_path):
   (tmp_path / "out").write_text("")
-  with pytest.raises(UserError, match="cannot be written to"):
-    Records(tmp_path / "out").claim(ABOUT)
+  for method in ("claim", "check"):
+    with pytest.raises(UserError, match="cannot be written to"):
+      getattr(Records(tmp_path / "out" / "deeper"), method)(ABOUT)
+  Records(tmp_path / "new" / "deeper").check(ABOUT)
+  assert not (tmp_path / "new").exists()
 
 
 def test_no_evaluation(tmp_path):

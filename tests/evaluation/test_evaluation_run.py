@@ -181,6 +181,19 @@ def test_a_question_that_cannot_be_asked(tmp_path):
   )
 
 
+def test_a_missing_video_comes_under_another_name(tmp_path):
+  """What was answered counts on; only the video's questions are asked."""
+  evaluate(Model(broken=["c.mp4"]), exam(), tmp_path)
+  found = [
+    dataclasses.replace(q, video=q.video.replace("c.mp4", "data/c.webm"))
+    for q in exam().questions
+  ]
+  model = Model()
+  report = evaluate(model, exam(found), tmp_path)
+  assert model.remembered == ["videos/data/c.webm"]
+  assert report.complete and report.data["count"] == 45
+
+
 def test_all_videos_are_missing(tmp_path):
   model = Model(broken=[f"{x}.mp4" for x in "abcd"])
   with pytest.raises(UserError) as raised:

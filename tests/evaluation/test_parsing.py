@@ -70,6 +70,11 @@ CHOICES = {
   "Option B": "B",
   "option b": "B",
   "Option B is correct": "B",
+  "Option A shows it": "A",
+  "Option A best describes the scene, whereas option B does not.": None,
+  "Answer A matches better than answer B.": "A",
+  "Answer: A man runs": None,
+  "The description I saw fits": None,
   "B is the correct answer": "B",
   "(B) is right": "B",
   "I think B": "B",
@@ -140,6 +145,10 @@ CHOICES = {
   "B isn't it": None,
   "not B": None,
   "The answer is not B": None,
+  "The answer is not option B": None,
+  "It is not option B.": None,
+  "It isn't the option B": None,
+  "Any option except option B": None,
   "It is not (B).": None,
   "It isn't (B).": None,
   "(A), not (B)": "A",
@@ -175,6 +184,10 @@ def test_choice(answer, letter):
     ("A man runs", ("A dog runs", "A man runs"), "B"),
     ("The answer is A man runs", ("A dog runs", "A man runs"), "B"),
     ("E. green", ("a", "b", "c", "d", "green"), "E"),
+    # What is cleaned from an answer is cleaned from the options.
+    ("$ 168", ("$ 167", "$ 168"), "B"),
+    ("snake_case", ("snake_case", "camel"), "A"),
+    ("The answer is 5 m².", ("4 m²", "5 m²"), "B"),
     # Two options with the same text: which one is not said.
     ("red", ("red", "red", "blue"), None),
     ("Red and blue", ("red", "blue"), None),
@@ -245,6 +258,14 @@ CAPTIONS = ("A man is dribbling.", "A man: he is dunking.")
     ("The second caption", "AB", "2"),
     ("1", "AB", None),
     ("Sentence C", "AB", None),
+    ("Caption A matches the video better.", "AB", "1"),
+    ("Caption B matches the video better.", "AB", "2"),
+    ("Caption A matches the video better than Caption B.", "AB", "1"),
+    ("Caption B matches the video better than Caption A.", "AB", "2"),
+    ("Option 1 matches the video better than Option 2.", "12", "1"),
+    ("Option 2 matches the video better than Option 1.", "12", "2"),
+    ("Sentence A better captures the essence", "AB", "1"),
+    ("2 captions are given", "12", None),
     ("A man", "AB", None),
     ("Sentence A and Sentence B", "AB", None),
     ("A man is dribbling.", "12", "1"),
@@ -279,6 +300,15 @@ def test_captions_are_numbered_where_nothing_is_said():
 )
 def test_words(answer, words):
   assert parse(answer, Question("1", "v", "?", "red", "open")) == words
+
+
+@pytest.mark.parametrize(
+  "words",
+  ['A "red" ball', "It costs $5.", "The #1 car", "5 m²", "½ cup", "a_b {c} *"],
+)
+def test_right_words_are_right_whatever_letters_they_have(words):
+  question = Question("1", "v", "?", words, "open")
+  assert parse(words, question) == normalise(words) != ""
 
 
 def test_words_compare_as_normalised():

@@ -26,10 +26,10 @@ from hourjax.evaluation.suites.folder import (
   Videos,
   find_files,
   find_videos,
-  list_videos,
   read_table,
 )
 from hourjax.evaluation.suites.suite import Loaded, Source, Suite
+from hourjax.inference.videos import walk_videos
 
 SUITES: dict[str, Suite] = {
   module.SUITE.name: module.SUITE
@@ -70,14 +70,14 @@ def read(
   suite = _suite(name, subtitles)
   root, files, notes = _files(suite, pathlib.Path(data))
   folder = pathlib.Path(videos) if videos else find_videos(root, suite.videos)
-  names = Videos(list_videos(folder) if stored is None else stored)
+  names = Videos(walk_videos(folder) if stored is None else stored)
   questions: list[Question] = []
   for path in files:
     rows = read_table(path)
     _check_rows(suite, path, rows[0])
     questions += suite.read(Source(path, rows, root, names, subtitles))
   _check(questions, suite)
-  notes += _without_subtitles(questions)
+  notes += _without_subtitles(questions, suite, root)
   return Loaded(suite, tuple(questions), folder, tuple(notes))
 
 
@@ -171,10 +171,18 @@ def _check(questions: list[Question], suite: Suite) -> None:
     )
 
 
-def _without_subtitles(questions: list[Question]) -> list[str]:
+def _without_subtitles(
+  questions: list[Question], suite: Suite, root: pathlib.Path
+) -> list[str]:
   missing = sum(q.extra.get("subtitles") == "missing" for q in questions)
   if not missing:
     return []
+  if missing == len(questions):
+    raise UserError(
+      f"--subtitles, and {root} has none for any of the {missing} questions;"
+      f" unpack those of {suite.title} there ({suite.subtitles}), or leave"
+      " --subtitles out"
+    )
   return [
     f"{missing} of {len(questions)} questions are asked without subtitles:"
     " their videos have no subtitle file."

@@ -3,13 +3,12 @@
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hourjax.data.prepare.tables import read_rows
 from hourjax.errors import UserError
-
-EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
+from hourjax.inference.videos import SUFFIXES, walk_videos
 
 
 def find_files(
@@ -78,36 +77,58 @@ class Videos:
     """Takes paths relative to the folder of videos, as POSIX."""
     self._names: dict[str, str] = {}
     self._ids: dict[str, str] = {}
+    self._bare: dict[str, list[str]] = {}  # in any folder
     for name in sorted(names):
       path = pathlib.PurePosixPath(name)
       self._names[name] = name
-      self._names.setdefault(path.name, name)
       self._ids.setdefault(str(path.with_suffix("")), name)
-      self._ids.setdefault(path.stem, name)
+      self._bare.setdefault(path.stem, []).append(name)
 
   def name(self, *candidates: str) -> str:
     """The video that a benchmark means.
 
     Args:
       candidates: paths or ids, the likeliest first. A bare name or id finds
-        one in any folder, and an extension any other of EXTENSIONS.
+        one in any folder, and an extension any other of SUFFIXES.
 
     Returns:
       The first candidate that exists. If none does, the likeliest, with ".mp4"
       if it has no extension, so that it can be reported as missing.
+
+    Raises:
+      UserError: a bare name or id is that of videos in several folders.
     """
     for candidate in candidates:
-      found = self._names.get(candidate) or self._ids.get(_id(candidate))
-      if found:
+      if found := self.at(candidate) or self._anywhere(candidate):
         return found
     first = candidates[0]
     return f"{first}.mp4" if _id(first) == first else first
+
+  def at(self, path: str) -> str | None:
+    """The video at a path from the folder of videos, with any extension."""
+    return self._names.get(path) or self._ids.get(_id(path))
+
+  def folders(self) -> set[str]:
+    """Names of all folders that hold videos themselves."""
+    return {pathlib.PurePosixPath(name).parent.name for name in self._names}
+
+  def _anywhere(self, name: str) -> str | None:
+    """By a bare name or id; by the name rather than by the id alone."""
+    found = self._bare.get(_id(name), [])
+    found = [path for path in found if path.endswith(f"/{name}")] or found
+    if len({os.path.dirname(path) for path in found}) > 1:
+      raise UserError(
+        f"the video {name} is asked about, and there are"
+        f" {' and '.join(found)}; leave one in the folder of videos, or give"
+        " the right folder as --videos"
+      )
+    return found[0] if found else None
 
 
 def _id(name: str) -> str:
   """A name without its extension; an id may hold a dot of its own."""
   stem, dot, extension = name.rpartition(".")
-  return stem if f"{dot}{extension}".lower() in EXTENSIONS else name
+  return stem if f"{dot}{extension}".lower() in SUFFIXES else name
 
 
 def find_videos(
@@ -119,16 +140,8 @@ def find_videos(
   """
   folders = [folder / name for name in candidates]
   for path in folders:
-    if next(list_videos(path), None):
+    if next(walk_videos(path), None):
       return path
-  if any(path.suffix.lower() in EXTENSIONS for path in folder.glob("*")):
+  if any(path.suffix.lower() in SUFFIXES for path in folder.glob("*")):
     return folder
   return next((path for path in folders if path.is_dir()), folders[0])
-
-
-def list_videos(folder: pathlib.Path) -> Iterator[str]:
-  """Yields the paths of all videos below a folder, relative to it."""
-  for parent, _, names in os.walk(folder, followlinks=True):
-    for name in names:
-      if name.lower().endswith(EXTENSIONS):
-        yield pathlib.Path(parent, name).relative_to(folder).as_posix()

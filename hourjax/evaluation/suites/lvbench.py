@@ -32,7 +32,8 @@ def _rows(source: Source) -> Iterator[dict[str, Any]]:
       continue
     key = fields.text(row, "key", source.file.name)
     for item in fields.rows(row, "qa", f"{source.file.name}: video {key}"):
-      yield {**item, "key": key, "type": row.get("type")}
+      about = {name: row.get(name) for name in ("type", "video_info")}
+      yield {**item, **about, "key": key}
 
 
 def _question(row: dict[str, Any], source: Source) -> Question:
@@ -54,9 +55,18 @@ def _question(row: dict[str, Any], source: Source) -> Question:
     kind="choice",
     options=options,
     tasks=_tasks(row.get("question_type")),
+    duration=_duration(row),
     chance=1 / len(options),
     extra=fields.known(row, "type"),
   )
+
+
+def _duration(row: dict[str, Any]) -> str:
+  """Of the authors' file; the table has none."""
+  info = row.get("video_info")
+  minutes = info.get("duration_minutes") if isinstance(info, dict) else None
+  known = isinstance(minutes, int | float)
+  return fields.minutes_range(60 * minutes if known else None)
 
 
 def _tasks(value: Any) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ def _question(row: dict[str, Any], source: Source, number: int) -> Question:
   kind = "question_type" if "question_type" in row else "task_type"
   return Question(
     id=name,
-    video=_video(row, source, at),
+    video=_video(row, source, kind, at),
     prompt=QUESTION.format(
       question=text, options=fields.lettered(options, "({}) {}")
     ),
@@ -52,12 +52,17 @@ def _question(row: dict[str, Any], source: Source, number: int) -> Question:
   )
 
 
-def _video(row: dict[str, Any], source: Source, at: str) -> str:
+def _video(row: dict[str, Any], source: Source, kind: str, at: str) -> str:
+  """There is a folder a task, and tasks have other videos of the same name."""
   name = fields.text(row, "video" if "video" in row else "video_name", at)
-  if "video_name" in row:
-    return source.videos.name(name)
-  # A folder a task, which some copies name otherwise ("plotQA").
-  return source.videos.name(f"{source.file.stem}/{name}", name)
+  told = source.file.stem if "video" in row else fields.text(row, kind, at)
+  # Some copies leave the numbers out, or have no folders at all.
+  own = [f for f in FOLDERS if f[2:].lower() in told.lower()]
+  paths = [f"{folder}/{name}" for f in own or [told] for folder in (f, f[2:])]
+  if found := next(filter(None, map(source.videos.at, paths)), None):
+    return found
+  by_task = {*FOLDERS, *(f[2:] for f in FOLDERS)} & source.videos.folders()
+  return source.videos.name(paths[0], *([] if own and by_task else [name]))
 
 
 def _expected(row: dict[str, Any], options: tuple[str, ...], at: str) -> str:
@@ -82,6 +87,8 @@ TASKS = (
   "6_anomaly_reco",
   "7_topic_reasoning",
 )
+
+FOLDERS = (*TASKS, "8_sub_scene", "9_summary")
 
 SUITE = Suite(
   name="mlvu",

@@ -1,15 +1,17 @@
 """Records in VideoMarathon's format, the demo's test records among them.
 
-Files: one JSON list or JSONL of records as in training, each with a single
-question about a video. What the demo knows of its questions (`questions[0]`:
-letter, options, task, chance, whether it asks for a needle) is used where it is
-there. Without it a question is multiple choice if options stand below it and
-the answer names one of them, yes or no if the answer is that, else free text.
+Files: one JSON list or JSONL of records as in training, of videos. Each
+question is asked on its own, without the turns before it. What the demo knows
+of its questions (`questions[n]`: letter, options, task, chance, whether it asks
+for a needle) is used where it is there. Without it a question is multiple
+choice if options stand below it and the answer names one of them, yes or no if
+the answer is that, else free text.
 
 Prompt: the record's own question; the answer is not shown.
 """
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from hourjax.data.record_files import read_records
@@ -24,11 +26,10 @@ QUESTION = "{question}"
 
 
 def read(source: Source) -> list[Question]:
-  """One question a record.
+  """A record's questions; "id", or "id#1", "id#2" where it has several.
 
   Raises:
-    UserError: a record is damaged, has several questions, or is not about one
-      video.
+    UserError: a record is damaged, or is not about one video.
   """
   records, skipped = read_records(source.file)
   if skipped:
@@ -37,19 +38,27 @@ def read(source: Source) -> list[Question]:
       f" {source.file} are damaged, the first: {skipped[0].reason}; repair or"
       " drop them"
     )
-  return [_question(record, source) for record in records]
+  return [q for record in records for q in _questions(record, source)]
 
 
-def _question(record: Record, source: Source) -> Question:
-  at = f"{source.file.name}: question {record.id}"
-  text, answer = _asked(record, at)
-  facts = _facts(record)
+def _questions(record: Record, source: Source) -> Iterator[Question]:
+  asked = _asked(record, f"{source.file.name}: question {record.id}")
+  for number, (text, answer) in enumerate(asked):
+    name = f"{record.id}#{number + 1}" if len(asked) > 1 else record.id
+    at = f"{source.file.name}: question {name}"
+    facts = _facts(record, number)
+    yield _question(record, source, name, text, answer, facts, at)
+
+
+def _question(record, source, name, text, answer, facts, at) -> Question:
+  if not text:
+    raise UserError(f"{at}: the question is empty; repair or drop it")
   kind, expected, options = _kind(text, answer, facts, at)
   chance = facts.get("chance")
   if chance is None:
     chance = {"choice": 1 / max(len(options), 1), "yes_no": 0.5}.get(kind, 0.0)
   return Question(
-    id=record.id,
+    id=name,
     video=source.videos.name(record.media[0]),
     prompt=QUESTION.format(question=text),
     expected=expected,
@@ -62,27 +71,27 @@ def _question(record: Record, source: Source) -> Question:
   )
 
 
-def _asked(record: Record, at: str) -> tuple[str, str]:
-  """The one question of a record and its answer."""
+def _asked(record: Record, at: str) -> list[tuple[str, str]]:
+  """The questions of a record with their answers."""
   if record.modality != "video":
     raise UserError(f"{at}: is about {record.modality}, not a video; drop it")
   roles = [turn.role for turn in record.turns]
-  if roles != ["human", "gpt"]:
+  if roles != ["human", "gpt"] * (len(roles) // 2):
     raise UserError(
-      f"{at}: has the turns {', '.join(roles)}, expected human, gpt: one"
-      " question and its answer; write each question as a record of its own"
+      f"{at}: has the turns {', '.join(roles)}, expected human, gpt, in pairs:"
+      " questions and their answers; repair or drop it"
     )
-  text = record.turns[0].text.replace(MARKER, "").strip()
-  if not text:
-    raise UserError(f"{at}: the question is empty; repair or drop it")
-  return text, record.turns[1].text.strip()
+  texts = [turn.text.replace(MARKER, "").strip() for turn in record.turns]
+  return list(zip(texts[::2], texts[1::2], strict=True))
 
 
-def _facts(record: Record) -> dict[str, Any]:
-  """What is known about the question, or nothing."""
+def _facts(record: Record, number: int) -> dict[str, Any]:
+  """What is known about a question, or nothing."""
   questions = record.extra.get("questions")
-  first = questions[0] if isinstance(questions, list) and questions else None
-  return first if isinstance(first, dict) else {}
+  if not isinstance(questions, list) or number >= len(questions):
+    return {}
+  facts = questions[number]
+  return facts if isinstance(facts, dict) else {}
 
 
 def _kind(text: str, answer: str, facts: dict[str, Any], at: str):

@@ -13,8 +13,8 @@ C. captain of the godson
 Answer with the option's letter from the given choices directly."""
 
 
-def _read(root, row=LONGVIDEOBENCH, **options):
-  layouts.write_json(root / "lvb_val.json", [row])
+def _read(root, *rows, **options):
+  layouts.write_json(root / "lvb_val.json", rows or [LONGVIDEOBENCH])
   return suites.read("longvideobench", root, **options)
 
 
@@ -107,9 +107,14 @@ def test_subtitles_of_the_clip(entries, tmp_path):
 @pytest.mark.parametrize("path", ["86CxyhFV9MI_en.json", None])
 def test_without_subtitle_file(path, tmp_path):
   row = LONGVIDEOBENCH | {"subtitle_path": path}
-  loaded = _read(tmp_path, row, subtitles=True)
+  with pytest.raises(UserError, match="has none for any of the 1 questions"):
+    _read(tmp_path, row, subtitles=True)
+  layouts.write_json(tmp_path / "subtitles/other.json", SPOKEN)
+  other = LONGVIDEOBENCH | {"id": "other", "subtitle_path": "other.json"}
+  loaded = _read(tmp_path, row, other, subtitles=True)
   assert loaded.questions[0].prompt == PROMPT
   assert loaded.questions[0].extra["subtitles"] == "missing"
+  assert loaded.questions[1].extra["subtitles"] == "given"
   assert len(loaded.notes) == 1
 
 

@@ -60,6 +60,29 @@ def test_folders_without_numbers(tmp_path):
   assert question.video == "plotQA/movie101_66.mp4"
 
 
+def test_a_name_in_the_folder_of_another_task(tmp_path):
+  """Tasks have other videos of the same name; the wrong one is not asked."""
+  for folder in ("9_summary", "count", "4_count"):
+    layouts.touch(tmp_path, f"video/{folder}/movie101_66.mp4")
+    (question,) = _read(tmp_path).questions
+    assert question.video == "1_plotQA/movie101_66.mp4"  # missing
+    (tmp_path / f"video/{folder}/movie101_66.mp4").unlink()
+  names = ("plotQA", "count")
+  layouts.touch(tmp_path, *(f"video/{n}/movie101_66.mp4" for n in names))
+  assert _read(tmp_path).questions[0].video == "plotQA/movie101_66.mp4"
+
+
+def test_a_name_in_two_folders(tmp_path):
+  layouts.touch(
+    tmp_path, "video/old/movie101_66.mp4", "video/b/movie101_66.mp4"
+  )
+  message = r"movie101_66.mp4 is asked .* b/movie.* and old/movie.* leave one"
+  with pytest.raises(UserError, match=message):
+    _read(tmp_path)
+  (tmp_path / "video/old/movie101_66.mp4").unlink()
+  assert _read(tmp_path).questions[0].video == "b/movie101_66.mp4"
+
+
 def test_table(tmp_path):
   row = {
     "video_name": "movie101_66.mp4",
@@ -77,6 +100,13 @@ def test_table(tmp_path):
   assert question.expected == "A"
   assert question.video == "1_plotQA/movie101_66.mp4"
   assert question.id == "test-00000-of-00001/0"
+  layouts.touch(tmp_path, "video/2_needle/movie101_66.mp4")
+  (question,) = suites.read("mlvu", tmp_path).questions
+  assert question.video == "1_plotQA/movie101_66.mp4"
+  table = tmp_path / "mlvu/test-00000-of-00001.parquet"
+  layouts.write_parquet(table, [row | {"task_type": "findNeedle"}])
+  (question,) = suites.read("mlvu", tmp_path).questions
+  assert question.video == "2_needle/movie101_66.mp4"
 
 
 def test_table_answers_are_letters(tmp_path):

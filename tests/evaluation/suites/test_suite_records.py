@@ -104,6 +104,23 @@ def test_facts_without_letter(tmp_path):
   assert (question.kind, question.expected) == ("choice", "B")
 
 
+def test_each_question_of_a_record(tmp_path):
+  """As VideoMarathon has them; each one is asked without the others."""
+  talk = [
+    *_record("Which?\nA. x\nB. y", "B")["conversations"],
+    {"from": "human", "value": "Is it red?"},
+    {"from": "gpt", "value": "No"},
+  ]
+  facts = [{"task": "first"}, {"task": "second"}]
+  record = RECORD | {"conversations": talk, "questions": facts}
+  one, two = _read(tmp_path, record).questions
+  assert (one.id, one.expected, one.tasks) == ("film-00#1", "B", ("first",))
+  assert (two.id, two.expected, two.tasks) == ("film-00#2", "no", ("second",))
+  assert two.prompt == "Is it red?" and two.video == one.video
+  one, two = _read(tmp_path, record | {"questions": [{}]}).questions
+  assert one.tasks == two.tasks == ()
+
+
 def test_one_line_is_no_list_of_options(tmp_path):
   (question,) = _read(
     tmp_path, _record("Who?\nA. Smith is one.", "A")
@@ -131,17 +148,12 @@ TEXT_ONLY = {
     {"from": "gpt", "value": "red"},
   ],
 }
-TWO = [*RECORD["conversations"], *TEXT_ONLY["conversations"]]
 FACTS = {"letter": "C", "options": ["x", "y"]}
 
 
 @pytest.mark.parametrize(
   ("record", "message"),
   [
-    (
-      RECORD | {"conversations": TWO},
-      r"turns human, gpt, human, gpt, expected",
-    ),
     (RECORD | {"conversations": []}, r"1 of 1 records.*damaged.*film-00"),
     (_record("", "red"), r"film-00: the question is empty"),
     (_record("Which?\nA. x\nB. y", "C"), r"film-00.*'C', .*2 options"),
