@@ -65,6 +65,7 @@ def _check_outputs(notebook):
   assert re.search(r"\d+ frames; '.*', expected '\w+'", text)
   assert "of them never reach the decoder directly; without MemAug" in text
   assert "against without MemAug: " in text
+  assert re.search(r"; mean of its \d+ tasks \d+\.\d%", text)
   assert re.search(r"n +chance +with MemAug +without MemAug\n", text)
   assert re.search(r"\ntask\n.*\nneedles, by length\n  0-5 min", text, re.S)
 
