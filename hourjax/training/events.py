@@ -5,19 +5,37 @@ hands events to a thread through a bounded queue, so that a full disk, which
 ends the thread, would stop training without a word.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import socket
 import struct
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
-from tensorboardX.summary import text
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+  """tensorboardX imports PyTorch where there is one, for seconds of each start
+  and hundreds of megabytes that nothing here needs."""
+  if "torch" in sys.modules:
+    yield
+    return
+  sys.modules["torch"] = None
+  try:
+    yield
+  finally:
+    del sys.modules["torch"]
+
+
+with _without_torch():
+  from tensorboardX.proto.event_pb2 import Event, SessionLog
+  from tensorboardX.proto.summary_pb2 import Summary
+  from tensorboardX.record_writer import masked_crc32c
+  from tensorboardX.summary import text
 
 
 class Events:

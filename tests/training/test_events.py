@@ -1,5 +1,7 @@
 import json
 import math
+import subprocess
+import sys
 import time
 
 import pytest
@@ -15,6 +17,12 @@ def _write(folder, start, points):
   for step, value in points.items():
     events.write(step, {"train/loss": value, "speed/mfu": 0.5})
   events.close()
+
+
+def test_torch_is_not_imported_for_it():
+  """tensorboardX would, where there is one: seconds of every start."""
+  code = "import sys; import hourjax.train; assert 'torch' not in sys.modules"
+  subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_scalars_and_the_configuration(tmp_path):
