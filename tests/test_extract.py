@@ -67,6 +67,7 @@ def many(tmp_path):
   return folder, tmp_path / "store"
 
 
+@pytest.mark.slow
 def test_good_and_bad_videos_in_one_folder(tmp_path):
   folder, out = tmp_path / "videos", tmp_path / "store"
   folder.mkdir()
@@ -142,9 +143,10 @@ def test_kill_and_resume(many):
   "number, code",
   [
     (signal.SIGINT, 130),
-    pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+    (signal.SIGTERM, 143),
   ],
 )
+@pytest.mark.slow
 def test_interrupt_and_terminate(many, number, code):
   folder, out = many
   process = _start(_arguments(folder, out, threads=2, batch_frames=16))
@@ -175,6 +177,7 @@ def _check_full(code, stderr, out, reason):
   assert "what is stored so far counts, make room and start again" in stderr
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_grow(small_and_large):
   """The kernel refuses writes past 10 kB, as a full disk does."""
   folder, out = small_and_large

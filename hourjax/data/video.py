@@ -221,8 +221,7 @@ def frame_at(
 ) -> UInt8[np.ndarray, "size size 3"]:
   """What a video shows at a moment, as `decode_frames` gives it.
 
-  Only what stands between it and the key frame before is decoded, so an hour's
-  last minute costs no more than its first.
+  Decodes from the key frame before: an hour's end costs no more than its start.
 
   Args:
     path: of the video.

@@ -103,6 +103,7 @@ def _nothing(name, work):
   return {}
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_pipeline(work, monkeypatch):
   pytest.importorskip("apache_beam")
 

@@ -80,6 +80,7 @@ def _between(model, first, question):
 
 @pytest.mark.filterwarnings("error:Some donated buffers")
 @pytest.mark.parametrize("how", [GREEDY, HOT], ids=["greedy", "drawn"])
+@pytest.mark.slow
 def test_answers_that_cross_capacities(model, how):
   """Both answers begin in one capacity of the cache and end in the next."""
   memory = model.read()
@@ -240,6 +241,7 @@ def test_caches_of_short_prompts_are_padded(monkeypatch):
 # --- what there is to see ---------------------------------------------------
 
 
+@pytest.mark.slow
 def test_shares_are_the_weights_of_the_watched(model, memory):
   """Against float64 softmax in each block, of another prompt beside it."""
   layouts = [_layout(memory, text) for text in ("Who?", "Why so late?")]
@@ -348,6 +350,7 @@ def test_kept_tokens_are_found_in_any_order():
   assert found.query_source.tolist() == [-1, 1, 2, -1, 0, 1]
 
 
+@pytest.mark.slow
 def test_forgetting_is_as_the_rules_say(model, memory, tmp_path):
   visual = models.features()
   again, other = model.remember(visual)._kept, memory._kept

@@ -65,6 +65,7 @@ def test_the_name_tells_weights_apart(folder, tmp_path):
   assert hourjax.load(other).name != hourjax.load(folder).name
 
 
+@pytest.mark.slow
 def test_a_film_is_its_stored_features(model, film, tmp_path):
   """What extraction stores of a film gives the same answers as the film."""
   seen = []
@@ -103,6 +104,7 @@ def test_an_index_of_something_else(model, tmp_path):
     model.remember(path)
 
 
+@pytest.mark.slow
 def test_images(model, tmp_path):
   rng = np.random.default_rng(0)
   paths = []

@@ -105,6 +105,7 @@ def test_reread_asks_as_in_training(model, memory, visual):
   assert len(layout.query_token) > len(alone.query_token)
 
 
+@pytest.mark.slow
 def test_conversation_outgrows_its_cache(memory):
   conversation = memory.converse()
   for n in range(4):
@@ -253,6 +254,7 @@ def test_special_tokens_are_not_said(model, memory, monkeypatch):
   assert text and "<|im_start|>" not in text
 
 
+@pytest.mark.slow
 def test_too_long(model, tmp_path):
   short = models.tiny(tmp_path, max_length=700).remember(models.features())
   assert short.ask("Who?", max_tokens=2).tokens == 2

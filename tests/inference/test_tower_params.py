@@ -56,6 +56,7 @@ def _checkpoint(workdir, frozen, trained):
   return str(workdir)
 
 
+@pytest.mark.slow
 def test_fresh_ones_are_those_that_training_draws():
   _assert_same(tower_params(EXPERIMENT), _tower(towers.params()))
 

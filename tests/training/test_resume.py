@@ -125,6 +125,7 @@ def test_what_cannot_be_read_is_left_out_and_listed(
   assert sum(tokens) < sum(row["tokens"] for row in read_metrics(whole))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_alone(experiment, whole, monkeypatch, capsys):
   before = _files(whole)
   monkeypatch.setattr(loop, "Step", None)
@@ -141,6 +142,7 @@ def _changed(experiment, **changes):
   return build_experiment(config.to_dict())
 
 
+@pytest.mark.slow
 def test_another_configuration_on_the_same_workdir(experiment, whole):
   """Refused with what differs, before anything is opened or written."""
   before = _files(whole)
@@ -187,6 +189,7 @@ def test_keys_of_other_versions(experiment):
   assert differences({**old, "gone": 3}, new)["gone"] == ("3", "(not set)")
 
 
+@pytest.mark.slow
 def test_other_data_behind_the_same_configuration(experiment, whole, tmp_path):
   """A position in one plan says nothing in another."""
   before = _files(whole)

@@ -115,6 +115,7 @@ def pair():
   return [_sample("video", 3, 1), _sample("text", 9, 2)]
 
 
+@pytest.mark.slow
 def test_loss_is_the_dense_cross_entropy(params, all_trained, pair):
   (flat,) = _batches(pair, (1, 2))
   state, step = all_trained
@@ -197,6 +198,7 @@ def test_frozen_parts_get_no_gradient_and_stay(params, pair):
   assert sums.grads.keys() == state.trained.keys()
 
 
+@pytest.mark.slow
 def test_no_label_no_nan(params, all_trained, pair):
   state, step = all_trained
   batch = _batches(pair, (2, 1))
@@ -262,6 +264,7 @@ def test_stored_features_skip_the_tower(params, pair):
   assert "conv_general_dilated" not in jaxpr
 
 
+@pytest.mark.slow
 def test_sharing_a_memory_changes_neither_loss_nor_gradients(params):
   """Three conversations about one video, alone and around one memory."""
   first, *others = (_sample("video", 3 + n, n) for n in range(3))
