@@ -115,6 +115,7 @@ def test_conversation_outgrows_its_cache(memory):
   assert int(conversation._writing.length[0]) > 4 * 60
 
 
+@pytest.mark.slow
 def test_an_interrupted_turn_is_as_if_not_asked(model, memory, visual):
   """The next one reads the memory anew, with the turns that were answered."""
 

@@ -104,6 +104,7 @@ def test_a_resumed_run_has_the_losses_of_a_whole_one(
   assert all((one[path] == two[path]).all() for path in one)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_left_out_and_listed(
   experiment, whole, tmp_path
 ):
@@ -204,6 +205,7 @@ def test_other_data_behind_the_same_configuration(experiment, whole, tmp_path):
   assert _files(whole) == before
 
 
+@pytest.mark.slow
 def test_bad_records_are_listed(whole):
   (listed,) = json.loads((whole / "skipped.json").read_text())
   assert listed["id"] == "bad"

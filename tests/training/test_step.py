@@ -183,6 +183,7 @@ def test_micro_batches_with_different_label_counts_equal_one_batch(
   assert moved > 1e-3
 
 
+@pytest.mark.slow
 def test_frozen_parts_get_no_gradient_and_stay(params, pair):
   only = OptimizerConfig(projector=0, memaug=1e-2, decoder=0, warmup=0.0)
   state, step = _start(params, only)
