@@ -37,8 +37,8 @@ class Records:
     Args:
       out: folder of the evaluation; all workers see the same one.
       worker: number of this process among those that write.
-      workers: how many there are. What as many other workers once could not
-        ask is not believed: it is going to be tried again.
+      workers: how many there are; None if none ask. What a run of another
+        number of them could not ask is not believed: it is tried again.
     """
     self.folder = pathlib.Path(out)
     self._workers = workers
