@@ -9,13 +9,13 @@ from jaxtyping import Float64
 
 from hourjax.data.columns import Columns, measure_record
 from hourjax.data.demo.tokens import train_tokenizer
+from hourjax.data.frame_rules import MIN_FRAMES
 from hourjax.data.prepared import PreparedWriter
 from hourjax.data.records import Record, Turn
 from hourjax.data.rows import RowSpec
 from hourjax.data.store.array_file import header_bytes
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
-from hourjax.data.video import MIN_FRAMES
 
 # Thousands of videos in each 5 minutes of duration, from 0 to 60.
 HISTOGRAM = (4.0, 4.9, 3.4, 3.1, 3.1, 2.75, 2.05, 1.05, 0.85, 1.3, 1.0, 0.4)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int32
 
+from hourjax.data.frame_rules import time_instruction
 from hourjax.data.records import MARKER, Turn
 from hourjax.data.tokenizer import Tokenizer
-from hourjax.data.video import time_instruction
 from hourjax.errors import UserError
 
 IMAGE = -200  # the id of a visual slot

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from hourjax.data import images, video
+from hourjax.data import frame_rules, images
 from hourjax.data.columns import MEASURED_AS, MODALITIES, Columns
 from hourjax.data.forgetting import Forgetting
 from hourjax.data.repository import MIN_FRAMES
@@ -68,7 +68,7 @@ def stored_frames(
   """
   duration, _ = _stored_count(features, name)
   stored = features.stored(name).frames
-  return duration, video.stored_feature_frames(stored, duration)
+  return duration, frame_rules.stored_feature_frames(stored, duration)
 
 
 def _stored_count(features: FeatureStore, name: str) -> tuple[float, int]:
@@ -81,7 +81,7 @@ def _stored_count(features: FeatureStore, name: str) -> tuple[float, int]:
       f"{name} lasts {duration} s by the index of {features.root}; delete its"
       " line and extract it again"
     )
-  count = video.stored_feature_count(stored, duration)
+  count = frame_rules.stored_feature_count(stored, duration)
   _check_some(name, duration, count)
   return duration, count
 
@@ -105,7 +105,7 @@ def pixel_frames(
       " known; prepare with --media, or extract its features and set"
       " config.data.features"
     )
-  chosen = video.raw_video_frames(pictures, pictures / duration)
+  chosen = frame_rules.raw_video_frames(pictures, pictures / duration)
   if len(chosen) > MIN_FRAMES:
     raise UserError(
       f"{name} has {len(chosen)} frames at 1 FPS, the encoder in the step"
@@ -211,7 +211,7 @@ def _instruction_growth(shown: Shown, tokenizer: Tokenizer) -> np.ndarray:
 
 def _numbers(duration: float, frames: int) -> str:
   """The part of the instruction that has them; the rest counts the same."""
-  text = video.time_instruction(duration, frames)
+  text = frame_rules.time_instruction(duration, frames)
   return text[text.index(" lasts ") : text.index(" frames ") + len(" frames ")]
 
 

@@ -10,13 +10,9 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
+from hourjax.data.frame_rules import MIN_FRAMES, extraction_frames
 from hourjax.data.store.features import TOWER_FILE, FeatureStore
-from hourjax.data.video import (
-  MIN_FRAMES,
-  decode_frames,
-  extraction_frames,
-  probe,
-)
+from hourjax.data.video import decode_frames, probe
 from hourjax.errors import UserError
 from hourjax.inference.encoder import Encoder
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hourjax.data.forgetting import kept_tokens
+from hourjax.data.frame_rules import stored_feature_frames
 from hourjax.data.repository import (
   empty_repository,
   repeated_frames,
@@ -26,7 +27,6 @@ from hourjax.data.sizes import stored_frames
 from hourjax.data.store.array_file import is_finite
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
-from hourjax.data.video import stored_feature_frames
 from hourjax.errors import UserError
 from hourjax.inference.encoder import Encoder
 from hourjax.inference.engine import Engine, Known, row_spec

@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from hourjax.data.frame_rules import extraction_frames
 from hourjax.data.store.array_file import FeatureWriter, Stored
 from hourjax.data.store.features import FeatureStore
-from hourjax.data.video import decode_frames, extraction_frames, probe
+from hourjax.data.video import decode_frames, probe
 from hourjax.errors import UserError
 from hourjax.inference.channel import Channel, ClosedError
 from hourjax.inference.encoder import Encoder

@@ -11,9 +11,9 @@ from hourjax.data.conversations import (
   encode_conversation,
   follow_up,
 )
+from hourjax.data.frame_rules import stored_feature_frames
 from hourjax.data.records import Turn, parse_record
 from hourjax.data.tokenizer import Tokenizer
-from hourjax.data.video import stored_feature_frames
 from hourjax.errors import UserError
 from tests import golden_files
 

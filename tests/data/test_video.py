@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hourjax.data import video
+from hourjax.data import frame_rules, video
 from hourjax.data.images import resize
 from hourjax.errors import UserError
 from tests import golden_files, videos
@@ -74,7 +74,7 @@ def _all_frames(path):
 
 @pytest.mark.parametrize("entry", _cases("pyav"))
 def test_extraction_frames(entry):
-  indices, duration = video.extraction_frames(
+  indices, duration = frame_rules.extraction_frames(
     entry["total_frames"], Fraction(entry["fps"])
   )
   assert duration == entry["returned_duration"] == entry["stored_duration"]
@@ -84,24 +84,24 @@ def test_extraction_frames(entry):
 
 @pytest.mark.parametrize("entry", _cases("pt"))
 def test_stored_feature_frames(entry):
-  indices = video.stored_feature_frames(entry["T"], entry["duration"])
+  indices = frame_rules.stored_feature_frames(entry["T"], entry["duration"])
   assert len(indices) == entry["shape"][0]
   _check_stored(indices, entry["key"])
-  told = video.time_instruction(entry["duration"], len(indices))
+  told = frame_rules.time_instruction(entry["duration"], len(indices))
   assert told == entry["time_instruction"]
 
 
 @pytest.mark.parametrize("entry", _cases("raw"))
 def test_raw_video_frames(entry):
   total, fps = entry["total_frames"], entry["avg_fps"]
-  indices = video.raw_video_frames(total, fps, **entry["args"])
+  indices = frame_rules.raw_video_frames(total, fps, **entry["args"])
   if "error" in entry:  # the official code fails where hourjax must not
     assert indices[0] == 0 and indices[-1] == total - 1
     assert (np.diff(indices) > 0).all()
     return
   assert len(indices) == entry["n_frames"]
   _check_stored(indices, entry["key"])
-  told = video.time_instruction(total / fps, len(indices))
+  told = frame_rules.time_instruction(total / fps, len(indices))
   assert told == entry["time_instruction"]
 
 
@@ -114,9 +114,9 @@ def test_raw_video_frames(entry):
   fps=st.fractions(Fraction(1, 20), 120, max_denominator=1001),
 )
 def test_rules_give_ascending_frames_of_the_video(total, fps):
-  extracted, duration = video.extraction_frames(total, fps)
-  raw = video.raw_video_frames(total, fps)
-  kept = video.stored_feature_frames(len(extracted), duration)
+  extracted, duration = frame_rules.extraction_frames(total, fps)
+  raw = frame_rules.raw_video_frames(total, fps)
+  kept = frame_rules.stored_feature_frames(len(extracted), duration)
   for indices, of in ((extracted, total), (raw, total), (kept, len(extracted))):
     assert indices.dtype == np.int32
     assert (np.diff(indices) > 0).all()
@@ -126,16 +126,16 @@ def test_rules_give_ascending_frames_of_the_video(total, fps):
 
 
 def test_slow_videos_give_every_frame_once():
-  indices, duration = video.extraction_frames(1000, Fraction(2, 5))
+  indices, duration = frame_rules.extraction_frames(1000, Fraction(2, 5))
   assert duration == 2500.0
   np.testing.assert_array_equal(indices, np.arange(1000))
-  raw = video.raw_video_frames(1000, Fraction(1, 2))
+  raw = frame_rules.raw_video_frames(1000, Fraction(1, 2))
   np.testing.assert_array_equal(raw, np.arange(1000))
 
 
 @pytest.mark.parametrize("total, fps", [(0, 30), (10, 0), (10, -1.0)])
 def test_rules_refuse_impossible_videos(total, fps):
-  for rule in (video.extraction_frames, video.raw_video_frames):
+  for rule in (frame_rules.extraction_frames, frame_rules.raw_video_frames):
     with pytest.raises(UserError, match=f"{total} frames at {fps}"):
       rule(total, fps)
 
@@ -206,7 +206,7 @@ def test_decode_takes_the_named_frames(tmp_path, codec, batch):
 def test_decode_at_half_a_frame_a_second(tmp_path):
   path = _write(tmp_path / "a.mp4", 40, "1/2")
   info = video.probe(path)
-  indices, duration = video.extraction_frames(info.frames, info.fps)
+  indices, duration = frame_rules.extraction_frames(info.frames, info.fps)
   assert duration == 80.0
   assert _decode(path, indices, info=info).shape == (40, 32, 32, 3)
 

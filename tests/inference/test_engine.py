@@ -11,12 +11,12 @@ from PIL import Image
 
 from hourjax.data.conversations import follow_up
 from hourjax.data.forgetting import Forgetting
+from hourjax.data.frame_rules import stored_feature_frames
 from hourjax.data.layout import Layout
 from hourjax.data.records import Turn
 from hourjax.data.repository import empty_repository
 from hourjax.data.rows import Size
 from hourjax.data.shown import read_images
-from hourjax.data.video import stored_feature_frames
 from hourjax.errors import UserError
 from hourjax.inference import engine
 from hourjax.inference.engine import rounded, row_spec

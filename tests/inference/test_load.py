@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 import hourjax
+from hourjax.data.frame_rules import extraction_frames
 from hourjax.data.store.features import FeatureStore
-from hourjax.data.video import extraction_frames, probe
+from hourjax.data.video import probe
 from hourjax.errors import UserError
 from hourjax.weights.checkpoint import save_params
 from tests import videos

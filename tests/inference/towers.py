@@ -8,10 +8,11 @@ import av
 import jax
 import numpy as np
 
+from hourjax.data.frame_rules import extraction_frames
 from hourjax.data.images import resize
 from hourjax.data.records import Skipped
 from hourjax.data.store.features import FeatureStore
-from hourjax.data.video import extraction_frames, probe
+from hourjax.data.video import probe
 from hourjax.inference.extraction import extract_videos
 from hourjax.models.config import DecoderConfig, ModelConfig, VisionConfig
 from hourjax.models.params import init_params, with_params

@@ -1,0 +1,159 @@
+"""Checks files from outside once, at the door, so that what follows may trust
+their types.
+
+A file is read with a bound on its size, parsed, and compared with a schema
+(pydantic). Whatever does not fit ends in one UserError that names the file, the
+field, what was found and what was expected.
+"""
+
+import json
+import os
+import pathlib
+from typing import Any, TypeVar
+
+import pydantic
+from pydantic import BaseModel, ConfigDict
+
+from hourjax.errors import UserError
+
+MOST_BYTES = 64 * 2**20  # of one JSON file, unless the caller knows better
+_SHOWN = 5  # problems told of one file
+_LFS = b"version https://git-lfs"
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Schema(BaseModel):
+  """Describes a JSON object of a file from outside.
+
+  Values keep their JSON types (text is no number, `true` is no 1), keys that
+  are not named are ignored, and NaN and infinity are refused. A subclass says
+  `extra="forbid"` where an unknown key must not be ignored.
+  """
+
+  model_config = ConfigDict(
+    frozen=True, strict=True, extra="ignore", allow_inf_nan=False
+  )
+
+
+def read_bytes(
+  path: str | os.PathLike, *, remedy: str, most: int = MOST_BYTES
+) -> bytes:
+  """Reads a whole regular file of at most `most` bytes.
+
+  Raises:
+    UserError: missing, a folder or device, unreadable, too large, or a Git-LFS
+      pointer instead of the file it stands for.
+  """
+  path = pathlib.Path(path)
+  try:
+    # A pipe or device may have no end, and opening one may wait for ever.
+    if path.exists() and not path.is_file():
+      kind = "a folder" if path.is_dir() else "no regular file"
+      raise UserError(f"{path} is {kind}; {remedy}")
+    with open(path, "rb") as file:
+      content = file.read(most + 1)
+  except FileNotFoundError:
+    raise UserError(
+      f"{path} does not exist; {remedy}", kind="missing"
+    ) from None
+  except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+    reason = getattr(error, "strerror", None) or error
+    raise UserError(f"cannot read {path}: {reason}; {remedy}") from None
+  if len(content) > most:
+    raise UserError(
+      f"{path} has more than {most} bytes, which no such file has; {remedy}"
+    )
+  if content.startswith(_LFS):
+    raise UserError(
+      f"{path} is a Git-LFS pointer of {len(content)} bytes, not the file"
+      " itself; fetch it with `git lfs pull`, or download it again"
+    )
+  return content
+
+
+def read_json(
+  path: str | os.PathLike, *, remedy: str, most: int = MOST_BYTES
+) -> Any:
+  """Reads a JSON file of any content, with or without a byte order mark.
+
+  Raises:
+    UserError: as `read_bytes`, or not JSON, or nested too deep to be meant.
+  """
+  content = read_bytes(path, remedy=remedy, most=most)
+  return parse_json(content, str(path), remedy=remedy)
+
+
+def parse_json(content: bytes | str, where: str, *, remedy: str) -> Any:
+  """Parses JSON text; `where` names it in the message.
+
+  Raises:
+    UserError: not UTF-8, not JSON, or nested too deep to be meant.
+  """
+  try:
+    if isinstance(content, bytes):
+      content = content.decode("utf-8-sig")
+    return json.loads(content)
+  except UnicodeDecodeError as error:
+    raise UserError(
+      f"{where} is not UTF-8 text (byte {error.start}); {remedy}"
+    ) from None
+  except RecursionError:
+    raise UserError(f"{where} is nested too deep; {remedy}") from None
+  except ValueError as error:  # JSONDecodeError, and integers of 4,300 digits
+    raise UserError(f"{where} is not JSON ({error}); {remedy}") from None
+
+
+def validate(
+  schema: type[Model], raw: Any, where: str, *, remedy: str
+) -> Model:
+  """Compares a parsed value with a schema.
+
+  Args:
+    schema: that it must fit.
+    raw: as `json.loads` gives it.
+    where: file and place, for the message.
+    remedy: what the user can do, as the last words of the message.
+
+  Raises:
+    UserError: lists the fields that do not fit, what they are and what they
+      should be.
+  """
+  try:
+    return schema.model_validate(raw)
+  except pydantic.ValidationError as error:
+    problems = [_problem(item) for item in error.errors(include_url=False)]
+    told = problems[:_SHOWN]
+    if len(problems) > _SHOWN:
+      told.append(f"and {len(problems) - _SHOWN} more")
+    raise UserError(f"{where}: {'; '.join(told)}; {remedy}") from None
+  except RecursionError:
+    raise UserError(f"{where} is nested too deep; {remedy}") from None
+
+
+def read_schema(
+  schema: type[Model],
+  path: str | os.PathLike,
+  *,
+  remedy: str,
+  most: int = MOST_BYTES,
+) -> Model:
+  """Reads a JSON file and compares it with a schema; see the parts."""
+  raw = read_json(path, remedy=remedy, most=most)
+  return validate(schema, raw, str(path), remedy=remedy)
+
+
+def _problem(item: dict[str, Any]) -> str:
+  field = ".".join(map(str, item["loc"])) or "the whole"
+  message = item["msg"][:1].lower() + item["msg"][1:]
+  if item["type"] == "missing":
+    return f"{field} is missing"
+  return f"{field} is {shorten(item['input'])}: {message}"
+
+
+def shorten(value: Any, most: int = 60) -> str:
+  """Shows a value of unknown size in a message, on one line."""
+  try:
+    text = repr(value)
+  except (RecursionError, ValueError):  # ValueError: a very long integer
+    text = f"a {type(value).__name__} too large to show"
+  return text if len(text) <= most else f"{text[: most - 3]}..."
