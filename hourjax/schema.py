@@ -44,6 +44,25 @@ def read_bytes(
     UserError: missing, a folder or device, unreadable, too large, or a Git-LFS
       pointer instead of the file it stands for.
   """
+  content = _start(path, most + 1, remedy)
+  if len(content) > most:
+    raise UserError(
+      f"{path} has more than {most} bytes, which no such file has; {remedy}"
+    )
+  return content
+
+
+def check_file(path: str | os.PathLike, *, remedy: str) -> None:
+  """Makes sure that a path is a file which a library may then open.
+
+  Raises:
+    UserError: as `read_bytes`, but for its size.
+  """
+  _start(path, len(_LFS), remedy)
+
+
+def _start(path: str | os.PathLike, count: int, remedy: str) -> bytes:
+  """At most `count` bytes from the start of a regular file."""
   path = pathlib.Path(path)
   try:
     # A pipe or device may have no end, and opening one may wait for ever.
@@ -51,21 +70,20 @@ def read_bytes(
       kind = "a folder" if path.is_dir() else "no regular file"
       raise UserError(f"{path} is {kind}; {remedy}")
     with open(path, "rb") as file:
-      content = file.read(most + 1)
+      content = file.read(count)
+      size = os.fstat(file.fileno()).st_size
   except FileNotFoundError:
     raise UserError(
       f"{path} does not exist; {remedy}", kind="missing"
     ) from None
+  except UserError:
+    raise
   except (OSError, ValueError) as error:  # ValueError: a NUL in the name
     reason = getattr(error, "strerror", None) or error
     raise UserError(f"cannot read {path}: {reason}; {remedy}") from None
-  if len(content) > most:
-    raise UserError(
-      f"{path} has more than {most} bytes, which no such file has; {remedy}"
-    )
   if content.startswith(_LFS):
     raise UserError(
-      f"{path} is a Git-LFS pointer of {len(content)} bytes, not the file"
+      f"{path} is a Git-LFS pointer of {size} bytes, not the file"
       " itself; fetch it with `git lfs pull`, or download it again"
     )
   return content
