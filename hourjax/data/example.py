@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf import json_format
 
 from hourjax.data.columns import Measures
 from hourjax.data.records import Record, Turn
 
-_NUMBERS = ("tokens", "prompt", "answer", "images", "width", "height")
+NUMBERS = ("tokens", "prompt", "answer", "images", "width", "height")
 
 
 @functools.cache
@@ -28,9 +29,14 @@ def features() -> tfds.features.FeaturesDict:
       "pictures": np.int64,
       "turns": tfds.features.Sequence({"from": text(), "value": text()}),
       "extra": text(),
-      **dict.fromkeys(_NUMBERS, np.int64),
+      **dict.fromkeys(NUMBERS, np.int64),
     }
   )
+
+
+def features_json() -> dict[str, Any]:
+  """Content of the features.json that TFDS writes of `features`."""
+  return json_format.MessageToDict(features().to_proto())
 
 
 def encode_record(
@@ -61,8 +67,17 @@ def encode_record(
     "turns": [{"from": turn.role, "value": turn.text} for turn in record.turns],
     "extra": json.dumps(record.extra, ensure_ascii=False),
   }
-  numbers = {name: getattr(measures, name) for name in _NUMBERS}
+  numbers = {name: getattr(measures, name) for name in NUMBERS}
   return features().serialize_example(example | numbers)
+
+
+def parse_example(encoded: bytes) -> dict[str, Any]:
+  """An example by the features that are defined here, whatever a file names.
+
+  Raises:
+    Exception: it is none with these features; of many types, some bare.
+  """
+  return features().deserialize_example_np(encoded)
 
 
 def decode_record(example: dict[str, Any]) -> Record:
@@ -74,7 +89,7 @@ def decode_record(example: dict[str, Any]) -> Record:
     media=tuple(name.decode() for name in example["media"]),
     turns=tuple(
       Turn(role.decode(), text.decode())
-      for role, text in zip(turns["from"], turns["value"])
+      for role, text in zip(turns["from"], turns["value"], strict=True)
     ),
     source=example["source"].decode(),
     extra=json.loads(example["extra"]),

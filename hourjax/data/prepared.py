@@ -8,6 +8,11 @@
 `tfds.builder_from_directory(FOLDER).as_data_source("train")` opens it, and so
 does Grain. A folder ROOT/NAME/1.0.0 is opened by name too:
 `tfds.data_source("NAME", data_dir="ROOT")`. TensorFlow is never imported.
+
+TFDS imports the Python classes that features.json names, from wherever Python
+finds them, so a folder from a stranger may run code. `Prepared` does not: it
+reads with the features of `example`, compares the file with them as text, and
+takes nothing else from it.
 """
 
 import contextlib
@@ -16,15 +21,24 @@ import operator
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
-from typing import Any, SupportsIndex
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, SupportsIndex
 
+import pydantic
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
+from array_record.python import array_record_data_source, array_record_module
 from tensorflow_datasets.core import dataset_info
 
-from hourjax.data.columns import Columns, ColumnsBuilder, Measures
-from hourjax.data.example import decode_record, encode_record, features
+from hourjax import schema
+from hourjax.data.columns import MODALITIES, Columns, ColumnsBuilder, Measures
+from hourjax.data.example import (
+  NUMBERS,
+  decode_record,
+  encode_record,
+  features,
+  features_json,
+  parse_example,
+)
 from hourjax.data.records import Record
 from hourjax.errors import UserError
 
@@ -33,6 +47,8 @@ SHARD = 50_000  # conversations a file
 
 _NAME, _SPLIT, _VERSION = "hourjax", "train", "1.0.0"
 _ABOUT, _COLUMNS = "about.json", "columns.npz"
+_FEATURES, _INFO = "features.json", "dataset_info.json"
+_AGAIN = "run `python -m hourjax.prepare` again"
 
 
 class PreparedWriter:
@@ -198,36 +214,40 @@ class Prepared:
     """Opens a dataset.
 
     Raises:
-      UserError: nothing there, incomplete, or of another version.
+      UserError: nothing there, incomplete, damaged, of another version, or of
+        other features.
     """
     self.folder = pathlib.Path(folder)
     self.about = _read_about(self.folder)
+    _check_features(self.folder / _FEATURES)
     self.columns = Columns.load(self.folder / _COLUMNS)
-    self.records: Sequence[Record] = _Records(self.folder)
+    self.records: Sequence[Record] = _Records(self.folder, self.columns)
     counts = (self.about["conversations"], len(self.columns), len(self.records))
     if len(set(counts)) != 1:
       raise UserError(
         f"{self.folder} has {counts[2]} conversations in its files,"
-        f" {counts[1]} in {_COLUMNS} and {counts[0]} in {_ABOUT}; run"
-        " `python -m hourjax.prepare` again"
+        f" {counts[1]} in {_COLUMNS} and {counts[0]} in {_ABOUT}; {_AGAIN}"
       )
 
   def __len__(self) -> int:
     return len(self.columns)
 
 
+class _Part(NamedTuple):
+  """A file of conversations, as the library wants to be told of it."""
+
+  filename: str
+  skip: int
+  take: int
+  examples_in_shard: int
+
+
 class _Records(Sequence):
-  def __init__(self, folder: pathlib.Path):
-    self._folder = folder
-    try:
-      builder = tfds.builder_from_directory(folder)
-      self._source = builder.as_data_source(_SPLIT)
-      self._length = len(self._source)
-    except Exception as error:  # of many kinds, some bare
-      raise UserError(
-        f"{folder} cannot be opened as a TFDS dataset ({error}); run"
-        " `python -m hourjax.prepare` again"
-      ) from error
+  def __init__(self, folder: pathlib.Path, columns: Columns):
+    self._folder, self._columns = folder, columns
+    parts = _parts(folder)
+    self._source = array_record_data_source.ArrayRecordDataSource(parts)
+    self._length = sum(part.take for part in parts)
 
   def __len__(self) -> int:
     return self._length
@@ -238,28 +258,140 @@ class _Records(Sequence):
     if not 0 <= at < self._length:
       raise IndexError(f"record {index} of {self._length}")
     try:
-      example = self._source[at]
-    except Exception as error:  # the library raises bare ones
+      example = parse_example(self._source[at])
+      record = decode_record(example)
+    except Exception as error:  # the libraries raise bare ones
       raise UserError(
-        f"conversation {at} of {self._folder} cannot be read ({error}); run"
-        " `python -m hourjax.prepare` again"
+        f"conversation {at} of {self._folder} cannot be read ({error});"
+        f" {_AGAIN}"
       ) from error
-    return decode_record(example)
+    for name, here, there in _both(example, record, self._columns, at):
+      if here != there:
+        raise UserError(
+          f"conversation {at} of {self._folder} has {name}"
+          f" {schema.shorten(here)} in its file and {schema.shorten(there)} in"
+          f" {_COLUMNS}: they belong to different datasets; {_AGAIN}"
+        )
+    return record
+
+
+def _both(
+  example: Mapping[str, Any], record: Record, columns: Columns, at: int
+) -> Iterator[tuple[str, Any, Any]]:
+  """(name, value in the file, value in the columns) of a conversation."""
+  yield "modality", record.modality, MODALITIES[columns.modality[at]]
+  yield "source", record.source, columns.sources[columns.source[at]]
+  if record.modality == "video":
+    yield "media", record.media, (columns.videos[columns.video[at]],)
+  else:
+    yield "media", bool(record.media), record.modality == "image"
+  for name in NUMBERS:
+    yield name, int(example[name]), int(getattr(columns, name)[at])
+
+
+class _About(schema.Schema):
+  """What the rest of the code relies on in about.json."""
+
+  format: int
+  conversations: int
+  tokenizer_id: str
+  options: dict[str, Any] = pydantic.Field(default_factory=dict)
+
+
+class _Split(schema.Schema):
+  name: str
+  lengths: list[str] = pydantic.Field(alias="shardLengths")
+
+
+class _Info(schema.Schema):
+  """What is read of dataset_info.json, a message of TFDS in proto3's JSON."""
+
+  file_format: str = pydantic.Field(alias="fileFormat")
+  splits: list[_Split]
 
 
 def _read_about(folder: pathlib.Path) -> dict[str, Any]:
+  path = folder / _ABOUT
+  remedy = (
+    f"run `python -m hourjax.prepare --out={folder}` or correct the folder"
+  )
   try:
-    about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-    found = about["format"]
-  except (OSError, ValueError, KeyError, TypeError) as error:
+    about = schema.read_json(path, remedy=remedy)
+    found = about["format"] if isinstance(about, dict) else None
+    if type(found) is int and found != FORMAT:
+      raise UserError(
+        f"{folder} has format {found}, this code reads {FORMAT}; {_AGAIN}"
+      )
+    schema.validate(_About, about, _ABOUT, remedy=remedy)
+  except (UserError, KeyError) as error:
     raise UserError(
-      f"{folder} is no prepared dataset ({_ABOUT}: {error}); run"
-      f" `python -m hourjax.prepare --out={folder}` or correct the folder",
-      kind="missing",
+      f"{folder} is no prepared dataset ({error})", kind="missing"
     ) from None
-  if found != FORMAT:
-    raise UserError(
-      f"{folder} has format {found}, this code reads {FORMAT}; run `python -m"
-      " hourjax.prepare` again"
-    )
   return about
+
+
+def _check_features(path: pathlib.Path) -> None:
+  """Compares features.json with ours; TFDS would import what it names."""
+  found = schema.read_json(path, remedy=_AGAIN)
+  wanted = features_json()
+  if found != wanted:
+    where, there, here = _difference(found, wanted)
+    raise UserError(
+      f"{path} does not describe the features that hourjax writes: {where} is"
+      f" {schema.shorten(there)}, not {schema.shorten(here)} (a class that it"
+      f" names was not imported); {_AGAIN}, or do not trust its source"
+    )
+
+
+def _difference(found: Any, wanted: Any) -> tuple[str, Any, Any]:
+  """The place where two JSON values first differ, and what is there."""
+  names: list[str] = []
+  while isinstance(found, dict) and isinstance(wanted, dict):
+    key = min(k for k in {**wanted, **found} if found.get(k) != wanted.get(k))
+    names.append(key)
+    found, wanted = found.get(key), wanted.get(key)
+  return ".".join(names) or "the whole", found, wanted
+
+
+def _parts(folder: pathlib.Path) -> list[_Part]:
+  """The files of a dataset, with the number of conversations in each.
+
+  Their names follow from their number; those in dataset_info.json might lead
+  anywhere.
+  """
+  path = folder / _INFO
+  info = schema.read_schema(_Info, path, remedy=_AGAIN)
+  found = [split for split in info.splits if split.name == _SPLIT]
+  if info.file_format != "array_record" or len(found) != 1:
+    names = ", ".join(split.name for split in info.splits)
+    raise UserError(
+      f"{path} tells of the splits {names} as {info.file_format}, not of"
+      f" {_SPLIT} as array_record; {_AGAIN}"
+    )
+  lengths, parts = found[0].lengths, []
+  for number, length in enumerate(lengths):
+    name = f"{_NAME}-{_SPLIT}.array_record-{number:05}-of-{len(lengths):05}"
+    count = _count(folder, name)
+    if str(count) != length:
+      raise UserError(
+        f"{folder / name} holds {count} conversations, {_INFO} says"
+        f" {schema.shorten(length)}; {_AGAIN}"
+      )
+    parts.append(_Part(str(folder / name), 0, count, count))
+  if not parts:
+    raise UserError(f"{path} tells of no file; {_AGAIN}")
+  return parts
+
+
+def _count(folder: pathlib.Path, name: str) -> int:
+  """Conversations in a file, from its last bytes."""
+  schema.check_file(folder / name, remedy=_AGAIN)
+  try:
+    reader = array_record_module.ArrayRecordReader(str(folder / name))
+    with contextlib.closing(reader):  # which raises what was found before
+      return reader.num_records()
+  except Exception as error:  # of many kinds, some bare
+    raise UserError(
+      f"the conversations of {folder} cannot be read ({name}: {error});"
+      f" {_AGAIN}"
+    ) from error
