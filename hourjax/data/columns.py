@@ -10,19 +10,22 @@ import json
 import os
 import pathlib
 import zipfile
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int32, UInt8
 
-from hourjax.data import images
+from hourjax import schema
+from hourjax.data import images, npy
 from hourjax.data.conversations import IGNORE, IMAGE, encode_conversation
 from hourjax.data.records import Record
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 
+# zipfile's: NotImplementedError for a method, RuntimeError for a password.
 _UNREADABLE = (
-  *(OSError, ValueError, EOFError, NotImplementedError),
+  *(OSError, ValueError, EOFError, NotImplementedError, RuntimeError, KeyError),
   zipfile.BadZipFile,
 )
 
@@ -30,6 +33,13 @@ MODALITIES = ("text", "video", "image")
 # What a video is measured with before its duration is known; `sizes` adds the
 # digits that the real numbers have more.
 MEASURED_AS = (0.0, 1)
+# A video of four months; one that is said to be longer is a mistake, and would
+# cost memory by the second.
+LONGEST = 1e7
+
+_MOST_BYTES = 4 * 2**30  # 100 million conversations
+_NAMES = ("videos", "sources", "streams")
+_FLOATS, _BYTES = ("duration",), ("modality", *_NAMES)
 
 
 class Measures(NamedTuple):
@@ -98,16 +108,18 @@ class Columns:
     """Reads what `save` wrote.
 
     Raises:
-      UserError: missing, damaged, or columns of another version.
+      UserError: missing, damaged, columns of another version, or numbers that
+        do not fit one another.
     """
     wanted = [field.name for field in dataclasses.fields(cls)]
     try:
-      with np.load(path) as file:
-        found = {name: file[name] for name in wanted}
-      for name in ("videos", "sources", "streams"):
-        found[name] = _unpack(found[name])
+      schema.check_file(path, remedy="`prepare` writes it")
+      found: dict[str, Any] = _read_members(path, wanted)
+      for name in _NAMES:
+        found[name] = _unpack(found[name], name)
       _check_lengths(found)
-    except (*_UNREADABLE, KeyError) as error:
+      _check_numbers(found)
+    except _UNREADABLE as error:
       raise UserError(
         f"{path} cannot be read as the columns of a prepared dataset"
         f" ({error}); run `python -m hourjax.prepare` again"
@@ -218,6 +230,37 @@ def _image_size(record: Record, media_root) -> tuple[int, int]:
   return images.image_size(pathlib.Path(media_root) / record.media[0])
 
 
+def _read_members(path, names: list[str]) -> dict[str, np.ndarray]:
+  """Arrays of an .npz as `Columns.save` writes it.
+
+  As `np.load` does, but memory is taken only for values that the file holds:
+  neither a header's claim nor a compressed member is believed.
+  """
+  found = {}
+  with zipfile.ZipFile(path) as archive:
+    if (size := os.path.getsize(path)) > _MOST_BYTES:
+      raise ValueError(f"it has {size} bytes, at most {_MOST_BYTES} are meant")
+    for name in names:
+      info = archive.getinfo(f"{name}.npy")
+      if info.compress_type != zipfile.ZIP_STORED or info.file_size > size:
+        raise ValueError(
+          f"{name} is compressed, or larger than the file of {size} bytes"
+        )
+      with archive.open(info) as member:
+        shape, dtype = npy.read_header(member)
+        values = bytearray(member.read())
+      kinds = {np.float64: _FLOATS, np.uint8: _BYTES}
+      kind = next((k for k, of in kinds.items() if name in of), np.int32)
+      if len(shape) != 1 or dtype != kind:
+        raise ValueError(
+          f"{name} is an array {shape} of {dtype}, not [N] of {np.dtype(kind)}"
+        )
+      if (claimed := npy.array_bytes(shape, dtype)) != len(values):
+        raise ValueError(f"{name} claims {claimed} bytes and has {len(values)}")
+      found[name] = np.frombuffer(values, dtype)
+  return found
+
+
 def _check_lengths(columns: dict) -> None:
   """Raises ValueError if columns differ in length."""
   lengths = {name: len(column) for name, column in columns.items()}
@@ -228,10 +271,47 @@ def _check_lengths(columns: dict) -> None:
     raise ValueError(f"columns of different lengths: {lengths}, {videos}")
 
 
+def _check_numbers(columns: Mapping[str, Any]) -> None:
+  """Raises ValueError if a number cannot be meant, naming the first one."""
+  most = np.iinfo(np.int32).max
+  limits = dict.fromkeys(Measures._fields, (0, most))
+  limits |= {
+    "modality": (0, len(MODALITIES) - 1),
+    "video": (-1, len(columns["videos"]) - 1),
+    "source": (0, len(columns["sources"]) - 1),
+    "stream": (0, len(columns["streams"]) - 1),
+    "pictures": (0, most),
+  }
+  for name, (low, high) in limits.items():
+    values = columns[name]
+    if len(values) and not low <= values.min() <= values.max() <= high:
+      at = int(np.argmax((values < low) | (values > high)))
+      raise ValueError(f"{name} {at} is {values[at]}, not {low} to {high}")
+  duration, modality = columns["duration"], columns["modality"]
+  single = (modality == MODALITIES.index("image")) & (columns["images"] == 1)
+  video = modality == MODALITIES.index("video")
+  wrong = {
+    f"duration is no number from 0 to {LONGEST:.0f} s": ~(
+      np.isnan(duration) | ((duration >= 0) & (duration <= LONGEST))
+    ),
+    "modality and video do not agree": video != (columns["video"] >= 0),
+    "width or height of the single image is 0": single
+    & (np.minimum(columns["width"], columns["height"]) < 1),
+  }
+  for what, where in wrong.items():
+    if where.any():
+      raise ValueError(f"{what}, first at {int(where.argmax())}")
+
+
 def _pack(names: tuple[str, ...]) -> np.ndarray:
   """Text as bytes: an array of str would take the longest name for each."""
   return np.frombuffer(json.dumps(names).encode(), np.uint8)
 
 
-def _unpack(packed: np.ndarray) -> tuple[str, ...]:
-  return tuple(json.loads(packed.tobytes()))
+def _unpack(packed: np.ndarray, kind: str) -> tuple[str, ...]:
+  names = schema.parse_json(packed.tobytes(), kind, remedy="prepare again")
+  if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+    raise ValueError(f"{kind} is {schema.shorten(names)}, not a list of names")
+  if len(set(names)) < len(names):
+    raise ValueError(f"{kind} has a name twice")
+  return tuple(names)
