@@ -71,7 +71,6 @@ def _start(path: str | os.PathLike, count: int, remedy: str) -> bytes:
       raise UserError(f"{path} is {kind}; {remedy}")
     with open(path, "rb") as file:
       content = file.read(count)
-      size = os.fstat(file.fileno()).st_size
   except FileNotFoundError:
     raise UserError(
       f"{path} does not exist; {remedy}", kind="missing"
@@ -81,12 +80,17 @@ def _start(path: str | os.PathLike, count: int, remedy: str) -> bytes:
   except (OSError, ValueError) as error:  # ValueError: a NUL in the name
     reason = getattr(error, "strerror", None) or error
     raise UserError(f"cannot read {path}: {reason}; {remedy}") from None
+  refuse_pointer(content, path)
+  return content
+
+
+def refuse_pointer(content: bytes, where: str | os.PathLike) -> None:
+  """Refuses a Git-LFS pointer, given the first bytes of a file."""
   if content.startswith(_LFS):
     raise UserError(
-      f"{path} is a Git-LFS pointer of {size} bytes, not the file"
-      " itself; fetch it with `git lfs pull`, or download it again"
+      f"{where} is a Git-LFS pointer, not the file itself; fetch it with"
+      " `git lfs pull`, or download it again"
     )
-  return content
 
 
 def read_json(

@@ -1,12 +1,12 @@
 """Headers of `.npy` arrays, read without trust in what they claim."""
 
+import io
 import math
-from typing import BinaryIO
 
 import numpy as np
 
 
-def read_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+def read_header(file: io.BufferedIOBase) -> tuple[tuple[int, ...], np.dtype]:
   """Reads the header of a `.npy` array in C order.
 
   No memory is taken for what it claims: compare `array_bytes` with the bytes

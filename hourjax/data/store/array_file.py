@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped, UInt16
 
+from hourjax.data.npy import read_header
 from hourjax.data.store.storage import Bucket, Folder
 from hourjax.errors import UserError
 
@@ -142,11 +143,8 @@ def parse_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
   """
   file = io.BytesIO(header)
   try:
-    version = np.lib.format.read_magic(file)
-    if version != (1, 0):
-      raise ValueError(f"version {version} of the format")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    if fortran or file.tell() != len(header):
+    shape, dtype = read_header(file)
+    if file.tell() != len(header):
       raise ValueError("another layout")
   except ValueError as error:
     raise OSError(f"not a .npy file of features: {error}") from None

@@ -18,8 +18,10 @@ from collections.abc import Iterator, KeysView
 
 import ml_dtypes
 import numpy as np
+import pydantic
 from jaxtyping import Int, Shaped
 
+from hourjax import schema
 from hourjax.data.store.array_file import (
   FeatureWriter,
   Stored,
@@ -36,6 +38,8 @@ from hourjax.errors import UserError
 # check for NaN finds them in the processor's cache.
 _BLOCK_BYTES = 1_500_000
 TOWER_FILE = "tower.json"
+# Beyond any video; what a line claims may not cost memory.
+MOST_FRAMES, LONGEST = 10**8, 1e7
 
 
 class FeatureStore:
@@ -208,15 +212,17 @@ class FeatureStore:
     """
     mine = {"tower": tower, "tokens": shape[0], "width": shape[1]}
     try:
-      theirs = json.loads(self.storage.read(TOWER_FILE))
+      content = self.storage.read(TOWER_FILE)
+      theirs = schema.parse_json(content, TOWER_FILE, remedy="")
     except FileNotFoundError:
       self.storage.write(TOWER_FILE, json.dumps(mine).encode())
       return
-    except ValueError:
+    except (OSError, ValueError):
       theirs = "unreadable"
     if theirs != mine:
       raise UserError(
-        f"{self.storage.location(TOWER_FILE)} says {theirs}, this run's tower"
+        f"{self.storage.location(TOWER_FILE)} says"
+        f" {schema.shorten(theirs, 200)}, this run's tower"
         f" is {mine}; give the same --tower, or another --out"
       )
 
@@ -255,14 +261,22 @@ def _key(video: str) -> str:
   return f"{video}.npy"
 
 
+class _Line(schema.Schema):
+  """A line of the index; keys that are not named here are left alone."""
+
+  video: str = pydantic.Field(min_length=1)
+  frames: int = pydantic.Field(ge=0, le=MOST_FRAMES)
+  duration: float = pydantic.Field(ge=0, le=LONGEST)
+
+
 def _entry(row: dict, where) -> tuple[str, Stored]:
-  try:
-    return row["video"], Stored(int(row["frames"]), float(row["duration"]))
-  except (KeyError, TypeError, ValueError) as error:
-    raise UserError(
-      f"{where}: {row} lacks or spoils {error} (video, frames, duration);"
-      " delete the line and extract again"
-    ) from None
+  line = schema.validate(
+    _Line,
+    row,
+    f"{where}: {schema.shorten(row, 200)}",
+    remedy="delete the line and extract again",
+  )
+  return line.video, Stored(line.frames, line.duration)
 
 
 def _blocks(frames, out: np.ndarray, start: int) -> Iterator[Part]:

@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Iterable
 
+from hourjax import schema
 from hourjax.data.store.storage import Bucket, Folder
 from hourjax.errors import UserError
 
@@ -79,14 +80,18 @@ def read_lines(storage: Folder | Bucket, key: str) -> list[dict]:
   try:
     lines = storage.read(key).split(b"\n")
   except OSError as error:
-    raise UserError(f"{where} cannot be read ({error})") from None
+    raise UserError(
+      f"{where} cannot be read ({error}); bring it back from a copy, or delete"
+      " it and extract again"
+    ) from None
+  schema.refuse_pointer(lines[0], where)
   torn, rows = lines.pop(), []
   for number, line in enumerate(lines, start=1):
     try:
       row = json.loads(line)
       if not isinstance(row, dict):
         raise ValueError("no JSON object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       raise UserError(
         f"{where}, line {number} is broken ({error}); delete the line and run"
         " again"
@@ -94,7 +99,7 @@ def read_lines(storage: Folder | Bucket, key: str) -> list[dict]:
     rows.append(row)
   try:
     last = json.loads(torn)
-  except ValueError:
+  except (ValueError, RecursionError):
     return rows
   return [*rows, last] if isinstance(last, dict) else rows
 
