@@ -45,20 +45,33 @@ def read_bytes(
       pointer instead of the file it stands for.
   """
   content = _start(path, most + 1, remedy)
-  if len(content) > most:
-    raise UserError(
-      f"{path} has more than {most} bytes, which no such file has; {remedy}"
-    )
+  _check_size(path, len(content), most, remedy)
   return content
 
 
-def check_file(path: str | os.PathLike, *, remedy: str) -> None:
+def check_file(
+  path: str | os.PathLike, *, remedy: str, most: int | None = None
+) -> None:
   """Makes sure that a path is a file which a library may then open.
 
+  Args:
+    path: of the file.
+    remedy: what the user can do, as the last words of the message.
+    most: bytes; any number if None.
+
   Raises:
-    UserError: as `read_bytes`, but for its size.
+    UserError: as `read_bytes`.
   """
   _start(path, len(_LFS), remedy)
+  if most is not None:
+    _check_size(path, os.path.getsize(path), most, remedy)
+
+
+def _check_size(path, size: int, most: int, remedy: str) -> None:
+  if size > most:
+    raise UserError(
+      f"{path} has more than {most} bytes, which no such file has; {remedy}"
+    )
 
 
 def _start(path: str | os.PathLike, count: int, remedy: str) -> bytes:

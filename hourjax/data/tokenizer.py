@@ -1,9 +1,9 @@
 """The Qwen2 / Qwen2.5 byte-level BPE, from the model's own files."""
 
+import contextlib
 import functools
 import hashlib
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import tokenizers
 from jaxtyping import Int
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from hourjax import schema
 from hourjax.errors import UserError
 
 # Words with their leading blank, single digits, punctuation, runs of blanks:
@@ -21,6 +22,8 @@ _SPLIT = (
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _PAD = "<|endoftext|>"
+_MOST_BYTES = 256 * 2**20  # of a file; tokenizer.json of Qwen2 has 7 MB
+_FETCH = "fetch it again"
 
 
 class Tokenizer:
@@ -31,8 +34,8 @@ class Tokenizer:
     im_end: id of `<|im_end|>`, the end of every turn.
     newline: id of "\\n" (198 in Qwen).
     pad: id that fills rows.
-    vocab_size: number of tokens, special ones included; the embedding table
-      of the published models is larger.
+    vocab_size: ids that may occur are below this, special ones included; the
+      embedding table of the published models is larger.
   """
 
   def __init__(
@@ -46,7 +49,8 @@ class Tokenizer:
       pad_token: fills rows.
 
     Raises:
-      UserError: a token that the conversation markup needs is missing.
+      UserError: a token that the conversation markup needs is missing, or two
+        tokens have one id.
     """
     self._backend = backend
     # A file may have been saved while these were on.
@@ -55,7 +59,14 @@ class Tokenizer:
     self.im_start = _special(backend, "<|im_start|>", name)
     self.im_end = _special(backend, "<|im_end|>", name)
     self.pad = _special(backend, pad_token, name)
-    newline = self.encode("\n")
+    ids = list(backend.get_vocab(with_added_tokens=True).values())
+    if len(set(ids)) < len(ids):
+      raise UserError(
+        f"{name}: {len(ids)} tokens have {len(set(ids))} ids; {_FETCH}"
+      )
+    self.vocab_size = max(ids) + 1
+    with _library_errors(f"{name}: a newline cannot be encoded"):
+      newline = self.encode("\n")
     if len(newline) != 1:
       raise UserError(
         f"{name}: a newline is {len(newline)} tokens, 1 expected; use the "
@@ -81,19 +92,12 @@ class Tokenizer:
       )
     config = _read_config(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").is_file():
-      backend = _load(folder / "tokenizer.json", tokenizers.Tokenizer.from_file)
+      backend = _load(tokenizers.Tokenizer.from_file, folder / "tokenizer.json")
     else:
       backend = _from_vocab(folder)
       _add_tokens(backend, config.get("added_tokens_decoder", {}), folder)
     pad = config.get("pad_token") or _PAD
-    if isinstance(pad, dict):
-      pad = pad["content"]
-    return cls(backend, str(folder), pad)
-
-  @property
-  def vocab_size(self) -> int:
-    """Ids that may occur are below this."""
-    return self._backend.get_vocab_size(with_added_tokens=True)
+    return cls(backend, str(folder), _content(pad, "pad_token", folder))
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -131,25 +135,46 @@ def _special(backend: tokenizers.Tokenizer, token: str, name: str) -> int:
   return found
 
 
-def _read_config(file: Path) -> dict:
-  if not file.is_file():
+def _read_config(file: Path) -> dict[str, Any]:
+  if not file.exists():
     return {}
-  try:
-    config = json.loads(file.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise UserError(f"{file} is not valid JSON: {error}") from error
+  config = schema.read_json(file, remedy=_FETCH)
   if not isinstance(config, dict):
-    raise UserError(f"{file} holds {type(config).__name__}, not an object")
+    raise UserError(
+      f"{file} holds {type(config).__name__}, not an object; {_FETCH}"
+    )
   return config
 
 
-def _load(file: Path, reader):
-  try:
-    return reader(str(file))
-  except Exception as error:  # the library raises bare Exceptions
+def _content(token: Any, key: str, folder: Path) -> str:
+  """The text of a token, which is written alone or in an object."""
+  content = token.get("content") if isinstance(token, dict) else token
+  if not isinstance(content, str):
     raise UserError(
-      f"cannot read tokenizer {file}: {error}; fetch it again"
-    ) from error
+      f"{folder}/tokenizer_config.json: {key!r} is {schema.shorten(token)}, not"
+      f" text or an object with the text 'content'; {_FETCH}"
+    )
+  return content
+
+
+@contextlib.contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+  """Turns whatever the library raises into a UserError."""
+  try:
+    yield
+  except BaseException as error:
+    # Some are bare Exceptions; a panic of its Rust code is not even one.
+    panic = type(error).__name__ == "PanicException"
+    if not panic and not isinstance(error, Exception):
+      raise
+    raise UserError(f"{what}: {error}; {_FETCH}") from error
+
+
+def _load(reader, *files: Path):
+  for file in files:
+    schema.check_file(file, remedy=_FETCH, most=_MOST_BYTES)
+  with _library_errors(f"cannot read tokenizer {files[0]}"):
+    return reader(*map(str, files))
 
 
 def _from_vocab(folder: Path) -> tokenizers.Tokenizer:
@@ -160,7 +185,7 @@ def _from_vocab(folder: Path) -> tokenizers.Tokenizer:
       f"{folder} has no tokenizer.json and no {' and no '.join(missing)}; "
       "copy the tokenizer files of the model there"
     )
-  bpe = _load(vocab, lambda v: models.BPE.from_file(v, str(merges)))
+  bpe = _load(models.BPE.from_file, vocab, merges)
   backend = tokenizers.Tokenizer(bpe)
   backend.normalizer = normalizers.NFC()
   backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -173,24 +198,42 @@ def _from_vocab(folder: Path) -> tokenizers.Tokenizer:
   return backend
 
 
+class _Added(schema.Schema):
+  """A token of 'added_tokens_decoder'."""
+
+  content: str
+  lstrip: bool = False
+  rstrip: bool = False
+  normalized: bool = True
+  single_word: bool = False
+  special: bool = False
+
+
 def _add_tokens(
   backend: tokenizers.Tokenizer, added: Any, folder: Path
 ) -> None:
-  flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
   try:
-    tokens = sorted((int(i), t["content"], t) for i, t in added.items())
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    if not isinstance(added, dict):
+      raise ValueError
+    found = {
+      int(number): _Added.model_validate(token)
+      for number, token in added.items()
+    }
+  except (ValueError, RecursionError):  # pydantic's among them
     raise UserError(
-      f"{folder}/tokenizer_config.json: 'added_tokens_decoder' must map ids to "
-      f"{{'content': ...}}, found {added!r:.80}; fetch it again"
-    ) from error
-  for number, content, token in tokens:
-    settings = {f: token[f] for f in flags if f in token}
-    backend.add_tokens([tokenizers.AddedToken(content, **settings)])
+      f"{folder}/tokenizer_config.json: 'added_tokens_decoder' must map ids to"
+      f" {{'content': text, ...}}, found {schema.shorten(added, 200)}; {_FETCH}"
+    ) from None
+  for number in sorted(found):
+    token = found[number]
+    settings = token.model_dump(exclude={"content"}, exclude_unset=True)
+    with _library_errors(f"{folder}: token {token.content!r}"):
+      backend.add_tokens([tokenizers.AddedToken(token.content, **settings)])
     # The library numbers added tokens itself, from the end of the vocabulary.
-    if backend.token_to_id(content) != number:
+    mine = backend.token_to_id(token.content)
+    if mine != number:
       raise UserError(
-        f"{folder}: token {content} gets id {backend.token_to_id(content)}, "
-        f"tokenizer_config.json says {number}; vocab.json belongs to another "
-        "model"
+        f"{folder}: token {token.content} gets id {mine},"
+        f" tokenizer_config.json says {number}; vocab.json belongs to another"
+        " model"
       )

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import zipfile
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
+from hourjax import schema
 from hourjax.data.frame_rules import MIN_FRAMES, extraction_frames
 from hourjax.data.store.features import TOWER_FILE, FeatureStore
 from hourjax.data.video import decode_frames, probe
@@ -71,9 +71,11 @@ def load_features(path: pathlib.Path) -> Shaped[np.ndarray, "..."]:
   Raises:
     UserError: it cannot be read, or does not hold floats.
   """
+  if path.exists():
+    schema.check_file(path, remedy="give a .npy file of features")
   try:
     features = np.load(path, mmap_mode="r")
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+  except Exception as error:  # numpy evaluates a header: of many types
     raise UserError(
       f"cannot read features {path}: {getattr(error, 'strerror', 0) or error};"
       " give a .npy file of an array (frames, tokens, width)"
