@@ -1,7 +1,6 @@
 """Checkpoints through Orbax: saved beside training, verified when restored."""
 
 import contextlib
-import json
 import os
 import pathlib
 import sys
@@ -11,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from hourjax import schema
 from hourjax.errors import UserError
 from hourjax.parallel import hosts
 from hourjax.training import saved
@@ -273,7 +273,7 @@ def restore_params(
         flush=True,
       )
       continue
-    params = {**tree.get("frozen", {}), **tree["trained"]}
+    params = {**tree.get("frozen", {}), **tree.get("trained", {})}
     return SavedParams(params, step, about["arrays"])
   raise UserError(_none_left(folder, problems))
 
@@ -283,7 +283,7 @@ def saved_config(workdir: str | os.PathLike) -> dict[str, Any] | None:
 
   From config.json, or where that cannot be read, the newest checkpoint.
   """
-  with contextlib.suppress(UserError, ValueError):
+  with contextlib.suppress(UserError):
     return read_config(workdir)
   folder = saved.folder_of(workdir)
   for step in reversed(saved.saved_steps(folder)):
@@ -305,10 +305,13 @@ def checkpoint_name(workdir: str | os.PathLike) -> str:
 def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
   """The configuration that a run was started with."""
   path = pathlib.Path(workdir) / "config.json"
-  try:
-    return json.loads(path.read_text())
-  except FileNotFoundError:
-    raise UserError(f"{path} does not exist; train first") from None
+  config = schema.read_json(path, remedy="train first, or correct the folder")
+  if not isinstance(config, dict):
+    raise UserError(
+      f"{path} is {schema.shorten(config)}, not the configuration of a run;"
+      " train first, or correct the folder"
+    )
+  return config
 
 
 def _set_aside(

@@ -1,7 +1,6 @@
 """Batches on the device ahead of use, and what could not be read of them."""
 
 import collections
-import contextlib
 import dataclasses
 import json
 import os
@@ -10,11 +9,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from hourjax import schema
 from hourjax.batch import Batch
 from hourjax.data.dataset import Unread
 from hourjax.data.pipeline import Delivered
 from hourjax.errors import UserError
 from hourjax.training.files import write_whole
+from hourjax.training.ledger import read_rows
 from hourjax.training.placing import Placing
 
 # A few failures at the start are no share yet.
@@ -63,6 +64,13 @@ class Feed:
     return self._placing(delivered.batch), delivered
 
 
+class _Line(schema.Schema):
+  """What is read back of a line of `UnreadLedger`."""
+
+  step: int
+  kind: str
+
+
 class UnreadLedger:
   """WORKDIR/unread.jsonl: samples that were left out of their rows.
 
@@ -89,7 +97,8 @@ class UnreadLedger:
     self._new: list[Unread] = []
     self.counts: collections.Counter[str] = collections.Counter()
     if self._path.exists():
-      kept = [line for line in _lines(self._path) if line["step"] <= start]
+      lines = read_rows(self._path, {"step": _Line})
+      kept = [line for line in lines if line["step"] <= start]
       self.counts.update(line["kind"] for line in kept)
       write_whole(self._path, "".join(json.dumps(x) + "\n" for x in kept))
 
@@ -116,10 +125,3 @@ class UnreadLedger:
         f" read, more than config.data.max_skipped={self._max_share}; mend"
         f" them or raise it (all are in {self._path}):\n  {reasons}"
       )
-
-
-def _lines(path: pathlib.Path) -> Iterator[dict]:
-  """Lines of a ledger; one that a killed run left half-written is dropped."""
-  for line in path.read_text().splitlines():
-    with contextlib.suppress(json.JSONDecodeError):
-      yield json.loads(line)

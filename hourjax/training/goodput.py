@@ -11,10 +11,36 @@ import pathlib
 import time
 from collections.abc import Callable
 
+import pydantic
+
+from hourjax import schema
 from hourjax.training.ledger import Ledger, read_rows
 
 # Seconds since 1970 that never step backwards within a process.
 _OFFSET = time.time() - time.monotonic()
+
+
+class _Began(schema.Schema):
+  """The first line, which sums up earlier starts."""
+
+  began: float
+  at: float
+  lost: dict[str, float] = pydantic.Field(default_factory=dict)
+
+
+class _Step(schema.Schema):
+  step: int
+  at: float
+  kept: float
+
+
+class _Lost(schema.Schema):
+  lost: str
+  seconds: float
+  at: float
+
+
+_KINDS = {"began": _Began, "kept": _Step, "seconds": _Lost}
 
 
 def wall_clock() -> float:
@@ -59,7 +85,7 @@ class Goodput:
     """
     path = pathlib.Path(workdir) / "goodput.jsonl"
     began = clock() if began is None else began
-    rows = read_rows(path) if path.exists() else []
+    rows = read_rows(path, _KINDS) if path.exists() else []
     first = rows[0] if rows and "began" in rows[0] else {"began": began}
     taken = [row for row in rows if "kept" in row]
     kept = [row for row in taken if row["step"] <= start]

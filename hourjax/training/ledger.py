@@ -1,12 +1,15 @@
 """Files of JSON lines that a run appends to and that outlive its end."""
 
-import contextlib
 import json
 import math
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from hourjax import schema
+
+_MOST_BYTES = 2**30  # millions of lines
 
 
 class Ledger:
@@ -36,15 +39,33 @@ class Ledger:
     self._file.close()
 
 
-def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """Objects of a ledger; a line that a kill left half-written is skipped."""
+def read_rows(
+  path: str | os.PathLike, kinds: Mapping[str, type[schema.Schema]]
+) -> list[dict[str, Any]]:
+  """Objects of a ledger; a line that a kill left half-written is skipped.
+
+  Args:
+    path: of the file.
+    kinds: what an object with a key looks like, by the key; the first one that
+      it has counts. Objects with none of them are left out.
+
+  Raises:
+    UserError: missing or unreadable, or an object with values of other types.
+  """
+  remedy = "bring it back from a copy, or delete it"
+  content = schema.read_bytes(path, remedy=remedy, most=_MOST_BYTES)
   rows = []
-  with open(path) as file:
-    for line in file:
-      with contextlib.suppress(json.JSONDecodeError):
-        row = json.loads(line)
-        if isinstance(row, dict):
-          rows.append(row)
+  for number, line in enumerate(content.split(b"\n"), start=1):
+    try:
+      row = json.loads(line)
+    except (ValueError, RecursionError):
+      continue
+    if not isinstance(row, dict):
+      continue
+    for kind in [kinds[key] for key in kinds if key in row][:1]:
+      where = f"{path}, line {number}"
+      schema.validate(kind, row, where, remedy="delete the line")
+      rows.append(row)
   return rows
 
 

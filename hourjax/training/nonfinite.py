@@ -14,10 +14,17 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hourjax import schema
 from hourjax.errors import UserError
 from hourjax.training.ledger import Ledger, read_rows
 
 _SHOWN_ROWS, _SHOWN_RECORDS = 8, 4
+
+
+class _Step(schema.Schema):
+  """What is read back of a line."""
+
+  step: int
 
 
 class NonFinite:
@@ -46,7 +53,8 @@ class NonFinite:
     """
     self._path = pathlib.Path(workdir) / "nonfinite.jsonl"
     self._max, self._primary = max_in_a_row, primary
-    rows = read_rows(self._path) if self._path.exists() else []
+    there = self._path.exists()
+    rows = read_rows(self._path, {"step": _Step}) if there else []
     self._kept = [row for row in rows if row["step"] <= start]
     self._ledger: Ledger | None = None
     if primary and len(self._kept) < len(rows):

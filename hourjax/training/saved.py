@@ -15,13 +15,16 @@ import os
 import zlib
 from collections.abc import Mapping
 from importlib import metadata
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+import pydantic
 from etils import epath
 
+from hourjax import schema
+from hourjax.errors import UserError
 from hourjax.training.checksums import checksums, named_arrays
 from hourjax.training.quiet import quiet_orbax
 
@@ -49,6 +52,32 @@ def saved_steps(folder: epath.Path) -> list[int]:
     # No folder is renamed in a bucket; this file is written last.
     found = [p for p in found if (p / "commit_success.txt").exists()]
   return sorted(int(path.name) for path in found if path.is_dir())
+
+
+def _dtype(name: str) -> str:
+  try:
+    jnp.dtype(name)
+  except TypeError:
+    raise ValueError("no name of a dtype") from None
+  return name
+
+
+_Size = Annotated[int, pydantic.Field(ge=0)]
+_Dtype = Annotated[str, pydantic.AfterValidator(_dtype)]
+
+
+class _About(schema.Schema):
+  """What `describe` writes, as far as it is relied on."""
+
+  step: int = pydantic.Field(ge=0)
+  position: int = pydantic.Field(ge=0)
+  plan: str
+  config: dict[str, Any]
+  # JSON's lists are no tuples, hence not strict.
+  arrays: dict[
+    str, Annotated[tuple[list[_Size], _Dtype, int], pydantic.Strict(False)]
+  ]
+  crc: int
 
 
 def describe(
@@ -87,14 +116,15 @@ def read_about(folder: epath.Path, step: int) -> dict[str, Any]:
     Damaged: missing or changed.
   """
   path = folder / str(step) / "about" / "metadata"
+  remedy = "it was written otherwise"
   try:
-    about = json.loads(path.read_text())
-    crc = about.pop("crc")
+    about = schema.parse_json(path.read_bytes(), "about", remedy=remedy)
+    schema.validate(_About, about, "about", remedy=remedy)
   except FileNotFoundError:
     raise Damaged("about/metadata is missing") from None
-  except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-    raise Damaged(f"about/metadata cannot be read ({error!r})") from None
-  if crc != _crc(about):
+  except (OSError, UserError) as error:
+    raise Damaged(f"about/metadata cannot be read ({error})") from None
+  if about.pop("crc") != _crc(about):
     raise Damaged("about/metadata was changed after it was written")
   return about
 

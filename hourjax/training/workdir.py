@@ -7,6 +7,9 @@ import pathlib
 import uuid
 from typing import Any
 
+import pydantic
+
+from hourjax import schema
 from hourjax.data.plan import RowPlan
 from hourjax.data.records import Skipped
 from hourjax.errors import UserError
@@ -38,11 +41,18 @@ def epoch_rows(plan: RowPlan, workdir: pathlib.Path) -> dict[str, Any]:
   that goes on finds the number in its plan.json.
   """
   path, fingerprint = workdir / "plan.json", plan.fingerprint()
-  with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-    known = json.loads(path.read_text())
-    if known["plan"] == fingerprint:
-      return known
+  with contextlib.suppress(UserError):  # counted anew
+    known = schema.read_schema(_Counted, path, remedy="")
+    if known.plan == fingerprint:
+      return known.model_dump()
   return {"plan": fingerprint, "rows": plan.rows_in_epoch(0)}
+
+
+class _Counted(schema.Schema):
+  """plan.json."""
+
+  plan: str
+  rows: int = pydantic.Field(gt=0)
 
 
 def write_about(
