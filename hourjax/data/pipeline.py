@@ -6,6 +6,7 @@ memory.
 """
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -15,10 +16,11 @@ import grain
 from hourjax.batch import Batch
 from hourjax.data.dataset import Dataset, Unread
 from hourjax.data.plan import RowPlan
-from hourjax.data.rows import Row, RowSpec, empty_rows, row_of
+from hourjax.data.rows import Row, RowSpec, empty_rows, row_bytes, row_of
 from hourjax.errors import UserError
 
 _FAR = 2**40  # the plan has no end; Grain wants one
+BESIDE = 3  # batches being filled, copied and computed with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class ReadOptions:
   Attributes:
     threads: that fill rows.
     ahead: batches filled before they are asked for; a host holds at most
-      `ahead` + 3 batches of its rows.
+      `ahead` + BESIDE batches of its rows.
   """
 
   threads: int = 4
@@ -40,6 +42,29 @@ class ReadOptions:
         raise UserError(
           f"config.read.{name} is {getattr(self, name)}; it must be at least 1"
         )
+
+
+def check_memory(spec: RowSpec, rows: int, options: ReadOptions) -> None:
+  """Makes sure that this host's batches fit into its memory.
+
+  Args:
+    spec: of the rows.
+    rows: of a batch that this host fills.
+    options: how far to read ahead.
+
+  Raises:
+    UserError: they are larger than all memory that the machine has.
+  """
+  there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  each, batches_ = row_bytes(spec), options.ahead + BESIDE
+  if each * rows * batches_ > there:
+    raise UserError(
+      f"{rows} rows of {each / 2**20:,.1f} MiB (config.rows) a batch and"
+      f" {batches_} batches at a time (config.read.ahead + {BESIDE}) take"
+      f" {each * rows * batches_ / 2**30:,.0f} GiB of this host's"
+      f" {there / 2**30:,.0f} GiB of memory; lower config.batch_rows or"
+      " config.read.ahead, and raise config.accumulate"
+    )
 
 
 class Delivered(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Literal
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from hourjax.batch import IGNORE, Batch
 from hourjax.data.layout import Layout
@@ -162,6 +163,22 @@ def empty_rows(spec: RowSpec, rows: int, pixels=np.uint8) -> Batch:
 
   Aligned, so that the CPU backend takes the arrays as they are.
   """
+  arrays = _arrays(spec, pixels)
+  return Batch(*(_aligned((rows, *shape), dtype) for shape, dtype in arrays))
+
+
+def row_bytes(spec: RowSpec) -> int:
+  """Bytes of one row."""
+  return sum(
+    math.prod(shape) * np.dtype(dtype).itemsize
+    for shape, dtype in _arrays(spec, np.uint8)
+  )
+
+
+def _arrays(
+  spec: RowSpec, pixels
+) -> list[tuple[tuple[int, ...], npt.DTypeLike]]:
+  """Shape and dtype of each array of a row, in the order of `Batch`."""
   side = spec.image_size
   shapes = dict.fromkeys(Batch._fields, ((), np.int32))
   shapes |= {
@@ -171,13 +188,10 @@ def empty_rows(spec: RowSpec, rows: int, pixels=np.uint8) -> Batch:
     "blend_source": ((4,), np.int32),
     "blend_weight": ((4,), np.float32),
   }
-
-  def array(name):
-    shape, dtype = shapes[name]
-    length = getattr(spec.capacity, _LENGTH[name])
-    return _aligned((rows, length, *shape), dtype)
-
-  return Batch(*map(array, Batch._fields))
+  return [
+    ((getattr(spec.capacity, _LENGTH[name]), *shapes[name][0]), shapes[name][1])
+    for name in Batch._fields
+  ]
 
 
 def row_of(batch: Batch, number: int) -> Batch:

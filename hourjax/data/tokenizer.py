@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ class Tokenizer:
       UserError: folder, files or tokens are missing or damaged.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # also False for a name of no file
       raise UserError(
         f"tokenizer folder {folder} does not exist; point at the folder of a "
         "Qwen2 or Qwen2.5 model"

@@ -1,10 +1,12 @@
 """One experiment as frozen dataclasses, built once from a ConfigDict."""
 
 import dataclasses
+import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from hourjax import schema
 from hourjax.data.dataset import SampleOptions
 from hourjax.data.forgetting import Forgetting
 from hourjax.data.pipeline import ReadOptions
@@ -12,8 +14,62 @@ from hourjax.data.rows import RowSpec, Size
 from hourjax.errors import UserError
 from hourjax.models.config import ModelConfig
 from hourjax.parallel.mesh import MeshConfig
-from hourjax.training.optimizer import OptimizerConfig
+from hourjax.training.optimizer import COMPONENTS, OptimizerConfig
 from hourjax.training.watch import WatchConfig
+
+_MANY = 10**12  # steps that never come
+# Key -> the least and the greatest value that can be meant. What lies beyond is
+# a slip of the keyboard, and would end in memory or patience running out.
+LIMITS: dict[str, tuple[float, float]] = {
+  "batch_rows": (1, 2**16),
+  "accumulate": (1, 2**16),
+  "steps": (0, 10**9),
+  "epochs": (0, 10**5),
+  "seed": (0, 2**32 - 1),  # of more, JAX would drop bits
+  "max_length": (1, 2**24),
+  "log_every": (1, _MANY),
+  "checkpoint_every": (1, _MANY),
+  "keep_checkpoints": (1, 10**6),
+  "max_nonfinite": (1, _MANY),
+  **{f"rows.{name}": (0, 2**27) for name in Size.names()},
+  "read.threads": (1, 1024),
+  "read.ahead": (1, 1024),
+  **dict.fromkeys(("mesh.data", "mesh.fsdp"), (-1, 2**20)),
+  **dict.fromkeys(("mesh.seq", "mesh.tensor"), (1, 2**20)),
+  "mesh.slices": (0, 2**16),
+  "data.share_memory": (1, 2**16),
+  "data.max_skipped": (0, 1),
+  "forgetting.ratio": (1, 10**6),
+  "forgetting.max_frames": (1, 10**7),
+  **{f"optimizer.{name}": (0, 10) for name in COMPONENTS},
+  **dict.fromkeys(("optimizer.b1", "optimizer.b2"), (0, 1 - 1e-9)),
+  "optimizer.eps": (1e-30, 1),
+  "optimizer.weight_decay": (0, 100),
+  "optimizer.warmup": (0, 1),
+  "optimizer.clip": (0, 1e9),
+  "model.pool_side": (1, 1024),
+  "model.memaug_layers": (0, 1024),
+  "model.vision.image_size": (1, 2**14),
+  "model.vision.patch_size": (1, 2**14),
+  "model.decoder.vocab": (1, 2**22),
+  "model.decoder.kv_heads": (1, 2**10),
+  "model.decoder.rope_base": (1, 1e12),
+}
+for _part in ("vision", "decoder"):
+  LIMITS |= {
+    f"model.{_part}.width": (1, 2**16),
+    f"model.{_part}.layers": (1, 1024),
+    f"model.{_part}.heads": (1, 2**10),
+    f"model.{_part}.mlp": (1, 2**20),
+    f"model.{_part}.norm_eps": (1e-30, 1),
+  }
+# Numbers of the first one must be a multiple of the second.
+_MULTIPLES = (
+  ("model.vision.width", "model.vision.heads"),
+  ("model.decoder.width", "model.decoder.heads"),
+  ("model.decoder.heads", "model.decoder.kv_heads"),
+)
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,14 +215,85 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
   """A (nested) mapping, e.g. a ConfigDict, to an Experiment.
 
   Raises:
-    UserError: for unknown or missing keys, naming them.
+    UserError: for unknown or missing keys, values of another type, and numbers
+      that cannot be meant, naming them.
   """
-  return _build(Experiment, config, "config")
+  experiment = _build(Experiment, config, "config")
+  _check_values(experiment)
+  return experiment
+
+
+def _check_values(experiment: Experiment) -> None:
+  """Compares all numbers and names with what can be meant by them."""
+  values = dict(_flat(experiment))
+  for key, (low, high) in LIMITS.items():
+    if not low <= values[key] <= high:
+      raise UserError(
+        f"config.{key} is {schema.shorten(values[key])}; it must be at least"
+        f" {low} and at most {high}"
+      )
+  for key, other in _MULTIPLES:
+    if values[key] % values[other]:
+      raise UserError(
+        f"config.{key} is {values[key]} and config.{other} {values[other]};"
+        " the first must be a multiple of the second"
+      )
+  model = experiment.model
+  if model.decoder.head_dim % 2:
+    raise UserError(
+      f"config.model.decoder has heads of {model.decoder.head_dim} numbers,"
+      " which rotate in pairs; choose width and heads so that it is even"
+    )
+  if not 1 <= model.pool_side <= model.vision.side:
+    raise UserError(
+      f"config.model.pool_side is {model.pool_side} and an image has"
+      f" {model.vision.side} patches along a side (image_size / patch_size);"
+      " choose at most so many"
+    )
+  if model.dtype not in _DTYPES:
+    raise UserError(
+      f"config.model.dtype is {model.dtype!r}; choose {_either(_DTYPES)}"
+    )
+
+
+def _flat(of: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """(dotted key, value) of all fields of nested dataclasses."""
+  for field in dataclasses.fields(of):
+    value, key = getattr(of, field.name), prefix + field.name
+    if dataclasses.is_dataclass(value):
+      yield from _flat(value, f"{key}.")
+    else:
+      yield key, value
+
+
+def _typed(value: Any, kind: Any, where: str) -> Any:
+  """The value as a field's type; nothing but int to float is converted."""
+  options = typing.get_args(kind)  # of a Literal
+  if options and value not in options:
+    raise UserError(f"{where} is {value!r}; choose {_either(options)}")
+  kind = str if options else kind
+  if kind is float and type(value) is int:
+    value = float(value) if abs(value) < 2**1000 else math.inf
+  if type(value) is not kind or value != value:
+    names = {int: "an integer", float: "a number", bool: "True or False"}
+    raise UserError(
+      f"{where} is {schema.shorten(value)}; it must be"
+      f" {names.get(kind, 'text')}"
+    )
+  return value
+
+
+def _either(options: tuple[str, ...]) -> str:
+  return f"{', '.join(options[:-1])} or {options[-1]}"
 
 
 def _build(cls, values: Mapping[str, Any], where: str):
+  if not isinstance(values, Mapping):
+    raise UserError(
+      f"{where} is {schema.shorten(values)}; it must be a group of keys"
+    )
   fields = {field.name: field for field in dataclasses.fields(cls)}
-  unknown = sorted(set(values) - set(fields))
+  unknown = sorted(map(str, set(values) - set(fields)))
   if unknown:
     raise UserError(
       f"{where} has no key {', '.join(unknown)}; known are"
@@ -177,8 +304,9 @@ def _build(cls, values: Mapping[str, Any], where: str):
   for name, value in values.items():
     nested = types[name]
     if dataclasses.is_dataclass(nested):
-      value = _build(nested, value, f"{where}.{name}")
-    arguments[name] = value
+      arguments[name] = _build(nested, value, f"{where}.{name}")
+    else:
+      arguments[name] = _typed(value, nested, f"{where}.{name}")
   missing = sorted(
     name
     for name, field in fields.items()

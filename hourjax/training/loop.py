@@ -22,7 +22,7 @@ import time
 import jax
 
 from hourjax.data.dataset import Dataset
-from hourjax.data.pipeline import batches
+from hourjax.data.pipeline import batches, check_memory
 from hourjax.data.plan import RowPlan
 from hourjax.data.records import Skipped
 from hourjax.errors import UserError
@@ -76,6 +76,7 @@ def _train(experiment: Experiment, workdir: pathlib.Path, leave: Leave) -> None:
     rows = epoch_rows(plan, workdir)
     mesh = make_mesh(experiment.mesh)
     placing = Placing(mesh, experiment.row_spec, experiment.batch_rows)
+    check_memory(experiment.row_spec, len(placing.mine), experiment.read)
     steps = total_steps(experiment, rows["rows"])
     like, optimizer = abstract_state(experiment, mesh, steps)
   checkpoints = Checkpoints(

@@ -12,6 +12,8 @@ from hourjax.errors import UserError
 from hourjax.training.experiment import Experiment
 
 _SHOWN = 20
+MOST_WEIGHT = 10_000
+_MOST_SAMPLES = 2**28  # of an epoch, whose order is an array in memory
 
 
 def open_dataset(experiment: Experiment) -> Dataset:
@@ -79,8 +81,9 @@ def sample_weights(columns: Columns, weights: str) -> np.ndarray:
   A name that is both is written "stream:name" or "source:name".
 
   Raises:
-    UserError: not of this form, a name that does not occur or is both, or a
-      weight below zero.
+    UserError: not of this form, a name that does not occur or is both, a
+      weight below zero or above MOST_WEIGHT, or an epoch of more samples than
+      can be meant.
   """
   result = np.ones(len(columns))
   kinds = {
@@ -98,14 +101,20 @@ def sample_weights(columns: Columns, weights: str) -> np.ndarray:
     weight = _number(value)
     if len(found) != 1 or weight is None:
       raise UserError(
-        f"config.data.weights: {item!r} must be NAME=WEIGHT with a weight >= 0"
-        " and the name of one stream or source (stream:NAME or source:NAME if"
-        f" it is both); streams: {', '.join(columns.streams)}; sources:"
-        f" {', '.join(columns.sources)}"
+        f"config.data.weights: {item!r} must be NAME=WEIGHT with a weight from"
+        f" 0 to {MOST_WEIGHT} and the name of one stream or source"
+        " (stream:NAME or source:NAME if it is both); streams:"
+        f" {', '.join(columns.streams)}; sources: {', '.join(columns.sources)}"
       )
     ((kind, name),) = found
     names, column = kinds[kind]
     result[column == names.index(name)] *= weight
+  if (total := result.sum()) > _MOST_SAMPLES:
+    raise UserError(
+      f"config.data.weights={weights!r} makes an epoch of {total:.3g} samples"
+      f" of {len(columns)}, at most {_MOST_SAMPLES} are meant; lower them, or"
+      " set config.steps"
+    )
   return result
 
 
@@ -114,4 +123,4 @@ def _number(text: str) -> float | None:
     value = float(text)
   except ValueError:
     return None
-  return value if 0 <= value < np.inf else None
+  return value if 0 <= value <= MOST_WEIGHT else None

@@ -37,7 +37,7 @@ class Folder:
 
   def list(self, prefix: str) -> list[str]:
     """Keys right below the root that start with `prefix`, sorted."""
-    if not self.root.is_dir():
+    if not os.path.isdir(self.root):  # also False for a name of no file
       return []
     return sorted(
       entry.name
