@@ -44,7 +44,8 @@ def measure_torch(
       return rows + _WARM
 
     def __getitem__(self, k):
-      features = torch.load(paths[k % len(paths)]).reshape(-1, spec.width)
+      features = torch.load(paths[k % len(paths)], weights_only=True)
+      features = features.reshape(-1, spec.width)
       row = torch.zeros(spec.capacity.features, spec.width, dtype=kind)
       row[: len(features)] = features
       return row, features.numel() * 2

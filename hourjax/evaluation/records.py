@@ -15,12 +15,33 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import pydantic
+
+from hourjax import schema
 from hourjax.errors import UserError
 
 Row = dict[str, Any]
 # A new parser reads the old answers: nobody is asked again.
 _MAY_CHANGE = frozenset({"parser"})
 _RUN = "run.json"
+_MOST_BYTES = 2**30  # of one worker's records
+
+
+class _Answer(schema.Schema):
+  """What is read back of an answer's record."""
+
+  id: str
+  answer: str
+  finished: bool = True
+  seconds: float = pydantic.Field(0.0, ge=0)
+
+
+class _Missing(schema.Schema):
+  """What is read back of a question that could not be asked."""
+
+  id: str
+  reason: str
+  workers: int | None = None
 
 
 class Records:
@@ -92,28 +113,25 @@ class Records:
     Raises:
       UserError: there is none, or it cannot be read.
     """
-    path = self.folder / _RUN
+    path, remedy = self.folder / _RUN, "choose another --out"
     try:
-      about = json.loads(path.read_text())
-    except FileNotFoundError:
-      raise UserError(
-        f"{path} does not exist: {self.folder} is no folder of an evaluation;"
-        " correct it"
-      ) from None
-    except (OSError, ValueError) as error:
-      raise UserError(
-        f"{path} cannot be read ({error}); choose another --out"
-      ) from None
+      about = schema.read_json(path, remedy=remedy)
+    except UserError as error:
+      if error.kind == "missing":
+        raise UserError(
+          f"{path} does not exist: {self.folder} is no folder of an evaluation;"
+          " correct it"
+        ) from None
+      raise UserError(f"{path} cannot be read ({error})") from None
     if not isinstance(about, dict):
-      raise UserError(f"{path} is no JSON object; choose another --out")
+      raise UserError(f"{path} is no JSON object; {remedy}")
     return about
 
   def answered(self) -> dict[str, Row]:
     """Records of all workers by the question's id; the first one counts."""
     rows: dict[str, Row] = {}
-    for row in self._rows("answers-*.jsonl"):
-      if isinstance(row.get("id"), str) and isinstance(row.get("answer"), str):
-        rows.setdefault(row["id"], row)
+    for row in self._rows("answers-*.jsonl", _Answer):
+      rows.setdefault(row["id"], row)
     return rows
 
   def left_out(self) -> dict[str, Row]:
@@ -121,9 +139,8 @@ class Records:
     answered = self.answered()
     return {
       row["id"]: row
-      for row in self._rows("missing-*.jsonl")
-      if row.get("id") not in answered
-      and row.keys() >= {"id", "reason"}
+      for row in self._rows("missing-*.jsonl", _Missing)
+      if row["id"] not in answered
       and self._workers in (None, row.get("workers"))
     }
 
@@ -170,16 +187,21 @@ class Records:
         " or choose another --out"
       )
 
-  def _rows(self, pattern: str) -> Iterable[Row]:
-    """Objects of all workers; half a line, as a kill leaves it, is none."""
+  def _rows(self, pattern: str, kind: type[schema.Schema]) -> Iterable[Row]:
+    """Objects of all workers; half a line, as a kill leaves it, is none.
+
+    Nor is what is not of this kind: its question is asked again.
+    """
     for path in sorted(self.folder.glob(pattern)):
-      for line in path.read_bytes().split(b"\n"):
+      remedy = "bring it back from a copy, or choose another --out"
+      content = schema.read_bytes(path, remedy=remedy, most=_MOST_BYTES)
+      for line in content.split(b"\n"):
         try:
           row = json.loads(line)
-        except ValueError:
+          kind.model_validate(row)
+        except (ValueError, RecursionError):  # pydantic's among them
           continue
-        if isinstance(row, dict):
-          yield row
+        yield row
 
   def _mend(self) -> None:
     """Ends a line that a kill tore, so that the next one starts its own."""

@@ -10,7 +10,10 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import pydantic
+
 import hourjax
+from hourjax import schema
 from hourjax.errors import UserError
 from hourjax.evaluation import pages, plots
 from hourjax.evaluation.records import write_whole
@@ -161,19 +164,27 @@ def load(folder: str | os.PathLike) -> Report:
     UserError: there is none, or it is not one of this version.
   """
   path = pathlib.Path(folder) / _FILE
+  remedy = f"evaluate again with --out={folder}"
   try:
-    data = json.loads(path.read_text())
-    data["runs"], data["by_task"], data["versions"]
-  except FileNotFoundError:
-    raise UserError(
-      f"{path} does not exist; run `python -m hourjax.evaluate"
-      f" --out={folder}` or correct the folder"
-    ) from None
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise UserError(
-      f"{path} is no report ({error!r}); evaluate again with --out={folder}"
-    ) from None
+    data = schema.read_json(path, remedy=remedy)
+    schema.validate(_Stored, data, _FILE, remedy=remedy)
+  except UserError as error:
+    if error.kind == "missing":
+      raise UserError(
+        f"{path} does not exist; run `python -m hourjax.evaluate"
+        f" --out={folder}` or correct the folder"
+      ) from None
+    raise UserError(f"{path} is no report ({error})") from None
   return Report(data)
+
+
+class _Stored(schema.Schema):
+  """What report.json has at least."""
+
+  benchmark: str
+  runs: dict[str, dict[str, Any]] = pydantic.Field(min_length=1)
+  versions: dict[str, Any]
+  by_task: dict[str, Any]
 
 
 def _plain(found: Accuracy) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Plans for people to read: a page of one, a table of many."""
 
-import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from hourjax import schema
 from hourjax.errors import UserError
 from hourjax.parallel.chips import CHIPS, GIB
 from hourjax.planning.plan import Plan, as_data
@@ -213,11 +213,12 @@ def table(paths: Iterable[str]) -> str:
   ]
   for path in paths:
     try:
-      data = json.loads(pathlib.Path(path).read_text())
+      data = schema.read_json(path, remedy="give another")
       lines.append(_row(pathlib.Path(path).stem, data))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      reason = error if isinstance(error, UserError) else repr(error)
       raise UserError(
-        f"--table: {path} holds no plan ({error!r}); write it with --json"
+        f"--table: {path} holds no plan ({reason}); write it with --json"
       ) from None
   return "\n".join(lines)
 

@@ -6,8 +6,11 @@ import dataclasses
 import json
 import os
 import pathlib
+from typing import Annotated, Any
 
-from hourjax import progress
+import pydantic
+
+from hourjax import progress, schema
 from hourjax.data.demo import records, script, tokens, video
 from hourjax.data.demo.script import Script
 from hourjax.errors import UserError
@@ -131,15 +134,22 @@ def _read_summary(folder: pathlib.Path) -> dict:
   path = folder / "demo.json"
   if not path.exists():
     return {}
+  remedy = "delete the file or pick another --workdir"
   try:
-    summary = json.loads(path.read_text())
-    summary["options"], summary["complete"], summary["videos"]
-  except (ValueError, KeyError, TypeError) as error:
-    raise UserError(
-      f"{path} is no summary of demo data ({error!r}); delete the file or"
-      " pick another --workdir"
-    ) from error
+    summary = schema.read_json(path, remedy=remedy)
+    schema.validate(_Summary, summary, path.name, remedy=remedy)
+  except UserError as error:
+    raise UserError(f"{path} is no summary of demo data ({error})") from None
   return summary
+
+
+class _Summary(schema.Schema):
+  """What is read back of demo.json."""
+
+  options: dict[str, Any]
+  complete: bool
+  # Names in the folder of videos: those of other options are deleted.
+  videos: list[Annotated[str, pydantic.Field(pattern=r"^[\w-]+\.mp4$")]]
 
 
 def _all_there(folder: pathlib.Path, summary: dict) -> bool:

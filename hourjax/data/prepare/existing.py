@@ -5,6 +5,7 @@ import os
 import pathlib
 from typing import Any
 
+from hourjax import schema
 from hourjax.data.prepare.options import Options
 from hourjax.data.prepared import Prepared
 from hourjax.data.store.features import FeatureStore
@@ -12,6 +13,30 @@ from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 
 _SUMMARY = "summary.json"
+
+
+class _Count(schema.Schema):
+  conversations: int
+  questions: int
+  videos: int
+  hours: float
+  videos_of_unknown_duration: int
+
+
+class _Dropped(schema.Schema):
+  count: int
+  examples: list[str]
+
+
+class _Summary(schema.Schema):
+  """What is printed of a summary."""
+
+  kept: _Count
+  sources: dict[str, _Count]
+  streams: dict[str, _Count]
+  dropped: dict[str, _Dropped]
+  videos_without_features: _Dropped | None = None
+  repeated_ids: int
 
 
 def describe(
@@ -74,7 +99,10 @@ def find(
     ) from error
   keys = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
   if not keys:
-    return json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
+    remedy = "give --overwrite to prepare again"
+    summary = schema.read_json(folder / _SUMMARY, remedy=remedy)
+    schema.validate(_Summary, summary, _SUMMARY, remedy=remedy)
+    return summary
   if overwrite:
     return None
   lines = [f"\n  {k}: {found.get(k)!r} -> {wanted.get(k)!r}" for k in keys]
