@@ -12,7 +12,7 @@ Ends with 0; 2 on a mistake in options or questions, 130 on interrupt.
 
 import sys
 
-from absl import app, flags
+from absl import flags
 
 from hourjax import command
 from hourjax.inference.load import load
@@ -60,8 +60,7 @@ def remember() -> Memory:
 
 
 def main(argv: list[str]) -> None:
-  command.begin(argv[:1])
-  with command.user_errors(), leaving():
+  with leaving():
     sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _SEED.value)
     check_options(
       argv[1:],
@@ -86,5 +85,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("model")
-  app.run(main)
+  command.run(main, required=["model"], positional=True)

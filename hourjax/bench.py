@@ -17,7 +17,7 @@ sizes --model, --queries and --keys; on a TPU or GPU it takes the time too.
 import pathlib
 import tempfile
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from hourjax import command
@@ -30,7 +30,7 @@ from hourjax.training.experiment import build_experiment
 
 _DEFAULT, _SHAPE = Options(), kernels.Options()
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", "configs/hourllava.py:size=3b,stage=3", "Configuration file."
+  "config", None, "Configuration file; of 3B, stage 3, by default."
 )
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 _GIGABYTES = flags.DEFINE_float(
@@ -59,6 +59,8 @@ def data() -> dict:
     gigabytes=_GIGABYTES.value,
     rows=_ROWS.value,
   )
+  if _CONFIG.value is None:
+    raise UserError("--config is missing; see --help")
   experiment = build_experiment(_CONFIG.value.to_dict())
   with tempfile.TemporaryDirectory(dir=_SCRATCH.value) as folder:
     return measure_data(experiment, options, pathlib.Path(folder))
@@ -86,15 +88,14 @@ BENCHMARKS = {"data": data, "attention": attention, "ask": ask}
 
 
 def main(argv: list[str]) -> None:
-  command.begin(argv[:1])
-  with command.user_errors():
-    if len(argv) != 2 or argv[1] not in BENCHMARKS:
-      raise UserError(
-        f"bench {' '.join(argv[1:])!r}: give one of {', '.join(BENCHMARKS)}"
-      )
-    figures = BENCHMARKS[argv[1]]()
-  show(figures, _JSON.value)
+  if len(argv) != 2 or argv[1] not in BENCHMARKS:
+    raise UserError(
+      f"bench {' '.join(argv[1:])!r}: give one of {', '.join(BENCHMARKS)}"
+    )
+  show(BENCHMARKS[argv[1]](), _JSON.value)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.run(
+    main, positional=True, config="configs/hourllava.py:size=3b,stage=3"
+  )

@@ -1,32 +1,370 @@
-"""What every command shares: how it ends on a user's mistake."""
+"""How every command starts and ends: its options, and what goes wrong.
+
+A mistake of the user ends a command with status 2 and one message that begins
+with "error: ", whether it is found among the options, in a configuration, in a
+path or much later (`UserError`). Without space or a disk it is status 1,
+interrupted 130. Everything else is a mistake of ours and shows its traceback.
+"""
 
 import contextlib
+import difflib
+import errno
+import importlib.machinery
+import importlib.util
+import math
+import os
+import re
 import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
-from absl import logging
+from absl import app, flags, logging
+from ml_collections import ConfigDict
 
+from hourjax import jax_environment
 from hourjax.errors import UserError
+
+# Here, as commands import this file before those that import jax.
+jax_environment.prepare()
+
+_FLAGS = flags.FLAGS
+_HELP = ("--help", "-help", "-h")
+_SHOWN = 80  # characters of a value
+# What is wrong with a path itself.
+_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EACCES,
+         errno.EPERM, errno.EROFS, errno.ELOOP, errno.EINVAL, errno.EILSEQ,
+         errno.ENXIO)  # fmt: skip
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def run(
+  main: Callable[[list[str]], None],
+  *,
+  required: Sequence[str] = (),
+  positional: bool = False,
+  config: str = "",
+  resume: str = "",
+) -> None:
+  """Parses the options and calls `main` with what else is on the line.
+
+  Args:
+    main: takes the program's name and its positional arguments.
+    required: options that must be given.
+    positional: whether there may be arguments that are no options.
+    config: of --config, where it is not given and there is such a file.
+    resume: what to say of work that a full disk or an interrupt leaves behind.
+  """
+  logging.set_verbosity(logging.WARNING)  # of libraries
+  if any(argument in _HELP for argument in sys.argv[1:]):
+    app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
+  there = os.path.isfile(config.partition(":")[0])
+  if there and not _is_given("config", sys.argv):
+    # config_flags reads overrides in sys.argv, whatever it is told to parse.
+    sys.argv.insert(1, f"--config={config}")
+
+  def parse(argv: list[str]) -> list[str]:
+    rest = _parse(argv, required)
+    if len(rest) > 1 and not positional:
+      raise UserError(f"unknown argument {rest[1]!r}; options start with --")
+    return rest
+
+  with _ending(resume):
+    app.run(main, flags_parser=parse)
 
 
 @contextlib.contextmanager
-def user_errors():
-  """Prints a UserError's message alone and exits with status 2."""
+def _ending(resume: str) -> Iterator[None]:
   try:
     yield
   except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    fail(error)
+  except KeyboardInterrupt:
+    said = f"; {resume}" if resume else ""
+    print(f"interrupted{said}", file=sys.stderr)
+    sys.exit(128 + 2)
+  except BrokenPipeError:
+    # Whoever read our output has seen enough. Python would complain at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(128 + 13)
+  except OSError as error:
+    option = _option_of(error)
+    if option:
+      fail(f"{option}: {error.strerror}")
+    if resume or error.errno in _FULL:
+      said = f"; {resume}" if resume else ""
+      print(f"error: {shorten(str(error), 400)}{said}", file=sys.stderr)
+      sys.exit(1)
+    raise
 
 
-def begin(argv: list[str]) -> None:
-  """Quietens libraries' logs and refuses positional arguments.
+def fail(message: object) -> NoReturn:
+  """Ends the process on a mistake of the user."""
+  words = re.sub(r"\S{400,}", lambda word: shorten(word[0]), str(message))
+  print(f"error: {words}", file=sys.stderr)
+  sys.exit(2)
 
-  Those are typos of flags, which absl would ignore.
+
+def shorten(text: str, length: int = _SHOWN) -> str:
+  """The text, or its ends where it is too long to be read."""
+  if len(text) <= length:
+    return text
+  return f"{text[: length // 2]}...{text[-(length // 2) + 3 :]}"
+
+
+def _is_given(name: str, argv: Sequence[str]) -> bool:
+  return any(re.match(rf"--?{name}(=|$)", word) for word in argv[1:])
+
+
+def _parse(argv: list[str], required: Sequence[str]) -> list[str]:
+  """Positional arguments, the program's name first.
+
+  Raises:
+    UserError: an option that there is not, or with a value that it cannot
+      take.
   """
-  logging.set_verbosity(logging.WARNING)
-  if len(argv) > 1:
-    print(
-      f"error: unknown argument {argv[1]!r}; options start with --",
-      file=sys.stderr,
+  _check_words(argv)
+  if "config" in _FLAGS and _is_given("config", argv):
+    _check_config(argv)
+  try:
+    rest = _FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    raise UserError(_unknown(error.flagname, argv)) from None
+  except flags.Error as error:
+    raise UserError(_worded(str(error))) from None
+  missing = [name for name in required if _FLAGS[name].value is None]
+  if missing:
+    raise UserError(
+      f"{', '.join(f'--{name}' for name in missing)}"
+      f" {'is' if len(missing) == 1 else 'are'} missing; see --help"
     )
-    sys.exit(2)
+  _check_values()
+  return rest
+
+
+def _check_words(argv: Sequence[str]) -> None:
+  """Refuses what absl would take for something else."""
+  for word, following in zip(argv[1:], [*argv[2:], None]):
+    if word == "--":
+      return
+    try:
+      word.encode()
+    except UnicodeEncodeError:
+      if not word.startswith("-"):
+        continue  # a question, or refused as an argument
+      name, _, value = word.partition("=")
+      raise UserError(
+        f"{name}={shorten(repr(os.fsencode(value))[2:-1])} is not UTF-8; rename"
+        " the file, or link to it by another name"
+      ) from None
+    name = re.fullmatch(r"--?([A-Za-z_][\w.]*)", word)
+    if not name:
+      continue
+    # Of --config.KEY only the configuration knows whether it is true or false.
+    takes = name[1] in _FLAGS and not _FLAGS[name[1]].boolean
+    if takes and (following is None or following.startswith("--")):
+      raise UserError(f"{word} has no value; write {word}=VALUE")
+
+
+def _check_values() -> None:
+  """Refuses values that the type allows and nobody means."""
+  for name, value in _FLAGS.flag_values_dict().items():
+    own = not name.startswith("config.")
+    if own and isinstance(value, float) and not math.isfinite(value):
+      raise UserError(f"--{name}={value}: give a number")
+    # An empty shell variable.
+    empty = value == "" or (isinstance(value, list) and "" in value)
+    if empty and _FLAGS[name].present and _FLAGS[name].default is None:
+      raise UserError(f"--{name} is empty; give a value or leave it out")
+
+
+def _worded(text: str) -> str:
+  """absl's message, without what it says to programmers."""
+  text = re.sub(r"^[Ff]lag (?=--)", "", text)
+  text = re.sub(r"invalid literal for int\(\).*", "give a whole number", text)
+  text = re.sub(r"could not convert string to float.*", "give a number", text)
+  text = re.sub(r"\('Non-boolean argument.*", "give true or false", text)
+  text = re.sub(r"\s+", " ", text).strip()
+  missing = re.fullmatch(r"Missing value for flag (--?\S+)", text)
+  if missing:
+    return f"{missing[1]} has no value; write {missing[1]}=VALUE"
+  order = re.match(r"Found (\S+) in argv before a value for (\S+) was", text)
+  if order:
+    return f"{order[1]} stands before {order[2]}; give {order[2]} first"
+  head, separator, tail = text.partition(": ")
+  return f"{shorten(head)}{separator}{shorten(tail, 400)}"
+
+
+def _unknown(name: str, argv: Sequence[str]) -> str:
+  overrides = name.startswith("config.") and "config" in _FLAGS
+  if overrides and not _is_given("config", argv):
+    return f"--{shorten(name)} is given, but --config is missing"
+  main = sys.modules["__main__"]
+  known = [
+    flag.name
+    for flag in (
+      *_FLAGS.flags_by_module_dict().get(sys.argv[0], ()),
+      *_FLAGS.flags_by_module_dict().get(main.__name__, ()),
+    )
+  ]
+  return f"unknown option --{shorten(name)}; {_nearest(name, known)}"
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+  """A question for the name that was meant, or where to look for it."""
+  plain = name.replace("-", "_").lower()
+  if plain.startswith("no") and plain[2:] in known:
+    return f"--{plain[2:]} takes a value"
+  last = plain.rpartition(".")[2]
+  same = [key for key in known if key.rpartition(".")[2] == last]
+  near = same or difflib.get_close_matches(plain, known, n=1)
+  if not near:
+    near = [
+      key
+      for part in difflib.get_close_matches(
+        last, [key.rpartition(".")[2] for key in known], n=1
+      )
+      for key in known
+      if key.rpartition(".")[2] == part
+    ]
+  if near:
+    near = difflib.get_close_matches(plain, near, n=1, cutoff=0) or near
+    return f"did you mean --{near[0]}?"
+  return "see --help"
+
+
+def _check_config(argv: Sequence[str]) -> None:
+  """Refuses a configuration that cannot be read, and keys that it lacks.
+
+  config_flags would say so with a traceback, or later.
+  """
+  given = ""
+  for word, following in zip(argv[1:], [*argv[2:], ""]):
+    if re.match(r"--?config=", word):
+      given = word.partition("=")[2]
+    elif re.fullmatch(r"--?config", word):
+      given = following
+  leaves, groups = _keys(_load(given))
+  for word in argv[1:]:
+    found = re.match(r"--?(?:no)?(config\.[^=]*)", word)
+    key = found[1] if found else ""
+    if key in groups:
+      one = next(x for x in (*leaves, *groups) if x.startswith(f"{key}."))
+      raise UserError(
+        f"--{key} is a group of keys; set one of them, such as --{one}"
+      )
+    if key and key not in leaves:
+      near = _nearest(key, leaves)
+      raise UserError(f"the configuration has no key --{shorten(key)}; {near}")
+
+
+def _load(given: str) -> ConfigDict:
+  """What a configuration file returns for what stands behind the colon.
+
+  Raises:
+    UserError: there is no such file, or whatever else it raises.
+  """
+  path, colon, argument = given.partition(":")
+  if not path:
+    raise UserError("--config is empty; give a file, as in --config=FILE.py")
+  start = f"--config={shorten(given)}: "
+  if os.path.isdir(path):
+    raise UserError(f"{start}it is a folder; give a file in it")
+  if not os.path.exists(path):
+    some = [
+      os.path.join(os.path.dirname(path), name)
+      for name in _listed(os.path.dirname(path) or ".")
+    ]
+    near = difflib.get_close_matches(path, some, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"{start}there is no such file{hint}")
+  loader = importlib.machinery.SourceFileLoader("hourjax_checked_config", path)
+  spec = importlib.util.spec_from_loader(loader.name, loader)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    loader.exec_module(module)
+    config = module.get_config(*([argument] if colon else []))
+  except Exception as error:
+    raise UserError(start + _reason(error, path)) from None
+  if not isinstance(config, ConfigDict):
+    raise UserError(
+      f"{start}get_config() returns {type(config).__name__}; it must be a"
+      " ConfigDict"
+    )
+  return config
+
+
+def _listed(folder: str) -> list[str]:
+  try:
+    return os.listdir(folder)
+  except OSError:
+    return []
+
+
+def _keys(config: ConfigDict) -> tuple[list[str], list[str]]:
+  """Full names of the keys with values, and of the groups of keys."""
+  leaves, groups = [], []
+
+  def walk(values, prefix: str) -> None:
+    for key, value in values.items():
+      if isinstance(value, ConfigDict):
+        groups.append(f"{prefix}{key}")
+        walk(value, f"{prefix}{key}.")
+      else:
+        leaves.append(f"{prefix}{key}")
+
+  walk(config, "config.")
+  return leaves, groups
+
+
+def _reason(error: Exception, path: str) -> str:
+  """An error of a configuration file in one line, with its place there."""
+  text = " ".join(str(error).split())
+  if type(error) in (ValueError, UserError):
+    return text
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [
+    frame.lineno
+    for frame in frames
+    if os.path.abspath(frame.filename) == os.path.abspath(path)
+  ]
+  place = f" (line {lines[-1]})" if lines else ""
+  return f"{type(error).__name__}: {shorten(text, 400)}{place}"
+
+
+def _option_of(error: OSError) -> str:
+  """The option whose path an error is about, with its value; "" if none is."""
+  found = []
+  for path in (error.filename, error.filename2):
+    if not isinstance(path, str | bytes | os.PathLike):
+      continue
+    path = os.path.abspath(os.fsdecode(path))
+    for name, value in _paths():
+      own = os.path.abspath(value)
+      option = f"--{name}={shorten(value)}"
+      # Of a folder that is to be made, those above it are made first.
+      if own == path or own.startswith(f"{path.rstrip(os.sep)}{os.sep}"):
+        if error.errno in (*_PATH, errno.ENOENT, errno.EEXIST):
+          found.append((len(path), option))
+      elif path.startswith(f"{own}{os.sep}") and error.errno in _PATH:
+        found.append((len(own), f"{option}: {shorten(path)}"))
+  return max(found)[1] if found else ""
+
+
+def _paths() -> Iterator[tuple[str, str]]:
+  """Names and values of all options that may be paths."""
+  if not _FLAGS.is_parsed():
+    return
+  for name, value in _FLAGS.flag_values_dict().items():
+    if isinstance(value, ConfigDict):
+      leaves, _ = _keys(value)
+      for key in leaves:
+        found: Any = value
+        for part in key.split(".")[1:]:
+          found = found[part]
+        if isinstance(found, str) and found:
+          yield key, found
+      continue
+    for each in value if isinstance(value, list) else [value]:
+      if isinstance(each, str) and each:
+        yield name, each

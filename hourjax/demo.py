@@ -8,7 +8,7 @@ WORKDIR/data; a second run with the same options reuses what is there.
 
 import pathlib
 
-from absl import app, flags
+from absl import flags
 
 from hourjax import command
 from hourjax.data.demo import build
@@ -63,21 +63,18 @@ def table(summary: dict) -> str:
   return "\n".join([*lines, note])
 
 
-def main(argv: list[str]) -> None:
-  command.begin(argv)
+def main(_: list[str]) -> None:
   folder = pathlib.Path(_WORKDIR.value) / "data"
-  with command.user_errors():
-    options = build.Options(
-      seed=_SEED.value,
-      train_videos=_TRAIN_VIDEOS.value,
-      test_scale=_TEST_SCALE.value,
-      conversations=_CONVERSATIONS.value,
-    )
-    summary, reused = build.build(folder, options)
+  options = build.Options(
+    seed=_SEED.value,
+    train_videos=_TRAIN_VIDEOS.value,
+    test_scale=_TEST_SCALE.value,
+    conversations=_CONVERSATIONS.value,
+  )
+  summary, reused = build.build(folder, options)
   print(f"{'reused' if reused else 'wrote'} {folder}")
   print(table(summary))
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("workdir")
-  app.run(main)
+  command.run(main, required=["workdir"])

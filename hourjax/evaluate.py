@@ -14,7 +14,7 @@ mistake in the options, 1 if the disk is full, 130 on interrupt.
 
 import sys
 
-from absl import app, flags
+from absl import flags
 
 import hourjax
 from hourjax import command
@@ -49,16 +49,8 @@ _NAMES = flags.DEFINE_list(
 )
 
 
-def main(argv: list[str]) -> None:
-  command.begin(argv)
-  with command.user_errors():
-    try:
-      report = _evaluate()
-    except OSError as error:
-      sys.exit(f"error: {error}; what is answered so far counts, start again")
-    except KeyboardInterrupt:
-      print("interrupted; start again to go on", file=sys.stderr)
-      sys.exit(130)
+def main(_: list[str]) -> None:
+  report = _evaluate()
   if report is None:
     return
   if not _MODEL.value or hosts.is_primary():
@@ -94,5 +86,8 @@ def _evaluate():
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["benchmark", "data"])
-  app.run(main)
+  command.run(
+    main,
+    required=["benchmark", "data"],
+    resume="what is answered so far counts; start again to go on",
+  )

@@ -18,7 +18,7 @@ the store), 2 on a mistake in the options, 1 if it could not go on (full disk),
 import signal
 import sys
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from hourjax import command
@@ -49,22 +49,10 @@ _OPTIONS = flags.DEFINE_string(
 )
 
 
-def main(argv: list[str]) -> None:
-  command.begin(argv)
+def main(_: list[str]) -> None:
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-  with command.user_errors():
-    experiment = build_experiment(_CONFIG.value.to_dict())
-    try:
-      failed = _extract(experiment)
-    except OSError as error:
-      sys.exit(
-        f"error: {_OUT.value}: {error}; what is stored so far counts, make"
-        " room and start again"
-      )
-    except KeyboardInterrupt:
-      print("interrupted; start again to go on", file=sys.stderr)
-      sys.exit(130)
-  sys.exit(3 if failed else 0)
+  experiment = build_experiment(_CONFIG.value.to_dict())
+  sys.exit(3 if _extract(experiment) else 0)
 
 
 def _extract(experiment) -> list:
@@ -94,5 +82,9 @@ def _extract(experiment) -> list:
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config", "videos", "out"])
-  app.run(main)
+  command.run(
+    main,
+    required=["config", "videos", "out"],
+    resume="what is stored so far counts; make room where there is none, and"
+    " start again to go on",
+  )

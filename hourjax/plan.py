@@ -13,7 +13,7 @@ plans that were written with --json as one table.
 import json
 import sys
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from hourjax import command
@@ -65,18 +65,16 @@ def planned() -> list[plan.Plan]:
   return [plan.evaluate(experiment, topology, workload, compiled, _PRICE.value)]
 
 
-def main(argv: list[str]) -> None:
-  command.begin(argv)
-  with command.user_errors():
-    if _TABLE.value:
-      print(report.table(_TABLE.value))
-      return
-    plans = planned()
-    best = plans[0]
-    found = None if best.fits or not _FIX.value else fit.remedy(best, _say)
-    data = plan.as_data(best)
-    if found is not None:
-      data["remedy"] = list(found[0].flags)
+def main(_: list[str]) -> None:
+  if _TABLE.value:
+    print(report.table(_TABLE.value))
+    return
+  plans = planned()
+  best = plans[0]
+  found = None if best.fits or not _FIX.value else fit.remedy(best, _say)
+  data = plan.as_data(best)
+  if found is not None:
+    data["remedy"] = list(found[0].flags)
   if _JSON.value:
     print(json.dumps(data))
   else:
@@ -89,4 +87,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.run(main)

@@ -15,7 +15,7 @@ dropped and why, and four pictures. Options may be given several times. A
 dataset of the same files and options is reused.
 """
 
-from absl import app, flags
+from absl import flags
 
 from hourjax import command
 from hourjax.data.prepare import build, lists, questions, report
@@ -68,28 +68,25 @@ def _items() -> tuple[lists.Item, ...]:
   return tuple(items)
 
 
-def main(argv: list[str]) -> None:
-  command.begin(argv)
-  with command.user_errors():
-    options = Options(
-      items=_items(),
-      tokenizer=_TOKENIZER.value,
-      media=_MEDIA.value,
-      features=_FEATURES.value,
-      check_media=_CHECK_MEDIA.value,
-      columns=questions.parse_mapping(_COLUMNS.value),
-      seed=_SEED.value,
-    )
-    summary, reused = build.build(
-      _OUT.value,
-      options,
-      overwrite=_OVERWRITE.value,
-      workers=_WORKERS.value,
-    )
+def main(_: list[str]) -> None:
+  options = Options(
+    items=_items(),
+    tokenizer=_TOKENIZER.value,
+    media=_MEDIA.value,
+    features=_FEATURES.value,
+    check_media=_CHECK_MEDIA.value,
+    columns=questions.parse_mapping(_COLUMNS.value),
+    seed=_SEED.value,
+  )
+  summary, reused = build.build(
+    _OUT.value,
+    options,
+    overwrite=_OVERWRITE.value,
+    workers=_WORKERS.value,
+  )
   print(f"{'reused' if reused else 'wrote'} {_OUT.value}")
   print(report.table(summary))
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["out", "tokenizer"])
-  app.run(main)
+  command.run(main, required=["out", "tokenizer"])

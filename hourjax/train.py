@@ -15,7 +15,7 @@ import pathlib
 import signal
 import sys
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from hourjax import command
@@ -33,25 +33,22 @@ _PROFILE = flags.DEFINE_string(
 )
 
 
-def main(argv: list[str]) -> None:
-  command.begin(argv)
+def main(_: list[str]) -> None:
   config = _CONFIG.value.to_dict()
   if _PROFILE.value is not None:
     config["watch"]["profile_steps"] = _PROFILE.value
-  with command.user_errors():
-    if "://" in _WORKDIR.value:
-      raise UserError(
-        f"--workdir={_WORKDIR.value} is a URL; a run needs a folder: give one"
-        " that all hosts share, such as a mounted disk (see WORKSPACE.md)"
-      )
-    experiment = build_experiment(config)
-    hosts.start_hosts()
-    with hosts.leaving():
-      ended_by = train(experiment, pathlib.Path(_WORKDIR.value))
+  if "://" in _WORKDIR.value:
+    raise UserError(
+      f"--workdir={_WORKDIR.value} is a URL; a run needs a folder: give one"
+      " that all hosts share, such as a mounted disk (see WORKSPACE.md)"
+    )
+  experiment = build_experiment(config)
+  hosts.start_hosts()
+  with hosts.leaving():
+    ended_by = train(experiment, pathlib.Path(_WORKDIR.value))
   if ended_by == signal.SIGINT:
     sys.exit(128 + ended_by)
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  command.run(main, required=["config", "workdir"])

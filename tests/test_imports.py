@@ -14,6 +14,7 @@ ALLOWED = {
   "hourjax.data": (
     "hourjax.batch",
     "hourjax.errors",
+    "hourjax.processes",
     "hourjax.progress",
     "hourjax.schema",
     "hourjax.data",

@@ -5,11 +5,9 @@ exist. What is read has real bytes and real text, as much as fits in memory,
 and is still there from being written: the disk is not what is measured.
 """
 
-import concurrent.futures
 import dataclasses
 import importlib.util
 import itertools
-import multiprocessing
 import os
 import pathlib
 import time
@@ -19,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hourjax import processes
 from hourjax.benchmarks import synthetic
 from hourjax.benchmarks.memory import peak_mib
 from hourjax.benchmarks.torch_reader import measure_torch
@@ -262,7 +261,5 @@ def _named(values: np.ndarray) -> dict[str, float]:
 
 def _in_child(function, *arguments):
   """In a process of its own, so that its memory is its own."""
-  with concurrent.futures.ProcessPoolExecutor(
-    1, mp_context=multiprocessing.get_context("spawn")
-  ) as pool:
+  with processes.pool(1) as pool:
     return pool.submit(function, *arguments).result()

@@ -3,7 +3,8 @@
 An impossible topology ends the process in which it is compiled for, a program
 too large may take an hour, and the compiler reads its flags when it is
 loaded. So a module of ours is started with its task as JSON on standard input,
-and prints its answer as one line of JSON, the last one.
+and prints its answer as one line of JSON, the last one. It ends with the
+process that started it.
 """
 
 import contextlib
@@ -12,8 +13,9 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from typing import Any, NamedTuple
+
+from hourjax import processes
 
 REASON = 300  # characters of the compiler's reason that are shown
 _ENVIRONMENT = {
@@ -52,7 +54,7 @@ def ask_child(module: str, task: Any, *, limit: float, flags: str = ""):
   environment = os.environ | _ENVIRONMENT | {"LIBTPU_INIT_ARGS": flags}
   # A session of its own: what the child starts is stopped with it.
   child = subprocess.Popen(
-    [sys.executable, "-m", module],
+    processes.module_command(module),
     env=environment,
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,

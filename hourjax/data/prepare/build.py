@@ -4,12 +4,11 @@ import collections
 import concurrent.futures
 import contextlib
 import itertools
-import multiprocessing
 import os
 import pathlib
 from collections.abc import Iterator
 
-from hourjax import progress
+from hourjax import processes, progress
 from hourjax.data.prepare import existing, pictures
 from hourjax.data.prepare.convert import (
   Converter,
@@ -118,13 +117,7 @@ def _converted(
   if workers < 2:
     yield from map(convert, chunks)
     return
-  pool = concurrent.futures.ProcessPoolExecutor(
-    workers,
-    # A forked child of a process with threads may wait for a lock forever.
-    mp_context=multiprocessing.get_context("spawn"),
-    initializer=_start,
-    initargs=(convert,),
-  )
+  pool = processes.pool(workers, _start, (convert,))
   running: collections.deque[concurrent.futures.Future] = collections.deque()
   try:
     for chunk in chunks:
