@@ -64,10 +64,7 @@ def run(
     sys.argv.insert(1, f"--config={config}")
 
   def parse(argv: list[str]) -> list[str]:
-    rest = _parse(argv, required)
-    if len(rest) > 1 and not positional:
-      raise UserError(f"unknown argument {rest[1]!r}; options start with --")
-    return rest
+    return _parse(argv, required, positional)
 
   with _ending(resume):
     app.run(main, flags_parser=parse)
@@ -116,7 +113,9 @@ def _is_given(name: str, argv: Sequence[str]) -> bool:
   return any(re.match(rf"--?{name}(=|$)", word) for word in argv[1:])
 
 
-def _parse(argv: list[str], required: Sequence[str]) -> list[str]:
+def _parse(
+  argv: list[str], required: Sequence[str], positional: bool
+) -> list[str]:
   """Positional arguments, the program's name first.
 
   Raises:
@@ -132,6 +131,8 @@ def _parse(argv: list[str], required: Sequence[str]) -> list[str]:
     raise UserError(_unknown(error.flagname, argv)) from None
   except flags.Error as error:
     raise UserError(_worded(str(error))) from None
+  if len(rest) > 1 and not positional:
+    raise UserError(f"unknown argument {rest[1]!r}; options start with --")
   missing = [name for name in required if _FLAGS[name].value is None]
   if missing:
     raise UserError(
