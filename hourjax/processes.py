@@ -46,6 +46,8 @@ def pool(
 
 def _start(parent: int, initializer, initargs) -> None:
   end_with(parent)
+  # A terminal interrupts all of its processes; this one's parent sees to it.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
   if initializer is not None:
     initializer(*initargs)
 
