@@ -30,6 +30,9 @@ __version__ = "0.1.0"
 def __getattr__(name: str):
   # Only when asked for: numpy is enough for the data, and jax is slow to load.
   if name == "load":
+    from hourjax import jax_environment
+
+    jax_environment.prepare()
     from hourjax.inference.load import load
 
     return load

@@ -2,6 +2,8 @@ import os
 import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Nothing of ours is left in, or read from, the user's own cache.
+os.environ.setdefault("HOURJAX_COMPILATION_CACHE", "off")
 # A script starts what it leaves in the background without Ctrl-C, and the
 # processes that tests interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -5,6 +5,8 @@ setting. Elsewhere (CPUs, several processes on one machine) the environment
 says who is who, e.g. for the first of two:
 
     HOURJAX_COORDINATOR=localhost:9876 HOURJAX_PROCESSES=2 HOURJAX_PROCESS=0
+
+They wait HOURJAX_WAIT_SECONDS for one another, 300 if it is not set.
 """
 
 import contextlib
@@ -20,8 +22,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from hourjax.errors import UserError
+from hourjax.parallel import rendezvous
 
 _KEYS = ("HOURJAX_COORDINATOR", "HOURJAX_PROCESSES", "HOURJAX_PROCESS")
+_WAIT = "HOURJAX_WAIT_SECONDS"
 _MESSAGE_BYTES = 4096
 # Seconds after which the others notice that a process is gone.
 _SILENCE = 60
@@ -39,6 +43,23 @@ def start_hosts() -> None:
   settings = settings_of(os.environ)
   if settings is None:
     return
+  wait = _wait_seconds(os.environ)
+  by_hand = bool(settings)
+  settings = settings or _detected(wait)
+  if settings.get("num_processes", 1) > 1:
+    try:
+      rendezvous.meet(
+        settings["coordinator_address"],
+        settings["num_processes"],
+        settings["process_id"],
+        seconds=wait,
+      )
+    except UserError as error:
+      if by_hand:
+        raise
+      # Nobody's mistake: a machine was taken away or is late, and whoever
+      # looks after the run (launch/tpu_vm.py) shall start it again.
+      sys.exit(f"error: {error}")
   try:
     jax.distributed.initialize(heartbeat_timeout_seconds=_SILENCE, **settings)
   except (RuntimeError, ValueError) as error:
@@ -46,6 +67,39 @@ def start_hosts() -> None:
       f"the processes of this run did not find each other: {error}; start one"
       " on every host within five minutes"
     ) from None
+
+
+def _wait_seconds(environ: Mapping[str, str]) -> float:
+  given = environ.get(_WAIT) or "300"
+  try:
+    seconds = float(given)
+  except ValueError:
+    seconds = 0.0
+  if not 0 < seconds < 86_400:
+    raise UserError(f"{_WAIT}={given}: give seconds, up to a day")
+  return seconds
+
+
+def _detected(seconds: float) -> dict[str, Any]:
+  """Who is who on TPU VMs, as jax finds out; {} leaves it to jax."""
+  try:
+    from jax._src.clusters import ClusterEnv
+
+    address, processes, process, _ = (
+      ClusterEnv.auto_detect_unset_distributed_params(
+        None, None, None, None, None, int(seconds)
+      )
+    )
+  except Exception:
+    # It is no part of jax's interface; asked again, jax itself will say why.
+    return {}
+  if None in (address, processes, process):
+    return {}
+  return {
+    "coordinator_address": address,
+    "num_processes": processes,
+    "process_id": process,
+  }
 
 
 def settings_of(environ: Mapping[str, str]) -> dict[str, Any] | None:
@@ -73,8 +127,12 @@ def settings_of(environ: Mapping[str, str]) -> dict[str, Any] | None:
         f"HOURJAX_PROCESS={process} of HOURJAX_PROCESSES={processes}: must be"
         " numbers, the first from 0 to one less than the second"
       )
-    if not address.rpartition(":")[2].isdecimal():
-      raise UserError(f"HOURJAX_COORDINATOR={address} must be host:port")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
+      raise UserError(
+        f"HOURJAX_COORDINATOR={address} must be host:port, with a port from 1"
+        " to 65535"
+      )
     return {
       "coordinator_address": address,
       "num_processes": int(processes),
