@@ -13,6 +13,9 @@ The G heads of a group are programs of their own, not rows of one tile: either
 way T * H / tile programs read their keys once each, and G may be 7, while
 tiles are powers of two. They are launched side by side, to share keys in L2.
 
+What has more elements than an index of 32 bits has numbers for, such as 18
+hours of video for 7B, is computed in parts (`kernels.parts`).
+
 A program visits only the tiles between the first and the last whose segment
 ids can match its own: a row packed with short samples costs about the sum of
 its T_i x S_i.
@@ -28,6 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from hourjax.kernels import parts
 from hourjax.kernels.common import NO_PART
 
 
@@ -53,7 +57,7 @@ TILES = {
   **{(name, 4): Tile(32, 32, 8, 2) for name in ("forward", "dq", "dkv")},
 }
 _MAX_HEAD_DIM = 128  # what TILES leaves shared memory for
-_MAX_ELEMENTS = 2**31 - 1  # of one row of the batch: more was never tried
+_MAX_ELEMENTS = 2**31 - 1  # of one row of the batch and one call
 _LOG2_E = math.log2(math.e)  # the GPU has exp2, not exp
 
 
@@ -90,11 +94,16 @@ def forward(
   Raises:
     ValueError: for arguments that `_check` does not support.
   """
-  _check(q, k, v)
+  lengths = _check(q, k, v, causal)
+
+  def call(*inputs, out_dtype):
+    outputs = (("BTHC", out_dtype), ("BHT", jnp.float32))
+    out, lse = _run("forward", inputs, outputs, causal, interpret)
+    return out, jnp.swapaxes(lse, 1, 2)
+
   inputs = (q, k, v, query_segment, key_segment)
-  outputs = (("BTHC", out_dtype or q.dtype), ("BHT", jnp.float32))
-  out, lse = _run("forward", inputs, outputs, causal, interpret)
-  return out, jnp.swapaxes(lse, 1, 2)
+  out_dtype = out_dtype or q.dtype
+  return parts.forward(call, *inputs, **lengths, out_dtype=out_dtype)
 
 
 def backward(
@@ -126,16 +135,22 @@ def backward(
   Returns:
     dq in float32, dk and dv in the dtype of k.
   """
-  _check(q, k, v)
-  stats = (jnp.swapaxes(x, 1, 2) for x in (lse * _LOG2_E, delta))
-  inputs = (q, k, v, query_segment, key_segment, d_out.astype(q.dtype), *stats)
-  (dq,) = _run("dq", inputs, [("BTHC", jnp.float32)], causal, interpret)
-  dk, dv = _run("dkv", inputs, [("BSKC", k.dtype)] * 2, causal, interpret)
-  return dq, dk, dv
+  lengths = _check(q, k, v, causal)
+
+  def call(q, k, v, *others, grad_dtype):
+    *segments, lse, delta, d_out = others
+    stats = (jnp.swapaxes(x, 1, 2) for x in (lse * _LOG2_E, delta))
+    inputs = (q, k, v, *segments, d_out.astype(q.dtype), *stats)
+    (dq,) = _run("dq", inputs, [("BTHC", jnp.float32)], causal, interpret)
+    dk, dv = _run("dkv", inputs, [("BSKC", grad_dtype)] * 2, causal, interpret)
+    return dq, dk, dv
+
+  inputs = (q, k, v, query_segment, key_segment, lse, delta, d_out)
+  return parts.backward(call, *inputs, **lengths)
 
 
-def _check(q, k, v):
-  """Refuses what the kernels do not support."""
+def _check(q, k, v, causal):
+  """Refuses what the kernels do not support; queries and keys of a part."""
   dtypes = q.dtype, k.dtype, v.dtype
   if len(set(dtypes)) > 1 or q.dtype not in (jnp.bfloat16, jnp.float32):
     raise ValueError(
@@ -147,13 +162,25 @@ def _check(q, k, v):
       f"head dim {q.shape[3]} > {_MAX_HEAD_DIM}, for which the tiles fit"
       " shared memory; add smaller ones to TILES"
     )
-  for name, x in (("T * H * C", q), ("S * K * C", k)):
-    elements = math.prod(x.shape[1:])
-    if elements > _MAX_ELEMENTS:
+  lengths = {}
+  tiles = [TILES[name, q.dtype.itemsize] for name in _KERNELS]
+  for name, x, step in (
+    ("queries", q, max(tile.query for tile in tiles)),
+    ("keys", k, max(tile.key for tile in tiles)),
+  ):
+    each = x.shape[2] * _padded_dim(x.shape[3])
+    most = _MAX_ELEMENTS // (each * step) * step
+    if causal and x.shape[1] > most:
       raise ValueError(
-        f"{name} = {elements} elements > {_MAX_ELEMENTS}; shard them over"
-        " more devices"
+        f"causal attention takes at most {most} {name} of {x.shape[2]} heads,"
+        f" got {x.shape[1]}; shard them over more devices"
       )
+    lengths[name] = parts.even(x.shape[1], most, step)
+  return lengths
+
+
+def _padded_dim(dim):
+  return max(16, pl.next_power_of_2(dim))  # 16: Triton's least dot
 
 
 # Masked scores are -inf less something finite: their weights are exactly 0.
@@ -267,7 +294,7 @@ def _run(name, inputs, outputs, causal, interpret):
   grid_sizes = sizes | {
     "T": pl.cdiv(q.shape[1], tile.query) * tile.query,
     "S": pl.cdiv(k.shape[1], tile.key) * tile.key,
-    "C": max(16, pl.next_power_of_2(q.shape[3])),  # 16: Triton's least dot
+    "C": _padded_dim(q.shape[3]),
   }
 
   def pad(axes, x):

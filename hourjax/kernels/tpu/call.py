@@ -1,4 +1,19 @@
-"""The two kernels as functions of whole arrays: what fits, how it is cut."""
+"""The two kernels as functions of whole arrays: what fits, how it is cut.
+
+A kernel's list of visits lies in scalar memory, and tiles have numbers of so
+many bits. A call with more of them is made in parts (`kernels.parts`):
+
+  kernel    what is cut  why                            what it costs
+  forward   queries      the list is too long           nothing
+            keys         one tile of queries has too    merged by log-sum-exp
+                         many
+  backward  queries      VMEM does not hold all dq      dk, dv summed: float32
+            keys         the list is too long, or such  dq summed: float32
+                         sums are
+
+An hour is one call, and no length is refused. Of the rows of a batch as many
+are taken at once as there is scalar memory for.
+"""
 
 import functools
 from collections.abc import Callable
@@ -6,10 +21,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from hourjax.kernels.common import NO_KEYS
+from hourjax.kernels import parts
 from hourjax.kernels.tpu import backward as sweep
-from hourjax.kernels.tpu import folding, visits
 from hourjax.kernels.tpu import forward as attend
+from hourjax.kernels.tpu import visits
 from hourjax.kernels.tpu.tiles import (
   MIB,
   SMEM,
@@ -21,6 +36,9 @@ from hourjax.kernels.tpu.tiles import (
 )
 
 _DTYPES = (jnp.bfloat16, jnp.float32)
+# Bytes of float32 dk and dv that are summed over parts of the queries. So many
+# keys are a tenth of a second's work, in which what a part costs is lost.
+SUMS = 256 * MIB
 
 
 def forward(
@@ -34,20 +52,19 @@ def forward(
   chip: Chip | None = None,
   interpret=False,
 ) -> tuple[jax.Array, jax.Array]:
-  """`forward.forward` with the tiles of the chip at hand.
+  """`forward.forward` with the tiles of the chip at hand, in parts if need be.
 
   Raises:
     ValueError: for what the kernels cannot do; see `check`.
   """
   chip = chip or this_chip(q.dtype)
-  shape = _cut(chip.forward, q, k)
+  shape = split_forward(chip, q, k)
   check(q, k, v, shape, forward_vmem(shape, q.dtype.itemsize), chip)
   call = functools.partial(
-    attend.forward,
-    shape=shape,
-    vmem=chip.vmem,
-    out_dtype=out_dtype,
-    interpret=interpret,
+    attend.forward, shape=shape, vmem=chip.vmem, interpret=interpret
+  )
+  call = functools.partial(
+    parts.forward, call, **_lengths(shape), out_dtype=out_dtype
   )
   return _by_rows(call, shape, q, k, v, query_segment, key_segment)
 
@@ -65,40 +82,20 @@ def backward(
   chip: Chip | None = None,
   interpret=False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """`backward.backward`, a part of the queries at a time if dq is too large.
+  """`backward.backward` with the tiles of the chip at hand, likewise.
 
   Raises:
     ValueError: for what the kernels cannot do; see `check`.
   """
   chip = chip or this_chip(q.dtype)
-  parts, shape = split(chip, q, k)
+  shape = split_backward(chip, q, k)
   check(q, k, v, shape, backward_vmem(shape, q.dtype.itemsize), chip)
   call = functools.partial(
-    sweep.backward,
-    shape=shape,
-    vmem=chip.vmem,
-    grad_dtype=k.dtype if parts == 1 else jnp.float32,
-    interpret=interpret,
+    sweep.backward, shape=shape, vmem=chip.vmem, interpret=interpret
   )
-  length = shape.query_tiles * shape.queries
-  of_queries = [
-    jnp.split(folding.pad(x, 1, parts * length, fill), parts, axis=1)
-    for x, fill in (
-      (q, 0),
-      (query_segment, 0),
-      (lse, NO_KEYS),
-      (delta, 0),
-      (d_out, 0),
-    )
-  ]
-  dqs, dk, dv = [], 0, 0
-  for q_, segment, lse_, delta_, d_out_ in zip(*of_queries):
-    dq, more_dk, more_dv = _by_rows(
-      call, shape, q_, k, v, segment, key_segment, lse_, delta_, d_out_
-    )
-    dqs, dk, dv = [*dqs, dq], dk + more_dk, dv + more_dv
-  dq = jnp.concatenate(dqs, axis=1)[:, : q.shape[1]]
-  return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+  call = functools.partial(parts.backward, call, **_lengths(shape))
+  operands = q, k, v, query_segment, key_segment, lse, delta, d_out
+  return _by_rows(call, shape, *operands)
 
 
 def check(
@@ -112,9 +109,8 @@ def check(
   """Refuses, by name, what the kernels do not do.
 
   Raises:
-    ValueError: for dtypes other than bfloat16 and float32 or that differ,
-      tiles that VMEM does not hold, more tiles than a visit can name, and
-      more visits of one row than scalar memory holds.
+    ValueError: for dtypes other than bfloat16 and float32 or that differ, and
+      tiles that VMEM does not hold. Neither depends on how long anything is.
   """
   check_dtypes(q, k, v)
   if vmem > chip.vmem:
@@ -123,21 +119,6 @@ def check(
       f" {shape.rows} score rows and {shape.keys} keys of head dim"
       f" {shape.dim} in {q.dtype}; {chip.vmem / MIB:.0f} MiB are there; take"
       " smaller tiles in kernels/tpu/tiles.py"
-    )
-  for name, tiles, each in (
-    ("queries", shape.query_tiles, shape.queries),
-    ("keys", shape.key_tiles, shape.keys),
-  ):
-    if tiles > visits.MOST_TILES:
-      raise ValueError(
-        f"attention on TPU takes at most {visits.MOST_TILES} tiles of {each}"
-        f" {name} in a row, got {tiles}; shard them over more devices"
-      )
-  if row_scalars(shape) > SMEM:
-    raise ValueError(
-      f"a row of {shape.query_tiles} x {shape.key_tiles} tiles needs"
-      f" {row_scalars(shape)} bytes of scalar memory for its visits, more than"
-      f" {SMEM}; shard the memory over more devices"
     )
 
 
@@ -176,15 +157,71 @@ def backward_vmem(shape: Shape, size: int) -> int:
   )
 
 
+def split_forward(chip: Chip, q: jax.Array, k: jax.Array) -> Shape:
+  """The cut of one part of the forward pass."""
+  whole = _cut(chip.forward, q, k)
+  shape = _split_keys(whole._replace(query_tiles=1), _listed)
+  shape = shape._replace(query_tiles=whole.query_tiles)
+  return _part(shape, "query_tiles", _fewest(shape, "query_tiles", _listed))
+
+
+def split_backward(chip: Chip, q: jax.Array, k: jax.Array) -> Shape:
+  """The cut of one part of the backward pass."""
+  parts, shape = split(chip, q, k)
+  each = 8 * k.shape[2] * shape.dim * shape.keys  # float32 dk and dv of a tile
+
+  def fits(shape):
+    return _listed(shape) and (parts == 1 or each * shape.key_tiles <= SUMS)
+
+  return _split_keys(shape, fits)
+
+
 def split(chip: Chip, q: jax.Array, k: jax.Array) -> tuple[int, Shape]:
   """Parts of the queries whose dq fits in VMEM, and the cut of one part."""
   whole = _cut(chip.backward, q, k)
-  for parts in range(1, whole.query_tiles + 1):
-    shape = whole._replace(query_tiles=-(-whole.query_tiles // parts))
-    fits = backward_vmem(shape, q.dtype.itemsize) <= chip.vmem
-    if fits and row_scalars(shape) <= SMEM:
-      break
-  return parts, shape
+
+  def fits(shape):
+    vmem = backward_vmem(shape, q.dtype.itemsize)
+    return vmem <= chip.vmem and _listed(shape._replace(key_tiles=1))
+
+  parts = _fewest(whole, "query_tiles", fits)
+  return parts, _part(whole, "query_tiles", parts)
+
+
+def _split_keys(shape: Shape, fits: Callable[[Shape], bool]) -> Shape:
+  """With the key tiles of one part.
+
+  Up to twice as many parts as need be are taken if they are of one length:
+  else all keys would be copied to pad the last part.
+  """
+  fewest = _fewest(shape, "key_tiles", fits)
+  even = (n for n in range(fewest, 2 * fewest) if shape.key_tiles % n == 0)
+  return _part(shape, "key_tiles", next(even, fewest))
+
+
+def _fewest(whole: Shape, name: str, fits: Callable[[Shape], bool]) -> int:
+  """Of how many parts each fits; one tile a part if none does."""
+  tiles = getattr(whole, name)
+  enough = (n for n in range(1, tiles) if fits(_part(whole, name, n)))
+  return next(enough, tiles)
+
+
+def _part(whole: Shape, name: str, parts: int) -> Shape:
+  return whole._replace(**{name: -(-getattr(whole, name) // parts)})
+
+
+def _lengths(shape: Shape) -> dict[str, int]:
+  """Queries and keys of a part."""
+  return {
+    "queries": shape.query_tiles * shape.queries,
+    "keys": shape.key_tiles * shape.keys,
+  }
+
+
+def _listed(shape: Shape) -> bool:
+  """Can visits name its tiles, and does scalar memory hold them all?"""
+  tiles = max(shape.query_tiles, shape.key_tiles)
+  return tiles <= visits.MOST_TILES and row_scalars(shape) <= SMEM
 
 
 def row_scalars(shape: Shape) -> int:
@@ -207,7 +244,7 @@ def _cut(tiles: Tiles, q: jax.Array, k: jax.Array) -> Shape:
 def _by_rows(call: Callable, shape: Shape, *operands: jax.Array):
   """`call` on as many rows at once as scalar memory has visits for."""
   rows = operands[0].shape[0]
-  most = SMEM // row_scalars(shape)
+  most = max(1, SMEM // row_scalars(shape))
   if rows <= most:
     return call(*operands)
   at_once = max(n for n in range(1, most + 1) if rows % n == 0)
