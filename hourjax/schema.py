@@ -93,15 +93,19 @@ def _start(path: str | os.PathLike, count: int, remedy: str) -> bytes:
   except (OSError, ValueError) as error:  # ValueError: a NUL in the name
     reason = getattr(error, "strerror", None) or error
     raise UserError(f"cannot read {path}: {reason}; {remedy}") from None
-  refuse_pointer(content, path)
+  check_pointer(path, content)
   return content
 
 
-def refuse_pointer(content: bytes, where: str | os.PathLike) -> None:
-  """Refuses a Git-LFS pointer, given the first bytes of a file."""
+def check_pointer(path: str | os.PathLike, content: bytes) -> None:
+  """Refuses what Git-LFS leaves in a file's place, given how it begins.
+
+  Raises:
+    UserError: it is such a pointer.
+  """
   if content.startswith(_LFS):
     raise UserError(
-      f"{where} is a Git-LFS pointer, not the file itself; fetch it with"
+      f"{path} is a Git-LFS pointer, not the file itself; fetch it with"
       " `git lfs pull`, or download it again"
     )
 

@@ -23,7 +23,8 @@ from hourjax.data.conversations import IMAGE, Conversation
 from hourjax.data.layout import build_layout
 from hourjax.models.config import ModelConfig
 from hourjax.models.params import param_shapes
-from hourjax.weights.checkpoint import load_params, read_config
+from hourjax.weights.checkpoint import load_params
+from hourjax.weights.config import read_config
 from tests import golden_files
 
 _RECIPE = re.compile(

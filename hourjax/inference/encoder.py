@@ -1,5 +1,6 @@
 """The vision tower alone, compiled for one batch over all devices."""
 
+import functools
 import hashlib
 from collections.abc import Mapping
 
@@ -9,11 +10,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
 from hourjax.models.config import ModelConfig
-from hourjax.models.params import with_params
+from hourjax.models.params import as_bits, narrow_dtype, with_params
 from hourjax.models.siglip import pool_frames
 
 TOWER = "vision/"
 _FRAMES_PER_DEVICE = 32
+_CPU_FLOPS = 10**12  # of a batch on a CPU, which has about 10^11 a second
 
 
 class Encoder:
@@ -26,7 +28,6 @@ class Encoder:
     batch: pictures in a batch, a multiple of the number of devices.
     image_size: side of a picture in pixels.
     shape: (Q, V) of a picture's features.
-    fingerprint: of the parameters, 16 hex digits.
   """
 
   def __init__(
@@ -42,21 +43,26 @@ class Encoder:
       params: by path; those of the tower are taken.
       config: of the model.
       batch_frames: pictures in a batch, rounded up to the devices; 32 a
-        device if not given.
+        device if not given, of a large tower on a CPU fewer.
     """
     devices = jax.local_devices()
-    wanted = batch_frames or _FRAMES_PER_DEVICE * len(devices)
+    wanted = batch_frames or _frames_at_once(config) * len(devices)
     self.batch = -(-wanted // len(devices)) * len(devices)
     self.image_size = config.vision.image_size
     self.shape = (config.pool_side**2, config.vision.width)
     params = {p: v for p, v in params.items() if p.startswith(TOWER)}
-    self.fingerprint = _fingerprint(params)
+    self._source = params
     mesh = jax.make_mesh(
       (len(devices),), ("data",), (AxisType.Auto,), devices=devices
     )
     whole = NamedSharding(mesh, PartitionSpec())
     self._dealt = NamedSharding(mesh, PartitionSpec("data"))
-    self._params = jax.device_put(params, whole)
+    # What products use is kept cast, as they would cast it at every use.
+    placed = {
+      path: jax.device_put(_cast(value, narrow_dtype(path, config)), whole)
+      for path, value in params.items()
+    }
+    self._params = as_bits(placed, config)
 
     def encode(params, pixels):
       model = with_params(config, params, below=TOWER)
@@ -78,6 +84,28 @@ class Encoder:
       pixels: not to be changed afterwards, they may be read late.
     """
     return self._encode(self._params, jax.device_put(pixels, self._dealt))
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Of the parameters as they were given, 16 hex digits."""
+    params, self._source = self._source, {}
+    return _fingerprint(params)
+
+
+def _cast(value, dtype):
+  if isinstance(value, jax.Array) and value.dtype == dtype:
+    return value
+  return np.asarray(value).astype(dtype, copy=False)
+
+
+def _frames_at_once(config: ModelConfig) -> int:
+  """On a CPU as many as take it some seconds, so that progress can be told."""
+  if jax.default_backend() != "cpu":
+    return _FRAMES_PER_DEVICE
+  vision = config.vision
+  layer = 4 * vision.width**2 + 2 * vision.width * vision.mlp
+  flops = 2 * vision.layers * layer * vision.side**2
+  return int(min(max(_CPU_FLOPS // flops, 1), _FRAMES_PER_DEVICE))
 
 
 def _fingerprint(params: Mapping[str, Array | np.ndarray]) -> str:

@@ -25,7 +25,12 @@ from hourjax.inference import steps
 from hourjax.inference.sampling import Draw
 from hourjax.models.attention import KeysValues
 from hourjax.models.config import ModelConfig
-from hourjax.models.params import param_axes, param_shapes
+from hourjax.models.params import (
+  as_bits,
+  narrow_dtype,
+  param_axes,
+  param_shapes,
+)
 from hourjax.parallel.rules import param_shardings
 from hourjax.training.placing import Placing
 
@@ -59,7 +64,8 @@ class Engine:
 
   Attributes:
     config: of the model.
-    params: by path; what products use is in the compute dtype.
+    params: by path; what products use is in the compute dtype. The CPU is
+      given the same memory as bits (`models.params.as_bits`).
     mesh: memory is split over `seq` and heads over `tensor`.
   """
 
@@ -74,27 +80,14 @@ class Engine:
     Raises:
       UserError: a mesh with `data` or `fsdp`, or one that divides no sizes.
     """
-    heads, tensor = config.decoder.kv_heads, mesh.shape["tensor"]
-    if heads % tensor:
-      raise UserError(
-        f"the model's {heads} KV heads cannot be split over tensor = {tensor}"
-        " devices; choose a divisor, and split memory over seq"
-      )
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows != 1:
-      raise UserError(
-        f"answers are split over seq and tensor, and the mesh has data x fsdp ="
-        f" {rows}; set these to 1, and start a process for each share of the"
-        " questions"
-      )
+    check_mesh(mesh, config)
     self.config, self.mesh = config, mesh
     shardings = param_shardings(mesh, param_shapes(config), param_axes(config))
     self.params = {
-      path: jax.device_put(
-        np.asarray(value).astype(narrow_dtype(path, config)), shardings[path]
-      )
+      path: _put(value, narrow_dtype(path, config), shardings[path])
       for path, value in params.items()
     }
+    self._given = as_bits(self.params, config)
 
   def remember(
     self,
@@ -128,7 +121,7 @@ class Engine:
     batch = stack_rows([build_row([sample], spec)])
     with jax.set_mesh(self.mesh):
       arrays = steps.remember(
-        self.params, self._placed(batch, spec), config=self.config
+        self._given, self._placed(batch, spec), config=self.config
       )
     numbers = np.arange(size.memory, dtype=np.int32)
     padding = np.full(spec.capacity.memory - size.memory, -1, np.int32)
@@ -179,14 +172,14 @@ class Engine:
       augmented, shares = None, None
       if known.arrays is not None:
         augmented, shares = steps.recall(
-          self.params,
+          self._given,
           known.arrays,
           placed,
           None if watched is None else self._watched(watched, spec),
           config=self.config,
         )
       cache = steps.prefill(
-        self.params,
+        self._given,
         augmented,
         placed,
         jnp.asarray(start),
@@ -217,7 +210,7 @@ class Engine:
     """Up to so many tokens more; see `steps.write`."""
     with jax.set_mesh(self.mesh):
       return steps.write(
-        self.params,
+        self._given,
         writing,
         how,
         jnp.asarray(stop, jnp.int32),
@@ -242,7 +235,7 @@ class Engine:
     padded[0, : len(tokens)] = tokens
     with jax.set_mesh(self.mesh):
       return steps.extend(
-        self.params,
+        self._given,
         writing,
         jnp.asarray(padded),
         jnp.asarray([len(tokens)], jnp.int32),
@@ -271,6 +264,27 @@ class Engine:
     padded = np.full((1, rounded(len(queries))), -1, np.int32)
     padded[0, : len(queries)] = places
     return jnp.asarray(padded)
+
+
+def check_mesh(mesh: Mesh, config: ModelConfig) -> None:
+  """Refuses a mesh that an engine cannot use.
+
+  Raises:
+    UserError: it has `data` or `fsdp`, or divides no sizes.
+  """
+  heads, tensor = config.decoder.kv_heads, mesh.shape["tensor"]
+  if heads % tensor:
+    raise UserError(
+      f"the model's {heads} KV heads cannot be split over tensor = {tensor}"
+      " devices; choose a divisor, and split memory over seq"
+    )
+  rows = mesh.shape["data"] * mesh.shape["fsdp"]
+  if rows != 1:
+    raise UserError(
+      f"answers are split over seq and tensor, and the mesh has data x fsdp ="
+      f" {rows}; set these to 1, and start a process for each share of the"
+      " questions"
+    )
 
 
 def row_spec(config: ModelConfig, capacity: Size) -> RowSpec:
@@ -323,10 +337,11 @@ def _of_kept(layout: Layout, kept: np.ndarray) -> Layout:
   )
 
 
-def narrow_dtype(path: str, config: ModelConfig) -> np.dtype:
-  """What products and lookups cast at every use is kept cast."""
-  cast = path.rpartition("/")[2] in ("kernel", "embedding")
-  return jnp.dtype(config.dtype if cast else jnp.float32)
+def _put(value, dtype: np.dtype, sharding) -> jax.Array:
+  """Where it shall lie, in its dtype; as it is, if that is so already."""
+  if not isinstance(value, jax.Array) or value.dtype != dtype:
+    value = np.asarray(value).astype(dtype, copy=False)
+  return jax.device_put(value, sharding)
 
 
 def _grown(writing, capacity: int, room: int):

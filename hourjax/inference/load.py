@@ -6,17 +6,23 @@ import pathlib
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from hourjax.data.forgetting import Forgetting
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
+from hourjax.inference.engine import check_mesh, narrow_dtype
 from hourjax.inference.model import Model
 from hourjax.inference.prompts import Rules
 from hourjax.models.config import ModelConfig
-from hourjax.models.params import param_shapes
+from hourjax.models.params import param_axes, param_shapes
 from hourjax.parallel.mesh import MeshConfig, make_mesh
+from hourjax.parallel.rules import param_shardings
 from hourjax.training.checkpoint import read_config, restore_params
 from hourjax.training.experiment import build_experiment
-from hourjax.weights import checkpoint as published
+from hourjax.weights import config as published
+from hourjax.weights.checkpoint import load_params
+from hourjax.weights.folder import weight_files
 
 _SAMPLE = 1 << 16  # bytes
 _SAMPLES = 64  # of a file of weights, evenly over it
@@ -48,27 +54,24 @@ def load(
       f"model folder {folder} does not exist; give the workdir of a training"
       " run or a folder with config.json and safetensors"
     )
-  read = _from_run if (folder / "checkpoints").is_dir() else _published
-  params, config, rules, own_tokenizer, name = read(folder)
+  # What is quick to be found wrong comes before the weights.
+  describe = _of_run if (folder / "checkpoints").is_dir() else _of_published
+  config, rules, own_tokenizer, read = describe(folder)
   words = pathlib.Path(tokenizer) if tokenizer else own_tokenizer
   if not words.is_dir():
     raise UserError(
       f"the tokenizer of {folder}, {words}, does not exist; start where the"
       " training was started, or give its folder as tokenizer"
     )
-  return Model(
-    params,
-    config,
-    Tokenizer.from_folder(words),
-    name=name,
-    rules=rules,
-    mesh=_mesh(mesh, config),
-  )
+  vocabulary = Tokenizer.from_folder(words)
+  on = _mesh(mesh, config)
+  check_mesh(on, config)
+  params, name = read(config, on)
+  return Model(params, config, vocabulary, name=name, rules=rules, mesh=on)
 
 
-def _from_run(folder: pathlib.Path):
+def _of_run(folder: pathlib.Path):
   experiment = build_experiment(read_config(folder))
-  params, step, arrays = restore_params(folder, _host())
   rules = Rules(
     experiment.forgetting,
     experiment.max_length,
@@ -76,19 +79,58 @@ def _from_run(folder: pathlib.Path):
     experiment.seed,
   )
   words = pathlib.Path(experiment.data.tokenizer)
-  mark = hashlib.sha256(repr(sorted(arrays.items())).encode()).hexdigest()
-  name = f"{_named(folder)} step {step} {mark[:12]}"
-  return params, experiment.model, rules, words, name
+
+  def read(config, mesh):
+    shardings = _shardings(config, mesh)
+
+    def place(path, value):
+      if path not in shardings:
+        return None  # told by the model, with all that it lacks
+      value = np.asarray(value)
+      if not _finite(value):
+        raise UserError(
+          f"{path} in the newest checkpoint of {folder} holds values that are"
+          " not finite; take an earlier checkpoint, or train again"
+        )
+      value = value.astype(narrow_dtype(path, config), copy=False)
+      return jax.device_put(value, shardings[path])
+
+    found = restore_params(folder, _host(), each=place)
+    arrays = sorted(found.arrays.items())
+    mark = hashlib.sha256(repr(arrays).encode()).hexdigest()
+    name = f"{_named(folder)} step {found.step} {mark[:12]}"
+    return found.params, name
+
+  return experiment.model, rules, words, read
 
 
-def _published(folder: pathlib.Path):
-  config = published.read_config(folder)
-  params = published.load_params(folder, config, param_shapes(config))
-  digest = hashlib.sha256()
-  for path in sorted(folder.glob("*.safetensors")):
-    _sample(path, digest)
-  name = f"{_named(folder)} {digest.hexdigest()[:12]}"
-  return params, config, Rules(), folder, name
+def _of_published(folder: pathlib.Path):
+  def read(config, mesh):
+    shapes = param_shapes(config)
+    params = load_params(
+      folder,
+      config,
+      shapes,
+      dtype={path: narrow_dtype(path, config) for path in shapes},
+      shardings=_shardings(config, mesh),
+    )
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+      _sample(path, digest)
+    return params, f"{_named(folder)} {digest.hexdigest()[:12]}"
+
+  rules = Rules(Forgetting(spatial=published.read_spatial(folder)))
+  return published.read_config(folder), rules, folder, read
+
+
+def _shardings(config: ModelConfig, mesh: Mesh):
+  return param_shardings(mesh, param_shapes(config), param_axes(config))
+
+
+def _finite(value: np.ndarray) -> bool:
+  """A layer at a time: the comparison takes a byte for each number."""
+  parts = value if value.ndim > 2 else [value]
+  return all(bool(np.isfinite(part).all()) for part in parts)
 
 
 def _sample(path: pathlib.Path, digest) -> None:

@@ -24,7 +24,13 @@ TOKENS: Lead = ("rows", None)
 
 
 class Stack(nnx.Module):
-  """`depth` equal layers with stacked parameters, run by one `lax.scan`."""
+  """`depth` equal layers with stacked parameters, run by one `lax.scan`.
+
+  A parameter may be given as uint16, the bits of bfloat16. The CPU computes in
+  float32, and of a stack in bfloat16 its compiler makes one in float32 before
+  the first layer: 11 GiB for 3B. Bits it cannot convert, so each layer is
+  converted when it is its turn (`params.as_bits`).
+  """
 
   def __init__(
     self,
@@ -63,6 +69,7 @@ class Stack(nnx.Module):
 
     def body(x, part):
       own, each = part
+      own = jax.tree.map(_from_bits, own)
       return step(nnx.merge(graph, own), x, each)
 
     body = rematerialised(body, self.remat)
@@ -72,6 +79,12 @@ class Stack(nnx.Module):
     """One layer with its own parameters, for tests and inspection."""
     graph, params = nnx.split(self.layers)
     return nnx.merge(graph, jax.tree.map(lambda p: p[index], params))
+
+
+def _from_bits(x: jax.Array) -> jax.Array:
+  if x.dtype != jnp.uint16:
+    return x
+  return jax.lax.bitcast_convert_type(x, jnp.bfloat16)
 
 
 def rematerialised(function: Callable, remat: Remat) -> Callable:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from hourjax.models.config import ModelConfig
@@ -89,3 +91,38 @@ def with_params(
         variable = variable.replace(params[name])
       flat.append((path, variable))
   return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def narrow_dtype(path: str, config: ModelConfig) -> np.dtype:
+  """What products and lookups cast at every use is kept cast."""
+  cast = path.rpartition("/")[2] in ("kernel", "embedding")
+  return jnp.dtype(config.dtype if cast else jnp.float32)
+
+
+def as_bits(
+  params: Mapping[str, jax.Array], config: ModelConfig
+) -> dict[str, jax.Array]:
+  """Parameters as the CPU can read them layer by layer: see `layers.Stack`.
+
+  Stacked bfloat16 becomes uint16 of the same bits, in the same memory; the
+  rest, and everything on other devices, stays as it is.
+  """
+  axes = param_axes(config)
+  return {
+    path: _bits(value)
+    if value.dtype == jnp.bfloat16
+    and axes[path][:1] == ("layers",)
+    and next(iter(value.devices())).platform == "cpu"
+    else value
+    for path, value in params.items()
+  }
+
+
+def _bits(value: jax.Array) -> jax.Array:
+  shards = [
+    jax.device_put(np.asarray(x.data).view(np.uint16), x.device)
+    for x in value.addressable_shards
+  ]
+  return jax.make_array_from_single_device_arrays(
+    value.shape, value.sharding, shards
+  )

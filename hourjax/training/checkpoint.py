@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -248,13 +249,20 @@ class SavedParams(NamedTuple):
 
 
 def restore_params(
-  workdir: str | os.PathLike, sharding: jax.sharding.Sharding | None = None
+  workdir: str | os.PathLike,
+  sharding: jax.sharding.Sharding | None = None,
+  *,
+  each: Callable[[str, jax.Array], Any] = lambda path, value: value,
 ) -> SavedParams:
   """All parameters of a run's newest sound checkpoint.
+
+  They are read a gigabyte at a time (but an array at once), so that with an
+  `each` that keeps less, or elsewhere, only that is held.
 
   Args:
     workdir: of the run.
     sharding: of each; whole on this process's first device by default.
+    each: what becomes of a parameter, given its path and its verified value.
   """
   folder = saved.folder_of(workdir)
   where = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -262,9 +270,13 @@ def restore_params(
   for step in reversed(saved.saved_steps(folder)):
     try:
       about = saved.read_about(folder, step)
-      like = saved.abstract_params(about, where)
-      tree = saved.read_arrays(folder, step, like)
-      saved.verify(tree, about)
+      params = {}
+      for like in saved.in_parts(saved.abstract_params(about, where)):
+        tree = saved.read_arrays(folder, step, like)
+        saved.verify(tree, about)
+        for group in tree.values():
+          for path in list(group):
+            params[path] = each(path, group.pop(path))
     except saved.Damaged as damage:
       problems[step] = str(damage)
       print(
@@ -273,7 +285,6 @@ def restore_params(
         flush=True,
       )
       continue
-    params = {**tree.get("frozen", {}), **tree.get("trained", {})}
     return SavedParams(params, step, about["arrays"])
   raise UserError(_none_left(folder, problems))
 

@@ -13,6 +13,7 @@ from hourjax.training.checkpoint import restore_params
 from hourjax.training.experiment import Experiment
 from hourjax.training.optimizer import COMPONENTS, component
 from hourjax.weights.checkpoint import load_params
+from hourjax.weights.config import check_start
 
 
 def initial_params(
@@ -37,13 +38,24 @@ def initial_params(
     )
   shapes = param_shapes(config)
   if (folder / "checkpoints").is_dir():
-    params = restore_params(folder).params
+
+    def place(path, value):
+      fits = tuple(value.shape) == shapes.get(path)
+      return _placed(value, shardings, path) if fits else value
+
+    params = restore_params(folder, each=place).params
   else:
+    check_start(folder, config)
     optional = {path for path in shapes if component(path) in draw}
-    params = load_params(folder, config, shapes, optional=optional)
+    where = shardings
+    if where is None:
+      here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+      where = dict.fromkeys(shapes, here)
+    params = load_params(
+      folder, config, shapes, optional=optional, shardings=where
+    )
   lacking = {p for p in shapes if p not in params}
   _check_shapes(params, shapes, draw, lacking, folder)
-  params = {path: _placed(params[path], shardings, path) for path in params}
   if lacking:
     fresh = init_params(config, experiment.seed, shardings=shardings)
     params |= {path: fresh[path] for path in lacking}

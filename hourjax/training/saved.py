@@ -13,7 +13,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -28,6 +28,7 @@ from hourjax.errors import UserError
 from hourjax.training.checksums import checksums, named_arrays
 from hourjax.training.quiet import quiet_orbax
 
+_PART = 2**30  # bytes of parameters that are restored at a time
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "hourjax")
 
 
@@ -207,6 +208,24 @@ def abstract_params(
         shape, jnp.dtype(dtype), sharding=sharding
       )
   return result
+
+
+def in_parts(
+  like: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]],
+) -> Iterator[dict[str, dict[str, jax.ShapeDtypeStruct]]]:
+  """Cuts what `abstract_params` gave into trees of a gigabyte or one array."""
+  part: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+  held = 0
+  for group, arrays in like.items():
+    for path, x in arrays.items():
+      size = x.size * x.dtype.itemsize
+      if part and held + size > _PART:
+        yield part
+        part, held = {}, 0
+      part.setdefault(group, {})[path] = x
+      held += size
+  if part:
+    yield part
 
 
 def _kind(value):

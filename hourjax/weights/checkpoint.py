@@ -2,184 +2,201 @@
 
 A checkpoint is a folder with `config.json` and `model.safetensors`, or shards
 listed in `model.safetensors.index.json`.
+
+Each parameter is read from the file's place into the memory it will be used
+in, a few rows at a time: reading takes the parameters in their own dtype and
+some megabytes. Where parameters are split, a device's part alone is read.
 """
 
+import functools
 import json
 import pathlib
-from collections.abc import Mapping, Set
+import threading
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
+import jax
 import numpy as np
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from hourjax import progress
 from hourjax.errors import UserError
-from hourjax.models.config import DecoderConfig, ModelConfig, VisionConfig
-from hourjax.weights.names import Entry, key_table
+from hourjax.models.config import ModelConfig
+from hourjax.weights.config import write_config
+from hourjax.weights.folder import INDEX, find_tensors, folded
+from hourjax.weights.names import Entry, is_unused, key_table
+from hourjax.weights.tensors import (
+  DTYPES,
+  TensorReader,
+  aligned,
+  in_threads,
+  transpose,
+)
 
-Params = dict[str, np.ndarray]
-_INDEX = "model.safetensors.index.json"
-_SO400M = "google/siglip-so400m-patch14-384"
+Params = dict[str, Any]  # numpy or jax arrays by path
+# Of all parameters, or by path.
+Dtypes = np.typing.DTypeLike | Mapping[str, np.typing.DTypeLike]
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _SHARD_BYTES = 4 * 2**30
-
-
-def read_config(folder: str | pathlib.Path) -> ModelConfig:
-  """The model that `config.json` describes; bfloat16 compute, full remat.
-
-  The tower is so400m unless a `vision_config` entry gives other sizes, and
-  frames are pooled to 8 x 8 unless a `pool_side` does.
-
-  Raises:
-    UserError: if the file is missing, broken or lacks a key.
-  """
-  path = pathlib.Path(folder) / "config.json"
-  try:
-    raw = json.loads(path.read_text())
-  except FileNotFoundError:
-    raise UserError(
-      f"{path} does not exist; give a checkpoint folder with config.json and"
-      " safetensors files"
-    ) from None
-  except json.JSONDecodeError as error:
-    raise UserError(f"{path} is not JSON ({error}); copy it again") from None
-  try:
-    return ModelConfig(
-      vision=_vision_config(raw, path),
-      decoder=DecoderConfig(
-        vocab=raw["vocab_size"],
-        width=raw["hidden_size"],
-        layers=raw["num_hidden_layers"],
-        heads=raw["num_attention_heads"],
-        kv_heads=raw["num_key_value_heads"],
-        mlp=raw["intermediate_size"],
-        tied=raw.get("tie_word_embeddings", False),
-        rope_base=float(raw.get("rope_theta", 1e6)),
-        norm_eps=raw.get("rms_norm_eps", 1e-6),
-      ),
-      pool_side=raw.get("pool_side", 8),
-      memaug_layers=raw.get("memaug_depth", 4),
-    )
-  except KeyError as error:
-    raise UserError(
-      f"{path} has no {error}; it must describe an Hour-LLaVA model"
-    ) from None
-
-
-def _vision_config(raw: dict, path) -> VisionConfig:
-  given = raw.get("vision_config")
-  if given is None:
-    tower = raw.get("mm_vision_tower", _SO400M)
-    if "siglip-so400m-patch14-384" not in tower:
-      raise UserError(
-        f"{path}: mm_vision_tower is {tower!r}, known is {_SO400M!r}; add a"
-        " vision_config entry with the tower's sizes"
-      )
-    return VisionConfig()
-  return siglip_config(given)
-
-
-def siglip_config(given: Mapping[str, Any]) -> VisionConfig:
-  """The tower of a `vision_config` in Hugging Face's terms.
-
-  Raises:
-    KeyError: a size is not given.
-  """
-  return VisionConfig(
-    image_size=given["image_size"],
-    patch_size=given["patch_size"],
-    width=given["hidden_size"],
-    # The official tower is built with all its layers and loses the last one.
-    layers=given["num_hidden_layers"] - 1,
-    heads=given["num_attention_heads"],
-    mlp=given["intermediate_size"],
-    norm_eps=given.get("layer_norm_eps", 1e-6),
-  )
-
-
-def write_config(config: ModelConfig, folder: str | pathlib.Path) -> None:
-  """Writes the `config.json` that `read_config` reads."""
-  decoder, vision = config.decoder, config.vision
-  raw = {
-    "model_type": "hour_llava_qwen",
-    "vocab_size": decoder.vocab,
-    "hidden_size": decoder.width,
-    "num_hidden_layers": decoder.layers,
-    "num_attention_heads": decoder.heads,
-    "num_key_value_heads": decoder.kv_heads,
-    "intermediate_size": decoder.mlp,
-    "tie_word_embeddings": decoder.tied,
-    "rope_theta": decoder.rope_base,
-    "rms_norm_eps": decoder.norm_eps,
-    "memaug_depth": config.memaug_layers,
-    "pool_side": config.pool_side,
-    "vision_config": {
-      "image_size": vision.image_size,
-      "patch_size": vision.patch_size,
-      "hidden_size": vision.width,
-      "num_hidden_layers": vision.layers + 1,
-      "num_attention_heads": vision.heads,
-      "intermediate_size": vision.mlp,
-      "layer_norm_eps": vision.norm_eps,
-    },
-  }
-  path = pathlib.Path(folder) / "config.json"
-  path.write_text(json.dumps(raw, indent=2) + "\n")
+_TOLD = 2**26  # bytes; fewer are read without a word
+_LINES = 8  # of each kind of problem
+_HINTS = {
+  "multi_modal_projector.": "these are the names of transformers' own LLaVA"
+  " classes; take the checkpoint under its original names",
+  "qweight": "these weights are quantised; take those in bfloat16",
+  "weight_scale": "these weights are quantised; take those in bfloat16",
+}
 
 
 def load_params(
   folder: str | pathlib.Path,
   config: ModelConfig,
-  shapes: dict[str, tuple[int, ...]],
+  shapes: Mapping[str, tuple[int, ...]],
   *,
-  dtype=np.float32,
+  dtype: Dtypes = np.float32,
   optional: Set[str] = frozenset(),
+  shardings: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> Params:
   """Reads a checkpoint into our parameters.
-
-  Tensors are read one at a time, so the peak is the result and one tensor.
 
   Args:
     folder: of the checkpoint.
     config: the model to fill.
     shapes: its parameters, path to shape (`models.params.param_shapes`).
-    dtype: of the result.
+    dtype: of the result, one for all or by path.
     optional: parameters that the checkpoint may lack; they are then left out.
+    shardings: where each parameter lies, by path; by default all of them are
+      numpy arrays.
 
   Returns:
     Arrays by path.
 
   Raises:
-    UserError: lists all missing, unexpected and misshapen names at once.
+    UserError: lists all missing, unexpected and misshapen names; or what is
+      damaged, not finite or ambiguous.
   """
-  files = tensor_files(pathlib.Path(folder))
-  with TensorReader(files) as reader:
+  folder = pathlib.Path(folder)
+  with TensorReader(find_tensors(folder)) as reader:
     table = _present(key_table(config), optional, reader)
-    found = reader.names()
-    if config.decoder.tied:
-      found -= {"lm_head.weight"}  # the embedding again, under a second name
+    found = {n for n in reader.names() if not is_unused(config, n)}
+    if config.decoder.tied and _HEAD in found:
+      _check_same_head(reader, folder)
+      found -= {_HEAD}
     check_names(table, shapes, reader, found, folder)
-    return read_entries(table, shapes, reader, dtype)
+    return read_entries(table, shapes, reader, dtype, shardings)
 
 
 def read_entries(
   table: list[Entry],
   shapes: Mapping[str, tuple[int, ...]],
-  reader: "TensorReader",
-  dtype,
+  reader: TensorReader,
+  dtype: Dtypes,
+  shardings: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> Params:
   """Our parameters of the entries, from tensors that were checked."""
-  params = {
-    path: np.empty(shapes[path], dtype)
+  dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
+  todo = [
+    (entry, part, path)
     for entry in table
-    for path in entry.paths
-  }
-  for entry in table:
-    for layer, name in enumerate(entry.names()):
-      parts = entry.to_ours(reader.tensor(name))
-      for path, part in zip(entry.paths, parts, strict=True):
-        target = params[path]
-        target[layer if entry.layers else ...] = part
+    for part, path in enumerate(entry.paths)
+  ]
+  total = sum(
+    int(np.prod(shapes[path])) * np.dtype(dtypes[path]).itemsize
+    for _, _, path in todo
+  )
+  params = {}
+  with _Telling(total) as told:
+    for entry, part, path in todo:
+      read = functools.partial(
+        _read, entry, part, shapes[path], reader, np.dtype(dtypes[path]), told
+      )
+      if shardings is None:
+        params[path] = read(tuple(slice(None) for _ in shapes[path]))
+      else:
+        # Devices that hold the same part share what was read.
+        params[path] = jax.make_array_from_callback(
+          shapes[path], shardings[path], _remembering(read)
+        )
   return params
+
+
+def _read(entry, part, shape, reader, dtype, told, index) -> np.ndarray:
+  """The part `index` of a parameter."""
+  bounds = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
+  result = aligned([stop - start for start, stop in bounds], dtype)
+  names = entry.names()
+  if not entry.layers:
+    jobs = [(names[0], result)]
+  else:
+    (first, last), *bounds = bounds
+    jobs = list(zip(names[first:last], result, strict=True))
+
+  def read_one(job):
+    name, target = job
+    _read_rows(reader, name, entry, part, target, bounds)
+    told(target.nbytes)
+
+  in_threads(read_one, jobs)
+  return result
+
+
+def _read_rows(reader, name, entry, part, target, bounds) -> None:
+  """One official tensor's part of `target`, whose bounds are of our axes."""
+  axis, offset = entry.row_axis, sum(entry.rows[:part])
+  start, stop = (bound + offset for bound in bounds[axis])
+  columns = tuple(
+    slice(None) if n == axis else slice(*bound)
+    for n, bound in enumerate(bounds)
+  )
+  shape = [len(range(*b)) for b in bounds]
+  whole = entry.layout == "same" and shape[1:] == list(reader[name].shape[1:])
+  if whole and reader.fill(name, target, start):
+    return
+  for first, block in reader.rows(name, start, stop, target.dtype):
+    place = slice(first - start, first - start + len(block))
+    if entry.layout == "transposed":
+      transpose(target[:, place], block[:, columns[0]])
+    else:
+      where = tuple(
+        place if n == axis else slice(None) for n in range(len(shape))
+      )
+      target[where] = entry.turned(block)[columns]
+
+
+def _remembering(read: Callable) -> Callable:
+  """`read`, of equal parts once."""
+  known = {}
+
+  def remembered(index):
+    key = tuple((s.start, s.stop) for s in index)
+    if key not in known:
+      known[key] = read(index)
+    return known[key]
+
+  return remembered
+
+
+class _Telling:
+  """A bar over megabytes, where there are many; threads may call it."""
+
+  def __init__(self, total: int):
+    self._bar = None
+    if total >= _TOLD and jax.process_index() == 0:
+      self._bar = progress.bar(total >> 20, unit="MB", desc="reading weights")
+    self._lock, self._done = threading.Lock(), 0
+
+  def __enter__(self) -> Callable[[int], None]:
+    return self._add
+
+  def __exit__(self, *_) -> None:
+    if self._bar is not None:
+      self._bar.close()
+
+  def _add(self, size: int) -> None:
+    with self._lock:
+      self._done += size
+      if self._bar is not None:
+        self._bar.update((self._done >> 20) - self._bar.n)
 
 
 def save_params(
@@ -214,65 +231,9 @@ def save_params(
       shard[name] = tensor
       size += tensor.nbytes
   flush()
-  (folder / _INDEX).write_text(
+  (folder / INDEX).write_text(
     json.dumps({"metadata": {}, "weight_map": index}, indent=1) + "\n"
   )
-
-
-class TensorReader:
-  """Tensors of several safetensors files, opened once, read one by one."""
-
-  def __init__(self, files: list[pathlib.Path]):
-    self._files, self._where = files, {}
-
-  def __enter__(self):
-    for path in self._files:
-      try:
-        # "flax" would need jax here; "np" cannot hold bfloat16 before 2.1,
-        # so ml_dtypes is registered by importing it with numpy.
-        handle = safe_open(path, framework="np")
-      except Exception as error:
-        raise UserError(
-          f"{path} is not a readable safetensors file ({error}); copy it again"
-        ) from None
-      for name in handle.keys():  # noqa: SIM118 (not a mapping)
-        self._where[name] = handle
-    return self
-
-  def __exit__(self, *_):
-    self._where.clear()
-
-  def names(self) -> set[str]:
-    return set(self._where)
-
-  def shape(self, name: str) -> tuple[int, ...]:
-    return tuple(self._where[name].get_slice(name).get_shape())
-
-  def tensor(self, name: str) -> np.ndarray:
-    return self._where[name].get_tensor(name)
-
-
-def tensor_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Safetensors files of a checkpoint folder.
-
-  Raises:
-    UserError: none, or listed ones that are missing.
-  """
-  index = folder / _INDEX
-  if index.exists():
-    names = set(json.loads(index.read_text())["weight_map"].values())
-    files = [folder / name for name in sorted(names)]
-  else:
-    files = sorted(folder.glob("*.safetensors"))
-  missing = [path.name for path in files if not path.exists()]
-  if missing:
-    raise UserError(
-      f"{index} lists {', '.join(missing)}, which {folder} lacks; copy the"
-      " missing shards"
-    )
-  if not files:
-    raise UserError(f"{folder} holds no safetensors file")
-  return files
 
 
 def _present(table: list[Entry], optional: Set[str], reader) -> list[Entry]:
@@ -292,27 +253,87 @@ def check_names(
   found: Set[str],
   folder: str | pathlib.Path,
 ) -> None:
-  """Compares names and shapes of the table with the tensors `found`.
+  """Compares names, shapes and dtypes of the table with the tensors `found`.
 
   Raises:
-    UserError: lists all missing, unexpected and misshapen names.
+    UserError: lists all that are missing, unexpected, misshapen or of a dtype
+      that holds no weights; many of one kind as their first few.
   """
   wanted = {}
   for entry in table:
     ours = [shapes[path][1 if entry.layers else 0 :] for path in entry.paths]
     shape = entry.official_shape(ours)
-    wanted.update(dict.fromkeys(entry.names(), shape))
-  problems = [f"missing: {name}" for name in sorted(set(wanted) - found)]
-  problems += [f"unexpected: {name}" for name in sorted(found - set(wanted))]
-  for name in sorted(set(wanted) & found):
-    if reader.shape(name) != tuple(wanted[name]):
-      problems.append(
-        f"shape of {name}: checkpoint {reader.shape(name)}, model"
-        f" {tuple(wanted[name])}"
+    wanted.update(dict.fromkeys(entry.names(), tuple(shape)))
+  missing, unexpected = set(wanted) - found, found - set(wanted)
+  misshapen, untyped = {}, {}
+  for name in set(wanted) & found:
+    tensor = reader[name]
+    if tensor.shape != wanted[name]:
+      misshapen[name] = (
+        f"shape of {{}}: checkpoint {tensor.shape}, model {wanted[name]}"
       )
-  if problems:
+    if tensor.dtype not in DTYPES:
+      untyped[name] = (
+        f"dtype of {{}}: {tensor.dtype}, read are {', '.join(DTYPES)}"
+      )
+  lines = [
+    *_told(dict.fromkeys(missing, "missing: {}")),
+    *_told(dict.fromkeys(unexpected, "unexpected: {}")),
+    *_told(misshapen),
+    *_told(untyped),
+  ]
+  if lines:
+    count = sum(map(len, (missing, unexpected, misshapen, untyped)))
+    hints = {
+      hint for part, hint in _HINTS.items() if any(part in n for n in found)
+    }
+    if missing == {_HEAD}:
+      hints.add(
+        "the output vectors are missing; where they are the embeddings,"
+        ' config.json says "tie_word_embeddings": true (without it Qwen2\'s'
+        " are vectors of their own)"
+      )
+    why = "; ".join(
+      sorted(hints) or ["is its config.json the one these weights came with?"]
+    )
     raise UserError(
-      f"{folder} does not fit the model ({len(problems)} problems); is its"
-      " config.json the one these weights came with?\n  "
-      + "\n  ".join(problems)
+      f"{folder} does not fit the model ({count} problems); {why}\n  "
+      + "\n  ".join(lines)
+    )
+
+
+def _told(problems: Mapping[str, str]) -> list[str]:
+  """A line for each tensor, or for the layers in which it is the same."""
+  groups: dict[str, list[str]] = {}
+  for name, text in problems.items():
+    groups.setdefault(text, []).append(name)
+  lines = sorted(
+    text.format(name)
+    for text, names in groups.items()
+    for name in folded(names)
+  )
+  more = len(lines) - _LINES
+  return lines[:_LINES] + ([f"... and {more} more lines"] if more > 0 else [])
+
+
+def _check_same_head(reader: TensorReader, folder) -> None:
+  """A head beside tied embeddings must be these, under a second name."""
+  head, embedding = reader[_HEAD], reader[_EMBEDDING]
+  same = head.shape == embedding.shape
+  if same and {head.dtype, embedding.dtype} <= set(DTYPES):
+    wide = np.dtype(np.float32)
+    rows = head.shape[0]
+    same = all(
+      np.array_equal(one, two)
+      for (_, one), (_, two) in zip(
+        reader.rows(_HEAD, 0, rows, wide),
+        reader.rows(_EMBEDDING, 0, rows, wide),
+        strict=True,
+      )
+    )
+  if not same:
+    raise UserError(
+      f"{folder}/config.json says tie_word_embeddings, and {_HEAD} differs from"
+      f" {_EMBEDDING}: either the first is used for words that are written, or"
+      " the second; say false to use the head, or take it out of the files"
     )

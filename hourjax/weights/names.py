@@ -40,6 +40,15 @@ class Entry:
       return [self.official]
     return [self.official.format(i=i) for i in range(self.layers)]
 
+  @property
+  def row_axis(self) -> int:
+    """The axis of our parameter (of one layer) that official rows lie along."""
+    return {"same": 0, "transposed": 1, "conv": 3}[self.layout]
+
+  def turned(self, rows: np.ndarray) -> np.ndarray:
+    """Some rows of an official tensor with our order of axes."""
+    return _turn(rows, self.layout)
+
   def to_ours(self, tensor: np.ndarray) -> list[np.ndarray]:
     """One official tensor cut and turned into one array for each path."""
     parts = [tensor]
@@ -58,6 +67,12 @@ class Entry:
     if len(turned) == 1:
       return turned[0]
     return (sum(shape[0] for shape in turned), *turned[0][1:])
+
+
+def is_unused(config: ModelConfig, name: str) -> bool:
+  """Is it of the tower's last layer or head, which are not run (SPEC 1)?"""
+  last = f"{TOWER}encoder.layers.{config.vision.layers}."
+  return name.startswith((last, f"{TOWER}head."))
 
 
 def key_table(config: ModelConfig) -> list[Entry]:

@@ -1,16 +1,19 @@
 """The vision tower alone, from published folders."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from hourjax import schema
 from hourjax.errors import UserError
 from hourjax.models.config import ModelConfig, VisionConfig
 from hourjax.weights import checkpoint, names
+from hourjax.weights.config import read_config, siglip_config
+from hourjax.weights.folder import find_tensors
+from hourjax.weights.tensors import TensorReader
 
 # What Hugging Face's SigLIP assumes where config.json is silent.
 _DEFAULTS = {
@@ -23,6 +26,10 @@ _DEFAULTS = {
   "layer_norm_eps": 1e-6,
 }
 _SIGLIP = "vision_model."
+_WHAT = (
+  "--tower takes a SigLIP folder, an Hour-LLaVA checkpoint or a workdir of"
+  " training"
+)
 
 
 def load_tower(
@@ -49,8 +56,7 @@ def load_tower(
   """
   folder = pathlib.Path(folder)
   _check_sizes(_sizes(folder / "config.json"), config.vision, folder)
-  files = checkpoint.tensor_files(folder)
-  with checkpoint.TensorReader(files) as reader:
+  with TensorReader(find_tensors(folder)) as reader:
     siglip = any(name.startswith(_SIGLIP) for name in reader.names())
     table = names.tower_table(config, _SIGLIP if siglip else names.TOWER)
     wanted = {name for entry in table for name in entry.names()}
@@ -60,23 +66,21 @@ def load_tower(
 
 
 def _sizes(path: pathlib.Path) -> VisionConfig:
-  try:
-    raw: dict[str, Any] = json.loads(path.read_text())
-  except OSError as error:
-    raise UserError(
-      f"{path} cannot be read ({error.strerror}); --tower takes a SigLIP"
-      " folder, an Hour-LLaVA checkpoint or a workdir of training"
-    ) from None
-  except json.JSONDecodeError as error:
-    raise UserError(f"{path} is not JSON ({error}); copy it again") from None
+  raw: Any = schema.read_json(path, remedy=_WHAT)
+  if not isinstance(raw, dict):
+    raise UserError(f"{path} is {schema.shorten(raw)}, no JSON object; {_WHAT}")
   kind = raw.get("model_type", "")
   if kind == "siglip_vision_model":
-    return checkpoint.siglip_config({**_DEFAULTS, **raw})
+    return siglip_config({**_DEFAULTS, **raw}, str(path))
   if kind == "siglip":
-    return checkpoint.siglip_config(
-      {**_DEFAULTS, **raw.get("vision_config", {})}
-    )
-  return checkpoint.read_config(path.parent).vision
+    given = raw.get("vision_config") or {}
+    if not isinstance(given, dict):
+      raise UserError(
+        f"{path}: vision_config is {schema.shorten(given)}, no JSON object;"
+        f" {_WHAT}"
+      )
+    return siglip_config({**_DEFAULTS, **given}, f"{path}, vision_config")
+  return read_config(path.parent).vision
 
 
 def _check_sizes(found: VisionConfig, wanted: VisionConfig, folder) -> None:

@@ -16,12 +16,8 @@ from hourjax.models.config import (
   VisionConfig,
 )
 from hourjax.models.params import param_shapes
-from hourjax.weights.checkpoint import (
-  load_params,
-  read_config,
-  save_params,
-  write_config,
-)
+from hourjax.weights.checkpoint import load_params, save_params
+from hourjax.weights.config import read_config, write_config
 from tests import golden_cases, official
 
 TIED = ModelConfig(

@@ -84,7 +84,7 @@ def read_lines(storage: Folder | Bucket, key: str) -> list[dict]:
       f"{where} cannot be read ({error}); bring it back from a copy, or delete"
       " it and extract again"
     ) from None
-  schema.refuse_pointer(lines[0], where)
+  schema.check_pointer(where, lines[0])
   torn, rows = lines.pop(), []
   for number, line in enumerate(lines, start=1):
     try:

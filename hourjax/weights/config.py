@@ -1,0 +1,410 @@
+"""`config.json` of published checkpoints, read whole or refused.
+
+It describes more models than this one: other rotary embeddings, windows,
+heads, projectors, ways to pool. Whatever in it would make another function of
+the same weights is either read or refused by name.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from hourjax import schema
+from hourjax.errors import UserError
+from hourjax.models.config import DecoderConfig, ModelConfig, VisionConfig
+
+_SO400M = "google/siglip-so400m-patch14-384"
+_WINDOW = 32_768  # no conversation is longer: a wider window has no effect
+_ROPE_BASE = 10_000.0  # Qwen2's own, where nothing is said
+_NEEDED = (
+  "vocab_size",
+  "hidden_size",
+  "num_hidden_layers",
+  "num_attention_heads",
+  "num_key_value_heads",
+  "intermediate_size",
+)
+_NO_CONFIG = "give a checkpoint folder with config.json and safetensors files"
+_REMEDY = "take the config.json that these weights came with, or another model"
+
+
+def _size(most: int, least: int = 1):
+  return Annotated[int, Field(ge=least, le=most)]
+
+
+_Eps = Annotated[float, Field(ge=0, lt=1)]
+_Base = Annotated[float, Field(gt=1, lt=1e15)]
+
+
+class _Config(schema.Schema):
+  """What is read of `config.json`."""
+
+  vocab_size: _size(2**24)
+  hidden_size: _size(2**17)
+  num_hidden_layers: _size(1024)
+  num_attention_heads: _size(4096)
+  num_key_value_heads: _size(4096) | None
+  intermediate_size: _size(2**20)
+  head_dim: _size(2**16) | None = None
+  tie_word_embeddings: bool | None = None
+  rope_theta: _Base | None = None
+  rope_scaling: dict[str, Any] | None = None
+  rope_parameters: dict[str, Any] | None = None
+  rms_norm_eps: _Eps = 1e-6
+  use_sliding_window: bool | None = None
+  sliding_window: int | None = 4096
+  max_window_layers: int = 28
+  layer_types: list[str] | None = None
+  model_type: str | None = None
+  memaug_depth: _size(256, 0) = 4
+  pool_side: _size(256) = 8
+  mm_vision_tower: str | None = None
+  mm_hidden_size: int | None = None
+  spatial_sampling_type: str | None = None
+  image_grid_pinpoints: list[list[int]] | str | None = None
+  vision_config: dict[str, Any] | None = None
+
+
+class _Vision(schema.Schema):
+  """A SigLIP tower in Hugging Face's terms."""
+
+  image_size: _size(2**14)
+  patch_size: _size(2**10)
+  hidden_size: _size(2**16)
+  num_hidden_layers: _size(1024)
+  num_attention_heads: _size(4096)
+  intermediate_size: _size(2**20)
+  layer_norm_eps: _Eps = 1e-6
+
+
+# Key to the values under which the decoder computes what ours does; absent
+# and null stand for the first.
+_DECODER = {
+  "hidden_act": ("silu", "swish"),
+  "attention_bias": (True,),
+  "qkv_bias": (True,),
+  "mlp_bias": (False,),
+  "partial_rotary_factor": (1,),
+  "use_mrope": (False,),
+  "attn_logit_softcapping": (),
+  "final_logit_softcapping": (),
+  "use_qk_norm": (False,),
+  "qk_layernorm": (False,),
+  "num_experts": (0,),
+  "num_local_experts": (0,),
+  "quantization_config": (),
+  "compression_config": (),
+}
+_VISION = {
+  "hidden_act": ("gelu_pytorch_tanh",),
+  "num_channels": (3,),
+}
+# As much for what is made of images and frames before they reach the decoder.
+_FRAMES = {
+  "mm_projector_type": ("mlp2x_gelu",),
+  "mm_resampler_type": ("memaug",),
+  "mm_vision_select_layer": (-2,),
+  "mm_vision_select_feature": ("patch",),
+  "mm_patch_merge_type": ("spatial_unpad",),
+  "mm_spatial_pool_mode": ("bilinear",),
+  "mm_spatial_pool_stride": (),
+  "mm_spatial_pool_out_channels": (),
+  "mm_newline_position": ("grid",),
+  "mm_use_im_start_end": (False,),
+  "image_aspect_ratio": ("anyres_max_9",),
+  "spatial_sampling_type": ("random", "uniform"),
+  "add_faster_video": (False,),
+}
+_POINTS = ("(1x1),...,(6x6)",)
+
+
+def read_config(folder: str | pathlib.Path) -> ModelConfig:
+  """The model that `config.json` describes; bfloat16 compute, full remat.
+
+  The tower is so400m unless a `vision_config` entry gives other sizes, and
+  frames are pooled to 8 x 8 unless a `pool_side` does. What else is not said
+  is as in transformers' Qwen2.
+
+  Raises:
+    UserError: the file is missing, broken, lacks a key, or describes a model
+      that computes something else.
+  """
+  path, raw, config = _read(folder)
+  decoder, problems = _decoder(config, raw)
+  vision = _vision(config, path)
+  problems += _others(raw, _FRAMES) + _frames(config, vision)
+  _refuse(path, problems)
+  return ModelConfig(
+    vision=vision,
+    decoder=decoder,
+    pool_side=config.pool_side,
+    memaug_layers=config.memaug_depth,
+  )
+
+
+def read_spatial(folder: str | pathlib.Path) -> str:
+  """How a frame's tokens are forgotten: "random" or "uniform"."""
+  return _read(folder)[2].spatial_sampling_type or "random"
+
+
+def check_start(folder: str | pathlib.Path, model: ModelConfig) -> None:
+  """Compares weights to start a training from with the model to be trained.
+
+  The same tensors with another number of heads or another rotary base are
+  another model. How frames are shown is the training's affair. Without a
+  `config.json` nothing is compared.
+
+  Raises:
+    UserError: names what differs, or a configuration that computes something
+      else than any of our models.
+  """
+  if not (pathlib.Path(folder) / "config.json").exists():
+    return
+  path, raw, config = _read(folder)
+  decoder, problems = _decoder(config, raw)
+  pairs = [("decoder", decoder, model.decoder)]
+  if config.vision_config is not None or config.mm_vision_tower:
+    pairs.append(("vision", _vision(config, path), model.vision))
+  for part, found, wanted in pairs:
+    found, wanted = dataclasses.asdict(found), dataclasses.asdict(wanted)
+    problems += [
+      f"{part}.{key} is {found[key]!r}, config.model.{part}.{key} is {value!r}"
+      for key, value in wanted.items()
+      if found[key] != value
+    ]
+  _refuse(path, problems)
+
+
+def siglip_config(raw: Mapping[str, Any], where: str) -> VisionConfig:
+  """The tower of a `vision_config` in Hugging Face's terms.
+
+  Raises:
+    UserError: a size is not given, or it is another kind of tower.
+  """
+  given = schema.validate(_Vision, dict(raw), where, remedy=_REMEDY)
+  problems = _others(raw, _VISION)
+  if given.hidden_size % given.num_attention_heads:
+    problems.append(
+      f"hidden_size is {given.hidden_size}, which num_attention_heads ="
+      f" {given.num_attention_heads} does not divide"
+    )
+  if given.patch_size > given.image_size:
+    problems.append(
+      f"patch_size is {given.patch_size}, image_size {given.image_size}"
+    )
+  if given.num_hidden_layers < 2:
+    problems.append("num_hidden_layers is 1, and the last layer is not used")
+  _refuse(where, problems)
+  return VisionConfig(
+    image_size=given.image_size,
+    patch_size=given.patch_size,
+    width=given.hidden_size,
+    # The official tower is built with all its layers and loses the last one.
+    layers=given.num_hidden_layers - 1,
+    heads=given.num_attention_heads,
+    mlp=given.intermediate_size,
+    norm_eps=given.layer_norm_eps,
+  )
+
+
+def write_config(config: ModelConfig, folder: str | pathlib.Path) -> None:
+  """Writes the `config.json` that `read_config` reads."""
+  decoder, vision = config.decoder, config.vision
+  raw = {
+    "model_type": "hour_llava_qwen",
+    "vocab_size": decoder.vocab,
+    "hidden_size": decoder.width,
+    "num_hidden_layers": decoder.layers,
+    "num_attention_heads": decoder.heads,
+    "num_key_value_heads": decoder.kv_heads,
+    "intermediate_size": decoder.mlp,
+    "tie_word_embeddings": decoder.tied,
+    "rope_theta": decoder.rope_base,
+    "rms_norm_eps": decoder.norm_eps,
+    "memaug_depth": config.memaug_layers,
+    "pool_side": config.pool_side,
+    "vision_config": {
+      "image_size": vision.image_size,
+      "patch_size": vision.patch_size,
+      "hidden_size": vision.width,
+      "num_hidden_layers": vision.layers + 1,
+      "num_attention_heads": vision.heads,
+      "intermediate_size": vision.mlp,
+      "layer_norm_eps": vision.norm_eps,
+    },
+  }
+  path = pathlib.Path(folder) / "config.json"
+  path.write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def _read(folder) -> tuple[pathlib.Path, dict[str, Any], _Config]:
+  path = pathlib.Path(folder) / "config.json"
+  raw = schema.read_json(path, remedy=_NO_CONFIG)
+  if isinstance(raw, dict):
+    lacking = [key for key in _NEEDED if key not in raw]
+    if lacking:
+      raise UserError(
+        f"{path} has no {', '.join(map(repr, lacking))}; it must describe an"
+        " Hour-LLaVA model"
+      )
+  return path, raw, schema.validate(_Config, raw, str(path), remedy=_REMEDY)
+
+
+def _refuse(where, problems: list[str]) -> None:
+  if problems:
+    raise UserError(f"{where}: {'; '.join(problems)}; {_REMEDY}")
+
+
+def _others(raw: Mapping[str, Any], known: dict[str, tuple]) -> list[str]:
+  """Keys whose values mean another function."""
+  problems = []
+  for key, values in known.items():
+    value = raw.get(key)
+    # No `in`: True would pass for 1.
+    same = any(
+      value == v and isinstance(value, bool) == isinstance(v, bool)
+      for v in values
+    )
+    if value is not None and not same:
+      names = " or ".join(repr(v) for v in values) or "none"
+      problems.append(
+        f"{key} is {schema.shorten(value)}, implemented is {names}"
+      )
+  return problems
+
+
+def _decoder(
+  config: _Config, raw: Mapping[str, Any]
+) -> tuple[DecoderConfig, list[str]]:
+  problems = _others(raw, _DECODER)
+  width, heads = config.hidden_size, config.num_attention_heads
+  kv_heads = config.num_key_value_heads or heads
+  kind = config.model_type or "qwen2"
+  if kind != "qwen2" and not kind.lower().startswith(("hour", "llava")):
+    problems.append(f"model_type is {kind!r}, implemented is Qwen2's decoder")
+  if width % heads or heads % kv_heads or width // heads % 4:
+    problems.append(
+      f"hidden_size {width}, num_attention_heads {heads} and"
+      f" num_key_value_heads {kv_heads} do not divide one another (a head has"
+      " a multiple of 4 channels)"
+    )
+  elif config.head_dim not in (None, width // heads):
+    problems.append(
+      f"head_dim is {config.head_dim}, implemented is hidden_size /"
+      f" num_attention_heads = {width // heads}"
+    )
+  base, wrong = _rope(config)
+  decoder = DecoderConfig(
+    vocab=config.vocab_size,
+    width=width,
+    layers=config.num_hidden_layers,
+    heads=heads,
+    kv_heads=kv_heads,
+    mlp=config.intermediate_size,
+    tied=bool(config.tie_word_embeddings),
+    rope_base=base,
+    norm_eps=config.rms_norm_eps,
+  )
+  return decoder, problems + wrong + _windows(config)
+
+
+def _rope(config: _Config) -> tuple[float, list[str]]:
+  """The rotary base, from where any version of transformers writes it."""
+  bases, problems = {}, []
+  if config.rope_theta is not None:
+    bases["rope_theta"] = config.rope_theta
+  for name in ("rope_scaling", "rope_parameters"):
+    given = getattr(config, name) or {}
+    if set(given) == {"full_attention"} and isinstance(
+      given["full_attention"], dict
+    ):
+      given = given["full_attention"]  # by kind of layer; we have one
+    for key, value in given.items():
+      where = f"{name}.{key}"
+      if key in ("rope_type", "type"):
+        if value not in (None, "default"):
+          problems.append(
+            f"{where} is {schema.shorten(value)}, implemented is 'default'"
+          )
+      elif key == "rope_theta":
+        if type(value) in (int, float) and 1 < value < 1e15:
+          bases[where] = float(value)
+        else:
+          problems.append(f"{where} is {schema.shorten(value)}, no base")
+      elif value is not None and not (
+        key == "partial_rotary_factor" and value == 1
+      ):
+        problems.append(
+          f"{where} is {schema.shorten(value)}, implemented is none"
+        )
+  if len(set(bases.values())) > 1:
+    problems.append(
+      "several rotary bases: "
+      + ", ".join(f"{key} {value:g}" for key, value in bases.items())
+    )
+  return next(iter(bases.values()), _ROPE_BASE), problems
+
+
+def _windows(config: _Config) -> list[str]:
+  """Layers that would see a part of the conversation only."""
+  layers, window = config.num_hidden_layers, config.sliding_window
+  problems = []
+  if config.layer_types is not None:
+    kinds = sorted(set(config.layer_types) - {"full_attention"})
+    if kinds:
+      problems.append(
+        f"layer_types has {schema.shorten(kinds)}, implemented is"
+        " 'full_attention'"
+      )
+    if len(config.layer_types) != layers:
+      problems.append(
+        f"layer_types has {len(config.layer_types)} entries,"
+        f" num_hidden_layers is {layers}"
+      )
+  elif (
+    config.use_sliding_window
+    and window is not None
+    and window < _WINDOW
+    and config.max_window_layers < layers
+  ):
+    problems.append(
+      f"sliding_window is {window} in layers from {config.max_window_layers}"
+      f" on (use_sliding_window), implemented is full attention: none, or at"
+      f" least {_WINDOW}"
+    )
+  return problems
+
+
+def _vision(config: _Config, path) -> VisionConfig:
+  if config.vision_config is not None:
+    return siglip_config(config.vision_config, f"{path}, vision_config")
+  tower = config.mm_vision_tower or _SO400M
+  if "siglip-so400m-patch14-384" not in tower:
+    raise UserError(
+      f"{path}: mm_vision_tower is {tower!r}, known is {_SO400M!r}; add a"
+      " vision_config entry with the tower's sizes"
+    )
+  return VisionConfig()
+
+
+def _frames(config: _Config, vision: VisionConfig) -> list[str]:
+  problems = []
+  if config.mm_hidden_size not in (None, vision.width):
+    problems.append(
+      f"mm_hidden_size is {config.mm_hidden_size}, the tower's width is"
+      f" {vision.width}"
+    )
+  points, size = config.image_grid_pinpoints, vision.image_size
+  grids = [[a * size, b * size] for a in range(1, 7) for b in range(1, 7)]
+  if isinstance(points, list):
+    points = sorted(points)
+  if points not in (None, grids, *_POINTS):
+    problems.append(
+      f"image_grid_pinpoints is {schema.shorten(points)}, implemented are all"
+      f" grids of 1 x 1 to 6 x 6 tiles of {size} pixels"
+    )
+  return problems

@@ -1,0 +1,284 @@
+"""Tensors of safetensors files, read a part at a time.
+
+A file is 8 bytes, the length of a JSON header, then tensors as they lie in
+memory. It is read with positions, not mapped: pages of a mapped file count as
+this process's memory, so that a model read that way takes twice its size.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import ml_dtypes
+import numpy as np
+from pydantic import Field
+
+from hourjax import schema
+from hourjax.errors import UserError
+
+DTYPES = {
+  "F64": np.dtype(np.float64),
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_MOST_HEADER = 100 * 2**20  # bytes, as in the format's own library
+_BLOCK = 2 * 2**20  # values that are read and turned at a time
+_PATCH = 128  # rows that are transposed at a time: they stay in the cache
+_AGAIN = "copy it again"
+_Count = Annotated[int, Field(ge=0, lt=2**60)]
+
+
+class _Entry(schema.Schema):
+  """A tensor in a file's header."""
+
+  dtype: str
+  shape: list[_Count]
+  data_offsets: Annotated[list[_Count], Field(min_length=2, max_length=2)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """Where a tensor lies.
+
+  Attributes:
+    name: in the file.
+    file: that holds it.
+    dtype: as the format names it, e.g. "BF16".
+    shape: of the tensor.
+    start, end: its bytes in the file.
+  """
+
+  name: str
+  file: pathlib.Path
+  dtype: str
+  shape: tuple[int, ...]
+  start: int
+  end: int
+
+
+def read_header(path: pathlib.Path) -> dict[str, Tensor]:
+  """Tensors of a file by name.
+
+  Raises:
+    UserError: a Git-LFS pointer, cut, or no safetensors file.
+  """
+  try:
+    with path.open("rb") as file:
+      size = os.fstat(file.fileno()).st_size
+      first = file.read(8)
+      length = int.from_bytes(first, "little")
+      schema.check_pointer(path, first + file.read(100))
+      file.seek(8)
+      if len(first) < 8 or not 2 <= length <= min(_MOST_HEADER, size - 8):
+        raise _unreadable(path, f"a header of {length} bytes in {size}")
+      header = file.read(length)
+  except OSError as error:
+    raise UserError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from None
+  raw = schema.parse_json(header, f"the header of {path}", remedy=_AGAIN)
+  if not isinstance(raw, dict):
+    raise _unreadable(path, "the header is no JSON object")
+  raw.pop("__metadata__", None)
+  tensors = {
+    name: _tensor(path, name, entry, 8 + length) for name, entry in raw.items()
+  }
+  _check_extent(path, tensors, 8 + length, size)
+  return tensors
+
+
+def _tensor(path, name, raw, first) -> Tensor:
+  where = f"the header of {path}, {schema.shorten(name)}"
+  entry = schema.validate(_Entry, raw, where, remedy=_AGAIN)
+  start, end = entry.data_offsets
+  if entry.dtype in DTYPES:
+    size = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
+    if end - start != size:
+      raise _unreadable(
+        path, f"{name} has {end - start} bytes, its shape takes {size}"
+      )
+  shape = tuple(entry.shape)
+  return Tensor(name, path, entry.dtype, shape, first + start, first + end)
+
+
+def _check_extent(path, tensors, first, size) -> None:
+  """Tensors fill the file, one after the other."""
+  at = first
+  for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.end)):
+    if tensor.start != at or tensor.end < at:
+      raise _unreadable(
+        path, f"{tensor.name} begins at byte {tensor.start} instead of {at}"
+      )
+    at = tensor.end
+  if at != size:
+    raise _unreadable(path, f"{size} bytes instead of {at}")
+
+
+def _unreadable(path, reason: str) -> UserError:
+  return UserError(
+    f"{path} is not a readable safetensors file ({reason}); {_AGAIN}"
+  )
+
+
+class TensorReader:
+  """Tensors of several files, opened once, read in blocks of rows."""
+
+  def __init__(self, tensors: dict[str, Tensor]):
+    """Opens nothing yet.
+
+    Args:
+      tensors: by the name they are asked for.
+    """
+    self._tensors = tensors
+    self._files = contextlib.ExitStack()
+    self._open: dict[pathlib.Path, int] = {}
+
+  def __enter__(self) -> "TensorReader":
+    for path in {tensor.file for tensor in self._tensors.values()}:
+      try:
+        self._open[path] = os.open(path, os.O_RDONLY)
+      except OSError as error:
+        self.__exit__()
+        raise UserError(
+          f"cannot read {path}: {error.strerror}; {_AGAIN}"
+        ) from None
+      self._files.callback(os.close, self._open[path])
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._files.close()
+
+  def __getitem__(self, name: str) -> Tensor:
+    return self._tensors[name]
+
+  def names(self) -> set[str]:
+    """What there is to be read."""
+    return set(self._tensors)
+
+  def rows(
+    self, name: str, start: int, stop: int, dtype: np.dtype
+  ) -> Iterator[tuple[int, np.ndarray]]:
+    """Rows of a tensor as blocks (first row, rows), in the wanted dtype.
+
+    Raises:
+      UserError: a value that is not finite, or the file ends too early.
+    """
+    tensor = self._tensors[name]
+    own = DTYPES[tensor.dtype]
+    width = math.prod(tensor.shape[1:])
+    step = max(1, _BLOCK // max(1, width))
+    for first in range(start, stop, step):
+      count = min(step, stop - first)
+      block = np.empty((count, *tensor.shape[1:]), own)
+      self._fill(tensor, block, first * width * own.itemsize)
+      with np.errstate(over="ignore", invalid="ignore"):
+        block = block.astype(dtype, copy=False)
+      _check_finite(tensor, block)
+      yield first, block
+
+  def fill(self, name: str, target: np.ndarray, start: int) -> bool:
+    """Reads rows straight into `target`, if they lie there as in the file.
+
+    Args:
+      name: of the tensor.
+      target: as many whole rows as are wanted.
+      start: the first of them.
+
+    Returns:
+      Whether they do; else nothing was read.
+    """
+    tensor = self._tensors[name]
+    if target.dtype != DTYPES[tensor.dtype] or not target.flags.c_contiguous:
+      return False
+    flat = target.reshape(-1)
+    width = math.prod(tensor.shape[1:])
+    for first in range(0, flat.size, _BLOCK):
+      block = flat[first : first + _BLOCK]
+      self._fill(tensor, block, (start * width + first) * block.itemsize)
+      _check_finite(tensor, block)
+    return True
+
+  def _fill(self, tensor: Tensor, block: np.ndarray, offset: int) -> None:
+    view = memoryview(block.reshape(-1).view(np.uint8))
+    at, file = tensor.start + offset, self._open[tensor.file]
+    while view:
+      try:
+        count = os.preadv(file, [view], at)
+      except OSError as error:
+        raise UserError(
+          f"cannot read {tensor.file}: {error.strerror}; {_AGAIN}"
+        ) from None
+      if not count:
+        raise _unreadable(tensor.file, f"it ends at byte {at}")
+      view, at = view[count:], at + count
+
+
+def transpose(target: np.ndarray, block: np.ndarray) -> None:
+  """Writes block.T into `target`, which need not lie in one piece.
+
+  In patches that stay in the cache, four times as fast as in one; and as
+  integers, since numpy moves types that it does not know one by one.
+  """
+  if target.dtype == block.dtype:
+    kind = np.dtype(f"u{block.itemsize}")
+    target, block = target.view(kind), block.view(kind)
+  for row in range(0, len(block), _PATCH):
+    target[:, row : row + _PATCH] = block[row : row + _PATCH].T
+
+
+def _check_finite(tensor: Tensor, block: np.ndarray) -> None:
+  """Compares bits: exponents of ones only are infinite or no number."""
+  size = block.dtype.itemsize
+  limit = {
+    np.dtype(np.float64): 0x7FF0 << 48,
+    np.dtype(np.float32): 0x7F80 << 16,
+    np.dtype(np.float16): 0x7C00,
+    np.dtype(ml_dtypes.bfloat16): 0x7F80,
+  }[block.dtype]
+  if not block.size:
+    return
+  # As signed numbers the positive ones, as unsigned ones the negative ones
+  # come last; a maximum takes no memory and a hundredth of the copy's time.
+  negative = limit + (1 << (8 * size - 1))
+  if (
+    block.view(f"i{size}").max() >= limit
+    or block.view(f"u{size}").max() >= negative
+  ):
+    wrong = int((~np.isfinite(block.astype(np.float64))).sum())
+    raise UserError(
+      f"{tensor.file.name}: {tensor.name} holds {wrong} values among"
+      f" {block.size} that are not finite as {block.dtype}; a model with these"
+      f" weights answers nothing: take another checkpoint than"
+      f" {tensor.file.parent}, or copy it again"
+    )
+
+
+def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+  """An empty array that the CPU's devices use where it is, without a copy."""
+  dtype = np.dtype(dtype)
+  size = math.prod(shape) * dtype.itemsize
+  memory = np.empty(size + 64, np.uint8)
+  start = -memory.ctypes.data % 64
+  return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def in_threads(function, jobs: Sequence) -> None:
+  """Calls it for every job, some at a time; the first error ends it."""
+  workers = min(4, os.cpu_count() or 1, len(jobs))
+  if workers < 2:
+    for job in jobs:
+      function(job)
+    return
+  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    running = [pool.submit(function, job) for job in jobs]
+    try:
+      for future in concurrent.futures.as_completed(running):
+        future.result()
+    except BaseException:
+      for future in running:
+        future.cancel()
+      raise
