@@ -186,6 +186,8 @@ def _problem(item: dict[str, Any]) -> str:
   message = item["msg"][:1].lower() + item["msg"][1:]
   if item["type"] == "missing":
     return f"{field} is missing"
+  if item["type"] in ("model_type", "dict_type"):
+    message = "input should be a JSON object"  # not a class of ours
   return f"{field} is {shorten(item['input'])}: {message}"
 
 

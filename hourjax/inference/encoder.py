@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
+from hourjax import progress
 from hourjax.models.config import ModelConfig
 from hourjax.models.params import as_bits, narrow_dtype, with_params
 from hourjax.models.siglip import pool_frames
@@ -73,7 +74,8 @@ class Encoder:
       (self.batch, side, side, 3), np.uint8, sharding=self._dealt
     )
     jitted = jax.jit(encode, out_shardings=self._dealt)
-    self._encode = jitted.lower(self._params, pixels).compile()
+    with progress.said_if_slow("compiling the vision tower"):
+      self._encode = jitted.lower(self._params, pixels).compile()
 
   def __call__(
     self, pixels: UInt8[np.ndarray, "{self.batch} h w 3"]

@@ -1,7 +1,8 @@
 """Rows of memories and prompts on the devices, in few different shapes."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32, Int
 
+from hourjax import progress
 from hourjax.data.dealing import deal
 from hourjax.data.layout import Layout
 from hourjax.data.repository import Repository
@@ -34,6 +36,7 @@ from hourjax.models.params import (
 from hourjax.parallel.rules import param_shardings
 from hourjax.training.placing import Placing
 
+_SLOW = 10**9  # parameters on a CPU
 _LEAST = 128  # of every capacity: whole tiles, and divided by many meshes
 
 
@@ -59,6 +62,31 @@ class Known:
   )
 
 
+class _Layers:
+  """A bar over layers that have read a prompt.
+
+  One for the process, as compiled programs know whom they call.
+  """
+
+  def __init__(self):
+    self._bar = None
+
+  def __call__(self) -> None:
+    if self._bar is not None:
+      self._bar.update(1)
+
+  @contextlib.contextmanager
+  def shown(self, layers: int) -> Iterator[None]:
+    with progress.bar(layers, unit="layer", desc="the question") as self._bar:
+      try:
+        yield
+      finally:
+        self._bar = None
+
+
+_LAYERS = _Layers()
+
+
 class Engine:
   """A model on the devices of a mesh.
 
@@ -67,6 +95,8 @@ class Engine:
     params: by path; what products use is in the compute dtype. The CPU is
       given the same memory as bits (`models.params.as_bits`).
     mesh: memory is split over `seq` and heads over `tensor`.
+    slow: a layer takes seconds: progress is told layer by layer, and words one
+      by one.
   """
 
   def __init__(
@@ -88,6 +118,9 @@ class Engine:
       for path, value in params.items()
     }
     self._given = as_bits(self.params, config)
+    numbers = sum(value.size for value in self.params.values())
+    cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    self.slow = cpu and numbers >= _SLOW
 
   def remember(
     self,
@@ -119,7 +152,7 @@ class Engine:
       )
     )
     batch = stack_rows([build_row([sample], spec)])
-    with jax.set_mesh(self.mesh):
+    with jax.set_mesh(self.mesh), _compiling("the memory"):
       arrays = steps.remember(
         self._given, self._placed(batch, spec), config=self.config
       )
@@ -168,7 +201,8 @@ class Engine:
     start[: len(layouts)] = np.cumsum([0, *lengths[:-1]])
     length[: len(layouts)] = lengths
     last[: len(layouts)] = [layout.decoder_token[-1] for layout in layouts]
-    with jax.set_mesh(self.mesh):
+    told = _LAYERS if self.slow else None
+    with jax.set_mesh(self.mesh), self._layers(known.arrays is not None):
       augmented, shares = None, None
       if known.arrays is not None:
         augmented, shares = steps.recall(
@@ -177,6 +211,7 @@ class Engine:
           placed,
           None if watched is None else self._watched(watched, spec),
           config=self.config,
+          told=told,
         )
       cache = steps.prefill(
         self._given,
@@ -185,7 +220,11 @@ class Engine:
         jnp.asarray(start),
         config=self.config,
         capacity=rounded(max(lengths) + room),
+        told=told,
       )
+      if told is not None:
+        jax.block_until_ready(cache)
+        jax.effects_barrier()
     # The last token of a prompt is written once more, which tells what
     # comes after it.
     writing = steps.Writing(
@@ -208,7 +247,7 @@ class Engine:
     tokens: int,
   ) -> steps.Writing:
     """Up to so many tokens more; see `steps.write`."""
-    with jax.set_mesh(self.mesh):
+    with jax.set_mesh(self.mesh), _compiling("the answer"):
       return steps.write(
         self._given,
         writing,
@@ -233,7 +272,7 @@ class Engine:
     writing = _grown(writing, rounded(needed), rounded(room, 16))
     padded = np.zeros((1, rounded(len(tokens), 32)), np.int32)
     padded[0, : len(tokens)] = tokens
-    with jax.set_mesh(self.mesh):
+    with jax.set_mesh(self.mesh), _compiling("the next turn"):
       return steps.extend(
         self._given,
         writing,
@@ -241,6 +280,13 @@ class Engine:
         jnp.asarray([len(tokens)], jnp.int32),
         config=self.config,
       )
+
+  def _layers(self, memory: bool):
+    """Tells of the layers of a prompt, or only that they are compiled."""
+    if not self.slow:
+      return _compiling("the question")
+    config = self.config
+    return _LAYERS.shown(config.decoder.layers + memory * config.memaug_layers)
 
   @property
   def _frame_tokens(self) -> int:
@@ -264,6 +310,10 @@ class Engine:
     padded = np.full((1, rounded(len(queries))), -1, np.int32)
     padded[0, : len(queries)] = places
     return jnp.asarray(padded)
+
+
+def _compiling(what: str):
+  return progress.said_if_slow(f"compiling the model for {what}")
 
 
 def check_mesh(mesh: Mesh, config: ModelConfig) -> None:

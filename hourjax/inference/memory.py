@@ -259,7 +259,7 @@ class Conversation:
         how,
         stop=memory._stop,
         limit=limit,
-        tokens=_STEPS if stream else limit,
+        tokens=(1 if memory._engine.slow else _STEPS) if stream else limit,
       )
       answer = memory._answer(writing, 0, looked)
       if stream:

@@ -12,7 +12,7 @@ row of its own.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from hourjax.batch import Batch
 from hourjax.inference.sampling import Draw, draw
 from hourjax.models.attention import KeysValues
 from hourjax.models.config import ModelConfig
+from hourjax.models.layers import layers_told
 from hourjax.models.params import with_params
 from hourjax.parallel.rules import constrain
 
@@ -74,7 +75,7 @@ def remember(
   return Remembered(known, kept, batch.memory_segment)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("config", "told"))
 def recall(
   params: Params,
   memory: Remembered,
@@ -82,6 +83,7 @@ def recall(
   watched: Int[Array, "1 W"] | None,
   *,
   config: ModelConfig,
+  told: Callable[[], None] | None = None,
 ) -> tuple[Float[Array, "1 T D"], Float[Array, "blocks 1 S"] | None]:
   """The prompts' queries after MemAug.
 
@@ -91,6 +93,7 @@ def recall(
     batch: a row of prompts whose queries count what is kept.
     watched: queries whose attention is looked at; -1 is none.
     config: of the model.
+    told: called on the host after each layer (`layers.layers_told`).
 
   Returns:
     Queries, and the attention that each memory token gets in each block.
@@ -98,10 +101,11 @@ def recall(
   reads = jnp.minimum(batch.query_segment, 1)  # all prompts, the one memory
   batch = batch._replace(memory_segment=memory.segment, query_reads=reads)
   model = with_params(config, params)
-  return model.recall(memory.known, memory.kept, batch, watched)
+  with layers_told(told):
+    return model.recall(memory.known, memory.kept, batch, watched)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "capacity"))
+@functools.partial(jax.jit, static_argnames=("config", "capacity", "told"))
 def prefill(
   params: Params,
   augmented: Float[Array, "1 T D"] | None,
@@ -110,6 +114,7 @@ def prefill(
   *,
   config: ModelConfig,
   capacity: int,
+  told: Callable[[], None] | None = None,
 ) -> KeysValues:
   """A cache [layers, N, capacity, K, C] of the prompts in a row.
 
@@ -120,9 +125,11 @@ def prefill(
     start: where in the row each prompt begins.
     config: of the model.
     capacity: of the cache; beyond a prompt its content means nothing.
+    told: called on the host after each layer.
   """
   model = with_params(config, params)
-  known = model.prefill(augmented, batch)
+  with layers_told(told):
+    known = model.prefill(augmented, batch)
   index = start[:, None] + jnp.arange(capacity)[None]
 
   def unpacked(values):

@@ -1,7 +1,9 @@
 """What the towers share: linear layers on a mesh and a scanned stack."""
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,6 +16,10 @@ from hourjax import kernels
 from hourjax.models.config import Remat
 from hourjax.parallel.fsdp import gather_weight, weight_gradients
 
+# Called on the host after each layer of a stack, by what is traced now.
+_TOLD: contextvars.ContextVar[Callable[[], None] | None] = (
+  contextvars.ContextVar("told", default=None)
+)
 _PRODUCT = "product"  # of an activation and a weight, for rematerialisation
 # Logical axes of a layer's input before its channels.
 Lead = tuple[str, str | None]
@@ -21,6 +27,20 @@ SEQUENCE: Lead = ("rows", "positions")
 IMAGES: Lead = ("images", None)
 # A few tokens, which go to where the weights are instead of gathering them.
 TOKENS: Lead = ("rows", None)
+
+
+@contextlib.contextmanager
+def layers_told(told: Callable[[], None] | None) -> Iterator[None]:
+  """While a function is traced: stacks call `told` after each layer.
+
+  That takes a call to the host, and such a program is compiled anew in each
+  process; None changes nothing.
+  """
+  token = _TOLD.set(told)
+  try:
+    yield
+  finally:
+    _TOLD.reset(token)
 
 
 class Stack(nnx.Module):
@@ -73,7 +93,16 @@ class Stack(nnx.Module):
       return step(nnx.merge(graph, own), x, each)
 
     body = rematerialised(body, self.remat)
-    return jax.lax.scan(body, x, (params, each))
+    told = _TOLD.get()
+    if told is None:
+      return jax.lax.scan(body, x, (params, each))
+
+    def telling(x, part):
+      result = body(x, part)
+      jax.debug.callback(told)
+      return result
+
+    return jax.lax.scan(telling, x, (params, each))
 
   def layer(self, index: int) -> nnx.Module:
     """One layer with its own parameters, for tests and inspection."""

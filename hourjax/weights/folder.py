@@ -62,6 +62,16 @@ def find_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
     UserError: there are none, a file is damaged or missing, a name is there
       twice, or it is an adapter.
   """
+  return _renamed(folder, _without_buffers(_find(folder)))
+
+
+def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The files whose tensors `find_tensors` takes."""
+  return sorted({tensor.file for tensor in _find(folder).values()})
+
+
+def _find(folder: pathlib.Path) -> dict[str, Tensor]:
+  """All tensors of the model's files, under the names they have there."""
   _refuse_adapter(folder)
   index = folder / INDEX
   if index.exists():
@@ -86,12 +96,7 @@ def find_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
           f" {folder}, and no {INDEX} says which is the model's; keep one"
         )
       found[name] = tensor
-  return _renamed(folder, _without_buffers(found))
-
-
-def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The files whose tensors `find_tensors` takes."""
-  return sorted({tensor.file for tensor in find_tensors(folder).values()})
+  return found
 
 
 def read_index(path: pathlib.Path) -> dict[str, str]:
@@ -178,7 +183,7 @@ def _without_index(folder: pathlib.Path) -> list[pathlib.Path]:
       lacking = [name for name in wanted if not (folder / name).exists()]
       if lacking:
         raise UserError(
-          f"{folder} lacks {shortened(lacking)} of {count} shards; copy the"
+          f"{folder} lacks {shortened(lacking)} of {int(count)} shards; copy the"
           " missing shards"
         )
   return files

@@ -213,7 +213,7 @@ class TensorReader:
           f"cannot read {tensor.file}: {error.strerror}; {_AGAIN}"
         ) from None
       if not count:
-        raise _unreadable(tensor.file, f"it ends at byte {at}")
+        raise _unreadable(tensor.file, f"it ends before byte {at + 1}")
       view, at = view[count:], at + count
 
 
@@ -250,10 +250,9 @@ def _check_finite(tensor: Tensor, block: np.ndarray) -> None:
   ):
     wrong = int((~np.isfinite(block.astype(np.float64))).sum())
     raise UserError(
-      f"{tensor.file.name}: {tensor.name} holds {wrong} values among"
-      f" {block.size} that are not finite as {block.dtype}; a model with these"
-      f" weights answers nothing: take another checkpoint than"
-      f" {tensor.file.parent}, or copy it again"
+      f"{tensor.file}: {tensor.name} is not finite as {block.dtype} in {wrong}"
+      f" of {block.size} values looked at, and nothing can be answered with"
+      " it; copy it again, or take another checkpoint"
     )
 
 
