@@ -1,24 +1,41 @@
 """From a raw answer to what it says: a letter, yes or no, a number, words.
 
 An answer that names no option, or several, is None: nobody guesses for it.
-What an answer states ("the answer is B") counts before what it merely names.
+
+What is thought aloud does not count, and what stands in a container made for
+the answer (`\\boxed{}`, `<answer>`, JSON) counts alone (`markup`). In the rest
+every place that names an option is a mention. It is dropped if the sentence
+denies it, asks it or makes it a condition. Those that are left count by how
+they are named, and only the first of these that occurs:
+
+    1. as final         "Final answer: B", 最终答案是B
+    2. as the answer    "the answer is B", "I'd go with B", "B is correct", 选B;
+                        or a clause of its own that ends a line: "So, B."
+    3. as a label       "B. A blue car", "B because ...", "option B", "(B)"
+    4. by its text      "It shows a blue car."
+
+If all that count name one option, that is what the answer says. An option's
+text is found before letters are looked for, so that "Vitamin C" names no C, and
+a letter before a text is one mention with it. After "no, wait" only what
+follows is said.
 """
 
 import dataclasses
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 
+from hourjax.evaluation import markup, phrases
 from hourjax.evaluation.questions import Question
 
 # Raised with every change to what any answer is read as.
-PARSER_VERSION = 2
+PARSER_VERSION = 3
 
 LETTERS = "ABCDEFGHIJ"
+_NUMERALS = tuple(str(number + 1) for number in range(len(LETTERS)))
 
 
 def parse(answer: str, question: Question) -> str | None:
-  """What an answer says, in the form of `question.expected`.
+  """Returns what an answer says, in the form of `question.expected`.
 
   The right answer is the one that equals `expected`; for free text, what
   `normalise` makes of it.
@@ -37,37 +54,60 @@ def parse(answer: str, question: Question) -> str | None:
 
   Returns:
     A letter; "yes" or "no"; an option's number from 1; normalised words. None
-    if the answer says nothing of the kind, or more than one thing.
+    if the answer says nothing of the kind, or more than one thing. Of options
+    with the same text, the text alone gives the first.
   """
-  text = _clean(answer)
-  if question.kind == "yes_no":
-    return _yes_or_no(text)
+  text = markup.spoken(answer)
+  if text is None:
+    return None
+  parts = markup.contained(text) or [text]
   if question.kind == "open":
-    return normalise(text) or None
-  if question.kind == "choice":
-    letters = LETTERS[: len(question.options)]
-    return _option(text, letters, question.options)
-  numbers = [str(i + 1) for i in range(len(question.options))]
-  symbols = "".join(question.extra.get("symbols", numbers))
-  found = _option(_counted(text, symbols), symbols, question.options)
-  return None if found is None else numbers[symbols.index(found)]
+    return normalise(parts[-1]) or None
+  said = [_read(part, question) for part in parts]
+  # The last container is the answer; one before may not contradict it.
+  return said[-1] if len({*said} - {None}) == 1 else None
 
 
 def normalise(words: str) -> str:
   """Lower case, single spaces, no markup, no closing full stop or "!"."""
-  return " ".join(_clean(words).lower().split()).rstrip(".! ")
+  return " ".join(markup.clean(words).lower().split()).rstrip(".! ")
 
 
-def _clean(text: str) -> str:
-  """Without markup, letters as they are usually written; lines remain.
+def right_answers(question: Question) -> set[str]:
+  """Returns what `parse` gives for a right answer to a question with options.
 
-  What an answer is compared with goes through it as well: "$ 5" is "5".
+  That is `expected`, and the name of every other option with the same text.
+  Where nothing is expected, as no option is right, nothing is.
   """
-  text = _MARKUP.sub(" ", unicodedata.normalize("NFKC", text))
-  return re.sub(r"[^\S\n]+", " ", text).strip()
+  names = LETTERS if question.kind == "choice" else _NUMERALS
+  names = [*names][: len(question.options)]
+  if question.expected not in names:
+    return {question.expected} - {""}
+  alike = same_text(question.options, names.index(question.expected))
+  return {names[index] for index in alike}
 
 
-_MARKUP = re.compile(r"</?\w+>|\\(?:boxed|text|textbf|mathrm)\b|[*`#$_{}\"“”]")
+def same_text(options: Sequence[str], index: int) -> list[int]:
+  """Returns the indices of the options with the text of one, itself included.
+
+  Empty options are not the same: they say nothing.
+  """
+  told = " ".join(options[index].split())
+  alike = [i for i, o in enumerate(options) if told == " ".join(o.split())]
+  return alike if told else [index]
+
+
+def _read(text: str, question: Question) -> str | None:
+  text = markup.clean(text)
+  if question.kind == "yes_no":
+    return _yes_or_no(text)
+  if question.kind == "choice":
+    letters = LETTERS[: len(question.options)]
+    return _Reader(letters, question.options).read(text)
+  numbers = _NUMERALS[: len(question.options)]
+  symbols = "".join(question.extra.get("symbols", numbers))
+  found = _Reader(symbols, question.options).read(_counted(text, symbols))
+  return None if found is None else numbers[symbols.index(found)]
 
 
 def _yes_or_no(text: str) -> str | None:
@@ -82,38 +122,264 @@ def _yes_or_no(text: str) -> str | None:
   return said.pop() if len(said) == 1 else None
 
 
+_NUMBERS = {"one": 0, "first": 0, "two": 1, "second": 1, "three": 2, "third": 2}
+_NUMBER = "|".join(_NUMBERS)
+
+
+def _counted(text: str, symbols: str) -> str:
+  """With symbols for words: "option two", "the second caption" -> option 2."""
+
+  def symbol(match: re.Match) -> str:
+    index = _NUMBERS[(match[1] or match[2]).lower()]
+    return f"option {symbols[index]}" if index < len(symbols) else match[0]
+
+  pattern = (
+    rf"\b(?:{phrases.NOUN}\s+({_NUMBER})|({_NUMBER})\s+{phrases.NOUN})\b"
+  )
+  return re.sub(pattern, symbol, text, flags=re.IGNORECASE)
+
+
+# "U.S." and "1.5" are no symbols.
+_APART = r"(?!['’\w+]|[-–]\w|\.\w\b)"
+_BARE = r"(?<![\w'’.-])"
+_OPTION = r"[\ue000-\ue0ff]"  # an option's text, written as one character
+_SYMBOL = {
+  False: rf"[(\[]\s*([A-Za-z])\s*[)\]]|{_BARE}([A-Za-z]){_APART}",
+  True: rf"[(\[]\s*(\d)\s*[)\]]|{_BARE}(\d){_APART}",
+}
+_BETWEEN = r"[\s.):,=/\]'(–—-]*(?:\bis\b\s*)?"  # a symbol and its option's text
+_NEAR = 160  # characters beside a symbol that can state, name or deny it
+
+
 # --- Options -----------------------------------------------------------------
 
 
-def _option(text: str, symbols: str, options: Sequence[str]) -> str | None:
-  """The one symbol that an answer chooses; None if it is not one of them."""
-  digits = symbols[:1].isdigit()
-  lone = _lone(text, digits)
-  if len(lone) == 1 and lone <= set(symbols):
-    return lone.pop()
-  told = _verbatim(text, symbols, options)
-  if not told and not lone:
-    told = _told(text, symbols, options, digits)
-  if not told or len(told) > 1:
-    return None
-  (symbol,) = told
-  return symbol if symbol in symbols else None
+@dataclasses.dataclass(frozen=True)
+class _Mention:
+  """A place that names an option.
+
+  Attributes:
+    symbol: in upper case; with "~" if it is named and cannot be meant.
+    rank: how it is named, 1 to 4 as above; 5 by the way.
+    denied: not said of it, but the contrary.
+    start, end: of the place.
+  """
+
+  symbol: str
+  rank: int
+  denied: bool
+  start: int
+  end: int
 
 
-def _told(
-  text: str, symbols: str, options: Sequence[str], digits: bool
-) -> set[str]:
-  """The symbols that an answer in words states or, failing that, names."""
-  # An explanation may follow: "B\n\nA cat is not shown."
-  lines = [_lone(line, digits) for line in text.splitlines()]
-  if told := set().union(*(line for line in lines if len(line) == 1)):
-    return told
-  mentions = list(_mentions(text, digits))
-  if told := {m.symbol for m in mentions if m.stated}:
-    return told
-  if prefix := _SAID.search(text):
-    told = _verbatim(text[prefix.end() :], symbols, options)
-  return told or {m.symbol for m in mentions if m.labelled}
+class _Reader:
+  """Reads answers to one question: its symbols and its options' texts."""
+
+  def __init__(self, symbols: str, options: Sequence[str]):
+    self._symbols = symbols
+    self._options = options[: len(symbols)]
+    self._digits = symbols[:1].isdigit()
+
+  def read(self, text: str) -> str | None:
+    """The one symbol that a cleaned answer chooses; None if there is none."""
+    lone = _lone(text, self._digits)
+    if len(lone) == 1 and lone <= set(self._symbols):
+      return lone.pop()
+    if (found := self._verbatim(text)) is not None:
+      return found or None
+    if lone:
+      return None
+    return self._told(self._masked(text))
+
+  def _verbatim(self, text: str) -> str | None:
+    """The option with exactly this text; "" if it is one of several."""
+    key = _key(text)
+    found = [i for i, o in enumerate(self._options) if key and _key(o) == key]
+    if not found:
+      return None
+    exact = [i for i in found if markup.clean(self._options[i]) == text]
+    return self._one(exact or found)
+
+  def _one(self, found: Sequence[int]) -> str:
+    same = len(found) == len(same_text(self._options, found[0]))
+    return self._symbols[found[0]] if len(found) == 1 or same else ""
+
+  def _masked(self, text: str) -> str:
+    """With options' texts as one character each, the longest first."""
+    keys: dict[str, list[int]] = {}
+    for index, option in enumerate(self._options):
+      if key := _key(option):
+        keys.setdefault(key, []).append(index)
+    told = {}
+    for key, found in keys.items():
+      symbol = self._one(found)
+      index = self._symbols.index(symbol) if symbol else 0xFF
+      told[key] = chr(0xE000 + index)
+    symbols = re.compile(r"\d" if self._digits else r"[a-z]")
+    short = [key for key in keys if symbols.fullmatch(key)]
+    texts = sorted(keys.keys() - short, key=len, reverse=True)
+    # "5" is not in "1.5", "-5", "5%" or "5th". A text that looks like a symbol
+    # is one only after a symbol: "A. b".
+    apart = r"(?<!\w)(?<!\d[.,])(?<![-+])(?:(?:an?|the)\s+)?"
+    labelled = r"(?<=[A-Za-z0-9][.):] )"
+    for start, found in ((apart, texts), (labelled, short)):
+      words = "|".join(
+        r"\s+".join(map(re.escape, key.split())) for key in found
+      )
+      if words:
+        text = re.sub(
+          rf"{start}({words})(?!\w|[.,]\d|\s?[%°])",
+          lambda match: told.get(_key(match[1]), match[0]),
+          text,
+          flags=re.IGNORECASE,
+        )
+    return text
+
+  def _told(self, text: str) -> str | None:
+    """What an answer in words says."""
+    corrections = list(phrases.CORRECTION.finditer(text))
+    if corrections:
+      last = corrections[-1]
+      found = self._told(text[last.end() :].lstrip(" ,.:;!?…—-"))
+      if found or last["hard"]:
+        return found
+    mentions = [m for m in self._mentions(text) if not m.denied]
+    first = min((m.rank for m in mentions), default=5)
+    named = {m.symbol for m in mentions if m.rank == first}
+    if first == 5 or len(named) != 1:
+      return None
+    (symbol,) = named
+    return symbol if symbol in self._symbols else None
+
+  def _mentions(self, text: str) -> Iterator[_Mention]:
+    """All mentions; those in one list, "A and B", are named and denied alike.
+
+    "A, B and C are wrong" denies all three.
+    """
+    group: list[_Mention] = []
+    for mention in self._each(text):
+      between = text[group[-1].end : mention.start] if group else ""
+      if group and _listed(between, group[-1].denied or mention.denied):
+        group.append(mention)
+        continue
+      yield from self._alike(group)
+      group = [mention]
+    yield from self._alike(group)
+
+  def _alike(self, group: Sequence[_Mention]) -> Iterator[_Mention]:
+    named = {mention.symbol[-1] for mention in group}
+    if len(self._symbols) > 2 and named >= {*self._symbols}:
+      return  # "A, B, C or D" names none of them
+    rank = min((mention.rank for mention in group), default=5)
+    denied = any(mention.denied for mention in group)
+    for mention in group:
+      yield dataclasses.replace(mention, rank=rank, denied=denied)
+
+  def _each(self, text: str) -> Iterator[_Mention]:
+    pattern = (
+      rf"(?:{_SYMBOL[self._digits]})(?:{_BETWEEN}({_OPTION}))?|{_OPTION}"
+    )
+    for match in re.finditer(pattern, text):
+      symbol = match[1] or match[2]
+      before = text[max(0, match.start() - _NEAR) : match.start()]
+      after = text[match.end() : match.end() + _NEAR]
+      if symbol is None:
+        mention = self._text(match, before, after)
+      else:
+        mention = self._letter(match, symbol, before, after)
+      if mention:
+        yield mention
+
+  def _text(self, match, before: str, after: str) -> _Mention | None:
+    """A mention by the option's text, which must be all that is said."""
+    if not phrases.ENDS.match(after):
+      return None
+    if phrases.STATED.search(before):
+      rank = _first_or_second(before)
+    elif phrases.ALONE.search(before):
+      rank = 3
+    else:
+      rank = 4 if phrases.SHOWN.search(before) else 5
+    index = ord(match[0]) - 0xE000
+    symbol = self._symbols[index] if index < len(self._symbols) else "~"
+    return self._mention(symbol, rank, match, before, after)
+
+  def _letter(
+    self, match, symbol: str, before: str, after: str
+  ) -> _Mention | None:
+    """A mention by symbol, perhaps with its option's text."""
+    boxed = match[0][0] in "(["
+    own = match[3] is not None and self._is_own(symbol, match[3])
+    head = not before.strip(" \n([") or before.rstrip(" (").endswith("\n")
+    known = (
+      boxed or own or (symbol not in "Ii" and phrases.LABEL.search(before))
+    )
+    follows = match[0][match.end(1 if boxed else 2) - match.start() :] + after
+    word = symbol in "AI" or symbol.islower() or self._digits
+    if word and not known and not phrases.ENDS.match(follows):
+      return None
+    if head and not known and not phrases.GOES_ON.match(follows):
+      return None
+    labelled = boxed or own or head
+    texted = match[3] is not None
+    rank = self._rank(before, after, follows, labelled, texted)
+    if symbol.islower() and rank == 5:
+      return None
+    symbol = symbol.upper()
+    if rank == 5 and re.match(r"[.):]\s*\S", follows):
+      symbol, rank = f"~{symbol}", 3  # "B." of "A. hat B. red"
+    if rank == 3 and phrases.UNFIT.match(after):
+      symbol = f"~{symbol.strip('~')}"
+    if symbol[0] == "~" and symbol[1] not in self._symbols:
+      return None  # "John F. Kennedy"
+    return self._mention(symbol, rank, match, before, after)
+
+  def _rank(
+    self, before: str, after: str, follows: str, labelled: bool, texted: bool
+  ) -> int:
+    """How a symbol is named; see the head of this file."""
+    if phrases.STATED.search(before) or phrases.RIGHT.match(after):
+      return _first_or_second(before)
+    alone = phrases.ALONE.search(before)
+    if phrases.ABBREVIATED.search(before):
+      alone = None
+    if alone and not texted and phrases.LAST.match(after):
+      return _first_or_second(before)  # a line of its own, or its last clause
+    named = phrases.NAMED.search(before) or phrases.MAYBE.search(before)
+    starts = alone and phrases.ENDS.match(follows)
+    return 3 if labelled or named or starts else 5
+
+  def _is_own(self, symbol: str, option: str) -> bool:
+    index = ord(option) - 0xE000
+    own = self._symbols[index : index + 1]
+    return symbol.upper() == own
+
+  def _mention(self, symbol, rank, match, before, after) -> _Mention:
+    forced = phrases.FORCED.search(before + after)  # "if I had to say"
+    denied = (
+      phrases.NOT.search(before)
+      or phrases.WRONG.match(after)
+      or phrases.ASKED.match(after)
+      or (phrases.IF.search(before) and not forced)
+      or (phrases.ONLY_IF.match(after) and not forced)
+    )
+    return _Mention(symbol, rank, bool(denied), match.start(), match.end())
+
+
+def _first_or_second(before: str) -> int:
+  return 1 if phrases.FINAL.search(before) else 2
+
+
+def _listed(between: str, denied: bool) -> bool:
+  """Whether two mentions belong to one list, by what stands between them.
+
+  In "A. B" and "A -> B" the one is not said without the other. In "not A, B"
+  and "not A. B" the second is free of the first's denial.
+  """
+  listed = bool(phrases.LIST.fullmatch(between))
+  if denied:
+    return listed and between.strip(" )]([") != ","
+  return listed or bool(phrases.NEXT.fullmatch(between))
 
 
 def _lone(text: str, digits: bool = False) -> set[str]:
@@ -127,135 +393,13 @@ def _lone(text: str, digits: bool = False) -> set[str]:
 def _lone_pattern(symbol: str) -> re.Pattern:
   joint = r"\s*(?:[,/&]|\band\b|\bor\b)+\s*(?:(?:and|or)\s+)?"
   following = rf"(?:{joint}[(\[]?{symbol}[)\]]?)"
-  edge = r"[\s.,:;!?()\[\]-]*"
+  edge = r"[^\w+]*"
   return re.compile(rf"{edge}({symbol}[)\]]?{following}*){edge}")
 
 
 _LONE_LETTERS, _LONE_DIGITS = _lone_pattern("[A-Za-z]"), _lone_pattern(r"\d")
 
 
-def _verbatim(text: str, symbols: str, options: Sequence[str]) -> set[str]:
-  """The symbols of the options with exactly this text."""
-  key = _key(text)
-  return {s for s, o in zip(symbols, options) if key and _key(o) == key}
-
-
 def _key(text: str) -> str:
-  words = " ".join(_clean(text).lower().split())
+  words = " ".join(markup.clean(text).lower().split())
   return re.sub(r"^(?:an?|the) ", "", words.strip(" .,:;!?'\"()[]"))
-
-
-_NOUN = (
-  r"(?:answer|option|choice|letter|sentence|caption|description|statement)"
-)
-_SURELY = r"(?:\s+(?:definitely|clearly|probably|(?:most\s+)?likely))?"
-_IS = r"(?:(?:is|was|(?:would|should|must|could)\s+be)\b|:|=|->|→)"
-# What stands before a choice that is stated: "the best answer is: option".
-_STATED = re.compile(
-  rf"""(?:
-    \b{_NOUN}\s*{_IS}{_SURELY}
-    | \b(?:choose|chose|pick|picked|select|selected|say|think|believe|guess
-        | go\s+with)(?:\s+that)?(?:\s+(?:it\s+is|it['’]s))?
-  )\s*:?\s*(?:the\s+)?(?:{_NOUN}\s*:?\s*)?[(\[]?\s*$""",
-  re.IGNORECASE | re.VERBOSE,
-)
-# "Caption A shows it", where "A" is no word; "caption: A man" is open to doubt.
-_LABEL = re.compile(rf"\b{_NOUN}\s+$", re.IGNORECASE)
-_NAMED = re.compile(rf"\b{_NOUN}\s*:?\s*$", re.IGNORECASE)
-_NOT = re.compile(
-  r"(?:\b(?:not|neither|nor|than|except)|n['’]t)\s+(?:the\s+)?"
-  rf"(?:{_NOUN}\s*:?\s*)?$",
-  re.IGNORECASE,
-)
-# What comes before a letter that ends the answer: "So it is B."
-_THUS = re.compile(r"(?:[:,]|\b(?:is|be|with|so|it['’]s))\s*$", re.IGNORECASE)
-_RIGHT = re.compile(
-  r"[\s.)\]:,]*\b(?:is|would\s+be|seems)\s+(?:the\s+)?(?:most\s+)?"
-  r"(?:correct|right|best|true|accurate|answer)",
-  re.IGNORECASE,
-)
-_WRONG = re.compile(
-  r"[\s.)\]:,]*\b(?:is|are|was)(?:n['’]t|\s+(?:not|wrong|incorrect|false))\b",
-  re.IGNORECASE,
-)
-_LIST = re.compile(
-  rf"\s*[)\]]?\s*(?:[,/&+]|\b(?:and|or)\b)*\s*(?:(?:and|or)\s+)?(?:{_NOUN}\s+)?"
-  r"[(\[]?",
-  re.IGNORECASE,
-)
-# An answer in words: "The answer is a red ball."
-_SAID = re.compile(
-  rf"(?:\b{_NOUN}\s*{_IS}|^(?:it\s+is|it['’]s|this\s+is))\s*:?", re.IGNORECASE
-)
-# "A", "I" and digits are words, too. Only before these they are symbols:
-# "A because", not "A man"; and "A - a man", not "A-frame".
-_JOINS = r"(?:because|since|as|for|which|is|was|and|or|but|due|given)\b"
-_AFTER_WORD = re.compile(rf"\s*(?:[.,:;)\]/&\n]|[-–—]\s|$)|\s+{_JOINS}")
-# "U.S." and "1.5" are no symbols.
-_BOUNDARY = r"(?!['’\w+]|[-–]\w|\.\w\b)"
-_LETTER = re.compile(
-  rf"[(\[]\s*([A-Za-z])\s*[)\]]|(?<![\w'’.-])([A-Z]){_BOUNDARY}"
-  r"|(?<![\w'’.-])([a-z])(?=\s*[.)]*\s*$)|^([a-z])(?=[.):]\s)"
-)
-_DIGIT = re.compile(rf"[(\[]\s*(\d)\s*[)\]]|(?<![\w'’.-])(\d){_BOUNDARY}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Mention:
-  """A symbol that an answer names.
-
-  Attributes:
-    symbol: in upper case.
-    stated: the answer calls it its choice.
-    labelled: it stands where an option's name would: "B. red", "option B".
-  """
-
-  symbol: str
-  stated: bool
-  labelled: bool
-
-
-_NEAR = 80  # characters before a symbol that can state or name it
-
-
-def _mentions(text: str, digits: bool) -> Iterator[_Mention]:
-  last, end = None, 0
-  for match in (_DIGIT if digits else _LETTER).finditer(text):
-    symbol = next(filter(None, match.groups()))
-    boxed = match.group().startswith(("(", "["))
-    before, after = text[: match.start()][-_NEAR:], text[match.end() :]
-    known = boxed or (symbol != "I" and _LABEL.search(before))
-    if symbol in "AI0123456789" and not (known or _AFTER_WORD.match(after)):
-      continue
-    if _NOT.search(before) or _WRONG.match(after):
-      continue
-    stated = bool(_STATED.search(before) or _RIGHT.match(after))
-    ends = not after.strip(" .)]\n")
-    labelled = (
-      boxed
-      or bool(_NAMED.search(before))
-      or not before.strip(" \n([")
-      or (before.rstrip(" ").endswith("\n") and after[:1] in tuple(".):"))
-      or (ends and bool(_THUS.search(before)))
-    )
-    if symbol.islower() and not (boxed or labelled or stated):
-      continue
-    if last and _LIST.fullmatch(text[end : match.start()]):
-      stated, labelled = last.stated, last.labelled
-    last, end = _Mention(symbol.upper(), stated, labelled), match.end()
-    yield last
-
-
-_NUMBERS = {"one": 0, "first": 0, "two": 1, "second": 1, "three": 2, "third": 2}
-_NUMBER = "|".join(_NUMBERS)
-
-
-def _counted(text: str, symbols: str) -> str:
-  """With symbols for words: "option two", "the second caption" -> option 2."""
-
-  def symbol(match: re.Match) -> str:
-    index = _NUMBERS[(match[1] or match[2]).lower()]
-    return f"option {symbols[index]}" if index < len(symbols) else match[0]
-
-  pattern = rf"\b(?:{_NOUN}\s+({_NUMBER})|({_NUMBER})\s+{_NOUN})\b"
-  return re.sub(pattern, symbol, text, flags=re.IGNORECASE)

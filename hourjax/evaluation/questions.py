@@ -17,7 +17,8 @@ class Question:
     prompt: all that the model is told after the sentence on the video's
       length, subtitles and options included.
     expected: what is right: an option's letter; "yes" or "no"; for "match"
-      the number of the option; else the words of the answer.
+      the number of the option; else the words of the answer. "" if none of the
+      options is: whatever is answered is wrong.
     kind: how an answer is read (`parsing`).
     options: texts of the options in order; () where there are none.
     tasks: what the question is about, in the benchmark's own words; it counts

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from hourjax.evaluation.parsing import normalise, parse
+from hourjax.evaluation.parsing import normalise, parse, right_answers
 from hourjax.evaluation.questions import Question
 
 _Z = 1.959964  # two-sided 95 % of a normal distribution
@@ -116,10 +116,14 @@ def score(question: Question, row: Mapping[str, Any]) -> Scored:
 
 
 def is_right(parsed: str | None, question: Question) -> bool:
-  """Whether a parsed answer is the expected one; free text word by word."""
+  """Whether a parsed answer is the expected one; free text word by word.
+
+  Where the right option's text stands twice among the options, each of its
+  letters is right.
+  """
   if question.kind == "open":
     return parsed == normalise(question.expected)
-  return parsed == question.expected
+  return parsed is not None and parsed in right_answers(question)
 
 
 def accuracy(scored: Sequence[Scored]) -> Accuracy:

@@ -1,3 +1,7 @@
+import json
+import pathlib
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -188,8 +192,10 @@ def test_choice(answer, letter):
     ("$ 168", ("$ 167", "$ 168"), "B"),
     ("snake_case", ("snake_case", "camel"), "A"),
     ("The answer is 5 m².", ("4 m²", "5 m²"), "B"),
-    # Two options with the same text: which one is not said.
-    ("red", ("red", "red", "blue"), None),
+    # Options with the same text are one answer; their texts differ else.
+    ("red", ("red", "red", "blue"), "A"),
+    ("polish", ("Polish", "polish"), "B"),
+    ("POLISH", ("Polish", "polish"), None),
     ("Red and blue", ("red", "blue"), None),
     ("red hat", ("red", "blue"), None),
   ],
@@ -198,10 +204,101 @@ def test_choice_among_other_options(answer, options, letter):
   assert parse(answer, _choice(options)) == letter
 
 
+FOUR = ("A red ball.", "A blue car.", "A green tree.", "A yellow sun.")
+
+
+def _answers():
+  """Kind, answer, options and letter of each line of answers.txt."""
+  text = (pathlib.Path(__file__).parent / "answers.txt").read_text()
+  kind, options = "", FOUR
+  for line in text.splitlines()[3:]:
+    mark, _, rest = line.partition(" ")
+    if mark == "#":
+      kind, options = rest, FOUR
+    elif mark == "=":
+      options = tuple(json.loads(rest)) if rest else FOUR
+    elif line:
+      letter = None if mark == "-" else mark
+      yield kind, rest.replace("⏎", "\n"), options, letter
+
+
+@pytest.mark.parametrize("kind", dict.fromkeys(row[0] for row in _answers()))
+def test_answers_as_models_give_them(kind):
+  wrong = [
+    (answer, found, letter)
+    for named, answer, options, letter in _answers()
+    if named == kind and (found := parse(answer, _choice(options))) != letter
+  ]
+  assert not wrong
+
+
+# With {0} for a letter and {1} for its option's text.
+FORMS = (
+  "{0}", "{1}", "({0})", "{0}. {1}", "{0} {1}", "({0}) {1}", "{0}: {1}",
+  "The answer is {0}.", "The best answer is {1}", "\\boxed{{{0}}}",
+  "\\boxed{{\\text{{{0}. {1}}}}}", "<answer>{0}</answer>", "选{0}",
+  '{{"answer": "{0}"}}', "**{0}**", "<think>A or B?</think>{0}", "It is {1}.",
+  "答案是{0}。", "{0} because it is there", "Option {0} is correct", "So, {0}!",
+)  # fmt: skip
+
+
+@given(st.sampled_from(FORMS), st.permutations(FOUR), st.integers(0, 3))
+def test_the_letter_moves_with_its_option(form, options, index):
+  answer = form.format("ABCD"[index], options[index].rstrip("."))
+  assert parse(answer, _choice(options)) == "ABCD"[index]
+
+
+AROUND = (
+  "", "Sure!", "I watched the whole video.", "Let me explain.", "Here we go:",
+  "The man walks through a town.", "Based on the video,", "Thanks.",
+)  # fmt: skip
+
+
+@given(
+  st.sampled_from(FORMS),
+  st.sampled_from(AROUND),
+  st.sampled_from([text for text in AROUND if text[-1:] in ("", ".", "!")]),
+  st.sampled_from("ABCD"),
+)
+def test_words_that_name_no_option_change_nothing(form, before, after, letter):
+  answer = form.format(letter, FOUR["ABCD".index(letter)].rstrip("."))
+  answer = f"{before}\n{answer}\n{after}"
+  assert parse(answer, _choice(FOUR)) == letter
+
+
+@given(st.sampled_from(FORMS[:8]), st.sampled_from("ABCD"))
+def test_thinking_without_an_end_is_no_answer(form, letter):
+  answer = form.format(letter, FOUR["ABCD".index(letter)])
+  for opened in ("<think>", "<thinking>\n", "◁think▷", "<|begin_of_thought|>"):
+    assert parse(opened + answer, _choice(FOUR)) is None
+
+
+def test_long_answers_take_no_longer_than_they_are():
+  """No pattern tries all ways to split a long answer."""
+  began = time.monotonic()
+  for piece in (
+    ",",
+    "so, ",
+    "(",
+    "*a ",
+    "\\boxed{",
+    '{"a":',
+    "~~",
+    "- ",
+    "<b>",
+  ):
+    parse(piece * 300 + "B", _choice(FOUR))
+  assert time.monotonic() - began < 30
+
+
 @pytest.mark.parametrize(
   ("answer", "said"),
   [
     ("Yes", "yes"),
+    ("<think>No? Well.</think>Yes.", "yes"),
+    ("<think>Yes", None),
+    ("\\boxed{\\text{No}}", "no"),
+    ('{"answer": "Yes", "reason": "There is no dog: no."}', "yes"),
     ("yes.", "yes"),
     ("**No**", "no"),
     ("no.", "no"),
@@ -272,6 +369,13 @@ CAPTIONS = ("A man is dribbling.", "A man: he is dunking.")
     ("a man: he is dunking", "AB", "2"),
     ("The answer is: A man is dribbling.", "AB", "1"),
     ("A woman is dribbling.", "AB", None),
+    ("<think>Option 1?</think>Option 2", "12", "2"),
+    ("\\boxed{2}", "12", "2"),
+    ("Not option 1. Option 2.", "12", "2"),
+    ("Option 1... no wait, option 2", "12", "2"),
+    ("2. A man: he is dunking.", "12", "2"),
+    ("Caption B: A man: he is dunking.", "AB", "2"),
+    ("Neither Sentence A nor Sentence B", "AB", None),
     ("", "AB", None),
   ],
 )
@@ -293,6 +397,10 @@ def test_captions_are_numbered_where_nothing_is_said():
     ("  the  Red\nball. ", "the red ball"),
     ("**Red!**", "red"),
     ("red, white", "red, white"),
+    ("<think>Blue? No.</think>\nRed.", "red"),
+    ("<think>Blue", None),
+    ("\\boxed{\\text{Red}}", "red"),
+    ("<answer>Red</answer>", "red"),
     ("3.5 m", "3.5 m"),
     ("...", None),
     ("", None),

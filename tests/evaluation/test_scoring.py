@@ -36,6 +36,25 @@ def test_score():
 
 
 @pytest.mark.parametrize(
+  ("options", "expected", "right"),
+  [
+    (("red", "blue", "red", "green"), "A", "AC"),
+    (("red", "blue", "red", "green"), "B", "B"),
+    (("red", "blue", "red ", " red"), "C", "ACD"),
+    (("red", "Red", "RED", "green"), "A", "A"),
+    (("", "", "", ""), "D", "D"),  # what says nothing is not the same answer
+    (("red", "blue", "green", "white"), "", ""),  # no option is right
+  ],
+)
+def test_an_answer_that_stands_twice(options, expected, right):
+  scored = [
+    _scored(answer=letter, options=options, expected=expected)
+    for letter in "ABCD"
+  ]
+  assert "".join(s.parsed for s in scored if s.correct) == right
+
+
+@pytest.mark.parametrize(
   ("kind", "parsed", "expected", "right"),
   [
     ("choice", "B", "B", True),

@@ -1,0 +1,184 @@
+"""Phrases around an option's name that tell how it is meant.
+
+Patterns of what stands before end at the name, those of what follows start
+there. Matched without regard to case, on text that `markup.clean` has made.
+"""
+
+import re
+
+
+def _regex(pattern: str) -> re.Pattern:
+  return re.compile(pattern, re.IGNORECASE | re.VERBOSE)
+
+
+def _words(words: str) -> str:
+  """Alternatives, without spaces, as some patterns are not verbose."""
+  return "|".join(words.split()).replace("_", r"\s+")
+
+
+# "answer", "option" and what models of other tongues write for them.
+NOUN = (
+  r"(?:\b(?:letter|"
+  + _words(
+    "answer option choice selection pick ans sentence caption description"
+    " statement response respuesta opci[oó]n r[eé]ponse antwort resposta"
+    " op[cç][aã]o risposta opzione odpowied[zź] ответ вариант đáp_án"
+  )
+  + ")\\b|"
+  + _words("答案 选项 選項 答え 正解 回答 정답 답 옵션")
+  + ")"
+)
+_ADJECTIVE = rf"""(?:{
+  _words("the best correct right final my most likely accurate la el le il die")
+})\s+"""
+_SURELY = rf"""(?:\s*\b(?:{
+  _words(
+    "definitely clearly probably certainly obviously surely most_likely likely"
+    " therefore thus indeed simply still also then either both"
+  )
+})\b|\s*(?:应该|應該))?"""
+_IS = rf"""(?:(?:\b(?:{
+  _words("is was would_be should_be must_be will_be are es est ist é è sería")
+})\b|=|->|→|⇒|:|\s[-–—]\s|{
+  _words("是 为 為 は 은 는 이 选 選 就是 应该是 應該是 应为 應為 应选 應選")
+})\s*:?)"""
+_I = r"""(?:\b(?:i|we)(?:['’](?:d|ll|ve|m))?
+    (?:\s+(?:would|will|have|must|should|am|can|do|had|to|say))*
+  |(?:^|[.,:;!\n])\s*(?:so|thus|therefore|hence)?,?)\s*(?:\w+ly\s+)?"""
+_CHOOSE = _words(
+  "choose chose chosen choosing pick picked select selected guess believe think"
+  " say conclude go_with going_with went_with opt_for opted_for settle_on"
+  " vote_for answer_with"
+)
+_MATCHES = r"""\b(?:this|that|which|it|evidence)\s+(?:\w+ly\s+)?
+    (?:corresponds?\s+to|matches|points?\s+to|leads?\s+to|indicates|suggests)"""
+_IT = r"""\b(?:it|this|that|which|one|mine
+      |(?:best|correct|(?<!on\ the\ )right|closest|likely)
+        (?:\s+(?:match|fit|guess|candidate|description|one))?)
+    (?:\s+(?:is|was|must\s+be|should\s+be|would\s+be)\b|['’]s)"""
+_ITS_NAME = rf"\s*:?\s*(?:{_ADJECTIVE})*(?:{NOUN}\s*:?\s*)?[(\[]?\s*$"
+
+# Before: it is called the answer.
+STATED = _regex(rf"""(?:
+    {NOUN}\s*(?:\([^()\n]*\)\s*|\b(?:correcta|correcte|correta|corretta)\s+)?
+      {_IS}{_SURELY}
+    | {_I}\b(?:{_CHOOSE})\b(?:\s+that)?(?:\s*{_IT})?{_SURELY}
+    | {_MATCHES} | {_IT}{_SURELY}
+    | \b(?:elijo|choisis|wähle)\b | (?:{
+  _words("选择 選擇 选 選 应该是 應該是 而是 就是 是")
+})
+    | \bnot\s[^.!?\n]{{1,40}}?\bbut(?:\s+rather)?  # not A but
+  ){_ITS_NAME}""")
+# Before, in addition: as the last word on it.
+FINAL = _regex(r"""(?:\bfinal\s+(?:answer|choice|option|decision)
+    |\bin\s+conclusion\b|最终答案|最終答案)[^.\n]{0,24}$""")
+# Before: it may be.
+MAYBE = _regex(
+  rf"\b(?:could|might|may|can)\s+(?:well\s+|also\s+)?be{_SURELY}{_ITS_NAME}"
+)
+# Before: "option", so that the name is no word: "Caption A shows it". After
+# "caption: " it may be: "caption: A man".
+LABEL = _regex(rf"{NOUN}\s+$")
+# Before: "option", "(". "He wears the letter" B is about something else.
+NAMED = _regex(
+  rf"(?:{NOUN.replace('letter|', '')}|(?:^|[.,:!?\n]\s*)(?:the\s+)?letter)"
+  r"\s*:?\s*[(\[]?\s*$"
+)
+# Before: it is denied. Some words may stand between: "do not think it is".
+NOT = _regex(rf"""(?:
+    (?:\b(?:not|never|cannot)|n['’]t)\s+
+      (?:(?!(?:but|so|because|since|although|though)\b)\w+\s+){{0,3}}
+    | \b(?:neither|nor|than|except|unlike|without|instead\s+of|excluding
+      |eliminat\w+|exclud\w+|reject\w*|rul\w+\s+out|dismiss\w*|discard\w*)\s+
+    | {_words("不是 不选 不選 并非 排除 不会是 不可能是")}
+  )\s*(?:the\s+)?(?:{NOUN}\s*:?\s*)?[(\[]?\s*$""")
+# Before: it starts a clause, or the clause says nothing else: "So it must be".
+ALONE = _regex(rf"""(?:^|[\n.,:;!?–—→⇒…>)]|\s-)\s*(?:(?:(?:{
+  _words(
+    "so thus hence therefore then finally definitely clearly obviously probably"
+    " certainly surely sure likely most maybe perhaps well ok okay yes no hmm"
+    " oh and but rather just simply only indeed again i['’]m it['’]s it is must"
+    " be that would the answer final correct best my here"
+  )
+})\b
+  |因此|所以|故|那么|[^\w\s(\[\ue000-\ue0ff])\s*)*[(\[]?\s*$""")
+# Before: "e.g. b" and "Dr. B" are no clauses.
+ABBREVIATED = _regex(r"\b(?:mrs?|ms|dr|st|prof|vs|cf|e\.g|i\.e|fig)\.\s*$")
+# Before: a condition, unless it is only the wish to answer.
+IF = _regex(r"(?:^|[.!?\n,;]\s*)(?:if|unless|had|suppose|assuming)\b[^.!?\n]*$")
+FORCED = _regex(r"""\bif\s+(?:i|we|you|one)?\s*(?:had|have|must|need|were|was
+    |am|are)?\s*(?:forced\s+)?to\s+(?:choose|pick|guess|select|answer|say)""")
+# Before an option's text: "The video shows" a blue car.
+SHOWN = _regex(rf"""(?:^|[.!?\n:,]\s*)(?:(?:in|based\s+on|from|according\s+to)
+    \s+the\s+\w+,?\s+)?(?:it|this|that|there|he|she|they|i|we
+      |the\s+(?:video|clip|scene|frame|image|man|woman|person|object|footage))
+    (?:['’]s|\s+(?:clearly\s+)?(?:is|are|was|were|has|have|shows?|showed|see
+      |depicts?|displays?|features?|contains?|can\s+see|presents?))
+    (?:\s+showing)?\s+(?:{NOUN}\s+)?$""")
+
+# After: it is called the answer.
+RIGHT = _regex(r"""[\s.)\]:,]*(?:
+    (?:\b(?:is|was|would\s+be|seems|looks|must\s+be|should\s+be)\s+
+      (?:definitely\s+|clearly\s+|probably\s+|indeed\s+)?
+      (?:the\s+|my\s+|a\s+)?(?:most\s+|only\s+)?
+      (?:correct|right|best|true|accurate|appropriate|suitable|fitting|answer
+        |choice|likely|final)\b)
+    | \b(?:fits|matches|describes\s+\w+)\s+best\b | \b(?:es|est|ist|é|è)\s+
+      (?:la\s+|le\s+|a\s+)?(?:correct|richtig|bonne|juste|corr)\w*
+    | (?:项|項)?\s*(?:是|最)?\s*(?:正确|正確|对|對|合适|准确)
+    | が正しい | が正解)""")
+# After: it is denied.
+WRONG = _regex(r"""[\s.)\]:,]*(?:
+    \b(?:is|are|was|were)(?:n['’]t|\s+(?:all\s+|both\s+|clearly\s+)?
+      (?:not|never|wrong|incorrect|false|ruled|eliminated|excluded|out))\b
+    | \b(?:can|could)(?:not|n['’]t|\s+(?:not|be\s+(?:ruled|eliminated
+      |excluded|discarded|rejected))\b)
+    | (?:项|項|选项)?\s*(?:是)?(?:错|錯|不对|不對|不正确|不正確|不是|不符))""")
+# After: it is ruled out, as far as it goes; named, but not meant.
+UNFIT = _regex(r"""[\s.)\]:,]*\b(?:do|does|did|has|have|would|should|may|might)
+    (?:n['’]t|\s+not)\b""")
+# After: the line ends; it was asked; it depends.
+LAST = re.compile(r"[\s.!)\]…]*(?:\n|$)")
+ASKED = re.compile(r"[^.!?\n]*\?")
+ONLY_IF = _regex(r"\W*\b(?:only\s+)?(?:if|unless)\b")
+# After: "A", "I", lower case and digits are words, too. Only before these they
+# are symbols: "A because", not "A man"; and "A - a man", not "A-frame".
+_JOINS = rf"""(?:{
+  _words(
+    "because since as for which is was and or but due given seems looks would"
+    " must should here"
+  )
+})\b"""
+ENDS = _regex(rf"\s*(?:[.,:;!?)\]/&\n…]|[-–—]\s|$)|\s+{_JOINS}")
+# After a letter that opens the answer without a mark: "B The car drives", but
+# not "C major".
+GOES_ON = re.compile(
+  rf"""\s+(?:{_JOINS}|(?:{
+    _words(
+      "shows matches fits describes best better rather instead over not The An?"
+      " It Its This That There In At On He She His Her They We Because Since As"
+      " When Based Explanation Reason"
+    )
+  })\b)
+  | \s*[^\s\w] | \s*(?:\n|$) | \s*[^\x00-\x7f] | \s+[A-Z](?!\w)""",
+  re.VERBOSE,
+)
+
+# Between two names: they are listed; or the one is not said without the other,
+# as in "A. B" and "A -> B".
+LIST = _regex(
+  rf"""[ ]?[)\]]?\s*(?:[,/&+]|\b(?:and|or|nor)\b|和|或者?|与|與|及)+\s*
+    (?:(?:and|or|nor|maybe|perhaps)\s+)*(?:the\s+)?
+    (?:{NOUN}\s+)?[(\[]?\s* | [)\]]?[ ]*[(\[]?"""
+)
+NEXT = re.compile(r"[ .):;(\]\[…→⇒>–—-]*")
+
+# What was said before is taken back; after the soft ones only if another
+# answer follows.
+CORRECTION = _regex(r"""(?P<hard>
+    \bwait(?=\s*[,.!?…—:-]|\s+(?:no|a\s|i\b|let)|\s*$) | \bscratch\s+that
+    | \bon\s+second\s+thou?ght | \bcorrection\s*[:,—-]
+    | \blet\s+me\s+(?:re-?\s?\w+|correct|think|check)
+    | \bi\s+(?:made\s+a\s+mistake|was\s+wrong|misread|take\s+(?:that|it)\s+back)
+    | 等等|等一下|不对，|更正)
+  | \bactually\s*[,:] | \bsorry\s*[,.:] | \bmy\s+mistake | \bi\s+mean\b\s*,?""")
