@@ -10,6 +10,7 @@ from hourjax.data.store.features import FeatureStore
 from hourjax.errors import UserError
 from hourjax.evaluation import suites
 from hourjax.evaluation.questions import Question
+from hourjax.evaluation.scoring import LeftOut
 
 # Questions of a video that are answered side by side. Part of what answers
 # depend on, if only in float rounding.
@@ -31,6 +32,7 @@ class Exam:
     features: store that videos are read from instead of `videos`.
     limit: how many of the questions are asked, the first ones; None is all.
     notes: what a report must tell of how they were asked, a sentence each.
+    left_out: rows of the benchmark's files that cannot be asked.
   """
 
   benchmark: str
@@ -43,6 +45,7 @@ class Exam:
   features: FeatureStore | None = None
   limit: int | None = None
   notes: tuple[str, ...] = ()
+  left_out: tuple[LeftOut, ...] = ()
 
   def __post_init__(self):
     if not self.chosen:
@@ -125,4 +128,6 @@ def open_exam(
     features=store,
     limit=limit,
     notes=loaded.notes,
+    # The first questions alone are no account of the whole benchmark.
+    left_out=loaded.left_out if limit is None else (),
   )

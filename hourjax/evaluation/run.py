@@ -146,7 +146,7 @@ def gather(
       " --benchmark, --subtitles or --data"
     )
   answered, lost = records.answered(), records.left_out()
-  scored, left_out = [], []
+  scored, left_out = [], list(exam.left_out)
   for item in exam.chosen:
     if item.id in answered:
       scored.append(score(item, answered[item.id]))

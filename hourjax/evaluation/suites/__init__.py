@@ -7,17 +7,18 @@ else that its score depends on; `SUITES` lists them.
   loaded.questions, loaded.videos, loaded.suite.version
 """
 
-import collections
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from hourjax.errors import UserError
 from hourjax.evaluation.questions import Question
+from hourjax.evaluation.scoring import LeftOut
 from hourjax.evaluation.suites import (
   longvideobench,
   lvbench,
   mlvu,
+  packed,
   records,
   tempcompass,
   videomme,
@@ -27,8 +28,9 @@ from hourjax.evaluation.suites.folder import (
   find_files,
   find_videos,
   read_table,
+  youtube_keys,
 )
-from hourjax.evaluation.suites.suite import Loaded, Source, Suite
+from hourjax.evaluation.suites.suite import Loaded, Row, Source, Suite
 from hourjax.inference.videos import walk_videos
 
 SUITES: dict[str, Suite] = {
@@ -65,20 +67,27 @@ def read(
 
   Raises:
     UserError: no such benchmark, no annotation files, those of another
-      benchmark, damaged ones, or a question that cannot be asked or scored.
+      benchmark or damaged ones, no question that can be asked, or videos or
+      subtitles that are still packed.
   """
   suite = _suite(name, subtitles)
   root, files, notes = _files(suite, pathlib.Path(data))
   folder = pathlib.Path(videos) if videos else find_videos(root, suite.videos)
-  names = Videos(walk_videos(folder) if stored is None else stored)
-  questions: list[Question] = []
+  names = list(walk_videos(folder) if stored is None else stored)
+  there = Videos(names, youtube_keys(folder, names))
+  made: list[Question | LeftOut] = []
   for path in files:
     rows = read_table(path)
-    _check_rows(suite, path, rows[0])
-    questions += suite.read(Source(path, rows, root, names, subtitles))
-  _check(questions, suite)
+    _check_rows(suite, path, rows)
+    made += suite.read(Source(path, rows, root, there, subtitles))
+  questions, left_out = _unique(made, suite)
+  if not questions:
+    raise UserError(_none_asked(left_out, suite))
+  if stored is None:
+    notes += _packed(questions, suite, there, {root, folder})
   notes += _without_subtitles(questions, suite, root)
-  return Loaded(suite, tuple(questions), folder, tuple(notes))
+  notes += _told(questions, left_out)
+  return Loaded(suite, tuple(questions), folder, tuple(notes), tuple(left_out))
 
 
 def _suite(name: str, subtitles: bool) -> Suite:
@@ -126,7 +135,7 @@ def _nothing(suite: Suite, data: pathlib.Path) -> str:
   for other in SUITES.values():
     for path in find_files(data, other.annotations)[0][:1]:
       try:
-        known = other.knows(read_table(path)[0])
+        known = _known(other, read_table(path))
       except UserError:
         continue
       if known:
@@ -147,12 +156,20 @@ def _another(suite: Suite, other: Suite, path: pathlib.Path) -> str:
   )
 
 
-def _check_rows(suite: Suite, path: pathlib.Path, row: dict) -> None:
-  if suite.knows(row):
+def _known(suite: Suite, rows: Sequence[Row | UserError]) -> bool:
+  """Whether one of the first rows is the benchmark's; the first may be bad."""
+  return any(isinstance(row, dict) and suite.knows(row) for row in rows[:20])
+
+
+def _check_rows(
+  suite: Suite, path: pathlib.Path, rows: Sequence[Row | UserError]
+) -> None:
+  if _known(suite, rows):
     return
   for other in SUITES.values():
-    if other.knows(row):
+    if _known(other, rows):
       raise UserError(_another(suite, other, path))
+  row = next(row for row in rows if isinstance(row, dict))
   wanted = " or ".join(", ".join(sorted(names)) for names in suite.columns)
   raise UserError(
     f"{path} is no file of {suite.title}: its columns are"
@@ -160,15 +177,94 @@ def _check_rows(suite: Suite, path: pathlib.Path, row: dict) -> None:
   )
 
 
-def _check(questions: list[Question], suite: Suite) -> None:
-  """Raises if two questions share an id."""
-  ids = collections.Counter(item.id for item in questions)
-  twice = [name for name, count in ids.items() if count > 1]
-  if twice:
+def _unique(
+  made: Sequence[Question | LeftOut], suite: Suite
+) -> tuple[list[Question], list[LeftOut]]:
+  """The questions with an id of their own, and what is left out.
+
+  Raises:
+    UserError: half of them share ids, as where a file is there twice.
+  """
+  questions: dict[str, Question] = {}
+  left_out = []
+  copies = []
+  for item in made:
+    if isinstance(item, LeftOut):
+      left_out.append(item)
+    elif item.id in questions:
+      reason = f"another question of {suite.title} has the id {item.id!r}, too"
+      copies.append(LeftOut(item.id, item.video, reason))
+    else:
+      questions[item.id] = item
+  if copies and len(copies) >= len(questions):
     raise UserError(
-      f"{len(twice)} ids of {suite.title} belong to several questions, such as"
-      f" {twice[0]!r}; keep one copy of each"
+      f"{len(copies)} ids of {suite.title} belong to several questions, such as"
+      f" {copies[0].id!r}; keep one copy of each"
     )
+  return list(questions.values()), left_out + copies
+
+
+def _none_asked(left_out: Sequence[LeftOut], suite: Suite) -> str:
+  if len(left_out) == 1:
+    return left_out[0].reason
+  return (
+    f"none of the {len(left_out)} rows of {suite.title} can be asked; the"
+    f" first: {left_out[0].reason}"
+  )
+
+
+def _told(
+  questions: Sequence[Question], left_out: Sequence[LeftOut]
+) -> list[str]:
+  """Sentences on rows as they should not have been published."""
+  notes = []
+  if left_out:
+    notes.append(
+      f"{len(left_out)} of {len(left_out) + len(questions)} rows cannot be"
+      f" asked and are left out; the first, {left_out[0].id}:"
+      f" {left_out[0].reason}."
+    )
+  if wrong := [item.id for item in questions if not item.expected]:
+    notes.append(
+      f"{len(wrong)} questions have no right option as published, so every"
+      f" answer to them is wrong, as in their authors' score; the first:"
+      f" {wrong[0]}."
+    )
+  return notes
+
+
+def _packed(
+  questions: Sequence[Question],
+  suite: Suite,
+  videos: Videos,
+  folders: set[pathlib.Path],
+) -> list[str]:
+  """A note on videos that may be in archives.
+
+  Raises:
+    UserError: none of the videos is there, but archives are.
+  """
+  asked = {item.video for item in questions}
+  missing = sorted(name for name in asked if not videos.has(name))
+  if not missing:
+    return []
+  found = [
+    path
+    for path in packed.archives(*folders)
+    if "subtitle" not in path.name and packed.may_hold(path, missing)
+  ]
+  if not found:
+    return []
+  shown = ", ".join(path.name for path in found[:3])
+  more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+  told = (
+    f"{len(missing)} of the {len(asked)} videos of {suite.title} are not there,"
+    f" and {shown}{more} may not have been unpacked; unpack with"
+    f" `{packed.commands(found)}`"
+  )
+  if len(missing) == len(asked):
+    raise UserError(told)
+  return [f"{told}."]
 
 
 def _without_subtitles(
@@ -178,9 +274,11 @@ def _without_subtitles(
   if not missing:
     return []
   if missing == len(questions):
+    found = [p for p in packed.archives(root) if "subtitle" in p.name]
+    how = f", with `{packed.commands(found)}`" if found else ""
     raise UserError(
       f"--subtitles, and {root} has none for any of the {missing} questions;"
-      f" unpack those of {suite.title} there ({suite.subtitles}), or leave"
+      f" unpack those of {suite.title} there ({suite.subtitles}){how}, or leave"
       " --subtitles out"
     )
   return [

@@ -1,18 +1,21 @@
 """Fields of annotation rows, checked: texts, options, the right one."""
 
+import ast
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hourjax.errors import UserError
-from hourjax.evaluation.parsing import LETTERS
+from hourjax.evaluation.parsing import LETTERS, same_text
+from hourjax.schema import shorten
 
 _EDGES = (5, 10, 20, 30, 60, 120)  # of ranges of lengths, in minutes
 
 
 def text(row: Mapping[str, Any], key: str, at: str) -> str:
-  """A field that must hold text; numbers become text.
+  """A field that must hold text, without spaces around; numbers become text.
 
   Args:
     row: of an annotation file.
@@ -22,32 +25,119 @@ def text(row: Mapping[str, Any], key: str, at: str) -> str:
   Raises:
     UserError: there is no such field, or nothing in it.
   """
+  return published(row, key, at).strip()
+
+
+def published(row: Mapping[str, Any], key: str, at: str) -> str:
+  """As `text`, but with the spaces and newlines that it is published with.
+
+  What a prompt shows of a row is read with it.
+  """
   value = row.get(key)
   if value is None or isinstance(value, (dict, list)):
     raise UserError(
-      f"{at}: {key} is {value!r}, expected text; fetch the file again"
+      f"{at}: {key} is {shorten(value)}, expected text; fetch the file again"
     )
   if not str(value).strip():
     raise UserError(
       f"{at}: {key} is empty, so there is nothing to ask; repair or drop it"
     )
-  return str(value).strip()
+  return str(value)
 
 
-def texts(row: Mapping[str, Any], key: str, at: str) -> tuple[str, ...]:
-  """A field that must hold two options or more.
+# What a column of options is called. Some copies have a column each instead.
+_COLUMNS = ("options", "candidates", "choices")
+_COLUMN_EACH = (
+  ("A", "B", "C", "D", "E", "F", "G", "H", "I", "J"),
+  *(
+    tuple(f"{name}{mark}" for mark in marks)
+    for name in ("option", "option_", "choice", "choice_")
+    for marks in ("0123456789", "123456789", LETTERS, LETTERS.lower())
+  ),
+)
+_MOST = 100_000  # characters of options written as text
+
+
+def has_options(row: Mapping[str, Any]) -> bool:
+  """Whether a row has options in a column of their own, or in one each."""
+  return any(row.get(key) is not None for key in _COLUMNS) or bool(_each(row))
+
+
+def options(
+  row: Mapping[str, Any], at: str, *, empty: bool = False
+) -> tuple[str, ...]:
+  """A row's options, as published.
+
+  They may be a list, an object by letter, either of them written as text, or a
+  column each, such as A to D or option0 to option4.
+
+  Args:
+    row: of an annotation file.
+    at: file and question, for messages.
+    empty: whether options may be empty.
 
   Raises:
-    UserError: it does not, or one is empty, or there are more than letters.
+    UserError: there are none, or one is empty, or more than there are letters.
   """
-  values = row.get(key)
+  each = _each(row)
+  key = next((k for k in _COLUMNS if row.get(k) is not None), "options")
+  found = row.get(key)
+  values = _listed(found) if found is not None or not each else each
   if not isinstance(values, list) or not 2 <= len(values) <= len(LETTERS):
     raise UserError(
-      f"{at}: {key} is {values!r}, expected 2 to {len(LETTERS)} options; fetch"
-      " the file again"
+      f"{at}: {key} is {shorten(found)}, expected 2 to {len(LETTERS)} options;"
+      " fetch the file again"
     )
+  if empty:
+    return tuple("" if value is None else str(value) for value in values)
   numbered = {f"{key}[{i}]": value for i, value in enumerate(values)}
-  return tuple(text(numbered, name, at) for name in numbered)
+  return tuple(published(numbered, name, at) for name in numbered)
+
+
+def _each(row: Mapping[str, Any]) -> list[Any]:
+  """Options that have a column each; those at the end that are absent go."""
+  for names in _COLUMN_EACH:
+    if names[0] in row and names[1] in row:
+      values = [row.get(name) for name in names if name in row]
+      while values and _absent(values[-1]):
+        values.pop()
+      return values
+  return []
+
+
+def _absent(value: Any) -> bool:
+  return value is None or value in ("", "N/A") or value != value  # NaN
+
+
+def _listed(value: Any) -> Any:
+  """A list of what may be one written as text, or an object by letter."""
+  if isinstance(value, str):
+    value = _parsed(value)
+  if isinstance(value, Mapping):
+    value = [value[key] for key in sorted(value)]
+  if isinstance(value, tuple):
+    return list(value)
+  return value
+
+
+def _parsed(value: str) -> Any:
+  """The list that JSON, Python or numpy has written, or lines."""
+  if len(value) > _MOST:
+    return value
+  written = value.strip()
+  if found := re.fullmatch(r"array\((.*?)(?:, *dtype=\w+)?\)", written, re.S):
+    written = found[1]
+  try:
+    return json.loads(written)
+  except (ValueError, RecursionError):
+    pass
+  # numpy writes no commas: ['red' 'blue'], which Python would join.
+  written = re.sub(r"(?<=['\"])\s+(?=['\"])", ", ", written)
+  try:
+    return ast.literal_eval(written)
+  except (ValueError, SyntaxError, RecursionError, MemoryError):
+    lines = [line for line in value.splitlines() if line.strip()]
+    return lines if len(lines) > 1 else value
 
 
 def number(row: Mapping[str, Any], key: str, at: str) -> float:
@@ -90,7 +180,7 @@ def letter(answer: str, options: Sequence[str], at: str) -> str:
   Raises:
     UserError: it is no letter of the options.
   """
-  match = re.match(r"\(?([A-Za-z])(?:[.):]|$)", answer)
+  match = re.match(r"\(?([A-Za-z])(?:[.):]|$)", answer.strip())
   if match and match[1].upper() in LETTERS[: len(options)]:
     return match[1].upper()
   raise UserError(
@@ -100,17 +190,28 @@ def letter(answer: str, options: Sequence[str], at: str) -> str:
 
 
 def letter_of_text(answer: str, options: Sequence[str], at: str) -> str:
-  """The right letter of an answer that repeats its option.
+  """The right letter of an answer that repeats its option; the last if several.
 
   Raises:
     UserError: no option is like it.
   """
-  if answer in options:
-    return LETTERS[options.index(answer)]
+  found = [i for i, o in enumerate(options) if o.strip() == answer.strip()]
+  if found:
+    return LETTERS[found[-1]]
   raise UserError(
     f"{at}: the right answer is {answer!r}, but the {len(options)} options are"
     f" {list(options)}; repair or drop it"
   )
+
+
+def chance(options: Sequence[str], letter: str) -> float:
+  """Probability that a guess is right: 0 where no option is.
+
+  An answer that stands twice among the options is right by either letter.
+  """
+  if not letter:
+    return 0.0
+  return len(same_text(options, LETTERS.index(letter))) / len(options)
 
 
 def without_letters(options: Sequence[str]) -> tuple[str, ...]:
@@ -127,6 +228,25 @@ def without_letters(options: Sequence[str]) -> tuple[str, ...]:
 def lettered(options: Sequence[str], style: str) -> str:
   """Options a line each: style "{}. {}" gives "A. red", "({}) {}" "(A) red"."""
   return "\n".join(style.format(*pair) for pair in zip(LETTERS, options))
+
+
+def with_options(
+  row: Mapping[str, Any], question: str, style: str, at: str
+) -> tuple[str, tuple[str, ...]]:
+  """A question with its options below, and their texts.
+
+  Some copies have them in the question, some in a column of their own.
+
+  Raises:
+    UserError: the options' column holds none.
+  """
+  found = split_options(question)[1]
+  if found or not has_options(row):
+    return question, found
+  listed = options(row, at)
+  found = without_letters(listed)
+  shown = "\n".join(listed) if found != listed else lettered(listed, style)
+  return f"{question}\n{shown}", found
 
 
 def split_options(question: str) -> tuple[str, tuple[str, ...]]:

@@ -1,14 +1,19 @@
 """A benchmark's folder: its annotation files and its videos."""
 
-import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hourjax.data.prepare.tables import read_rows
 from hourjax.errors import UserError
 from hourjax.inference.videos import SUFFIXES, walk_videos
+from hourjax.schema import Schema, read_json, read_schema, shorten
+
+# Folders that hold a part of the videos each, as archives of them unpack.
+_PARTS = ("video_part_*", "videos_chunked_*", "video_chunks", "videos_chunks")
+_MOST = 2**30  # bytes of an annotation file
 
 
 def find_files(
@@ -36,45 +41,46 @@ def find_files(
 def read_table(path: pathlib.Path) -> list[Any]:
   """All rows of a .parquet, .jsonl, .csv or .json file.
 
-  A .json file that holds one object gives it as its only row.
+  A .json file that holds one object gives it as its only row. A row that is no
+  object is given as the UserError that says so.
 
   Raises:
     UserError: the file cannot be read, is damaged, or holds no rows.
   """
-  rows = _read_json(path) if path.suffix == ".json" else list(read_rows(path))
-  for number, row in enumerate(rows, start=1):
-    if not isinstance(row, dict):
+  if path.suffix == ".json":
+    data = read_json(path, remedy="fetch it again", most=_MOST)
+    rows = data if isinstance(data, list) else [data]
+  else:
+    rows = list(read_rows(path))
+  for number, row in enumerate(rows):
+    where = f"{path}: row {number + 1} is"
+    if isinstance(row, Exception):  # a file that is cut off, most often
       raise UserError(
-        f"{path}: row {number} is damaged ({_problem(row)}); fetch the file"
-        " again",
-        kind="damaged",
+        f"{where} damaged ({row}); fetch the file again", kind="damaged"
       )
-  if not rows:
-    raise UserError(f"{path} holds no rows; fetch it again", kind="damaged")
+    if not isinstance(row, dict):
+      rows[number] = UserError(
+        f"{where} {shorten(row)}, expected an object; repair or drop it"
+      )
+  if not any(isinstance(row, dict) for row in rows):
+    reason = str(rows[0]) if rows else f"{path} holds no rows; fetch it again"
+    raise UserError(reason, kind="damaged")
   return rows
-
-
-def _problem(row: Any) -> str:
-  return str(row) if isinstance(row, Exception) else type(row).__name__
-
-
-def _read_json(path: pathlib.Path) -> list[Any]:
-  try:
-    data = json.loads(path.read_bytes())
-  except (ValueError, RecursionError) as error:
-    raise UserError(
-      f"{path} is damaged ({error}); fetch it again", kind="damaged"
-    ) from error
-  except OSError as error:
-    raise UserError(f"cannot read {path}: {error.strerror}") from error
-  return data if isinstance(data, list) else [data]
 
 
 class Videos:
   """Names of the videos there are, found by name or by id."""
 
-  def __init__(self, names: Iterable[str]):
-    """Takes paths relative to the folder of videos, as POSIX."""
+  def __init__(
+    self, names: Iterable[str], keys: Mapping[str, str] | None = None
+  ):
+    """Takes paths relative to the folder of videos, as POSIX.
+
+    Args:
+      names: of the videos.
+      keys: names by another id of the video; see `youtube_keys`.
+    """
+    self._keys = keys or {}
     self._names: dict[str, str] = {}
     self._ids: dict[str, str] = {}
     self._bare: dict[str, list[str]] = {}  # in any folder
@@ -88,18 +94,21 @@ class Videos:
     """The video that a benchmark means.
 
     Args:
-      candidates: paths or ids, the likeliest first. A bare name or id finds
-        one in any folder, and an extension any other of SUFFIXES.
+      candidates: paths or ids, the likeliest first. One is found below any
+        folder, too, and an extension finds any other of SUFFIXES.
 
     Returns:
       The first candidate that exists. If none does, the likeliest, with ".mp4"
       if it has no extension, so that it can be reported as missing.
 
     Raises:
-      UserError: a bare name or id is that of videos in several folders.
+      UserError: a name or id is that of videos in several folders.
     """
     for candidate in candidates:
       if found := self.at(candidate) or self._anywhere(candidate):
+        return found
+    for candidate in candidates:
+      if found := self._keys.get(_id(candidate)):
         return found
     first = candidates[0]
     return f"{first}.mp4" if _id(first) == first else first
@@ -112,9 +121,15 @@ class Videos:
     """Names of all folders that hold videos themselves."""
     return {pathlib.PurePosixPath(name).parent.name for name in self._names}
 
+  def has(self, name: str) -> bool:
+    """Whether a name that `name` gave is that of a video there is."""
+    return name in self._names
+
   def _anywhere(self, name: str) -> str | None:
-    """By a bare name or id; by the name rather than by the id alone."""
-    found = self._bare.get(_id(name), [])
+    """By the end of a path; by the name rather than by the id alone."""
+    tail = _id(name)
+    found = self._bare.get(tail.rpartition("/")[2], [])
+    found = [path for path in found if f"/{_id(path)}".endswith(f"/{tail}")]
     found = [path for path in found if path.endswith(f"/{name}")] or found
     if len({os.path.dirname(path) for path in found}) > 1:
       raise UserError(
@@ -134,14 +149,55 @@ def _id(name: str) -> str:
 def find_videos(
   folder: pathlib.Path, candidates: Sequence[str]
 ) -> pathlib.Path:
-  """The first of some folders, or the folder itself, that holds videos.
+  """The folder of a benchmark's videos.
 
-  If none does, the first that exists; if none exists, the first.
+  It is the first of some that holds videos; but the benchmark's own where
+  folders of parts or, failing that, any folders at all hold some. If there are
+  no videos, it is the first that exists; if none exists, the first.
   """
+  parts = [path for pattern in _PARTS for path in folder.glob(pattern)]
+  if any(next(walk_videos(path), None) for path in parts):
+    return folder
   folders = [folder / name for name in candidates]
   for path in folders:
     if next(walk_videos(path), None):
       return path
-  if any(path.suffix.lower() in SUFFIXES for path in folder.glob("*")):
+  if next(walk_videos(folder), None):
     return folder
   return next((path for path in folders if path.is_dir()), folders[0])
+
+
+class _Sidecar(Schema):
+  """What video2dataset writes beside a video that it has fetched."""
+
+  url: str
+
+
+_KEY = re.compile(r"(?:[?&]v=|youtu\.be/|/(?:embed|shorts|live|v)/)([\w-]{6,})")
+
+
+def youtube_key(url: str) -> str | None:
+  """The id of a YouTube video in its address; None if there is none."""
+  found = _KEY.search(url)
+  return found[1] if found else None
+
+
+def youtube_keys(folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
+  """Names of videos by their YouTube ids, which the JSON beside them tells.
+
+  video2dataset, which LVBench's authors download with, numbers the videos:
+  00000/00000007.mp4, with the address in 00000/00000007.json.
+  """
+  keys: dict[str, str] = {}
+  for name in sorted(names):
+    path = folder / name
+    beside = path.with_suffix(".json")
+    if not path.stem.isdecimal() or not beside.is_file():
+      continue
+    try:
+      told = read_schema(_Sidecar, beside, remedy="fetch the video again")
+    except UserError:
+      continue  # its video is reported as missing
+    if key := youtube_key(told.url):
+      keys.setdefault(key, name)
+  return keys

@@ -15,6 +15,7 @@ from typing import Any
 
 from hourjax.errors import UserError
 from hourjax.evaluation.questions import Question
+from hourjax.evaluation.scoring import LeftOut
 from hourjax.evaluation.suites import fields, subtitles
 from hourjax.evaluation.suites.suite import Source, Suite
 
@@ -32,17 +33,17 @@ DURATIONS = {
 }
 
 
-def read(source: Source) -> list[Question]:
+def read(source: Source) -> list[Question | LeftOut]:
   """One question a row."""
-  return [_question(row, source) for row in source.rows]
+  return source.each(lambda row: _question(row, source))
 
 
 def _question(row: dict[str, Any], source: Source) -> Question:
   name = fields.text(row, "id", source.file.name)
   at = f"{source.file.name}: question {name}"
-  options = _options(row, at)
+  options = fields.options(_without_fillers(row), at)
   prompt = QUESTION.format(
-    question=fields.text(row, "question", at),
+    question=fields.published(row, "question", at),
     options=fields.lettered(options, "{}. {}"),
   )
   extra = fields.known(row, "topic_category", "level")
@@ -52,27 +53,26 @@ def _question(row: dict[str, Any], source: Source) -> Question:
     if said is not None:
       prompt = SUBTITLES.format(subtitles=said) + prompt
   group = fields.number(row, "duration_group", at)
+  expected = _expected(row, options, at)
   return Question(
     id=name,
     video=source.videos.name(
       fields.text(row, "video_path", at), fields.text(row, "video_id", at)
     ),
     prompt=prompt,
-    expected=_expected(row, options, at),
+    expected=expected,
     kind="choice",
     options=options,
     tasks=(fields.text(row, "question_category", at),),
     duration=DURATIONS.get(group, f"{group:g} s"),
-    chance=1 / len(options),
+    chance=fields.chance(options, expected),
     extra=extra,
   )
 
 
-def _options(row: dict[str, Any], at: str) -> tuple[str, ...]:
-  if "candidates" not in row:
-    listed = [row.get(f"option{i}") for i in range(5)]
-    row = {"candidates": [o for o in listed if o is not None and o != "N/A"]}
-  return fields.texts(row, "candidates", at)
+def _without_fillers(row: dict[str, Any]) -> dict[str, Any]:
+  """The tables fill up to five options with "N/A"."""
+  return {k: None if v == "N/A" else v for k, v in row.items()}
 
 
 def _expected(row: dict[str, Any], options: tuple[str, ...], at: str) -> str:
@@ -101,13 +101,14 @@ def _subtitles(row: dict[str, Any], source: Source, at: str) -> str | None:
 SUITE = Suite(
   name="longvideobench",
   title="LongVideoBench",
-  revision=1,
+  revision=2,
   annotations=(
     "lvb_val.json",
     "validation-*.parquet",
     "data/validation-*.parquet",
     "lvb_test_wo_gt.json",
     "test-*.parquet",
+    "data/test-*.parquet",
   ),
   columns=(
     frozenset({"video_path", "question", "candidates", "duration_group"}),

@@ -2,61 +2,73 @@
 
 Files: the authors' `video_info.meta.jsonl`, a line a video with its `qa`
 (THUDM/LVBench on Hugging Face), or `data/train-*.parquet`, a row a question
-(lmms-lab/LVBench); videos are named by their YouTube id. Options stand in the
-question's text, "(A) ..." a line each.
+(lmms-lab/LVBench). Videos are named by their YouTube id, or numbered by the
+authors' download script, `scripts/videos/00000/00000007.mp4`, with the address
+in the JSON beside them. Options stand in the question's text, "(A) ..." a line
+each; where a copy has them in a column, they are put there.
 
 Prompt: lmms-eval's `lvbench`, which adds no full stop.
 """
 
 import json
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 from hourjax.errors import UserError
 from hourjax.evaluation.questions import Question
+from hourjax.evaluation.scoring import LeftOut
 from hourjax.evaluation.suites import fields
-from hourjax.evaluation.suites.suite import Source, Suite
+from hourjax.evaluation.suites.suite import Row, Source, Suite
 
 QUESTION = "{question}\nAnswer the question with the option letter"
 
 
-def read(source: Source) -> list[Question]:
+def read(source: Source) -> list[Question | LeftOut]:
   """One question a row, or a video's many a line of the authors' file."""
-  return [_question(row, source) for row in _rows(source)]
+  return source.each(lambda row: _question(row, source), _rows(source))
 
 
-def _rows(source: Source) -> Iterator[dict[str, Any]]:
+def _rows(source: Source) -> Iterator[Row | UserError]:
   for row in source.rows:
-    if "qa" not in row:
+    if isinstance(row, UserError) or "qa" not in row:
       yield row
       continue
-    key = fields.text(row, "key", source.file.name)
-    for item in fields.rows(row, "qa", f"{source.file.name}: video {key}"):
+    try:
+      key = fields.text(row, "key", source.file.name)
+      items = fields.rows(row, "qa", f"{source.file.name}: video {key}")
+    except UserError as error:
+      yield error
+      continue
+    for item in items:
       about = {name: row.get(name) for name in ("type", "video_info")}
       yield {**item, **about, "key": key}
 
 
-def _question(row: dict[str, Any], source: Source) -> Question:
+def _question(row: Row, source: Source) -> Question:
+  if row.get("key") is None and row.get("video_path"):
+    row = {**row, "key": pathlib.PurePosixPath(str(row["video_path"])).stem}
   key = fields.text(row, "key", source.file.name)
   name = f"{key}/{fields.text(row, 'uid', source.file.name)}"
   at = f"{source.file.name}: question {name}"
-  text = fields.text(row, "question", at)
-  _, options = fields.split_options(text)
+  text = fields.published(row, "question", at)
+  text, options = fields.with_options(row, text, "({}) {}", at)
   if not options:
     raise UserError(
       f"{at}: found no options '(A) ...' and '(B) ...' below the question"
       f" {text!r}; fetch the file again"
     )
+  expected = fields.letter(fields.text(row, "answer", at), options, at)
   return Question(
     id=name,
     video=source.videos.name(key),
     prompt=QUESTION.format(question=text),
-    expected=fields.letter(fields.text(row, "answer", at), options, at),
+    expected=expected,
     kind="choice",
     options=options,
     tasks=_tasks(row.get("question_type")),
     duration=_duration(row),
-    chance=1 / len(options),
+    chance=fields.chance(options, expected),
     extra=fields.known(row, "type"),
   )
 
@@ -82,19 +94,29 @@ def _tasks(value: Any) -> tuple[str, ...]:
 SUITE = Suite(
   name="lvbench",
   title="LVBench",
-  revision=1,
+  revision=2,
   annotations=(
     "video_info.meta.jsonl",
     "data/video_info.meta.jsonl",
     "data/train-*.parquet",
     "train-*.parquet",
+    "data/test-*.parquet",
+    "test-*.parquet",
     "*.parquet",
   ),
   columns=(
     frozenset({"key", "qa"}),
     frozenset({"key", "uid", "question", "answer", "time_reference"}),
+    frozenset({"video_path", "uid", "question", "answer", "time_reference"}),
   ),
   read=read,
   prompts={"choice": QUESTION},
-  videos=("videos", "all_videos", "video", "data"),
+  videos=(
+    "videos",
+    "all_videos",
+    "scripts/videos",
+    "script/videos",
+    "video",
+    "data",
+  ),
 )

@@ -19,44 +19,60 @@ from hourjax.data.records import MARKER, Record
 from hourjax.errors import UserError
 from hourjax.evaluation.parsing import LETTERS, normalise, parse
 from hourjax.evaluation.questions import Question
+from hourjax.evaluation.scoring import LeftOut
 from hourjax.evaluation.suites import fields
 from hourjax.evaluation.suites.suite import Source, Suite
 
 QUESTION = "{question}"
+_MARKER = re.compile(rf"{MARKER}\n?|\n{MARKER}$")
 
 
-def read(source: Source) -> list[Question]:
+def read(source: Source) -> list[Question | LeftOut]:
   """A record's questions; "id", or "id#1", "id#2" where it has several.
 
   Raises:
-    UserError: a record is damaged, or is not about one video.
+    UserError: all records are damaged.
   """
   records, skipped = read_records(source.file)
-  if skipped:
+  if skipped and not records:
     raise UserError(
-      f"{len(skipped)} of {len(skipped) + len(records)} records of"
-      f" {source.file} are damaged, the first: {skipped[0].reason}; repair or"
-      " drop them"
+      f"{len(skipped)} of {len(skipped)} records of {source.file} are damaged,"
+      f" the first: {skipped[0].reason}; repair or drop them"
     )
-  return [q for record in records for q in _questions(record, source)]
+  made: list[Question | LeftOut] = []
+  for record in records:
+    made += _questions(record, source)
+  return made + [
+    LeftOut(item.id, source.file.name, item.reason) for item in skipped
+  ]
 
 
-def _questions(record: Record, source: Source) -> Iterator[Question]:
-  asked = _asked(record, f"{source.file.name}: question {record.id}")
+def _questions(record: Record, source: Source) -> Iterator[Question | LeftOut]:
+  video = ", ".join(record.media) or source.file.name
+  try:
+    asked = _asked(record, f"{source.file.name}: question {record.id}")
+  except UserError as error:
+    yield LeftOut(record.id, video, str(error))
+    return
   for number, (text, answer) in enumerate(asked):
     name = f"{record.id}#{number + 1}" if len(asked) > 1 else record.id
     at = f"{source.file.name}: question {name}"
     facts = _facts(record, number)
-    yield _question(record, source, name, text, answer, facts, at)
+    try:
+      yield _question(record, source, name, text, answer, facts, at)
+    except UserError as error:
+      yield LeftOut(name, video, str(error))
 
 
 def _question(record, source, name, text, answer, facts, at) -> Question:
-  if not text:
+  if not text.strip():
     raise UserError(f"{at}: the question is empty; repair or drop it")
   kind, expected, options = _kind(text, answer, facts, at)
   chance = facts.get("chance")
   if chance is None:
-    chance = {"choice": 1 / max(len(options), 1), "yes_no": 0.5}.get(kind, 0.0)
+    chance = 0.5 if kind == "yes_no" else 0.0
+    if kind == "choice":
+      chance = fields.chance(options, expected)
   return Question(
     id=name,
     video=source.videos.name(record.media[0]),
@@ -81,7 +97,8 @@ def _asked(record: Record, at: str) -> list[tuple[str, str]]:
       f"{at}: has the turns {', '.join(roles)}, expected human, gpt, in pairs:"
       " questions and their answers; repair or drop it"
     )
-  texts = [turn.text.replace(MARKER, "").strip() for turn in record.turns]
+  # As published, but for the marker and the newline that goes with it.
+  texts = [_MARKER.sub("", turn.text) for turn in record.turns]
   return list(zip(texts[::2], texts[1::2], strict=True))
 
 
@@ -96,8 +113,9 @@ def _facts(record: Record, number: int) -> dict[str, Any]:
 
 def _kind(text: str, answer: str, facts: dict[str, Any], at: str):
   """Kind, what is right, and the options."""
+  answer = answer.strip()
   if facts.get("letter") is not None:
-    options = fields.texts(facts, "options", at)
+    options = fields.options({"options": facts.get("options")}, at)
     return "choice", fields.letter(str(facts["letter"]), options, at), options
   if "letter" not in facts:
     _, options = fields.split_options(text)
@@ -132,7 +150,7 @@ def _extra(record: Record, facts: dict[str, Any]) -> dict[str, Any]:
 SUITE = Suite(
   name="records",
   title="Records",
-  revision=1,
+  revision=2,
   annotations=("test.json", "test.jsonl", "*.json", "*.jsonl"),
   columns=(frozenset({"id", "conversations"}),),
   read=read,

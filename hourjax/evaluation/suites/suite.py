@@ -4,11 +4,16 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from hourjax.errors import UserError
 from hourjax.evaluation.questions import Question
+from hourjax.evaluation.scoring import LeftOut
+from hourjax.evaluation.suites import fields
 from hourjax.evaluation.suites.folder import Videos
+
+Row = dict[str, Any]
 
 # Hour-LLaVA reads the videos of all benchmarks alike.
 FRAMES = "one frame a second, all of them in memory"
@@ -20,17 +25,47 @@ class Source:
 
   Attributes:
     file: annotation file.
-    rows: of the file, each a dict of its columns.
+    rows: of the file, each a dict of its columns; a UserError tells of one
+      that is none.
     root: folder of the whole benchmark.
     videos: names of the videos there are.
     subtitles: whether questions are asked with subtitles.
   """
 
   file: pathlib.Path
-  rows: list[dict[str, Any]]
+  rows: Sequence[Row | UserError]
   root: pathlib.Path
   videos: Videos
   subtitles: bool
+
+  def each(
+    self,
+    make: Callable[[Row], Question],
+    rows: Iterable[Row | UserError] | None = None,
+  ) -> list[Question | LeftOut]:
+    """Makes a question of each row; one that cannot be asked is left out.
+
+    Args:
+      make: raises a UserError that says why a row cannot be asked.
+      rows: those of the file, if not as it has them.
+    """
+    made: list[Question | LeftOut] = []
+    for number, row in enumerate(self.rows if rows is None else rows, start=1):
+      try:
+        if isinstance(row, UserError):
+          raise row
+        made.append(make(row))
+      except UserError as error:
+        place = f"{self.file.name}, row {number}"
+        made.append(LeftOut(place, _video(row, self.file.name), str(error)))
+    return made
+
+
+def _video(row: Row | UserError, file: str) -> str:
+  """The video of a row that cannot be asked; its file if it tells none."""
+  names = ("video", "videoID", "video_path", "video_name", "video_id", "key")
+  told = row if isinstance(row, dict) else {}
+  return next((str(told[name]) for name in names if told.get(name)), file)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +82,7 @@ class Suite:
     columns: names that its rows have, by layout: a row with all names of one
       of the sets is this benchmark's.
     shape: tells its rows where they have no columns.
-    read: makes the questions of one file.
+    read: makes the questions of one file, and says which rows give none.
     prompts: wording by kind of question; readers fill it in.
     videos: folders that its videos may lie in, below its own.
     subtitles: rule by which subtitles get into the prompt; "" if it has none.
@@ -60,13 +95,13 @@ class Suite:
   revision: int
   annotations: tuple[str, ...]
   columns: tuple[frozenset[str], ...]
-  read: Callable[[Source], list[Question]]
+  read: Callable[[Source], list[Question | LeftOut]]
   prompts: Mapping[str, str]
   videos: tuple[str, ...]
   subtitles: str = ""
   frames: str = FRAMES
   max_tokens: int = 16
-  shape: Callable[[dict[str, Any]], bool] = lambda row: False
+  shape: Callable[[Row], bool] = lambda row: False
 
   @property
   def rules(self) -> dict[str, Any]:
@@ -90,9 +125,15 @@ class Suite:
     text = json.dumps(self.rules, sort_keys=True)
     return f"{self.revision}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
-  def knows(self, row: dict[str, Any]) -> bool:
-    """Whether a row of a file has this benchmark's columns."""
-    return self.shape(row) or any(names <= row.keys() for names in self.columns)
+  def knows(self, row: Row) -> bool:
+    """Whether a row of a file has this benchmark's columns.
+
+    A column for each option stands for one of all.
+    """
+    names = set(row)
+    if fields.has_options(row):
+      names |= {"options", "candidates"}
+    return self.shape(row) or any(wanted <= names for wanted in self.columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +145,11 @@ class Loaded:
     questions: in the order of its files; ids are unique.
     videos: folder that `Question.video` is relative to.
     notes: what a report must tell of how it was asked, a sentence each.
+    left_out: rows of its files that cannot be asked.
   """
 
   suite: Suite
   questions: tuple[Question, ...]
   videos: pathlib.Path
   notes: tuple[str, ...] = ()
+  left_out: tuple[LeftOut, ...] = ()

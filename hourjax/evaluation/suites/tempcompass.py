@@ -3,7 +3,8 @@
 Files: the authors' `questions/<format>.json`, an object of videos, of temporal
 aspects, of questions (github.com/llyx97/TempCompass), or a folder a format with
 `test-*.parquet`, a row a question (lmms-lab/TempCompass on Hugging Face);
-`videos/<id>.mp4`. Captioning is left out: its score needs another model.
+`videos/<id>.mp4`. Captioning is left out: its score needs another model. A
+table of no format's name tells it by its rows.
 
 Prompt: the authors' `answer_prompt`, which lmms-eval repeats.
 """
@@ -13,9 +14,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from hourjax.errors import UserError
+from hourjax.evaluation.parsing import LETTERS
 from hourjax.evaluation.questions import Question
+from hourjax.evaluation.scoring import LeftOut
 from hourjax.evaluation.suites import fields
-from hourjax.evaluation.suites.suite import Source, Suite
+from hourjax.evaluation.suites.suite import Row, Source, Suite
 
 FORMATS = ("multi-choice", "yes_no", "caption_matching")
 BEST = "{question}\nPlease directly give the best option:"
@@ -26,63 +29,96 @@ PROMPTS = {
 }
 
 
-def read(source: Source) -> list[Question]:
+def read(source: Source) -> list[Question | LeftOut]:
   """One question a row, or all of the authors' file of a format."""
-  form = _form(source)
-  counts: dict[tuple[str, str], int] = {}
-  questions = []
-  for row in _rows(source):
+  named = _named(source)
+  counts: dict[tuple[str, str, str], int] = {}
+
+  def question(row: Row) -> Question:
+    form = named or _form(row, source)
     video = fields.text(row, "video_id", source.file.name)
     aspect = fields.text(row, "dim", source.file.name)
-    number = counts[video, aspect] = counts.get((video, aspect), -1) + 1
-    name = f"{form}/{video}/{aspect}/{number}"
-    questions.append(_question(row, source, form, name))
-  return questions
+    place = form, video, aspect
+    counts[place] = counts.get(place, -1) + 1
+    return _question(row, source, form, "/".join((*place, str(counts[place]))))
+
+  return source.each(question, _rows(source))
 
 
-def _form(source: Source) -> str:
-  """The format, told by the file's name or its folder's."""
+def _named(source: Source) -> str | None:
+  """The format that the file, or its folder, is named after."""
   for name in (source.file.stem, source.file.parent.name):
-    if name in FORMATS:
-      return name
+    for form in FORMATS:
+      if name == form or name.startswith(f"{form}-"):
+        return form
+  if any(isinstance(row, dict) and "video_id" in row for row in source.rows):
+    return None
   raise UserError(
     f"{source.file}: neither the file nor its folder is named after a format,"
     f" {', '.join(FORMATS)}; name it as it was published"
   )
 
 
-def _rows(source: Source) -> Iterator[dict[str, Any]]:
+def _form(row: Row, source: Source) -> str:
+  """The format of a row of a table that is not named after one."""
+  text = str(row.get("question") or "")
+  if _captions(text)[0]:
+    return "caption_matching"
+  if fields.split_options(text)[1] or fields.has_options(row):
+    return "multi-choice"
+  if str(row.get("answer")).strip().lower() in ("yes", "no"):
+    return "yes_no"
+  raise UserError(
+    f"{source.file.name}: the question {text!r:.80} is of no format,"
+    f" {', '.join(FORMATS)}; repair or drop it"
+  )
+
+
+def _rows(source: Source) -> Iterator[Row | UserError]:
   for row in source.rows:
-    if "video_id" in row:
+    if isinstance(row, UserError) or "video_id" in row:
       yield row
       continue
     for video, aspects in row.items():
-      at = f"{source.file.name}: video {video}"
-      if not isinstance(aspects, dict):
-        raise UserError(
-          f"{at} is {aspects!r:.80}, expected its aspects; fetch the file again"
-        )
-      for aspect in aspects:
-        for item in fields.rows(aspects, aspect, at):
-          yield {**item, "video_id": video, "dim": aspect}
+      yield from _of_video(video, aspects, f"{source.file.name}: video {video}")
+
+
+def _of_video(video: str, aspects: Any, at: str) -> Iterator[Row | UserError]:
+  if not isinstance(aspects, dict):
+    yield UserError(
+      f"{at} is {aspects!r:.80}, expected its aspects; fetch the file again"
+    )
+    return
+  for aspect in aspects:
+    try:
+      items = fields.rows(aspects, aspect, at)
+    except UserError as error:
+      yield error
+      continue
+    for item in items:
+      yield {**item, "video_id": video, "dim": aspect}
 
 
 def _question(row, source: Source, form: str, name: str) -> Question:
   at = f"{source.file.name}: question {name}"
-  text = fields.text(row, "question", at)
+  text = fields.published(row, "question", at)
   answer = fields.text(row, "answer", at)
   extra: dict[str, Any] = {"format": form.replace("-", "_")}
   options: tuple[str, ...] = ()
+  chance = 0.5
   if form == "yes_no":
     kind, expected = "yes_no", _yes_or_no(answer, at)
   elif form == "multi-choice":
-    kind, (_, options) = "choice", fields.split_options(text)
+    kind = "choice"
+    text, options = fields.with_options(row, text, "{}. {}", at)
     expected = fields.letter(answer, _needed(options, text, at), at)
+    chance = fields.chance(options, expected)
   else:
     kind = "match"
     labels, options = _captions(text)
     expected = _number(answer, labels, _needed(options, text, at), at)
     extra["symbols"] = tuple(label[-1] for label in labels)
+    chance = fields.chance(options, LETTERS[int(expected) - 1])
   return Question(
     id=name,
     video=source.videos.name(fields.text(row, "video_id", at)),
@@ -91,7 +127,7 @@ def _question(row, source: Source, form: str, name: str) -> Question:
     kind=kind,
     options=options,
     tasks=(fields.text(row, "dim", at),),
-    chance=1 / (len(options) or 2),
+    chance=chance,
     extra=extra,
   )
 
@@ -154,11 +190,15 @@ def _is_authors(row: dict[str, Any]) -> bool:
 SUITE = Suite(
   name="tempcompass",
   title="TempCompass",
-  revision=1,
+  revision=2,
   annotations=(
     " ".join(f"questions/{form}.json" for form in FORMATS),
     " ".join(f"{form}.json" for form in FORMATS),
     " ".join(f"{form}/test-*.parquet" for form in FORMATS),
+    " ".join(f"data/{form}/test-*.parquet" for form in FORMATS),
+    " ".join(f"data/{form}-*.parquet" for form in FORMATS),
+    "data/test-*.parquet",
+    "test-*.parquet",
   ),
   columns=(frozenset({"video_id", "question", "answer", "dim"}),),
   shape=_is_authors,

@@ -1,9 +1,10 @@
 """Video-MME: 2,700 questions about 900 videos, with and without subtitles.
 
 Files: `videomme/test-00000-of-00001.parquet`, `data/<videoID>.mp4` and
-`subtitle/<videoID>.srt` (lmms-lab/Video-MME on Hugging Face), or the authors'
-JSON, an entry a video with its three `questions` (github.com/BradyFU/Video-MME,
-README). Not every video has subtitles; those without are asked without.
+`subtitle/<videoID>.srt` (lmms-lab/Video-MME on Hugging Face, where videos and
+subtitles are zips to unpack), or the authors' JSON, an entry a video with its
+three `questions` (github.com/BradyFU/Video-MME, README). Not every video has
+subtitles; those without are asked without.
 
 Prompt: the authors' README, word for word; options are published with their
 letters ("A. Apples."). lmms-eval words it much the same, but speaks of
@@ -14,9 +15,12 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+from hourjax.errors import UserError
 from hourjax.evaluation.questions import Question
+from hourjax.evaluation.scoring import LeftOut
 from hourjax.evaluation.suites import fields, subtitles
-from hourjax.evaluation.suites.suite import Source, Suite
+from hourjax.evaluation.suites.folder import youtube_key
+from hourjax.evaluation.suites.suite import Row, Source, Suite
 
 QUESTION = (
   "Select the best answer to the following multiple-choice question based on"
@@ -26,28 +30,34 @@ QUESTION = (
 SUBTITLES = "This video's subtitles are listed below:\n{subtitles}\n"
 
 
-def read(source: Source) -> list[Question]:
+def read(source: Source) -> list[Question | LeftOut]:
   """One question a row, or three an entry of the authors' file."""
   read_srt = functools.cache(subtitles.read_srt)  # three questions a video
-  return [_question(row, source, read_srt) for row in _rows(source)]
+  return source.each(
+    lambda row: _question(row, source, read_srt), _rows(source)
+  )
 
 
-def _rows(source: Source) -> Iterator[dict[str, Any]]:
+def _rows(source: Source) -> Iterator[Row | UserError]:
   for row in source.rows:
-    if "questions" not in row:
+    if isinstance(row, UserError) or "questions" not in row:
       yield row
       continue
     url = str(row.get("url") or "")
     at = f"{source.file.name}: video {row.get('video_id') or url}"
-    for item in fields.rows(row, "questions", at):
+    try:
+      items = fields.rows(row, "questions", at)
+    except UserError as error:
+      yield error
+      continue
+    for item in items:
       yield {
         "duration": row.get("duration") or row.get("duration_category"),
         "domain": row.get("domain") or row.get("video_category"),
         "sub_category": row.get("sub_category")
         or row.get("video_sub_category"),
-        "videoID": row.get("videoID") or url.split("v=")[-1].split("/")[-1],
+        "videoID": row.get("videoID") or youtube_key(url) or url.split("/")[-1],
         **item,
-        "options": item.get("options") or item.get("choices"),
       }
 
 
@@ -55,10 +65,10 @@ def _question(row: dict[str, Any], source: Source, read_srt) -> Question:
   name = fields.text(row, "question_id", source.file.name)
   at = f"{source.file.name}: question {name}"
   video = fields.text(row, "videoID", at)
-  listed = fields.texts(row, "options", at)
+  listed = fields.options(row, at)
   options = fields.without_letters(listed)
   prompt = QUESTION.format(
-    question=fields.text(row, "question", at),
+    question=fields.published(row, "question", at),
     options="\n".join(listed)
     if options != listed
     else fields.lettered(listed, "{}. {}"),
@@ -69,16 +79,17 @@ def _question(row: dict[str, Any], source: Source, read_srt) -> Question:
     extra["subtitles"] = "missing" if said is None else "given"
     if said is not None:
       prompt = SUBTITLES.format(subtitles=said) + prompt
+  expected = fields.letter(fields.text(row, "answer", at), options, at)
   return Question(
     id=name,
     video=source.videos.name(video),
     prompt=prompt,
-    expected=fields.letter(fields.text(row, "answer", at), options, at),
+    expected=expected,
     kind="choice",
     options=options,
     tasks=(fields.text(row, "task_type", at),),
     duration=fields.text(row, "duration", at),
-    chance=1 / len(options),
+    chance=fields.chance(options, expected),
     extra=extra,
   )
 
@@ -86,7 +97,7 @@ def _question(row: dict[str, Any], source: Source, read_srt) -> Question:
 SUITE = Suite(
   name="videomme",
   title="Video-MME",
-  revision=1,
+  revision=2,
   annotations=(
     "videomme/test-*.parquet",
     "test-*.parquet",

@@ -2,6 +2,7 @@ import pytest
 
 from hourjax.errors import UserError
 from hourjax.evaluation import suites
+from hourjax.evaluation.scoring import is_right
 from tests.evaluation.suites import layouts
 from tests.evaluation.suites.layouts import MLVU
 
@@ -143,13 +144,87 @@ def test_durations(seconds, duration, tmp_path):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"answer": "Pink"}, r"1_plotQA/0.*'Pink'.*4 options.*Yellow"),
-    ({"answer": "E"}, r"1_plotQA/0.*'E', but there are 4 options"),
     ({"answer": None}, r"1_plotQA/0: has no answer.*MLVU-Test"),
-    ({"question": ""}, r"1_plotQA/0: question is empty"),
     ({"candidates": []}, r"1_plotQA/0: candidates is \[\]"),
+    ({"video": ""}, r"1_plotQA/0: video is empty"),
   ],
 )
-def test_questions_that_cannot_be_scored(change, message, tmp_path):
+def test_questions_that_cannot_be_asked(change, message, tmp_path):
   with pytest.raises(UserError, match=message):
     _read(tmp_path, MLVU | change)
+
+
+@pytest.mark.parametrize(
+  ("change", "expected"),
+  [
+    ({"answer": "Pink"}, ""),
+    ({"answer": "E"}, ""),
+    ({"answer": None}, ""),
+    ({"answer": "Yellow "}, "A"),
+    ({"candidates": ["Yellow", "", "Green", "Blue"]}, "A"),
+    ({"candidates": ["Yellow", None, "Green", "Blue"]}, "A"),
+    ({"question": ""}, "A"),
+    ({"question": "", "candidates": [""] * 4, "answer": ""}, "D"),
+  ],
+)
+def test_rows_that_the_authors_ask_all_the_same(change, expected, tmp_path):
+  """Their code takes the last option that is the answer, or none."""
+  loaded = _read(tmp_path, MLVU, MLVU | change)
+  _, question = loaded.questions
+  options = (MLVU | change)["candidates"]
+  shown = "".join(f"({a}) {o or ''}\n" for a, o in zip("ABCD", options))
+  assert question.prompt == (
+    f"{(MLVU | change)['question']}\n{shown}Only give the best option.\n"
+    "Best option: ("
+  )
+  assert question.expected == expected
+  assert question.chance == (0.25 if expected else 0)
+  assert loaded.left_out == ()
+  asked = [note for note in loaded.notes if "no right option" in note]
+  assert len(asked) == (not expected)
+  for letter in "ABCD":
+    assert is_right(letter, question) == (letter == expected)
+
+
+def test_an_answer_that_stands_twice(tmp_path):
+  row = MLVU | {"candidates": ["Red", "Yellow", "Blue", "Yellow"]}
+  (question,) = _read(tmp_path, row).questions
+  right = [letter for letter in "ABCD" if is_right(letter, question)]
+  assert right == ["B", "D"] and question.chance == 0.5
+
+
+def test_the_authors_file_of_the_test_set(tmp_path):
+  row = MLVU | {
+    "video": "test_AR-1.mp4",
+    "question_type": "anomaly_reco",
+    "question_id": "AR_0",
+    "candidates": ["Yellow", "Red", "Green", "Blue", "Black", "White"],
+    "answer": "White",
+  }
+  unanswered = {k: v for k, v in row.items() if k != "answer"}
+  questions = tmp_path / "test_multi_choice_tasks.json"
+  layouts.write_json(questions, [unanswered])
+  message = r"has no answer.*test-ground-truth/test_mcq_gt\.json"
+  with pytest.raises(UserError, match=message):
+    suites.read("mlvu", tmp_path)
+  layouts.write_json(tmp_path / "test-ground-truth/test_mcq_gt.json", [row])
+  layouts.touch(tmp_path, "MLVU_Test/video/test_AR-1.mp4")
+  loaded = suites.read("mlvu", tmp_path)
+  (question,) = loaded.questions
+  assert question.id == "AR_0" and question.expected == "F"
+  assert question.tasks == ("anomaly_reco",)
+  assert loaded.videos / question.video == (
+    tmp_path / "MLVU_Test/video/test_AR-1.mp4"
+  )
+
+
+@pytest.mark.parametrize(
+  "folder", ["json", "data", "MLVU/json", "MLVU/data", "."]
+)
+def test_where_the_authors_files_lie(folder, tmp_path):
+  layouts.write_json(tmp_path / folder / "1_plotQA.json", [MLVU])
+  layouts.touch(tmp_path, "MLVU/video/1_plotQA/movie101_66.mp4")
+  loaded = suites.read("mlvu", tmp_path)
+  (question,) = loaded.questions
+  assert question.prompt == PROMPT
+  assert (loaded.videos / question.video).is_file()
