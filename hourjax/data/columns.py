@@ -204,6 +204,7 @@ def measure_record(
     record.turns,
     tokenizer,
     video=MEASURED_AS if record.modality == "video" else None,
+    slots=record.modality != "text",
   )
   spoken = conversation.ids != IMAGE
   count = len(record.media) if record.modality == "image" else 0

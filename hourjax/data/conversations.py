@@ -7,13 +7,12 @@ import numpy as np
 from jaxtyping import Int32
 
 from hourjax.data.frame_rules import time_instruction
-from hourjax.data.records import MARKER, Turn
+from hourjax.data.record_turns import MARKER, SYSTEM, Turn
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 
 IMAGE = -200  # the id of a visual slot
 IGNORE = -100  # the label of a token that is not trained
-SYSTEM = "You are a helpful assistant."
 
 _OPENING = "<|im_start|>assistant\n"
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -42,6 +41,7 @@ def encode_conversation(
   system: str = SYSTEM,
   video: tuple[float | int, int] | None = None,
   prompt_only: bool = False,
+  slots: bool = True,
 ) -> Conversation:
   """Writes turns in chat markup and labels them (SPEC section 2).
 
@@ -52,7 +52,8 @@ def encode_conversation(
     labels  <|im_start|> -100 \\n  -100  \\n -100 -100 <|im_end|> \\n
 
   Args:
-    turns: human and gpt in turn, human first.
+    turns: human and gpt in turn, human first; for training, one side may have
+      several turns in a row.
     tokenizer: has the markup's tokens.
     system: the system prompt.
     video: (duration in seconds, frames told to the model). The first human
@@ -62,6 +63,7 @@ def encode_conversation(
     prompt_only: for inference: drops a final gpt turn and opens the answer's
       turn. Nothing is labelled but earlier answers, which MemAug does not see
       in training either; the rest is prompt, markup included.
+    slots: whether a marker is a visual slot; in a text record it is a word.
 
   Raises:
     UserError: nothing to ask, nothing to train on, roles that do not
@@ -74,10 +76,10 @@ def encode_conversation(
   if video is not None:
     turns = _show_video(turns, *video)
 
-  ids: list[int] = _encode_turn("system", system, tokenizer)
+  ids: list[int] = _encode_turn("system", system, tokenizer, slots)
   spoken = [False] * len(ids)  # by the assistant
   for turn in turns:
-    new = _encode_turn(_ROLES[turn.role], turn.text, tokenizer)
+    new = _encode_turn(_ROLES[turn.role], turn.text, tokenizer, slots)
     ids += new
     spoken += [turn.role == "gpt"] * len(new)
   opening = tokenizer.encode(_OPENING)
@@ -111,7 +113,7 @@ def follow_up(question: str, tokenizer: Tokenizer) -> list[int]:
 def _check(turns: list[Turn], prompt_only: bool) -> None:
   for i, turn in enumerate(turns):
     expected = ("human", "gpt")[i % 2]
-    if turn.role != expected:
+    if turn.role != expected and (prompt_only or i == 0):
       raise UserError(
         f"turn {i} is from {turn.role!r}, expected {expected!r}; human and "
         "gpt must alternate, human first"
@@ -141,9 +143,12 @@ def _show_video(
   return [Turn("human", first), *plain[1:]]
 
 
-def _encode_turn(role: str, text: str, tokenizer: Tokenizer) -> list[int]:
+def _encode_turn(
+  role: str, text: str, tokenizer: Tokenizer, slots: bool = True
+) -> list[int]:
+  whole = f"<|im_start|>{role}\n{text}<|im_end|>\n"
   # Cut at the markers before tokenizing, so that no token spans one.
-  marked = f"<|im_start|>{role}\n{text}<|im_end|>\n".split(MARKER)
+  marked = whole.split(MARKER) if slots else [whole]
   ids = tokenizer.encode(marked[0])
   for piece in marked[1:]:
     ids += [IMAGE, *tokenizer.encode(piece)]

@@ -290,6 +290,7 @@ class Dataset:
       turns,
       self._tokenizer,
       video=shown,
+      slots=record.modality != "text",
     )
 
   def _read(self, plan: _Planned, room) -> np.ndarray | None:

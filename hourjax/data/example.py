@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf import json_format
+from tensorflow_datasets.proto import tf_example_pb2
 
 from hourjax.data.columns import Measures
 from hourjax.data.records import Record, Turn
@@ -68,7 +69,11 @@ def encode_record(
     "extra": json.dumps(record.extra, ensure_ascii=False),
   }
   numbers = {name: getattr(measures, name) for name in NUMBERS}
-  return features().serialize_example(example | numbers)
+  written = features().serialize_example(example | numbers)
+  # A protocol buffer's map is written in an order that differs from process to
+  # process, unless it is asked for: the same record, the same bytes.
+  again = tf_example_pb2.Example.FromString(written)
+  return again.SerializeToString(deterministic=True)
 
 
 def parse_example(encoded: bytes) -> dict[str, Any]:

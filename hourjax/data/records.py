@@ -9,19 +9,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from hourjax.data.record_media import check_unread, media_key, read_media
+from hourjax.data.record_turns import MARKER, Turn, place_markers, read_turns
 from hourjax.errors import UserError
+from hourjax.schema import shorten
 
-MARKER = "<image>"  # where the text refers to what is seen
+__all__ = ["MARKER", "Record", "Skipped", "Turn"]
 
-_KNOWN = ("id", "video", "image", "data_source", "conversations")
-
-
-@dataclasses.dataclass(frozen=True)
-class Turn:
-  """What one side says."""
-
-  role: Literal["human", "gpt"]
-  text: str
+_TURNS = ("conversations", "messages", "conversation")
+_KNOWN = ("id", "video", "image", "data_source", *_TURNS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +32,8 @@ class Record:
     turns: human and gpt in turn, starting with human.
     source: the file's `data_source`, or "".
     extra: every key that has no meaning here, as read.
+    repairs: in what it is read otherwise than it is written, one kind each;
+      not stored.
   """
 
   id: str
@@ -44,6 +42,7 @@ class Record:
   turns: tuple[Turn, ...]
   source: str
   extra: dict[str, Any]
+  repairs: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +58,9 @@ def parse_record(
 ) -> Record:
   """Checks one record as read from JSON (SPEC section 2).
 
-  A leading gpt turn is dropped. In image records a turn's only marker moves
-  to the front of the turn:
-
-    "What is this?\\n<image>"  ->  "<image>\\nWhat is this?"
-
-  Turns with several markers stay as they are, and so do video records: there
-  `encode_conversation` writes the marker, before the time instruction.
+  What LLaVA's lists and other trainers write differently is read as the
+  official loaders read it: `record_turns` has the table, `record_media` the
+  keys. A record without id is named after its place.
 
   Args:
     raw: {"id", "video" | "image" | neither, "data_source", "conversations"}.
@@ -80,23 +75,30 @@ def parse_record(
       f"{where}: expected an object with 'id' and 'conversations', found "
       f"{type(raw).__name__}"
     )
-  name = _name(raw, where)
+  name, repairs = _name(raw, where)
   at = f"{where}: record {name}"
-  modality, media = _media(raw, at)
-  turns = _turns(raw.get("conversations"), at)
-  if require_answer:
-    _check_answers(turns, at)
-  _check_markers(turns, modality, len(media), at)
-  if modality == "image":
-    turns = tuple(Turn(t.role, _marker_first(t.text)) for t in turns)
+  key = media_key(raw, at)
+  modality, media = read_media(raw, key, at) if key else ("text", ())
+  if key not in (None, "video", "image"):
+    repairs.append(f"{modality} under another key")
+  elif raw.get("image") == "":
+    repairs.append("empty image: text")
+  talk = next((k for k in _TURNS if raw.get(k) is not None), _TURNS[0])
+  known = (*_KNOWN, "sample_id", *((key,) if key else ()))
+  check_unread(raw, known, not key, at)
+  turns, changed = read_turns(raw.get(talk), at, require_answer=require_answer)
+  repairs += changed
+  turns, changed = place_markers(turns, modality, len(media), at)
+  repairs += changed
   source = raw.get("data_source")
   return Record(
     id=name,
     modality=modality,
     media=media,
-    turns=turns,
+    turns=tuple(turns),
     source="" if source is None else str(source),
-    extra={k: v for k, v in raw.items() if k not in _KNOWN},
+    extra={k: v for k, v in raw.items() if k not in known},
+    repairs=tuple(repairs),
   )
 
 
@@ -141,82 +143,16 @@ def media_problem(root: str | os.PathLike, name: str) -> str | None:
   return None
 
 
-def _name(raw: dict[str, Any], where: str) -> str:
-  name = raw.get("id")
-  if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
-    raise UserError(f"{where}: 'id' must be text or an integer, found {name!r}")
-  return str(name)
-
-
-def _media(raw: dict[str, Any], at: str) -> tuple[str, tuple[str, ...]]:
-  given = [k for k in ("video", "image") if raw.get(k) is not None]
-  if not given:
-    return "text", ()
-  if len(given) == 2:
-    raise UserError(
-      f"{at}: has both 'video' ({raw['video']!r}) and 'image' "
-      f"({raw['image']!r}); keep one"
-    )
-  key = given[0]
-  value = raw[key]
-  paths = value if isinstance(value, list) else [value]
-  if not paths or not all(isinstance(p, str) and p for p in paths):
-    raise UserError(
-      f"{at}: {key!r} must be a path or a list of paths, found {value!r}"
-    )
-  if key == "video" and len(paths) != 1:
-    raise UserError(f"{at}: {len(paths)} videos, 1 expected; split the record")
-  return key, tuple(paths)
-
-
-def _turns(conversations: Any, at: str) -> tuple[Turn, ...]:
-  if not isinstance(conversations, list) or not conversations:
-    raise UserError(
-      f"{at}: 'conversations' must be a non-empty list, found {conversations!r}"
-    )
-  for i, raw in enumerate(conversations):
-    if not isinstance(raw, dict) or not isinstance(raw.get("value"), str):
+def _name(raw: dict[str, Any], where: str) -> tuple[str, list[str]]:
+  """The record's name, and what it was repaired by."""
+  for key in ("id", "sample_id"):
+    name = raw.get(key)
+    if name is None or name == "":
+      continue
+    if isinstance(name, bool) or not isinstance(name, str | int | float):
       raise UserError(
-        f"{at}: turn {i} must be {{'from': ..., 'value': text}}, found {raw!r}"
+        f"{where}: {key!r} must be text or a number, found {shorten(name)}"
       )
-  start = 1 if conversations[0].get("from") == "gpt" else 0
-  if len(conversations) == start:
-    raise UserError(f"{at}: only one gpt turn; a human turn must come first")
-  turns = []
-  for i, raw in enumerate(conversations[start:]):
-    expected = ("human", "gpt")[i % 2]
-    if raw.get("from") != expected:
-      raise UserError(
-        f"{at}: turn {i + start} is from {raw.get('from')!r}, expected "
-        f"{expected!r}; human and gpt must alternate"
-      )
-    turns.append(Turn(expected, raw["value"]))
-  return tuple(turns)
-
-
-def _check_answers(turns: tuple[Turn, ...], at: str) -> None:
-  if turns[-1].role != "gpt":
-    raise UserError(f"{at}: the last turn is from human; add its gpt answer")
-  if not any(t.text.strip() for t in turns if t.role == "gpt"):
-    raise UserError(f"{at}: all {len(turns) // 2} gpt answers are empty")
-
-
-def _check_markers(
-  turns: tuple[Turn, ...], modality: str, media: int, at: str
-) -> None:
-  if any(MARKER in t.text for t in turns if t.role == "gpt"):
-    raise UserError(f"{at}: {MARKER} in a gpt answer; only questions may see")
-  found = sum(t.text.count(MARKER) for t in turns)
-  if found != media:
-    what = {"video": "video", "image": "image(s)", "text": "media"}[modality]
-    raise UserError(
-      f"{at}: {found} {MARKER} marker(s) but {media} {what}; give every one "
-      "of them exactly one marker in a human turn"
-    )
-
-
-def _marker_first(text: str) -> str:
-  if text.count(MARKER) != 1 or text.startswith(MARKER):
-    return text
-  # Stripped as a whole, so that an empty question leaves no newline.
-  return f"{MARKER}\n{text.replace(MARKER, '').strip()}".strip()
+    return str(name), ["sample_id as id"] if key != "id" else []
+  # The place in its file, which stays the same wherever the file lies.
+  return os.path.basename(where), ["no id: numbered"]

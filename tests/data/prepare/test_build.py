@@ -316,7 +316,7 @@ def test_broken_inputs_leave_nothing_behind(tmp_path, tokenizer_folder):
       tokenizer_folder, broken, media=str(tmp_path / "none")
     ),
     "tokenizer folder .* does not exist": _options(tmp_path / "none", broken),
-    "no conversation is left.*\n.*'id' must be": _options(
+    "no conversation is left.*\n.*'conversations' must be": _options(
       tokenizer_folder, _save(tmp_path / "bad.json", [{}, {}])
     ),
     "the files hold no records": _options(

@@ -1,0 +1,170 @@
+"""Which key of a record names its video or images.
+
+`video` and `image` are the keys of LLaVA and VideoMarathon. The same under
+another trainer's name (`videos`, `image_path`, `Video`) is read where it is
+plain what is meant. A record that names a medium in any other way is refused:
+trained as text, it would teach to answer without looking.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hourjax.errors import UserError
+from hourjax.schema import shorten
+
+MODALITIES = ("video", "image")
+
+_KEYS = {
+  f"{kind}{ending}": kind
+  for kind in MODALITIES
+  for ending in ("", "s", "_path", "_paths", "_file", "_files")
+}
+# Words of which one names a medium, as part of a key: video_path, imgUrl.
+_SOUND = {"audio", "audios", "speech", "sound", "sounds", "voice", "wav"}
+_SEEN = {
+  *("frame", "frames", "clip", "clips", "media", "movie", "film", "picture"),
+  *("pictures", "photo", "photos", "visual", "visuals", "pixel", "pixels"),
+}
+_STARTS = ("video", "image", "img")
+# Numbers and words about a medium that is not there do no harm.
+_ABOUT = {
+  *("type", "caption", "captions", "description", "descriptions", "prompt"),
+  *("width", "height", "size", "duration", "fps", "count", "tokens", "num"),
+}
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
+_FILE = re.compile(
+  r"[^\n]{1,1000}\.(?:mp4|m4v|mkv|webm|avi|mov|flv|wmv|mpe?g|m2?ts|3gp|ogv"
+  r"|jpe?g|png|gif|webp|bmp|tiff?|heic|avif|npy|pt|wav|mp3|flac|m4a)"
+  r"(?:[?#][^\n]*)?",
+  re.IGNORECASE,
+)
+_DEPTH = 4  # of nested values that are looked through
+
+
+def media_key(raw: Mapping[str, Any], at: str) -> str | None:
+  """The key that holds a record's video or images, None for text.
+
+  Args:
+    raw: the record; null is the same as no key, and so is `image: ""`, which
+      LLaVA's lists have in text records.
+    at: file, place and record, for messages.
+
+  Raises:
+    UserError: media of two sorts, or two keys that name different files.
+  """
+  found: dict[str, list[str]] = {}
+  for key, value in raw.items():
+    kind = _KEYS.get(str(key).strip().lower())
+    empty = value is None or (key == "image" and value == "")
+    if key not in MODALITIES:
+      empty = empty or value in ("", [], {})
+    if kind and not empty:
+      found.setdefault(kind, []).append(key)
+  if len(found) == 2:
+    video, image = found["video"][0], found["image"][0]
+    raise UserError(
+      f"{at}: has both {video!r} ({shorten(raw[video])}) and {image!r}"
+      f" ({shorten(raw[image])}); keep one"
+    )
+  keys = next(iter(found.values()), [])
+  keys.sort(key=lambda key: key not in MODALITIES)
+  for other in keys[1:]:
+    if _names(raw[other]) != _names(raw[keys[0]]):
+      raise UserError(
+        f"{at}: {keys[0]!r} is {shorten(raw[keys[0]])} but {other!r} is"
+        f" {shorten(raw[other])}; keep one"
+      )
+  return keys[0] if keys else None
+
+
+def read_media(
+  raw: Mapping[str, Any], key: str, at: str
+) -> tuple[str, tuple[str, ...]]:
+  """Modality and paths under the key that `media_key` found.
+
+  Raises:
+    UserError: no path or list of paths, or several videos.
+  """
+  kind, value = _KEYS[key.strip().lower()], raw[key]
+  paths = value if isinstance(value, list) else [value]
+  if not paths or not all(isinstance(p, str) and p for p in paths):
+    raise UserError(
+      f"{at}: {key!r} must be a path or a list of paths, found {shorten(value)}"
+    )
+  if kind == "video" and len(paths) != 1:
+    raise UserError(f"{at}: {len(paths)} videos, 1 expected; split the record")
+  return kind, tuple(paths)
+
+
+def check_unread(
+  raw: Mapping[str, Any], known: tuple[str, ...], text: bool, at: str
+) -> None:
+  """Refuses a record with a medium that would be ignored.
+
+  Args:
+    raw: the record.
+    known: keys that are read, and may hold anything.
+    text: whether no video or image was found; then nothing else may look like
+      one. Sound is refused beside them too.
+    at: file, place and record, for messages.
+
+  Raises:
+    UserError: names the key and what it holds.
+  """
+  others = {k: v for k, v in raw.items() if k not in known}
+  for key, value in _leaves(others):
+    words = [word.lower() for word in _WORD.findall(key)]
+    if _SOUND.intersection(words) and _is_file(value):
+      raise UserError(
+        f"{at}: {key!r} is {shorten(value)}, which is not listened to; take the"
+        " key out if the questions are answered by what is seen"
+      )
+    if text and (_looks(words, value) or _is_file(value)):
+      raise UserError(
+        f"{at}: {key!r} is {shorten(value)}, and neither 'video' nor 'image' is"
+        " there; rename the key to what it holds, or take it out if the"
+        " record is text alone"
+      )
+
+
+def _looks(words: list[str], value: Any) -> bool:
+  """Whether a key of these words holds a medium."""
+  seen = any(
+    word.startswith(_STARTS) or word in _SEEN or word in _SOUND
+    for word in words
+  )
+  if not seen or words[-1] in _ABOUT:
+    return False
+  if isinstance(value, bool | int | float):
+    return words[-1] == "id" and not isinstance(value, bool)
+  return _holds(value)
+
+
+def _holds(value: Any) -> bool:
+  return isinstance(value, str | bytes) and bool(value.strip())
+
+
+def _is_file(value: Any) -> bool:
+  if isinstance(value, bytes):
+    return bool(value)
+  return isinstance(value, str) and bool(_FILE.fullmatch(value.strip()))
+
+
+def _leaves(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple]:
+  """Values that are no list or object, each with all keys above it."""
+  if isinstance(value, Mapping | list):
+    if depth < _DEPTH:
+      parts = value.items() if isinstance(value, Mapping) else enumerate(value)
+      for name, part in parts:
+        named = isinstance(value, Mapping)
+        inner = ".".join(filter(None, (key, str(name)))) if named else key
+        yield from _leaves(part, inner, depth + 1)
+  else:
+    yield key, value
+
+
+def _names(value: Any) -> list[str]:
+  values = value if isinstance(value, list) else [value]
+  return [os.path.basename(str(path)) for path in values]

@@ -1,0 +1,253 @@
+"""What both sides of a record say, read as the official loaders read it.
+
+Those are `preprocess_multimodal`, `preprocess_qwen` and `sharding_*_data.py` of
+Hour-LLaVA (LLaVA-NeXT's are the same). A reading that alters a record is
+counted as a repair; what the official code cannot read either is refused.
+
+| in the record | official code | here |
+|---|---|---|
+| one image, no marker | marker and newline in front of all | the same |
+| several images, no marker | stops | as many markers in front |
+| one marker, not in front | moved to the front of its turn | the same |
+| one image, several markers | stops | one, in the first turn that has any |
+| as many markers as images in a turn | stay where they are | the same |
+| another number of markers than images | stops | refused |
+| video, any markers | removed; one before the time instruction | the same |
+| video, `<video>` or `<Image>` instead | stays as words | read as the marker |
+| text, `<image>` within a sentence | words, no slot | the same |
+| text, marker in front or alone on a line | words | refused: its image lacks |
+| marker in an answer | slot without image | refused; in a text, words |
+| answer first | dropped | the same |
+| question last | kept, with nothing but markup to learn | dropped |
+| two turns of one side in a row | two turns | the same |
+| `role` and `content`, user and assistant | stops | read |
+| system turn in front | stops | refused, but for the usual words |
+| number, null or list for text | stops | refused |
+| all answers empty | learns to say nothing | refused |
+| `QA_GT_caption_based_noisy` | removed | the same |
+"""
+
+import dataclasses
+import itertools
+import re
+from typing import Any, Literal
+
+from hourjax.errors import UserError
+from hourjax.schema import shorten
+
+MARKER = "<image>"  # where the text refers to what is seen
+SYSTEM = "You are a helpful assistant."  # written before every conversation
+
+_ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+_NOISE = "QA_GT_caption_based_noisy"
+_OTHER_FORMS = {
+  "image": re.compile(r"<\s*image\s*/?\s*>", re.IGNORECASE),
+  "video": re.compile(r"<\s*(?:image|video)\s*/?\s*>", re.IGNORECASE),
+}
+# A line that is nothing but a marker, or a text that starts with ours, refers
+# to something seen; within a sentence it is a word like any other.
+_ALONE = re.compile(r"^\s*<(?:image|video)>\s*$", re.IGNORECASE | re.MULTILINE)
+_FOREIGN = re.compile(
+  r"<\|(?:image|video|audio)(?:_pad)?\|>|<\|vision_start\|>|<ImageHere>"
+  r"|<(?:image|video)_placeholder>|^\s*<(?:audio|speech|sound)>\s*$",
+  re.MULTILINE,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+  """What one side says."""
+
+  role: Literal["human", "gpt"]
+  text: str
+
+
+def read_turns(
+  raw: Any, at: str, *, require_answer: bool
+) -> tuple[list[Turn], list[str]]:
+  """Reads the turns of a record, human first.
+
+  Args:
+    raw: a list of {"from", "value"} or {"role", "content"}.
+    at: file, place and record, for messages.
+    require_answer: training needs an answer to learn from; inference does not.
+
+  Returns:
+    The turns, markers as written, and what was repaired.
+
+  Raises:
+    UserError: no such list, a system turn, or nothing to learn from.
+  """
+  if not isinstance(raw, list) or not raw:
+    raise UserError(
+      f"{at}: 'conversations' must be a non-empty list, found {shorten(raw)}"
+    )
+  repairs = []
+  said = [_turn(part, f"{at}: turn {i}") for i, part in enumerate(raw)]
+  if any("from" not in part for part in raw):
+    repairs.append("turns by role and content")
+  elif any(part["from"] != role for part, (role, _) in zip(raw, said)):
+    repairs.append("roles of another name")
+  role, text = said[0]
+  if role == "system":
+    if text.strip() != SYSTEM:
+      raise UserError(
+        f"{at}: turn 0 is from 'system', expected 'human': the model is always"
+        f" told {SYSTEM!r}; remove the turn, or put its words into the question"
+      )
+    said, repairs = said[1:], [*repairs, "usual system turn left out"]
+  for i, (role, _) in enumerate(said):
+    if role not in ("human", "gpt"):
+      raise UserError(
+        f"{at}: turn {i} is from {role!r}, expected human or gpt; remove it or"
+        " name who speaks"
+      )
+  turns = [Turn(role, text) for role, text in said]
+  if turns and turns[0].role == "gpt":
+    turns, repairs = turns[1:], [*repairs, "answer before the first question"]
+  if not turns:
+    raise UserError(f"{at}: only one gpt turn; a human turn must come first")
+  if turns[0].role == "gpt":
+    raise UserError(
+      f"{at}: turns 0 and 1 are from gpt; a human turn must come first"
+    )
+  if require_answer:
+    turns, repairs = _answered(turns, repairs, at)
+  if any(a.role == b.role for a, b in itertools.pairwise(turns)):
+    repairs.append("turns of one side in a row")
+  return turns, repairs
+
+
+def place_markers(
+  turns: list[Turn], modality: str, count: int, at: str
+) -> tuple[list[Turn], list[str]]:
+  """Gives every image its marker where the official loaders put it.
+
+    one image     "What is this?\\n<image>"  ->  "<image>\\nWhat is this?"
+                  "What is this?"           ->  "<image>\\nWhat is this?"
+
+  A video's turns stay as they are: `encode_conversation` removes their markers
+  and writes one before the time instruction. See the table above for the rest.
+
+  Args:
+    turns: human first.
+    modality: video, image or text.
+    count: of images or videos.
+    at: file, place and record, for messages.
+
+  Returns:
+    The turns, and what was repaired.
+
+  Raises:
+    UserError: markers that no image or video belongs to.
+  """
+  foreign = _first(_FOREIGN, turns)
+  if foreign:
+    raise UserError(
+      f"{at}: {foreign.strip()!r} is another model's marker; write {MARKER}"
+    )
+  if modality == "text":
+    return turns, _check_words(turns, at)
+  turns, repairs = _known_forms(turns, modality)
+  if any(MARKER in t.text for t in turns if t.role == "gpt"):
+    raise UserError(f"{at}: {MARKER} in a gpt answer; only questions may see")
+  found = sum(t.text.count(MARKER) for t in turns)
+  if not found:
+    repairs.append("no marker: put in front")
+  elif found > 1 and count == 1:
+    repairs.append("several markers for one")
+  elif found != count:
+    raise UserError(
+      f"{at}: {found} {MARKER} marker(s) but {count} image(s); give every one"
+      " of them exactly one marker in a human turn, or none at all"
+    )
+  if modality == "video":
+    if found == 1 and not turns[0].text.startswith(MARKER):
+      repairs.append("marker moved to the front")
+    return turns, repairs
+  if not found:
+    first = Turn("human", f"{MARKER}\n" * count + turns[0].text)
+    return [first, *turns[1:]], repairs
+  if count == 1:
+    turns = _joined(turns)
+  moved = [Turn(t.role, _marker_first(t.text)) for t in turns]
+  if moved != turns:
+    repairs.append("marker moved to the front")
+  return moved, repairs
+
+
+def _turn(raw: Any, where: str) -> tuple[str, str]:
+  """Who speaks, if known under our name, and what."""
+  keys = ("from", "value") if isinstance(raw, dict) else ()
+  if keys and "from" not in raw and "role" in raw:
+    keys = ("role", "content")
+  role, text = (raw.get(key) for key in keys) if keys else (None, None)
+  if not isinstance(text, str) or not isinstance(role, str):
+    raise UserError(
+      f"{where} must be {{'from': ..., 'value': text}}, found {shorten(raw)}"
+    )
+  return _ROLES.get(role.strip().lower(), role), text.replace(_NOISE, "")
+
+
+def _answered(turns, repairs, at) -> tuple[list[Turn], list[str]]:
+  """The turns up to the last answer."""
+  last = max((i for i, t in enumerate(turns) if t.role == "gpt"), default=-1)
+  if last < 0:
+    raise UserError(f"{at}: the last turn is from human; add its gpt answer")
+  if last + 1 < len(turns):
+    repairs = [*repairs, "last question without answer"]
+  turns = turns[: last + 1]
+  answers = [t.text for t in turns if t.role == "gpt"]
+  if not any(map(str.strip, answers)):
+    raise UserError(f"{at}: all {len(answers)} gpt answers are empty")
+  return turns, repairs
+
+
+def _check_words(turns: list[Turn], at: str) -> list[str]:
+  """What a text's markers are counted as; refuses those that miss an image."""
+  asked = [turn for turn in turns if turn.role == "human"]
+  found = sum(turn.text.count(MARKER) for turn in turns)
+  first = any(turn.text.lstrip().startswith(MARKER) for turn in asked)
+  if first or _first(_ALONE, asked):
+    raise UserError(
+      f"{at}: {max(found, 1)} {MARKER} marker(s) but 0 media; name the image or"
+      " video under 'image' or 'video', or take the marker out"
+    )
+  return [f"{MARKER} in a text: words"] if found else []
+
+
+def _known_forms(turns, modality) -> tuple[list[Turn], list[str]]:
+  """Other spellings of the marker replaced, where ours occurs nowhere."""
+  if any(MARKER in turn.text for turn in turns):
+    return turns, []
+  form = _OTHER_FORMS[modality]
+  new = [
+    Turn(t.role, form.sub(MARKER, t.text)) if t.role == "human" else t
+    for t in turns
+  ]
+  return new, ["marker of another form"] if new != turns else []
+
+
+def _joined(turns: list[Turn]) -> list[Turn]:
+  """One image's markers: only one of them, in the first turn that has any."""
+  joined, seen = [], False
+  for turn in turns:
+    text = turn.text
+    if text.count(MARKER) > 1 or (seen and MARKER in text):
+      text = text.replace(MARKER, "").strip()
+      text = text if seen else f"{MARKER}\n{text}".strip()
+    seen = seen or MARKER in turn.text
+    joined.append(Turn(turn.role, text))
+  return joined
+
+
+def _marker_first(text: str) -> str:
+  if text.count(MARKER) != 1 or text.startswith(MARKER):
+    return text
+  # Stripped as a whole, so that an empty question leaves no newline.
+  return f"{MARKER}\n{text.replace(MARKER, '').strip()}".strip()
+
+
+def _first(pattern: re.Pattern, turns: list[Turn]) -> str:
+  found = (pattern.search(t.text) for t in turns if t.role == "human")
+  return next((match[0] for match in found if match), "")
