@@ -1,26 +1,39 @@
 """Files of records, read as a stream: memory does not grow with the file."""
 
 import codecs
+import contextlib
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import ijson
-
-from hourjax.data.records import Record, Skipped, parse_record
+from hourjax.data import json_stream
+from hourjax.data.records import TURNS, Record, Skipped, parse_record
 from hourjax.errors import UserError
 
-_JSON = ijson.get_backend("yajl2_c")
-_BLOCK = 1 << 16  # bytes parsed at a time
-_LINE = 1 << 26  # bytes of the longest line that counts as one record
+_BLOCK = 1 << 16  # bytes looked at to find the first that is no space
+_LINE = json_stream.MOST  # bytes of the longest line that counts as one record
 _SPACE = b" \t\r\n"
-_KINDS = {b"{": "dict", b'"': "str", b"t": "bool", b"f": "bool", b"n": "null"}
+_KINDS = {b'"': "str", b"t": "bool", b"f": "bool", b"n": "null"}
+_PACKED = {
+  b"PK\x03\x04": "a zip archive",
+  b"\xfd7zXZ": "packed with xz",
+  b"BZh": "packed with bzip2",
+  b"\x28\xb5\x2f\xfd": "packed with zstd",
+  b"7z\xbc\xaf": "a 7z archive",
+  b"PAR1": "a parquet file; name it .parquet",
+}
+_GZIP = b"\x1f\x8b"
 
 
 def stream_records(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
   """Reads a `.jsonl` file, or any other name as one JSON list.
+
+  The list may be the only one in an object, as in {"data": [...]}. Both may be
+  packed with gzip (`.json.gz`). NaN and Infinity are read as null.
 
   Yields:
     (place, record as read), in file order. A broken line of a `.jsonl` file
@@ -32,16 +45,40 @@ def stream_records(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
       after all that comes before has been yielded.
   """
   path = Path(path)
+  with opened_text(path) as file:
+    if not _first_byte(file):
+      raise UserError(f"{path} is empty; expected a JSON list or JSONL")
+    lines = path.name.lower().removesuffix(".gz").endswith(".jsonl")
+    yield from _lines(path, file) if lines else _list(path, file)
+
+
+@contextlib.contextmanager
+def opened_text(path: Path) -> Iterator[BinaryIO]:
+  """Opens a file of text, unpacked if it is packed with gzip.
+
+  Raises:
+    UserError: it cannot be read, is packed otherwise, or something else that
+      its first bytes tell.
+  """
   try:
-    with open(path, "rb") as file:
-      if not _first_byte(file):
-        raise UserError(f"{path} is empty; expected a JSON list or JSONL")
-      if path.suffix == ".jsonl":
-        yield from _lines(path, file)
-      else:
-        yield from _list(path, file)
+    if path.exists() and not path.is_dir() and not path.is_file():
+      raise UserError(f"{path} is no regular file; give a file")
+    with contextlib.ExitStack() as stack:
+      file = stack.enter_context(open(path, "rb"))
+      head = file.read(64)
+      file.seek(0)
+      _check_head(path, head)
+      if head.startswith(_GZIP):
+        file = stack.enter_context(gzip.open(file))
+      yield file
+  except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    raise UserError(
+      f"{path} cannot be unpacked ({error}); fetch it again"
+    ) from error
   except OSError as error:
-    raise UserError(f"cannot read {path}: {error.strerror}") from error
+    raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+  except UnicodeDecodeError as error:
+    raise not_utf8(path, error.start, error) from error
 
 
 def read_records(
@@ -67,31 +104,6 @@ def read_records(
   return records, skipped
 
 
-class _Reader:
-  """Hands bytes to the parser: checks them as UTF-8 and counts them."""
-
-  def __init__(
-    self, path: Path, file: BinaryIO, single_from: int | None = None
-  ):
-    self.offset = _skip_mark(file)
-    self._path, self._file, self._single_from = path, file, single_from
-    self._decoder = codecs.getincrementaldecoder("utf-8")()
-
-  def read(self, size: int) -> bytes:
-    if self._single_from is not None and self.offset >= self._single_from:
-      size = min(size, 1)
-    block = self._file.read(size)
-    try:
-      # The decoder holds back the start of a character that a block cuts.
-      pending = len(self._decoder.getstate()[0])
-      self._decoder.decode(block, final=size > 0 and not block)
-    except UnicodeDecodeError as error:
-      byte = self.offset - pending + error.start
-      raise _not_utf8(self._path, byte, error) from error
-    self.offset += len(block)
-    return block
-
-
 def _list(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
   first = _first_byte(file)
   if first in _KINDS or first.isdigit():
@@ -99,31 +111,42 @@ def _list(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
       f"{path} holds {_KINDS.get(first, 'a number')}, not a list of records; "
       "wrap the records in [...], or write one a line and name the file .jsonl"
     )
-  reader, count = _Reader(path, file), 0
+  if first == b"<":
+    raise UserError(
+      f"{path} is a web page or XML, not JSON; fetch the file itself"
+    )
+  start, count = _skip_mark(file), 0
   try:
-    items = _JSON.items(reader, "item", use_float=True, buf_size=_BLOCK)
-    for raw in items:
+    for key, raw in json_stream.stream_list(file, start):
+      if key in TURNS:  # of one record, which the whole file is
+        raise KeyError({key: True})
       yield f"{path}[{count}]", raw
       count += 1
-  except ijson.JSONError as error:
-    byte = _failing_byte(path, file, max(0, reader.offset - _BLOCK))
-    reason = str(error).split("\n", 1)[0]
+  except KeyError as error:
+    raise UserError(_which_list(path, error.args[0])) from None
+  except json_stream.BrokenJson as error:
     raise UserError(
-      f"{path} is not valid JSON ({reason}, at byte {byte} after {count} whole "
-      "records); fetch it again or repair it there; if it holds one record a "
-      "line, name it .jsonl"
+      f"{path} is not valid JSON ({error.reason}, at byte {error.byte} after"
+      f" {count} whole records); fetch it again or repair it there; if it holds"
+      " one record a line, name it .jsonl"
     ) from error
 
 
-def _failing_byte(path: Path, file: BinaryIO, single_from: int) -> int:
-  """Parses again, the last block byte by byte: the parser names no place."""
-  reader = _Reader(path, file, single_from)
-  try:
-    for _ in _JSON.basic_parse(reader, buf_size=_BLOCK):
-      pass
-  except ijson.JSONError:
-    pass
-  return reader.offset
+def _which_list(path: Path, keys: dict[str, bool]) -> str:
+  """What is told of an object that holds no list, or several."""
+  one = set(keys).intersection((*TURNS, "image", "video"))
+  lists = [key for key, is_list in keys.items() if is_list and not one]
+  named = ", ".join(map(repr, (lists or list(keys))[:8])) or "no key"
+  if lists:
+    return (
+      f"{path} holds several lists ({named}); save the records' list in a file"
+      " of its own"
+    )
+  what = "one record" if one else f"an object without a list (keys {named})"
+  return (
+    f"{path} holds {what}, not a list of records; wrap the records in [...],"
+    " or write one a line and name the file .jsonl"
+  )
 
 
 def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
@@ -139,13 +162,13 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
     try:
       text = line.decode()
     except UnicodeDecodeError as error:
-      raise _not_utf8(path, offset + error.start, error) from error
+      raise not_utf8(path, offset + error.start, error) from error
     offset += len(line)
     if not text.strip():
       continue
     filled += 1
     try:
-      raw = json.loads(text)
+      raw = json_stream.parse(text)
     except json.JSONDecodeError as error:
       raw = error
     objects += isinstance(raw, dict)
@@ -173,8 +196,24 @@ def _first_byte(file: BinaryIO) -> bytes:
   return b""
 
 
-def _not_utf8(path: Path, byte: int, error: UnicodeDecodeError) -> UserError:
+def _check_head(path: Path, head: bytes) -> None:
+  """Refuses files of another kind by their first bytes."""
+  if head.startswith(b"version https://git-lfs"):
+    raise UserError(
+      f"{path} is a Git-LFS pointer, not the file itself; fetch it with `git"
+      " lfs pull`, or download it again"
+    )
+  for mark, kind in _PACKED.items():
+    if head.startswith(mark):
+      raise UserError(f"{path} is {kind}; unpack it")
+  wide = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+  if wide or (len(head) > 3 and 0 in head[:2] and head.count(0) > 1):
+    raise UserError(f"{path} is not UTF-8 text but UTF-16; save it as UTF-8")
+
+
+def not_utf8(path: Path, byte: int, error: UnicodeDecodeError) -> UserError:
+  """What is told of a byte that is no UTF-8."""
   return UserError(
-    f"{path} is not UTF-8 text (byte {byte}: {error.reason}); expected a JSON "
-    "list or JSONL"
+    f"{path} is not UTF-8 text (byte {byte}: {error.reason}); save it as UTF-8,"
+    " or fetch it again if it should be"
   )

@@ -36,11 +36,16 @@ _ABOUT = {
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 _FILE = re.compile(
   r"[^\n]{1,1000}\.(?:mp4|m4v|mkv|webm|avi|mov|flv|wmv|mpe?g|m2?ts|3gp|ogv"
-  r"|jpe?g|png|gif|webp|bmp|tiff?|heic|avif|npy|pt|wav|mp3|flac|m4a)"
+  r"|jpe?g|png|gif|webp|bmp|tiff?|heic|avif|img|npy|pt|wav|mp3|flac|m4a)"
   r"(?:[?#][^\n]*)?",
   re.IGNORECASE,
 )
 _DEPTH = 4  # of nested values that are looked through
+
+
+def modality_of(key: str) -> str | None:
+  """What a key of this name holds, None if it is none of ours."""
+  return _KEYS.get(key.strip().lower())
 
 
 def media_key(raw: Mapping[str, Any], at: str) -> str | None:
@@ -56,7 +61,7 @@ def media_key(raw: Mapping[str, Any], at: str) -> str | None:
   """
   found: dict[str, list[str]] = {}
   for key, value in raw.items():
-    kind = _KEYS.get(str(key).strip().lower())
+    kind = modality_of(key)
     empty = value is None or (key == "image" and value == "")
     if key not in MODALITIES:
       empty = empty or value in ("", [], {})
@@ -87,7 +92,7 @@ def read_media(
   Raises:
     UserError: no path or list of paths, or several videos.
   """
-  kind, value = _KEYS[key.strip().lower()], raw[key]
+  kind, value = modality_of(key), raw[key]
   paths = value if isinstance(value, list) else [value]
   if not paths or not all(isinstance(p, str) and p for p in paths):
     raise UserError(

@@ -3,12 +3,16 @@
 A record is checked once, here; what follows on the data path may rely on it.
 """
 
+import contextlib
 import dataclasses
+import functools
 import os
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from hourjax.data import parquet_images
 from hourjax.data.record_media import check_unread, media_key, read_media
 from hourjax.data.record_turns import MARKER, Turn, place_markers, read_turns
 from hourjax.errors import UserError
@@ -16,8 +20,12 @@ from hourjax.schema import shorten
 
 __all__ = ["MARKER", "Record", "Skipped", "Turn"]
 
-_TURNS = ("conversations", "messages", "conversation")
-_KNOWN = ("id", "video", "image", "data_source", *_TURNS)
+TURNS = (  # keys, of which the first that is there counts
+  "conversations",
+  "messages",
+  "conversation",
+)
+_KNOWN = ("id", "video", "image", "data_source", *TURNS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +91,7 @@ def parse_record(
     repairs.append(f"{modality} under another key")
   elif raw.get("image") == "":
     repairs.append("empty image: text")
-  talk = next((k for k in _TURNS if raw.get(k) is not None), _TURNS[0])
+  talk = next((k for k in TURNS if raw.get(k) is not None), TURNS[0])
   known = (*_KNOWN, "sample_id", *((key,) if key else ()))
   check_unread(raw, known, not key, at)
   turns, changed = read_turns(raw.get(talk), at, require_answer=require_answer)
@@ -133,14 +141,83 @@ def check_root(root: str | os.PathLike) -> None:
 
 
 def media_problem(root: str | os.PathLike, name: str) -> str | None:
-  """Why a path of a record is no file below the media folder, or None."""
+  """Why a path of a record is no file below the media folder, or None.
+
+  A folder counts too: it may hold a video's frames. So do the images in a
+  parquet file.
+  """
   base = os.path.normpath(root)
   path = os.path.normpath(os.path.join(base, name))
+  if "://" in name:
+    return f"{name} is a URL; download it and write its path"
   if not Path(path).is_relative_to(base):
     return f"{name} lies outside the media folder {root}"
-  if not os.path.isfile(path):
-    return f"{path} does not exist; fetch it or correct the media root"
+  if not os.path.exists(path) and not parquet_images.inside(path):
+    return (
+      f"{_shown(path)} does not exist{_near(path)}; fetch it or correct"
+      + (" the media root")
+    )
   return None
+
+
+def on_disk(root: str | os.PathLike, name: str) -> str | None:
+  """The name of a file below a folder, however its accents are written.
+
+  Returns:
+    `name` itself where it is there; else the one name that differs in nothing
+    but the Unicode form of its characters; None where there is none, or more.
+  """
+  if os.path.exists(os.path.join(root, name)):
+    return name
+  found = ""
+  for part in name.split("/"):
+    folder = os.path.join(root, found)
+    if part and not os.path.exists(os.path.join(folder, part)):
+      same = _listing(folder).get(_key(part), ())
+      same = [n for n in same if _form(n) == _form(part)]
+      if len(same) != 1:
+        return None
+      part = same[0]
+    found = f"{found}/{part}" if found else part
+  return found
+
+
+def _form(name: str) -> str:
+  return unicodedata.normalize("NFC", name)
+
+
+def _key(name: str) -> str:
+  """What names share that differ only in case, spaces or Unicode form."""
+  return _form(name).strip().casefold()
+
+
+@functools.lru_cache(16)
+def _listing(folder: str) -> dict[str, tuple[str, ...]]:
+  """The names in a folder, by `_key`."""
+  names: dict[str, tuple[str, ...]] = {}
+  with contextlib.suppress(OSError, ValueError):
+    for name in sorted(os.listdir(folder)):
+      names[_key(name)] = (*names.get(_key(name), ()), name)
+  return names
+
+
+def _near(path: str) -> str:
+  """What is there of almost that name, as words of a message."""
+  folder, name = os.path.split(path)
+  names = _listing(folder)
+  found = list(names.get(_key(name.rsplit("\\", 1)[-1]), ()))
+  if not found and not os.path.splitext(name)[1]:
+    endings = (".mp4", ".mkv", ".webm", ".jpg", ".png")
+    found = [n for e in endings for n in names.get(_key(name + e), ())]
+  if not found:
+    return ""
+  return f", but {', '.join(map(_shown, found[:3]))} does"
+
+
+def _shown(name: str) -> str:
+  """A name for a message: what cannot be seen in it is written out."""
+  plain = name.isprintable() and name == name.strip() and name.isascii()
+  return name if plain else ascii(name)
 
 
 def _name(raw: dict[str, Any], where: str) -> tuple[str, list[str]]:

@@ -17,9 +17,10 @@ from hourjax.data.prepare.convert import (
   Kept,
   video_of,
 )
-from hourjax.data.prepare.inputs import jobs, open_inputs
+from hourjax.data.prepare.inputs import Names, jobs, open_inputs
 from hourjax.data.prepare.options import Options
-from hourjax.data.prepare.report import SKIPPED, Report
+from hourjax.data.prepare.parquet import Pictures
+from hourjax.data.prepare.report import REPAIRED, SKIPPED, Report
 from hourjax.data.prepare.videos import Videos
 from hourjax.data.prepared import PreparedWriter
 from hourjax.data.records import check_root
@@ -68,20 +69,27 @@ def build(
   writer = PreparedWriter(
     folder, tokenizer_id=tokenizer.fingerprint, about={"options": wanted}
   )
+  names = Names(media, store, Pictures(media, options.parquet_images))
   with writer, contextlib.closing(videos):
-    with open(writer.partial / SKIPPED, "w", encoding="utf-8") as skipped:
-      report = Report(skipped)
+    with (
+      open(writer.partial / SKIPPED, "w", encoding="utf-8") as skipped,
+      open(writer.partial / REPAIRED, "w", encoding="utf-8") as repaired,
+    ):
+      report = Report(skipped, repaired)
       files = open_inputs(options, writer.partial, report)
       convert = Converter(tokenizer, media, options.check_media)
-      _convert_all(files, convert, videos, writer, report, workers)
+      found = jobs(files, names)
+      total = sum(int(file.chosen.sum()) for file in files)
+      _convert_all(found, total, convert, videos, writer, report, workers)
     summary = _finish(writer, report, videos.unstored if store else None)
   return summary, False
 
 
-def _convert_all(files, convert, videos, writer, report, workers) -> None:
-  total = sum(int(file.chosen.sum()) for file in files)
+def _convert_all(
+  found, total, convert, videos, writer, report, workers
+) -> None:
   workers = min(workers or os.cpu_count(), total // WORTH_A_PROCESS)
-  chunks = _with_facts(jobs(files), videos)
+  chunks = _with_facts(found, videos)
   with progress.bar(total, unit="conversation", desc="prepare") as bar:
     for results in _converted(convert, chunks, workers):
       _write(results, writer, report)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from hourjax.data.columns import Measures, measure_record
 from hourjax.data.example import encode_record
 from hourjax.data.prepare.videos import VideoFact
+from hourjax.data.record_media import media_key, read_media
 from hourjax.data.records import Record, media_problem, parse_record
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
@@ -18,12 +19,21 @@ FACTS = ("topic", "task", "format")
 
 
 class Job(NamedTuple):
-  """A raw record, where it stood, and what is known of its video."""
+  """A raw record, where it stood, and what is known of its video.
+
+  Attributes:
+    where: file and place.
+    raw: as read.
+    stream: whose rows it belongs to.
+    fact: of its video.
+    repairs: of its names.
+  """
 
   where: str
   raw: Any
   stream: str
   fact: VideoFact | None = None
+  repairs: tuple[str, ...] = ()
 
 
 class Kept(NamedTuple):
@@ -41,6 +51,7 @@ class Kept(NamedTuple):
     pictures: in the video's file, 0 where they are not known.
     content: number that equal records share.
     questions: (topic, task, format) of each, "" where not known.
+    repairs: in what the record is read otherwise than it is written.
   """
 
   where: str
@@ -54,6 +65,7 @@ class Kept(NamedTuple):
   pictures: int
   content: int
   questions: list[tuple[str, ...]]
+  repairs: tuple[str, ...] = ()
 
 
 class Dropped(NamedTuple):
@@ -115,6 +127,7 @@ class Converter:
       video=record.media[0] if record.modality == "video" else None,
       content=_content(record),
       questions=_questions(record),
+      repairs=(*job.repairs, *record.repairs),
       **known,
     )
 
@@ -138,10 +151,14 @@ class Converter:
 
 def video_of(raw: Any) -> str | None:
   """The video that a raw record names, if it names one properly."""
-  name = raw.get("video") if isinstance(raw, dict) else None
-  if isinstance(name, list) and len(name) == 1:
-    name = name[0]
-  return name if isinstance(name, str) and name else None
+  if not isinstance(raw, dict):
+    return None
+  try:
+    key = media_key(raw, "")
+    kind, paths = read_media(raw, key, "") if key else ("text", ())
+  except UserError:  # `parse_record` will tell
+    return None
+  return paths[0] if kind == "video" else None
 
 
 def _checked(job: Job) -> Record:

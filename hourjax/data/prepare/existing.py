@@ -64,12 +64,16 @@ def describe(
     "columns": {k: list(v) for k, v in options.columns.items()},
     "seed": options.seed,
   }
+  if options.parquet_images != "unpack":
+    described["parquet_images"] = options.parquet_images
   for item in options.items:
     rule = f"{item.rule.which}:{item.rule.amount}"
     rule += "%" if item.rule.percent else ""
     for path in item.paths:
       what = [item.format, rule, item.stream, item.media_prefix]
-      key, value = f"file {path.absolute()}", [*_stat(path), *what]
+      what += filter(None, (item.image_prefix, item.video_prefix))
+      stat = _stat(path, pathlib.Path(item.name).absolute())
+      key, value = f"file {path.absolute()}", [*stat, *what]
       described.setdefault(key, []).append(value)
   return described
 
@@ -118,9 +122,12 @@ def write_summary(folder: pathlib.Path, summary: dict) -> None:
   (folder / _SUMMARY).write_text(text, encoding="utf-8")
 
 
-def _stat(path: pathlib.Path) -> list[int]:
+def _stat(path: pathlib.Path, here: pathlib.Path) -> list[int]:
   try:
     stat = os.stat(path)
-  except OSError as error:
-    raise UserError(f"cannot read {path}: {error.strerror}") from error
+  except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+    reason = getattr(error, "strerror", None) or error
+    # A list's path was looked for from the working directory too.
+    nor = "" if here == path.absolute() else f", nor is there {here}"
+    raise UserError(f"cannot read {path}: {reason}{nor}") from error
   return [stat.st_size, stat.st_mtime_ns]

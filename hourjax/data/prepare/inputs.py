@@ -1,9 +1,11 @@
 """The files of a dataset as one stream of conversations."""
 
 import dataclasses
+import functools
 import itertools
 import pathlib
 import posixpath
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,11 +14,16 @@ from jaxtyping import Bool
 
 from hourjax import progress
 from hourjax.data.prepare.convert import Dropped, Job
-from hourjax.data.prepare.lists import SOURCE, Item
+from hourjax.data.prepare.files import PARQUET
+from hourjax.data.prepare.lists import Item
 from hourjax.data.prepare.options import Options
+from hourjax.data.prepare.parquet import Embedded, ParquetRecords, Pictures
 from hourjax.data.prepare.report import Report
 from hourjax.data.prepare.tables import QuestionTable
 from hourjax.data.record_files import stream_records
+from hourjax.data.record_media import media_key, modality_of
+from hourjax.data.records import on_disk
+from hourjax.data.store.features import FeatureStore
 from hourjax.errors import UserError
 
 
@@ -44,7 +51,7 @@ class Input:
   """A file and which of its N conversations are taken."""
 
   item: Item
-  source: RecordFile | QuestionTable
+  source: RecordFile | ParquetRecords | QuestionTable
   chosen: Bool[np.ndarray, "N"]
 
 
@@ -74,34 +81,103 @@ def open_inputs(
           item.paths, options.columns, aside, skip=skip, step=bar.update
         )
       else:
-        source = RecordFile(item.paths[0], bar.update)
+        source = _records(item.paths, bar.update)
       chosen = item.rule.chosen(len(source), seed=options.seed, name=item.name)
       files.append(Input(item, source, chosen))
   return files
 
 
-def jobs(files: Iterable[Input]) -> Iterator[Job]:
-  """The chosen conversations of all files."""
+def _records(paths, step) -> RecordFile | ParquetRecords:
+  if paths[0].name.lower().endswith(PARQUET):
+    return ParquetRecords(paths, step)
+  return RecordFile(paths[0], step)
+
+
+class Names:
+  """Finds the names under which the media of records are on disk.
+
+  Attributes:
+    media: the media folder, or None.
+    store: the feature store, or None.
+    pictures: names images that are in parquet files.
+  """
+
+  def __init__(
+    self,
+    media: pathlib.Path | None,
+    store: FeatureStore | None,
+    pictures: Pictures,
+  ):
+    """Keeps the arguments."""
+    self.media, self.store, self.pictures = media, store, pictures
+    self._found = functools.lru_cache(1 << 16)(self._other_form)
+
+  def find(self, name: str) -> str:
+    """The name with its accents written as they are on disk.
+
+    Unicode has two ways to write é, which look alike: a name from a list made
+    on one system is often not that of the file on another.
+    """
+    return name if name.isascii() else self._found(name)
+
+  def _other_form(self, name: str) -> str:
+    if self.store is not None and name not in self.store:
+      forms = {unicodedata.normalize(form, name) for form in ("NFC", "NFD")}
+      stored = [form for form in sorted(forms) if form in self.store]
+      if len(stored) == 1:
+        return stored[0]
+    if self.media is None:
+      return name
+    return on_disk(self.media, name) or name
+
+
+def jobs(files: Iterable[Input], names: Names) -> Iterator[Job]:
+  """The chosen conversations of all files.
+
+  Args:
+    files: by `open_inputs`.
+    names: finds their media.
+
+  Raises:
+    UserError: images of a parquet file cannot be unpacked.
+  """
   for file in files:
     found = itertools.compress(file.source, file.chosen)
     for where, raw in found:
-      yield Job(where, _adapted(raw, file.item), file.item.stream)
+      raw, repairs = _adapted(raw, where, file.item, names)
+      yield Job(where, raw, file.item.stream, repairs=repairs)
     file.source.close()
 
 
-def _adapted(raw: Any, item: Item) -> Any:
-  """The record with the item's media prefix and a source of some name."""
+def _adapted(
+  raw: Any, where: str, item: Item, names: Names
+) -> tuple[Any, tuple[str, ...]]:
+  """The record with media names as on disk, and a source of some name."""
   if not isinstance(raw, dict):
-    return raw
+    return raw, ()
   if raw.get("data_source") in (None, ""):
     raw["data_source"] = item.paths[0].name.split(".")[0]
-  prefix = item.media_prefix.replace(SOURCE, str(raw["data_source"]))
-  for key in ("video", "image") if prefix else ():
-    value = raw.get(key)
-    if isinstance(value, str) and value:
-      raw[key] = posixpath.join(prefix, value)
-    elif isinstance(value, list):
-      raw[key] = [
-        posixpath.join(prefix, v) if isinstance(v, str) else v for v in value
-      ]
-  return raw
+  try:
+    key = media_key(raw, where)
+  except UserError:  # of the record alone; `parse_record` will tell
+    return raw, ()
+  if key is None:
+    return raw, ()
+  prefix = item.prefix(modality_of(key), str(raw["data_source"]))
+  repairs = []
+
+  def named(value: Any) -> Any:
+    if isinstance(value, Embedded):
+      return names.pictures.name(value)
+    if not isinstance(value, str) or not value:
+      return value
+    path = posixpath.join(prefix, value) if prefix else value
+    found = names.find(path)
+    if found != path:
+      repairs.append("name in another Unicode form")
+    return found
+
+  value = raw[key]
+  many = isinstance(value, list) and not isinstance(value, Embedded)
+  raw[key] = [named(v) for v in value] if many else named(value)
+  return raw, tuple(dict.fromkeys(repairs))

@@ -6,10 +6,15 @@
       - json_path: videomarathon.json
         stream: long
         media_prefix: "videomarathon/{data_source}"
+      - json_path: ocr.json
+        media_root: /data/ocr
 
-The form is LLaVA's; `stream`, `media_prefix` and `format` are additions. A
-prefix may be "{data_source}": VideoMarathon's videos lie in folders of that
-name, which its records leave out.
+The form is LLaVA's; `stream`, `format`, `media_prefix` and the roots are
+additions. A path is relative to the list's folder or, as in LLaVA's lists, to
+the working directory. A prefix is a folder below --media, and may be
+"{data_source}": VideoMarathon's videos lie in folders of that name, which its
+records leave out. A root (`media_root`, or `image_folder` and `video_folder`)
+is a path of its own that lies below --media too.
 """
 
 import dataclasses
@@ -26,13 +31,21 @@ import numpy as np
 import yaml
 from jaxtyping import Bool
 
+from hourjax import schema
+from hourjax.data.prepare import files
 from hourjax.errors import UserError
 
 STREAM = "default"
 SOURCE = "{data_source}"  # in a prefix: the record's
 FORMATS = ("records", "questions")
 
-_KEYS = ("json_path", "sampling_strategy", "stream", "media_prefix", "format")
+_ROOTS = ("media_root", "image_folder", "video_folder")
+_KEYS = (
+  *("json_path", "sampling_strategy", "stream", "media_prefix", "format"),
+  *_ROOTS,
+)
+_MOST_BYTES = 1 << 20  # of a list; the official ones have 9,000
+_MOST_VALUES = 100_000  # in it, aliases counted as often as they stand for
 _RULE = re.compile(r"(first|end|random):\s*(\d+(?:\.\d+)?)\s*(%?)")
 
 
@@ -82,13 +95,16 @@ class Item:
   """What one entry of a list, or one option of the command, asks for.
 
   Attributes:
-    paths: files that belong together; several only for one question table.
+    paths: files that belong together: of one question table, or the parquet
+      files of one folder.
     format: records, or a table with one question a row.
     rule: how much of it.
     stream: conversations of different streams share no row in training.
     media_prefix: folder put before the media paths, or ""; SOURCE in it is
       replaced.
     name: of the item as the user wrote it.
+    image_prefix: instead of `media_prefix` for images, if not None.
+    video_prefix: likewise for videos.
   """
 
   paths: tuple[pathlib.Path, ...]
@@ -97,6 +113,19 @@ class Item:
   stream: str = STREAM
   media_prefix: str = ""
   name: str = ""
+  image_prefix: str | None = None
+  video_prefix: str | None = None
+
+  def prefix(self, modality: str, source: str) -> str:
+    """What is put before the media paths of a record.
+
+    Args:
+      modality: image or video.
+      source: the record's, which replaces SOURCE.
+    """
+    own = self.image_prefix if modality == "image" else self.video_prefix
+    prefix = self.media_prefix if own is None else own
+    return prefix.replace(SOURCE, source)
 
   @classmethod
   def of_files(
@@ -105,9 +134,14 @@ class Item:
     format: Literal["records", "questions"] = "records",
     media_prefix: str = "",
   ) -> "Item":
-    """All of some files, as given on the command line."""
+    """All of some files, as given on the command line.
+
+    Raises:
+      UserError: a folder without records.
+    """
+    found = [file for path in paths for file in files.expand(path)]
     return cls(
-      tuple(map(pathlib.Path, paths)),
+      tuple(found),
       format,
       media_prefix=media_prefix,
       name=paths[0],
@@ -135,25 +169,31 @@ def parse_rule(text: Any, where: str) -> Rule:
   )
 
 
-def read_list(path: str | os.PathLike) -> list[Item]:
-  """Reads a YAML list of files; its paths are relative to the list.
+def read_list(
+  path: str | os.PathLike,
+  *,
+  media: str | os.PathLike | None = None,
+  media_prefix: str = "",
+) -> list[Item]:
+  """Reads a YAML list of files.
+
+  Args:
+    path: of the list.
+    media: the media folder, which roots must lie below.
+    media_prefix: of the entries that have none, nor a root.
 
   Raises:
     UserError: not readable, not YAML, unknown keys, bad values; the message
       names the entry.
   """
   path = pathlib.Path(path)
-  try:
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-  except OSError as error:
-    raise UserError(f"cannot read {path}: {error.strerror}") from error
-  except (yaml.YAMLError, UnicodeDecodeError) as error:
-    raise UserError(f"{path} is not valid YAML: {error}") from error
+  content = _load(path)
   entries = content.get("datasets") if isinstance(content, dict) else None
   if not isinstance(entries, list) or not entries:
+    found = schema.shorten(content, 80)
     raise UserError(
       f"{path}: expected 'datasets:' with a list of entries such as"
-      f" {{json_path: a.json, sampling_strategy: all}}, found {content!r:.80}"
+      f" {{json_path: a.json, sampling_strategy: all}}, found {found}"
     )
   unknown = [repr(key) for key in content if key != "datasets"]
   if unknown:
@@ -161,21 +201,63 @@ def read_list(path: str | os.PathLike) -> list[Item]:
       f"{path}: unknown key {', '.join(unknown)} beside 'datasets'; remove it"
     )
   return [
-    _item(entry, path, f"{path}: datasets[{i}]")
+    _item(entry, path, media, media_prefix, f"{path}: datasets[{i}]")
     for i, entry in enumerate(entries)
   ]
 
 
-def _item(entry: Any, path: pathlib.Path, where: str) -> Item:
+def _load(path: pathlib.Path) -> Any:
+  try:
+    os.stat(path)
+  except (OSError, ValueError) as error:
+    reason = getattr(error, "strerror", None) or error
+    raise UserError(f"cannot read {path}: {reason}") from error
+  remedy = "give a YAML list of files"
+  text = schema.read_bytes(path, remedy=remedy, most=_MOST_BYTES)
+  try:
+    content = yaml.safe_load(text.decode("utf-8-sig"))
+  except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+    raise UserError(f"{path} is not valid YAML: {error}") from error
+  except RecursionError:
+    raise UserError(f"{path} is nested too deep; {remedy}") from None
+  # Aliases of aliases make a short text stand for more than memory holds.
+  if _values(content) > _MOST_VALUES:
+    raise UserError(
+      f"{path} stands for more than {_MOST_VALUES:,} values; write its entries"
+      " out, without aliases"
+    )
+  return content
+
+
+def _values(content: Any) -> int:
+  """Counts nested values, up to a little more than _MOST_VALUES."""
+  count, pending = 0, [content]
+  while pending and count <= _MOST_VALUES:
+    value = pending.pop()
+    count += 1
+    if isinstance(value, dict):
+      pending += [*value.keys(), *value.values()]
+    elif isinstance(value, list | tuple | set):
+      pending += value
+  return count
+
+
+def _item(entry: Any, path: pathlib.Path, media, prefix: str, where) -> Item:
   if not isinstance(entry, dict):
-    raise UserError(f"{where}: expected keys and values, found {entry!r:.80}")
+    found = schema.shorten(entry, 80)
+    raise UserError(f"{where}: expected keys and values, found {found}")
+  shards = [key for key in files.SHARD_KEYS if key in entry]
+  if shards:
+    raise UserError(f"{where}: {files.shards(f'{shards[0]} names')}")
   for key, value in entry.items():
     if key not in _KEYS:
       raise UserError(
         f"{where}: unknown key {key!r}; known are {', '.join(_KEYS)}"
       )
     if not isinstance(value, str) or (not value and key != "media_prefix"):
-      raise UserError(f"{where}: {key} must be text, found {value!r}")
+      raise UserError(
+        f"{where}: {key} must be text, found {schema.shorten(value)}"
+      )
   if "json_path" not in entry:
     raise UserError(f"{where}: no json_path; name the file to read")
   form = entry.get("format", FORMATS[0])
@@ -183,11 +265,60 @@ def _item(entry: Any, path: pathlib.Path, where: str) -> Item:
     raise UserError(
       f"{where}: format {form!r}; write one of {', '.join(FORMATS)}"
     )
+  roots = {
+    key: _below(entry[key], path, media, f"{where}: {key}")
+    for key in _ROOTS
+    if key in entry
+  }
+  if "media_root" in roots and "media_prefix" in entry:
+    raise UserError(
+      f"{where}: both media_root ({entry['media_root']!r}) and media_prefix"
+      f" ({entry['media_prefix']!r}); keep one"
+    )
+  found = _found(entry["json_path"], path, f"{where}: json_path")
   return Item(
-    paths=(path.parent / entry["json_path"],),
+    paths=tuple(files.expand(found)),
     format=form,
     rule=parse_rule(entry.get("sampling_strategy", "all"), where),
     stream=entry.get("stream", STREAM),
-    media_prefix=entry.get("media_prefix", ""),
+    media_prefix=roots.get("media_root", entry.get("media_prefix", prefix)),
     name=entry["json_path"],
+    image_prefix=roots.get("image_folder"),
+    video_prefix=roots.get("video_folder"),
   )
+
+
+def _found(name: str, path: pathlib.Path, where: str) -> pathlib.Path:
+  """A path of a list: beside the list, or from the working directory.
+
+  Where it is in neither place, the path beside the list.
+  """
+  beside, here = path.parent / name, pathlib.Path.cwd() / name
+  there = [p for p in (beside, here) if os.path.exists(p)]
+  if len(there) == 2 and not os.path.samefile(beside, here):
+    raise UserError(
+      f"{where} {name!r} is both {beside.absolute()} and {here}; write the"
+      " absolute path of the one that is meant"
+    )
+  return there[0] if there else beside
+
+
+def _below(name: str, path: pathlib.Path, media, where: str) -> str:
+  """A root as a prefix, relative to the media folder; SOURCE stays in it."""
+  if media is None:
+    raise UserError(f"{where} {name!r} needs the media folder; give --media")
+  head, source, tail = name.partition(SOURCE)
+  root = _found(head or ".", path, where)
+  if not root.is_dir():
+    raise UserError(f"{where} {name!r}: {root.absolute()} is no folder")
+  inside = os.path.relpath(root.absolute(), os.path.abspath(media))
+  if inside.split(os.sep)[0] == os.pardir:
+    inside = os.path.relpath(os.path.realpath(root), os.path.realpath(media))
+  if inside.split(os.sep)[0] == os.pardir:
+    raise UserError(
+      f"{where} {name!r} lies outside the media folder {media}; give a --media"
+      " that holds both, with links to them if they lie apart"
+    )
+  prefix = "" if inside == os.curdir else inside
+  between = "/" if source and prefix and head.endswith("/") else ""
+  return f"{prefix}{between}{source}{tail}"

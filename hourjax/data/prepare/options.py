@@ -1,6 +1,7 @@
 """What makes one prepared dataset differ from another."""
 
 import dataclasses
+from typing import Literal
 
 from hourjax.data.prepare.lists import Item
 
@@ -18,6 +19,8 @@ class Options:
       then opened for their duration.
     columns: columns of question tables, role -> names.
     seed: of `random:N%`.
+    parquet_images: whether images in parquet files are unpacked below `media`
+      or stay there.
   """
 
   items: tuple[Item, ...]
@@ -27,3 +30,4 @@ class Options:
   check_media: bool = True
   columns: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   seed: int = 0
+  parquet_images: Literal["unpack", "keep"] = "unpack"

@@ -1,6 +1,7 @@
 """What was kept, what was dropped and why: counted, listed, printed."""
 
 import collections
+import hashlib
 import json
 from typing import Any, TextIO
 
@@ -13,18 +14,23 @@ EXAMPLES = 3  # reasons shown of a kind
 BIN = 5  # minutes of a bin of durations
 
 SKIPPED = "skipped.jsonl"
+REPAIRED = "repaired.jsonl"
+# Half of LLaVA's lists, by intention: counted, but not listed.
+_USUAL = {"marker moved to the front", "no marker: put in front"}
 
 
 class Report:
   """Collects numbers; every dropped record goes into skipped.jsonl at once."""
 
-  def __init__(self, file: TextIO):
+  def __init__(self, file: TextIO, repaired: TextIO):
     """Starts at nothing.
 
     Args:
       file: SKIPPED, open for writing.
+      repaired: REPAIRED, likewise.
     """
-    self._file = file
+    self._file, self._repaired_file = file, repaired
+    self._repaired: dict[str, dict[str, Any]] = {}
     self._dropped: dict[str, dict[str, Any]] = {}
     self._seen: set[int] = set()
     self._ids: set[int] = set()
@@ -42,8 +48,11 @@ class Report:
       return False
     self._seen.add(item.content)
     # The same id with another text is another conversation, and stays.
-    self._repeated += hash(item.id) in self._ids
-    self._ids.add(hash(item.id))
+    name = item.id.encode("utf-8", "surrogatepass")
+    number = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest())
+    self._repeated += number in self._ids
+    self._ids.add(number)
+    self._repair(item)
     self._by["sources"][item.source] += len(item.questions)
     self._by["streams"][item.stream] += len(item.questions)
     for question in item.questions:
@@ -62,11 +71,21 @@ class Report:
     # Escaped: a reason may quote text that is no valid UTF-8.
     self._file.write(json.dumps(item._asdict()) + "\n")
 
+  def _repair(self, item: Kept) -> None:
+    """Counts how a record is read otherwise than it is written."""
+    for name in item.repairs:
+      kind = self._repaired.setdefault(name, {"count": 0, "examples": []})
+      kind["count"] += 1
+      if len(kind["examples"]) < EXAMPLES:
+        kind["examples"].append(f"{item.where}: record {item.id}")
+    if not _USUAL.issuperset(item.repairs):
+      listed = {"where": item.where, "id": item.id, "repairs": item.repairs}
+      self._repaired_file.write(json.dumps(listed) + "\n")
+
   @property
   def dropped(self) -> dict[str, dict[str, Any]]:
     """Kind -> {"count", "examples": some reasons}, most frequent first."""
-    pairs = sorted(self._dropped.items(), key=lambda p: -p[1]["count"])
-    return dict(pairs)
+    return _frequent(self._dropped)
 
   def summary(self, columns: Columns, unstored: set[str] | None) -> dict:
     """All numbers, JSON values only.
@@ -80,6 +99,7 @@ class Report:
     summary = {
       "kept": _count(columns, whole, questions),
       "dropped": self.dropped,
+      "repaired": _frequent(self._repaired),
       "repeated_ids": self._repeated,
       "tokens": int(columns.tokens.sum(dtype=np.int64)),
     }
@@ -133,7 +153,23 @@ def table(summary: dict) -> str:
   if summary["repeated_ids"]:
     count = summary["repeated_ids"]
     lines.append(f"{count:,} kept records have the id of another one")
+  lines += _repaired_lines(summary.get("repaired", {}))
   return "\n".join(lines + _dropped_lines(summary["dropped"]))
+
+
+def _repaired_lines(repaired: dict[str, dict]) -> list[str]:
+  if not repaired:
+    return []
+  lines = [f"kept, and read otherwise than written, see {REPAIRED}:"]
+  for name, kind in repaired.items():
+    example = kind["examples"][0]
+    lines.append(f"  {kind['count']:>9,} {name}, such as {example}")
+  return lines
+
+
+def _frequent(kinds: dict[str, dict]) -> dict[str, dict]:
+  """Kinds of things counted, the most frequent first."""
+  return dict(sorted(kinds.items(), key=lambda pair: -pair[1]["count"]))
 
 
 def _dropped_lines(dropped: dict[str, dict]) -> list[str]:
