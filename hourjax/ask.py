@@ -5,7 +5,7 @@
 prints the answer as it is written, and where in the video the model looked.
 Without a question it is a conversation, ended by Ctrl-D; a file or pipe as
 input is read line by line. --features=x.npy takes features instead of a video,
---images=a.jpg,b.jpg images.
+--images=a.jpg --images=b.jpg, or --images=a.jpg,b.jpg, images.
 
 Ends with 0; 2 on a mistake in options or questions, 130 on interrupt.
 """
@@ -17,7 +17,7 @@ from absl import flags
 from hourjax import command
 from hourjax.inference.load import load
 from hourjax.inference.memory import Memory
-from hourjax.inference.options import check_options
+from hourjax.inference.options import check_options, image_paths
 from hourjax.inference.sampling import Sampling
 from hourjax.inference.terminal import Talk, leaving, shown
 
@@ -32,7 +32,9 @@ _FEATURES = flags.DEFINE_string(
 _DURATION = flags.DEFINE_float(
   "duration", None, "Of --features in seconds, where no feature store knows."
 )
-_IMAGES = flags.DEFINE_list("images", [], "Images instead of a video.")
+_IMAGES = flags.DEFINE_multi_string(
+  "images", [], "Images instead of a video; may be given several times."
+)
 _TOKENS = flags.DEFINE_integer(
   "max_tokens", 256, "Longest answer.", lower_bound=1
 )
@@ -53,7 +55,7 @@ def remember() -> Memory:
   """What is asked about."""
   model = load(_MODEL.value, tokenizer=_TOKENIZER.value)
   if _IMAGES.value:
-    return model.see(_IMAGES.value)
+    return model.see(image_paths(_IMAGES.value))
   source = _VIDEO.value or _FEATURES.value
   with shown("read", "frame") as show:
     return model.remember(source, duration=_DURATION.value, progress=show)
@@ -66,7 +68,7 @@ def main(argv: list[str]) -> None:
       argv[1:],
       video=_VIDEO.value,
       features=_FEATURES.value,
-      images=_IMAGES.value,
+      images=image_paths(_IMAGES.value),
       duration=_DURATION.value,
       sampling=sampling,
       picture=_PICTURE.value,

@@ -11,8 +11,8 @@
       --tokenizer=Qwen2.5-3B --mix=stage3.yaml --media=work/media
 
 writes the conversations with their token counts, a summary with what was
-dropped and why, and four pictures. Options may be given several times. A
-dataset of the same files and options is reused.
+dropped or read otherwise than written, and why, and four pictures. Options may
+be given several times. A dataset of the same files and options is reused.
 """
 
 from absl import flags
@@ -25,7 +25,7 @@ from hourjax.errors import UserError
 _OUT = flags.DEFINE_string("out", None, "Folder of the dataset.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "The model's tokenizer.")
 _RECORDS = flags.DEFINE_multi_string(
-  "records", [], "Records: a JSON list, or .jsonl."
+  "records", [], "A JSON list, .jsonl, .parquet or a folder of such."
 )
 _QUESTIONS = flags.DEFINE_multi_string(
   "questions", [], "Files of one question table: .parquet, .csv[.gz], JSON."
@@ -35,8 +35,8 @@ _MEDIA = flags.DEFINE_string("media", None, "Folder of videos and images.")
 _PREFIX = flags.DEFINE_string(
   "media_prefix",
   "",
-  "Folder before the paths of --records and --questions; {data_source} in it"
-  " is the record's.",
+  "Folder before the paths of records, where a --mix names none; {data_source}"
+  " in it is the record's.",
 )
 _FEATURES = flags.DEFINE_string("features", None, "Feature store.")
 _COLUMNS = flags.DEFINE_string(
@@ -44,6 +44,9 @@ _COLUMNS = flags.DEFINE_string(
 )
 _CHECK_MEDIA = flags.DEFINE_bool(
   "check_media", True, "Look every file of --media up, and into videos."
+)
+_IMAGES = flags.DEFINE_enum(
+  "parquet_images", "unpack", ["unpack", "keep"], "Below --media, or in place."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of random:N%.", lower_bound=0)
 _WORKERS = flags.DEFINE_integer(
@@ -62,7 +65,9 @@ def _items() -> tuple[lists.Item, ...]:
   if _QUESTIONS.value:
     items.append(lists.Item.of_files(_QUESTIONS.value, "questions", prefix))
   for path in _MIX.value:
-    items += lists.read_list(path)
+    found = lists.read_list(path, media=_MEDIA.value, media_prefix=prefix)
+    lists.tell_elsewhere(path, found)
+    items += found
   if not items:
     raise UserError("nothing to prepare; give --records, --questions or --mix")
   return tuple(items)
@@ -77,6 +82,7 @@ def main(_: list[str]) -> None:
     check_media=_CHECK_MEDIA.value,
     columns=questions.parse_mapping(_COLUMNS.value),
     seed=_SEED.value,
+    parquet_images=_IMAGES.value,
   )
   summary, reused = build.build(
     _OUT.value,

@@ -1,18 +1,19 @@
-"""Images: loading, resizing, padding and tiling, bit for bit as in training.
+"""Images: resizing, padding and tiling, bit for bit as in training.
 
 Sizes are in pixels. The one resize of the whole system is PIL's bicubic one.
 """
 
-import contextlib
 import dataclasses
 import math
-import os
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from hourjax.data.image_files import image_size, load_image
 from hourjax.errors import UserError
+
+__all__ = ["image_size", "load_image"]  # read from files
 
 # SigLIP's processor: x / 255, then mean 0.5 and deviation 0.5. Written in its
 # order of float64 and float32 operations, since the values must be the same.
@@ -46,52 +47,6 @@ class AnyresGeometry:
   scale: float
   resized_h: int
   resized_w: int
-
-
-def load_image(path: str | os.PathLike) -> UInt8[np.ndarray, "height width 3"]:
-  """Reads an image as RGB.
-
-  EXIF orientation is not applied, as in training.
-
-  Raises:
-    UserError: missing, not an image, or damaged.
-  """
-  with _opened(path) as image:
-    return np.array(image.convert("RGB"))
-
-
-def image_size(path: str | os.PathLike) -> tuple[int, int]:
-  """(width, height) in pixels, from the header alone.
-
-  Raises:
-    UserError: missing, or not an image.
-  """
-  with _opened(path) as image:
-    return image.size
-
-
-@contextlib.contextmanager
-def _opened(path):
-  """An image file; what goes wrong inside becomes a UserError."""
-  try:
-    with Image.open(path) as image:
-      yield image
-  except UnidentifiedImageError as error:
-    size = os.path.getsize(path)
-    raise UserError(
-      f"{path} is not an image ({size} bytes); fetch it again",
-      kind="damaged",
-    ) from error
-  except Image.DecompressionBombError as error:
-    raise UserError(f"{path} is too large: {error}; scale it down") from error
-  except OSError as error:
-    reason = error.strerror or str(error)
-    kind = "missing" if isinstance(error, FileNotFoundError) else "damaged"
-    raise UserError(f"cannot read image {path}: {reason}", kind=kind) from error
-  except (SyntaxError, ValueError) as error:  # PIL, on some damaged files
-    raise UserError(
-      f"cannot decode image {path}: {error}", kind="damaged"
-    ) from error
 
 
 def resize(

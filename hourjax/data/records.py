@@ -152,12 +152,16 @@ def media_problem(root: str | os.PathLike, name: str) -> str | None:
     return f"{name} is a URL; download it and write its path"
   if not Path(path).is_relative_to(base):
     return f"{name} lies outside the media folder {root}"
-  if not os.path.exists(path) and not parquet_images.inside(path):
-    return (
-      f"{_shown(path)} does not exist{_near(path)}; fetch it or correct"
-      + (" the media root")
-    )
-  return None
+  if os.path.exists(path) or parquet_images.inside(path):
+    return None
+  near = _near(path)
+  but = f", but {', '.join(near)} does" if near else ""
+  if any(_form(other) == _form(os.path.basename(path)) for other in near):
+    # They look alike: what tells them apart is written out.
+    path, but = ascii(path), f", but {', '.join(map(ascii, near))} does"
+  elif path != path.strip() or name != name.strip() or not path.isprintable():
+    path = repr(path)
+  return f"{path} does not exist{but}; fetch it or correct the media root"
 
 
 def on_disk(root: str | os.PathLike, name: str) -> str | None:
@@ -201,23 +205,15 @@ def _listing(folder: str) -> dict[str, tuple[str, ...]]:
   return names
 
 
-def _near(path: str) -> str:
-  """What is there of almost that name, as words of a message."""
+def _near(path: str) -> list[str]:
+  """What is there of almost that name: other case, spaces, ending, accents."""
   folder, name = os.path.split(path)
   names = _listing(folder)
-  found = list(names.get(_key(name.rsplit("\\", 1)[-1]), ()))
+  found = names.get(_key(name.rsplit("\\", 1)[-1]), ())
   if not found and not os.path.splitext(name)[1]:
     endings = (".mp4", ".mkv", ".webm", ".jpg", ".png")
     found = [n for e in endings for n in names.get(_key(name + e), ())]
-  if not found:
-    return ""
-  return f", but {', '.join(map(_shown, found[:3]))} does"
-
-
-def _shown(name: str) -> str:
-  """A name for a message: what cannot be seen in it is written out."""
-  plain = name.isprintable() and name == name.strip() and name.isascii()
-  return name if plain else ascii(name)
+  return list(found[:3])
 
 
 def _name(raw: dict[str, Any], where: str) -> tuple[str, list[str]]:

@@ -1,10 +1,34 @@
 """Mistakes in what is asked that show before a model is loaded."""
 
+import os
 from collections.abc import Sequence
 
 from hourjax.errors import UserError
 from hourjax.inference.picture import check_picture
 from hourjax.inference.sampling import Sampling
+
+
+def image_paths(values: Sequence[str]) -> list[str]:
+  """The files that --images names: one, or several with commas between.
+
+  A comma may be part of a name: it is where a file of the longer name exists.
+
+    a.jpg,b.jpg      a.jpg and b.jpg
+    a,b.jpg,c.jpg    a,b.jpg and c.jpg, if there is a file "a,b.jpg"
+
+  Args:
+    values: as given, one for each time that the option is.
+  """
+  paths = []
+  for value in values:
+    parts = value.split(",")
+    while parts:
+      sizes = range(len(parts), 0, -1)
+      names = {size: ",".join(parts[:size]).strip() for size in sizes}
+      size = next((n for n in sizes if os.path.isfile(names[n])), 1)
+      paths.append(names[size])
+      parts = parts[size:]
+  return paths
 
 
 def check_options(

@@ -57,6 +57,7 @@ def build(
       the folder holds something else.
   """
   folder = pathlib.Path(folder)
+  _check_names(folder, options)
   tokenizer = Tokenizer.from_folder(options.tokenizer)
   media = None if options.media is None else pathlib.Path(options.media)
   if media is not None:
@@ -83,6 +84,27 @@ def build(
       _convert_all(found, total, convert, videos, writer, report, workers)
     summary = _finish(writer, report, videos.unstored if store else None)
   return summary, False
+
+
+def _check_names(folder: pathlib.Path, options: Options) -> None:
+  """Refuses paths that no file system or no JSON file can hold."""
+  given = [str(folder), options.tokenizer, options.media, options.features]
+  given += [str(path) for item in options.items for path in item.paths]
+  for path in filter(None, given):
+    try:
+      path.encode()
+      os.lstat(path)
+    except UnicodeEncodeError:
+      raise UserError(
+        f"{path.encode(errors='surrogateescape')!r} is no UTF-8 name; rename it"
+      ) from None
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+      pass  # told where the path is used, with a remedy
+    except (OSError, ValueError) as error:  # ValueError: a NUL
+      reason = getattr(error, "strerror", None) or error
+      raise UserError(
+        f"{path:.80}... cannot be used: {reason}; choose another path"
+      ) from None
 
 
 def _convert_all(

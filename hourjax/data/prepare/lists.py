@@ -24,6 +24,7 @@ import math
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -204,6 +205,19 @@ def read_list(
     _item(entry, path, media, media_prefix, f"{path}: datasets[{i}]")
     for i, entry in enumerate(entries)
   ]
+
+
+def tell_elsewhere(path: str | os.PathLike, items: Sequence[Item]) -> None:
+  """Prints which files of a list are those below the working directory."""
+  parent = pathlib.Path(path).parent
+  here = [i for i in items if not (parent / i.name).exists()]
+  here = [i for i in here if (pathlib.Path.cwd() / i.name).exists()]
+  if here:
+    print(
+      f"{path}: {len(here)} of {len(items)} files are not beside the list and"
+      f" are taken from the working directory, such as {here[0].paths[0]}",
+      file=sys.stderr,
+    )
 
 
 def _load(path: pathlib.Path) -> Any:
