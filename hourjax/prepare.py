@@ -33,10 +33,7 @@ _QUESTIONS = flags.DEFINE_multi_string(
 _MIX = flags.DEFINE_multi_string("mix", [], "YAML list of files and shares.")
 _MEDIA = flags.DEFINE_string("media", None, "Folder of videos and images.")
 _PREFIX = flags.DEFINE_string(
-  "media_prefix",
-  "",
-  "Folder before the paths of records, where a --mix names none; {data_source}"
-  " in it is the record's.",
+  "media_prefix", "", "Folder before media paths; may hold {data_source}."
 )
 _FEATURES = flags.DEFINE_string("features", None, "Feature store.")
 _COLUMNS = flags.DEFINE_string(

@@ -56,8 +56,8 @@ def build(
     UserError: an input is missing or broken as a whole, nothing is left, or
       the folder holds something else.
   """
+  _check_names(os.fspath(folder), options)
   folder = pathlib.Path(folder)
-  _check_names(folder, options)
   tokenizer = Tokenizer.from_folder(options.tokenizer)
   media = None if options.media is None else pathlib.Path(options.media)
   if media is not None:
@@ -86,11 +86,15 @@ def build(
   return summary, False
 
 
-def _check_names(folder: pathlib.Path, options: Options) -> None:
+def _check_names(folder: str, options: Options) -> None:
   """Refuses paths that no file system or no JSON file can hold."""
-  given = [str(folder), options.tokenizer, options.media, options.features]
-  given += [str(path) for item in options.items for path in item.paths]
-  for path in filter(None, given):
+  given = {"--out": folder, "--tokenizer": options.tokenizer}
+  given |= {"--media": options.media, "--features": options.features}
+  for name, path in given.items():
+    if path == "":
+      raise UserError(f"{name} is empty; name a folder, or leave it out")
+  paths = [str(path) for item in options.items for path in item.paths]
+  for path in filter(None, [*given.values(), *paths]):
     try:
       path.encode()
       os.lstat(path)

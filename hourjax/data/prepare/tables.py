@@ -14,12 +14,11 @@ The result depends on the rows alone, not on how they are read.
 import collections
 import contextlib
 import csv
-import gzip
 import hashlib
+import io
 import json
 import pathlib
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,13 +26,15 @@ import pyarrow
 import pyarrow.parquet
 
 from hourjax.data.prepare import questions
-from hourjax.data.record_files import stream_records
+from hourjax.data.record_files import opened_text, stream_records
 from hourjax.data.records import MARKER
 from hourjax.errors import UserError
 
 TURNS = 5  # questions a conversation
 FILES = 128
 _ROWS = 4096  # of a parquet file, read at a time
+_CSV = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
+_DELIMITERS = ",;\t|"  # of equals the first counts
 
 Skip = Callable[[str, UserError], None]
 
@@ -53,7 +54,8 @@ class QuestionTable:
     """Deals all rows into files.
 
     Args:
-      paths: .parquet, .csv, .csv.gz, .jsonl, or a JSON list by any other name.
+      paths: .parquet, .csv or .tsv, .jsonl, or a JSON list by any other name;
+        text may be packed with gzip.
       mapping: columns that the user has mapped.
       scratch: folder that does not exist, for as many bytes as the questions
         have; `close` removes it.
@@ -142,17 +144,13 @@ def read_rows(path: pathlib.Path) -> Iterator[Any]:
       with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as table:
         for batch in table.iter_batches(_ROWS):
           yield from batch.to_pylist()
-    elif name.endswith((".csv", ".csv.gz")):
+    elif name.endswith(_CSV):
       yield from _csv_rows(path)
     else:
       yield from (raw for _, raw in stream_records(path))
-  except (pyarrow.ArrowException, zlib.error, EOFError) as error:
+  except pyarrow.ArrowException as error:
     raise UserError(
       f"{path} cannot be read as a table ({error}); fetch it again"
-    ) from error
-  except UnicodeDecodeError as error:
-    raise UserError(
-      f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8"
     ) from error
   except OSError as error:
     reason = error.strerror or str(error)
@@ -161,17 +159,46 @@ def read_rows(path: pathlib.Path) -> Iterator[Any]:
 
 def _csv_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
   csv.field_size_limit(sys.maxsize)
-  opened = gzip.open if path.name.lower().endswith(".gz") else open
-  with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-    reader = csv.DictReader(file, strict=True)
+  with opened_text(path) as packed:
+    file = io.TextIOWrapper(packed, encoding="utf-8-sig", newline="")
+    number = 0
     try:
+      head = file.readline()
+      named = head.lower().startswith("sep=") and len(head.rstrip()) == 5
+      delimiter = head[4] if named else _delimiter(head)
+      if not named:
+        file.seek(0)
+      reader = csv.DictReader(file, strict=True, delimiter=delimiter)
       for row in reader:
         row.pop(None, None)  # cells beyond the last column
         yield row
+        number = reader.line_num
     except csv.Error as error:
       raise UserError(
         f"{path} is broken after line {reader.line_num} ({error}); repair it"
       ) from error
+    except UnicodeDecodeError as error:
+      byte = error.object[error.start]
+      raise UserError(
+        f"{path} is not UTF-8 text (byte 0x{byte:02x}, after line {number});"
+        " it may be Latin-1 or Windows-1252, as Excel's plain CSV is: save it"
+        " as UTF-8, for example `iconv -f WINDOWS-1252 -t UTF-8`"
+      ) from error
+
+
+def _delimiter(head: str) -> str:
+  """What parts a table's columns: the one that gives the most of them.
+
+  Excel writes semicolons where the comma is for decimals.
+  """
+
+  def columns(delimiter: str) -> int:
+    try:
+      return len(next(csv.reader([head], strict=True, delimiter=delimiter), []))
+    except csv.Error:
+      return 0
+
+  return max(_DELIMITERS, key=columns)
 
 
 def _video(question: dict[str, Any]) -> tuple[str, str]:
