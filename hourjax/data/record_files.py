@@ -32,6 +32,9 @@ _GZIP = b"\x1f\x8b"
 def stream_records(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
   """Reads a `.jsonl` file, or any other name as one JSON list.
 
+  A file that starts with two objects on lines of their own is read as `.jsonl`
+  whatever its name.
+
   The list may be the only one in an object, as in {"data": [...]}. Both may be
   packed with gzip (`.json.gz`). NaN and Infinity are read as null.
 
@@ -49,6 +52,7 @@ def stream_records(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
     if not _first_byte(file):
       raise UserError(f"{path} is empty; expected a JSON list or JSONL")
     lines = path.name.lower().removesuffix(".gz").endswith(".jsonl")
+    lines = lines or _has_records_on_lines(file)
     yield from _lines(path, file) if lines else _list(path, file)
 
 
@@ -130,6 +134,18 @@ def _list(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
       f" {count} whole records); fetch it again or repair it there; if it holds"
       " one record a line, name it .jsonl"
     ) from error
+
+
+def _has_records_on_lines(file: BinaryIO) -> bool:
+  """Whether the first two lines are, or begin, an object each."""
+  _skip_mark(file)
+  first = file.readline(_LINE).strip(_SPACE)
+  if not (first.startswith(b"{") and first.endswith(b"}")):
+    return False
+  with contextlib.suppress(ValueError):
+    json_stream.parse(first.decode())
+    return file.readline(_BLOCK).lstrip(_SPACE).startswith(b"{")
+  return False
 
 
 def _which_list(path: Path, keys: dict[str, bool]) -> str:

@@ -13,6 +13,7 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from jaxtyping import Int, UInt8
 
+from hourjax.data import frame_folder
 from hourjax.data.images import resize
 from hourjax.errors import UserError
 
@@ -41,9 +42,13 @@ class VideoInfo:
 def probe(path: str | os.PathLike) -> VideoInfo:
   """Reads the header, and every packet where the header has no frame count.
 
+  A folder of pictures is a video too, see `frame_folder`.
+
   Raises:
     UserError: missing, empty, not a video, without pictures or rate.
   """
+  if os.path.isdir(path):
+    return VideoInfo(*frame_folder.probe(path))
   with _open(path) as container:
     stream = _video_stream(container, path)
     rate = stream.average_rate or stream.guessed_rate
@@ -96,6 +101,9 @@ def decode_frames(
     return
   if wanted[0] < 0 or (np.diff(wanted) < 0).any():
     raise ValueError("frame indices must be >= 0 and ascend")
+  if os.path.isdir(path):
+    yield from frame_folder.decode_frames(path, wanted, size, batch)
+    return
   pending, decoded = [], 0
   wanted, last = iter(wanted.tolist()), int(wanted[-1])
   following = next(wanted)
@@ -137,6 +145,8 @@ def frame_at(
   Raises:
     UserError: cannot be decoded.
   """
+  if os.path.isdir(path):
+    return frame_folder.frame_at(path, second, size)
   # Some formats have no index and are sought in too far, or not at all.
   for back in (0, 10, 60, math.inf):
     with _open(path) as container:

@@ -62,7 +62,7 @@ def test_questions_without_answers(tmp_path):
     ("a.json", "", "is empty"),
     ("a.jsonl", " \n", "is empty"),
     ("a.json", "[1, 2", "is not valid JSON .* name it .jsonl"),
-    ("a.json", '{"data": []}', "holds dict, not a list"),
+    ("a.json", '{"data": 3}', "an object without a list .keys .data"),
     ("a.jsonl", "[]\nx", "none of its 2 lines is a JSON record"),
   ],
 )

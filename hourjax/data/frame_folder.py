@@ -1,0 +1,114 @@
+"""A video that is a folder of pictures, as LLaVA-Hound has its videos.
+
+ShareGPTVideo (`shareVideoGPTV` in LLaVA-Video's lists) publishes frames in
+place of videos: one folder a video, two frames a second by the official
+loader's reckoning. Frames count in the order of the numbers in their names:
+
+    frame_1.jpg  frame_2.jpg  frame_10.jpg
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from hourjax.data.images import image_size, load_image, resize
+from hourjax.errors import UserError
+
+FPS = Fraction(2)
+
+_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_NUMBER = re.compile(r"(\d+)")
+
+
+def frame_files(path: str | os.PathLike) -> list[str]:
+  """The pictures of a folder in their order; other files do not count.
+
+  Raises:
+    UserError: there are none, or the folder cannot be read.
+  """
+  try:
+    names = os.listdir(path)
+  except OSError as error:
+    raise UserError(
+      f"cannot read video {path}: {error.strerror}", kind="missing"
+    ) from error
+  names = [
+    name
+    for name in names
+    if name.lower().endswith(_ENDINGS) and not name.startswith(".")
+  ]
+  if not names:
+    raise UserError(
+      f"{path} is a folder without frames (files that end with"
+      f" {', '.join(_ENDINGS)}); fetch the video's frames, or name a video file"
+    )
+  return [os.path.join(path, name) for name in sorted(names, key=_order)]
+
+
+def probe(path: str | os.PathLike) -> tuple[int, Fraction, float, int, int]:
+  """Frames, FPS, seconds, and width and height of the first frame.
+
+  Raises:
+    UserError: see `frame_files`; or the first frame cannot be read.
+  """
+  files = frame_files(path)
+  return len(files), FPS, float(len(files) / FPS), *image_size(files[0])
+
+
+def decode_frames(
+  path: str | os.PathLike,
+  indices: Sequence[int] | Int[np.ndarray, "F"],
+  size: int,
+  batch: int = 64,
+) -> Iterator[UInt8[np.ndarray, "n size size 3"]]:
+  """Reads frames, resized to a square like any image.
+
+  Args:
+    path: of the folder.
+    indices: frames to take, ascending; one may occur several times.
+    size: side of the result, in pixels.
+    batch: frames yielded at a time.
+
+  Raises:
+    UserError: a frame is not there, or cannot be read.
+  """
+  files = frame_files(path)
+  if len(indices) and max(indices) >= len(files):
+    raise UserError(
+      f"{path} has {len(files)} frames but frame {max(indices)} is needed;"
+      " frames are missing, fetch them again"
+    )
+  pending, last, picture = [], -1, None
+  for index in indices:
+    if index != last:
+      picture, last = resize(load_image(files[index]), size), index
+    pending.append(picture)
+    if len(pending) == batch:
+      yield np.stack(pending)
+      pending = []
+  if pending:
+    yield np.stack(pending)
+
+
+def frame_at(
+  path: str | os.PathLike, second: float, size: int
+) -> UInt8[np.ndarray, "size size 3"]:
+  """What the folder shows at a moment; later ones show the last frame.
+
+  Raises:
+    UserError: see `decode_frames`.
+  """
+  files = frame_files(path)
+  number = min(int(max(second, 0) * FPS), len(files) - 1)
+  return resize(load_image(files[number]), size)
+
+
+def _order(name: str) -> tuple:
+  """Sorts a10 behind a2: parts of digits by their value."""
+  parts = _NUMBER.split(name)
+  values = tuple(int(p) if i % 2 else p for i, p in enumerate(parts))
+  return values, name
