@@ -43,7 +43,7 @@ def frame_files(path: str | os.PathLike) -> list[str]:
   ]
   if not names:
     raise UserError(
-      f"{path} is a folder without frames (files that end with"
+      f"{path} is not a video but a folder without frames (files that end with"
       f" {', '.join(_ENDINGS)}); fetch the video's frames, or name a video file"
     )
   return [os.path.join(path, name) for name in sorted(names, key=_order)]

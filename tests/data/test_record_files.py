@@ -1,3 +1,4 @@
+import gzip
 import json
 import random
 import subprocess
@@ -142,6 +143,76 @@ def test_a_list_named_jsonl_does_not_fill_the_memory(tmp_path):
     file.truncate(70 << 20)
   with pytest.raises(UserError, match=r":1 is longer than 64 MiB.*\.json"):
     list(stream_records(path))
+
+
+def _gzip(content):
+  return gzip.compress(json.dumps(content).encode())
+
+
+GOOD = [{**VIDEO, "id": f"r{i}"} for i in range(3)]
+LINES = "\n".join(map(json.dumps, GOOD))
+NAN = json.dumps([{**raw, "task": float("nan")} for raw in GOOD])
+FORMS = {
+  "a.json": json.dumps({"version": "1.0", "data": GOOD}).encode(),
+  "b.json": LINES.encode(),
+  "c.json": b"\xef\xbb\xbf" + LINES.encode(),
+  "d.json.gz": _gzip(GOOD),
+  "e.JSONL.gz": gzip.compress(LINES.encode()),
+  "f.json": _gzip({"train": GOOD}),
+  "g.json": NAN.encode(),
+  "h.jsonl": LINES.replace("{", '{"task": NaN, ').encode(),
+  "i.json": json.dumps(GOOD).replace("{", '{"n": -1e999, ').encode(),
+  "j.data": json.dumps(GOOD, indent=2).replace("\n", "\r\n").encode(),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_other_forms_of_a_list(tmp_path, name):
+  path = tmp_path / name
+  path.write_bytes(FORMS[name])
+  records, skipped = read_records(path)
+  assert ([r.id for r in records], skipped) == (["r0", "r1", "r2"], [])
+  assert all(value in (None, "") for r in records for value in r.extra.values())
+
+
+OTHER = {
+  "one.json": (json.dumps(VIDEO).encode(), "holds one record, not a list"),
+  "coco.json": (b'{"a": [1], "b": [2]}', "several lists \\('a', 'b'\\)"),
+  "columns.json": (b'{"a": {"0": 1}}', "object without a list \\(keys 'a'"),
+  "page.json": (b"<!DOCTYPE html>", "is a web page or XML, not JSON"),
+  "lfs.json": (b"version https://git-lfs.github.com", "is a Git-LFS pointer"),
+  "zip.json": (b"PK\x03\x04" + bytes(9), "is a zip archive; unpack it"),
+  "table.json": (b"PAR1" + bytes(9), "parquet file; name it .parquet"),
+  "wide.json": ("[1]".encode("utf-16"), "but UTF-16; save it as UTF-8"),
+  "wide2.json": ("[1, 2]".encode("utf-16-le"), "but UTF-16; save it as UTF-8"),
+  "cut.json.gz": (_gzip(GOOD)[:-9], "cannot be unpacked"),
+  "latin.json": ('["é"]'.encode("latin-1"), "not UTF-8 text .byte 2: "),
+  "comma.json": (b"[1,]", "a comma before the closing bracket, at byte 3"),
+  "deep.json": (b"[" * 200 + b"]" * 200, "nested too deep"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_files_of_another_kind_are_named(tmp_path, name):
+  content, message = OTHER[name]
+  path = tmp_path / name
+  path.write_bytes(content)
+  with pytest.raises(UserError, match=message) as error:
+    list(stream_records(path))
+  assert str(path) in str(error.value)
+
+
+def test_devices_are_not_read():
+  with pytest.raises(UserError, match="/dev/zero is no regular file"):
+    list(stream_records("/dev/zero"))
+
+
+def test_a_line_nested_too_deep_costs_itself(tmp_path):
+  path = tmp_path / "a.jsonl"
+  path.write_text("\n".join(["[" * 9999 + "]" * 9999, LINES, "1" * 9999]))
+  records, skipped = read_records(path)
+  assert (len(records), len(skipped)) == (3, 2)
+  assert "nested too deep" in skipped[0].reason
 
 
 _MEMORY = """
