@@ -63,14 +63,14 @@ def read(path: str | os.PathLike) -> bytes:
     found = _row(os.fspath(file), column, int(row))
     found = found[int(position)] if dot else found
     content = found["bytes"] if isinstance(found, dict) else found
+  except (pyarrow.ArrowException, OSError) as error:
+    raise UserError(
+      f"{path} cannot be read ({error}); fetch it again", kind="damaged"
+    ) from error
   except (ValueError, LookupError, TypeError) as error:
     raise UserError(
       f"{path}: no such image ({error}); prepare the records anew",
       kind="missing",
-    ) from error
-  except (pyarrow.ArrowException, OSError) as error:
-    raise UserError(
-      f"{path} cannot be read ({error}); fetch it again", kind="damaged"
     ) from error
   if not isinstance(content, bytes):
     raise UserError(f"{path} holds no bytes; drop the record", kind="damaged")

@@ -4,7 +4,13 @@ import random
 import numpy as np
 import pytest
 
-from hourjax.data.prepare.lists import Item, Rule, parse_rule, read_list
+from hourjax.data.prepare.lists import (
+  Item,
+  Rule,
+  parse_rule,
+  read_list,
+  tell_elsewhere,
+)
 from hourjax.errors import UserError
 
 
@@ -85,6 +91,28 @@ datasets:
   "text, message",
   [
     ("datasets: [", "is not valid YAML"),
+    ("datasets: !!python/name:os.system", "is not valid YAML"),
+    ("datasets: " + "[" * 5000, "is nested too deep"),
+    ("a: &a [*a]\ndatasets: *a", "more than 100,000 values"),
+    (
+      "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+      + "".join(
+        f"{b}: &{b} [{', '.join(['*' + a] * 10)}]\n"
+        for a, b in zip("abcdefgh", "bcdefghi")
+      )
+      + "datasets: *i",
+      "more than 100,000 values",
+    ),
+    ("# " + "x" * (1 << 20), "has more than 1048576 bytes"),
+    (
+      "datasets: [{local_path: data/shards}]",
+      r"datasets\[0\]: local_path names MosaicML shards.*give the JSON lists",
+    ),
+    ("datasets: [{shard_path: a, choose: 9}]", "MosaicML shards"),
+    (
+      "datasets: [{json_path: a, media_root: /}]",
+      "media_root '/' needs the media folder; give --media",
+    ),
     ("", "expected 'datasets:' .* found None"),
     ("datasets: []", "expected 'datasets:'"),
     ("datasets: [a.json]", r"datasets\[0\]: expected keys"),
@@ -108,6 +136,108 @@ def test_broken_lists(tmp_path, text, message):
   with pytest.raises(UserError, match=message) as error:
     read_list(path)
   assert str(path) in str(error.value)
+
+
+def test_a_list_that_is_no_file():
+  for path in ("/dev/zero", "/dev/null", "/"):
+    with pytest.raises(UserError, match="is no regular file|is a folder"):
+      read_list(path)
+
+
+def test_paths_from_the_working_directory(tmp_path, monkeypatch, capsys):
+  """The official lists name ./data/..., seen from the checkout."""
+  lists, here = tmp_path / "experiments", tmp_path / "run"
+  (here / "data").mkdir(parents=True)
+  lists.mkdir()
+  mix = lists / "mix.yaml"
+  mix.write_text("datasets: [{json_path: ./data/a.json}, {json_path: b.json}]")
+  (here / "data" / "a.json").write_text("[]")
+  (lists / "b.json").write_text("[]")
+  monkeypatch.chdir(here)
+  items = read_list(mix)
+  assert [item.paths for item in items] == [
+    (here / "data" / "a.json",),
+    (lists / "b.json",),
+  ]
+  tell_elsewhere(mix, items)
+  told = capsys.readouterr().err
+  assert "1 of 2 files are not beside the list" in told
+  assert str(here / "data" / "a.json") in told
+  (lists / "data").mkdir()
+  (lists / "data" / "a.json").write_text("[1]")
+  with pytest.raises(UserError, match=r"is both .*experiments.* and .*run"):
+    read_list(mix)
+  (lists / "data" / "a.json").unlink()
+  (lists / "data" / "a.json").symlink_to(here / "data" / "a.json")
+  assert read_list(mix)[0].paths == (lists / "data" / "a.json",)
+
+
+def test_prefixes_and_roots(tmp_path, monkeypatch):
+  media = tmp_path / "media"
+  for name in ("coco", "ocr/x", "films"):
+    (media / name).mkdir(parents=True)
+  (tmp_path / "link").symlink_to(media / "coco")
+  mix = tmp_path / "mix.yaml"
+  mix.write_text(f"""
+datasets:
+  - json_path: a
+  - {{json_path: a, media_prefix: own}}
+  - {{json_path: a, media_prefix: ""}}
+  - {{json_path: a, media_root: {media}/coco}}
+  - {{json_path: a, media_root: media/ocr/x/}}
+  - {{json_path: a, media_root: {media}}}
+  - {{json_path: a, media_root: "media/films/{{data_source}}"}}
+  - {{json_path: a, media_root: "{media}/{{data_source}}/b"}}
+  - {{json_path: a, image_folder: media/coco, video_folder: media/films}}
+  - {{json_path: a, image_folder: media/coco}}
+  - {{json_path: a, media_root: link}}
+""")
+  items = read_list(mix, media=media, media_prefix="all/{data_source}")
+  assert [
+    [item.prefix(kind, "ego") for kind in ("image", "video")] for item in items
+  ] == [
+    ["all/ego", "all/ego"],
+    ["own", "own"],
+    ["", ""],
+    ["coco", "coco"],
+    ["ocr/x", "ocr/x"],
+    ["", ""],
+    ["films/ego", "films/ego"],
+    ["ego/b", "ego/b"],
+    ["coco", "films"],
+    ["coco", "all/ego"],
+    ["coco", "coco"],
+  ]
+  for entry, message in (
+    (f"media_root: {tmp_path}", "lies outside the media folder"),
+    ("media_root: none", r"none is no folder"),
+    ("media_root: media, media_prefix: a", "both media_root"),
+  ):
+    mix.write_text(f"datasets: [{{json_path: a, {entry}}}]")
+    with pytest.raises(UserError, match=message):
+      read_list(mix, media=media)
+
+
+def test_folders_stand_for_their_parquet_files(tmp_path):
+  for name in ("b/2.parquet", "b/1.parquet", "a/3.parquet", ".c/4.parquet"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+  paths = Item.of_files([str(tmp_path)]).paths
+  names = [path.relative_to(tmp_path).as_posix() for path in paths]
+  assert names == ["a/3.parquet", "b/1.parquet", "b/2.parquet"]
+  (tmp_path / "d").mkdir()
+  (tmp_path / "d" / "train.jsonl").touch()
+  with pytest.raises(UserError, match=r"without .parquet files.*train\.jsonl"):
+    Item.of_files([str(tmp_path / "d")])
+
+
+@pytest.mark.parametrize("name", ["", "index.json", "shard.00000.mds"])
+def test_shards_are_refused_by_name(tmp_path, name):
+  index = '{"version": 2, "shards": [{"format": "mds", "raw_data": {}}]}'
+  (tmp_path / "index.json").write_text(index)
+  (tmp_path / "shard.00000.mds").touch()
+  with pytest.raises(UserError, match="MosaicML shards.*StreamingDataset"):
+    Item.of_files([str(tmp_path / name)])
 
 
 def test_a_missing_list(tmp_path):
