@@ -24,6 +24,7 @@ _SPLIT = (
 )
 _PAD = "<|endoftext|>"
 _MOST_BYTES = 256 * 2**20  # of a file; tokenizer.json of Qwen2 has 7 MB
+_MOST_IDS = 2**22  # Qwen2 has 151,646
 _FETCH = "fetch it again"
 
 
@@ -51,7 +52,7 @@ class Tokenizer:
 
     Raises:
       UserError: a token that the conversation markup needs is missing, or two
-        tokens have one id.
+        tokens have one id, or an id is beyond any vocabulary.
     """
     self._backend = backend
     # A file may have been saved while these were on.
@@ -66,6 +67,11 @@ class Tokenizer:
         f"{name}: {len(ids)} tokens have {len(set(ids))} ids; {_FETCH}"
       )
     self.vocab_size = max(ids) + 1
+    if self.vocab_size > _MOST_IDS:  # the library counts up to them
+      raise UserError(
+        f"{name}: a token has id {max(ids)}, at most {_MOST_IDS} ids are meant;"
+        f" {_FETCH}"
+      )
     with _library_errors(f"{name}: a newline cannot be encoded"):
       newline = self.encode("\n")
     if len(newline) != 1:

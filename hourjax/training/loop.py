@@ -90,6 +90,7 @@ def _train(experiment: Experiment, workdir: pathlib.Path, leave: Leave) -> None:
       state = fresh_state(experiment, like, optimizer)
     else:
       state, position = checkpoints.restore(like, plan=rows["plan"])
+      _check_position(plan, position, workdir)
     restoring = time.monotonic() - restoring
     with hosts.together():
       if hosts.is_primary():
@@ -283,6 +284,16 @@ def total_steps(experiment: Experiment, rows: int) -> int:
   if experiment.steps:
     return experiment.steps
   return math.ceil(rows * experiment.epochs / experiment.step_rows)
+
+
+def _check_position(plan: RowPlan, position: int, workdir) -> None:
+  try:
+    plan.row(position)
+  except IndexError as error:
+    raise UserError(
+      f"the newest checkpoint of {workdir} goes on where the data has no row"
+      f" ({error}); start another workdir with config.init set to this one"
+    ) from None
 
 
 def _check_vocabulary(experiment: Experiment, dataset: Dataset) -> None:

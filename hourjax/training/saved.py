@@ -71,7 +71,7 @@ class _About(schema.Schema):
   """What `describe` writes, as far as it is relied on."""
 
   step: int = pydantic.Field(ge=0)
-  position: int = pydantic.Field(ge=0)
+  position: int = pydantic.Field(ge=0, lt=2**63)
   plan: str
   config: dict[str, Any]
   # JSON's lists are no tuples, hence not strict.
