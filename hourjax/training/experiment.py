@@ -287,7 +287,7 @@ def _either(options: tuple[str, ...]) -> str:
   return f"{', '.join(options[:-1])} or {options[-1]}"
 
 
-def _build(cls, values: Mapping[str, Any], where: str):
+def _build(cls, values: Any, where: str):
   if not isinstance(values, Mapping):
     raise UserError(
       f"{where} is {schema.shorten(values)}; it must be a group of keys"

@@ -1,3 +1,6 @@
+import json
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -13,6 +16,7 @@ from hourjax.data.demo.tokens import train_tokenizer
 from hourjax.data.records import parse_record
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
+from tests import tampering
 
 TOKENIZER = Tokenizer(train_tokenizer([]), "test")
 
@@ -92,6 +96,66 @@ def test_damaged_columns(tmp_path):
   for name in [*damaged, "other.npz", "missing.npz", "uneven.npz"]:
     with pytest.raises(UserError, match=f"{name} cannot be read .* again"):
       Columns.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+  ("name", "change", "said"),
+  [
+    ("video", lambda c: c + 2, "video 0 is 2, not -1 to 1"),
+    ("video", lambda c: c - 1, "video 1 is -2, not -1 to 1"),
+    ("video", lambda c: c * 0 - 1, "modality and video do not agree, first at"),
+    ("source", lambda c: c + 9, "source 0 is 9, not 0 to 2"),
+    ("stream", lambda c: c - 1, "stream 0 is -1, not 0 to 1"),
+    ("modality", lambda c: c + 3, "modality 0 is 4, not 0 to 2"),
+    ("tokens", lambda c: -c, "tokens 0 is -9, not 0 to 2147483647"),
+    ("tokens", lambda c: c.astype(np.int64), "of int64, not .N. of int32"),
+    ("tokens", lambda c: c.astype(object), "no header of|in another layout"),
+    ("tokens", lambda c: c[None], "array .1, 5. of int32"),
+    ("width", lambda c: c * 0, "width or height of the single image is 0"),
+    ("duration", lambda c: c * 1e7, "duration is no number from 0 to 1000000"),
+    ("duration", lambda c: -c, "duration is no number"),
+    ("duration", lambda c: c * np.inf, "duration is no number"),
+    ("pictures", lambda c: c - 99, "pictures 0 is -69"),
+    ("videos", lambda c: _names(3), "videos is 3, not a list"),
+    ("videos", lambda c: _names(["a", 1]), "videos is .'a', 1., not a list"),
+    ("videos", lambda c: _names(["a", "a"]), "videos has a name twice"),
+    ("videos", lambda c: _names(["a"]), "columns of different lengths"),
+    ("sources", lambda c: _names([]), "source 0 is 0, not 0 to -1"),
+    ("videos", lambda c: np.frombuffer(b"[" * 9999, np.uint8), "too deep"),
+    ("videos", lambda c: np.frombuffer(b"\xff[]", np.uint8), "not UTF-8"),
+  ],
+)
+def test_columns_that_cannot_be_meant(tmp_path, name, change, said):
+  path = tmp_path / "columns.npz"
+  _columns().save(path)
+  with np.load(path) as file:
+    columns = dict(file)
+  np.savez(path, **{**columns, name: change(columns[name])})
+  with pytest.raises(UserError, match=rf"columns\.npz cannot be .*({said})"):
+    Columns.load(path)
+
+
+def _names(names):
+  return np.frombuffer(json.dumps(names).encode(), np.uint8)
+
+
+def test_sizes_are_checked_before_memory_is_taken(tmp_path):
+  """Of 2**33 numbers, and of a member that grows when it is unpacked."""
+  path = tmp_path / "columns.npz"
+  _columns().save(path)
+  tampering.claim_more(path, "tokens")
+  with pytest.raises(UserError, match="tokens claims 34359738368 bytes and"):
+    Columns.load(path)
+  _columns().save(path)
+  with np.load(path) as file:
+    columns = dict(file)
+  columns["tokens"] = np.zeros(10**7, np.int32)
+  np.savez_compressed(path, **columns)
+  tracemalloc.start()
+  with pytest.raises(UserError, match="is compressed, or larger"):
+    Columns.load(path)
+  assert tracemalloc.get_traced_memory()[1] < 10**7
+  tracemalloc.stop()
 
 
 @pytest.mark.parametrize("media", [{"video": "a.mp4"}, {}])

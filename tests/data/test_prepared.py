@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from hourjax.data.columns import MODALITIES, Measures
 from hourjax.data.prepared import Prepared, PreparedWriter
 from hourjax.data.records import Record, Turn
 from hourjax.errors import UserError
+from tests import tampering
 
 
 def _random_record(rng, number):
@@ -172,6 +174,95 @@ def test_damaged_datasets(tmp_path, items):
     Prepared(tmp_path / "d")
   with pytest.raises(UserError, match="is no prepared dataset"):
     Prepared(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    ({"conversations": None}, "conversations is None"),
+    ({"conversations": ["a"]}, "conversations is .'a'."),
+    ({"conversations": True}, "conversations is True"),
+    ({"conversations": 10**30}, "and 10{30} in about.json"),
+    ({"tokenizer_id": 5}, "tokenizer_id is 5"),
+    ({"options": ["a"]}, "options is .'a'."),
+    ({"format": "2"}, "format is '2'"),
+    ({"format": 2**70}, "has format 1180591620717411303424"),
+    (None, "the whole is None"),
+    (["format"], "the whole is .'format'."),
+  ],
+)
+def test_about_with_values_of_other_kinds(tmp_path, items, change, said):
+  _write(tmp_path / "d", items)
+  path = tmp_path / "d" / "about.json"
+  if isinstance(change, dict):
+    change = json.loads(path.read_text()) | change
+  path.write_text(json.dumps(change))
+  with pytest.raises(UserError, match=said):
+    Prepared(tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+  "name", ["about.json", "features.json", "dataset_info.json", "columns.npz"]
+)
+@pytest.mark.parametrize(
+  ("content", "said"),
+  [
+    (tampering.POINTER, "Git-LFS pointer"),
+    (b'{"a": ' + b"[" * 20_000, "too deep|cannot be read"),
+    (b"", "not JSON|cannot be read"),
+    ("folder", "is a folder"),
+    ("missing", "does not exist"),
+    ("pipe", "no regular file"),
+  ],
+)
+def test_files_that_are_something_else(tmp_path, items, name, content, said):
+  _write(tmp_path / "d", items)
+  path = tmp_path / "d" / name
+  path.unlink()
+  if content == "folder":
+    path.mkdir()
+  elif content == "pipe":
+    os.mkfifo(path)
+  elif content != "missing":
+    path.write_bytes(content)
+  with pytest.raises(UserError, match=f"{name}.*({said})"):
+    Prepared(tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    ({"fileFormat": "tfrecord"}, "as tfrecord, not of train as array_record"),
+    ({"splits": []}, "not of train"),
+    ({"splits": [{"name": "train", "shardLengths": []}]}, "tells of no file"),
+    ({"splits": [{"name": "train", "shardLengths": [20]}]}, "Lengths.0 is 20"),
+    (
+      {"splits": [{"name": "train", "shardLengths": ["7", "8", "5"]}]},
+      "-00001-of-00003 holds 7 conversations, dataset_info.json says '8'",
+    ),
+    (
+      {"splits": [{"name": "train", "shardLengths": ["20"]}]},
+      "-00000-of-00001 does not exist",
+    ),
+  ],
+)
+def test_a_description_of_other_files(tmp_path, items, change, said):
+  _write(tmp_path / "d", items)
+  path = tmp_path / "d" / "dataset_info.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  with pytest.raises(UserError, match=said):
+    Prepared(tmp_path / "d")
+
+
+def test_files_of_two_datasets(tmp_path, items):
+  """As many conversations, but others: never a row of the wrong size."""
+  _write(tmp_path / "one", items[:7])
+  _write(tmp_path / "two", items[7:14])
+  name = "hourjax-train.array_record-00000-of-00001"
+  (tmp_path / "two" / name).replace(tmp_path / "one" / name)
+  records = Prepared(tmp_path / "one").records
+  with pytest.raises(UserError, match=r"conversation 0 .* different datasets"):
+    records[0]
 
 
 def test_a_truncated_file_is_named(tmp_path, items):

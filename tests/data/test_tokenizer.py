@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import tokenizers
@@ -7,7 +8,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from hourjax.data.demo.tokens import train_tokenizer
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
-from tests import golden_files
+from tests import golden_files, tampering
 
 GOLDEN = golden_files.load_json("text_preprocess.json")
 MARKUP = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -166,6 +167,73 @@ def test_damaged_files_are_named(tmp_path, name):
   (folder / name).write_text('{"a": ')
   with pytest.raises(UserError, match=name):
     Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"],
+)
+@pytest.mark.parametrize("way", ["pointer", "nested", "pipe", "number"])
+def test_files_that_are_something_else(tmp_path, name, way):
+  folder = _folder(tmp_path / "a")
+  (folder / name).unlink(missing_ok=True)
+  if way == "pipe":
+    if name == "tokenizer.json":
+      return  # no file, so the others are read
+    os.mkfifo(folder / name)
+  else:
+    nested = b"[" * 20_000
+    content = {"pointer": tampering.POINTER, "nested": nested, "number": b"3"}
+    (folder / name).write_bytes(content[way])
+  said = {"pointer": "Git-LFS pointer", "pipe": ""}.get(way, "")
+  # The library names only the first of its two files.
+  named = name if way in ("pointer", "pipe") else ""
+  with pytest.raises(UserError, match=f"{named}.*{said}"):
+    Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize(
+  ("config", "said"),
+  [
+    ({"pad_token": ["a"]}, "'pad_token' is .'a'., not"),
+    ({"pad_token": {"content": 5}}, "'pad_token' is .*, not"),
+    ({"pad_token": True}, "'pad_token' is True, not"),
+    ({"added_tokens_decoder": {"256": {"content": 5}}}, "must map"),
+    (
+      {"added_tokens_decoder": {"256": {"content": "a", "special": "yes"}}},
+      "must map",
+    ),
+    ({"added_tokens_decoder": {"9" * 5000: {"content": "a"}}}, "must map"),
+    ({"added_tokens_decoder": 5}, "must map"),
+  ],
+)
+def test_a_configuration_with_values_of_other_kinds(tmp_path, config, said):
+  folder = _folder(tmp_path / "a", **config)
+  with pytest.raises(UserError, match=rf"a/tokenizer_config\.json: .*{said}"):
+    Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize(
+  ("number", "said"),
+  [
+    (None, r"\d+ tokens have \d+ ids"),
+    (2**31, "at most 4194304 ids are meant"),
+  ],
+)
+def test_ids_that_cannot_be_meant(tmp_path, number, said):
+  backend = train_tokenizer([])
+  content = json.loads(backend.to_str())
+  vocabulary = content["model"]["vocab"]
+  vocabulary["x"] = number or vocabulary["y"]
+  (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+  with pytest.raises(UserError, match=said):
+    Tokenizer.from_folder(tmp_path)
+
+
+def test_a_name_that_no_file_system_takes():
+  for name in ("x" * 5000, "a\0b"):
+    with pytest.raises(UserError, match="does not exist"):
+      Tokenizer.from_folder(name)
 
 
 def test_padding_and_truncation_of_a_saved_file_are_off():

@@ -1,3 +1,4 @@
+import os
 import threading
 import uuid
 
@@ -8,6 +9,7 @@ import pytest
 from hourjax.data.store.array_file import is_finite
 from hourjax.data.store.features import FeatureStore
 from hourjax.errors import UserError
+from tests import tampering
 
 SHAPE = (4, 6)
 NAME = "show/one.mp4"
@@ -316,6 +318,16 @@ def test_a_torn_line_of_a_kill_costs_its_video_only(store, root):
     '{"video": "two.mp4"}',
     '{"video": "two.mp4", "frames": "many", "duration": 1}',
     '{"frames": 1, "duration": 1}',
+    '{"video": "", "frames": 1, "duration": 1}',
+    '{"video": ["two.mp4"], "frames": 1, "duration": 1}',
+    '{"video": "two.mp4", "frames": -1, "duration": 1}',
+    '{"video": "two.mp4", "frames": true, "duration": 1}',
+    '{"video": "two.mp4", "frames": 1.5, "duration": 1}',
+    '{"video": "two.mp4", "frames": 1000000000, "duration": 1}',
+    '{"video": "two.mp4", "frames": 1, "duration": -1}',
+    '{"video": "two.mp4", "frames": 1, "duration": 1e9}',
+    '{"video": "two.mp4", "frames": 1, "duration": NaN}',
+    '{"video": "two.mp4", "frames": 1, "duration": null}',
   ],
 )
 def test_a_broken_row_is_named(store, root, line):
@@ -323,6 +335,69 @@ def test_a_broken_row_is_named(store, root, line):
   store.storage.write("index-00000.jsonl", data + line.encode() + b"\n")
   with pytest.raises(UserError, match=r"index-00000.jsonl: .*delete the line"):
     FeatureStore(root)
+
+
+def test_keys_that_are_not_known_are_left_alone(store, root):
+  line = b'{"video": "a", "frames": 3, "duration": 3.5, "share": 0.97}\n'
+  store.storage.write("index-00001.jsonl", line)
+  assert FeatureStore(root).stored("a")[:2] == (3, 3.5)
+
+
+@pytest.mark.parametrize(
+  ("content", "said"),
+  [
+    (tampering.POINTER, "Git-LFS pointer"),
+    (b"[" * 20_000 + b"\n", "line 1 is broken"),
+    (b"[]\n", "line 1 is broken .no JSON object"),
+    (b"\xff\n", "line 1 is broken"),
+    (b"9" * 5000 + b"\n", "line 1 is broken"),
+  ],
+)
+def test_an_index_that_is_something_else(store, root, content, said):
+  store.storage.write("index-00000.jsonl", content)
+  with pytest.raises(UserError, match=rf"index-00000\.jsonl.*{said}"):
+    FeatureStore(root)
+
+
+@pytest.mark.parametrize("content", [b"[" * 20_000, b"[]", b"\xff", b""])
+def test_a_tower_file_that_is_something_else(store, content):
+  store.storage.write("tower.json", content)
+  with pytest.raises(UserError, match=r"tower\.json says"):
+    store.claim("t", SHAPE)
+
+
+HEADERS = {
+  "nested": "(" * 3000,
+  "no dictionary": "[]",
+  "keys of two types": "{1: 2, 'a': 3}",
+  "unhashable": "{[]: 1}",
+  "negative": "{'descr': '|V2', 'fortran_order': False, 'shape': (-5, 4, 6)}",
+  "huge": f"{{'descr': '|V2', 'fortran_order': False, 'shape': ({2**70},)}}",
+  "objects": "{'descr': '|O', 'fortran_order': False, 'shape': (5, 4, 6)}",
+  "code": "{'descr': __import__('os').getcwd(), 'fortran_order': False}",
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_headers_that_cannot_be_meant(store, header):
+  text = HEADERS[header].ljust(117)[:117].encode() + b"\n"
+  start = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little")
+  _rewrite(store, lambda data: (start + text).ljust(len(data), b"\0"))
+  with pytest.raises(UserError, match=r"one.mp4.npy (cannot be read|holds)"):
+    store.read(NAME, np.arange(5), SHAPE)
+
+
+def test_a_pipe_and_a_folder_are_no_features(local):
+  for make in (os.mkfifo, os.mkdir):
+    local.path(NAME).unlink()
+    make(local.path(NAME))
+    with pytest.raises(UserError, match=r"one.mp4.npy cannot be read"):
+      local.read(NAME, np.array([0]), SHAPE)
+
+
+def test_a_root_that_no_file_system_takes():
+  with pytest.raises(UserError, match=r"holds no index\*\.jsonl; run"):
+    FeatureStore("x" * 5000)
 
 
 def test_array_is_in_place_before_its_index_line(local, monkeypatch):
