@@ -6,6 +6,7 @@ import pytest
 
 from hourjax.errors import UserError
 from hourjax.evaluation.records import Records
+from tests import tampering
 
 ABOUT = {"model": "m@3", "benchmark": "b", "max_tokens": 16, "parser": 1}
 
@@ -112,4 +113,41 @@ def test_no_evaluation(tmp_path):
     Records(tmp_path).about()
   (tmp_path / "run.json").write_text("{")
   with pytest.raises(UserError, match="cannot be read"):
+    Records(tmp_path).about()
+
+
+@pytest.mark.parametrize(
+  "line",
+  [
+    b"[" * 20_000,
+    b"\xff",
+    b"5",
+    b'{"id": ["a"], "answer": "B", "reason": "r"}',
+    b'{"id": "a", "answer": null, "reason": 5}',
+    b'{"id": "a", "answer": "B", "seconds": "1", "reason": []}',
+    b'{"id": "a", "answer": "B", "seconds": NaN}',
+    b'{"id": "a", "answer": "B", "finished": 1}',
+  ],
+)
+def test_lines_of_another_kind_answer_nothing(tmp_path, line):
+  records = Records(tmp_path)
+  records.claim(ABOUT)
+  for name in ("answers", "missing"):
+    (tmp_path / f"{name}-00000.jsonl").write_bytes(line + b"\n")
+  records.add([_row("b")])
+  assert records.answered().keys() == {"b"}
+  assert not records.left_out()
+
+
+@pytest.mark.parametrize(
+  ("content", "said"),
+  [
+    (tampering.POINTER, "Git-LFS pointer"),
+    (b"[" * 20_000, "nested too deep"),
+    (b"5", "is no JSON object"),
+  ],
+)
+def test_a_run_that_is_something_else(tmp_path, content, said):
+  (tmp_path / "run.json").write_bytes(content)
+  with pytest.raises(UserError, match=rf"run\.json.*{said}"):
     Records(tmp_path).about()

@@ -142,3 +142,18 @@ def test_mistakes_are_named(tmp_path):
   (tmp_path / "demo.json").write_text("[]")
   with pytest.raises(UserError, match="delete the file"):
     build.build(tmp_path, build.Options(train_videos=1))
+
+
+@pytest.mark.parametrize(
+  "name", ["../kept.txt", "/kept.txt", "a/../../kept.mp4"]
+)
+def test_a_summary_cannot_name_other_files_to_delete(tmp_path, name):
+  """Videos of other options are deleted by the names in demo.json."""
+  kept = tmp_path / "kept.txt"
+  kept.touch()
+  (tmp_path / "data" / "videos").mkdir(parents=True)
+  summary = {"options": {}, "complete": True, "videos": [name]}
+  (tmp_path / "data" / "demo.json").write_text(json.dumps(summary))
+  with pytest.raises(UserError, match=r"no summary of demo data.*videos\.0"):
+    build.build(tmp_path / "data", build.Options(train_videos=1))
+  assert kept.exists()
