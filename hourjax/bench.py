@@ -29,8 +29,9 @@ from hourjax.errors import UserError
 from hourjax.training.experiment import build_experiment
 
 _DEFAULT, _SHAPE = Options(), kernels.Options()
+DEFAULT_CONFIG = "configs/hourllava.py:size=3b,stage=3"
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Configuration file; of 3B, stage 3, by default."
+  "config", None, f"Configuration file ({DEFAULT_CONFIG})."
 )
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 _GIGABYTES = flags.DEFINE_float(
@@ -96,6 +97,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  command.run(
-    main, positional=True, config="configs/hourllava.py:size=3b,stage=3"
-  )
+  command.run(main, positional=True, config=DEFAULT_CONFIG)
