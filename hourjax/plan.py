@@ -80,7 +80,9 @@ def main(_: list[str]) -> None:
   else:
     print(report.page(best))
     if _SEARCH.value:
-      print(f"\n{report.ranking(plans)}\n\n  {report.flags(best)}")
+      print(f"\n{report.ranking(plans)}")
+    if best.fits:
+      print(f"\nthe same in training: {report.flags(best)}")
     if found is not None:
       print(f"\nfits with {' '.join(found[0].flags)}")
   sys.exit(0 if best.fits else 1)

@@ -12,6 +12,7 @@ from hourjax.planning.children import ask_child
 from hourjax.planning.topology import Topology
 from hourjax.planning.workload import Workload
 from hourjax.training.experiment import Experiment
+from hourjax.training.lowering import check_mesh
 
 LIMIT = 900  # seconds for the programs of one step
 _NEEDED = re.compile(
@@ -95,6 +96,8 @@ def compile_step(
       compiler refuses for another reason than memory.
   """
   sizes = experiment.mesh.sizes(topology.devices)
+  # As training would, and at once: the compiler takes its time.
+  check_mesh(experiment, topology.devices, topology.slices)
   outcome = ask_child(
     "hourjax.planning.child",
     {

@@ -33,7 +33,7 @@ from hourjax.training.checkpoint import Checkpoints
 from hourjax.training.experiment import Experiment
 from hourjax.training.feed import Feed, UnreadLedger
 from hourjax.training.nonfinite import NonFinite
-from hourjax.training.placing import Placing
+from hourjax.training.placing import Placing, check_rows
 from hourjax.training.preemption import Leave
 from hourjax.training.report import Report
 from hourjax.training.source import open_dataset, row_plan
@@ -75,6 +75,10 @@ def _train(experiment: Experiment, workdir: pathlib.Path, leave: Leave) -> None:
     plan = row_plan(experiment, dataset)
     rows = epoch_rows(plan, workdir)
     mesh = make_mesh(experiment.mesh)
+    check_rows(
+      mesh.shape, experiment.row_spec, experiment.batch_rows,
+      experiment.accumulate,
+    )  # fmt: skip
     placing = Placing(mesh, experiment.row_spec, experiment.batch_rows)
     check_memory(experiment.row_spec, len(placing.mine), experiment.read)
     steps = total_steps(experiment, rows["rows"])

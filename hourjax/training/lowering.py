@@ -2,14 +2,39 @@
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
+from hourjax.models.params import param_axes, param_shapes
+from hourjax.parallel.mesh import AXES
+from hourjax.parallel.rules import param_shardings
 from hourjax.training.experiment import Experiment
-from hourjax.training.placing import Placing, abstract_batch
+from hourjax.training.placing import abstract_batch, check_rows
 from hourjax.training.state import abstract_state, state_shardings
 from hourjax.training.step import Step, Sums
 
 _STEPS = 1000  # of the schedule, which changes nothing of the program
+
+
+def check_mesh(experiment: Experiment, devices: int, slices: int = 1) -> None:
+  """Refuses what cannot be split over so many devices; needs none of them.
+
+  Raises:
+    UserError: the mesh does not fill them, or does not divide rows or
+      parameters; names both values and what to give instead.
+  """
+  sizes = experiment.mesh.sizes(devices, slices)
+  _check(experiment, AbstractMesh(sizes, AXES))
+
+
+def _check(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
+  check_rows(
+    mesh.shape,
+    experiment.row_spec,
+    experiment.batch_rows,
+    experiment.accumulate,
+  )
+  model = experiment.model
+  param_shardings(mesh, param_shapes(model), param_axes(model))
 
 
 def programs(
@@ -23,7 +48,7 @@ def programs(
   Raises:
     UserError: rows or parameters cannot be split over the mesh.
   """
-  Placing(mesh, experiment.row_spec, experiment.batch_rows)
+  _check(experiment, mesh)
   state, optimizer = abstract_state(experiment, mesh, _STEPS)
   step = Step(experiment.model, optimizer, state_shardings(state))
   whole = state.step.sharding

@@ -1,5 +1,8 @@
 """Micro-batches from hosts to the devices of a mesh."""
 
+import math
+from collections.abc import Mapping
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -48,6 +51,36 @@ def abstract_batch(rows: RowSpec, count: int, mesh: Mesh) -> Batch:
   )
 
 
+def check_rows(
+  sizes: Mapping[str, int], rows: RowSpec, count: int, accumulate: int = 1
+) -> None:
+  """Refuses rows that a mesh cannot share.
+
+  The one check of `train` and of `plan`, which needs no devices.
+
+  Args:
+    sizes: of the mesh, by axis.
+    rows: capacities.
+    count: rows of a micro-batch, on all hosts together.
+    accumulate: micro-batches in a step.
+
+  Raises:
+    UserError: they cannot be split; names both values and what to give instead.
+  """
+  groups = _devices(sizes, "rows")
+  if count % groups:
+    fitting = max(1, round(count / groups)) * groups
+    times = max(1, round(count * accumulate / fitting))
+    raise UserError(
+      f"config.batch_rows={count} cannot be split over {groups} groups of"
+      f" devices (data={sizes['data']} x fsdp={sizes['fsdp']}); give"
+      f" --config.batch_rows={fitting} --config.accumulate={times}"
+      f" ({fitting * times} rows a step instead of {count * accumulate}), or"
+      " make config.mesh.seq or tensor larger and fsdp smaller"
+    )
+  check_dealing(rows, _devices(sizes, "memory"))
+
+
 class Placing:
   """Puts this host's rows of micro-batches on its devices.
 
@@ -69,15 +102,8 @@ class Placing:
     Raises:
       UserError: they cannot be split over the mesh; names both values.
     """
-    groups = _devices(mesh, "rows")
-    if count % groups:
-      raise UserError(
-        f"config.batch_rows={count} cannot be split over {groups} groups of"
-        f" devices (data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']});"
-        f" make it a multiple of {groups}, or seq or tensor larger"
-      )
-    self._sharing = _devices(mesh, "memory")
-    check_dealing(rows, self._sharing)
+    check_rows(mesh.shape, rows, count)
+    self._sharing = _devices(mesh.shape, "memory")
     self._rows, self._count = rows, count
     self._shardings = batch_shardings(mesh)
     places = self._shardings.target.addressable_devices_indices_map((count,))
@@ -110,5 +136,5 @@ class Placing:
     return slice(first, first + len(wanted))
 
 
-def _devices(mesh: Mesh, axis: str) -> int:
-  return int(np.prod([mesh.shape[name] for name in RULES[axis]]))
+def _devices(sizes: Mapping[str, int], axis: str) -> int:
+  return math.prod(sizes[name] for name in RULES[axis])

@@ -1,0 +1,158 @@
+"""Meshes that documents and commands show are meshes that training takes."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from configs import demo, hourllava
+from hourjax.errors import UserError
+from hourjax.planning import report
+from hourjax.planning.step import compile_step
+from hourjax.planning.topology import parse_topology
+from hourjax.planning.workload import make_workload
+from hourjax.training.experiment import build_experiment
+from hourjax.training.lowering import check_mesh
+from tests.planning import examples
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = (
+  "README.md", "WORKSPACE.md", "hourjax/**/*.py", "configs/*.py",
+  "launch/**/*.py", "launch/**/*.sh", "hourjax/**/README.md",
+)  # fmt: skip
+CONFIGS = {"configs/hourllava.py": hourllava, "configs/demo.py": demo}
+ACCELERATORS = {"v5litepod": 1, "v6e": 1, "v5p": 2}  # what N counts per chip
+
+
+def _texts():
+  """Documents, and docstrings of code, by where they stand."""
+  for pattern in DOCUMENTS:
+    for path in sorted(ROOT.glob(pattern)):
+      text = path.read_text()
+      if path.suffix == ".py":
+        tree = ast.parse(text)
+        nodes = (ast.Module, ast.FunctionDef, ast.ClassDef)
+        text = "\n\n".join(
+          ast.get_docstring(node) or ""
+          for node in ast.walk(tree)
+          if isinstance(node, nodes)
+        )
+      yield path.relative_to(ROOT), text
+
+
+def _shown():
+  """(place, options) of every command or code span that sets a mesh."""
+  for path, text in _texts():
+    fenced = re.findall(r"^```.*?^```", text, re.M | re.S)
+    rest = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    spans = re.findall(r"`([^`]+)`", rest)
+    blocks = [*fenced, *(rest.split("\n\n") if path.suffix != ".md" else [])]
+    lines = [
+      line
+      for block in blocks
+      for line in re.sub(r"\\\n\s*", " ", block).splitlines()
+    ]
+    for line in [*lines, *(" ".join(span.split()) for span in spans)]:
+      options = re.findall(r"--([\w.]+)=([^\s`'\"]+)", line)
+      if any(name.startswith("config.mesh.") for name, _ in options):
+        yield f"{path}: {line.strip()}", dict(options)
+
+
+SHOWN = list(_shown())
+
+
+def _experiment(options):
+  path, _, argument = options.get(
+    "config", "configs/hourllava.py:size=3b,stage=3"
+  ).partition(":")
+  config = CONFIGS[path].get_config(argument or None)
+  changes = {
+    name.removeprefix("config."): value
+    for name, value in options.items()
+    if name.startswith("config.")
+  }
+  flat = dict(_flat(config.to_dict()))
+  config.update_from_flattened_dict(
+    {name: type(flat[name])(value) for name, value in changes.items()}
+  )
+  return build_experiment(config.to_dict())
+
+
+def _flat(values, prefix=""):
+  for key, value in values.items():
+    if isinstance(value, dict):
+      yield from _flat(value, f"{prefix}{key}.")
+    else:
+      yield f"{prefix}{key}", value
+
+
+def _devices(options, mesh):
+  if "topology" in options:
+    return parse_topology(options["topology"]).devices
+  if "accelerator" in options:
+    family, _, number = options["accelerator"].partition("-")
+    return int(number) // ACCELERATORS[family]
+  sizes = (mesh.data, mesh.fsdp, mesh.seq, mesh.tensor)
+  product = 1
+  for size in sizes:
+    product *= max(size, 1)
+  return product
+
+
+def test_they_are_found():
+  places = {place.partition(":")[0] for place, _ in SHOWN}
+  assert places >= {"README.md", "WORKSPACE.md", "hourjax/plan.py"}
+
+
+@pytest.mark.parametrize("options", [x for _, x in SHOWN],
+                         ids=[place for place, _ in SHOWN])  # fmt: skip
+def test_a_mesh_that_is_shown_is_taken(options):
+  experiment = _experiment(options)
+  slices = int(options.get("num_slices", 1))
+  devices = _devices(options, experiment.mesh) * slices
+  check_mesh(experiment, devices, slices)
+
+
+def test_plan_refuses_what_training_would_and_says_what_it_takes():
+  given = {"config.mesh.fsdp": 64, "config.mesh.seq": 4}
+  topology = parse_topology("v5e:16x16")
+  experiment = _experiment(given)
+  with pytest.raises(UserError) as error:
+    compile_step(experiment, topology, make_workload(experiment, "full"))
+  said = str(error.value)
+  assert said.startswith("config.batch_rows=16 cannot be split over 64 groups")
+  remedy = dict(re.findall(r"--([\w.]+)=(\d+)", said))
+  assert remedy == {"config.batch_rows": "64", "config.accumulate": "1"}
+  assert "(64 rows a step instead of 48)" in said
+  check_mesh(_experiment(given | remedy), topology.devices)
+
+
+@pytest.mark.parametrize(
+  "mesh, said",
+  [
+    ({"fsdp": 256}, "--config.batch_rows=256 --config.accumulate=1"),
+    ({"fsdp": 6, "seq": 1}, "--config.batch_rows=18 --config.accumulate=3"),
+    ({"fsdp": 8, "seq": 24}, "config.mesh.seq=24 cannot share rows"),
+    ({"fsdp": 5, "seq": 5}, "choose sizes whose product is 192"),
+  ],
+)
+def test_other_meshes_that_do_not_fit(mesh, said):
+  options = {f"config.mesh.{axis}": size for axis, size in mesh.items()}
+  devices = mesh["fsdp"] * mesh.get("seq", 1) if mesh["fsdp"] != 5 else 192
+  with pytest.raises(UserError, match=re.escape(said)):
+    check_mesh(_experiment(options), devices)
+
+
+def test_parameters_that_a_mesh_does_not_divide():
+  options = {"config.mesh.fsdp": 160, "config.batch_rows": 160}
+  with pytest.raises(UserError, match=r"does not divide .* parameters"):
+    check_mesh(_experiment(options), 160)
+
+
+def test_flags_that_plan_prints_are_taken():
+  found = examples.experiment(mesh={"fsdp": 64, "seq": 4}, batch_rows=64)
+  plan = examples.plan_by_formulas(found, "v5e:16x16", "full")
+  options = dict(re.findall(r"--([\w.]+)=(\S+)", report.flags(plan)))
+  assert {"config.batch_rows", "config.accumulate"} <= set(options)
+  check_mesh(_experiment(options), plan.topology.devices)
