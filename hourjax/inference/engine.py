@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,9 @@ class _Layers:
 
   @contextlib.contextmanager
   def shown(self, layers: int) -> Iterator[None]:
-    with progress.bar(layers, unit="layer", desc="the question") as self._bar:
+    with progress.bar(
+      layers, unit="layer", desc="reading the question"
+    ) as self._bar:
       try:
         yield
       finally:
@@ -118,6 +121,7 @@ class Engine:
       for path, value in params.items()
     }
     self._given = as_bits(self.params, config)
+    self._compiled: set[tuple] = set()
     numbers = sum(value.size for value in self.params.values())
     cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
     self.slow = cpu and numbers >= _SLOW
@@ -152,7 +156,7 @@ class Engine:
       )
     )
     batch = stack_rows([build_row([sample], spec)])
-    with jax.set_mesh(self.mesh), _compiling("the memory"):
+    with jax.set_mesh(self.mesh), self._compiling("the memory", spec):
       arrays = steps.remember(
         self._given, self._placed(batch, spec), config=self.config
       )
@@ -202,7 +206,7 @@ class Engine:
     length[: len(layouts)] = lengths
     last[: len(layouts)] = [layout.decoder_token[-1] for layout in layouts]
     told = _LAYERS if self.slow else None
-    with jax.set_mesh(self.mesh), self._layers(known.arrays is not None):
+    with jax.set_mesh(self.mesh), self._layers(known.arrays is not None, spec):
       augmented, shares = None, None
       if known.arrays is not None:
         augmented, shares = steps.recall(
@@ -247,7 +251,8 @@ class Engine:
     tokens: int,
   ) -> steps.Writing:
     """Up to so many tokens more; see `steps.write`."""
-    with jax.set_mesh(self.mesh), _compiling("the answer"):
+    shapes = writing.cache.k.shape, writing.written.shape
+    with jax.set_mesh(self.mesh), self._compiling("the answer", shapes):
       return steps.write(
         self._given,
         writing,
@@ -272,7 +277,8 @@ class Engine:
     writing = _grown(writing, rounded(needed), rounded(room, 16))
     padded = np.zeros((1, rounded(len(tokens), 32)), np.int32)
     padded[0, : len(tokens)] = tokens
-    with jax.set_mesh(self.mesh), _compiling("the next turn"):
+    shapes = writing.cache.k.shape, padded.shape
+    with jax.set_mesh(self.mesh), self._compiling("the next turn", shapes):
       return steps.extend(
         self._given,
         writing,
@@ -281,10 +287,17 @@ class Engine:
         config=self.config,
       )
 
-  def _layers(self, memory: bool):
+  def _compiling(self, what: str, shapes: Any):
+    """Says so if it takes long; what has run once does not compile again."""
+    if (what, shapes) in self._compiled:
+      return contextlib.nullcontext()
+    self._compiled.add((what, shapes))
+    return progress.said_if_slow(f"compiling the model for {what}")
+
+  def _layers(self, memory: bool, spec: RowSpec):
     """Tells of the layers of a prompt, or only that they are compiled."""
     if not self.slow:
-      return _compiling("the question")
+      return self._compiling("the question", spec)
     config = self.config
     return _LAYERS.shown(config.decoder.layers + memory * config.memaug_layers)
 
@@ -310,10 +323,6 @@ class Engine:
     padded = np.full((1, rounded(len(queries))), -1, np.int32)
     padded[0, : len(queries)] = places
     return jnp.asarray(padded)
-
-
-def _compiling(what: str):
-  return progress.said_if_slow(f"compiling the model for {what}")
 
 
 def check_mesh(mesh: Mesh, config: ModelConfig) -> None:

@@ -113,10 +113,7 @@ def read_entries(
       if shardings is None:
         params[path] = read(tuple(slice(None) for _ in shapes[path]))
       else:
-        # Devices that hold the same part share what was read.
-        params[path] = jax.make_array_from_callback(
-          shapes[path], shardings[path], _remembering(read)
-        )
+        params[path] = _placed(read, shapes[path], shardings[path])
   return params
 
 
@@ -163,17 +160,32 @@ def _read_rows(reader, name, entry, part, target, bounds) -> None:
       target[where] = entry.turned(block)[columns]
 
 
-def _remembering(read: Callable) -> Callable:
-  """`read`, of equal parts once."""
-  known = {}
+def _placed(read: Callable, shape, sharding) -> jax.Array:
+  """A parameter on its devices, of which this process reads its part once.
 
-  def remembered(index):
-    key = tuple((s.start, s.stop) for s in index)
-    if key not in known:
-      known[key] = read(index)
-    return known[key]
+  A device that holds all that is read uses it where it is.
+  """
+  parts = sharding.addressable_devices_indices_map(tuple(shape)).values()
+  bounds = [
+    [s.indices(size)[:2] for s, size in zip(part, shape, strict=True)]
+    for part in parts
+  ]
+  hull = [
+    (min(start for start, _ in axis), max(stop for _, stop in axis))
+    for axis in zip(*bounds, strict=True)
+  ]
+  values = read(tuple(slice(*bound) for bound in hull))
 
-  return remembered
+  def part_of(index):
+    cut = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
+    return values[
+      tuple(
+        slice(start - first, stop - first)
+        for (start, stop), (first, _) in zip(cut, hull, strict=True)
+      )
+    ]
+
+  return jax.make_array_from_callback(tuple(shape), sharding, part_of)
 
 
 class _Telling:

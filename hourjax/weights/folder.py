@@ -183,8 +183,8 @@ def _without_index(folder: pathlib.Path) -> list[pathlib.Path]:
       lacking = [name for name in wanted if not (folder / name).exists()]
       if lacking:
         raise UserError(
-          f"{folder} lacks {shortened(lacking)} of {int(count)} shards; copy the"
-          " missing shards"
+          f"{folder} lacks {shortened(lacking)} of {int(count)} shards; copy"
+          " the missing shards"
         )
   return files
 

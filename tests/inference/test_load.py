@@ -1,10 +1,13 @@
 """Models from disk, and asking them by the command."""
 
+import dataclasses
+import json
 import pathlib
 import shutil
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,10 +15,16 @@ from PIL import Image
 
 import hourjax
 from hourjax.data.frame_rules import extraction_frames
+from hourjax.data.pipeline import ReadOptions
+from hourjax.data.rows import Size
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.video import probe
 from hourjax.errors import UserError
-from hourjax.weights.checkpoint import save_params
+from hourjax.models.params import init_params, narrow_dtype, param_shapes
+from hourjax.parallel.mesh import MeshConfig
+from hourjax.training.checkpoint import Checkpoints
+from hourjax.training.step import TrainState
+from hourjax.weights.checkpoint import load_params, save_params
 from tests import videos
 from tests.inference import models
 from tests.training import runs
@@ -51,6 +60,62 @@ def test_a_published_folder(folder, model):
   assert hourjax.load(folder).name == model.name
   text = model.read().ask(QUESTION, max_tokens=4).text
   assert isinstance(text, str)
+
+
+def test_a_published_folder_is_read_once_as_it_is_used(folder, model):
+  """In the dtype it is used in, stacks and all."""
+  for path, value in model.engine.params.items():
+    assert value.dtype == narrow_dtype(path, model.config)
+  kernels = [p for p in model.engine.params if p.endswith("kernel")]
+  assert model.config.dtype == "bfloat16" and kernels
+  params = load_params(folder, model.config, param_shapes(model.config))
+  for path, value in params.items():
+    narrow = value.astype(narrow_dtype(path, model.config))
+    np.testing.assert_array_equal(model.engine.params[path], narrow)
+
+
+def test_mistakes_are_told_before_weights_are_read(folder, tmp_path):
+  shutil.copytree(folder, tmp_path / "model")
+  (weights,) = (tmp_path / "model").glob("*.safetensors")
+  weights.write_text("damaged")
+  with pytest.raises(UserError, match="the tokenizer of"):
+    hourjax.load(tmp_path / "model", tokenizer=tmp_path / "nothing")
+  with pytest.raises(UserError, match="KV heads cannot be split"):
+    hourjax.load(tmp_path / "model", mesh=MeshConfig(fsdp=1, tensor=3))
+  with pytest.raises(UserError, match="not a readable safetensors"):
+    hourjax.load(tmp_path / "model")
+
+
+def test_weights_of_a_run_that_are_not_finite(tmp_path):
+  """Its checkpoint is sound: it says what was trained."""
+  config = dataclasses.asdict(models.CONFIG)
+  raw = run_of(config)
+  models.tokenizer(tmp_path / "words")
+  raw["data"] = {"tokenizer": str(tmp_path / "words")}
+  params = dict(init_params(models.CONFIG, 3))
+  name = "decoder/layers/layers/gate/kernel"
+  for number in (0.5, np.nan):
+    params[name] = params[name].at[1, 2, 3].set(number)
+    run = tmp_path / str(number)
+    made = Checkpoints(run)
+    made.save(TrainState(jnp.int32(1), params, {}, ()), 1, "plan", raw)
+    made.finish()
+    made.close()
+    (run / "config.json").write_text(json.dumps(raw))
+    if np.isfinite(number):
+      got = hourjax.load(run).engine.params
+      assert float(got[name][1, 2, 3]) == 0.5
+      assert got.keys() == params.keys()
+  with pytest.raises(UserError, match=rf"{name} .* that are not finite"):
+    hourjax.load(run)
+
+
+def run_of(model: dict) -> dict:
+  """A run's configuration of a model."""
+  read = dataclasses.asdict(ReadOptions())
+  rows = dataclasses.asdict(Size())
+  parts = {"forgetting": {}, "data": {}, "optimizer": {}}
+  return {"model": model, "rows": rows, "read": read, **parts}
 
 
 def test_the_name_tells_weights_apart(folder, tmp_path):

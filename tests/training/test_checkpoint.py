@@ -73,6 +73,50 @@ def test_state_position_and_what_it_was_made_with(sound):
   assert _equal(found.params, {**_state(6).frozen, **_state(6).trained})
 
 
+def test_parameters_are_restored_in_parts(sound, monkeypatch):
+  """Each is verified and handed over before the next part is read."""
+  read = saved.read_arrays
+  sizes, order = [], []
+
+  def reading(folder, step, like):
+    sizes.append(sum(len(group) for group in like.values()))
+    return read(folder, step, like)
+
+  def each(path, value):
+    order.append((len(sizes), path))
+    return np.asarray(value, np.float32)
+
+  monkeypatch.setattr(saved, "read_arrays", reading)
+  monkeypatch.setattr(saved, "_PART", 1)
+  found = restore_params(sound, each=each)
+  assert sizes == [1, 1, 1]
+  assert [number for number, _ in order] == [1, 2, 3]
+  expected = {**_state(6).frozen, **_state(6).trained}
+  assert set(found.params) == set(expected) == {path for _, path in order}
+  for path, value in expected.items():
+    assert isinstance(found.params[path], np.ndarray)
+    np.testing.assert_array_equal(found.params[path], value)
+  sizes.clear()
+  monkeypatch.setattr(saved, "_PART", 10**9)
+  assert _equal(restore_params(sound).params, expected) and sizes == [3]
+
+
+def test_a_damaged_part_costs_the_whole_checkpoint(workdir, monkeypatch):
+  """No parameter of another step stays beside those of the one before."""
+  monkeypatch.setattr(saved, "_PART", 1)
+  sums = saved.verify
+
+  def verify(tree, about):
+    if about["step"] == 6 and "memaug/a/kernel" in tree.get("trained", {}):
+      raise saved.Damaged("told so")
+    sums(tree, about)
+
+  monkeypatch.setattr(saved, "verify", verify)
+  found = restore_params(workdir)
+  assert found.step == 3
+  assert _equal(found.params, {**_state(3).frozen, **_state(3).trained})
+
+
 def test_shapes_are_enough_to_restore(sound):
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   like = jax.tree.map(

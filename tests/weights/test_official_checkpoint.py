@@ -293,19 +293,22 @@ LARGE = ModelConfig(
 
 
 @pytest.mark.slow
-def test_loading_takes_the_result_and_two_tensors_more(tmp_path):
-  """Of allocated memory; mapped pages of the files are the system's to drop."""
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_loading_takes_the_result_and_a_tensor_more(tmp_path, dtype):
+  """Of memory that is allocated; the files are not mapped."""
   shapes = param_shapes(LARGE)
   params = {path: np.ones(shape, np.float32) for path, shape in shapes.items()}
   save_params(params, LARGE, tmp_path, shard_bytes=60 * 2**20)
-  result = sum(value.nbytes for value in params.values())
+  result = sum(value.size for value in params.values())
+  result *= np.dtype(dtype).itemsize
   largest = params["decoder/embedding"].nbytes
-  assert result > 200 * 2**20 > 10 * largest
+  assert result > 100 * 2**20 > 5 * largest
   del params
 
   tracemalloc.start()
-  loaded = load_params(tmp_path, LARGE, shapes)
+  loaded = load_params(tmp_path, LARGE, shapes, dtype=dtype)
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
   assert sum(value.nbytes for value in loaded.values()) == result
-  assert result + largest <= peak < result + 2 * largest + 2**20
+  threads = 4  # each with a block as read and as cast
+  assert result <= peak < result + threads * 2 * largest

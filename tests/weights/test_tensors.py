@@ -2,7 +2,10 @@
 
 import json
 import os
+import pathlib
 import struct
+import subprocess
+import sys
 
 import jax
 import ml_dtypes
@@ -213,3 +216,22 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
       for name in reader.names():
         rows = reader[name].shape[0]
         list(reader.rows(name, 0, rows, np.dtype(np.float32)))
+
+
+@pytest.mark.slow
+def test_several_devices_read_their_parts(tmp_path):
+  """And what several of them hold, this process reads once."""
+  folders.save(tmp_path)
+  done = subprocess.run(
+    [sys.executable, "-m", "tests.weights.split", str(tmp_path)],
+    capture_output=True,
+    text=True,
+    timeout=300,
+    cwd=pathlib.Path(__file__).parents[2],
+  )
+  assert not done.returncode, done.stderr
+  figures = json.loads(done.stdout)
+  assert figures["devices"] == 4
+  for on in figures["on"]:
+    assert on["split"] > 20
+    assert on["read"] == figures["total"]
