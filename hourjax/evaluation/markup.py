@@ -38,7 +38,8 @@ _ANSWER = re.compile(
   r"<(answer|final_answer|final|conclusion|choice|option|result)>(.*?)"
   r"(?:</\1>|$)"
   r"|<\|begin_of_(box|solution)\|>(.*?)(?:<\|end_of_\3\|>|$)"
-  r"|\\(?:boxed|fbox)\b",
+  # Backslashes get lost: "\b" is a control character elsewhere.
+  r"|\\(?:boxed|fbox)\b|\x08?\b(?:boxed|oxed|fbox)(?=\{)",
   re.IGNORECASE | re.DOTALL,
 )
 _KEY = re.compile(
@@ -73,7 +74,7 @@ def contained(text: str) -> list[str]:
   for match in _ANSWER.finditer(text):
     if match.start() < end:
       continue  # inside of the one before
-    if match[0].startswith("\\"):
+    if not match[0].startswith("<"):
       inside, end = _braced(text, match.end())
     else:
       inside, end = match[2] or match[4] or "", match.end()
@@ -138,6 +139,7 @@ _MARKUP = tuple(
     (r"</?\w+(?: [^<>]*)?/?>", " "),
     (r"\\n(?![a-z])", "\n"),  # a newline spelt out
     (r"\\([%&#$_])", r"\1"),
+    (r"\\(?:text)?color *\{[^{}]*\}", " "),
     (r"\\[()\[\],;!]", " "),
     (r"\\[A-Za-z]+", " "),  # LaTeX's commands
     # Bold within a word leaves it whole: "**B**lue" is no "B".
@@ -147,6 +149,7 @@ _MARKUP = tuple(
     (r"`", ""),
     (r"[*#$|{}\"“”]|(?<!\w)'|'(?!\w)", " "),
     (r"^[ \t]*(?:[>•·+-][ \t]*)+(?=[(A-Za-z])", ""),  # quotes and lists
+    (r"^[ \t]*\[[xX✓✔]\]", ""),  # a box that is ticked
     (rf"(?<=[{_CJK}])(?=[A-Za-z(])|(?<=[A-Za-z)])(?=[{_CJK}])", " "),
     (r"[\ue000-\uf8ff]", " "),  # `parsing` writes options as such
     (r"[^\S\n]+", " "),

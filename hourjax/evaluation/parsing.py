@@ -141,7 +141,7 @@ def _counted(text: str, symbols: str) -> str:
 
 # "U.S." and "1.5" are no symbols.
 _APART = r"(?!['’\w+]|[-–]\w|\.\w\b)"
-_BARE = r"(?<![\w'’.-])"
+_BARE = r"(?<![\w'’.–-])"
 _OPTION = r"[\ue000-\ue0ff]"  # an option's text, written as one character
 _SYMBOL = {
   False: rf"[(\[]\s*([A-Za-z])\s*[)\]]|{_BARE}([A-Za-z]){_APART}",
@@ -193,12 +193,15 @@ class _Reader:
 
   def _verbatim(self, text: str) -> str | None:
     """The option with exactly this text; "" if it is one of several."""
-    key = _key(text)
-    found = [i for i, o in enumerate(self._options) if key and _key(o) == key]
-    if not found:
+    if not _key(text):
       return None
-    exact = [i for i in found if markup.clean(self._options[i]) == text]
-    return self._one(exact or found)
+    found: list[int] = []
+    # "The US" is rather the option "the US" than the option "US".
+    for form in (markup.clean, lambda o: markup.clean(o).lower(), _key):
+      found = [i for i, o in enumerate(self._options) if form(o) == form(text)]
+      if found and (told := self._one(found)):
+        return told
+    return "" if found else None
 
   def _one(self, found: Sequence[int]) -> str:
     same = len(found) == len(same_text(self._options, found[0]))
@@ -343,9 +346,10 @@ class _Reader:
     alone = phrases.ALONE.search(before)
     if phrases.ABBREVIATED.search(before):
       alone = None
-    if alone and not texted and phrases.LAST.match(after):
+    maybe = phrases.MAYBE.search(before)
+    if alone and not (texted or maybe) and phrases.LAST.match(after):
       return _first_or_second(before)  # a line of its own, or its last clause
-    named = phrases.NAMED.search(before) or phrases.MAYBE.search(before)
+    named = phrases.NAMED.search(before) or maybe
     starts = alone and phrases.ENDS.match(follows)
     return 3 if labelled or named or starts else 5
 

@@ -20,9 +20,10 @@ def _words(words: str) -> str:
 NOUN = (
   r"(?:\b(?:letter|"
   + _words(
-    "answer option choice selection pick ans sentence caption description"
+    "answer option choice selection pick guess ans sentence caption description"
     " statement response respuesta opci[oó]n r[eé]ponse antwort resposta"
-    " op[cç][aã]o risposta opzione odpowied[zź] ответ вариант đáp_án"
+    " op[cç][aã]o risposta opzione antwoord svaret jawaban(?:nya)? cevap"
+    " odpowied[zź] ответ вариант đáp_án câu_trả_lời_đúng الإجابة الجواب"
   )
   + ")\\b|"
   + _words("答案 选项 選項 答え 正解 回答 정답 답 옵션")
@@ -38,17 +39,20 @@ _SURELY = rf"""(?:\s*\b(?:{
   )
 })\b|\s*(?:应该|應該))?"""
 _IS = rf"""(?:(?:\b(?:{
-  _words("is was would_be should_be must_be will_be are es est ist é è sería")
+  _words(
+    "is was would_be should_be must_be will_be are seems_to_be appears_to_be es"
+    " est ist lautet é_a é è sería är adalah là هي هو"
+  )
 })\b|=|->|→|⇒|:|\s[-–—]\s|{
   _words("是 为 為 は 은 는 이 选 選 就是 应该是 應該是 应为 應為 应选 應選")
 })\s*:?)"""
-_I = r"""(?:\b(?:i|we)(?:['’](?:d|ll|ve|m))?
+_I = r"""(?:\b(?:i|we|let['’]?s)(?:['’](?:d|ll|ve|m))?
     (?:\s+(?:would|will|have|must|should|am|can|do|had|to|say))*
   |(?:^|[.,:;!\n])\s*(?:so|thus|therefore|hence)?,?)\s*(?:\w+ly\s+)?"""
 _CHOOSE = _words(
   "choose chose chosen choosing pick picked select selected guess believe think"
-  " say conclude go_with going_with went_with opt_for opted_for settle_on"
-  " vote_for answer_with"
+  " say conclude go_with go_for going_with went_with opt_for opted_for"
+  " settle_on vote vote_for answer_with"
 )
 _MATCHES = r"""\b(?:this|that|which|it|evidence)\s+(?:\w+ly\s+)?
     (?:corresponds?\s+to|matches|points?\s+to|leads?\s+to|indicates|suggests)"""
@@ -62,6 +66,7 @@ _ITS_NAME = rf"\s*:?\s*(?:{_ADJECTIVE})*(?:{NOUN}\s*:?\s*)?[(\[]?\s*$"
 STATED = _regex(rf"""(?:
     {NOUN}\s*(?:\([^()\n]*\)\s*|\b(?:correcta|correcte|correta|corretta)\s+)?
       {_IS}{_SURELY}
+    | \b(?:answer|option|choice)\s[^.,:;!?\n]{{1,60}}?\bis{_SURELY}
     | {_I}\b(?:{_CHOOSE})\b(?:\s+that)?(?:\s*{_IT})?{_SURELY}
     | {_MATCHES} | {_IT}{_SURELY}
     | \b(?:elijo|choisis|wähle)\b | (?:{
@@ -74,7 +79,8 @@ FINAL = _regex(r"""(?:\bfinal\s+(?:answer|choice|option|decision)
     |\bin\s+conclusion\b|最终答案|最終答案)[^.\n]{0,24}$""")
 # Before: it may be.
 MAYBE = _regex(
-  rf"\b(?:could|might|may|can)\s+(?:well\s+|also\s+)?be{_SURELY}{_ITS_NAME}"
+  rf"(?:\b(?:could|might|may|can)\s+(?:well\s+|also\s+)?be{_SURELY}"
+  rf"|\b(?:maybe|perhaps|possibly)\b,?){_ITS_NAME}"
 )
 # Before: "option", so that the name is no word: "Caption A shows it". After
 # "caption: " it may be: "caption: A man".
@@ -90,18 +96,21 @@ NOT = _regex(rf"""(?:
       (?:(?!(?:but|so|because|since|although|though)\b)\w+\s+){{0,3}}
     | \b(?:neither|nor|than|except|unlike|without|instead\s+of|excluding
       |eliminat\w+|exclud\w+|reject\w*|rul\w+\s+out|dismiss\w*|discard\w*)\s+
-    | {_words("不是 不选 不選 并非 排除 不会是 不可能是")}
+    | 不(?:应|應|该|該|会|能|可能)*(?:是|为|选|選|选择|選擇) | 并非 | 排除
   )\s*(?:the\s+)?(?:{NOUN}\s*:?\s*)?[(\[]?\s*$""")
 # Before: it starts a clause, or the clause says nothing else: "So it must be".
-ALONE = _regex(rf"""(?:^|[\n.,:;!?–—→⇒…>)]|\s-)\s*(?:(?:(?:{
-  _words(
-    "so thus hence therefore then finally definitely clearly obviously probably"
-    " certainly surely sure likely most maybe perhaps well ok okay yes no hmm"
-    " oh and but rather just simply only indeed again i['’]m it['’]s it is must"
-    " be that would the answer final correct best my here"
-  )
-})\b
-  |因此|所以|故|那么|[^\w\s(\[\ue000-\ue0ff])\s*)*[(\[]?\s*$""")
+_FILLERS = _words(
+  "so thus hence therefore finally definitely clearly obviously probably"
+  " certainly surely sure likely most maybe perhaps possibly absolutely well ok"
+  r" okay yes yeah yep no(?=\s*[,.!—–-]) hmm oh of_course and but rather just"
+  " simply only indeed again i['’]m it['’]s it is must be that this means makes"
+  " would the answer final correct best my here"
+)
+ALONE = _regex(
+  rf"""(?:^|[\n.,:;!?–—→⇒…>)]|\s-)\s*
+    (?:(?:(?:{_FILLERS})\b|因此|所以|故|那么|[^\w\s(\[\ue000-\ue0ff])\s*)*
+    [(\[]?\s*$"""
+)
 # Before: "e.g. b" and "Dr. B" are no clauses.
 ABBREVIATED = _regex(r"\b(?:mrs?|ms|dr|st|prof|vs|cf|e\.g|i\.e|fig)\.\s*$")
 # Before: a condition, unless it is only the wish to answer.
@@ -111,14 +120,15 @@ FORCED = _regex(r"""\bif\s+(?:i|we|you|one)?\s*(?:had|have|must|need|were|was
 # Before an option's text: "The video shows" a blue car.
 SHOWN = _regex(rf"""(?:^|[.!?\n:,]\s*)(?:(?:in|based\s+on|from|according\s+to)
     \s+the\s+\w+,?\s+)?(?:it|this|that|there|he|she|they|i|we
-      |the\s+(?:video|clip|scene|frame|image|man|woman|person|object|footage))
+      |the\s+\w+(?:\s+\w+)?)
     (?:['’]s|\s+(?:clearly\s+)?(?:is|are|was|were|has|have|shows?|showed|see
       |depicts?|displays?|features?|contains?|can\s+see|presents?))
     (?:\s+showing)?\s+(?:{NOUN}\s+)?$""")
 
 # After: it is called the answer.
 RIGHT = _regex(r"""[\s.)\]:,]*(?:
-    (?:\b(?:is|was|would\s+be|seems|looks|must\s+be|should\s+be)\s+
+    (?:\b(?:is|was|would\s+be|(?:seems|looks|appears)(?:\s+to\s+be)?
+        |must\s+be|should\s+be)\s+
       (?:definitely\s+|clearly\s+|probably\s+|indeed\s+)?
       (?:the\s+|my\s+|a\s+)?(?:most\s+|only\s+)?
       (?:correct|right|best|true|accurate|appropriate|suitable|fitting|answer
@@ -126,7 +136,10 @@ RIGHT = _regex(r"""[\s.)\]:,]*(?:
     | \b(?:fits|matches|describes\s+\w+)\s+best\b | \b(?:es|est|ist|é|è)\s+
       (?:la\s+|le\s+|a\s+)?(?:correct|richtig|bonne|juste|corr)\w*
     | (?:项|項)?\s*(?:是|最)?\s*(?:正确|正確|对|對|合适|准确)
-    | が正しい | が正解)""")
+    | が正しい | が正解)
+  | [ )\]]*\b(?:the|my)\s+(?:most\s+)?(?:correct|right|best|final|likely)?\s*
+    (?:answer|option|choice)\b  # "makes B the answer"
+  """)
 # After: it is denied.
 WRONG = _regex(r"""[\s.)\]:,]*(?:
     \b(?:is|are|was|were)(?:n['’]t|\s+(?:all\s+|both\s+|clearly\s+)?
@@ -146,16 +159,17 @@ ONLY_IF = _regex(r"\W*\b(?:only\s+)?(?:if|unless)\b")
 _JOINS = rf"""(?:{
   _words(
     "because since as for which is was and or but due given seems looks would"
-    " must should here"
+    " appears must should here i_think i_guess i_believe i_would"
   )
 })\b"""
-ENDS = _regex(rf"\s*(?:[.,:;!?)\]/&\n…]|[-–—]\s|$)|\s+{_JOINS}")
+ENDS = _regex(rf"\s*(?:[.,:;!?)\]/&\n…→⇒<>=+]|[-–—]\s|$)|\s+{_JOINS}")
 # After a letter that opens the answer without a mark: "B The car drives", but
 # not "C major".
 GOES_ON = re.compile(
   rf"""\s+(?:{_JOINS}|(?:{
     _words(
-      "shows matches fits describes best better rather instead over not The An?"
+      "shows matches fits describes best better rather instead over not"
+      " obviously probably definitely clearly certainly surely likely The An?"
       " It Its This That There In At On He She His Her They We Because Since As"
       " When Based Explanation Reason"
     )
@@ -167,8 +181,9 @@ GOES_ON = re.compile(
 # Between two names: they are listed; or the one is not said without the other,
 # as in "A. B" and "A -> B".
 LIST = _regex(
-  rf"""[ ]?[)\]]?\s*(?:[,/&+]|\b(?:and|or|nor)\b|和|或者?|与|與|及)+\s*
-    (?:(?:and|or|nor|maybe|perhaps)\s+)*(?:the\s+)?
+  rf"""[ ]?[)\]]?\s*
+    (?:[,/&+]|\b(?:and|or|nor|as\s+well\s+as|plus)\b|和|或者?|与|與|及)+\s*
+    (?:(?:and|or|nor|maybe|perhaps|possibly|also|even)\s+)*(?:the\s+)?
     (?:{NOUN}\s+)?[(\[]?\s* | [)\]]?[ ]*[(\[]?"""
 )
 NEXT = re.compile(r"[ .):;(\]\[…→⇒>–—-]*")
@@ -177,8 +192,10 @@ NEXT = re.compile(r"[ .):;(\]\[…→⇒>–—-]*")
 # answer follows.
 CORRECTION = _regex(r"""(?P<hard>
     \bwait(?=\s*[,.!?…—:-]|\s+(?:no|a\s|i\b|let)|\s*$) | \bscratch\s+that
-    | \bon\s+second\s+thou?ght | \bcorrection\s*[:,—-]
+    | \bhold\s+on(?=\s*[,.!…—-]) | \bon\s+second\s+thou?ght
+    | \bcorrection\s*[:,—-]
     | \blet\s+me\s+(?:re-?\s?\w+|correct|think|check)
     | \bi\s+(?:made\s+a\s+mistake|was\s+wrong|misread|take\s+(?:that|it)\s+back)
     | 等等|等一下|不对，|更正)
-  | \bactually\s*[,:] | \bsorry\s*[,.:] | \bmy\s+mistake | \bi\s+mean\b\s*,?""")
+  | \bactually\s*[,:] | \bsorry\s*[,.:] | \bmy\s+mistake | \bi\s+meant?\b\s*,?
+  | \boops\b | \bedit\s*:""")

@@ -141,6 +141,20 @@ def test_no_such_worker(tmp_path):
   assert not (tmp_path / "run.json").exists()
 
 
+def test_rows_that_cannot_be_asked_are_in_the_report(tmp_path):
+  lost = scoring.LeftOut("x.json, row 3", "e.mp4", "question is empty")
+  asked = exam(left_out=(lost,), notes=("1 of 46 rows cannot be asked.",))
+  report = evaluate(Model(), asked, tmp_path)
+  assert report.data["count"] == 45 and report.left_out == 1
+  assert not report.complete
+  assert report.data["runs"]["fake@3"]["left_out"] == [
+    {"video": "e.mp4", "questions": 1, "reason": "question is empty"}
+  ]
+  page = (tmp_path / "report.md").read_text()
+  assert "- e.mp4 (1): question is empty" in page
+  assert "1 of 46 rows cannot be asked." in page
+
+
 def test_what_cannot_be_read_is_left_out(tmp_path):
   report = evaluate(Model(sensitive=True, broken={"b.mp4"}), exam(), tmp_path)
   assert report.data["count"] == 34 and report.left_out == 11

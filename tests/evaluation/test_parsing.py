@@ -207,27 +207,28 @@ def test_choice_among_other_options(answer, options, letter):
 FOUR = ("A red ball.", "A blue car.", "A green tree.", "A yellow sun.")
 
 
-def _answers():
-  """Kind, answer, options and letter of each line of answers.txt."""
-  text = (pathlib.Path(__file__).parent / "answers.txt").read_text()
-  kind, options = "", FOUR
-  for line in text.splitlines()[3:]:
+ANSWERS = pathlib.Path(__file__).parent / "answers"
+
+
+def _answers(kind):
+  """Answers, options and letters of a file, which says how it is read."""
+  options = FOUR
+  for line in (
+    (ANSWERS / f"{kind}.txt").read_text().rstrip("\n").split("\n")[3:]
+  ):
     mark, _, rest = line.partition(" ")
-    if mark == "#":
-      kind, options = rest, FOUR
-    elif mark == "=":
-      options = tuple(json.loads(rest)) if rest else FOUR
-    elif line:
-      letter = None if mark == "-" else mark
-      yield kind, rest.replace("⏎", "\n"), options, letter
+    if mark == "=":
+      options = tuple(json.loads(rest))
+    else:
+      yield rest.replace("⏎", "\n"), options, None if mark == "-" else mark
 
 
-@pytest.mark.parametrize("kind", dict.fromkeys(row[0] for row in _answers()))
+@pytest.mark.parametrize("kind", sorted(p.stem for p in ANSWERS.iterdir()))
 def test_answers_as_models_give_them(kind):
   wrong = [
     (answer, found, letter)
-    for named, answer, options, letter in _answers()
-    if named == kind and (found := parse(answer, _choice(options))) != letter
+    for answer, options, letter in _answers(kind)
+    if (found := parse(answer, _choice(options))) != letter
   ]
   assert not wrong
 

@@ -84,7 +84,8 @@ def read(
   if not questions:
     raise UserError(_none_asked(left_out, suite))
   if stored is None:
-    notes += _packed(questions, suite, there, {root, folder})
+    lie = {root, folder}
+    notes += _packed(questions, suite, there, lie, subtitles)
   notes += _without_subtitles(questions, suite, root)
   notes += _told(questions, left_out)
   return Loaded(suite, tuple(questions), folder, tuple(notes), tuple(left_out))
@@ -238,6 +239,7 @@ def _packed(
   suite: Suite,
   videos: Videos,
   folders: set[pathlib.Path],
+  subtitles: bool,
 ) -> list[str]:
   """A note on videos that may be in archives.
 
@@ -251,16 +253,17 @@ def _packed(
   found = [
     path
     for path in packed.archives(*folders)
-    if "subtitle" not in path.name and packed.may_hold(path, missing)
+    if (subtitles or "subtitle" not in path.name)
+    and packed.may_hold(path, missing)
   ]
   if not found:
     return []
   shown = ", ".join(path.name for path in found[:3])
   more = f" and {len(found) - 3} more" if len(found) > 3 else ""
   told = (
-    f"{len(missing)} of the {len(asked)} videos of {suite.title} are not there,"
-    f" and {shown}{more} may not have been unpacked; unpack with"
-    f" `{packed.commands(found)}`"
+    f"{len(missing)} of the {len(asked)} videos of {suite.title} are not there;"
+    f" {shown}{more} {'lies' if len(found) == 1 else 'lie'} there packed;"
+    f" unpack with `{packed.commands(found)}`"
   )
   if len(missing) == len(asked):
     raise UserError(told)

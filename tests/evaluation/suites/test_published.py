@@ -314,6 +314,11 @@ def test_videos_that_are_still_packed(tmp_path):
 
 def test_subtitles_that_are_still_packed(tmp_path):
   root = _packed(tmp_path)
+  message = (
+    rf"2 of the 2 videos.*subtitle.*unzip -n '{root}/\*\.zip' -d {root}`"
+  )
+  with pytest.raises(UserError, match=message):
+    suites.read("videomme", root, subtitles=True)
   layouts.touch(root, "data/v0.mp4", "data/v1.mp4")
   message = rf"unzip -n {root}/subtitle\.zip -d {root}`"
   with pytest.raises(UserError, match=message):
