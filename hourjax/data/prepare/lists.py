@@ -14,7 +14,7 @@ additions. A path is relative to the list's folder or, as in LLaVA's lists, to
 the working directory. A prefix is a folder below --media, and may be
 "{data_source}": VideoMarathon's videos lie in folders of that name, which its
 records leave out. A root (`media_root`, or `image_folder` and `video_folder`)
-is a path of its own that lies below --media too.
+is a path of its own that lies below --media too, or a folder there.
 """
 
 import dataclasses
@@ -323,6 +323,8 @@ def _below(name: str, path: pathlib.Path, media, where: str) -> str:
     raise UserError(f"{where} {name!r} needs the media folder; give --media")
   head, source, tail = name.partition(SOURCE)
   root = _found(head or ".", path, where)
+  if not root.is_dir():
+    root = pathlib.Path(media) / head
   if not root.is_dir():
     raise UserError(f"{where} {name!r}: {root.absolute()} is no folder")
   inside = os.path.relpath(root.absolute(), os.path.abspath(media))

@@ -1,9 +1,13 @@
 import collections
+import dataclasses
 import json
 import random
+import shutil
+import unicodedata
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from hourjax.data import video
 from hourjax.data.columns import MEASURED_AS, MODALITIES
@@ -12,6 +16,7 @@ from hourjax.data.prepare import build as building
 from hourjax.data.prepare.build import build
 from hourjax.data.prepare.lists import Item, read_list
 from hourjax.data.prepare.options import Options
+from hourjax.data.prepare.report import table
 from hourjax.data.prepared import Prepared
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
@@ -332,3 +337,145 @@ def test_broken_inputs_leave_nothing_behind(tmp_path, tokenizer_folder):
     with pytest.raises(UserError, match=message):
       build(tmp_path / "d", options)
   assert sorted(tmp_path.iterdir()) == before
+
+
+def test_repairs_are_counted_and_listed(tmp_path, tokenizer_folder, media):
+  usual = _raw("usual", image="i.png")
+  usual["conversations"][0]["value"] = "What is it?\n<image>"
+  late = _raw("late", 3, videos=["a.mp4"])
+  late["conversations"][0]["value"] = "<video>\nWhat is it?"
+  nameless = _raw("x", image="i.png")
+  del nameless["id"]
+  path = _save(tmp_path / "r.json", [_raw("t"), usual, late, nameless])
+  options = _options(tokenizer_folder, path, media=str(media))
+  summary, _ = build(tmp_path / "d", options)
+  assert _ids(Prepared(tmp_path / "d")) == ["t", "usual", "late", "r.json[3]"]
+  assert summary["dropped"] == {}
+  counts = {kind: n["count"] for kind, n in summary["repaired"].items()}
+  assert counts == {
+    "marker moved to the front": 1,
+    "video under another key": 1,
+    "last question without answer": 1,
+    "marker of another form": 1,
+    "no id: numbered": 1,
+  }
+  lines = (tmp_path / "d" / "repaired.jsonl").read_text().splitlines()
+  assert [json.loads(line)["id"] for line in lines] == ["late", "r.json[3]"]
+  text = table(summary)
+  assert "read otherwise than written, see repaired.jsonl" in text
+  assert f"1 no id: numbered, such as {path}[3]" in text
+
+
+def test_text_that_speaks_of_the_marker(tmp_path, tokenizer_folder):
+  raw = _raw("t")
+  raw["conversations"][0]["value"] = "What does <image> mean?"
+  path = _save(tmp_path / "r.json", [raw])
+  build(tmp_path / "d", _options(tokenizer_folder, path))
+  data = Prepared(tmp_path / "d")
+  tokenizer = Tokenizer.from_folder(tokenizer_folder)
+  talk = encode_conversation(data.records[0].turns, tokenizer, slots=False)
+  assert IMAGE not in talk.ids
+  assert "What does <image> mean?" in tokenizer.decode(talk.ids)
+  assert data.columns.tokens[0] == len(talk.ids)
+
+
+ACCENTS = ("NFC", "NFD")
+
+
+@pytest.mark.parametrize("written", ACCENTS)
+@pytest.mark.parametrize("there", ACCENTS)
+@pytest.mark.parametrize("where", ["media", "store"])
+def test_accents_are_found_however_they_are_written(
+  tmp_path, tokenizer_folder, media, written, there, where
+):
+  def name(form):
+    return unicodedata.normalize(form, "café/é ü.mp4")
+
+  more = {}
+  if where == "media":
+    (tmp_path / "m" / name(there)).parent.mkdir(parents=True)
+    shutil.copy(media / "a.mp4", tmp_path / "m" / name(there))
+    more["media"] = str(tmp_path / "m")
+  else:
+    store = FeatureStore(tmp_path / "f", create=True)
+    store.write(name(there), np.zeros((3, 4, 8), np.float32), 3.0)
+    more["features"] = str(tmp_path / "f")
+  path = _save(tmp_path / "r.json", [_raw("v", video=name(written))])
+  summary, _ = build(tmp_path / "d", _options(tokenizer_folder, path, **more))
+  assert Prepared(tmp_path / "d").records[0].media == (name(there),)
+  assert len(summary["repaired"]) == (written != there)
+
+
+def test_names_that_are_not_there_say_what_is(
+  tmp_path, tokenizer_folder, media
+):
+  folder = tmp_path / "m"
+  (folder / "frames").mkdir(parents=True)
+  for name in ("a.mp4", "Ü.mp4", "b.png"):
+    (folder / name).write_bytes(b"x")
+  one, two = (unicodedata.normalize(form, "é.mp4") for form in ACCENTS)
+  (folder / one).write_bytes(b"x")
+  (folder / two).write_bytes(b"x")
+  # A third way to write it: e, and an accent that Unicode holds for the same.
+  third = "e\u0341.mp4"
+  cases = {
+    "A.MP4": "but a.mp4 does",
+    " a.mp4": "but a.mp4 does",
+    "sub\\a.mp4": "but a.mp4 does",
+    "a": "but a.mp4 does",
+    "none.mp4": "none.mp4 does not exist; fetch it",
+    "https://example.org/a.mp4": "is a URL; download it",
+    third: r"e\u0341.mp4' does not exist, but ",
+  }
+  raws = [_raw(str(i), video=name) for i, name in enumerate(cases)]
+  path = _save(tmp_path / "r.json", [_raw("t"), *raws])
+  build(tmp_path / "d", _options(tokenizer_folder, path, media=str(folder)))
+  reasons = [line["reason"] for line in _skipped(tmp_path / "d")]
+  for reason, message in zip(reasons, cases.values(), strict=True):
+    assert message in reason
+
+
+def test_a_folder_of_frames_is_a_video(tmp_path, tokenizer_folder):
+  folder = tmp_path / "m" / "shareVideoGPTV" / "v1"
+  folder.mkdir(parents=True)
+  for i in range(9):
+    Image.new("RGB", (32, 24)).save(folder / f"c01_{i:04}.jpeg")
+  (tmp_path / "m" / "empty").mkdir()
+  raws = [_raw("v", video="shareVideoGPTV/v1"), _raw("e", video="empty")]
+  path = _save(tmp_path / "r.json", raws)
+  options = _options(tokenizer_folder, path, media=str(tmp_path / "m"))
+  build(tmp_path / "d", options)
+  columns = Prepared(tmp_path / "d").columns
+  assert columns.videos == ("shareVideoGPTV/v1",)
+  assert (columns.duration[0], columns.pictures[0]) == (4.5, 9)
+  (skipped,) = _skipped(tmp_path / "d")
+  assert "folder without frames" in skipped["reason"]
+
+
+@pytest.mark.parametrize(
+  "field, value, message",
+  [
+    ("out", "a" * 300, "File name too long"),
+    ("out", "a" * 250, "File name too long"),  # with what is put before it
+    ("out", "b\udcff", r"b'b\\xff' is no UTF-8 name"),
+    ("out", "a\0b", "null byte"),
+    ("out", "", "--out is empty"),
+    ("media", "", "--media is empty"),
+    ("media", "b\udcff", "is no UTF-8 name"),
+    ("features", "a" * 300, "File name too long"),
+    ("features", "", "--features is empty"),
+    ("tokenizer", "a" * 300, "File name too long"),
+    ("tokenizer", "", "--tokenizer is empty"),
+  ],
+)
+def test_paths_that_cannot_be(
+  tmp_path, tokenizer_folder, monkeypatch, field, value, message
+):
+  monkeypatch.chdir(tmp_path)
+  path = _save(tmp_path / "r.json", [_raw("1")])
+  options = _options(tokenizer_folder, path)
+  if field != "out":
+    options = dataclasses.replace(options, **{field: value})
+  with pytest.raises(UserError, match=message):
+    build(value if field == "out" else "d", options)
+  assert [p.name for p in tmp_path.iterdir()] == ["r.json"]

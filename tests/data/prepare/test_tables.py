@@ -239,3 +239,33 @@ def test_memory_does_not_grow_with_the_table(tmp_path):
   found, grown = done.stdout.split()
   assert int(found) == 4000 * 5
   assert float(grown) < 50  # MiB, of 200 MiB of text
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.csv.gz"])
+def test_delimiters(tmp_path, delimiter, name):
+  text = delimiter.join(["video", "question", "answer"]) + "\r\n"
+  text += delimiter.join(["a.mp4", f'"Who{delimiter} or what?"', "1,5"])
+  if delimiter == ",":
+    text = text.replace("1,5", '"1,5"')
+  opened = gzip.open if name.endswith("gz") else open
+  with opened(tmp_path / name, "wb") as file:
+    file.write(b"\xef\xbb\xbf" + text.encode())
+  assert list(read_rows(tmp_path / name)) == [
+    {"video": "a.mp4", "question": f"Who{delimiter} or what?", "answer": "1,5"}
+  ]
+
+
+def test_a_delimiter_that_excel_names(tmp_path):
+  (tmp_path / "t.csv").write_text("sep=;\nvideo;a,b,c\nx;y")
+  assert list(read_rows(tmp_path / "t.csv")) == [{"video": "x", "a,b,c": "y"}]
+
+
+def test_tables_in_another_encoding(tmp_path):
+  path = tmp_path / "t.csv"
+  path.write_bytes("video,question\na,Où ?".encode("latin-1"))
+  with pytest.raises(UserError, match=r"byte 0xf9.*Latin-1 or Windows-1252"):
+    list(read_rows(path))
+  path.write_bytes("video,question\na,b".encode("utf-16"))
+  with pytest.raises(UserError, match="not UTF-8 text but UTF-16"):
+    list(read_rows(path))
