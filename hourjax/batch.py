@@ -22,7 +22,9 @@ class Batch(NamedTuple):
     features: bfloat16 or float32 [B, X, V], tower features pooled per frame.
     frames: uint8, or float in [-1, 1], [B, I_f, h, w, 3]; the model encodes
       them and pools each to Q tokens.
-    tiles: the same, [B, I_t, h, w, 3]; the model encodes them to P tokens.
+    frame_trains: [B, I_f] 1 where the tower learns from a frame, 0 in videos
+      of more than TOWER_FRAMES (paper, appendix A).
+    tiles: as frames, [B, I_t, h, w, 3]; the model encodes them to P tokens.
     blend_source: [B, R, 4] visual tokens mixed into one (scaled-down images).
     blend_weight: float32 [B, R, 4].
     memory_source: [B, S] visual token of each memory token; -1 is newline.
@@ -43,6 +45,7 @@ class Batch(NamedTuple):
 
   features: Array
   frames: Array
+  frame_trains: Array
   tiles: Array
   blend_source: Array
   blend_weight: Array
@@ -62,3 +65,4 @@ class Batch(NamedTuple):
 
 
 IGNORE = -100
+TOWER_FRAMES = 128  # of the longest video whose pixels train the tower

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from hourjax.batch import IGNORE, Batch
+from hourjax.batch import IGNORE, TOWER_FRAMES, Batch
 from hourjax.data.layout import Layout
 from hourjax.errors import UserError
 
@@ -260,6 +260,7 @@ class Row:
       visual = sample.visual.reshape(part.shape)
       if not np.may_share_memory(part, visual):
         part[:] = visual
+    self._part("frame_trains", size)[:] = size.frames <= TOWER_FRAMES
     self._part("blend_source", size)[:] = to_row(repository.blend_source)
     self._part("blend_weight", size)[:] = repository.blend_weight
     self._part("memory_source", size)[:] = to_row(repository.source)
@@ -289,6 +290,7 @@ class Row:
 # Which capacity an array's length is, and what pads it (0 if not here).
 _LENGTH = {
   **{name: name for name in ("features", "frames", "tiles")},
+  "frame_trains": "frames",
   **dict.fromkeys(("blend_source", "blend_weight"), "blends"),
   **{n: "memory" for n in Batch._fields if n.startswith("memory_")},
   **{n: "queries" for n in Batch._fields if n.startswith("query_")},

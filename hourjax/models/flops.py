@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int
 
+from hourjax.batch import TOWER_FRAMES
 from hourjax.models.config import ModelConfig
 
 # Numbers, or arrays of one shape.
@@ -34,6 +35,7 @@ class Work(NamedTuple):
     labels: positions whose logits are computed.
     self_pairs, cross_pairs, causal_pairs: of a query and a key that meet in
       MemAug's two attentions and in the decoder's.
+    untrained: those of `images` that the tower does not learn from.
   """
 
   images: Count
@@ -46,6 +48,7 @@ class Work(NamedTuple):
   self_pairs: Count
   cross_pairs: Count
   causal_pairs: Count
+  untrained: Count = 0.0
 
 
 class Flops(NamedTuple):
@@ -99,6 +102,7 @@ def sample_work(config: ModelConfig, sizes: Int[np.ndarray, "N 7"]) -> Work:
     self_pairs=queries**2,
     cross_pairs=queries * memory,
     causal_pairs=decoder**2 / 2,
+    untrained=np.where(frames > TOWER_FRAMES, frames, 0.0),
   )
 
 
@@ -227,6 +231,6 @@ def _tower(config: ModelConfig, work: Work, trained: bool, rerun: bool):
   return Flops(
     images * (patch + layers),
     # Pixels need no gradient.
-    images * (patch + 2 * layers) * trained,
+    (images - work.untrained) * (patch + 2 * layers) * trained,
     images * again * (trained and rerun),
   )

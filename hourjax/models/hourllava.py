@@ -6,6 +6,7 @@ turned every sample into gathers before it gets here.
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 from hourjax.batch import Batch
@@ -197,18 +198,29 @@ class HourLLaVA(nnx.Module):
 
   def encoded(self, batch: Batch) -> Float[Array, "B E D"]:
     """Projected tokens of the rows' frames, pooled, and then of their tiles."""
-    frames = self._encoded_rows(batch.frames, self.config.pool_side)
-    tiles = self._encoded_rows(batch.tiles, None)
+    side = self.config.pool_side
+    frames = self._encoded_rows(batch.frames, side, batch.frame_trains)
+    tiles = self._encoded_rows(batch.tiles)
     return jnp.concatenate([frames, tiles], axis=1)
 
-  def _encoded_rows(self, pixels, pool_side):
-    """[B, I, h, w, 3] -> [B, I * tokens, D], every image on some device."""
+  def _encoded_rows(self, pixels, pool_side=None, trains=None):
+    """[B, I, h, w, 3] -> [B, I * tokens, D], every image on some device.
+
+    Args:
+      pixels: of frames or tiles.
+      pool_side: side of the grid that they are pooled to, if they are.
+      trains: [B, I] whose gradients reach the tower; None is all of them.
+    """
     rows, images = pixels.shape[:2]
     if not images:
       return jnp.zeros((rows, 0, self.config.decoder.width), self.config.dtype)
     extra = -images % (parts("images") // parts("rows"))
     pixels = jnp.pad(pixels, ((0, 0), (0, extra), *[(0, 0)] * 3))
     tokens = self.encode(pixels)
+    if trains is not None:
+      trains = jnp.pad(trains, ((0, 0), (0, extra))).reshape(-1, 1, 1)
+      trains = constrain(trains, "images", None, None)
+      tokens = jnp.where(trains > 0, tokens, lax.stop_gradient(tokens))
     if pool_side is not None:
       tokens = pool_frames(tokens, pool_side)
     tokens = constrain(self.projector(tokens, IMAGES), "images", None, None)

@@ -56,7 +56,7 @@ class RowWork:
     work = work._replace(
       **{
         name: getattr(work, name) * first
-        for name in ("images", "stored", "encoded", "memory")
+        for name in ("images", "stored", "encoded", "memory", "untrained")
       }
     )
     parts = count_flops(self._config, work, self._trained)

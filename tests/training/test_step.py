@@ -38,19 +38,21 @@ RATES = OptimizerConfig(
 )
 
 
-def _sample(kind, labelled, seed):
+def _sample(kind, labelled, seed, frames=4):
   """A sample of 20 words, the last `labelled` of them trained."""
   rng = np.random.default_rng(seed)
   words = rng.integers(1, CONFIG.decoder.vocab, 20).astype(np.int32)
   memory, source, visual = repository.empty_repository(), "features", None
   if kind != "text":
     words[3] = IMAGE
-    memory = repository.video_repository(4, SIDE)
+    memory = repository.video_repository(frames, SIDE)
   if kind == "video":
-    visual = rng.normal(size=(4, SIDE**2, WIDTH)).astype(ml_dtypes.bfloat16)
+    visual = rng.normal(size=(frames, SIDE**2, WIDTH)).astype(
+      ml_dtypes.bfloat16
+    )
   if kind == "frames":
     source = "frames"
-    visual = rng.integers(0, 256, (4, PIXELS, PIXELS, 3)).astype(np.uint8)
+    visual = rng.integers(0, 256, (frames, PIXELS, PIXELS, 3)).astype(np.uint8)
   first = len(words) - labelled
   labels = np.where(np.arange(len(words)) < first, np.int32(IGNORE), words)
   layout = build_layout(
@@ -257,6 +259,37 @@ def test_pixels_train_the_tower(params):
   assert np.isfinite(scalars["loss"])
   moved = after.trained["vision/patch/kernel"] - params["vision/patch/kernel"]
   assert float(abs(moved).max()) > 1e-5
+
+
+def test_videos_of_more_than_128_frames_do_not_train_the_tower(params):
+  """Gradients of a row of a short and a long one: the tower's of the short."""
+  short, long = _sample("frames", 3, 1), _sample("frames", 5, 2, frames=129)
+  spec = rows.RowSpec(
+    short.size + long.size, SIDE**2, CONFIG.vision.side**2, WIDTH, PIXELS
+  )
+
+  @_compiled
+  def gradients(params, batch):
+    def summed(params):
+      return loss.loss_sums(with_params(CONFIG, params), batch)[0]
+
+    return jax.grad(summed)(params)
+
+  def of(*samples):
+    batch = rows.stack_rows([rows.build_row(samples, spec)])
+    return gradients(params, Batch(*map(jnp.asarray, batch)))
+
+  both, first, second = of(short, long), of(short), of(long)
+  for path in params:
+    if path.startswith("vision/"):
+      assert not np.asarray(second[path]).any(), path
+      scale = max(np.abs(first[path]).max(), 1e-6)
+      np.testing.assert_allclose(
+        both[path], first[path], atol=1e-4 * scale, err_msg=path
+      )
+  for path in ("projector/fc1/kernel", "newline"):  # all else learns of both
+    assert np.asarray(second[path]).any(), path
+  assert np.asarray(first["vision/patch/kernel"]).any()
 
 
 def test_stored_features_skip_the_tower(params, pair):
