@@ -58,7 +58,10 @@ def remember() -> Memory:
     return model.see(image_paths(_IMAGES.value))
   source = _VIDEO.value or _FEATURES.value
   with shown("read", "frame") as show:
-    return model.remember(source, duration=_DURATION.value, progress=show)
+    memory = model.remember(source, duration=_DURATION.value, progress=show)
+  if memory.note:
+    print(f"note: {memory.note}", file=sys.stderr)
+  return memory
 
 
 def main(argv: list[str]) -> None:

@@ -26,6 +26,7 @@ from hourjax.data.sizes import (
   pixel_frames,
   sample_sizes,
   shown_videos,
+  sparse_videos,
   stored_frames,
 )
 from hourjax.data.store.features import FeatureStore
@@ -86,12 +87,14 @@ class Dataset:
     sizes: what each sample takes, in the order of `sizes.FIELDS`.
     usable: indices of the records that can be used, ascending.
     skipped: the other records with the reason; never replaced.
+    sparse: videos whose features are too few for the rule of short videos.
   """
 
   columns: Columns
   sizes: Int64[np.ndarray, "N 7"]
   usable: Int64[np.ndarray, "n"]
   skipped: list[Skipped]
+  sparse: list[str]
 
   def __init__(
     self,
@@ -127,6 +130,7 @@ class Dataset:
       max_length=options.max_length,
       single_image=options.single_image,
     )
+    self.sparse = sparse_videos(features, columns.videos) if features else []
     good = np.ones(len(columns), bool)
     good[list(problems)] = False
     self.usable = np.flatnonzero(good)

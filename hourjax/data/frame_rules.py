@@ -1,9 +1,28 @@
 """Frame rules: which frames of a video are taken, and what the model is told.
 
-The rules are the official ones, number by number; index arrays ascend. Files
-are opened elsewhere, in `data/video.py`.
+One rule for training, extraction, questions and evaluation:
+
+    video             as pixels                     as stored features
+    below 128 s       128 uniform frames            all of 128 uniform frames
+    128 s and longer  every round(fps)-th frame     one a second, uniform
+
+or all frames of a file that has fewer than 128. The model is told how many
+frames it is shown; only fewer than 128 are repeated, in the memory.
+
+Single rules are the official ones, number by number, and index arrays ascend.
+Below 128 seconds two differences from the official code are deliberate:
+
+- Of stored features it shows int(duration) rows. Its short videos never come as
+  features, so no weights were trained on that, and the same video would be told
+  as 60 frames here and as 128 there.
+- It takes every round(fps)-th frame as soon as these are 128, which below 128
+  seconds happens in the last of them and at rates such as 1.4, where up to 191
+  frames would come.
+
+Files are opened elsewhere, in `data/video.py`.
 """
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -12,8 +31,38 @@ from jaxtyping import Int32
 from hourjax.errors import UserError
 
 MIN_FRAMES = 128
+SHORT = 128  # seconds; a shorter video is shown by MIN_FRAMES uniform frames
+# Rates of videos are fractions with smaller denominators, such as 30000/1001.
+_DENOMINATOR = 10**6
 
 Rate = Fraction | float | int  # frames a second
+
+
+def shown_frames(total_frames: int, duration: float) -> Int32[np.ndarray, "F"]:
+  """Frames that are shown of a video file, in training and in answering.
+
+    300 frames, 10 s -> 128 frames 0, 2, 4, 7, ..., 299
+    100 frames, 10 s -> all of them
+    6000 frames, 200 s -> 200 frames 0, 30, 60, ..., 5970
+
+  Args:
+    total_frames: of the file.
+    duration: in seconds: `total_frames` over the rate.
+
+  Raises:
+    UserError: no frames, or no positive duration.
+  """
+  if total_frames < 1 or not 0 < duration < math.inf:
+    raise UserError(
+      f"a video of {total_frames} frames in {duration} seconds; both must be"
+      " positive, check the file"
+    )
+  if duration < SHORT:
+    return _linspace(total_frames, min(total_frames, MIN_FRAMES))
+  # The quotient of floats may be a little less than a rate of 7.5, which would
+  # round to 7 and not to 8.
+  rate = Fraction(total_frames / duration).limit_denominator(_DENOMINATOR)
+  return raw_video_frames(total_frames, rate)
 
 
 def extraction_frames(
@@ -44,23 +93,52 @@ def extraction_frames(
 def stored_feature_frames(
   stored: int, duration: float | int
 ) -> Int32[np.ndarray, "F"]:
-  """Rows of the stored features that training uses: one a second.
+  """Rows of the stored features that are shown.
 
-    128 rows, 3.33 s -> 0, 63, 127
+    128 rows, 3.33 s -> all of them
+    600 rows, 599.2 s -> 599 rows 0, 1, 2, ..., 597, 599
 
   Args:
     stored: rows there are.
     duration: of the video, in seconds, as stored.
 
   Returns:
-    min(stored, int(duration)) ascending indices: none under one second.
+    Ascending indices: of a video below 128 seconds 128 (all rows where there
+    are fewer), of others one a second, min(stored, int(duration)).
   """
   return _linspace(stored, stored_feature_count(stored, duration))
 
 
 def stored_feature_count(stored: int, duration: float | int) -> int:
   """How many frames `stored_feature_frames` gives."""
-  return min(stored, int(duration))
+  return min(stored, MIN_FRAMES if duration < SHORT else int(duration))
+
+
+def is_sparse(stored: int, duration: float | int) -> bool:
+  """Whether a short video's features are too few to follow the rule.
+
+  So they are if they were extracted at one frame a second (or less): 10.4 s
+  then have 10 or 11 rows. A file of so few frames has as many rows, and nothing
+  in a feature store tells the two apart.
+
+  Args:
+    stored: rows there are.
+    duration: of the video, in seconds, as stored.
+  """
+  few = stored < MIN_FRAMES and duration < SHORT
+  return few and stored <= math.ceil(duration)
+
+
+def sparse_note(videos: int) -> str:
+  """What is to be said where videos are sparse, "" where there are none."""
+  if not videos:
+    return ""
+  many = "1 video" if videos == 1 else f"{videos:,} videos"
+  return (
+    f"{many} below {SHORT} seconds shown at one frame a second at most, not"
+    f" by {MIN_FRAMES} frames: the stored features hold no more. Where the"
+    " video file does, extract it again."
+  )
 
 
 def raw_video_frames(

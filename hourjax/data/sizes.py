@@ -5,7 +5,7 @@ holds the two together.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +41,7 @@ class Shown(NamedTuple):
 
 
 def shown_videos(columns: Columns, features: FeatureStore | None) -> Shown:
-  """Frames that are shown of each video, by the official rules."""
+  """Frames that are shown of each video; see `frame_rules`."""
   frames = np.zeros(len(columns.videos), np.int64)
   duration = np.zeros(len(columns.videos))
   problems = {}
@@ -64,7 +64,7 @@ def stored_frames(
   """A stored video's duration and the rows of its features that are shown.
 
   Raises:
-    UserError: not in the store, or shorter than a second.
+    UserError: not in the store, or its index holds no such video.
   """
   duration, _ = _stored_count(features, name)
   stored = features.stored(name).frames
@@ -76,14 +76,21 @@ def _stored_count(features: FeatureStore, name: str) -> tuple[float, int]:
   if name not in features:
     raise UserError(f"{name} is not in {features.root}; extract it first")
   stored, duration = features.stored(name)
-  if not 0 <= duration < math.inf:
+  if stored < 1 or not 0 < duration < math.inf:
     raise UserError(
-      f"{name} lasts {duration} s by the index of {features.root}; delete its"
-      " line and extract it again"
+      f"{name} has {stored} frames and lasts {duration} s by the index of"
+      f" {features.root}; delete its line and extract it again"
     )
-  count = frame_rules.stored_feature_count(stored, duration)
-  _check_some(name, duration, count)
-  return duration, count
+  return duration, frame_rules.stored_feature_count(stored, duration)
+
+
+def sparse_videos(features: FeatureStore, names: Iterable[str]) -> list[str]:
+  """Those whose stored features are too few for the rule of short videos."""
+  return [
+    name
+    for name in names
+    if name in features and frame_rules.is_sparse(*features.stored(name)[:2])
+  ]
 
 
 def pixel_frames(
@@ -97,7 +104,7 @@ def pixel_frames(
     duration: in seconds.
 
   Raises:
-    UserError: not known, too long for the encoder, or shorter than a second.
+    UserError: number of pictures or duration are not known.
   """
   if not pictures or not 0 < duration < math.inf:
     raise UserError(
@@ -105,22 +112,7 @@ def pixel_frames(
       " known; prepare with --media, or extract its features and set"
       " config.data.features"
     )
-  chosen = frame_rules.raw_video_frames(pictures, pictures / duration)
-  if len(chosen) > MIN_FRAMES:
-    raise UserError(
-      f"{name} has {len(chosen)} frames at 1 FPS, the encoder in the step"
-      f" takes at most {MIN_FRAMES}; extract features"
-    )
-  _check_some(name, duration, len(chosen))
-  return duration, chosen
-
-
-def _check_some(name: str, duration: float, frames: int) -> None:
-  if frames < 1:
-    raise UserError(
-      f"{name} lasts {duration:.2f} s, which leaves 0 frames at 1 FPS; drop the"
-      " record"
-    )
+  return duration, frame_rules.shown_frames(pictures, duration)
 
 
 def sample_sizes(

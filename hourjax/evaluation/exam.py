@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 
+from hourjax.data.sizes import sparse_videos
 from hourjax.data.store.features import FeatureStore
 from hourjax.errors import UserError
 from hourjax.evaluation import suites
@@ -58,6 +59,13 @@ class Exam:
   def chosen(self) -> tuple[Question, ...]:
     """The questions that are asked and scored."""
     return self.questions[: self.limit]
+
+  @property
+  def sparse(self) -> int:
+    """How many videos have features too few for the rule of short ones."""
+    if self.features is None:
+      return 0
+    return len(sparse_videos(self.features, {q.video for q in self.chosen}))
 
   def fingerprint(self) -> str:
     """Of what is asked.

@@ -21,8 +21,9 @@ from hourjax import schema
 from hourjax.errors import UserError
 
 Row = dict[str, Any]
-# A new parser reads the old answers: nobody is asked again.
-_MAY_CHANGE = frozenset({"parser"})
+# A new parser reads the old answers: nobody is asked again. Videos that were
+# missing may come, and with them some of sparse features.
+_MAY_CHANGE = frozenset({"parser", "sparse"})
 _RUN = "run.json"
 _MOST_BYTES = 2**30  # of one worker's records
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from hourjax import progress
+from hourjax.data.frame_rules import sparse_note
 from hourjax.data.store.features import FeatureStore
 from hourjax.errors import UserError
 from hourjax.evaluation import report
@@ -157,6 +158,9 @@ def gather(
   notes = list(exam.notes)
   if (count := len(exam.questions)) > len(exam.chosen):
     notes.append(f"The first {len(exam.chosen):,} of {count:,} questions only.")
+  # As it was when they were asked: reporting again needs no feature store.
+  if isinstance(sparse := about.get("sparse"), int) and sparse > 0:
+    notes.append(sparse_note(sparse))
   about |= {"parser": PARSER_VERSION, "notes": notes}
   return Run(about, tuple(scored), tuple(left_out))
 
@@ -180,6 +184,7 @@ def _about(exam: Exam) -> Row:
     "subtitles": exam.subtitles,
     "videos": "video files" if exam.features is None else "features",
     "frames": exam.frames,
+    "sparse": exam.sparse,
     "max_tokens": exam.max_tokens,
     "batch": BATCH,
   }

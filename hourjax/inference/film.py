@@ -1,4 +1,4 @@
-"""A video in memory as features: encoded as `extract` does, or from a file."""
+"""A video in memory as features: its frames encoded, or a file of features."""
 
 import os
 import pathlib
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from hourjax import schema
-from hourjax.data.frame_rules import MIN_FRAMES, extraction_frames
+from hourjax.data.frame_rules import MIN_FRAMES, shown_frames
 from hourjax.data.store.features import TOWER_FILE, FeatureStore
 from hourjax.data.video import decode_frames, probe
 from hourjax.errors import UserError
@@ -25,19 +25,15 @@ def read_film(
 ) -> tuple[Shaped[np.ndarray, "F Q V"], float]:
   """Features of a video in bfloat16, and its duration in seconds.
 
-  Frames, their order and their values are those that extraction stores.
-  While the devices encode a batch, the next one is decoded.
+  Frames are those that training on video files shows; below 128 seconds they
+  are also those that extraction stores. While the devices encode a batch, the
+  next one is decoded.
 
   Raises:
-    UserError: the video cannot be read, or lasts less than a second.
+    UserError: the video cannot be read.
   """
   info = probe(path)
-  indices, duration = extraction_frames(info.frames, info.fps)
-  if duration < 1:
-    raise UserError(
-      f"{path} lasts {duration:.2f} seconds and one frame a second is looked"
-      " at; give a video of at least 1 second"
-    )
+  indices = shown_frames(info.frames, info.duration)
   features = np.empty((len(indices), *encoder.shape), ml_dtypes.bfloat16)
   waiting, done = [], 0
 
@@ -62,7 +58,7 @@ def read_film(
       collect()
   while waiting:
     collect()
-  return features, duration
+  return features, round(info.duration, 2)
 
 
 def load_features(path: pathlib.Path) -> Shaped[np.ndarray, "..."]:

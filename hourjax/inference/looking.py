@@ -72,22 +72,20 @@ class Looked:
 
 def looked_at(
   shares: Float[np.ndarray, "blocks S"],
-  places: np.ndarray,
-  tokens: int,
+  frame: np.ndarray,
   duration: float,
 ) -> Looked:
   """From attention by memory token.
 
   Args:
     shares: weights by block and place, in any unit.
-    places: number of the memory token at each place; -1 is padding.
-    tokens: of a frame with its newline.
-    duration: of the video in seconds, over which frames lie evenly.
+    frame: number of the frame at each place; -1 is padding.
+    duration: of the video in seconds. Frames lie evenly over it: by every
+      frame rule the n-th of N is shown in the n-th of N equal parts.
   """
-  there = places >= 0
-  frame = places[there] // tokens
+  there = frame >= 0
   weight = shares[:, there] / shares[:, there].sum(1, keepdims=True)
-  share = np.bincount(frame, weights=weight.mean(0))
+  share = np.bincount(frame[there], weights=weight.mean(0))
   edges = np.linspace(0, duration, len(share) + 1)
   return Looked(edges, share / share.sum())
 

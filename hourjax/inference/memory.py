@@ -7,7 +7,7 @@ import numpy as np
 
 from hourjax.data.conversations import follow_up
 from hourjax.data.records import Turn
-from hourjax.data.repository import Repository
+from hourjax.data.repository import Repository, repeated_frames
 from hourjax.errors import UserError
 from hourjax.inference.engine import Engine, Known, padded_rows, rounded
 from hourjax.inference.looking import Looked, looked_at
@@ -47,10 +47,12 @@ class Memory:
   Attributes:
     duration: of the video in seconds; None if it is none.
     frames: that the model is told of; 0 if it is no video.
+    note: what is to be said of the frames that are shown; "" as a rule.
   """
 
   duration: float | None
   frames: int
+  note: str
 
   def __init__(
     self,
@@ -60,6 +62,7 @@ class Memory:
     repository: Repository,
     kept: list[np.ndarray],
     video: tuple[float, int] | None = None,
+    note: str = "",
   ):
     """Made by the model.
 
@@ -70,7 +73,9 @@ class Memory:
       repository: of the memory's tokens.
       kept: what the decoder sees of them, by visual slot.
       video: duration and frames.
+      note: see the attribute.
     """
+    self.note = note
     self._engine, self._prompts, self._known = engine, prompts, known
     self._repository, self._kept, self._video = repository, kept, video
     self.duration, self.frames = video or (None, 0)
@@ -222,7 +227,9 @@ class Conversation:
       return writing, None
     tokens = memory._engine.config.pool_side**2 + 1
     places = memory._known.places
-    return writing, looked_at(shares, places, tokens, memory.duration)
+    shown = repeated_frames(memory.frames)
+    frame = np.where(places < 0, -1, shown[places // tokens])
+    return writing, looked_at(shares, frame, memory.duration)
 
   def _follow_up(self, turns, room) -> list[int]:
     """Tokens of the last turn, after what is cached."""

@@ -15,7 +15,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hourjax.data.forgetting import kept_tokens
-from hourjax.data.frame_rules import stored_feature_frames
+from hourjax.data.frame_rules import (
+  is_sparse,
+  sparse_note,
+  stored_feature_frames,
+)
 from hourjax.data.repository import (
   empty_repository,
   repeated_frames,
@@ -92,8 +96,7 @@ class Model:
       progress: told of frames that are read and encoded.
 
     Raises:
-      UserError: it cannot be read, is shorter than a second, or has features
-        of another shape.
+      UserError: it cannot be read, or has features of another shape.
     """
     if isinstance(source, np.ndarray):
       features = as_floats(source, "the array of features")
@@ -105,14 +108,18 @@ class Model:
         duration = stored_duration(path, len(features))
       return self._features(features, duration, str(path))
     features, duration = self.read_film(path, progress)
-    return self._features(features, duration, str(path))
+    _check_finite(features, str(path))
+    return self._video(features, duration)
 
   def read_film(
     self,
     path: str | os.PathLike,
     progress: Progress = lambda done, total: None,
   ) -> tuple[np.ndarray, float]:
-    """Features [F, Q, V] of a video file and its duration in seconds."""
+    """Features [F, Q, V] of a video file's frames that are shown, and seconds.
+
+    They are not those that extraction stores: see `frame_rules`.
+    """
     return read_film(path, self._encoder, progress)
 
   def remember_stored(self, store: FeatureStore, name: str) -> Memory:
@@ -123,7 +130,8 @@ class Model:
     """
     duration, frames = stored_frames(store, name)
     shape = (self.config.pool_side**2, self.config.vision.width)
-    return self._video(store.read(name, frames, shape), duration)
+    sparse = is_sparse(store.stored(name).frames, duration)
+    return self._video(store.read(name, frames, shape), duration, sparse)
 
   def see(self, images: Sequence[str | os.PathLike]) -> Memory:
     """One or more images.
@@ -154,31 +162,26 @@ class Model:
         f"{name} has features of shape {features.shape}, the model reads"
         f" (frames, {shape[0]}, {shape[1]}); extract them with its own tower"
       )
+    if not len(features):
+      raise UserError(f"{name} has 0 frames of features; give 1 or more")
     duration = float(len(features)) if duration is None else float(duration)
-    if not 0 <= duration <= _LONGEST:
+    if not 0 < duration <= _LONGEST:
       raise UserError(
         f"{name}: the duration is {duration:g}, expected seconds, at most"
         f" {_LONGEST} (30 days)"
       )
-    frames = stored_feature_frames(len(features), duration)
-    if not len(frames):
-      raise UserError(
-        f"{name} has {len(features)} frames of {duration:.2f} seconds; at"
-        " least 1 frame and 1 second are needed"
-      )
-    features = features[frames]
-    if not _finite(features):
-      raise UserError(
-        f"{name} holds values that are not finite in bfloat16; extract it again"
-      )
-    return self._video(features, duration)
+    sparse = is_sparse(len(features), duration)
+    features = features[stored_feature_frames(len(features), duration)]
+    _check_finite(features, name)
+    return self._video(features, duration, sparse)
 
-  def _video(self, features, duration):
+  def _video(self, features, duration, sparse=False):
     side = self.config.pool_side
     repository = video_repository(len(features), side)
-    return self._memory(repository, "features", features, duration)
+    note = sparse_note(int(sparse))
+    return self._memory(repository, "features", features, duration, note)
 
-  def _memory(self, repository, kind, visual, duration=None) -> Memory:
+  def _memory(self, repository, kind, visual, duration=None, note="") -> Memory:
     rule, means = self.rules.forgetting, None
     if rule.temporal == "keyframe" and kind == "features":
       shown = repeated_frames(len(visual))
@@ -187,14 +190,19 @@ class Model:
     kept = kept_tokens(repository, rule, rng, frame_features=means)
     known = self.engine.remember(repository, kind, visual, np.concatenate(kept))
     video = None if duration is None else (float(duration), len(visual))
-    return Memory(self.engine, self._prompts, known, repository, kept, video)
+    return Memory(
+      self.engine, self._prompts, known, repository, kept, video, note
+    )
 
 
-def _finite(features: np.ndarray) -> bool:
-  """Whether all are finite as the model reads them; a few frames at a time."""
+def _check_finite(features: np.ndarray, name: str) -> None:
+  """Raises where the model would read one that is not; few at a time."""
   with np.errstate(over="ignore"):
     blocks = (
       features[at : at + _BLOCK].astype(jax.numpy.bfloat16)
       for at in range(0, len(features), _BLOCK)
     )
-    return all(is_finite(block.view(np.uint16)) for block in blocks)
+    if not all(is_finite(block.view(np.uint16)) for block in blocks):
+      raise UserError(
+        f"{name} holds values that are not finite in bfloat16; extract it again"
+      )

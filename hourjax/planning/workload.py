@@ -14,14 +14,15 @@ from jaxtyping import Float64, Int64
 
 from hourjax.benchmarks import synthetic
 from hourjax.data.columns import MODALITIES, Columns
+from hourjax.data.frame_rules import MIN_FRAMES, stored_feature_count
 from hourjax.data.plan import PlanOptions, RowPlan
-from hourjax.data.sizes import Shown, sample_sizes
+from hourjax.data.sizes import Shown, sample_sizes, shown_videos
 from hourjax.errors import UserError
 from hourjax.models.flops import Work, sample_flops, sample_work
 from hourjax.training.experiment import Experiment
 
 _DRAWN = 20_000  # samples; the stage's numbers are scaled up from them
-_PIXEL_SECONDS = 128  # longest video that the tower encodes in the step
+_FPS = 30  # of short videos' files, which decides their frames as pixels
 # Share of images, and their sizes: photographs, screens, charts, pages.
 _IMAGES = (
   (0.5, 640, 480),
@@ -139,7 +140,7 @@ def make_workload(experiment: Experiment, name: str = "") -> Workload:
   total = sum(part.samples for part in parts)
   scale = total / _DRAWN
   stored = not experiment.rows.frames
-  columns = _draw(parts, scale, stored, rng)
+  columns = _draw(parts, scale, rng)
   sizes, problems = _measure(experiment, columns, stored)
   usable = np.setdiff1d(np.arange(len(columns)), list(problems))
   if not len(usable):
@@ -181,9 +182,8 @@ def _one_video(experiment: Experiment, name: str) -> Workload:
   text = name.removeprefix("video=")
   if not text.isdigit() or not int(text):
     raise UserError(f"--data={name}: give whole seconds, such as video=3600")
-  columns = _draw(
-    (Part("marathon", 1, "marathon"),), 1.0, True, np.random.default_rng(0)
-  )
+  parts = (Part("marathon", 1, "marathon"),)
+  columns = _draw(parts, 1.0, np.random.default_rng(0))
   columns = dataclasses.replace(columns, duration=np.array([float(text)]))
   sizes, problems = _measure(experiment, columns, True)
   if problems:
@@ -230,16 +230,9 @@ def _rows(experiment, sizes, rows, seconds):
 
 
 def _measure(experiment, columns, stored):
-  seconds = columns.duration.astype(np.int64)
-  # The tower takes 128 frames of any video; features are one a second.
-  frames = seconds if stored else np.full(len(seconds), _PIXEL_SECONDS)
-  problems = {}
-  if not stored:
-    longer = np.flatnonzero(seconds > _PIXEL_SECONDS).tolist()
-    problems = dict.fromkeys(longer, "longer than the tower takes")
   return sample_sizes(
     columns,
-    Shown(frames, columns.duration, stored, problems),
+    _shown(columns, stored),
     tokenizer=synthetic.tokenizer(),
     spec=experiment.row_spec,
     forgetting=experiment.forgetting,
@@ -248,14 +241,25 @@ def _measure(experiment, columns, stored):
   )
 
 
-def _draw(parts, scale, stored, rng) -> Columns:
+def _shown(columns: Columns, stored: bool) -> Shown:
+  """Frames of the drawn videos, as extraction stores them or as pixels."""
+  if not stored:
+    return shown_videos(columns, None)
+  frames = [
+    stored_feature_count(max(int(seconds), MIN_FRAMES), seconds)
+    for seconds in columns.duration.tolist()
+  ]
+  return Shown(np.array(frames, np.int64), columns.duration, True, {})
+
+
+def _draw(parts, scale, rng) -> Columns:
   """Columns of the parts' samples, each of a video of its own."""
   streams = tuple(dict.fromkeys(part.stream for part in parts))
   columns: dict[str, list[np.ndarray]] = {}
   durations: list[np.ndarray] = []
   for part in parts:
     count = max(1, round(part.samples / scale))
-    made, seconds = _draw_part(part.kind, count, stored, rng)
+    made, seconds = _draw_part(part.kind, count, rng)
     if seconds is not None:
       first = sum(map(len, durations))
       made["video"] = first + np.arange(count)
@@ -273,7 +277,7 @@ def _draw(parts, scale, stored, rng) -> Columns:
     sources=("drawn",),
     streams=streams,
     duration=duration,
-    pictures=np.zeros(len(duration), np.int32),
+    pictures=np.rint(duration * _FPS).astype(np.int32),
   )
 
 
@@ -287,7 +291,7 @@ _COLUMNS = {
 }  # fmt: skip
 
 
-def _draw_part(kind, count, stored, rng):
+def _draw_part(kind, count, rng):
   """Columns of samples of one kind, and seconds of their videos."""
   if kind == "marathon":
     seconds = synthetic.video_durations(count, 0)
@@ -318,6 +322,4 @@ def _draw_part(kind, count, stored, rng):
   seconds = np.clip(
     median * np.exp(spread * rng.standard_normal(count)), *_SHORT_RANGE
   )
-  if not stored:
-    seconds = np.minimum(seconds, _PIXEL_SECONDS)
   return made, np.round(seconds, 2)

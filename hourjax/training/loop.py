@@ -22,6 +22,7 @@ import time
 import jax
 
 from hourjax.data.dataset import Dataset
+from hourjax.data.frame_rules import sparse_note
 from hourjax.data.pipeline import batches, check_memory
 from hourjax.data.plan import RowPlan
 from hourjax.data.records import Skipped
@@ -102,6 +103,8 @@ def _train(experiment: Experiment, workdir: pathlib.Path, leave: Leave) -> None:
         print(
           _summary(experiment, dataset, rows, state, steps), file=sys.stderr
         )
+        if dataset.sparse:
+          print(f"note: {sparse_note(len(dataset.sparse))}", file=sys.stderr)
     start = int(state.step)
     if leave.at_once():
       print(f"left before step {start + 1}; nothing is lost", file=sys.stderr)

@@ -62,6 +62,7 @@ def media(tmp_path_factory):
   features = rng.normal(size=(SECONDS, 4, CONFIG.vision.width))
   store.write("clip.mp4", features, SECONDS)
   store.write("blink.mp4", features[:1], 0.5)
+  store.write("never.mp4", features[:1], 0.0)
   return folder
 
 
@@ -134,6 +135,34 @@ def test_every_modality_reaches_the_decoder(case, media, embed):
   assert len(np.unique(out[visual], axis=0)) >= visual.sum() / 2
 
 
+def test_what_is_shown_of_a_short_video_is_said(media):
+  """Its 20 stored frames are one a second, which the file has not more of."""
+  records = [_record(name, video=f"{name}.mp4") for name in ("clip", "blink")]
+  stored = _dataset(records, media, stored=True)
+  assert len(stored) == 2 and stored.sparse == ["clip.mp4", "blink.mp4"]
+  assert _dataset(records[:1], media).sparse == []
+  text = TOKENIZER.decode([i for i in _words(stored.sample(1)) if i >= 0])
+  assert "lasts for 0.50 seconds, and 1 frames are" in text
+
+
+def _words(sample) -> list[int]:
+  return [int(token) for token in sample.layout.query_token]
+
+
+def test_long_videos_as_pixels_do_not_train_the_tower(media):
+  """They are shown by the official rule, as far as rows have room for them."""
+  capacity = dataclasses.replace(SPEC.capacity, frames=160, memory=1500)
+  spec = dataclasses.replace(SPEC, capacity=capacity)
+  records = [_record(name, video=f"{name}.mp4") for name in ("long", "clip")]
+  dataset = _dataset(records, media, spec=spec)
+  long, clip = (dataset.sample(n) for n in range(2))
+  assert long.size == _size(dataset) and long.size.frames == 140
+  row = build_row([long, clip], spec)
+  assert row.frame_trains.tolist() == [0] * 140 + [1] * SECONDS
+  text = TOKENIZER.decode([i for i in _words(long) if i >= 0])
+  assert "lasts for 140.00 seconds, and 140 frames are" in text
+
+
 def test_what_is_planned_for_each_modality(media):
   def size(case):
     files, options = CASES[case]
@@ -190,7 +219,7 @@ def test_bad_records_are_listed_with_values_and_remedy(media):
   good = _record("good", video="clip.mp4")
   stored = {
     "lost.mp4": "record bad: lost.mp4 is not in .*features; extract it first",
-    "blink.mp4": "record bad: blink.mp4 lasts 0.50 s, .* 0 frames .* drop",
+    "never.mp4": "never.mp4 has 1 frames and lasts 0.0 s .* extract it again",
   }
   for name, message in stored.items():
     records = [good, _record("bad", video=name)]
@@ -198,7 +227,7 @@ def test_bad_records_are_listed_with_values_and_remedy(media):
     assert re.search(message, reason), reason
   raw = {
     "lost.mp4": "cannot read video .*lost.mp4",
-    "long.mp4": "long.mp4 has 140 frames .* at most 128; extract features",
+    "long.mp4": r"config.rows.frames=20 < 140 of it; .*raise these capacities",
   }
   for name, message in raw.items():
     reason = _only_reason(

@@ -1,5 +1,7 @@
 """Planned sizes are those of samples that are laid out."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -107,25 +109,26 @@ def test_pixel_videos_come_with_frames_not_features(root):
   )
   tokenizer = Tokenizer(train_tokenizer([]), "test")
   measures = measure_record(record, tokenizer, None)
-  facts = {"a.mp4": (20.0, 600), "b.mp4": (None, 0), "c.mp4": (129.0, 129)}
+  facts = {"a.mp4": (20.0, 600), "b.mp4": (None, 0), "c.mp4": (129.0, 3870)}
   for name, (duration, pictures) in facts.items():
     columns.add(measures, "", "default", name, duration, pictures)
   built = columns.build()
   shown = sizes.shown_videos(built, None)
-  # Fewer than 128 at 1 FPS: 128 of its 600 pictures.
-  assert shown.frames.tolist() == [128, 0, 0]
+  # Below 128 seconds 128 of its 600 pictures, else one a second.
+  assert shown.frames.tolist() == [128, 0, 129]
+  assert shown.problems.keys() == {1}
   assert "prepare with --media" in shown.problems[1]
-  assert "129 frames at 1 FPS" in shown.problems[2]
   made, problems = sizes.sample_sizes(
     built,
     shown,
     tokenizer=tokenizer,
-    spec=SPEC,
+    spec=dataclasses.replace(SPEC, capacity=Size(*[128] * 3, *[2**31 - 1] * 4)),
     forgetting=Forgetting(),
     max_length=10_000,
     single_image="tiled",
   )
   assert set(problems) == {1, 2}
+  assert "config.rows.frames=128 < 129 of it; raise" in problems[2]
   size = dict(zip(sizes.FIELDS, made[0].tolist()))
   assert size["frames"] == 128 and size["features"] == 0
   assert size["memory"] == 128 * 10

@@ -4,34 +4,15 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hourjax.data import frame_rules, video
 from hourjax.data.images import resize
 from hourjax.errors import UserError
-from tests import golden_files, videos
-
-RULES = golden_files.load_json("frame_indices.json")
-INDICES = golden_files.npz("frame_indices.npz")
+from tests import videos
 
 ENCODERS = sorted(
   n for n in ("libx264", "libvpx-vp9") if n in av.codecs_available
 )
-
-
-def _cases(kind):
-  return [
-    pytest.param(entry, id=entry.get("key", f"{kind}.{i}"))
-    for i, entry in enumerate(RULES.get(kind, []))
-  ]
-
-
-def _check_stored(indices, key):
-  # Not every case has its indices stored: the webm ones have counts only.
-  expected = INDICES.get(key, indices)
-  assert indices.dtype == np.int32
-  np.testing.assert_array_equal(indices, expected, strict=True)
 
 
 def _picture(i, width=64, height=48):
@@ -67,77 +48,6 @@ def _all_frames(path):
     return [
       frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)
     ]
-
-
-# --- the frame rules against golden -----------------------------------------
-
-
-@pytest.mark.parametrize("entry", _cases("pyav"))
-def test_extraction_frames(entry):
-  indices, duration = frame_rules.extraction_frames(
-    entry["total_frames"], Fraction(entry["fps"])
-  )
-  assert duration == entry["returned_duration"] == entry["stored_duration"]
-  assert len(indices) == entry["n_frames"] == entry["returned_sampled_frm"]
-  _check_stored(indices, entry["key"])
-
-
-@pytest.mark.parametrize("entry", _cases("pt"))
-def test_stored_feature_frames(entry):
-  indices = frame_rules.stored_feature_frames(entry["T"], entry["duration"])
-  assert len(indices) == entry["shape"][0]
-  _check_stored(indices, entry["key"])
-  told = frame_rules.time_instruction(entry["duration"], len(indices))
-  assert told == entry["time_instruction"]
-
-
-@pytest.mark.parametrize("entry", _cases("raw"))
-def test_raw_video_frames(entry):
-  total, fps = entry["total_frames"], entry["avg_fps"]
-  indices = frame_rules.raw_video_frames(total, fps, **entry["args"])
-  if "error" in entry:  # the official code fails where hourjax must not
-    assert indices[0] == 0 and indices[-1] == total - 1
-    assert (np.diff(indices) > 0).all()
-    return
-  assert len(indices) == entry["n_frames"]
-  _check_stored(indices, entry["key"])
-  told = frame_rules.time_instruction(total / fps, len(indices))
-  assert told == entry["time_instruction"]
-
-
-# --- the frame rules without golden -----------------------------------------
-
-
-@settings(deadline=None)
-@given(
-  total=st.integers(1, 20_000),
-  fps=st.fractions(Fraction(1, 20), 120, max_denominator=1001),
-)
-def test_rules_give_ascending_frames_of_the_video(total, fps):
-  extracted, duration = frame_rules.extraction_frames(total, fps)
-  raw = frame_rules.raw_video_frames(total, fps)
-  kept = frame_rules.stored_feature_frames(len(extracted), duration)
-  for indices, of in ((extracted, total), (raw, total), (kept, len(extracted))):
-    assert indices.dtype == np.int32
-    assert (np.diff(indices) > 0).all()
-    assert len(indices) == 0 or (indices[0] == 0 and indices[-1] < of)
-  assert len(extracted) >= min(total, 128)
-  assert len(kept) == min(len(extracted), int(duration))
-
-
-def test_slow_videos_give_every_frame_once():
-  indices, duration = frame_rules.extraction_frames(1000, Fraction(2, 5))
-  assert duration == 2500.0
-  np.testing.assert_array_equal(indices, np.arange(1000))
-  raw = frame_rules.raw_video_frames(1000, Fraction(1, 2))
-  np.testing.assert_array_equal(raw, np.arange(1000))
-
-
-@pytest.mark.parametrize("total, fps", [(0, 30), (10, 0), (10, -1.0)])
-def test_rules_refuse_impossible_videos(total, fps):
-  for rule in (frame_rules.extraction_frames, frame_rules.raw_video_frames):
-    with pytest.raises(UserError, match=f"{total} frames at {fps}"):
-      rule(total, fps)
 
 
 # --- decoding ---------------------------------------------------------------

@@ -19,7 +19,8 @@ def test_from_tokens_to_time():
   # Two blocks, frames of 2 tokens and a newline, dealt to two devices.
   places = np.array([0, 2, 4, 1, 3, 5, -1, -1])
   shares = np.array([[1, 1, 2, 1, 2, 1, 9, 9], [4, 0, 0, 0, 0, 0, 9, 9.0]])
-  looked = looked_at(shares, places, 3, 10.0)
+  frame = np.where(places < 0, -1, places // 3)
+  looked = looked_at(shares, frame, 10.0)
   np.testing.assert_allclose(looked.edges, [0, 5, 10])
   # The first block: 3 of 8 on frame 0; the second: all of it.
   np.testing.assert_allclose(looked.share, [(3 / 8 + 1) / 2, (5 / 8) / 2])

@@ -16,7 +16,10 @@ from hourjax.evaluation.suites.folder import Videos
 Row = dict[str, Any]
 
 # Hour-LLaVA reads the videos of all benchmarks alike.
-FRAMES = "one frame a second, all of them in memory"
+FRAMES = (
+  "128 uniform frames below 128 seconds, else one a second (of files every"
+  " round(fps)-th); all of them in memory"
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,101 @@
+"""Videos of many lengths and rates, and what each way of reading them shows."""
+
+import dataclasses
+from fractions import Fraction
+
+import numpy as np
+
+UNIFORM = 0  # no step: frames spread over the whole video
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One video.
+
+  Attributes:
+    pictures: in its file.
+    rate: frames a second.
+    seconds: that the model is told of.
+    shown: frames as pixels: training without features, and asking about files.
+    step: between these, or UNIFORM.
+    stored: frames whose features extraction stores.
+    kept: those of them that are shown: training and asking with features.
+    sparse: whether its features may as well be of one frame a second.
+  """
+
+  pictures: int
+  rate: str
+  seconds: str
+  shown: int
+  step: int
+  stored: int
+  kept: int
+  sparse: bool = False
+
+  @property
+  def fps(self) -> Fraction:
+    return Fraction(self.rate)
+
+  @property
+  def duration(self) -> float:
+    """As `video.probe` computes it."""
+    return float(self.pictures / self.fps)
+
+  @property
+  def indices(self) -> list[int]:
+    """Frames of the file that are shown as pixels."""
+    if self.step == UNIFORM:
+      return uniform(self.pictures, self.shown)
+    return [n * self.step for n in range(self.shown)]
+
+  @property
+  def name(self) -> str:
+    return f"{self.pictures} at {self.rate}"
+
+
+def uniform(total: int, count: int) -> list[int]:
+  """0 to total - 1 in whole numbers, cut (not rounded)."""
+  if count == 1:
+    return [0]
+  return [
+    int(np.float64(n) * ((total - 1) / (count - 1)))
+    if n < count - 1
+    else total - 1
+    for n in range(count)
+  ]
+
+
+CASES = [
+  # Fewer than 128 pictures: all of them.
+  Case(1, "30", "0.03", 1, UNIFORM, 1, 1, sparse=True),
+  Case(15, "30", "0.50", 15, UNIFORM, 15, 15),
+  Case(24, "24", "1.00", 24, UNIFORM, 24, 24),
+  Case(100, "30", "3.33", 100, UNIFORM, 100, 100),
+  Case(120, "24", "5.00", 120, UNIFORM, 120, 120),
+  Case(60, "1", "60.00", 60, UNIFORM, 60, 60, sparse=True),
+  Case(50, "1/2", "100.00", 50, UNIFORM, 50, 50, sparse=True),
+  # Below 128 seconds: 128.
+  Case(128, "30", "4.27", 128, UNIFORM, 128, 128),
+  Case(300, "30", "10.00", 128, UNIFORM, 128, 128),
+  Case(1797, "30", "59.90", 128, UNIFORM, 128, 128),
+  Case(5000, "60000/1001", "83.42", 128, UNIFORM, 128, 128),
+  Case(175, "7/5", "125.00", 128, UNIFORM, 128, 128),
+  Case(3806, "30000/1001", "126.99", 128, UNIFORM, 128, 128),
+  Case(3839, "30", "127.97", 128, UNIFORM, 128, 128),
+  Case(15359, "120", "127.99", 128, UNIFORM, 128, 128),
+  # Longer: every round(rate)-th as pixels, one a second as features.
+  Case(3840, "30", "128.00", 128, 30, 128, 128),
+  Case(3855, "30", "128.50", 129, 30, 128, 128),
+  Case(210, "7/5", "150.00", 210, 1, 150, 150),
+  Case(300, "2", "150.00", 150, 2, 150, 150),
+  Case(375, "5/2", "150.00", 188, 2, 150, 150),
+  Case(1125, "15/2", "150.00", 141, 8, 150, 150),
+  Case(1875, "25/2", "150.00", 157, 12, 150, 150),
+  Case(4500, "30", "150.00", 150, 30, 150, 150),
+  Case(4500, "24000/1001", "187.69", 188, 24, 187, 187),
+  Case(100, "1/2", "200.00", 100, UNIFORM, 100, 100),
+  Case(18000, "30", "600.00", 600, 30, 600, 600),
+  Case(17982, "30000/1001", "600.00", 600, 30, 599, 599),
+  Case(300, "1/2", "600.00", 300, 1, 300, 300),
+  Case(600, "1", "600.00", 600, 1, 600, 600),
+]

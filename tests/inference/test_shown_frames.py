@@ -1,0 +1,230 @@
+"""Training, extraction, asking and evaluating show the same of a file."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from hourjax import ask
+from hourjax.data import dataset, frame_rules
+from hourjax.data.records import Turn, parse_record
+from hourjax.data.rows import Size
+from hourjax.data.store.features import FeatureStore
+from hourjax.evaluation import run
+from hourjax.inference import film, streaming
+from hourjax.inference.engine import Known, row_spec
+from hourjax.inference.extraction import extract_videos
+from tests import videos
+from tests.data.frame_cases import CASES
+from tests.evaluation import fakes
+from tests.inference import models
+
+# Few pictures, a short video, a long one, and one of a rate that is rounded.
+FILES = {
+  f"{case.name.replace('/', ' by ')}.mp4": case
+  for case in CASES
+  if case.name in ("15 at 30", "300 at 30", "300 at 2", "375 at 5/2")
+}
+SPARSE = "slow.mp4"  # features of one frame a second, as others extract them
+
+
+class Reading:
+  """Notes which frames are decoded, wherever that is asked for."""
+
+  def __init__(self, monkeypatch):
+    self.frames: list[list[int]] = []
+    for module in (film, streaming, dataset.video):
+      decode = module.decode_frames
+
+      def noted(path, indices, *args, decode=decode, **options):
+        self.frames.append(np.asarray(indices).tolist())
+        return decode(path, indices, *args, **options)
+
+      monkeypatch.setattr(module, "decode_frames", noted)
+
+
+@pytest.fixture
+def reading(monkeypatch):
+  return Reading(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  """Encodes frames; nothing behind the tower is run."""
+  made = models.tiny(tmp_path_factory.mktemp("tokenizer"))
+  made.engine.remember = lambda *memory: Known()
+  return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  path = tmp_path_factory.mktemp("videos")
+  for name, case in FILES.items():
+    videos.write(path / name, case.pictures, case.rate, size=(32, 24))
+  return path
+
+
+@pytest.fixture(scope="module")
+def store(model, folder, tmp_path_factory):
+  """What extraction makes of the files, and sparse features beside it."""
+  path = tmp_path_factory.mktemp("features")
+  decoded = {}
+  with pytest.MonkeyPatch.context() as patch:
+    decode = streaming.decode_frames
+
+    def noted(file, indices, *args, **options):
+      decoded[file.name] = np.asarray(indices).tolist()
+      return decode(file, indices, *args, **options)
+
+    patch.setattr(streaming, "decode_frames", noted)
+    failed = extract_videos(
+      model.engine.params, model.config, videos=folder, out=path, threads=1
+    )
+  assert not failed
+  # All frames that training on pixels shows of a short video, and no others.
+  for name, case in FILES.items():
+    assert len(decoded[name]) == case.stored
+    assert case.duration >= 128 or decoded[name] == case.indices
+  made = FeatureStore(path, create=True)
+  made.write(SPARSE, models.features(20), 20.4)
+  return made
+
+
+def _told(token, tokenizer) -> str:
+  """What a prompt says of the video, in its words."""
+  text = tokenizer.decode([int(i) for i in token if i >= 0])
+  return text[text.index("lasts for ") : text.index(" frames are")]
+
+
+def _words(seconds: str, frames: int) -> str:
+  return f"lasts for {seconds} seconds, and {frames}"
+
+
+def _of_memory(memory, tokenizer) -> str:
+  layout = models.layout_of(memory, [Turn("human", "Who?")])
+  return _told(layout.query_token, tokenizer)
+
+
+def _dataset(model, folder, names, features=None):
+  talk = [
+    {"from": "human", "value": "<image>\nWho?"},
+    {"from": "gpt", "value": "Ann."},
+  ]
+  records = [
+    parse_record({"id": name, "video": name, "conversations": talk}, "test")
+    for name in names
+  ]
+  return dataset.Dataset.from_records(
+    records,
+    tokenizer=model.tokenizer,
+    spec=row_spec(model.config, Size(*[10**6] * 7)),
+    options=dataset.SampleOptions(),
+    media_root=folder,
+    features=features,
+  )
+
+
+def test_training_on_files(model, folder, reading):
+  made = _dataset(model, folder, FILES)
+  for n, case in enumerate(FILES.values()):
+    sample = made.sample(n)
+    assert reading.frames[-1] == case.indices
+    assert len(sample.visual) == made.sizes[n][1] == case.shown
+    told = _told(sample.layout.query_token, model.tokenizer)
+    assert told == _words(case.seconds, case.shown)
+
+
+def test_training_on_features(model, folder, store):
+  made = _dataset(model, folder, [*FILES, SPARSE], features=store)
+  for n, case in enumerate(FILES.values()):
+    sample = made.sample(n)
+    assert len(sample.visual) == case.kept
+    told = _told(sample.layout.query_token, model.tokenizer)
+    assert told == _words(case.seconds, case.kept)
+  assert made.sparse == [SPARSE]
+
+
+def test_asking(model, folder, store, reading):
+  for name, case in FILES.items():
+    memory = model.remember(folder / name)
+    assert reading.frames[-1] == case.indices and not memory.note
+    told = _of_memory(memory, model.tokenizer)
+    assert told == _words(case.seconds, case.shown)
+    assert _of_memory(model.remember(store.path(name)), model.tokenizer) == (
+      _words(case.seconds, case.kept)
+    )
+
+
+def test_attention_to_repeated_frames_is_that_of_the_frame(model):
+  """Two frames fill a memory of 128: the first 127 times, the second once."""
+  memory = model.remember(models.features(2), duration=2.0)
+  tokens = model.config.pool_side**2 + 1
+  places = np.arange(128 * tokens + 5)
+  places[-5:] = -1  # padding
+  weights = np.where(places >= 127 * tokens, 3.0, 0.0)[None]
+  weights[0, 0] = tokens
+
+  class Engine:
+    config = model.config
+
+    def begin(self, *args, **options):
+      return None, weights
+
+  memory._engine = Engine()
+  memory._known = Known(places=places)
+  _, looked = memory.converse()._begin([Turn("human", "Who?")], 1)
+  np.testing.assert_allclose(looked.share, [0.25, 0.75])
+  np.testing.assert_allclose(looked.edges, [0.0, 1.0, 2.0])
+
+
+class Watching:
+  """A model that keeps its memories, which answer without a model."""
+
+  def __init__(self, model):
+    self.name, self._model, self.made = "watching", model, []
+
+  def remember(self, video):
+    self.made.append(self._model.remember(video))
+    return fakes.Memory(fakes.Model(), video)
+
+  def remember_stored(self, store, video):
+    self.made.append(self._model.remember_stored(store, video))
+    return fakes.Memory(fakes.Model(), video)
+
+
+def test_evaluating(model, folder, store, reading, tmp_path):
+  names = [*FILES, SPARSE]
+  for features in (None, store):
+    asked = names if features else names[:-1]
+    exam = fakes.exam(
+      [fakes.question(n, name) for n, name in enumerate(asked)],
+      videos=folder,
+      features=features,
+    )
+    watching = Watching(model)
+    out = tmp_path / ("features" if features else "files")
+    report = run.evaluate(watching, exam, out)
+    for memory, case in zip(watching.made, FILES.values()):
+      told = _of_memory(memory, model.tokenizer)
+      frames = case.kept if features else case.shown
+      assert told == _words(case.seconds, frames)
+    if not features:
+      assert reading.frames == [case.indices for case in FILES.values()]
+    (name,) = report.data["runs"]
+    notes = report.data["runs"][name]["notes"]
+    expected = [frame_rules.sparse_note(1)] if features else []
+    assert notes == expected
+    again = run.gather(fakes.exam(exam.questions), out)  # without the store
+    assert again.about["notes"] == expected
+  assert watching.made[-1].frames == 20
+
+
+def test_ask_says_what_is_not_shown(model, store, monkeypatch, capsys):
+  monkeypatch.setattr(ask, "load", lambda *args, **options: model)
+  monkeypatch.setattr(sys, "argv", ["ask"])
+  for name in (SPARSE, next(iter(FILES))):
+    ask.flags.FLAGS(["ask", "--model=tiny", f"--features={store.path(name)}"])
+    memory = ask.remember()
+    said = capsys.readouterr().err
+    assert (f"note: {frame_rules.sparse_note(1)}" in said) == (name == SPARSE)
+    assert bool(memory.note) == (name == SPARSE)
