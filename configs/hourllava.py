@@ -41,7 +41,8 @@ _ROWS = {
     queries=4096,
     decoder=6144,
   ),
-  # Images, and videos of at most 128 frames through the encoder.
+  # Images, and videos through the encoder: two short ones, of 128 frames each,
+  # or a longer one, of which the tower does not learn.
   2: Size(
     frames=256,
     tiles=40,

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from hourjax.data.rows import Size
+from hourjax.data.sizes import pixel_frames
 from hourjax.errors import UserError
 from hourjax.models.flops import sample_flops
+from hourjax.planning import workload as workloads
 from hourjax.planning.workload import make_workload, stage_of, trained
 from tests.planning.examples import experiment
 
@@ -36,6 +38,22 @@ def test_videomarathon_has_its_hours(stages):
   # 0.7M conversations about videos of 20.9 minutes on average, and 1.3M
   # about videos below a minute.
   assert hours == pytest.approx(0.7e6 * 20.9 / 60 + 1.3e6 * 45 / 3600, rel=0.1)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_short_videos_are_shown_as_training_shows_them(stored):
+  parts = (workloads.Part("short", 400, "short"),)
+  columns = workloads._draw(parts, 1.0, np.random.default_rng(0))
+  shown = workloads._shown(columns, stored)
+  assert not shown.problems
+  short = columns.duration < 128
+  assert 0 < short.sum() < len(short)  # of 5 to 180 seconds
+  assert set(shown.frames[short]) == {128}
+  for n in np.flatnonzero(~short):
+    seconds = float(columns.duration[n])
+    pixels = len(pixel_frames("", int(columns.pictures[n]), seconds)[1])
+    assert shown.frames[n] == (int(seconds) if stored else pixels)
+    assert abs(pixels - seconds) < 1.1
 
 
 def test_one_video_a_row(stages):
