@@ -6,9 +6,10 @@
 
 The tower is that of a SigLIP folder, an Hour-LLaVA checkpoint or a workdir; by
 default the one that training with this configuration starts from. Finished
-videos are skipped, so a stopped run can be started again. Several machines
-share the work by JAX's process index, by --worker=0/8 and so on, or with
---beam_runner as an Apache Beam pipeline.
+videos are skipped, so a stopped run can be started again; damaged ones are
+stored, with the share in the index, if --min_share of their frames can be read.
+Several machines share the work by JAX's process index, by --worker=0/8 and so
+on, or with --beam_runner as an Apache Beam pipeline.
 
 Ends with 0 if every video is stored, 3 if some failed (see failures-*.jsonl in
 the store), 2 on a mistake in the options, 1 if it could not go on (full disk),
@@ -22,6 +23,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from hourjax import command
+from hourjax.data.video import MIN_SHARE
 from hourjax.inference import beam
 from hourjax.inference.extraction import extract_videos
 from hourjax.inference.tower_params import tower_params
@@ -38,10 +40,10 @@ _THREADS = flags.DEFINE_integer(
 )
 _WORKER = flags.DEFINE_string("worker", None, "Share of this process, i/n.")
 _FRAMES = flags.DEFINE_integer(
-  "batch_frames",
-  None,
-  "Frames encoded at a time, over all devices (32 a device).",
-  lower_bound=1,
+  "batch_frames", None, "Frames encoded at a time (32 a device).", lower_bound=1
+)
+_SHARE = flags.DEFINE_float(
+  "min_share", MIN_SHARE, "Of a video's frames, that must be read.", 0, 1
 )
 _RUNNER = flags.DEFINE_string("beam_runner", None, "E.g. DirectRunner.")
 _OPTIONS = flags.DEFINE_string(
@@ -63,9 +65,8 @@ def _extract(experiment) -> list:
       flush=True,
     )
   if _RUNNER.value:
-    work = beam.Work(
-      experiment, _TOWER.value, _VIDEOS.value, _OUT.value, _FRAMES.value
-    )
+    flag = (_TOWER, _VIDEOS, _OUT, _FRAMES, _SHARE)
+    work = beam.Work(experiment, *(item.value for item in flag))
     return beam.extract_videos(
       work, runner=_RUNNER.value, options=_OPTIONS.value, names=_NAMES.value
     )
@@ -78,6 +79,7 @@ def _extract(experiment) -> list:
     threads=_THREADS.value,
     worker=parse_worker(_WORKER.value) if _WORKER.value else None,
     names=_NAMES.value,
+    min_share=_SHARE.value,
   )
 
 

@@ -55,8 +55,8 @@ def decode_frames(
 ) -> Iterator[UInt8[np.ndarray, "n size size 3"]]:
   """Decodes frames in order, upright, resized to a square like any image.
 
-  For a frame that is damaged, the nearest picture that is not stands in; for one
-  that is meant to be unseen, the picture before it.
+  For a frame that is damaged, the nearest picture that is not stands in; for
+  one that is meant to be unseen, the picture before it.
 
   Args:
     path: of the video.
@@ -337,7 +337,7 @@ def _check_share(
     problem = "damaged pictures"
   raise UserError(
     f"{path}: {problem}; {reading.share:.1%} of {reading.wanted} frames can be"
-    f" read, at least {min_share:.0%} must be; the file is truncated or damaged,"
-    " fetch it again, or extract it with a lower --min_share",
+    f" read, at least {min_share:.0%} must be; the file is truncated or"
+    " damaged, fetch it again, or extract it with a lower --min_share",
     kind="damaged",
   )

@@ -41,8 +41,8 @@ _FORMATS = (
 )
 # Formats without times of presentation: order and count tell instead.
 TIMELESS = frozenset(
-  "avi,h264,hevc,vvc,h263,h261,mpegvideo,m4v,cavsvideo,avs2,avs3,vc1,dirac,"
-  "mjpeg,obu,av1".split(",")
+  {"avi", "h261", "h263", "h264", "hevc", "vvc", "mpegvideo", "m4v", "mjpeg"}
+  | {"cavsvideo", "avs2", "avs3", "vc1", "dirac", "obu", "av1"}
 )
 # Streams beside the film.
 _ASIDE = (
@@ -89,7 +89,9 @@ def own_fault(path: str | os.PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_video(path: str | os.PathLike) -> Iterator[av.container.InputContainer]:
+def open_video(
+  path: str | os.PathLike,
+) -> Iterator[av.container.InputContainer]:
   """Opens a video file; errors inside are the file's, as `own_fault` says.
 
   Raises:
@@ -114,8 +116,8 @@ def open_video(path: str | os.PathLike) -> Iterator[av.container.InputContainer]
       )
     except av.error.ArgumentError as error:
       raise UserError(
-        f"{path} is not a video ({size} bytes of a format that is not read, such"
-        " as a playlist or an image); give the video itself"
+        f"{path} is not a video ({size} bytes of a format that is not read,"
+        " such as a playlist or an image); give the video itself"
       ) from error
     except (av.error.FFmpegError, OSError) as error:
       raise UserError(
@@ -142,8 +144,8 @@ def film_streams(
   if not streams:
     kinds = ", ".join(s.type for s in container.streams) or "none"
     raise UserError(
-      f"{path} has no video stream (streams: {kinds}); drop the record, or fetch "
-      "the file again if it should have one"
+      f"{path} has no video stream (streams: {kinds}); drop the record, or"
+      " fetch the file again if it should have one"
     )
   films = [s for s in streams if not s.disposition & _ASIDE] or streams
   if not any(s.codec_context for s in films):
@@ -374,9 +376,9 @@ class _Timed:
   def send(self, packet: av.Packet, shown: bool) -> None:
     """Takes note of a packet that the decoder gets."""
     if packet.dts is not None:
-      if self._clock is not None and packet.dts < self._clock:
-        if (self._clock - packet.dts) * packet.time_base > RESET:
-          self._segment += 1
+      back = 0 if self._clock is None else self._clock - packet.dts
+      if back > 0 and back * packet.time_base > RESET:
+        self._segment += 1
       self._clock = packet.dts
     if packet.pts is not None:
       self._pts = packet.pts

@@ -254,13 +254,9 @@ def _demuxed(container, streams) -> list[_Track]:
   for stream in streams:
     columns = np.frombuffer(rows[stream.index]).reshape(-1, 6).T
     pts, dts, key, position, before, other = columns
-    reached = max(ends.values(), default=nan)
-    tracks.append(
-      _Track(
-        stream, pts, dts, key.astype(bool), position, before, other,
-        reached=reached,
-      )  # fmt: skip
-    )
+    key, reached = key.astype(bool), max(ends.values(), default=nan)
+    track = _Track(stream, pts, dts, key, position, before, other)
+    tracks.append(dataclasses.replace(track, reached=reached))
   return tracks
 
 
@@ -278,8 +274,8 @@ def _describe(container, track: _Track, path) -> VideoInfo:
   if width * height > video_file.MAX_PIXELS:
     raise UserError(
       f"{path}: pictures of {width} x {height} pixels, at most"
-      f" {video_file.MAX_PIXELS:,} are read; the header is damaged, or encode the"
-      " file smaller"
+      f" {video_file.MAX_PIXELS:,} are read; the header is damaged, or encode"
+      " the file smaller"
     )
   shown = _timeline(container, track)
   lost = list(shown.lost)
@@ -315,8 +311,8 @@ class _Timeline:
 def _timeline(container, track: _Track) -> _Timeline:
   """Seconds from the steps between pictures, without those that are none.
 
-    times  0.0 0.1 0.2 36015.0 36015.1     recordings joined
-    steps    0.1 0.1  [0.1]   0.1          0.4 s, and the last picture lasts too
+  times  0.0 0.1 0.2 36015.0 36015.1     recordings joined
+  steps    0.1 0.1  [0.1]   0.1          0.4 s, and the last picture lasts too
   """
   times, segments = track.times(), track.segments()
   if len(times) < 2 or np.isnan(times).any():

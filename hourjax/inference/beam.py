@@ -21,8 +21,10 @@ import uuid
 from hourjax.data.records import Skipped
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.store.lines import Lines, read_lines
+from hourjax.data.video import MIN_SHARE
 from hourjax.errors import UserError
 from hourjax.inference.encoder import Encoder
+from hourjax.inference.extraction import part_row
 from hourjax.inference.streaming import Outcome, Stream
 from hourjax.inference.tower_params import tower_params
 from hourjax.inference.videos import find_videos
@@ -40,6 +42,7 @@ class Work:
     videos: folder of videos, the same on every machine.
     out: root of the feature store, the same on every machine.
     batch_frames: frames encoded at a time; 32 a device if not given.
+    min_share: of a damaged video's frames, that must be read.
     run: label of this run's indices and ledgers.
   """
 
@@ -48,6 +51,7 @@ class Work:
   videos: str
   out: str
   batch_frames: int | None = None
+  min_share: float = MIN_SHARE
   run: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex[:8])
 
 
@@ -130,8 +134,11 @@ class _Process:
 
     def done(outcome: Outcome):
       if outcome.stored:
-        self._store.record(name, outcome.stored)
+        self._store.record(name, outcome.stored, outcome.share)
         rows.append({"video": name, **outcome.stored._asdict()})
+        if outcome.share < 1:
+          rows[0]["share"] = outcome.share
+          self._ledger.add(part_row(outcome))
       else:
         rows.append({"file": name, "reason": outcome.reason})
         self._ledger.add(rows[0])
@@ -142,6 +149,7 @@ class _Process:
       store=self._store,
       encoder=self._encoder,
       done=done,
+      min_share=self._work.min_share,
     ).run()
     return rows[0]
 
@@ -159,18 +167,23 @@ def _make_process(work: Work) -> _Process:
 def _collect(work: Work, share: list[str], todo: list[str]) -> list[Skipped]:
   """Reads the rows that the workers wrote, and says what they amount to."""
   store = FeatureStore(work.out, create=True)
-  failed = {
-    row["file"]: row["reason"]
+  told = {
+    row["file"]: row
     for key in store.storage.list(f"failures-beam-{work.run}-")
     for row in read_lines(store.storage, key)
   }
-  failed = {name: failed[name] for name in todo if name in failed}
+  told = {name: told[name] for name in todo if name in told}
+  parts = {n: row["share"] for n, row in told.items() if "share" in row}
+  failed = {n: row["reason"] for n, row in told.items() if n not in parts}
   lost = [n for n in todo if n not in store and n not in failed]
   stored = len(share) - len(failed) - len(lost)
   print(
     f"{stored} of {len(share)} videos in {store.root}"
-    f" ({len(share) - len(todo)} were there), {len(failed)} failed"
+    f" ({len(share) - len(todo)} were there),"
+    f"{f' {len(parts)} read in part,' if parts else ''} {len(failed)} failed"
   )
+  for name, part in parts.items():
+    print(f"  read in part {name}: {part:.2%} of its frames")
   for name, reason in failed.items():
     print(f"  failed {name}: {reason}")
   if lost:

@@ -12,6 +12,7 @@ from hourjax import progress
 from hourjax.data.records import Skipped
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.store.lines import Lines
+from hourjax.data.video import MIN_SHARE
 from hourjax.inference.encoder import Encoder
 from hourjax.inference.streaming import Outcome, Stream
 from hourjax.inference.videos import find_videos, worker_slice
@@ -30,6 +31,7 @@ def extract_videos(
   threads: int | None = None,
   worker: tuple[int, int] | None = None,
   names: str | os.PathLike | None = None,
+  min_share: float = MIN_SHARE,
 ) -> list[Skipped]:
   """Encodes every video of a folder that the store does not hold yet.
 
@@ -47,10 +49,13 @@ def extract_videos(
     threads: videos decoded at a time; one a core if not given, 64 at most.
     worker: (i, n); as in the JAX cluster if not given.
     names: file with one name a line; only these are taken.
+    min_share: of a damaged video's frames, that must be read for it to be
+      stored, from 0 to 1.
 
   Returns:
     Videos that could not be read, with the reason; they are also in the
-    store's `failures-<i>.jsonl`, and are tried again by the next run.
+    store's `failures-<i>.jsonl`, and are tried again by the next run. Those
+    that were read in part are there too, and with their share in the index.
 
   Raises:
     UserError: no videos, or a store of another tower.
@@ -76,6 +81,7 @@ def extract_videos(
       encoder=encoder,
       done=report.done,
       threads=threads or min(_MOST_THREADS, os.cpu_count() or 1),
+      min_share=min_share,
     )
     report.watch(stream)
     return report.failed
@@ -86,6 +92,7 @@ class _Report:
 
   def __init__(self, share: int, todo: int, store: FeatureStore, ledger: Lines):
     self.failed: list[Skipped] = []
+    self._parts: dict[str, float] = {}  # videos read in part, their shares
     self._share, self._todo = share, todo
     self._store, self._ledger = store, ledger
     self._stored, self._seconds = 0, 0.0
@@ -100,15 +107,21 @@ class _Report:
       finally:
         self._bar.close()
         print(self._summary(), flush=True)
+        for name, share in self._parts.items():
+          print(f"  read in part {_printable(name)}: {share:.2%} of its frames")
         for item in self.failed:
           print(f"  failed {_printable(item.id)}: {_printable(item.reason)}")
 
   def done(self, outcome: Outcome) -> None:
     """Makes a stored video count, or enters the reason into the ledger."""
     if outcome.stored:
-      self._store.record(outcome.name, outcome.stored)
+      part = (outcome.share,) if outcome.share < 1 else ()
+      self._store.record(outcome.name, outcome.stored, *part)
       self._stored += 1
       self._seconds += outcome.stored.duration
+      if outcome.share < 1:
+        self._parts[outcome.name] = outcome.share
+        self._ledger.add(part_row(outcome))
     else:
       self._ledger.add({"file": outcome.name, "reason": outcome.reason})
       self.failed.append(Skipped(outcome.name, outcome.reason))
@@ -121,9 +134,11 @@ class _Report:
 
   def _summary(self) -> str:
     there = self._share - self._todo
+    parts = f" {len(self._parts)} read in part," if self._parts else ""
     return (
       f"{there + self._stored} of {self._share} videos in {self._store.root}"
-      f" ({there} were there), {len(self.failed)} failed; {self._hours()} of"
+      f" ({there} were there),{parts} {len(self.failed)} failed;"
+      f" {self._hours()} of"
       f" video, {self._stream.frames} frames, {self._rate()}; the limit was"
       f" {self._limit()}"
     )
@@ -145,6 +160,15 @@ class _Report:
     }
     stage = max(waits, key=waits.__getitem__)
     return f"{stage} ({min(1.0, waits[stage] / spent):.0%})"
+
+
+def part_row(outcome: Outcome) -> dict:
+  """The ledger's line of a stored video of which some frames are damaged."""
+  reason = (
+    f"stored, but only {outcome.share:.2%} of its frames could be read; the"
+    " nearest pictures stand in for the others"
+  )
+  return {"file": outcome.name, "share": outcome.share, "reason": reason}
 
 
 def _printable(text: str) -> str:

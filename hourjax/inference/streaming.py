@@ -21,7 +21,7 @@ import numpy as np
 from hourjax.data.frame_rules import extraction_frames
 from hourjax.data.store.array_file import FeatureWriter, Stored
 from hourjax.data.store.features import FeatureStore
-from hourjax.data.video import decode_frames, probe
+from hourjax.data.video import MIN_SHARE, Reading, decode_frames, probe
 from hourjax.errors import UserError
 from hourjax.inference.channel import Channel, ClosedError
 from hourjax.inference.encoder import Encoder
@@ -35,11 +35,16 @@ _PATIENCE = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """How a video ended: stored, or not for a reason."""
+  """How a video ended: stored, or not for a reason.
+
+  Attributes:
+    share: of the frames of a stored one, that could be read.
+  """
 
   name: str
   stored: Stored | None
   reason: str = ""
+  share: float = 1.0
 
 
 @dataclasses.dataclass(eq=False)  # told apart by identity
@@ -47,6 +52,7 @@ class _Job:
   name: str
   writer: FeatureWriter | None = None
   reason: str = ""
+  reading: Reading = dataclasses.field(default_factory=Reading)
 
 
 @dataclasses.dataclass
@@ -83,6 +89,7 @@ class Stream:
     encoder: Encoder,
     done: Callable[[Outcome], None],
     threads: int = 1,
+    min_share: float = MIN_SHARE,
   ):
     """Prepares; `run` does it.
 
@@ -93,7 +100,9 @@ class Stream:
       encoder: of frames.
       done: told of every video as it ends, in the writing thread.
       threads: videos decoded at a time.
+      min_share: of a video's frames, that must be read for it to be stored.
     """
+    self._min_share = min_share
     self.frames, self.encoding, self.writing = 0, 0.0, 0.0
     self._names, self._root = list(names), pathlib.Path(root)
     self._store, self._encoder, self._done = store, encoder, done
@@ -179,8 +188,9 @@ class Stream:
         info=info,
         batch=self._chunk,
         threads=max(1, (os.cpu_count() or 1) // self._threads),
+        min_share=self._min_share,
+        reading=job.reading,
       )
-      first = next(chunks)
     except Exception as error:
       job.reason = _reason(error)
       return
@@ -189,7 +199,6 @@ class Stream:
     )
     with self._lock:
       self._open.add(job)
-    yield first
     while True:
       try:
         chunk = next(chunks, None)
@@ -269,7 +278,7 @@ class Stream:
     elif job.writer:
       job.writer.abandon()
     stored = None if job.reason else job.writer.stored
-    self._done(Outcome(job.name, stored, job.reason))
+    self._done(Outcome(job.name, stored, job.reason, job.reading.share))
 
 
 def _reason(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """The feature store: one bfloat16 `.npy` a video, and an index.
 
-    ROOT/index-00000.jsonl        {"video", "frames", "duration"} a line
+    ROOT/index-00000.jsonl        {"video", "frames", "duration"} a line, and
+                                  "share" of its frames read where below 1
     ROOT/<video name>.npy         [F, Q, V], stored as numpy's two-byte void
     ROOT/tower.json               which tower wrote them
 
@@ -69,6 +70,7 @@ class FeatureStore:
     self.scratch = Scratch(root, f"{worker:>05}")
     own = f"index-{worker:>05}.jsonl"
     self._index: dict[str, Stored] = {}
+    self._shares: dict[str, float] = {}
     mine: list[dict] = []
     keys = [k for k in self.storage.list("index") if k.endswith(".jsonl")]
     if not keys and not create:
@@ -79,6 +81,7 @@ class FeatureStore:
     for key in keys:
       rows, where = read_lines(self.storage, key), self.storage.location(key)
       self._index.update(_entry(row, where) for row in rows)
+      self._shares.update(_share(row, where) for row in rows)
       if key == own:
         mine = rows
     self._lines = Lines(self.storage, own, mine)
@@ -100,6 +103,16 @@ class FeatureStore:
       KeyError: not in the index.
     """
     return self._index[video]
+
+  def share(self, video: str) -> float:
+    """Of a stored video's frames, the share that could be read; 1 as a rule.
+
+    For the others the nearest picture without damage was encoded.
+
+    Raises:
+      KeyError: not in the index.
+    """
+    return self._shares[video]
 
   def path(self, video: str) -> pathlib.Path | str:
     """File or URL of a video's features."""
@@ -182,10 +195,17 @@ class FeatureStore:
       shape,
     )
 
-  def record(self, video: str, stored: Stored) -> None:
-    """Writes the index line of a video whose array is in place."""
-    self._lines.add({"video": video, **stored._asdict()})
-    self._index[video] = stored
+  def record(self, video: str, stored: Stored, share: float = 1.0) -> None:
+    """Writes the index line of a video whose array is in place.
+
+    Args:
+      video: name.
+      stored: frames and duration.
+      share: of the frames, that could be read.
+    """
+    row = {"video": video, **stored._asdict()}
+    self._lines.add(row if share == 1 else row | {"share": share})
+    self._index[video], self._shares[video] = stored, share
 
   def write(
     self, video: str, features: Shaped[np.ndarray, "F Q V"], duration: float
@@ -277,6 +297,16 @@ def _entry(row: dict, where) -> tuple[str, Stored]:
     remedy="delete the line and extract again",
   )
   return line.video, Stored(line.frames, line.duration)
+
+
+def _share(row: dict, where) -> tuple[str, float]:
+  share = row.get("share", 1.0)
+  if isinstance(share, int | float) and 0 <= share <= 1:
+    return row["video"], float(share)
+  raise UserError(
+    f"{where}: {row} has the share {share!r}, it is from 0 to 1; delete the"
+    " line and extract again"
+  )
 
 
 def _blocks(frames, out: np.ndarray, start: int) -> Iterator[Part]:
