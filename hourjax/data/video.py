@@ -108,6 +108,19 @@ def decode_frames(
     yield np.stack(ready)
 
 
+def check_whole(
+  path: str | os.PathLike, info: VideoInfo, min_share: float = MIN_SHARE
+) -> None:
+  """Finds without decoding that too much of a file is missing.
+
+  Raises:
+    UserError: with the share that is there.
+  """
+  numbers = np.arange(info.frames)
+  reading = Reading(len(numbers), int(info.readable(numbers).sum()))
+  _check_share(path, reading, min_share, info, numbers)
+
+
 def frame_at(
   path: str | os.PathLike, second: float, size: int
 ) -> UInt8[np.ndarray, "size size 3"]:

@@ -76,6 +76,7 @@ def _probe(media: pathlib.Path, name: str) -> VideoFact:
     return VideoFact(problem=("missing file", problem))
   try:
     info = video.probe(media / name)
+    video.check_whole(media / name, info)
   except UserError as error:
     return VideoFact(problem=("unreadable video", str(error)))
   return VideoFact(info.duration, info.frames)
