@@ -4,8 +4,12 @@
       --config.data.dataset=videomarathon --workdir=work/run
 
 Any key of the configuration can be set as --config.KEY=VALUE; an unknown one
-fails. Started again with the same workdir, the run continues. SIGTERM and
-Ctrl-C save a checkpoint first; after SIGTERM the status is 0.
+fails. A configuration is a Python file, which runs: give only those you trust.
+Nothing else that is read runs: data, features, tokenizers, weights and workdirs
+may come from strangers.
+
+Started again with the same workdir, the run continues. SIGTERM and Ctrl-C save
+a checkpoint first; after SIGTERM the status is 0.
 
 On a TPU VM of several hosts, start the same line on each; elsewhere see
 `hourjax.parallel.hosts`.
