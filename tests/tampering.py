@@ -269,7 +269,10 @@ def _npz(path: pathlib.Path, rng: random.Random) -> str:
   name = rng.choice(sorted(arrays))
   old = arrays[name]
   ways = {
-    "out of range": lambda: np.full_like(old, 99),
+    # 99 pictures or seconds are a number like another.
+    "out of range": lambda: np.full_like(
+      old, -9 if name in ("pictures", "duration") else 99
+    ),
     "negative": lambda: (old.astype(np.int64) - 99).astype(np.int32),
     "huge": lambda: old.astype(np.float64) * 1e300 + 1e300,
     "number": lambda: np.array(3),

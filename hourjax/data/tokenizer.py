@@ -133,7 +133,8 @@ class Tokenizer:
 
 
 def _special(backend: tokenizers.Tokenizer, token: str, name: str) -> int:
-  found = backend.token_to_id(token)
+  with _library_errors(f"{name}: token {token!r}"):
+    found = backend.token_to_id(token)
   if found is None:
     raise UserError(
       f"{name}: no token {token} among its {backend.get_vocab_size()}; use the "

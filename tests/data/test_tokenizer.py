@@ -198,6 +198,7 @@ def test_files_that_are_something_else(tmp_path, name, way):
     ({"pad_token": ["a"]}, "'pad_token' is .'a'., not"),
     ({"pad_token": {"content": 5}}, "'pad_token' is .*, not"),
     ({"pad_token": True}, "'pad_token' is True, not"),
+    ({"pad_token": "\ud800"}, "surrogates not allowed"),
     ({"added_tokens_decoder": {"256": {"content": 5}}}, "must map"),
     (
       {"added_tokens_decoder": {"256": {"content": "a", "special": "yes"}}},
@@ -209,7 +210,7 @@ def test_files_that_are_something_else(tmp_path, name, way):
 )
 def test_a_configuration_with_values_of_other_kinds(tmp_path, config, said):
   folder = _folder(tmp_path / "a", **config)
-  with pytest.raises(UserError, match=rf"a/tokenizer_config\.json: .*{said}"):
+  with pytest.raises(UserError, match=f"/a.*: .*{said}"):
     Tokenizer.from_folder(folder)
 
 
