@@ -25,14 +25,17 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 
 from tpu import accelerators, following, slices, training
 from tpu.errors import LaunchError
 from tpu.gcloud import Gcloud
+from tpu.options import Parser, at_least
 from tpu.supervise import Patience, Supervisor
 from tpu.workers import Job, Workers
 
+_EXAMPLES = {"zone": "us-west4-a", "project": "my-project"}
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -46,16 +49,41 @@ def parser() -> argparse.ArgumentParser:
   add(
     "--accelerator", metavar="TYPE", help="e.g. v5litepod-256, v5p-128, v6e-64"
   )
-  add("--num_slices", type=int, default=1, help="more than 1 implies --queued")
+  add(
+    "--num_slices",
+    type=int,
+    default=1,
+    help="more than 1 implies --queued",
+  )
   add("--queued", action="store_true", help="wait in line for a TPU; after"
       " `create` only --dry_run asks for it")  # fmt: skip
   add("--dry_run", action="store_true", help="print commands, run none")
   add("--iap", action="store_true", help="connect through Google's tunnel")
   add("--internal_ip", action="store_true", help="connect within the network")
-  add("--parallel", type=int, default=16, help="workers spoken to at a time")
-  add("--attempts", type=int, default=4, help="where a connection is lost")
-  add("--retry_seconds", type=float, default=10, help="doubled each time")
-  add("--poll_seconds", type=float, default=60, help="between two looks")
+  add(
+    "--parallel",
+    type=at_least(int, 1),
+    default=16,
+    help="workers spoken to at a time",
+  )
+  add(
+    "--attempts",
+    type=at_least(int, 1),
+    default=4,
+    help="where a connection is lost",
+  )
+  add(
+    "--retry_seconds",
+    type=at_least(float, 0),
+    default=10,
+    help="doubled each time",
+  )
+  add(
+    "--poll_seconds",
+    type=at_least(float, 0),
+    default=60,
+    help="between two looks",
+  )
 
   order = argparse.ArgumentParser(add_help=False)
   add = order.add_argument
@@ -65,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
   add("--create_flag", action="append", default=[], metavar="FLAG",
       help="for gcloud's create: --create_flag=--network=vpc")  # fmt: skip
 
-  root = argparse.ArgumentParser(
+  root = Parser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   verbs = root.add_subparsers(dest="verb", required=True)
@@ -74,8 +102,18 @@ def parser() -> argparse.ArgumentParser:
   verbs.add_parser("setup", parents=[common])
   add = verbs.add_parser("run", parents=[common, order]).add_argument
   add("--until_done", action="store_true", help="through preemptions")
-  add("--restarts", type=int, default=3, help="of a training that fails")
-  add("--grace_seconds", type=float, default=120, help="to believe an end")
+  add(
+    "--restarts",
+    type=at_least(int, 0),
+    default=3,
+    help="of a training that fails",
+  )
+  add(
+    "--grace_seconds",
+    type=at_least(float, 0),
+    default=120,
+    help="to believe an end",
+  )
   add("--env", action="append", default=[], metavar="KEY=VALUE")
   add("--env_file", default="", help="lines KEY=VALUE, for what is secret")
   add("--prepare", default="", metavar="COMMAND", help="a shell's line on each"
@@ -86,7 +124,12 @@ def parser() -> argparse.ArgumentParser:
   add("--follow", action="store_true", help="print them as they grow")
   add("--out", help="folder (work/tpu/NAME)")
   add = verbs.add_parser("stop", parents=[common]).add_argument
-  add("--seconds", type=int, default=600, help="to wait for the checkpoint")
+  add(
+    "--seconds",
+    type=at_least(int, 0),
+    default=600,
+    help="to wait for the checkpoint",
+  )
   add("--kill", action="store_true", help="SIGKILL after that")
   verbs.add_parser("delete", parents=[common])
   return root
@@ -123,6 +166,14 @@ class Commands:
       raise LaunchError(
         f"--name={flags.name}: lower-case letters, digits and -, at most 50"
       )
+    for name in ("zone", "project"):
+      value = getattr(flags, name)
+      if value is not None and not re.fullmatch(r"[A-Za-z0-9][-\w:.]*", value):
+        raise LaunchError(
+          f"--{name}={value}: "
+          + ("it is empty" if not value else "no such name is possible")
+          + f"; give a name such as {_EXAMPLES[name]}"
+        )
     self.flags, self.arguments = flags, arguments
     self.order = order_of(flags)
     self.folder = os.path.join(ROOT, "work", "tpu", flags.name)
@@ -264,6 +315,9 @@ def main(argv: list[str]) -> int:
   """Exit status of a command line."""
   cut = argv.index("--") if "--" in argv else len(argv)
   flags, arguments = parser().parse_args(argv[:cut]), argv[cut + 1 :]
+  for number in (signal.SIGTERM, signal.SIGHUP):
+    # So that what was started here ends too.
+    signal.signal(number, lambda number, _: sys.exit(128 + number))
   try:
     if arguments and flags.verb != "run":
       raise LaunchError(f"`{flags.verb}` takes nothing after --")

@@ -18,7 +18,7 @@ def follow(workers: Workers, gcloud: Gcloud, retry_seconds: float) -> int:
   if gcloud.dry_run:
     workers.each(lambda x: gcloud.ssh(x.node, x.index, _command(workers, x)))
     return 0
-  lock, failed = threading.Lock(), []
+  lock, failed, running = threading.Lock(), [], set()
 
   def one(worker: Worker) -> None:
     line, lost = 1, 0
@@ -28,6 +28,7 @@ def follow(workers: Workers, gcloud: Gcloud, retry_seconds: float) -> int:
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, errors="replace",
       )  # fmt: skip
+      running.add(process)
       with process:
         errors = threading.Thread(target=process.stderr.read, daemon=True)
         errors.start()
@@ -36,6 +37,7 @@ def follow(workers: Workers, gcloud: Gcloud, retry_seconds: float) -> int:
           with lock:
             sys.stdout.write(f"[{worker}] {text}")
             sys.stdout.flush()
+      running.discard(process)
       if not process.returncode:
         return
       lost += 1
@@ -47,8 +49,12 @@ def follow(workers: Workers, gcloud: Gcloud, retry_seconds: float) -> int:
              for x in workers.all]  # fmt: skip
   for thread in threads:
     thread.start()
-  for thread in threads:
-    thread.join()
+  try:
+    for thread in threads:
+      thread.join()
+  finally:  # also where a signal ends this
+    for process in list(running):
+      process.terminate()
   for worker in failed:
     gcloud.say(f"{worker} could not be followed; `status` tells what it does")
   return 2 if failed else 0

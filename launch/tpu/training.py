@@ -9,6 +9,8 @@ import time
 
 from tpu.errors import LaunchError
 
+_ODD = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
+
 
 def train_command(arguments: list[str], env: list[str]) -> list[str]:
   """`python -m hourjax.train` with its options, and variables before it.
@@ -18,13 +20,31 @@ def train_command(arguments: list[str], env: list[str]) -> list[str]:
     env: KEY=VALUE each.
 
   Raises:
-    LaunchError: for a variable without a value or with an odd name.
+    LaunchError: for a variable without a value or with an odd name, or a
+      character that would not arrive as it is.
   """
   for pair in env:
     if not re.match(r"[A-Za-z_][A-Za-z0-9_]*=", pair):
       raise LaunchError(f"--env={pair}: write --env=KEY=VALUE")
+  for option, texts in (("--env", env), ("the trainer's option", arguments)):
+    for text in texts:
+      _check_characters(option, text)
   prefix = ["env", *env] if env else []
   return [*prefix, "python", "-m", "hourjax.train", *arguments]
+
+
+def _check_characters(what: str, text: str) -> None:
+  """Refuses what shells, terminals or ssh would split or change.
+
+  These are control characters, all that end a line (U+2028 among them), and
+  bytes that are no UTF-8.
+  """
+  odd = _ODD.search(text)
+  if odd:
+    raise LaunchError(
+      f"{what} {ascii(text)[:80]}: U+{ord(odd[0]):04X} would not arrive on the"
+      " workers as it is; leave it out, or put the value into a file"
+    )
 
 
 def check_env_file(path: str) -> None:
@@ -34,11 +54,20 @@ def check_env_file(path: str) -> None:
     LaunchError: naming the line.
   """
   try:
-    with open(path, encoding="utf-8") as file:
-      lines = file.read().splitlines()
+    with open(path, encoding="utf-8", newline="") as file:
+      # As the workers read it: other characters end no line there.
+      lines = file.read().split("\n")
   except OSError as error:
     raise LaunchError(f"--env_file={path}: {error.strerror}") from None
+  except UnicodeDecodeError:
+    raise LaunchError(f"--env_file={path}: it is not UTF-8") from None
   for number, line in enumerate(lines, 1):
+    if "\r" in line or "\0" in line:
+      raise LaunchError(
+        f"--env_file={path}: line {number} ends or breaks with a character"
+        " that would become part of the value (a file from Windows?); save it"
+        " with plain line ends"
+      )
     comment = not line.strip() or line.startswith("#")
     if not comment and not re.match(r"[A-Za-z_][A-Za-z0-9_]*=", line):
       raise LaunchError(f"--env_file={path}: line {number} is no KEY=VALUE")
@@ -83,6 +112,17 @@ def check_workdir(
   if "://" in workdir:
     raise LaunchError(
       f"--workdir={workdir} is a URL; a run needs a folder: {remedy}"
+    )
+  for option, path in (("--workdir", workdir), ("--shared_path", shared)):
+    if ".." in path.split("/"):
+      raise LaunchError(
+        f"{option}={path}: '..' may lead out of what the workers share; write"
+        " the path without it"
+      )
+  if shared and (not shared.startswith("/") or not shared.strip("/")):
+    raise LaunchError(
+      f"--shared_path={shared} is no mount; give its absolute path, as in"
+      " --shared_path=/mnt/hour"
     )
   if shared and (workdir + "/").startswith(shared.rstrip("/") + "/"):
     return

@@ -170,8 +170,20 @@ def test_unknown_types(cloud, accelerator, says):
     (("--accelerator=v6e-8", "--num_slices=0"), "--num_slices=0: at least 1"),
     (("--accelerator=v6e-8", "--", "--steps=3"), "takes nothing after --"),
     (("--accelerator=v6e-8", "--name=Hour"), "lower-case letters"),
+    (("--accelerator=v6e-8", "--zone="), "--zone=: it is empty; give a name"),
+    (("--accelerator=v6e-8", "--zone=us west"), "no such name is possible"),
+    (("--accelerator=v6e-8", "--project="), "--project=: it is empty"),
+    (("--acelerator=v6e-8",), "error: unknown option --acelerator; did you mean"
+     " --accelerator?"),
+    (("--until_done",), "error: unknown option --until_done; see --help"),
+    (("--num-slices=2",), "did you mean --num_slices?"),
+    (("--parallel=0",), "--parallel: 0 is not at least 1"),
+    (("--attempts=few",), "--attempts: invalid whole number value: 'few'"),
+    (("--poll_seconds=nan",), "--poll_seconds: nan is not at least 0"),
+    (("v6e-8",), "error: unrecognized arguments: v6e-8; options start with --"),
   ],
-)
+)  # fmt: skip
 def test_mistakes(cloud, arguments, says):
-  assert says in cloud("create", *arguments, code=2).stderr
+  said = cloud("create", *arguments, code=2).stderr
+  assert says in said and said.startswith("error: ") and said.count("\n") == 1
   assert not cloud.calls(all_of_them=True)

@@ -229,6 +229,21 @@ def test_secrets_travel_in_a_file(ready, tmp_path):
   assert "secret.env: line 1 is no KEY=VALUE" in said
 
 
+def test_lines_of_a_file_end_as_the_workers_read_them(ready, tmp_path):
+  secrets = tmp_path / "secrets"
+  secrets.write_bytes("A=one\u2028line\n\n# two\nB=\x85\n".encode())
+  ready("run", f"--env_file={secrets}", *TRAIN)
+  ready("stop")
+  for text, says in (
+    (b"A=1\r\nB=2\r\n", "line 1 ends or breaks with a character"),
+    (b"A=1\nB=2\0\n", "line 2 ends or breaks with a character"),
+    (b"A=\xff\n", "it is not UTF-8"),
+  ):
+    secrets.write_bytes(text)
+    done = ready("run", f"--env_file={secrets}", *TRAIN, code=2)
+    assert says in done.stderr
+
+
 def test_prepare(ready):
   line = 'echo "$PWD $(command -v python)" >>~/"it\'s done"; [ $? = 0 ]'
   ready("run", "--prepare", line, *TRAIN)
@@ -258,6 +273,20 @@ def test_prepare(ready):
     ),
     (("--", "--workdir=gs://bucket/run"), "is a URL; a run needs a folder"),
     (("--env=NOTE", *TRAIN), "write --env=KEY=VALUE"),
+    (("--env=NOTE=a\u2028b", *TRAIN), "U+2028 would not arrive"),
+    (("--env=NOTE=a\nb", *TRAIN), "U+000A would not arrive"),
+    (("--env=NOTE=a\x1b[2J", *TRAIN), "U+001B would not arrive"),
+    ((*TRAIN, "--config.init=a\u2029b"), "U+2029 would not arrive"),
+    (
+      ("--shared_path=/mnt/hour", "--", "--workdir=/mnt/hour/../run"),
+      "--workdir=/mnt/hour/../run: '..' may lead out of what",
+    ),
+    (
+      ("--shared_path=/mnt/../mnt", "--", "--workdir=/mnt/run"),
+      "--shared_path=/mnt/../mnt: '..' may lead out",
+    ),
+    (("--shared_path=/", "--", "--workdir=/mnt/run"), "is no mount; give its"),
+    (("--shared_path=mnt", "--", "--workdir=mnt/run"), "is no mount; give its"),
   ],
 )
 def test_refused(ready, arguments, says):

@@ -1,0 +1,51 @@
+"""Options of launch/tpu_vm.py: mistakes in one line, numbers in their range."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import sys
+
+
+class Parser(argparse.ArgumentParser):
+  """Tells a mistake in one line, with the nearest right name."""
+
+  def error(self, message: str):
+    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    known = self._names()
+    for word in sys.argv[1:cut]:
+      name = word.partition("=")[0]
+      if name.startswith("--") and not any(x.startswith(name) for x in known):
+        near = difflib.get_close_matches(name.replace("-", "_"), known, 1)
+        near = near or difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]}?" if near else "see --help"
+        message = f"unknown option {name}; {hint}"
+        break
+    else:
+      if message.startswith("unrecognized"):
+        message += "; options start with --, and the trainer's stand after --"
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+  def _names(self):
+    """All options of this parser and of those of the verbs that are given."""
+    names = list(self._option_string_actions)
+    for action in self._actions:
+      if isinstance(action, argparse._SubParsersAction):
+        for verb in set(action.choices) & set(sys.argv):
+          names += action.choices[verb]._option_string_actions
+    return names
+
+
+def at_least(kind, least):
+  """A type of options: a number that is not below `least`."""
+
+  def read(text: str):
+    value = kind(text)
+    if not least <= value < math.inf:
+      raise argparse.ArgumentTypeError(f"{text} is not at least {least}")
+    return value
+
+  read.__name__ = {int: "whole number", float: "number"}[kind]
+  return read
