@@ -14,7 +14,7 @@ import sys
 
 from absl import flags
 
-from hourjax import command
+from hourjax import command, progress
 from hourjax.inference.load import load
 from hourjax.inference.memory import Memory
 from hourjax.inference.options import check_options, image_paths
@@ -53,11 +53,12 @@ _PICTURE = flags.DEFINE_string(
 
 def remember() -> Memory:
   """What is asked about."""
-  model = load(_MODEL.value, tokenizer=_TOKENIZER.value)
+  with progress.step("reading the model"):
+    model = load(_MODEL.value, tokenizer=_TOKENIZER.value)
   if _IMAGES.value:
     return model.see(image_paths(_IMAGES.value))
   source = _VIDEO.value or _FEATURES.value
-  with shown("read", "frame") as show:
+  with progress.step("projecting the memory"), shown("read", "frame") as show:
     memory = model.remember(source, duration=_DURATION.value, progress=show)
   if memory.note:
     print(f"note: {memory.note}", file=sys.stderr)

@@ -20,7 +20,7 @@ import tempfile
 from absl import flags
 from ml_collections import config_flags
 
-from hourjax import command
+from hourjax import command, progress
 from hourjax.benchmarks import attention as kernels
 from hourjax.benchmarks.ask import measure_ask
 from hourjax.benchmarks.data import Options, measure_data
@@ -29,10 +29,8 @@ from hourjax.errors import UserError
 from hourjax.training.experiment import build_experiment
 
 _DEFAULT, _SHAPE = Options(), kernels.Options()
-DEFAULT_CONFIG = "configs/hourllava.py:size=3b,stage=3"
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, f"Configuration file ({DEFAULT_CONFIG})."
-)
+_3B = "configs/hourllava.py:size=3b,stage=3"
+_CONFIG = config_flags.DEFINE_config_file("config", None, f"File ({_3B}).")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 _GIGABYTES = flags.DEFINE_float(
   "gigabytes", _DEFAULT.gigabytes, "Features to write and read.", lower_bound=0
@@ -89,12 +87,13 @@ BENCHMARKS = {"data": data, "attention": attention, "ask": ask}
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) != 2 or argv[1] not in BENCHMARKS:
-    raise UserError(
-      f"bench {' '.join(argv[1:])!r}: give one of {', '.join(BENCHMARKS)}"
-    )
-  show(BENCHMARKS[argv[1]](), _JSON.value)
+  name = " ".join(argv[1:])
+  if name not in BENCHMARKS:
+    raise UserError(f"bench {name!r}: give one of {', '.join(BENCHMARKS)}")
+  with progress.step(f"measuring {name}"):
+    figures = BENCHMARKS[name]()
+  show(figures, _JSON.value)
 
 
 if __name__ == "__main__":
-  command.run(main, positional=True, config=DEFAULT_CONFIG)
+  command.run(main, positional=True, config=_3B)

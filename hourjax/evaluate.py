@@ -17,7 +17,7 @@ import sys
 from absl import flags
 
 import hourjax
-from hourjax import command
+from hourjax import command, progress
 from hourjax.errors import UserError
 from hourjax.evaluation import compare
 from hourjax.evaluation.exam import open_exam
@@ -61,14 +61,15 @@ def main(_: list[str]) -> None:
 
 def _evaluate():
   worker = parse_worker(_WORKER.value) if _WORKER.value else None
-  exam = open_exam(
-    _BENCHMARK.value,
-    _DATA.value,
-    subtitles=_SUBTITLES.value,
-    features=_FEATURES.value,
-    videos=_VIDEOS.value,
-    limit=_LIMIT.value,
-  )
+  with progress.step("reading the benchmark"):
+    exam = open_exam(
+      _BENCHMARK.value,
+      _DATA.value,
+      subtitles=_SUBTITLES.value,
+      features=_FEATURES.value,
+      videos=_VIDEOS.value,
+      limit=_LIMIT.value,
+    )
   if not _MODEL.value:
     if not _OUT.value or worker or _COMPARE.value or _NAMES.value[1:]:
       raise UserError("give --model to ask, or only --out to report again")

@@ -22,7 +22,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from hourjax import command
+from hourjax import command, progress
 from hourjax.data.video import MIN_SHARE
 from hourjax.inference import beam
 from hourjax.inference.extraction import extract_videos
@@ -70,8 +70,10 @@ def _extract(experiment) -> list:
     return beam.extract_videos(
       work, runner=_RUNNER.value, options=_OPTIONS.value, names=_NAMES.value
     )
+  with progress.step("reading the tower"):
+    tower = tower_params(experiment, _TOWER.value)
   return extract_videos(
-    tower_params(experiment, _TOWER.value),
+    tower,
     experiment.model,
     videos=_VIDEOS.value,
     out=_OUT.value,

@@ -16,7 +16,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from hourjax import command
+from hourjax import command, progress
 from hourjax.errors import UserError
 from hourjax.planning import fit, plan, report, search
 from hourjax.planning.step import compile_step
@@ -55,7 +55,8 @@ def planned() -> list[plan.Plan]:
       raise UserError(f"--{name} is missing; see --help")
   experiment = build_experiment(_CONFIG.value.to_dict())
   topology = parse_topology(_TOPOLOGY.value, _SLICES.value)
-  workload = make_workload(experiment, _DATA.value)
+  with progress.step("drawing and packing the stage's data"):
+    workload = make_workload(experiment, _DATA.value)
   if _SEARCH.value:
     return search.search(
       experiment, topology, workload,

@@ -7,6 +7,7 @@ from typing import Any
 
 from orbax.checkpoint import multihost
 
+from hourjax import progress
 from hourjax.errors import UserError
 from hourjax.evaluation import report
 from hourjax.evaluation.exam import Exam
@@ -77,10 +78,12 @@ def evaluate_folders(
   if None in runs.values():
     print("other workers have more to ask; the last one writes the report")
     return None
-  made = report.build(runs)
+  with progress.step("judging the answers and writing the report"):
+    made = report.build(runs)
+    if hosts.is_primary():
+      curves = losses_of(dict(zip(names, paths)))
+      files = report.write(made, outs[0], curves)
   if hosts.is_primary():
-    curves = losses_of(dict(zip(names, paths)))
-    files = report.write(made, outs[0], curves)
     print(f"report in {outs[0]}: {', '.join(files)}")
   return made
 

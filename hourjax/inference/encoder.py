@@ -74,7 +74,7 @@ class Encoder:
       (self.batch, side, side, 3), np.uint8, sharding=self._dealt
     )
     jitted = jax.jit(encode, out_shardings=self._dealt)
-    with progress.said_if_slow("compiling the vision tower"):
+    with progress.step("compiling the vision tower"):
       self._encode = jitted.lower(self._params, pixels).compile()
 
   def __call__(

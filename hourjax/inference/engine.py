@@ -292,7 +292,7 @@ class Engine:
     if (what, shapes) in self._compiled:
       return contextlib.nullcontext()
     self._compiled.add((what, shapes))
-    return progress.said_if_slow(f"compiling the model for {what}")
+    return progress.step(f"compiling the model for {what}")
 
   def _layers(self, memory: bool, spec: RowSpec):
     """Tells of the layers of a prompt, or only that they are compiled."""

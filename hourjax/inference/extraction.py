@@ -62,7 +62,8 @@ def extract_videos(
     OSError: the store cannot be written, e.g. the disk is full.
   """
   index, count = worker or (jax.process_index(), jax.process_count())
-  share = worker_slice(find_videos(videos, names), index, count)
+  with progress.step("looking for videos"):
+    share = worker_slice(find_videos(videos, names), index, count)
   store = FeatureStore(out, create=True, worker=index)
   with store.scratch.held():
     ledger = Lines(store.storage, f"failures-{index:05d}.jsonl")

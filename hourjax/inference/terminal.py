@@ -76,20 +76,25 @@ class Talk:
 
   def ask(self, question: str) -> Answer:
     """Prints the answer while it is written."""
-    shown = ""
+    shown, silent = "", contextlib.ExitStack()
 
     def stream(text: str) -> None:
       nonlocal shown
+      silent.close()
       text = text.rstrip("\ufffd")  # half a letter
       print(text[len(shown) :], end="", flush=True)
       shown = text
 
-    answer = self.conversation.ask(
-      question,
-      max_tokens=self.max_tokens,
-      sampling=self.sampling,
-      stream=stream,
-    )
+    with silent:
+      silent.enter_context(
+        progress.step("reading the memory; what is new is compiled first")
+      )
+      answer = self.conversation.ask(
+        question,
+        max_tokens=self.max_tokens,
+        sampling=self.sampling,
+        stream=stream,
+      )
     end = "" if answer.finished else f" [cut at {self.max_tokens} tokens]"
     if not answer.text:
       end = f"[no words]{end}"

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 
+from hourjax import progress
 from hourjax.data.dealing import check_dealing
 from hourjax.errors import UserError
 from hourjax.models.config import Remat
@@ -53,7 +54,8 @@ def search(
   Raises:
     UserError: no mesh divides the rows, or none fits by the formulas.
   """
-  judged = judge(experiment, topology, workload)
+  with progress.step("judging meshes by formulas"):
+    judged = judge(experiment, topology, workload)
   if not judged:
     raise UserError(
       f"--search: no mesh of {topology.devices} devices suits"

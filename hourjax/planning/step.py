@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from hourjax import progress
 from hourjax.errors import UserError
 from hourjax.parallel.vocabulary import CHUNK
 from hourjax.planning.children import ask_child
@@ -98,17 +99,15 @@ def compile_step(
   sizes = experiment.mesh.sizes(topology.devices)
   # As training would, and at once: the compiler takes its time.
   check_mesh(experiment, topology.devices, topology.slices)
-  outcome = ask_child(
-    "hourjax.planning.child",
-    {
-      "experiment": dataclasses.asdict(experiment),
-      "topology": topology.name,
-      "slices": topology.slices,
-      "bounds": topology.bounds,
-      "unknown_trips": label_chunks(experiment, workload, sizes[0] * sizes[1]),
-    },
-    limit=limit,
-  )
+  task = {
+    "experiment": dataclasses.asdict(experiment),
+    "topology": topology.name,
+    "slices": topology.slices,
+    "bounds": topology.bounds,
+    "unknown_trips": label_chunks(experiment, workload, sizes[0] * sizes[1]),
+  }
+  with progress.step(f"compiling the step for {topology.name}"):
+    outcome = ask_child("hourjax.planning.child", task, limit=limit)
   if outcome.late:
     return Compiled(None, outcome.reason)
   if outcome.answer is None:

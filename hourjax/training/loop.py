@@ -21,6 +21,7 @@ import time
 
 import jax
 
+from hourjax import progress
 from hourjax.data.dataset import Dataset
 from hourjax.data.frame_rules import sparse_note
 from hourjax.data.pipeline import batches, check_memory
@@ -71,10 +72,11 @@ def _train(experiment: Experiment, workdir: pathlib.Path, leave: Leave) -> None:
   began = time.time()
   check_workdir(experiment, workdir)
   with hosts.together():
-    dataset = open_dataset(experiment)
-    _check_vocabulary(experiment, dataset)
-    plan = row_plan(experiment, dataset)
-    rows = epoch_rows(plan, workdir)
+    with progress.step("opening the dataset and planning its rows"):
+      dataset = open_dataset(experiment)
+      _check_vocabulary(experiment, dataset)
+      plan = row_plan(experiment, dataset)
+      rows = epoch_rows(plan, workdir)
     mesh = make_mesh(experiment.mesh)
     check_rows(
       mesh.shape, experiment.row_spec, experiment.batch_rows,
@@ -92,9 +94,11 @@ def _train(experiment: Experiment, workdir: pathlib.Path, leave: Leave) -> None:
   with contextlib.closing(checkpoints):
     position, restoring = 0, time.monotonic()
     if checkpoints.latest() is None:
-      state = fresh_state(experiment, like, optimizer)
+      with progress.step("making the weights and the optimizer's state"):
+        state = fresh_state(experiment, like, optimizer)
     else:
-      state, position = checkpoints.restore(like, plan=rows["plan"])
+      with progress.step(f"restoring step {checkpoints.latest()}"):
+        state, position = checkpoints.restore(like, plan=rows["plan"])
       _check_position(plan, position, workdir)
     restoring = time.monotonic() - restoring
     with hosts.together():
@@ -175,7 +179,11 @@ class _Run:
         watch.step_begins(step)
         micro = _MicroBatches(feed, experiment.accumulate)
         called = time.monotonic()
-        state, scalars = take_step(state, micro)
+        if step == start + 1:
+          with progress.step("compiling the train step"):
+            state, scalars = take_step(state, micro)
+        else:
+          state, scalars = take_step(state, micro)
         if step == start + 1:
           # The call returns when all is compiled and queued.
           took = time.monotonic() - called - feed.waited
@@ -204,7 +212,8 @@ class _Run:
           watch.lost(time.monotonic() - saving, "save")
         if asked:
           break
-      self.checkpoints.finish()
+      with progress.step("writing the last checkpoint"):
+        self.checkpoints.finish()
     if asked and hosts.is_primary():
       newest = self.checkpoints.latest()
       print(

@@ -122,7 +122,8 @@ def build(folder: pathlib.Path, options: Options) -> tuple[dict, bool]:
   start = {"options": wanted, "complete": False, "videos": names}
   _write_json(folder / "demo.json", start)
   _write_videos(folder / "videos", scripts, reuse=same)
-  written = _write_records(folder, scripts, options)
+  with progress.step("writing the questions"):
+    written = _write_records(folder, scripts, options)
   summary = {**start, "complete": True, "splits": {}}
   for split, items in written.items():
     summary["splits"][split] = _count(scripts[split], items)

@@ -62,8 +62,9 @@ def build(
   media = None if options.media is None else pathlib.Path(options.media)
   if media is not None:
     check_root(media)
-  store = FeatureStore(options.features) if options.features else None
-  wanted = existing.describe(options, tokenizer, store)
+  with progress.step("reading what the inputs are"):
+    store = FeatureStore(options.features) if options.features else None
+    wanted = existing.describe(options, tokenizer, store)
   if summary := existing.find(folder, wanted, overwrite):
     return summary, True
   videos = Videos(media if options.check_media else None, store)
@@ -82,7 +83,8 @@ def build(
       found = jobs(files, names)
       total = sum(int(file.chosen.sum()) for file in files)
       _convert_all(found, total, convert, videos, writer, report, workers)
-    summary = _finish(writer, report, videos.unstored if store else None)
+    with progress.step("writing columns, summary and pictures"):
+      summary = _finish(writer, report, videos.unstored if store else None)
   return summary, False
 
 

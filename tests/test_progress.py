@@ -1,0 +1,44 @@
+"""Long work says what it is, quick work nothing."""
+
+import re
+import time
+
+import pytest
+
+from hourjax import progress
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch):
+  monkeypatch.setattr(progress, "_LONG", 0.1)
+
+
+def test_long_work_says_what_it_is_ever_less_often(capsys):
+  with progress.step("compiling the step"):
+    time.sleep(1.0)
+  lines = capsys.readouterr().err.splitlines()
+  assert 2 <= len(lines) <= 4  # after 0.1, 0.2, 0.4 and 0.8 s
+  assert all(
+    re.fullmatch(r"compiling the step \(\d s so far\)", line) for line in lines
+  )
+  time.sleep(0.3)
+  assert not capsys.readouterr().err
+
+
+def test_quick_work_says_nothing(capsys):
+  with progress.step("opening"):
+    pass
+  with pytest.raises(KeyError), progress.step("opening"):
+    raise KeyError
+  time.sleep(0.3)
+  assert not capsys.readouterr().err
+
+
+def test_beside_a_bar_that_moves(capsys):
+  with progress.step("encoding"), progress.bar(3, unit="it", desc="x") as bar:
+    bar.update()
+    time.sleep(0.5)
+    assert "encoding" not in capsys.readouterr().err
+    bar.update(2)
+    time.sleep(1.0)
+  assert "encoding (1 s so far)" in capsys.readouterr().err
