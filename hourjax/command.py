@@ -45,6 +45,7 @@ def run(
   positional: bool = False,
   config: str = "",
   resume: str = "",
+  writes: str = "",
 ) -> None:
   """Parses the options and calls `main` with what else is on the line.
 
@@ -53,7 +54,9 @@ def run(
     required: options that must be given.
     positional: whether there may be arguments that are no options.
     config: of --config, where it is not given and there is such a file.
-    resume: what to say of work that a full disk or an interrupt leaves behind.
+    resume: what to say of work that a full disk leaves behind; with it, an
+      interrupted command can go on.
+    writes: the option with the folder that the disk is under.
   """
   logging.set_verbosity(logging.WARNING)  # of libraries
   if any(argument in _HELP for argument in sys.argv[1:]):
@@ -66,18 +69,18 @@ def run(
   def parse(argv: list[str]) -> list[str]:
     return _parse(argv, required, positional)
 
-  with _ending(resume):
+  with _ending(resume, writes):
     app.run(main, flags_parser=parse)
 
 
 @contextlib.contextmanager
-def _ending(resume: str) -> Iterator[None]:
+def _ending(resume: str, writes: str) -> Iterator[None]:
   try:
     yield
   except UserError as error:
     fail(error)
   except KeyboardInterrupt:
-    said = f"; {resume}" if resume else ""
+    said = "; start again to go on" if resume else ""
     print(f"interrupted{said}", file=sys.stderr)
     sys.exit(128 + 2)
   except BrokenPipeError:
@@ -89,8 +92,10 @@ def _ending(resume: str) -> Iterator[None]:
     if option:
       fail(f"{option}: {error.strerror}")
     if resume or error.errno in _FULL:
+      where = f"{shorten(_FLAGS[writes].value)}: " if writes else ""
       said = f"; {resume}" if resume else ""
-      print(f"error: {shorten(str(error), 400)}{said}", file=sys.stderr)
+      text = f"error: {where}{shorten(str(error), 400)}{said}"
+      print(text, file=sys.stderr)
       sys.exit(1)
     raise
 

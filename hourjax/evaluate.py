@@ -90,5 +90,5 @@ if __name__ == "__main__":
   command.run(
     main,
     required=["benchmark", "data"],
-    resume="what is answered so far counts; start again to go on",
+    resume="what is answered so far counts, start again",
   )

@@ -89,6 +89,6 @@ if __name__ == "__main__":
   command.run(
     main,
     required=["config", "videos", "out"],
-    resume="what is stored so far counts; make room where there is none, and"
-    " start again to go on",
+    resume="what is stored so far counts, make room and start again",
+    writes="out",
   )

@@ -202,7 +202,10 @@ def test_errors_that_are_nobodys_mistake(monkeypatch, capsys):
   full = OSError(errno.ENOSPC, "No space left", "/disk/file")
   assert ending(full) == (1, f"error: {full}\n")
   assert ending(full, "start again") == (1, f"error: {full}; start again\n")
-  assert ending(KeyboardInterrupt(), "go on") == (130, "interrupted; go on\n")
+  assert ending(KeyboardInterrupt(), "go on") == (
+    130,
+    "interrupted; start again to go on\n",
+  )
   assert ending(UserError("no\nway")) == (2, "error: no\nway\n")
   for ours in (
     KeyError("x"),
