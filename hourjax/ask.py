@@ -42,7 +42,7 @@ _TEMPERATURE = flags.DEFINE_float(
   "temperature", 0.0, "0 takes the likeliest word, above draws."
 )
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from this probability mass.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", 0, command.LAST_SEED)
 _REREAD = flags.DEFINE_bool(
   "reread", False, "Read the memory again for each turn of a conversation."
 )

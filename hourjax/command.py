@@ -28,6 +28,7 @@ from hourjax.errors import UserError
 # Here, as commands import this file before those that import jax.
 jax_environment.prepare()
 
+LAST_SEED = (1 << 32) - 1  # the largest that every generator takes
 _FLAGS = flags.FLAGS
 _HELP = ("--help", "-help", "-h")
 _SHOWN = 80  # characters of a value

@@ -18,9 +18,14 @@ _DEFAULT = build.Options()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder whose subfolder data/ gets everything."
 )
-_SEED = flags.DEFINE_integer("seed", _DEFAULT.seed, "Seed of all videos.")
+_SEED = flags.DEFINE_integer(
+  "seed", _DEFAULT.seed, "Seed of all videos.", upper_bound=command.LAST_SEED
+)
 _TRAIN_VIDEOS = flags.DEFINE_integer(
-  "train_videos", _DEFAULT.train_videos, "Number of training videos."
+  "train_videos",
+  _DEFAULT.train_videos,
+  "Number of training videos.",
+  upper_bound=1_000_000,
 )
 _TEST_SCALE = flags.DEFINE_float(
   "test_scale",
@@ -31,6 +36,7 @@ _CONVERSATIONS = flags.DEFINE_integer(
   "conversations",
   _DEFAULT.conversations,
   "Conversations of one to five questions about each training video.",
+  upper_bound=1_000,
 )
 
 

@@ -36,7 +36,7 @@ _OUT = flags.DEFINE_string("out", None, "Feature store: a folder or URL.")
 _TOWER = flags.DEFINE_string("tower", None, "Folder with the tower's weights.")
 _NAMES = flags.DEFINE_string("names", None, "File of names; only these.")
 _THREADS = flags.DEFINE_integer(
-  "threads", None, "Videos decoded at a time (one a core).", lower_bound=1
+  "threads", None, "Videos decoded at a time (one a core).", 1, 4096
 )
 _WORKER = flags.DEFINE_string("worker", None, "Share of this process, i/n.")
 _FRAMES = flags.DEFINE_integer(

@@ -26,7 +26,9 @@ from hourjax.training.experiment import build_experiment
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:16x16.")
-_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of that topology.")
+_SLICES = flags.DEFINE_integer(
+  "num_slices", 1, "Slices of that topology.", upper_bound=1024
+)
 _PRICE = flags.DEFINE_float(
   "price", None, "$ of a chip-hour; an example by default.", lower_bound=0
 )

@@ -45,9 +45,11 @@ _CHECK_MEDIA = flags.DEFINE_bool(
 _IMAGES = flags.DEFINE_enum(
   "parquet_images", "unpack", ["unpack", "keep"], "Below --media, or in place."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of random:N%.", lower_bound=0)
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "Seed of random:N%.", 0, command.LAST_SEED
+)
 _WORKERS = flags.DEFINE_integer(
-  "workers", None, "Processes; as many as cores by default.", lower_bound=1
+  "workers", None, "Processes; as many as cores by default.", 1, 4096
 )
 _OVERWRITE = flags.DEFINE_bool(
   "overwrite", False, "Replace a dataset made of something else."

@@ -76,6 +76,11 @@ MISUSED = [
    " integer"),
   ("evaluate --benchmark=mlvu --data=x --limit=0", "--limit=0: 0 is not a"
    " positive integer"),
+  ("demo --workdir=x --seed=99999999999999999999", "--seed="),
+  ("demo --workdir=x --train_videos=9999999999", "--train_videos=9999999999: "),
+  ("extract --config=configs/demo.py --videos=x --out=x --threads=1000000",
+   "--threads=1000000: 1000000 is not an integer in the range [1, 4096]"),
+  ("plan --num_slices=1000000000", "--num_slices=1000000000: "),
   # no value
   ("demo --workdir", "--workdir has no value; write --workdir=VALUE"),
   ("prepare --tokenizer --out=x", "--tokenizer has no value; write"
