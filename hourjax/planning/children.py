@@ -20,6 +20,9 @@ from hourjax import processes
 REASON = 300  # characters of the compiler's reason that are shown
 _ENVIRONMENT = {
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  # What is read of a program, its compiler's dumps and the time that it took
+  # among it, comes of compiling it.
+  "JAX_ENABLE_COMPILATION_CACHE": "false",
   "JAX_PLATFORMS": "cpu",
   "TPU_SKIP_MDS_QUERY": "1",  # no question to a host about its TPU
 }

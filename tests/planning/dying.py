@@ -13,5 +13,10 @@ if TASK == "raise":
   raise ValueError("the compiler's reason")
 if TASK == "sleep":
   time.sleep(60)
+if TASK == "cache":
+  import jax
+
+  print(json.dumps(jax.config.jax_enable_compilation_cache))
+  sys.exit()
 print("something else")
 print(json.dumps({"flags": os.environ["LIBTPU_INIT_ARGS"], "task": TASK}))

@@ -13,6 +13,11 @@ def test_an_answer():
   assert (found.late, found.reason) == (False, "")
 
 
+def test_a_child_compiles_whatever_is_in_the_cache(monkeypatch, tmp_path):
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+  assert ask_child(CHILD, "cache", limit=60).answer is False
+
+
 def test_an_abort_is_survived_and_says_why():
   found = ask_child(CHILD, "abort", limit=60)
   assert found.answer is None and not found.late
