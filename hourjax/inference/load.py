@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pathlib
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -81,11 +82,11 @@ def _of_run(folder: pathlib.Path):
   words = pathlib.Path(experiment.data.tokenizer)
 
   def read(config, mesh):
-    shardings = _shardings(config, mesh)
+    shapes, shardings = param_shapes(config), _shardings(config, mesh)
 
     def place(path, value):
-      if path not in shardings:
-        return None  # told by the model, with all that it lacks
+      if tuple(value.shape) != shapes.get(path):
+        _misfit(folder, path, value.shape, shapes.get(path))
       value = np.asarray(value)
       if not _finite(value):
         raise UserError(
@@ -96,12 +97,23 @@ def _of_run(folder: pathlib.Path):
       return jax.device_put(value, shardings[path])
 
     found = restore_params(folder, _host(), each=place)
+    for path in shapes.keys() - found.params.keys():
+      _misfit(folder, path, None, shapes[path])
     arrays = sorted(found.arrays.items())
     mark = hashlib.sha256(repr(arrays).encode()).hexdigest()
     name = f"{_named(folder)} step {found.step} {mark[:12]}"
     return found.params, name
 
   return experiment.model, rules, words, read
+
+
+def _misfit(folder, path, found, wanted) -> NoReturn:
+  shown = [tuple(shape) if shape else "nothing" for shape in (found, wanted)]
+  raise UserError(
+    f"{path} is {shown[0]} in the newest checkpoint of {folder} and {shown[1]}"
+    f" in the model that {folder}/config.json describes; use the config.json of"
+    " that training"
+  )
 
 
 def _of_published(folder: pathlib.Path):

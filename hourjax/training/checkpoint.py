@@ -11,7 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from hourjax import schema
+from hourjax import progress, schema
 from hourjax.errors import UserError
 from hourjax.parallel import hosts
 from hourjax.training import saved
@@ -271,12 +271,13 @@ def restore_params(
     try:
       about = saved.read_about(folder, step)
       params = {}
-      for like in saved.in_parts(saved.abstract_params(about, where)):
-        tree = saved.read_arrays(folder, step, like)
-        saved.verify(tree, about)
-        for group in tree.values():
-          for path in list(group):
-            params[path] = each(path, group.pop(path))
+      with progress.step(f"reading the checkpoint {folder}/{step}"):
+        for like in saved.in_parts(saved.abstract_params(about, where)):
+          tree = saved.read_arrays(folder, step, like)
+          saved.verify(tree, about)
+          for group in tree.values():
+            for path in list(group):
+              params[path] = each(path, group.pop(path))
     except saved.Damaged as damage:
       problems[step] = str(damage)
       print(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hourjax import progress
 from hourjax.errors import UserError
 from hourjax.models.params import init_params, param_shapes
 from hourjax.training.checkpoint import restore_params
@@ -28,7 +29,7 @@ def initial_params(
   """
   config = experiment.model
   if not experiment.init:
-    return init_params(config, experiment.seed, shardings=shardings)
+    return _drawn(experiment, shardings)
   folder = pathlib.Path(experiment.init)
   draw = tuple(filter(None, experiment.draw_missing.split(",")))
   if set(draw) - set(COMPONENTS):
@@ -57,9 +58,14 @@ def initial_params(
   lacking = {p for p in shapes if p not in params}
   _check_shapes(params, shapes, draw, lacking, folder)
   if lacking:
-    fresh = init_params(config, experiment.seed, shardings=shardings)
+    fresh = _drawn(experiment, shardings)
     params |= {path: fresh[path] for path in lacking}
   return params
+
+
+def _drawn(experiment, shardings):
+  with progress.step("drawing the first parameters"):
+    return init_params(experiment.model, experiment.seed, shardings=shardings)
 
 
 def _placed(value, shardings, path):

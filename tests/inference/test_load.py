@@ -80,7 +80,7 @@ def test_mistakes_are_told_before_weights_are_read(folder, tmp_path):
   weights.write_text("damaged")
   with pytest.raises(UserError, match="the tokenizer of"):
     hourjax.load(tmp_path / "model", tokenizer=tmp_path / "nothing")
-  with pytest.raises(UserError, match="KV heads cannot be split"):
+  with pytest.raises(UserError, match="devices and there are"):
     hourjax.load(tmp_path / "model", mesh=MeshConfig(fsdp=1, tensor=3))
   with pytest.raises(UserError, match="not a readable safetensors"):
     hourjax.load(tmp_path / "model")
@@ -126,7 +126,7 @@ def test_the_name_tells_weights_apart(folder, tmp_path):
   assert hourjax.load(other).name == hourjax.load(folder).name
   (weights,) = other.glob("*.safetensors")
   data = bytearray(weights.read_bytes())
-  data[-5] ^= 64
+  data[-5] ^= 1  # of an exponent: another one could make it infinite
   weights.write_bytes(data)
   assert hourjax.load(other).name != hourjax.load(folder).name
 

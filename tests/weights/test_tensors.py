@@ -235,3 +235,12 @@ def test_several_devices_read_their_parts(tmp_path):
   for on in figures["on"]:
     assert on["split"] > 20
     assert on["read"] == figures["total"]
+
+
+def test_what_is_read_is_told(tmp_path, monkeypatch, capfd):
+  folders.save(tmp_path)
+  folders.load(tmp_path)
+  assert not capfd.readouterr().err  # so little
+  monkeypatch.setattr(checkpoint, "_TOLD", 0)
+  folders.load(tmp_path)
+  assert "reading weights" in capfd.readouterr().err
