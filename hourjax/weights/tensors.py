@@ -69,6 +69,8 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
     UserError: a Git-LFS pointer, cut, or no safetensors file.
   """
   try:
+    if path.exists() and not path.is_file():
+      raise UserError(f"{path} is no regular file; {_AGAIN}")
     with path.open("rb") as file:
       size = os.fstat(file.fileno()).st_size
       first = file.read(8)

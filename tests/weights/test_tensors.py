@@ -74,9 +74,14 @@ def test_tiny_files_and_pointers(tmp_path):
   with pytest.raises(UserError, match="Git-LFS pointer"):
     read_header(path)
   path.unlink()
-  path.mkdir()
   with pytest.raises(UserError, match="cannot read"):
     read_header(path)
+  path.mkdir()
+  with pytest.raises(UserError, match="no regular file"):
+    read_header(path)
+  os.mkfifo(tmp_path / "pipe")  # whose opening would wait for ever
+  with pytest.raises(UserError, match="no regular file"):
+    read_header(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize(
