@@ -4,7 +4,7 @@ import ast
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hourjax.errors import UserError
@@ -154,19 +154,37 @@ def number(row: Mapping[str, Any], key: str, at: str) -> float:
   )
 
 
-def rows(row: Mapping[str, Any], key: str, at: str) -> list[dict[str, Any]]:
-  """A field that must hold a list of objects.
+def rows(
+  row: Mapping[str, Any], key: str, at: str, about: Mapping[str, Any]
+) -> Iterator[dict[str, Any] | UserError]:
+  """Rows that one field holds as a list.
 
-  Raises:
-    UserError: it does not.
+  Args:
+    row: of an annotation file.
+    key: of the field.
+    at: file and place, for messages.
+    about: what all of them have; their own fields come first.
+
+  Yields:
+    Each row; the UserError that says so for one that is no object, or for the
+    field if it holds none.
   """
   value = row.get(key)
-  if isinstance(value, list) and all(isinstance(v, dict) for v in value):
-    return value
-  raise UserError(
-    f"{at}: {key} is {value!r:.80}, expected a list of objects; fetch the file"
-    " again"
-  )
+  items = value if isinstance(value, list) else [value]
+  if items and not any(isinstance(item, dict) for item in items):
+    yield UserError(
+      f"{at}: {key} is {shorten(value)}, expected a list of objects; fetch the"
+      " file again"
+    )
+    return
+  for number, item in enumerate(items):
+    if isinstance(item, dict):
+      yield {**about, **item}
+    else:
+      yield UserError(
+        f"{at}: {key}[{number}] is {shorten(item)}, expected an object; repair"
+        " or drop it"
+      )
 
 
 def known(row: Mapping[str, Any], *keys: str) -> dict[str, str]:

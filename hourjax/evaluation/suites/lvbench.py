@@ -34,15 +34,9 @@ def _rows(source: Source) -> Iterator[Row | UserError]:
     if isinstance(row, UserError) or "qa" not in row:
       yield row
       continue
-    try:
-      key = fields.text(row, "key", source.file.name)
-      items = fields.rows(row, "qa", f"{source.file.name}: video {key}")
-    except UserError as error:
-      yield error
-      continue
-    for item in items:
-      about = {name: row.get(name) for name in ("type", "video_info")}
-      yield {**item, **about, "key": key}
+    about = {name: row.get(name) for name in ("key", "type", "video_info")}
+    at = f"{source.file.name}: video {row.get('key')}"
+    yield from fields.rows(row, "qa", at, about)
 
 
 def _question(row: Row, source: Source) -> Question:

@@ -90,13 +90,8 @@ def _of_video(video: str, aspects: Any, at: str) -> Iterator[Row | UserError]:
     )
     return
   for aspect in aspects:
-    try:
-      items = fields.rows(aspects, aspect, at)
-    except UserError as error:
-      yield error
-      continue
-    for item in items:
-      yield {**item, "video_id": video, "dim": aspect}
+    about = {"video_id": video, "dim": aspect}
+    yield from fields.rows(aspects, aspect, at, about)
 
 
 def _question(row, source: Source, form: str, name: str) -> Question:

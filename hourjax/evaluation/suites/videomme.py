@@ -45,20 +45,13 @@ def _rows(source: Source) -> Iterator[Row | UserError]:
       continue
     url = str(row.get("url") or "")
     at = f"{source.file.name}: video {row.get('video_id') or url}"
-    try:
-      items = fields.rows(row, "questions", at)
-    except UserError as error:
-      yield error
-      continue
-    for item in items:
-      yield {
-        "duration": row.get("duration") or row.get("duration_category"),
-        "domain": row.get("domain") or row.get("video_category"),
-        "sub_category": row.get("sub_category")
-        or row.get("video_sub_category"),
-        "videoID": row.get("videoID") or youtube_key(url) or url.split("/")[-1],
-        **item,
-      }
+    about = {
+      "duration": row.get("duration") or row.get("duration_category"),
+      "domain": row.get("domain") or row.get("video_category"),
+      "sub_category": row.get("sub_category") or row.get("video_sub_category"),
+      "videoID": row.get("videoID") or youtube_key(url) or url.split("/")[-1],
+    }
+    yield from fields.rows(row, "questions", at, about)
 
 
 def _question(row: dict[str, Any], source: Source, read_srt) -> Question:

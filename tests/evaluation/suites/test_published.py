@@ -86,6 +86,27 @@ def test_a_row_of_another_form_is_left_out(name, row, tmp_path):
   assert len(loaded.questions) == 2 and len(loaded.left_out) == 1
 
 
+@pytest.mark.parametrize("bad", [None, "x", 3, [], {"question": "Which?"}])
+def test_one_bad_question_of_a_video(bad, tmp_path):
+  """It does not cost the others about the same video."""
+  row = layouts.LVBENCH | {"qa": [layouts.LVBENCH_QA, bad]}
+  _write(tmp_path / "l", "lvbench", [row], "video_info.meta.jsonl")
+  item = {key: layouts.VIDEOMME[key] for key in ("question_id", "task_type",
+          "question", "options", "answer")}  # fmt: skip
+  row = {"duration_category": "short", "video_category": "a", "url": "x/y",
+         "questions": [item, bad]}  # fmt: skip
+  _write(tmp_path / "v", "videomme", [row], "Video-MME.json")
+  aspects = {"1": {"action": [layouts.TEMPCOMPASS["yes_no"], bad]}}
+  _write(tmp_path / "t", "tempcompass", aspects, "questions/yes_no.json")
+  for name, folder in (
+    ("lvbench", "l"),
+    ("videomme", "v"),
+    ("tempcompass", "t"),
+  ):
+    loaded = suites.read(name, tmp_path / folder)
+    assert len(loaded.questions) == len(loaded.left_out) == 1
+
+
 def test_no_row_can_be_asked(tmp_path):
   rows = [row | {"answer": "E"} for row in _rows("videomme", 3)]
   message = r"none of the 3 rows of Video-MME can be asked.*'E'"
