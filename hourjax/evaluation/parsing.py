@@ -139,8 +139,8 @@ def _counted(text: str, symbols: str) -> str:
   return re.sub(pattern, symbol, text, flags=re.IGNORECASE)
 
 
-# "U.S." and "1.5" are no symbols.
-_APART = r"(?!['’\w+]|[-–]\w|\.\w\b)"
+# "U.S.", "b.jpg" and "1.5" are no symbols.
+_APART = r"(?!['’\w+]|[-–]\w|\.\w\b|\.[a-z])"
 _BARE = r"(?<![\w'’.–-])"
 _OPTION = r"[\ue000-\ue0ff]"  # an option's text, written as one character
 _SYMBOL = {
@@ -323,13 +323,15 @@ class _Reader:
       return None
     if head and not known and not phrases.GOES_ON.match(follows):
       return None
-    labelled = boxed or own or head
+    if boxed and before[-1:].isalnum() and not phrases.NAMED.search(before):
+      return None  # "f(a)"
+    labelled = own or head or (boxed and bool(phrases.CLOSED.match(after)))
     texted = match[3] is not None
     rank = self._rank(before, after, follows, labelled, texted)
-    if symbol.islower() and rank == 5:
+    if symbol.islower() and rank == 5 and not boxed:
       return None
     symbol = symbol.upper()
-    if rank == 5 and re.match(r"[.):]\s*\S", follows):
+    if rank == 5 and (boxed or re.match(r"[.):]\s*\S", follows)):
       symbol, rank = f"~{symbol}", 3  # "B." of "A. hat B. red"
     if rank == 3 and phrases.UNFIT.match(after):
       symbol = f"~{symbol.strip('~')}"

@@ -152,6 +152,7 @@ UNFIT = _regex(r"""[\s.)\]:,]*\b(?:do|does|did|has|have|would|should|may|might)
     (?:n['’]t|\s+not)\b""")
 # After: the line ends; it was asked; it depends.
 LAST = re.compile(r"[\s.!)\]…]*(?:\n|$)")
+CLOSED = re.compile(r"\s*(?:[.!,;:]|$|\n)")  # the sentence or clause, too
 ASKED = re.compile(r"[^.!?\n]*\?")
 ONLY_IF = _regex(r"\W*\b(?:only\s+)?(?:if|unless)\b")
 # After: "A", "I", lower case and digits are words, too. Only before these they
