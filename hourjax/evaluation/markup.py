@@ -150,7 +150,7 @@ _MARKUP = tuple(
     (r"[*#$|{}\"“”]|(?<!\w)'|'(?!\w)", " "),
     (r"^[ \t]*(?:[>•·+-][ \t]*)+(?=[(A-Za-z])", ""),  # quotes and lists
     (r"^[ \t]*\[[xX✓✔]\]", ""),  # a box that is ticked
-    (rf"(?<=[{_CJK}])(?=[A-Za-z(])|(?<=[A-Za-z)])(?=[{_CJK}])", " "),
+    (rf"(?<=[{_CJK}])(?=[A-Za-z0-9(])|(?<=[A-Za-z0-9)])(?=[{_CJK}])", " "),
     (r"[\ue000-\uf8ff]", " "),  # `parsing` writes options as such
     (r"[^\S\n]+", " "),
   )

@@ -114,6 +114,8 @@ def _yes_or_no(text: str) -> str | None:
   words = re.findall(r"[a-z']+|[^\sa-z']", text.lower())
   said = set()
   for i, word in enumerate(words):
+    if words[i - 1 : i] in (["not"], ["neither"], ["nor"]):
+      continue
     after = words[i + 1] if i + 1 < len(words) else "."
     # "There is no dog" says nothing of yes or no, unless it comes first.
     alone = not after.isalpha() or after in ("and", "or", "because", "since")
