@@ -86,3 +86,25 @@ def test_dtypes_that_are_refused():
 def test_block(length, block):
   """Pads little; of the blocks that pad least the largest."""
   assert splash._block(length, 1024) == block
+
+
+@pytest.mark.parametrize("length, block", [(2048, 512), (1792, 896)])
+def test_the_mask_is_the_librarys(monkeypatch, length, block):
+  """The same lists of blocks, from no more than blocks on the diagonal."""
+  made = []
+
+  def counted(self, index):
+    made.append(real(self, index))
+    return made[-1]
+
+  real = splash.library.CausalMask.__getitem__
+  with monkeypatch.context() as patch:
+    patch.setattr(splash.library.CausalMask, "__getitem__", counted)
+    ours = splash._kernel(length, 2, block, interpret=True)
+  monkeypatch.setattr(splash, "_Causal", splash.library.CausalMask)
+  theirs = splash._kernel(length, 2, block, interpret=True)
+  for name in ("fwd_mask_info", "dq_mask_info", "dkv_mask_info"):
+    pair = getattr(ours, name), getattr(theirs, name)
+    assert pair[0] is not None
+    jax.tree.map(np.testing.assert_array_equal, *pair)
+  assert sum(x.size > 1 for x in made) * block < 7 * length

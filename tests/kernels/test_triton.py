@@ -338,7 +338,6 @@ def test_float32_products_are_not_cut_to_tf32():
     (9, 256, ("float32", "float32"), "head dim 256 > 128"),
     (9, 8, ("float32", "bfloat16"), "got float32, bfloat16, bfloat16"),
     (9, 8, ("float16", "float16"), "got float16, float16, float16"),
-    (2**24, 128, ("bfloat16",) * 2, r"S \* K \* C = 2147483648 .*> 2147483647"),
   ],
 )
 def test_refusals(keys, dim, dtypes, message):
@@ -347,3 +346,57 @@ def test_refusals(keys, dim, dtypes, message):
   ids = [jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (4, keys)]
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(triton.forward, q, k, k, *ids)
+
+
+def test_a_causal_row_of_more_elements_than_an_index_is_refused(monkeypatch):
+  """Which takes a million positions; others are computed in parts."""
+  monkeypatch.setattr(triton, "_MAX_ELEMENTS", 2 * 64 * 16)
+  q = jax.ShapeDtypeStruct((1, 65, 2, 8), jnp.float32)
+  k = jax.ShapeDtypeStruct((1, 65, 1, 8), jnp.float32)
+  ids = [jax.ShapeDtypeStruct((1, 65), jnp.int32)] * 2
+  message = "at most 64 queries of 2 heads, got 65; shard them"
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(
+      functools.partial(triton.forward, causal=True), q, k, k, *ids
+    )
+
+
+# --- parts ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "dtype, atol",
+  [
+    ("float32", ATOL),
+    pytest.param("bfloat16", 0.06, marks=pytest.mark.slow),
+  ],
+)
+def test_more_elements_than_an_index(monkeypatch, dtype, atol):
+  """Three parts of the keys, the last of padding and segment 3, two of q.
+
+  No other test has this shape: what is compiled is compiled with this limit.
+  """
+  monkeypatch.setattr(triton, "_MAX_ELEMENTS", 2048 + 100)
+  inputs = [jnp.asarray(x, dtype) for x in _draw(12, 1, 61, 150, 4, 2)]
+  ids = _segments(20, 30, total=61), _segments(64, 64, 9, total=150)
+  assert triton._check(*inputs[:3], causal=False) == {"queries": 32, "keys": 64}
+  *got, lse = _check(inputs, *ids, atol=atol)
+  assert (lse[0, 50:] == np.float32(-1e30)).all()
+  assert not got[2][0, 128:].any() and not got[3][0, 128:].any()
+
+
+def test_a_day_of_video_lowers_for_cuda(monkeypatch):
+  """7B: more elements of keys than an index has numbers for."""
+  monkeypatch.setattr(triton, "TILES", REAL_TILES)
+  shape, (heads, kv_heads) = jax.ShapeDtypeStruct, _7B
+  queries, keys = 9728, 24 * 3600 * 65
+  q = shape((1, queries, heads, 128), jnp.bfloat16)
+  k = shape((1, keys, kv_heads, 128), jnp.bfloat16)
+  ids = [shape((1, n), jnp.int32) for n in (queries, keys)]
+  stats = [shape((1, queries, heads), jnp.float32)] * 2
+  for function, more, kernels in (
+    (triton.forward, (), 1),
+    (triton.backward, (*stats, q), 2),
+  ):
+    module = _export(function, q, k, k, *ids, *more)
+    assert module.count("custom_call @__gpu$xla.gpu.triton") == kernels

@@ -1,11 +1,13 @@
 """The kernels as the model calls them: in parts, and what they refuse."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hourjax.kernels.tpu import call
+from hourjax.kernels.tpu import call, tiles, visits
 from hourjax.kernels.tpu.tiles import CHIPS, MIB, Chip, Tiles
 from tests.kernels.tpu import comparison
 from tests.kernels.tpu.comparison import (
@@ -90,6 +92,119 @@ def test_rows_in_groups(monkeypatch):
   comparison.same(got, reference)
 
 
+# By name: bytes of scalar memory, and (query tiles, key tiles) of a part that
+# it then holds, forward and backward. All are 3 x 3 tiles.
+SCARCE = {
+  "queries cut": (112, (2, 3), (3, 1)),
+  "keys cut": (60, (3, 1), (3, 1)),
+  "one tile of each": (36, (1, 1), (1, 1)),
+}
+# Segment 1 ends where a tile of keys does, the last tile of keys is padding,
+# and no key is of segment 3.
+ENDS_AT_A_CUT = (
+  runs((1, 16), (2, 14), (3, 6), total=QUERIES),
+  runs((1, 256), (2, 200), total=KEYS),
+)
+CUT_ANYWHERE = (
+  np.concatenate([SEGMENTS[0], ENDS_AT_A_CUT[0]]),
+  np.concatenate([SEGMENTS[1], ENDS_AT_A_CUT[1]]),
+)
+
+
+def splits(chip, q, k):
+  """Shapes of a part, forward and backward."""
+  found = []
+
+  def look(q, k):
+    found.append(call.split_forward(chip, q, k))
+    found.append(call.split_backward(chip, q, k))
+    return q
+
+  jax.eval_shape(look, q, k)
+  return found
+
+
+def _scarce(monkeypatch, name, inputs):
+  memory, *wanted = SCARCE[name]
+  monkeypatch.setattr(call, "SMEM", memory)
+  cuts = splits(SMALL, *inputs[:2])
+  assert [(x.query_tiles, x.key_tiles) for x in cuts] == wanted
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param("queries cut", marks=slow),
+    pytest.param("keys cut", marks=slow),
+    "one tile of each",
+  ],
+)
+def test_little_scalar_memory(monkeypatch, name):
+  """In parts, two rows one after the other: exact, and the same bits twice.
+
+  What is never written reads as nan.
+  """
+  inputs = draw(3, 2, QUERIES, KEYS, 8, 1)
+  _scarce(monkeypatch, name, inputs)
+  out, lse, *gradients = got = comparison.check(inputs, *CUT_ANYWHERE, key=name)
+  blind = ~np.isin(CUT_ANYWHERE[0], [1, 2, 3])
+  blind[1] |= CUT_ANYWHERE[0][1] == 3
+  assert (lse[blind] == NEVER).all() and (lse[~blind] > NEVER).all()
+  assert not out[blind].any() and not gradients[0][blind].any()
+  comparison.same(comparison.ours(inputs, *CUT_ANYWHERE, key=name), got)
+
+
+@slow
+def test_parts_of_the_queries_give_the_same_bits(monkeypatch):
+  """Forward they are cut first: it is exact."""
+  inputs = draw(3, 2, QUERIES, KEYS, 8, 1)
+  whole = comparison.forward(*inputs[:3], *CUT_ANYWHERE)
+  _scarce(monkeypatch, "queries cut", inputs)
+  cut = comparison.forward(*inputs[:3], *CUT_ANYWHERE, key="queries cut")
+  comparison.same(cut, whole)
+
+
+@slow
+def test_parts_of_the_keys_give_the_same_bits_of_their_gradients(monkeypatch):
+  """Backward they are cut first: dk and dv of a part are all there is."""
+  inputs = draw(3, 1, QUERIES, KEYS, 8, 1)
+  out, lse = comparison.forward(*inputs[:3], *SEGMENTS)
+  operands = *inputs[:3], *SEGMENTS, *of_caller(out, lse, inputs[3]), inputs[3]
+  whole = comparison.backward(*operands)
+  _scarce(monkeypatch, "keys cut", inputs)
+  cut = comparison.backward(*operands, key="keys cut")
+  comparison.same(cut[1:], whole[1:])
+  np.testing.assert_allclose(cut[0], whole[0], rtol=0, atol=2e-6)
+
+
+@slow
+def test_bfloat16_in_parts(monkeypatch):
+  """Nothing is rounded to 8 bits between parts."""
+  inputs = [jnp.asarray(x, jnp.bfloat16) for x in draw(9, 1, 40, 700, 8, 1)]
+  how = {"out_dtype": jnp.bfloat16}
+  whole = comparison.ours(inputs, *SEGMENTS, **how)
+  _scarce(monkeypatch, "one tile of each", inputs)
+  cut = comparison.ours(inputs, *SEGMENTS, **how, key="bfloat16 in parts")
+  for x, y, exact in zip(cut, whole, comparison.expected(inputs, *SEGMENTS)):
+    assert x.dtype == y.dtype
+    seen = exact > NEVER
+    ours, its = (np.asarray(z, np.float64)[seen] - exact[seen] for z in (x, y))
+    assert np.square(ours).mean() < 1.2 * np.square(its).mean() + 1e-12
+
+
+def test_gathered_sums_are_bounded(monkeypatch):
+  """Where the queries are in parts, so are the keys: float32 dk and dv."""
+  arrays = traced(40, 700, 8, 1, (jnp.float32,) * 3)[:2]
+  one_part = splits(SMALL, *arrays)[1]
+  fits = one_part._replace(query_tiles=2)
+  chip = SMALL._replace(vmem=call.backward_vmem(fits, 4))
+  assert splits(chip, *arrays)[1] == fits
+  monkeypatch.setattr(call, "SUMS", 2 * 8 * 128 * 256)
+  # Two tiles would do, but three parts of one tile are alike.
+  assert splits(chip, *arrays)[1] == fits._replace(key_tiles=1)
+  assert splits(SMALL, *arrays)[1] == one_part
+
+
 # --- refusals ---------------------------------------------------------------
 
 
@@ -144,37 +259,92 @@ def test_too_little_vmem_is_refused():
   )
 
 
-def test_too_many_tiles_are_refused():
-  # Interpreted or not, nothing of this size is made.
-  tile = Tiles(128, 128, 128, 128)
-  chip = Chip(tile, tile, 1 << 40)
-  refuse(
-    "at most 8192 tiles of 128 keys in a row, got 8193; shard them",
-    *traced(1, 8192 * 128 + 1, 1, 1),
-    chip=chip,
-  )
-  refuse(
-    "at most 8192 tiles of 128 queries in a row, got 8193; shard them",
-    *traced(8192 * 128 + 1, 1, 1, 1),
-    chip=chip,
-  )
-
-
-def test_too_many_visits_of_a_row_are_refused(monkeypatch):
-  """3 x 3 visits, 2 x 3 + 3 x 6 ranges: one byte is missing."""
-  monkeypatch.setattr(call, "SMEM", 4 * (9 + 6 + 18) - 1)
-  arrays = traced(40, 700, 8, 1)
-  with pytest.raises(ValueError, match=r"3 x 3 tiles needs 132 bytes .* 131;"):
-    jax.eval_shape(
-      lambda *x: call.forward(*x, chip=SMALL, out_dtype=jnp.float32), *arrays
-    )
-
-
 # --- real sizes -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(16, 2), (28, 4)])
-@pytest.mark.parametrize("name", ["v5e", "v5p", "v6e", "7x"])
+CHIP_NAMES = ["v5e", "v5p", "v6e", "7x"]
+MODELS = [(16, 2), (28, 4)]  # heads and KV heads of 3B and 7B
+
+
+def kernels(arrays, chip):
+  """(kernels, loops) of the forward pass and of the backward pass."""
+  number = jax.ShapeDtypeStruct(arrays[0].shape[:3], jnp.float32)
+  forward = functools.partial(call.forward, chip=chip, out_dtype=jnp.bfloat16)
+  backward = functools.partial(call.backward, chip=chip)
+  found = []
+  for function, more in (
+    (forward, ()),
+    (backward, (number, number, arrays[0])),
+  ):
+    names = list(_primitives(jax.make_jaxpr(function)(*arrays, *more).jaxpr))
+    found.append((names.count("pallas_call"), names.count("scan")))
+  return found
+
+
+def _primitives(jaxpr):
+  """Names of all operations around the kernels."""
+  for equation in jaxpr.eqns:
+    yield (name := equation.primitive.name)
+    if name == "pallas_call":
+      continue
+    for inner in jax.tree.leaves(
+      list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+    ):
+      inner = getattr(inner, "jaxpr", inner)
+      if hasattr(inner, "eqns"):
+        yield from _primitives(inner)
+
+
+@pytest.mark.parametrize("heads, kv_heads", MODELS)
+@pytest.mark.parametrize("name", CHIP_NAMES)
+def test_an_hour_is_one_call(name, heads, kv_heads):
+  """Forward and, if need be, again with the running maximum; backward."""
+  arrays = traced(9728, 235520, heads, kv_heads)
+  for shape in splits(CHIPS[name], *arrays[:2]):
+    assert 0 <= shape.query_tiles * shape.queries - 9728 < shape.queries
+    assert shape.key_tiles * shape.keys == 235520
+  if (name, heads) in (("v5e", 16), ("v6e", 28)):  # to trace takes long
+    assert kernels(arrays, CHIPS[name]) == [(2, 0), (1, 0)]
+
+
+# Three questions about two hours, one about six, a day's at another rate.
+LONG = [(32768, 524288), (12288, 1572864), (393216, 6291456)]
+
+
+@pytest.mark.parametrize("queries, keys", LONG)
+@pytest.mark.parametrize("name", ["v4", *CHIP_NAMES])
+def test_no_length_is_refused(name, queries, keys):
+  """One program for all parts, each within the limits."""
+  chip, arrays = CHIPS[name], traced(queries, keys, 16, 2)
+  if name in ("v4", "v5e"):
+    (forward, _), (backward, loops) = kernels(arrays, chip)
+    assert (forward, backward) == (2, 1) and loops
+  for dtype in (jnp.bfloat16, jnp.float32):
+    of = chip if dtype == jnp.bfloat16 else exact(chip)
+    shapes = splits(of, *(x.update(dtype=dtype) for x in arrays[:2]))
+    for shape in shapes:
+      assert call.row_scalars(shape) <= call.SMEM
+      assert max(shape.query_tiles, shape.key_tiles) <= visits.MOST_TILES
+    assert call.forward_vmem(shapes[0], jnp.dtype(dtype).itemsize) <= chip.vmem
+    assert call.backward_vmem(shapes[1], jnp.dtype(dtype).itemsize) <= chip.vmem
+
+
+def exact(chip):
+  """With the tiles of float32."""
+  return chip._replace(forward=tiles._EXACT, backward=tiles._EXACT)
+
+
+def test_more_tiles_than_a_visit_can_name_are_parts():
+  tile = Tiles(128, 128, 128, 128)
+  chip = Chip(tile, tile, 1 << 40)
+  most = visits.MOST_TILES
+  for queries, keys in ((1, 128 * most + 1), (128 * most + 1, 1)):
+    for shape in splits(chip, *traced(queries, keys, 1, 1)[:2]):
+      assert 1 < max(shape.query_tiles, shape.key_tiles) <= most
+
+
+@pytest.mark.parametrize("heads, kv_heads", MODELS)
+@pytest.mark.parametrize("name", CHIP_NAMES)
 def test_an_hour_fits_in_one_part(name, heads, kv_heads):
   """3B and 7B: 9,728 queries and 235,520 keys, each key read once."""
   chip = CHIPS[name]
