@@ -6,6 +6,7 @@ weighed with the cycles of the pieces of the kernel that it runs.
 
 import collections
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -130,7 +131,10 @@ def count_visits(
   query, key = row.segments()
   length = shape.query_tiles * shape.queries
   query = np.pad(query, (0, parts * length - len(query)))
-  key = np.pad(key, (0, shape.key_tiles * shape.keys - len(key)))
+  key_parts = -(-shape.key_tiles // visits.MOST_TILES)  # as many as have names
+  shape = shape._replace(key_tiles=-(-shape.key_tiles // key_parts))
+  keys = key_parts * shape.key_tiles * shape.keys
+  key = np.pad(key, (0, keys - len(key))).reshape(key_parts, -1)
   plan = jax.jit(
     functools.partial(
       visits.plan,
@@ -141,8 +145,8 @@ def count_visits(
     )
   )
   counts = collections.Counter()
-  for ids in query.reshape(parts, length):
-    counts += _count(plan(ids[None], key[None]), shape.chunks)
+  for ids, key_ids in itertools.product(query.reshape(parts, length), key):
+    counts += _count(plan(ids[None], key_ids[None]), shape.chunks)
   return dict(counts)
 
 

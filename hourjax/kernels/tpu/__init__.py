@@ -13,6 +13,13 @@ of 16 heads against 235,520 memory tokens. What makes it fast:
   other segments are masked by row, which costs nothing;
 - the backward is one sweep of five matmuls, dq held in VMEM (`backward.py`).
 
+The list of visits lies in scalar memory, which holds 130,000 of them: three
+questions about an hour on one chip of v5e, not about two hours. A longer call
+is cut into parts, each with a list of its own (`call.py`), and compiled once
+for all. So is a day (12,288 queries, 6,291,456 keys; 3B, v5e): 7 parts forward,
+6 backward. HBM alone is the limit: 12.2 GiB with all keys and values forward,
+14.4 with their gradients.
+
 Tiles (`tiles.py`) and what the compiler's schedule makes of them, 3B, bf16, an
 hour of memory; `python -m hourjax.bench attention --topology=v5e:2x4 --json`:
 
