@@ -1,10 +1,12 @@
 """JSON lists of any length, one item at a time, and JSON values as records have
 them.
 
-A list is cut at its items' brackets by a regular expression, and each item is
-parsed alone: memory holds one item, and a list is read like a file of lines.
+Each item is parsed alone, from the text that is in memory. Where a block ends
+within one, more is read until a regular expression finds its last bracket.
+Memory holds a block or an item, and a list is read like a file of lines.
 """
 
+import codecs
 import json
 import math
 import re
@@ -14,14 +16,14 @@ from typing import Any, BinaryIO
 DEPTH = 64  # of nested lists and objects; no record has more
 MOST = 1 << 26  # bytes of the longest item
 
-_BLOCK = 1 << 16  # bytes read at a time
-_SPACE = re.compile(rb"[ \t\r\n]*+")
-_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_BLOCK = 1 << 18  # bytes read at a time
+_SPACE = re.compile(r"[ \t\r\n]*+")
+_STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 # Everything up to the next bracket outside of strings, and the bracket.
 _BRACKET = re.compile(
-  rb'(?:[^"{}\[\]]++|' + _STRING + rb")*+([{}\[\]])", re.DOTALL
+  r'(?:[^"{}\[\]]++|' + _STRING + r")*+([{}\[\]])", re.DOTALL
 )
-_SCALAR = re.compile(_STRING + rb'|[^"{}\[\],: \t\r\n]++', re.DOTALL)
+_SCALAR = re.compile(_STRING + r'|[^"{}\[\],: \t\r\n]++', re.DOTALL)
 
 
 class BrokenJson(ValueError):
@@ -46,13 +48,22 @@ def parse(text: str) -> Any:
   Raises:
     json.JSONDecodeError: no JSON, or nested deeper than DEPTH.
   """
-  try:
-    value = _DECODER.decode(text)
-  except RecursionError:
-    raise json.JSONDecodeError("nested too deep", "", 0) from None
-  if text.count("[") + text.count("{") > DEPTH and _depth(value) > DEPTH:
-    raise json.JSONDecodeError("nested too deep", "", 0)
+  value, end = _parse(text, _SPACE.match(text).end())
+  if _SPACE.match(text, end).end() < len(text):
+    raise json.JSONDecodeError("Extra data", text, end)
   return value
+
+
+def _parse(text: str, start: int) -> tuple[Any, int]:
+  """The value that starts there, and where it ends."""
+  try:
+    value, end = _DECODER.raw_decode(text, start)
+  except RecursionError:
+    raise json.JSONDecodeError("nested too deep", text, start) from None
+  brackets = text.count("[", start, end) + text.count("{", start, end)
+  if brackets > DEPTH and _depth(value) > DEPTH:
+    raise json.JSONDecodeError("nested too deep", text, start)
+  return value, end
 
 
 def stream_list(file: BinaryIO, start: int) -> Iterator[tuple[str, Any]]:
@@ -72,51 +83,47 @@ def stream_list(file: BinaryIO, start: int) -> Iterator[tuple[str, Any]]:
       {key: whether it holds a list}.
   """
   scan = _Scanner(file, start)
-  try:
-    if scan.peek() == b"{":
-      yield from _in_object(scan)
-    else:
-      yield from (("", item) for item in _items(scan))
-  except BrokenJson:
-    scan.check_utf8()  # what is no text at all is told first
-    raise
+  if scan.peek() == "{":
+    yield from _in_object(scan)
+  else:
+    yield from (("", item) for item in _items(scan))
   if scan.peek():
     raise BrokenJson("something follows the end of the JSON", scan.byte)
 
 
 def _in_object(scan: "_Scanner") -> Iterator[tuple[str, Any]]:
   keys: dict[str, bool] = {}
-  scan.take(b"{")
-  while scan.peek() != b"}":
+  scan.take("{")
+  while scan.peek() != "}":
     if keys:
-      scan.take(b",")
-    if scan.peek() != b'"':
+      scan.take(",")
+    if scan.peek() != '"':
       raise BrokenJson("expected a key in quotes", scan.byte)
     key = scan.value()
-    scan.take(b":")
-    keys[key] = scan.peek() == b"["
+    scan.take(":")
+    keys[key] = scan.peek() == "["
     if sum(keys.values()) > 1:
       raise KeyError(keys)
     if keys[key]:
       yield from ((key, item) for item in _items(scan))
     else:
       scan.value()
-  scan.take(b"}")
+  scan.take("}")
   if not any(keys.values()):
     raise KeyError(keys)
 
 
 def _items(scan: "_Scanner") -> Iterator[Any]:
-  scan.take(b"[")
+  scan.take("[")
   first = True
-  while scan.peek() != b"]":
+  while scan.peek() != "]":
     if not first:
-      scan.take(b",")
-      if scan.peek() == b"]":
+      scan.take(",")
+      if scan.peek() == "]":
         raise BrokenJson("a comma before the closing bracket", scan.byte)
     yield scan.value()
     first = False
-  scan.take(b"]")
+  scan.take("]")
 
 
 class _Scanner:
@@ -124,97 +131,99 @@ class _Scanner:
 
   def __init__(self, file: BinaryIO, start: int):
     self._file, self._base = file, start
-    self._buffer, self._at = b"", 0
+    self._text, self._at = "", 0
+    self._decoder = codecs.getincrementaldecoder("utf-8")()
+    self._bad: UnicodeDecodeError | None = None
 
   @property
   def byte(self) -> int:
     """Of the file, where the scanner is."""
-    return self._base + self._at
+    return self._base + len(self._text[: self._at].encode())
 
-  def peek(self) -> bytes:
-    """The next byte that is no space, b"" at the end."""
+  def peek(self) -> str:
+    """The next character that is no space, "" at the end."""
     while True:
-      self._at = _SPACE.match(self._buffer, self._at).end()
-      if self._at < len(self._buffer) or not self._fill():
-        return self._buffer[self._at : self._at + 1]
+      self._at = _SPACE.match(self._text, self._at).end()
+      if self._at < len(self._text) or not self._fill():
+        return self._text[self._at : self._at + 1]
 
-  def take(self, wanted: bytes) -> None:
-    """Goes past the next byte, which must be this one."""
+  def take(self, wanted: str) -> None:
+    """Goes past the next character, which must be this one."""
     found = self.peek()
     if found != wanted:
-      found = repr(found.decode("latin-1")) if found else "the end of the file"
-      raise BrokenJson(f"expected {wanted.decode()!r}, not {found}", self.byte)
+      found = repr(found) if found else "the end of the file"
+      raise BrokenJson(f"expected {wanted!r}, not {found}", self.byte)
     self._at += 1
 
   def value(self) -> Any:
     """Parses the next value."""
     first = self.peek()
-    size = self._nested() if first in (b"{", b"[") else self._scalar()
-    text, begin = self._buffer[self._at : self._at + size], self.byte
+    try:
+      value, end = _parse(self._text, self._at)
+      if end < len(self._text) or first in ("{", "[", '"'):
+        self._at = end
+        return value
+    except json.JSONDecodeError:
+      pass  # broken, or not all of it has been read
+    size = self._nested() if first in ("{", "[") else self._scalar()
+    text = self._text[self._at : self._at + size]
     self._at += size
     try:
-      return parse(text.decode())
-    except UnicodeDecodeError as error:
-      error.start += begin
-      raise
+      return parse(text)
     except json.JSONDecodeError as error:
       reason = f"{error.msg} at character {error.pos} of what ends"
       raise BrokenJson(reason, self.byte) from error
 
-  def check_utf8(self) -> None:
-    """Raises UnicodeDecodeError if what is in memory is no UTF-8."""
-    try:
-      self._buffer[self._at :].decode()
-    except UnicodeDecodeError as error:
-      if error.end == len(self._buffer) - self._at and self._fill():
-        return self.check_utf8()  # a block cuts the character
-      error.start += self.byte
-      raise
-
   def _nested(self) -> int:
-    """Bytes up to the bracket that closes the one here."""
+    """Characters up to the bracket that closes the one here."""
     depth, at = 0, self._at
     while True:
-      match = _BRACKET.match(self._buffer, at)
+      match = _BRACKET.match(self._text, at)
       if match is None:
         before = self._at
         if not self._fill():
-          end = self._base + len(self._buffer)
-          raise BrokenJson("the file ends within a value", end)
+          self._at = len(self._text)
+          raise BrokenJson("the file ends within a value", self.byte)
         at += self._at - before
         continue
-      depth += 1 if match[1] in b"{[" else -1
+      depth += 1 if match[1] in "{[" else -1
       at = match.end()
       if not depth:
         return at - self._at
 
   def _scalar(self) -> int:
-    """Bytes of a string, a number or a word."""
+    """Characters of a string, a number or a word."""
     while True:
-      match = _SCALAR.match(self._buffer, self._at)
+      match = _SCALAR.match(self._text, self._at)
       # A number or word may go on in the next block.
-      if match and match.end() < len(self._buffer):
+      if match and match.end() < len(self._text):
         return match.end() - self._at
+      if match is None and self._text[self._at : self._at + 1] not in ("", '"'):
+        raise BrokenJson("expected a value", self.byte)
       if not self._fill():
         if match:
           return match.end() - self._at
         raise BrokenJson("expected a value", self.byte)
-      if len(self._buffer) - self._at > 1 and not (
-        self._buffer[self._at : self._at + 1] == b'"'
-        or _SCALAR.match(self._buffer, self._at)
-      ):
-        raise BrokenJson("expected a value", self.byte)
 
   def _fill(self) -> bool:
     """Reads on; what lies behind is forgotten. False at the end."""
-    pending = len(self._buffer) - self._at
+    pending = len(self._text) - self._at
     if pending > MOST:
       raise BrokenJson(f"a value of more than {MOST >> 20} MiB", self.byte)
+    if self._bad:
+      raise self._bad
+    self._base = self.byte
+    self._text, self._at = self._text[self._at :], 0
     # As much again as is there: a long value is looked at only twice.
     block = self._file.read(max(_BLOCK, pending))
-    self._buffer = self._buffer[self._at :] + block
-    self._base, self._at = self._base + self._at, 0
-    return bool(block)
+    try:
+      self._text += self._decoder.decode(block, final=not block)
+    except UnicodeDecodeError as error:
+      # What comes before is read yet.
+      self._text += error.object[: error.start].decode()
+      error.start = self._base + len(self._text.encode())
+      self._bad = error
+    return bool(block) or self._bad is not None
 
 
 def _finite(text: str) -> float | None:

@@ -21,7 +21,7 @@ import pyarrow.parquet
 from hourjax.errors import UserError
 
 SUFFIX = ".parquet"
-MOST_GROUP = 256 << 20  # bytes of a group's images that are read for one
+MOST_GROUP = 64 << 20  # bytes of a group's images that are read for one
 
 _FILES = 8  # whose rows are known at a time
 _GROUPS = 2  # whose images are in memory at a time
