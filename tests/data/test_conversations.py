@@ -193,3 +193,22 @@ def test_bad_turns(tokenizer, turns, prompt_only, message):
 def test_video_without_frames(tokenizer):
   with pytest.raises(UserError, match=r"0\.97 seconds gives 0 frames"):
     encode_conversation(TURNS, tokenizer, video=(0.97, 0))
+
+
+def test_a_marker_in_a_text_is_a_word(tokenizer):
+  turns = [Turn("human", "What is <image>?"), Turn("gpt", "A slot.")]
+  got = encode_conversation(turns, tokenizer, slots=False)
+  assert IMAGE not in got.ids
+  assert "What is <image>?" in tokenizer.decode(got.ids)
+
+
+def test_one_side_may_say_several_turns(tokenizer):
+  """As in training with the official code: each is a turn of its own."""
+  turns = [TURNS[0], TURNS[2], TURNS[1], TURNS[3]]
+  got = encode_conversation(turns, tokenizer)
+  text = tokenizer.decode(got.ids[got.ids != IMAGE])
+  roles = re.findall(r"<\|im_start\|>(\w+)", text)
+  assert roles == ["system", "user", "user", "assistant", "assistant"]
+  whole = tokenizer.decode(got.ids[got.labels != IGNORE])
+  assert all(f"assistant\n{t.text}<|im_end|>" in whole for t in turns[2:])
+  assert "Why?" not in whole

@@ -139,7 +139,10 @@ def test_bad_records(name):
       st.lists(x, max_size=3)
       | st.dictionaries(
         st.sampled_from(
-          ["id", "video", "image", "conversations", "from", "value"]
+          [
+            *("id", "sample_id", "video", "videos", "image", "clip", "role"),
+            *("conversations", "messages", "from", "value", "content"),
+          ]
         ),
         x,
         max_size=5,
