@@ -152,7 +152,7 @@ def _which_list(path: Path, keys: dict[str, bool]) -> str:
   """What is told of an object that holds no list, or several."""
   one = set(keys).intersection((*TURNS, "image", "video"))
   lists = [key for key, is_list in keys.items() if is_list and not one]
-  named = ", ".join(map(repr, (lists or list(keys))[:8])) or "no key"
+  named = ", ".join(map(repr, (lists or list(keys))[:8])) or "none"
   if lists:
     return (
       f"{path} holds several lists ({named}); save the records' list in a file"
@@ -222,6 +222,11 @@ def _check_head(path: Path, head: bytes) -> None:
   for mark, kind in _PACKED.items():
     if head.startswith(mark):
       raise UserError(f"{path} is {kind}; unpack it")
+  if len(head) == 64 and not any(head):
+    raise UserError(
+      f"{path} starts with zeros, as a download does that was broken off;"
+      " fetch it again"
+    )
   wide = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
   if wide or (len(head) > 3 and 0 in head[:2] and head.count(0) > 1):
     raise UserError(f"{path} is not UTF-8 text but UTF-16; save it as UTF-8")

@@ -26,6 +26,7 @@ _SOUND = {"audio", "audios", "speech", "sound", "sounds", "voice", "wav"}
 _SEEN = {
   *("frame", "frames", "clip", "clips", "media", "movie", "film", "picture"),
   *("pictures", "photo", "photos", "visual", "visuals", "pixel", "pixels"),
+  *("vid", "vids", "pic", "pics"),
 }
 _STARTS = ("video", "image", "img")
 # Numbers and words about a medium that is not there do no harm.
@@ -67,6 +68,9 @@ def media_key(raw: Mapping[str, Any], at: str) -> str | None:
       empty = empty or value in ("", [], {})
     if kind and not empty:
       found.setdefault(kind, []).append(key)
+  if len(found) == 2:  # one of them may hold nothing
+    held = {k: [n for n in keys if raw[n]] for k, keys in found.items()}
+    found = {k: keys for k, keys in held.items() if keys} or found
   if len(found) == 2:
     video, image = found["video"][0], found["image"][0]
     raise UserError(

@@ -185,6 +185,7 @@ OTHER = {
   "table.json": (b"PAR1" + bytes(9), "parquet file; name it .parquet"),
   "wide.json": ("[1]".encode("utf-16"), "but UTF-16; save it as UTF-8"),
   "wide2.json": ("[1, 2]".encode("utf-16-le"), "but UTF-16; save it as UTF-8"),
+  "zeros.json": (bytes(99), "starts with zeros, as a download does"),
   "cut.json.gz": (_gzip(GOOD)[:-9], "cannot be unpacked"),
   "latin.json": ('["é"]'.encode("latin-1"), "not UTF-8 text .byte 2: "),
   "comma.json": (b"[1,]", "a comma before the closing bracket, at byte 3"),

@@ -22,6 +22,8 @@ READ = [
   ({"images": ["a.png", "b.png"]}, "image", ("a.png", "b.png")),
   ({"image_path": "a.png"}, "image", ("a.png",)),
   ({"IMAGE": "a.png"}, "image", ("a.png",)),
+  ({"video": "", "image": "a.png"}, "image", ("a.png",)),
+  ({"video": ["a.mp4"], "image": []}, "video", ("a.mp4",)),
   # Two keys of one file.
   ({"video": "x/a.mp4", "video_path": "/data/x/a.mp4"}, "video", ("x/a.mp4",)),
   ({"image": "a.png", "images": ["a.png"]}, "image", ("a.png",)),
@@ -66,6 +68,7 @@ LOST = [
   {"source_video": "x"},
   {"videoPath": "x"},
   {"pixel_values": "x"},
+  {"vid": "x"},
   {"audio": "a"},
   {"file": "in/a.mp4"},
   {"path": "A.JPG"},
@@ -85,6 +88,7 @@ def test_a_record_with_an_unknown_medium_is_never_text(given):
 
 
 BAD = [
+  ({"video": "", "image": []}, "both 'video'"),
   ({"video": "a.mp4", "images": ["a.png"]}, "both 'video' .* and 'images'"),
   ({"video_path": "a.mp4", "image": "b.png"}, "both 'video_path'"),
   ({"video": "a.mp4", "video_path": "b.mp4"}, "'video' is .* but 'video_path'"),
