@@ -6,6 +6,7 @@ plain what is meant. A record that names a medium in any other way is refused:
 trained as text, it would teach to answer without looking.
 """
 
+import functools
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -123,8 +124,8 @@ def check_unread(
     UserError: names the key and what it holds.
   """
   others = {k: v for k, v in raw.items() if k not in known}
-  for key, value in _leaves(others):
-    words = [word.lower() for word in _WORD.findall(key)]
+  for key, value in _leaves(others, most=_DEPTH if text else 2):
+    words = _words(key)
     if _SOUND.intersection(words) and _is_file(value):
       raise UserError(
         f"{at}: {key!r} is {shorten(value)}, which is not listened to; take the"
@@ -138,7 +139,12 @@ def check_unread(
       )
 
 
-def _looks(words: list[str], value: Any) -> bool:
+@functools.lru_cache(4096)
+def _words(key: str) -> tuple[str, ...]:
+  return tuple(word.lower() for word in _WORD.findall(key))
+
+
+def _looks(words: tuple[str, ...], value: Any) -> bool:
   """Whether a key of these words holds a medium."""
   seen = any(
     word.startswith(_STARTS) or word in _SEEN or word in _SOUND
@@ -158,18 +164,22 @@ def _holds(value: Any) -> bool:
 def _is_file(value: Any) -> bool:
   if isinstance(value, bytes):
     return bool(value)
-  return isinstance(value, str) and bool(_FILE.fullmatch(value.strip()))
+  if not isinstance(value, str) or len(value) > 1100 or "." not in value:
+    return False
+  return bool(_FILE.fullmatch(value.strip()))
 
 
-def _leaves(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple]:
+def _leaves(
+  value: Any, key: str = "", depth: int = 0, most: int = _DEPTH
+) -> Iterator[tuple]:
   """Values that are no list or object, each with all keys above it."""
   if isinstance(value, Mapping | list):
-    if depth < _DEPTH:
+    if depth < most:
       parts = value.items() if isinstance(value, Mapping) else enumerate(value)
       for name, part in parts:
         named = isinstance(value, Mapping)
         inner = ".".join(filter(None, (key, str(name)))) if named else key
-        yield from _leaves(part, inner, depth + 1)
+        yield from _leaves(part, inner, depth + 1, most)
   else:
     yield key, value
 

@@ -7,6 +7,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hourjax.data import json_stream
 from hourjax.data.records import MARKER
 from hourjax.errors import UserError
 
@@ -157,7 +158,7 @@ def _options(cells: list[Any]) -> dict[str, str]:
   value = cells[0] if len(cells) == 1 else [c for c in cells if _text(c)]
   if isinstance(value, str):
     try:
-      value = json.loads(value)
+      value = json_stream.parse(value)
     except json.JSONDecodeError:
       value = value.splitlines()
   if isinstance(value, Mapping):

@@ -136,3 +136,11 @@ def test_mappings_that_are_not_understood(text):
 def test_only_options_may_have_several_columns():
   with pytest.raises(UserError, match="2 columns for video, 1 expected"):
     parse_mapping("video=a+b")
+
+
+def test_options_that_are_no_options():
+  deep = "[" * 9999 + "]" * 9999
+  with pytest.raises(UserError, match="is none of the options"):
+    _read({**ROW, "options": deep})
+  for nothing in ("NaN", "9" * 9999):
+    assert _read({**ROW, "options": nothing})["gpt"] == "Ann"
