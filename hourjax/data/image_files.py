@@ -25,7 +25,7 @@ _FORMATS = (
   (rb"%PDF-", "PDF"),
   (rb"%!PS", "PostScript"),
   (rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL"),
-  (rb"....ftypavi[fs]", "AVIF"),
+  (rb"....ftyp(?:avi[fs]|mif1.{0,40}avif)", "AVIF"),
   (rb"....ftypcrx|FUJIFILMCCD|II\*\0.{4}CR|IIU\0|IIRO|\0MRM", "camera raw"),
   (rb"....ftyp", "a video"),
   (rb"\x1aE\xdf\xa3|FLV\x01|RIFF....AVI ", "a video"),
@@ -49,9 +49,10 @@ _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 def load_image(path: str | os.PathLike) -> UInt8[np.ndarray, "height width 3"]:
   """Reads an image as RGB.
 
-  Greyscale of 16 bits becomes v * 255 / 65535. One of 32 bits, whose range no
-  header tells, is taken as 0 to 1 (floats alone), 0 to 255 or 0 to 65535, the
-  first that holds all its values, or else from its lowest to its highest.
+  Greyscale of 16 bits becomes v * 255 / 65535, of 12 bits v * 255 / 4095. One
+  of 32 bits, whose range no header tells, is taken as 0 to 1 (floats alone), 0
+  to 255 or 0 to 65535, the first that holds all its values, or else from its
+  lowest to its highest.
 
   Args:
     path: of a file, or of an image inside a parquet file.
@@ -61,7 +62,8 @@ def load_image(path: str | os.PathLike) -> UInt8[np.ndarray, "height width 3"]:
   """
   with _opened(path) as image:
     if image.mode in _DEEP:
-      return np.repeat(_grey(np.asarray(image), path)[..., None], 3, axis=-1)
+      grey = _grey(np.asarray(image), _white(image), path)
+      return np.repeat(grey[..., None], 3, axis=-1)
     return np.array(image.convert("RGB"))
 
 
@@ -75,22 +77,36 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
     return image.size
 
 
-def _grey(values: np.ndarray, path) -> UInt8[np.ndarray, "height width"]:
-  floats, sixteen = values.dtype.kind == "f", values.dtype.itemsize == 2
+def _white(image: Image.Image) -> tuple[int, bool]:
+  """The highest value of 16 bits or fewer, 0 where no header tells it; and
+  whether 0 is white.
+  """
+  if image.mode == "I" and image.format in ("PNG", "PPM"):
+    return 65535, False  # Pillow's mode for 16 bits of theirs
+  tags = getattr(image, "tag_v2", {})
+  bits = tags.get(258, (16,))[0] if image.mode.startswith("I;16") else 32
+  return (1 << bits) - 1 if bits <= 16 else 0, tags.get(262) == 0
+
+
+def _grey(
+  values: np.ndarray, white: tuple[int, bool], path
+) -> UInt8[np.ndarray, "height width"]:
+  known, inverted = white
+  floats = values.dtype.kind == "f"
   values = values.astype(np.float64)
   if not np.isfinite(values).all():
     raise UserError(
       f"{path} has pixels that are no numbers; {_REMEDY}", kind="damaged"
     )
   low, high = float(values.min()), float(values.max())
-  if floats and low >= 0 and high <= 1:
-    low, high = 0.0, 1.0
-  elif not sixteen and low >= 0 and high <= 255:
-    low, high = 0.0, 255.0
-  elif low >= 0 and high <= 65535:
-    low, high = 0.0, 65535.0
+  ranges = [known] if known else [1] * floats + [255, 65535]
+  for most in ranges:
+    if low >= 0 and high <= most:
+      low, high = 0.0, float(most)
+      break
   scaled = (values - low) * (255 / (high - low or 1))
-  return np.floor(scaled + 0.5).astype(np.uint8)
+  grey = np.floor(scaled + 0.5).astype(np.uint8)
+  return 255 - grey if inverted else grey
 
 
 @contextlib.contextmanager
@@ -127,7 +143,8 @@ def _identified(source, path) -> Image.Image:
     return Image.open(source)
   except UnidentifiedImageError as error:
     head, size = _head(source)
-    if head[4:8] == b"ftyp" and head[8:12] in _HEIF:
+    brands = head[8:64] if head[4:8] == b"ftyp" else b""
+    if brands[:4] in _HEIF and b"avif" not in brands:
       if not _heif():
         raise _unsupported(
           path, "HEIC", "or install pillow-heif: pip install pillow-heif"
