@@ -6,8 +6,9 @@ One rule for training, extraction, questions and evaluation:
     below 128 s       128 uniform frames            all of 128 uniform frames
     128 s and longer  every round(fps)-th frame     one a second, uniform
 
-or all frames of a file that has fewer than 128. The model is told how many
-frames it is shown; only fewer than 128 are repeated, in the memory.
+or all frames of a file that has fewer than 128; where every round(fps)-th are
+fewer, 128 uniform ones. The model is told how many frames it is shown; only
+fewer than 128 are repeated, in the memory.
 
 Single rules are the official ones, number by number, and index arrays ascend.
 Below 128 seconds two differences from the official code are deliberate:

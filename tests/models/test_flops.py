@@ -57,6 +57,20 @@ def test_an_hour_as_counted_by_hand():
     )
 
 
+def test_the_tower_learns_from_videos_of_at_most_128_frames():
+  """Of longer ones that come as pixels only its forward pass is useful."""
+  sizes = np.zeros((3, 7), np.int64)
+  sizes[:, Size.names().index("frames")] = [128, 129, 256]
+  work = flops.sample_work(HOUR_LLAVA_3B, sizes)
+  assert work.images.tolist() == [128, 129, 256]
+  tower = count_flops(HOUR_LLAVA_3B, work, {"vision"})["tower"]
+  assert tower.backward[0] > tower.forward[0]
+  assert tower.backward[1:].tolist() == [0, 0]
+  np.testing.assert_allclose(
+    tower.forward / work.images, tower.forward[0] / 128
+  )
+
+
 @pytest.mark.parametrize(
   ("config", "forward", "both"),
   [(HOUR_LLAVA_3B, 160, 526), (HOUR_LLAVA_7B, 319, 1033)],
