@@ -107,8 +107,6 @@ def _train(experiment: Experiment, workdir: pathlib.Path, leave: Leave) -> None:
         print(
           _summary(experiment, dataset, rows, state, steps), file=sys.stderr
         )
-        if dataset.sparse:
-          print(f"note: {sparse_note(len(dataset.sparse))}", file=sys.stderr)
     start = int(state.step)
     if leave.at_once():
       print(f"left before step {start + 1}; nothing is lost", file=sys.stderr)
@@ -325,9 +323,10 @@ def _check_vocabulary(experiment: Experiment, dataset: Dataset) -> None:
 def _summary(experiment, dataset, rows, state, steps):
   trained = sum(x.size for x in state.trained.values())
   frozen = sum(x.size for x in state.frozen.values())
+  note = sparse_note(len(dataset.sparse))
   return (
     f"{len(dataset)} samples in {rows['rows']} rows an epoch; {trained:,}"
     f" parameters trained, {frozen:,} frozen; {steps} steps of"
     f" {experiment.step_rows} rows, from step"
     f" {int(state.step)}; {jax.devices()[0].platform} x {jax.device_count()}"
-  )
+  ) + (f"\nnote: {note}" if note else "")

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import hourjax
-from hourjax.data.frame_rules import extraction_frames
+from hourjax.data.frame_rules import extraction_frames, shown_frames
 from hourjax.data.pipeline import ReadOptions
 from hourjax.data.rows import Size
 from hourjax.data.store.features import FeatureStore
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def film(tmp_path_factory):
   path = tmp_path_factory.mktemp("films") / "film.mp4"
-  videos.write(path, 300, rate=2, size=(32, 24))
+  videos.write(path, 300, rate=5, size=(32, 24))
   return path
 
 
@@ -133,13 +133,17 @@ def test_the_name_tells_weights_apart(folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_film_is_its_stored_features(model, film, tmp_path):
-  """What extraction stores of a film gives the same answers as the film."""
+  """What extraction stores of a short film gives the answers of the film.
+
+  Of films of 128 seconds and more it stores other frames (`frame_rules`).
+  """
   seen = []
   memory = model.remember(film, progress=lambda *done: seen.append(done))
   info = probe(film)
   indices, duration = extraction_frames(info.frames, info.fps)
-  assert (memory.duration, memory.frames) == (150.0, 150)
-  assert seen[0] == (0, len(indices)) and seen[-1] == (150, 150)
+  assert indices.tolist() == shown_frames(300, 60.0).tolist()
+  assert (memory.duration, memory.frames) == (60.0, 128)
+  assert seen[0] == (0, len(indices)) and seen[-1] == (128, 128)
   features, _ = model.read_film(film)
   assert features.dtype == ml_dtypes.bfloat16
   store = FeatureStore(tmp_path / "store", create=True)

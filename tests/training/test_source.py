@@ -1,9 +1,13 @@
 """A prepared dataset as a run opens it."""
 
+import types
+
 import pytest
 
 from hourjax.data.columns import ColumnsBuilder, Measures
+from hourjax.data.frame_rules import sparse_note
 from hourjax.errors import UserError
+from hourjax.training import loop
 from hourjax.training.source import sample_weights
 
 
@@ -53,3 +57,22 @@ def test_weights_that_make_no_sense(text):
     sample_weights(_columns(), text)
   for part in (text, "NAME=WEIGHT", "long, short", "ego4d, panda, images"):
     assert part in str(error.value)
+
+
+def test_the_start_says_what_is_not_shown_of_short_videos():
+  class Samples:
+    sparse: list[str] = []
+
+    def __len__(self):
+      return 5
+
+  dataset = Samples()
+  state = types.SimpleNamespace(trained={}, frozen={}, step=0)
+  experiment = types.SimpleNamespace(step_rows=2)
+
+  def said():
+    return loop._summary(experiment, dataset, {"rows": 3}, state, 4)
+
+  assert "note" not in said()
+  dataset.sparse = ["a.mp4", "b.mp4"]
+  assert f"\nnote: {sparse_note(2)}" in said()
