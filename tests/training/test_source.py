@@ -61,7 +61,7 @@ def test_weights_that_make_no_sense(text):
 
 def test_the_start_says_what_is_not_shown_of_short_videos():
   class Samples:
-    sparse: list[str] = []
+    sparse = ()
 
     def __len__(self):
       return 5
