@@ -57,16 +57,16 @@ _ASIDE = (
 # endless groups they heal by degrees; 250 is x264's usual group.
 HEALED = 250
 # Seconds that times of decoding go back by where another recording begins.
-RESET = 1
+RESET = 0.3
 _REORDER = 32  # pictures, more than any codec holds back
 _B_PICTURE = 3  # AV_PICTURE_TYPE_B
-# Threads a frame each, or a slice. A decoder that is dropped in mid-stream waits
-# for its threads and keeps Python's interpreter locked meanwhile; one that wants
-# to log through Python (`av.logging.set_level`, of any library in the process)
-# then waits for it for good: 4 runs of 4 hung within their first 100 stops, six
-# at a time on two busy cores, in twelve files of eight codecs. Flushed first,
-# which waits without the lock, 20,000 stops of the same passed; so did 36,000
-# without logging, and 6,000 with slice threads alone.
+# Threads a frame each, or a slice. A decoder that is dropped in mid-stream
+# waits for its threads and keeps Python's interpreter locked meanwhile; if one
+# wants to log through Python (`av.logging.set_level`, of any library in the
+# process), both wait for good: 4 runs of 4 hung within their first 100 stops,
+# six at a time on two busy cores, in twelve files of eight codecs. Flushed
+# first, which waits without the lock, 20,000 stops of the same passed; so did
+# 36,000 without logging, and 6,000 with slice threads alone.
 _THREADS = "AUTO"
 _TRIES = 8  # at reading on after an error, before the rest is given up
 
@@ -355,6 +355,13 @@ def _lasting(hurt: list[int], packet: int, key_frame: bool) -> list[int]:
   ]
 
 
+def _goes_back(packet: av.Packet, one: int | None, two: int | None) -> bool:
+  """Whether a second time, in ticks, is before a first by more than RESET."""
+  if one is None or two is None or one <= two:
+    return False
+  return (one - two) * packet.time_base > RESET
+
+
 class _Timed:
   """Numbers pictures by their packets' times of presentation.
 
@@ -381,13 +388,14 @@ class _Timed:
 
   def send(self, packet: av.Packet, shown: bool) -> None:
     """Takes note of a packet that the decoder gets."""
-    if packet.dts is not None:
-      back = 0 if self._clock is None else self._clock - packet.dts
-      if back > 0 and back * packet.time_base > RESET:
-        self._segment += 1
-      self._clock = packet.dts
-    if packet.pts is not None:
-      self._pts = packet.pts
+    pts, dts = packet.pts, packet.dts
+    if dts is not None:
+      self._segment += _goes_back(packet, self._clock, dts)
+      self._clock = dts
+    if _goes_back(packet, dts, pts):
+      pts = dts  # the clock ran over in between
+    if pts is not None:
+      self._pts = pts
     key = (self._segment, self._pts, self._sent)
     self._keys[self._sent] = key
     self._sent += 1

@@ -104,7 +104,7 @@ class _Track:
     key: whether a key frame.
     position: in the file, in bytes.
     before: bytes of all packets before it, of any stream.
-    others: packets of other streams before it.
+    sounds: seconds at which packets of other streams begin, ascending.
     indexed: whether it comes of an index, which has no pts.
     cut: of the last pictures, how many lie behind the file's end.
     reached: seconds at which the last packet of any stream ends.
@@ -116,7 +116,7 @@ class _Track:
   key: np.ndarray
   position: np.ndarray
   before: np.ndarray
-  others: np.ndarray
+  sounds: np.ndarray
   indexed: bool = False
   cut: int = 0
   reached: float = math.nan
@@ -131,7 +131,9 @@ class _Track:
     return float(times.max() - times.min()) if len(times) else 0.0
 
   def times(self) -> np.ndarray:
-    return np.where(np.isnan(self.pts), self.dts, self.pts)
+    with np.errstate(invalid="ignore"):  # a clock that ran over in between
+      early = self.dts - self.pts > video_file.RESET
+    return np.where(np.isnan(self.pts) | early, self.dts, self.pts)
 
   def segments(self) -> np.ndarray:
     """Numbers of the recordings that were joined, by their clocks' resets."""
@@ -215,8 +217,8 @@ def _indexed(container, stream) -> _Track | None:
   base = float(stream.time_base)
   key = rows[:, 2].astype(bool)
   return _Track(
-    stream, nothing, rows[:, 0] * base, key, rows[:, 1], nothing, nothing,
-    indexed=True, cut=cut,
+    stream, nothing, rows[:, 0] * base, key, rows[:, 1], nothing,
+    np.zeros(0), indexed=True, cut=cut,
   )  # fmt: skip
 
 
@@ -226,7 +228,7 @@ def _demuxed(container, streams) -> list[_Track]:
   codecs = {s.index: s.codec_context and s.codec_context.name for s in streams}
   bases = {s.index: float(s.time_base or 0) for s in container.streams}
   ends: dict[int, float] = {}
-  content, others, nan = 0, 0, math.nan
+  content, nan, sounds = 0, math.nan, array.array("d")
   for packet in video_file.packets(container):
     if packet is None:
       continue
@@ -236,9 +238,9 @@ def _demuxed(container, streams) -> list[_Track]:
       end = (pts + (packet.duration or 0)) * base
       if end > ends.get(index, -math.inf):
         ends[index] = end
-    if index not in rows:
-      others += 1
-    elif video_file.shows(packet, codecs[index]):
+      if index not in rows:
+        sounds.append(pts * base)
+    if index in rows and video_file.shows(packet, codecs[index]):
       rows[index].extend(
         (
           nan if pts is None else pts * base,
@@ -246,16 +248,15 @@ def _demuxed(container, streams) -> list[_Track]:
           packet.is_keyframe,
           nan if packet.pos is None else packet.pos,
           content,
-          others,
         )
       )
     content += packet.size
-  tracks = []
+  tracks, heard = [], np.sort(np.frombuffer(sounds))
   for stream in streams:
-    columns = np.frombuffer(rows[stream.index]).reshape(-1, 6).T
-    pts, dts, key, position, before, other = columns
+    columns = np.frombuffer(rows[stream.index]).reshape(-1, 5).T
+    pts, dts, key, position, before = columns
     key, reached = key.astype(bool), max(ends.values(), default=nan)
-    track = _Track(stream, pts, dts, key, position, before, other)
+    track = _Track(stream, pts, dts, key, position, before, heard)
     tracks.append(dataclasses.replace(track, reached=reached))
   return tracks
 
@@ -325,7 +326,7 @@ def _timeline(container, track: _Track) -> _Timeline:
   if not len(usual):
     return _Timeline(0.0)
   usual = float(np.median(usual))
-  odd = jumps | _implausible(container, track, order, steps, jumps, usual)
+  odd = jumps | _implausible(container, track, times, steps, jumps, usual)
   steps = np.where(odd, usual, steps)
   between = float(steps.sum())
   span = between * len(times) / (len(times) - 1)  # the last one lasts too
@@ -334,6 +335,8 @@ def _timeline(container, track: _Track) -> _Timeline:
   lost = [] if track.indexed else _holes(track, order, steps, usual)
   seconds = _promised(container, track)
   end = float(times[-1]) + usual
+  if track.indexed and container.format.name != "avi":
+    span = 0.0  # an MP4's header has its rate from the times of all pictures
   missing = seconds - end if track.indexed else seconds - track.reached
   still_on = track.indexed or end > track.reached - max(2, 5 * usual)
   if still_on and missing > max(1, 0.005 * seconds, 2 * usual):
@@ -345,7 +348,7 @@ def _timeline(container, track: _Track) -> _Timeline:
 
 
 def _implausible(
-  container, track: _Track, order, steps, jumps, usual: float
+  container, track: _Track, times, steps, jumps, usual: float
 ) -> np.ndarray:
   """Which steps are jumps of a clock, and not pictures that stand long."""
   large = ~jumps & (steps > max(_STILL, 20 * usual))
@@ -354,14 +357,13 @@ def _implausible(
   few = len(steps) - large.sum() < 10
   promised = _promised(container, track)
   live = container.format.name in _LIVE
-  sounds = 0.0  # packets of sound a second
-  if not track.indexed and rest > 0:
-    pauses = np.flatnonzero(large)
-    within = sum(_sound(track, order, i) for i in pauses)
-    sounds = max(0.0, float(track.others[-1] - track.others[0] - within)) / rest
-  for i in np.flatnonzero(large):
+  pauses = np.flatnonzero(large).tolist()
+  within = sum(_heard(track, times[i], times[i + 1]) for i in pauses)
+  sounds = (len(track.sounds) - within) / max(rest, usual)  # a second
+  for i in pauses:
     step = float(steps[i])
-    if sounds and _sound(track, order, i) > 0.3 * sounds * step:
+    heard = _heard(track, times[i], times[i + 1])
+    if heard and heard > 0.3 * sounds * step:
       continue  # heard on while the picture stands
     alone = step > rest * (1 if i == 0 and live else 10) and not few
     whole = float(steps[~jumps].sum())
@@ -370,9 +372,9 @@ def _implausible(
   return odd
 
 
-def _sound(track: _Track, order, i: int) -> float:
-  """Packets of other streams between one picture and the next shown."""
-  return float(track.others[order[i + 1]] - track.others[order[i]])
+def _heard(track: _Track, first: float, last: float) -> int:
+  """Packets of other streams between two moments."""
+  return int(np.searchsorted(track.sounds, (first, last)) @ (-1, 1))
 
 
 def _holes(track: _Track, order, steps, usual: float) -> list[tuple[int, int]]:
