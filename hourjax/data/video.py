@@ -91,7 +91,7 @@ def decode_frames(
   reading.read = int(info.readable(wanted).sum())
   _check_share(path, reading, min_share, info, wanted)  # what is known already
   reading.read = 0
-  choice = _Choice(wanted.tolist(), size, info)
+  choice = _Choice(path, wanted.tolist(), size, info)
   with open_video(path) as container:
     pictures = Pictures(
       container, container.streams[info.stream], threads=threads
@@ -177,8 +177,9 @@ def _frames(container, info: VideoInfo) -> Iterator[Picture]:
 class _Choice:
   """Picks the wanted ones of a stream of pictures, and what stands in."""
 
-  def __init__(self, wanted: list[int], size: int, info: VideoInfo):
+  def __init__(self, path, wanted: list[int], size: int, info: VideoInfo):
     self.read = 0
+    self._path = path
     self._wanted, self._next = wanted, 0
     self._size, self._info = size, info
     self._upright = _Upright()
@@ -264,8 +265,8 @@ class _Choice:
       nearest = min(("before", "after", "own"), key=far.__getitem__)
       if far[nearest] == math.inf:
         raise UserError(
-          f"no frame of the {self._info.frames} that it should have can be"
-          " decoded; the file is damaged, fetch it again"
+          f"{self._path}: no frame of the {self._info.frames} that it should"
+          " have can be decoded; the file is damaged, fetch it again"
         )
       self.read += not damage
       if nearest == "own":

@@ -419,12 +419,12 @@ class _Timed:
         start = key if self.whole else first
         self.head = self._passed + bisect.bisect_left(self._waiting, start)
       before = bisect.bisect_left(self._waiting, key)
-      self._last = max(self._last + 1, self._passed + before)
+      self._last = max(self._last, self._passed + before)
       after = before + (self._waiting[before : before + 1] == [key])
       del self._waiting[:after]
       self._passed += after
       self._shown = key
-    else:  # out of order: the times are wrong
+    else:  # out of order: its time is wrong; the next ones' mend the count
       self._last += 1
     return self._last
 

@@ -90,28 +90,20 @@ def test_hidden_pictures_of_vp8_do_not_count(tmp_path):
   assert info.frames == 57 and share == 1
 
 
-def test_hidden_pictures_of_vp9_do_not_count(tmp_path):
-  """Packets of their own, as some encoders write them."""
-  options = {"auto-alt-ref": "1", "lag-in-frames": "16", "cpu-used": "6"}
-  first = numbered.write(
-    tmp_path / "w.webm", ALL, codec="libvpx-vp9", codec_options=options
-  )
-  with av.open(str(first)) as source:
-    stream = source.streams.video[0]
-    split = av.BitStreamFilterContext("vp9_superframe_split", stream)
-    rows = []
-    for packet in source.demux(stream):
-      if not packet.size:
-        continue
-      pts, key = packet.pts, packet.is_keyframe
-      for part in split.filter(packet):
-        # One that is hidden has a time of its own, before the next.
-        time = pts - 10 * (not video_file.shows(part, "vp9"))
-        rows.append((bytes(part), time, time, key, 0))
-  hidden = len(rows) - len(ALL)
-  assert hidden > 0
-  path = numbered.remux(tmp_path / "a.webm", first, rows)
-  _reads(path, ALL, 6.0)
+@pytest.mark.parametrize(
+  "first, last, shown",
+  [
+    (0b10_00_0_1_0_0, 0x00, False),  # marker, profile, existing, type, show
+    (0b10_00_0_1_1_0, 0x00, True),
+    (0b10_00_1_000, 0x00, True),  # shows one that was hidden
+    (0b10_11_0_0_1_0, 0x00, False),  # profile 3 has a bit more
+    (0b10_11_0_0_1_1, 0x00, True),
+    (0b10_00_0_1_0_0, 0b110_01_001, True),  # hidden and shown in one packet
+  ],
+)
+def test_hidden_pictures_of_vp9(first, last, shown):
+  packet = av.Packet(bytes([first, 0, 0, last]))
+  assert video_file.shows(packet, "vp9") == shown
 
 
 def test_repeats_of_an_avi_are_no_pictures(tmp_path):
