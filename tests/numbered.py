@@ -107,13 +107,17 @@ def remux(
 
 
 def read(
-  path: pathlib.Path, *, min_share: float = video.MIN_SHARE, threads: int = 0
+  path: pathlib.Path,
+  *,
+  min_share: float = video.MIN_SHARE,
+  threads: int = 0,
+  step: int = 1,
 ) -> tuple[video.VideoInfo, list[int], float]:
-  """Every frame of a video: what is said of it, numbers shown, share read."""
+  """Every `step`-th frame: what is said of it, numbers shown, share read."""
   info, reading = video.probe(path), video.Reading()
   chunks = video.decode_frames(
     path,
-    range(info.frames),
+    range(0, info.frames, step),
     SIDE,
     info=info,
     min_share=min_share,

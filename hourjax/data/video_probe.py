@@ -403,19 +403,21 @@ def _promised(container, track: _Track) -> float:
   name = container.format.name
   if name not in _PROMISING:
     return 0.0
-  # Of the film itself, by Matroska's muxers.
+  whole = (container.duration or 0) / av.time_base
+  # Of the film itself, by Matroska's muxers; cutting tools may leave it behind.
   tag = re.fullmatch(
     r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", track.stream.metadata.get("DURATION", "")
   )
   if tag:
     hours, minutes, seconds = tag.groups()
-    return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    film = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    return min(film, whole) if whole else film
   if name == "avi":
     rate = track.stream.average_rate
     return float(track.stream.frames / rate) if rate else 0.0
   if name == "asf" and not container.duration:
     return _asf_seconds(container.name.removeprefix("file:"))
-  return (container.duration or 0) / av.time_base
+  return whole
 
 
 def _asf_seconds(path: str) -> float:

@@ -119,10 +119,10 @@ def test_twenty_bad_bytes_in_a_long_video(tmp_path):
   for at in rng.integers(len(data) // 10, len(data) * 9 // 10, 20):
     data[at] ^= 0xFF
   path.write_bytes(data)
-  info, shown, share = numbered.read(path)
+  info, shown, share = numbered.read(path, step=7)
   assert 4900 <= info.frames <= 5000
   assert 0.95 < share < 1
-  right = np.mean([n == i % 20 for i, n in enumerate(shown)])
+  right = np.mean([n == 7 * i % 20 for i, n in enumerate(shown)])
   assert right > 0.95
 
 
