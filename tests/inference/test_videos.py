@@ -76,3 +76,39 @@ def test_parse_worker():
       parse_worker(text)
   with pytest.raises(UserError, match="worker 8 of 8; the first is 0"):
     parse_worker("8/8")
+
+
+def test_an_empty_name_is_no_folder(tmp_path, monkeypatch):
+  """As of an empty shell variable; not the working directory."""
+  _touch(tmp_path, "a.mp4")
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match="folder of videos is empty"):
+    find_videos("")
+
+
+def test_what_is_left_out_is_said(tmp_path, capsys):
+  _touch(tmp_path, "a.MTS", "b.m2ts", "c.vob", "d.asf", "e.gif", "f.mp4")
+  assert len(find_videos(tmp_path)) == 6
+  assert capsys.readouterr().out == ""
+  _touch(tmp_path, "a.txt", "b.TXT", "sub/c.part", "README", ".hidden.txt")
+  assert len(find_videos(tmp_path)) == 6
+  (line,) = capsys.readouterr().out.splitlines()
+  assert line == (
+    "left out for their endings: 4 files (.txt 2, none 1, .part 1)"
+  )
+
+
+def test_links_that_leave_the_folder_are_said(tmp_path, capsys):
+  root = tmp_path / "root"
+  _touch(tmp_path, "disk/1.mp4", "disk/2.mp4", "x.mp4", "root/in/3.mp4")
+  (root / "linked").symlink_to(tmp_path / "disk")
+  (root / "4.mp4").symlink_to(tmp_path / "x.mp4")
+  (root / "5.mp4").symlink_to(root / "in" / "3.mp4")
+  (root / "up").symlink_to(tmp_path)
+  names = ["4.mp4", "5.mp4", "in/3.mp4", "linked/1.mp4", "linked/2.mp4"]
+  assert find_videos(root) == names
+  outside, above = capsys.readouterr().out.splitlines()
+  assert outside.startswith(f"3 of 5 videos lie outside of {root}, behind")
+  assert f"{root}/linked -> {tmp_path}/disk" in outside
+  assert f"{root}/4.mp4 -> {tmp_path}/x.mp4" in outside
+  assert above.startswith("1 links to folders that hold") and "/up" in above
