@@ -5,6 +5,8 @@ import os
 import pathlib
 from typing import Any
 
+import pydantic
+
 from hourjax import schema
 from hourjax.data.prepare.options import Options
 from hourjax.data.prepared import Prepared
@@ -23,9 +25,11 @@ class _Count(schema.Schema):
   videos_of_unknown_duration: int
 
 
-class _Dropped(schema.Schema):
+class _Kind(schema.Schema):
+  """How many were dropped or repaired for one reason, and some of them."""
+
   count: int
-  examples: list[str]
+  examples: list[str] = pydantic.Field(min_length=1)
 
 
 class _Summary(schema.Schema):
@@ -34,8 +38,9 @@ class _Summary(schema.Schema):
   kept: _Count
   sources: dict[str, _Count]
   streams: dict[str, _Count]
-  dropped: dict[str, _Dropped]
-  videos_without_features: _Dropped | None = None
+  dropped: dict[str, _Kind]
+  repaired: dict[str, _Kind] = pydantic.Field(default_factory=dict)
+  videos_without_features: _Kind | None = None
   repeated_ids: int
 
 

@@ -80,8 +80,9 @@ class FeatureStore:
       )
     for key in keys:
       rows, where = read_lines(self.storage, key), self.storage.location(key)
-      self._index.update(_entry(row, where) for row in rows)
-      self._shares.update(_share(row, where) for row in rows)
+      for line in (_line(row, where) for row in rows):
+        self._index[line.video] = Stored(line.frames, line.duration)
+        self._shares[line.video] = line.share
       if key == own:
         mine = rows
     self._lines = Lines(self.storage, own, mine)
@@ -287,25 +288,15 @@ class _Line(schema.Schema):
   video: str = pydantic.Field(min_length=1)
   frames: int = pydantic.Field(ge=0, le=MOST_FRAMES)
   duration: float = pydantic.Field(ge=0, le=LONGEST)
+  share: float = pydantic.Field(1.0, ge=0, le=1)
 
 
-def _entry(row: dict, where) -> tuple[str, Stored]:
-  line = schema.validate(
+def _line(row: dict, where) -> _Line:
+  return schema.validate(
     _Line,
     row,
     f"{where}: {schema.shorten(row, 200)}",
     remedy="delete the line and extract again",
-  )
-  return line.video, Stored(line.frames, line.duration)
-
-
-def _share(row: dict, where) -> tuple[str, float]:
-  share = row.get("share", 1.0)
-  if isinstance(share, int | float) and 0 <= share <= 1:
-    return row["video"], float(share)
-  raise UserError(
-    f"{where}: {row} has the share {share!r}, it is from 0 to 1; delete the"
-    " line and extract again"
   )
 
 
