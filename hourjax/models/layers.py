@@ -89,7 +89,7 @@ class Stack(nnx.Module):
 
     def body(x, part):
       own, each = part
-      own = jax.tree.map(_from_bits, own)
+      own = jax.tree.map(from_bits, own)
       return step(nnx.merge(graph, own), x, each)
 
     body = rematerialised(body, self.remat)
@@ -110,7 +110,8 @@ class Stack(nnx.Module):
     return nnx.merge(graph, jax.tree.map(lambda p: p[index], params))
 
 
-def _from_bits(x: jax.Array) -> jax.Array:
+def from_bits(x: jax.Array) -> jax.Array:
+  """Reads uint16 as the bits of bfloat16; everything else stays as it is."""
   if x.dtype != jnp.uint16:
     return x
   return jax.lax.bitcast_convert_type(x, jnp.bfloat16)

@@ -104,14 +104,16 @@ def as_bits(
 ) -> dict[str, jax.Array]:
   """Parameters as the CPU can read them layer by layer: see `layers.Stack`.
 
-  Stacked bfloat16 becomes uint16 of the same bits, in the same memory; the
-  rest, and everything on other devices, stays as it is.
+  Stacked bfloat16 becomes uint16 of the same bits, in the same memory, and so
+  do embeddings that are only looked up; the rest, and everything on other
+  devices, stays as it is.
   """
   axes = param_axes(config)
+  looked_up = () if config.decoder.tied else ("decoder/embedding",)
   return {
     path: _bits(value)
     if value.dtype == jnp.bfloat16
-    and axes[path][:1] == ("layers",)
+    and (axes[path][:1] == ("layers",) or path in looked_up)
     and next(iter(value.devices())).platform == "cpu"
     else value
     for path, value in params.items()

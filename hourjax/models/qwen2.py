@@ -14,6 +14,7 @@ from hourjax.models.layers import (
   TOKENS,
   Lead,
   Stack,
+  from_bits,
   linear,
 )
 from hourjax.parallel import vocabulary
@@ -119,12 +120,15 @@ class Decoder(nnx.Module):
 
   def embed(self, token: Int[Array, "B N"]) -> Float[Array, "B N D"]:
     """Word embeddings in the compute dtype. Ids below 0 read row 0."""
-    return vocabulary.embed(self.embedding[...], token, self.dtype)
+    table = self.embedding[...]
+    if table.dtype == jnp.uint16:  # see `layers.Stack`
+      return from_bits(vocabulary.embed(table, token, table.dtype))
+    return vocabulary.embed(table, token, self.dtype)
 
   def embed_few(self, token: Int[Array, "B n"]) -> Float[Array, "B n D"]:
     """As `embed`, of tokens whose number the mesh need not divide."""
     rows = self.embedding[...].at[jnp.maximum(token, 0)].get(mode="clip")
-    return constrain(rows.astype(self.dtype), *TOKENS, None)
+    return constrain(from_bits(rows).astype(self.dtype), *TOKENS, None)
 
   def __call__(
     self,

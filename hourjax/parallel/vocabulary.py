@@ -9,7 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from hourjax.parallel import collectives as over
 from hourjax.parallel.rules import spec
@@ -24,9 +24,11 @@ _ROWS = ("data", "fsdp")
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def embed(
-  table: Float[Array, "N D"], token: Int[Array, "B M"], dtype: str
-) -> Float[Array, "B M D"]:
-  """Word embeddings in `dtype`. Ids below 0 read row 0.
+  table: Num[Array, "N D"],
+  token: Int[Array, "B M"],
+  dtype: jax.typing.DTypeLike,
+) -> Num[Array, "B M D"]:
+  """Word embeddings in `dtype`, or their bits. Ids below 0 read row 0.
 
   The gradient of the table is summed in float32. M is split over positions.
   """
