@@ -16,7 +16,6 @@ from hourjax.models.config import TINY, DecoderConfig
 from hourjax.models.layers import layers_told
 from hourjax.models.params import (
   as_bits,
-  init_params,
   narrow_dtype,
   param_shapes,
 )
@@ -34,11 +33,20 @@ WIDE = dataclasses.replace(
 )
 
 
+def _drawn():
+  """float32, without the compiler, which takes longer than the tests."""
+  rng = np.random.default_rng(0)
+  return {
+    path: rng.normal(size=shape).astype(np.float32) / 4
+    for path, shape in param_shapes(CONFIG).items()
+  }
+
+
 @pytest.fixture(scope="module")
 def params():
   return {
-    path: value.astype(narrow_dtype(path, CONFIG))
-    for path, value in init_params(CONFIG, 0).items()
+    path: jnp.asarray(value, narrow_dtype(path, CONFIG))
+    for path, value in _drawn().items()
   }
 
 
@@ -119,8 +127,7 @@ def test_no_stack_is_made_in_float32():
 def test_the_tower_alone(params):
   pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3))
   pixels = pixels.astype(np.uint8)
-  whole = init_params(CONFIG, 0)
-  one = Encoder(whole, CONFIG, batch_frames=2)
+  one = Encoder(_drawn(), CONFIG, batch_frames=2)
   two = Encoder(params, CONFIG, batch_frames=2)
   np.testing.assert_array_equal(one(pixels), two(pixels))
   assert one.fingerprint != two.fingerprint  # of what was given
