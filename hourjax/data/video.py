@@ -193,7 +193,7 @@ class _Choice:
 
     Decodes no further than it needs to.
     """
-    last, holes, ill = -1, list(self._info.lost), 0
+    last, holes, doubtful = -1, list(self._info.lost), 0
     for picture in pictures:
       number = self._number(picture.number)
       torn = picture.torn or number - last > _HIDDEN
@@ -201,9 +201,9 @@ class _Choice:
       # Pictures after a hole refer to what was in it, up to a key frame.
       if holes and number >= holes[0][0]:
         holes.pop(0)
-        ill = HEALED
-      ill = 0 if picture.raw.key_frame else max(0, ill - 1)
-      if ill:
+        doubtful = HEALED
+      doubtful = 0 if picture.raw.key_frame else max(0, doubtful - 1)
+      if doubtful:
         picture = dataclasses.replace(picture, clean=False)
       while self._due() < number:
         self._wait(None, torn)
