@@ -2,6 +2,7 @@
 
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +15,9 @@ from hourjax.evaluation import run
 from hourjax.inference import film, streaming
 from hourjax.inference.engine import Known, row_spec
 from hourjax.inference.extraction import extract_videos
+from hourjax.inference.model import Model
+from hourjax.models.params import param_shapes
+from hourjax.parallel.mesh import MeshConfig, make_mesh
 from tests import videos
 from tests.data.frame_cases import CASES
 from tests.evaluation import fakes
@@ -51,7 +55,14 @@ def reading(monkeypatch):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
   """Encodes frames; nothing behind the tower is run."""
-  made = models.tiny(tmp_path_factory.mktemp("tokenizer"))
+  rng = np.random.default_rng(0)
+  params = {
+    path: rng.normal(scale=0.05, size=shape).astype(np.float32)
+    for path, shape in param_shapes(models.CONFIG).items()
+  }
+  tokenizer = models.tokenizer(tmp_path_factory.mktemp("tokenizer"))
+  mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+  made = Model(params, models.CONFIG, tokenizer, name="tiny", mesh=mesh)
   made.engine.remember = lambda *memory: Known()
   return made
 

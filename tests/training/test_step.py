@@ -267,29 +267,30 @@ def test_videos_of_more_than_128_frames_do_not_train_the_tower(params):
   spec = rows.RowSpec(
     short.size + long.size, SIDE**2, CONFIG.vision.side**2, WIDTH, PIXELS
   )
+  parts = {p: x for p, x in params.items() if p.startswith(("vis", "proj"))}
 
   @_compiled
-  def gradients(params, batch):
-    def summed(params):
-      return loss.loss_sums(with_params(CONFIG, params), batch)[0]
+  def gradients(parts, batch):
+    def summed(parts):
+      model = with_params(CONFIG, params | parts)
+      return jnp.square(model.encoded(batch)).sum()
 
-    return jax.grad(summed)(params)
+    return jax.grad(summed)(parts)
 
   def of(*samples):
     batch = rows.stack_rows([rows.build_row(samples, spec)])
-    return gradients(params, Batch(*map(jnp.asarray, batch)))
+    return gradients(parts, Batch(*map(jnp.asarray, batch)))
 
   both, first, second = of(short, long), of(short), of(long)
-  for path in params:
+  for path in parts:
     if path.startswith("vision/"):
       assert not np.asarray(second[path]).any(), path
-      scale = max(np.abs(first[path]).max(), 1e-6)
+      scale = np.abs(first[path]).max()
       np.testing.assert_allclose(
-        both[path], first[path], atol=1e-4 * scale, err_msg=path
+        both[path], first[path], atol=1e-4 * scale + 1e-7, err_msg=path
       )
-  for path in ("projector/fc1/kernel", "newline"):  # all else learns of both
-    assert np.asarray(second[path]).any(), path
   assert np.asarray(first["vision/patch/kernel"]).any()
+  assert np.asarray(second["projector/fc1/kernel"]).any()
 
 
 def test_stored_features_skip_the_tower(params, pair):
