@@ -126,7 +126,7 @@ def tiny_model(folder: pathlib.Path) -> Model:
 
 
 def _features(model: Model, film: pathlib.Path) -> np.ndarray:
-  features, _ = model.read_film(film)
+  features = model.read_film(film).features
   return features
 
 

@@ -5,6 +5,7 @@ depend on who asks them, so the answers do not either.
 """
 
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -34,7 +35,9 @@ class Answer(Protocol):
 
 @runtime_checkable
 class Memory(Protocol):
-  """A video that a model remembers."""
+  """A video that a model remembers; `note` is what is to be said of it."""
+
+  note: str
 
   def answer(
     self, questions: Sequence[str], *, max_tokens: int
@@ -206,6 +209,8 @@ def _ask_video(
     for batch in batches:
       yield [], [_lost(item, error) for item in batch]
     return
+  if memory.note:
+    print(f"{video}: {memory.note}", file=sys.stderr, flush=True)
   for batch in batches:
     answers, lost = _answers(memory, batch, exam.max_tokens)
     now = time.monotonic()

@@ -3,6 +3,7 @@
 import os
 import pathlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,7 +13,7 @@ from jaxtyping import Shaped
 from hourjax import schema
 from hourjax.data.frame_rules import MIN_FRAMES, shown_frames
 from hourjax.data.store.features import TOWER_FILE, FeatureStore
-from hourjax.data.video import decode_frames, probe
+from hourjax.data.video import Reading, decode_frames, probe
 from hourjax.errors import UserError
 from hourjax.inference.encoder import Encoder
 
@@ -20,17 +21,42 @@ from hourjax.inference.encoder import Encoder
 Progress = Callable[[int, int], None]
 
 
+class Film(NamedTuple):
+  """A video file, encoded.
+
+  Attributes:
+    features: of its frames, in bfloat16.
+    duration: in seconds.
+    share: of the frames, that could be read, from 0 to 1; the nearest pictures
+      without damage stand in for the others.
+  """
+
+  features: Shaped[np.ndarray, "F Q V"]
+  duration: float
+  share: float
+
+  @property
+  def note(self) -> str:
+    """What is to be said of a file that was read in part, "" of others."""
+    if self.share == 1:
+      return ""
+    return (
+      f"{self.share:.1%} of the frames wanted can be read; the nearest picture"
+      " is shown for the others, which are damaged or missing"
+    )
+
+
 def read_film(
   path: str | os.PathLike, encoder: Encoder, progress: Progress
-) -> tuple[Shaped[np.ndarray, "F Q V"], float]:
-  """Features of a video in bfloat16, and its duration in seconds.
+) -> Film:
+  """Encodes a video file.
 
   Frames are those that training on video files shows; below 128 seconds they
   are also those that extraction stores. While the devices encode a batch, the
   next one is decoded.
 
   Raises:
-    UserError: the video cannot be read.
+    UserError: the video cannot be read, or too little of it.
   """
   info = probe(path)
   indices = shown_frames(info.frames, info.duration)
@@ -46,7 +72,10 @@ def read_film(
 
   side = encoder.image_size
   progress(0, len(indices))
-  chunks = decode_frames(path, indices, side, info=info, batch=encoder.batch)
+  reading = Reading()
+  chunks = decode_frames(
+    path, indices, side, info=info, batch=encoder.batch, reading=reading
+  )
   for chunk in chunks:
     if len(chunk) < encoder.batch:
       short = encoder.batch - len(chunk)
@@ -58,7 +87,7 @@ def read_film(
       collect()
   while waiting:
     collect()
-  return features, round(info.duration, 2)
+  return Film(features, round(info.duration, 2), reading.share)
 
 
 def load_features(path: pathlib.Path) -> Shaped[np.ndarray, "..."]:

@@ -35,6 +35,7 @@ from hourjax.errors import UserError
 from hourjax.inference.encoder import Encoder
 from hourjax.inference.engine import Engine, Known, row_spec
 from hourjax.inference.film import (
+  Film,
   Progress,
   as_floats,
   load_features,
@@ -107,16 +108,16 @@ class Model:
       if duration is None:
         duration = stored_duration(path, len(features))
       return self._features(features, duration, str(path))
-    features, duration = self.read_film(path, progress)
-    _check_finite(features, str(path))
-    return self._video(features, duration)
+    film = self.read_film(path, progress)
+    _check_finite(film.features, str(path))
+    return self._video(film.features, film.duration, film.note)
 
   def read_film(
     self,
     path: str | os.PathLike,
     progress: Progress = lambda done, total: None,
-  ) -> tuple[np.ndarray, float]:
-    """Features [F, Q, V] of a video file's frames that are shown, and seconds.
+  ) -> Film:
+    """Encodes the frames of a video file that are shown.
 
     They are not those that extraction stores: see `frame_rules`.
     """
@@ -131,7 +132,8 @@ class Model:
     duration, frames = stored_frames(store, name)
     shape = (self.config.pool_side**2, self.config.vision.width)
     sparse = is_sparse(store.stored(name).frames, duration)
-    return self._video(store.read(name, frames, shape), duration, sparse)
+    features = store.read(name, frames, shape)
+    return self._video(features, duration, sparse_note(int(sparse)))
 
   def see(self, images: Sequence[str | os.PathLike]) -> Memory:
     """One or more images.
@@ -173,12 +175,11 @@ class Model:
     sparse = is_sparse(len(features), duration)
     features = features[stored_feature_frames(len(features), duration)]
     _check_finite(features, name)
-    return self._video(features, duration, sparse)
+    return self._video(features, duration, sparse_note(int(sparse)))
 
-  def _video(self, features, duration, sparse=False):
+  def _video(self, features, duration, note=""):
     side = self.config.pool_side
     repository = video_repository(len(features), side)
-    note = sparse_note(int(sparse))
     return self._memory(repository, "features", features, duration, note)
 
   def _memory(self, repository, kind, visual, duration=None, note="") -> Memory:

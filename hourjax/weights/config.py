@@ -111,8 +111,6 @@ _FRAMES = {
   "mm_vision_select_feature": ("patch",),
   "mm_patch_merge_type": ("spatial_unpad",),
   "mm_spatial_pool_mode": ("bilinear",),
-  "mm_spatial_pool_stride": (),
-  "mm_spatial_pool_out_channels": (),
   "mm_newline_position": ("grid",),
   "mm_use_im_start_end": (False,),
   "image_aspect_ratio": ("anyres_max_9",),

@@ -19,6 +19,8 @@ class Answer:
 
 
 class Memory:
+  note = ""
+
   def __init__(self, model: "Model", video: str):
     self._model, self._video = model, video
 

@@ -12,6 +12,8 @@ from hourjax.data.video import decode_frames, probe
 from hourjax.evaluation.records import Records
 from hourjax.evaluation.run import evaluate
 from hourjax.inference import beam
+from hourjax.inference.encoder import Encoder
+from hourjax.inference.film import read_film
 from hourjax.training.experiment import build_experiment
 from tests import numbered
 from tests.evaluation import fakes
@@ -91,6 +93,15 @@ def test_the_share_is_an_option(folder, tmp_path):
     towers.extract(towers.params(), folder, out, min_share=0.5, **run) == []
   )
   assert 0.6 < FeatureStore(out).share("cut.mkv") < 0.7
+
+
+def test_a_film_says_what_of_it_was_read(folder):
+  encoder = Encoder(towers.params(), towers.MODEL, batch_frames=16)
+  film = read_film(folder / "part.mkv", encoder, lambda done, total: None)
+  assert 0.95 <= film.share < 1
+  assert film.note.startswith(f"{film.share:.1%} of the frames wanted can be")
+  whole = read_film(folder / "plain.mp4", encoder, lambda done, total: None)
+  assert (whole.share, whole.note) == (1, "")
 
 
 @pytest.mark.slow

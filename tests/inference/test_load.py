@@ -144,7 +144,7 @@ def test_a_film_is_its_stored_features(model, film, tmp_path):
   assert indices.tolist() == shown_frames(300, 60.0).tolist()
   assert (memory.duration, memory.frames) == (60.0, 128)
   assert seen[0] == (0, len(indices)) and seen[-1] == (128, 128)
-  features, _ = model.read_film(film)
+  features = model.read_film(film).features
   assert features.dtype == ml_dtypes.bfloat16
   store = FeatureStore(tmp_path / "store", create=True)
   store.write("film.mp4", features, duration)

@@ -119,7 +119,6 @@ SHOWN = [
   ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature"),
   ({"mm_patch_merge_type": "flat"}, "mm_patch_merge_type is 'flat'"),
   ({"mm_spatial_pool_mode": "average"}, "mm_spatial_pool_mode is 'average'"),
-  ({"mm_spatial_pool_stride": 2}, "mm_spatial_pool_stride is 2"),
   ({"mm_newline_position": "no_token"}, "mm_newline_position is 'no_token'"),
   ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True"),
   ({"image_aspect_ratio": "pad"}, "image_aspect_ratio is 'pad'"),
