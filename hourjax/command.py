@@ -70,12 +70,13 @@ def run(
   def parse(argv: list[str]) -> list[str]:
     return _parse(argv, required, positional)
 
-  with _ending(resume, writes):
+  with ending(resume, writes):
     app.run(main, flags_parser=parse)
 
 
 @contextlib.contextmanager
-def _ending(resume: str, writes: str) -> Iterator[None]:
+def ending(resume: str = "", writes: str = "") -> Iterator[None]:
+  """Ends the process as a command ends; see `run` for the arguments."""
   try:
     yield
   except UserError as error:

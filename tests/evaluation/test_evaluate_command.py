@@ -10,7 +10,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import hourjax
-from hourjax import evaluate
+from hourjax import command, evaluate
 from hourjax.evaluation import report
 from hourjax.evaluation.records import Records
 from tests.evaluation import small
@@ -129,7 +129,8 @@ def _refused(capsys, **options):
   """Message of the command in this process; it must end with 2."""
   flags.FLAGS.mark_as_parsed()
   with flagsaver.flagsaver(**options), pytest.raises(SystemExit) as ended:
-    evaluate.main([])
+    with command.ending():
+      evaluate.main([])
   assert ended.value.code == 2
   error = capsys.readouterr().err
   assert error.startswith("error: ") and error.count("\n") == 1
