@@ -128,9 +128,12 @@ def test_videos_that_are_missing_or_none(made):
 def _refused(capsys, **options):
   """Message of the command in this process; it must end with 2."""
   flags.FLAGS.mark_as_parsed()
-  with flagsaver.flagsaver(**options), pytest.raises(SystemExit) as ended:
-    with command.ending():
-      evaluate.main([])
+  with (
+    flagsaver.flagsaver(**options),
+    pytest.raises(SystemExit) as ended,
+    command.ending(),
+  ):
+    evaluate.main([])
   assert ended.value.code == 2
   error = capsys.readouterr().err
   assert error.startswith("error: ") and error.count("\n") == 1
