@@ -9,7 +9,7 @@ field, what was found and what was expected.
 import json
 import os
 import pathlib
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict
@@ -20,6 +20,17 @@ MOST_BYTES = 64 * 2**20  # of one JSON file, unless the caller knows better
 _SHOWN = 5  # problems told of one file
 _LFS = b"version https://git-lfs"
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def _check_text(value: Any) -> str:
+  if isinstance(value, str) and value:
+    return value
+  raise ValueError("input should be text that is not empty")
+
+
+# A file's name, of which Python keeps bytes that are no UTF-8 as halves of
+# characters; pydantic's own text may have none.
+FileName = Annotated[Any, pydantic.AfterValidator(_check_text)]
 
 
 class Schema(BaseModel):
@@ -186,6 +197,7 @@ def _problem(item: dict[str, Any]) -> str:
   message = item["msg"][:1].lower() + item["msg"][1:]
   if item["type"] == "missing":
     return f"{field} is missing"
+  message = message.removeprefix("value error, ")
   if item["type"] in ("model_type", "dict_type"):
     message = "input should be a JSON object"  # not a class of ours
   return f"{field} is {shorten(item['input'])}: {message}"

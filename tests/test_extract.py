@@ -95,7 +95,7 @@ def test_a_mistake(tmp_path):
   videos.write(folder / "a.mp4", 3)
   code, _, stderr = _run(_arguments(folder, tmp_path / "store", tower="none"))
   assert code == 2
-  assert stderr.startswith("error: none/config.json cannot be read")
+  assert stderr.startswith("error: none/config.json does not exist")
   assert "--tower takes a SigLIP folder" in stderr
   assert not (tmp_path / "store").exists()
 

@@ -14,11 +14,12 @@ from hourjax import processes
 # Starts a worker of each kind, which write their process numbers into files,
 # and waits.
 PARENT = """
-import pathlib, subprocess, sys
+import pathlib, signal, subprocess, sys
 from hourjax import processes
 from tests import test_processes as own
 
 if __name__ == "__main__":
+  signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup pytest` ignores it
   folder = pathlib.Path(sys.argv[1])
   child = subprocess.Popen(
     processes.module_command("tests.sleeping"),

@@ -191,6 +191,7 @@ class Stream:
         min_share=self._min_share,
         reading=job.reading,
       )
+      first = next(chunks)
     except Exception as error:
       job.reason = _reason(error)
       return
@@ -199,6 +200,7 @@ class Stream:
     )
     with self._lock:
       self._open.add(job)
+    yield first
     while True:
       try:
         chunk = next(chunks, None)

@@ -1,12 +1,9 @@
 """Training, extraction, asking and evaluating show the same of a file."""
 
-import sys
-
 import jax
 import numpy as np
 import pytest
 
-from hourjax import ask
 from hourjax.data import dataset, frame_rules
 from hourjax.data.records import Turn, parse_record
 from hourjax.data.rows import Size
@@ -230,12 +227,7 @@ def test_evaluating(model, folder, store, reading, tmp_path):
   assert watching.made[-1].frames == 20
 
 
-def test_ask_says_what_is_not_shown(model, store, monkeypatch, capsys):
-  monkeypatch.setattr(ask, "load", lambda *args, **options: model)
-  monkeypatch.setattr(sys, "argv", ["ask"])
+def test_a_memory_says_what_is_not_shown(model, store):
   for name in (SPARSE, next(iter(FILES))):
-    ask.flags.FLAGS(["ask", "--model=tiny", f"--features={store.path(name)}"])
-    memory = ask.remember()
-    said = capsys.readouterr().err
-    assert (f"note: {frame_rules.sparse_note(1)}" in said) == (name == SPARSE)
-    assert bool(memory.note) == (name == SPARSE)
+    note = frame_rules.sparse_note(1) if name == SPARSE else ""
+    assert model.remember(store.path(name)).note == note

@@ -17,6 +17,7 @@ UNTIED = ModelConfig(
   DecoderConfig(
     vocab=40, width=16, layers=3, heads=4, kv_heads=2, mlp=24, tied=False
   ),
+  pool_side=2,
   memaug_layers=2,
 )
 TIED = ModelConfig(

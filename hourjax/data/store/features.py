@@ -285,7 +285,7 @@ def _key(video: str) -> str:
 class _Line(schema.Schema):
   """A line of the index; keys that are not named here are left alone."""
 
-  video: str = pydantic.Field(min_length=1)
+  video: schema.FileName
   frames: int = pydantic.Field(ge=0, le=MOST_FRAMES)
   duration: float = pydantic.Field(ge=0, le=LONGEST)
   share: float = pydantic.Field(1.0, ge=0, le=1)
