@@ -3,7 +3,7 @@
 Left to itself jax tries the TPU library that `requirements.txt` installs on
 every machine, which then complains for ten lines; and it compiles all programs
 again at every start. `prepare` says otherwise, by jax's own variables, unless
-the user has set them.
+the user has set them, or `jax.config` in a notebook.
 """
 
 import contextlib
@@ -52,13 +52,15 @@ def prepare() -> None:
   Processes that this one starts inherit them.
   """
   found = platforms(os.environ)
-  if found:
+  if found and not _configured("JAX_PLATFORMS"):
     _set("JAX_PLATFORMS", found)
   folder = cache_folder(os.environ)
-  if folder is None:
+  if folder is None or _configured("JAX_COMPILATION_CACHE_DIR"):
     return
   if _usable(folder):
-    _tidy(folder)
+    # Without a bound of its size jax writes no times.
+    if os.environ.get("JAX_COMPILATION_CACHE_MAX_SIZE") != "-1":
+      _tidy(folder)
     _set("JAX_COMPILATION_CACHE_DIR", str(folder))
     _set("JAX_COMPILATION_CACHE_MAX_SIZE", _CACHE_BYTES)
     _set("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", _SECONDS)
@@ -179,6 +181,12 @@ def _tidy(folder: pathlib.Path) -> None:
       for own, other in ((programs, times), (times, programs)):
         if name.endswith(own) and name.removesuffix(own) + other not in names:
           (folder / name).unlink(missing_ok=True)
+
+
+def _configured(name: str) -> bool:
+  """Whether a notebook has set it in `jax.config`, which has no variable."""
+  jax = sys.modules.get("jax")
+  return bool(getattr(getattr(jax, "config", None), name.lower(), None))
 
 
 def _set(name: str, value: str | int | float) -> None:

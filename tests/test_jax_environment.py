@@ -154,6 +154,39 @@ def test_where_programs_are_kept(tmp_path):
   assert folder(JAX_COMPILATION_CACHE_DIR=f"{tmp_path}") is None
 
 
+def test_what_a_notebook_has_configured_stays(tmp_path):
+  code = f"""
+import jax
+jax.config.update("jax_platforms", "cpu,cuda")
+jax.config.update("jax_compilation_cache_dir", {str(tmp_path / "own")!r})
+from hourjax import jax_environment
+jax_environment.prepare()
+assert jax.config.jax_compilation_cache_dir == {str(tmp_path / "own")!r}
+assert jax.config.jax_compilation_cache_max_size == -1
+assert jax.config.jax_platforms == "cpu,cuda"
+import os
+print(sorted(name for name in os.environ if name.startswith("JAX_")))
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    env=_environment(XDG_CACHE_HOME=str(tmp_path / "cache")),
+    capture_output=True,
+    text=True,
+  )
+  assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+  assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_without_a_bound_keeps_its_programs(tmp_path):
+  every = {"XDG_CACHE_HOME": str(tmp_path),
+           "JAX_COMPILATION_CACHE_MAX_SIZE": "-1",
+           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
+  digest, hits = _stepped(_start(**every))
+  assert hits == 0
+  again, hits = _stepped(_start(**every))
+  assert again == digest and hits > 0
+
+
 def test_folders_that_are_not_ours_alone(tmp_path):
   usable = jax_environment._usable
   assert usable(tmp_path / "new" / "folder")
