@@ -12,10 +12,12 @@ before that, so an interrupted run leaves nothing half-written. An array in
 place without its line does not count: it is extracted again and replaced.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 from collections.abc import Iterator, KeysView
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -229,17 +231,19 @@ class FeatureStore:
       shape: (Q, V) of a frame.
 
     Raises:
-      UserError: the store holds another tower's features.
+      UserError: the store holds another tower's features, or does not answer.
     """
     mine = {"tower": tower, "tokens": shape[0], "width": shape[1]}
+    theirs: Any = "unreadable"
     try:
       content = self.storage.read(TOWER_FILE)
-      theirs = schema.parse_json(content, TOWER_FILE, remedy="")
     except FileNotFoundError:
       self.storage.write(TOWER_FILE, json.dumps(mine).encode())
       return
-    except (OSError, ValueError):
-      theirs = "unreadable"
+    except OSError:
+      content = b""
+    with contextlib.suppress(UserError):
+      theirs = schema.parse_json(content, TOWER_FILE, remedy="")
     if theirs != mine:
       raise UserError(
         f"{self.storage.location(TOWER_FILE)} says"

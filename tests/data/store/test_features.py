@@ -420,3 +420,23 @@ def test_towers_do_not_mix(store, root):
     FeatureStore(root).claim("bb", SHAPE)
   with pytest.raises(UserError, match=r"'width': 7"):
     FeatureStore(root).claim("aa", (4, 7))
+
+
+def test_a_store_that_does_not_answer_holds_no_other_tower(local, monkeypatch):
+  """Its own message says what to do; --tower has nothing to do with it."""
+
+  def refuse(key):
+    raise UserError("gs://b: no answer; check the network", kind="unreachable")
+
+  local.claim("aa", SHAPE)
+  monkeypatch.setattr(local.storage, "read", refuse)
+  with pytest.raises(UserError, match=r"^gs://b: no answer; check the network"):
+    local.claim("aa", SHAPE)
+
+
+@pytest.mark.parametrize("content", ["", "{", "\udcff", "[" * 10_000])
+def test_a_tower_that_cannot_be_read_is_another_one(local, content):
+  path = local.root / "tower.json"
+  path.write_text(content, errors="surrogateescape")
+  with pytest.raises(UserError, match=r"tower.json says 'unreadable'.*--tower"):
+    local.claim("aa", SHAPE)
