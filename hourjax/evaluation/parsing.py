@@ -366,6 +366,7 @@ class _Reader:
     forced = phrases.FORCED.search(before + after)  # "if I had to say"
     denied = (
       phrases.NOT.search(before)
+      or phrases.DOUBTED.search(before)
       or phrases.WRONG.match(after)
       or phrases.ASKED.match(after)
       or (phrases.IF.search(before) and not forced)

@@ -98,6 +98,24 @@ NOT = _regex(rf"""(?:
       |eliminat\w+|exclud\w+|reject\w*|rul\w+\s+out|dismiss\w*|discard\w*)\s+
     | 不(?:应|應|该|該|会|能|可能)*(?:是|为|选|選|选择|選擇) | 并非 | 排除
   )\s*(?:the\s+)?(?:{NOUN}\s*:?\s*)?[(\[]?\s*$""")
+# Before, in the same clause: it is doubted, asked, or what others or the past
+# would say; or it is only being looked at.
+DOUBTED = _regex(rf"""(?:
+    \b(?:consider(?:ing)?|analy[sz](?:e|ing)|examin(?:e|ing)|evaluat(?:e|ing)
+      |look(?:ing)?\s+at|check(?:ing)?|according\s+to
+      |(?<!i\ )see(?=\s+option))\s+(?:the\s+)?(?:{NOUN}\s*:?\s*)?[(\[]?\s*$
+  | (?:
+      \b(?:i|we)\s+(?:\w+ly\s+)?(?:doubt|disagree)\b
+      | \b(?:it|that)(?:['’]s|\s+(?:is|seems))\s+(?:\w+ly\s+|very\s+)?
+        (?:unlikely|improbable|implausible|doubtful|false|untrue|not\s+true)
+        \s+that\b
+      | \bwhether\b
+      | \b(?:at\s+first|first|initially|originally)\b,?\s+(?:i|we)\s+(?:had\s+)?
+        (?:thought|believed|assumed|guessed)\b
+      | \b(?:you|one|some|many|others|people|viewers)\s+(?:people\s+)?
+        (?:may|might|could)\s+(?:\w+ly\s+)?(?:{_CHOOSE}|assume|argue)\b
+    )(?:(?!\b(?:and|but|so)\b)[^.,:;!?\n]){{0,60}}$
+  )""")
 # Before: it starts a clause, or the clause says nothing else: "So it must be".
 _FILLERS = _words(
   "so thus hence therefore finally definitely clearly obviously probably"
@@ -146,6 +164,12 @@ WRONG = _regex(r"""[\s.)\]:,]*(?:
       (?:not|never|wrong|incorrect|false|ruled|eliminated|excluded|out))\b
     | \b(?:can|could)(?:not|n['’]t|\s+(?:not|be\s+(?:ruled|eliminated
       |excluded|discarded|rejected))\b)
+    | (?:\b(?:is|are|was)|\b(?:seems?|looks?|appears?)(?:\s+to\s+be)?)\s+
+      (?:\w+ly\s+|very\s+|quite\s+|less\s+)?(?:unlikely|improbable|implausible
+      |doubtful|inaccurate|incorrect|wrong|false|hardly|(?<=less\ )likely
+      |(?<=less\ )plausible)\b
+    | (?:[-–—]\s*)?\b(?:incorrect|wrong|false)(?=\s*(?:[.,;!)\n]|$)|\s+(?:
+      because|since|as)\b)
     | (?:项|項|选项)?\s*(?:是)?(?:错|錯|不对|不對|不正确|不正確|不是|不符))""")
 # After: it is ruled out, as far as it goes; named, but not meant.
 UNFIT = _regex(r"""[\s.)\]:,]*\b(?:do|does|did|has|have|would|should|may|might)
