@@ -37,6 +37,7 @@ Params = dict[str, Any]  # numpy or jax arrays by path
 # Of all parameters, or by path.
 Dtypes = np.typing.DTypeLike | Mapping[str, np.typing.DTypeLike]
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_MEMAUG = "model.vision_resampler."
 _SHARD_BYTES = 4 * 2**30
 _TOLD = 2**26  # bytes; fewer are read without a word
 _LINES = 8  # of each kind of problem
@@ -304,6 +305,13 @@ def check_names(
         "the output vectors are missing; where they are the embeddings,"
         ' config.json says "tie_word_embeddings": true (without it Qwen2\'s'
         " are vectors of their own)"
+      )
+    memaug = {name for name in wanted if name.startswith(_MEMAUG)}
+    if memaug and missing == memaug:
+      hints.add(
+        "MemAug is missing, as in LLaVA-OneVision's weights: a training that"
+        " starts from them draws it (--config.draw_missing=memaug), and answers"
+        " need a model that was trained with it"
       )
     why = "; ".join(
       sorted(hints) or ["is its config.json the one these weights came with?"]

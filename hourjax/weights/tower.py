@@ -26,6 +26,7 @@ _DEFAULTS = {
   "layer_norm_eps": 1e-6,
 }
 _SIGLIP = "vision_model."
+_KIND = "siglip_vision_model"
 _WHAT = (
   "--tower takes a SigLIP folder, an Hour-LLaVA checkpoint or a workdir of"
   " training"
@@ -70,7 +71,12 @@ def _sizes(path: pathlib.Path) -> VisionConfig:
   if not isinstance(raw, dict):
     raise UserError(f"{path} is {schema.shorten(raw)}, no JSON object; {_WHAT}")
   kind = raw.get("model_type", "")
-  if kind == "siglip_vision_model":
+  if "vocab_size" not in raw and kind not in (_KIND, "siglip"):
+    raise UserError(
+      f"{path}: model_type is {schema.shorten(kind)}, and no language model is"
+      f" described; of towers alone 'siglip' and {_KIND!r} are read; {_WHAT}"
+    )
+  if kind == _KIND:
     return siglip_config({**_DEFAULTS, **raw}, str(path))
   if kind == "siglip":
     given = raw.get("vision_config") or {}

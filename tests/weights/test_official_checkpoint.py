@@ -209,6 +209,19 @@ def test_all_problems_in_one_error(saved):
     assert f"\n  {line}" in message
 
 
+def test_weights_without_memaug_say_how_a_training_starts_from_them(saved):
+  folder, _ = saved
+
+  def remove(tensors):
+    for name in list(tensors):
+      if name.startswith("model.vision_resampler."):
+        del tensors[name]
+
+  _edit(folder, remove)
+  with pytest.raises(UserError, match=r"--config\.draw_missing=memaug"):
+    _load(folder, SMALL)
+
+
 def test_another_models_checkpoint_is_refused(tmp_path):
   save_params(_random(TIED), TIED, tmp_path)
   with pytest.raises(UserError, match="does not fit the model"):

@@ -212,6 +212,14 @@ def test_folders_that_are_none(tmp_path, text, message):
     _load(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["siglip2_vision_model", "clip", None, []])
+def test_towers_of_other_kinds_are_named(siglip, kind):
+  raw = json.loads((siglip / "config.json").read_text())
+  _config(siglip, raw | {"model_type": kind})
+  with pytest.raises(UserError, match=r"model_type is .*'siglip'.*--tower"):
+    _load(siglip)
+
+
 NAMES = [
   name.removesuffix(".npz")
   for name, entry in golden_files.present().items()
