@@ -316,8 +316,9 @@ def main(argv: list[str]) -> int:
   cut = argv.index("--") if "--" in argv else len(argv)
   flags, arguments = parser().parse_args(argv[:cut]), argv[cut + 1 :]
   for number in (signal.SIGTERM, signal.SIGHUP):
-    # So that what was started here ends too.
-    signal.signal(number, lambda number, _: sys.exit(128 + number))
+    # So that what was started here ends too; but under nohup it goes on.
+    if signal.getsignal(number) != signal.SIG_IGN:
+      signal.signal(number, lambda number, _: sys.exit(128 + number))
   try:
     if arguments and flags.verb != "run":
       raise LaunchError(f"`{flags.verb}` takes nothing after --")

@@ -1,5 +1,7 @@
 """A training on the fake cloud's workers, where the shell is real."""
 
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -42,6 +44,25 @@ def ready(cloud):
   cloud("create", "--accelerator=v5litepod-16")
   cloud("setup")
   return cloud
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing():
+  launch = str(Path(__file__).parents[2] / "launch")
+  code = f"""
+import signal, sys
+sys.path.insert(0, {launch!r})
+signal.signal(signal.SIGHUP, signal.{{}})
+import tpu_vm
+tpu_vm.main(["stop", "--name=hour", "--zone=us-west4-a", "--", "more"])
+print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)
+"""
+  for before, ignored in (("SIG_IGN", "True"), ("SIG_DFL", "False")):
+    done = subprocess.run(
+      [sys.executable, "-c", code.format(before)],
+      capture_output=True,
+      text=True,
+    )
+    assert done.stdout.strip() == ignored, done.stderr
 
 
 def steps(cloud, node="hour"):
