@@ -7,6 +7,7 @@ loader's reckoning. Frames count in the order of the numbers in their names:
     frame_1.jpg  frame_2.jpg  frame_10.jpg
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,7 @@ def decode_frames(
   indices: Sequence[int] | Int[np.ndarray, "F"],
   size: int,
   batch: int = 64,
+  failed: list[UserError] | None = None,
 ) -> Iterator[UInt8[np.ndarray, "n size size 3"]]:
   """Reads frames, resized to a square like any image.
 
@@ -72,9 +74,11 @@ def decode_frames(
     indices: frames to take, ascending; one may occur several times.
     size: side of the result, in pixels.
     batch: frames yielded at a time.
+    failed: gets the reason for each frame that cannot be read, for which the
+      nearest that can stands in; if not given, that is an error.
 
   Raises:
-    UserError: a frame is not there, or cannot be read.
+    UserError: a frame is not there, or cannot be read and none stands in.
   """
   files = frame_files(path)
   if len(indices) and max(indices) >= len(files):
@@ -85,7 +89,7 @@ def decode_frames(
   pending, last, picture = [], -1, None
   for index in indices:
     if index != last:
-      picture, last = resize(load_image(files[index]), size), index
+      picture, last = resize(_load(files, index, failed), size), index
     pending.append(picture)
     if len(pending) == batch:
       yield np.stack(pending)
@@ -105,6 +109,22 @@ def frame_at(
   files = frame_files(path)
   number = min(int(max(second, 0) * FPS), len(files) - 1)
   return resize(load_image(files[number]), size)
+
+
+def _load(
+  files: Sequence[str], index: int, failed: list[UserError] | None
+) -> UInt8[np.ndarray, "height width 3"]:
+  """A frame, or the nearest one that can be read; the earlier of two."""
+  try:
+    return load_image(files[index])
+  except UserError as error:
+    if failed is None:
+      raise
+    failed.append(error)
+  for other in sorted(range(len(files)), key=lambda n: abs(n - index)):
+    with contextlib.suppress(UserError):
+      return load_image(files[other])
+  raise failed[-1]
 
 
 def _order(name: str) -> tuple:

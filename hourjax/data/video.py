@@ -84,8 +84,15 @@ def decode_frames(
   reading = reading if reading is not None else Reading()
   reading.wanted = len(wanted)
   if os.path.isdir(path):
-    yield from frame_folder.decode_frames(path, wanted, size, batch)
-    reading.read = len(wanted)
+    failed: list[UserError] = []
+    yield from frame_folder.decode_frames(path, wanted, size, batch, failed)
+    reading.read = len(wanted) - len(failed)
+    if reading.share < min_share:
+      raise UserError(
+        f"{path}: {reading.share:.1%} of {reading.wanted} frames can be read,"
+        f" at least {min_share:.0%} must be ({failed[0]})",
+        kind="damaged",
+      )
     return
   info = info or probe(path)
   reading.read = int(info.readable(wanted).sum())

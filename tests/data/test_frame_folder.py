@@ -68,3 +68,17 @@ def test_mistakes_are_named(tmp_path):
     list(video.decode_frames(path, [0, 1], 8))
   with pytest.raises(UserError, match="No such file"):
     frame_folder.frame_files(tmp_path / "none")
+
+
+def test_a_damaged_frame_costs_itself_alone(tmp_path):
+  path = _folder(tmp_path / "a", [f"{i}.png" for i in range(20)])
+  (path / "7.png").write_bytes(b"no image")
+  reading = video.Reading()
+  frames = video.decode_frames(path, range(20), 8, reading=reading)
+  greys = [10 * (i + 1) for i in range(20)]
+  assert _greys(frames) == [*greys[:7], greys[6], *greys[8:]]
+  assert reading.share == 0.95
+  (path / "8.png").write_bytes(b"")
+  match = r"a: 90.0% of 20 frames .* at least 95% must be \(.*7\.png is not an"
+  with pytest.raises(UserError, match=match):
+    list(video.decode_frames(path, range(20), 8))
