@@ -45,7 +45,8 @@ def inside(path: str | os.PathLike) -> pathlib.Path | None:
   if len(parts) < 3 or not parts[-3].lower().endswith(SUFFIX):
     return None
   file = pathlib.Path(*parts[:-2])
-  return file if file.is_file() else None
+  # Path.is_file() raises where the name is too long.
+  return file if os.path.isfile(file) else None
 
 
 def read(path: str | os.PathLike) -> bytes:

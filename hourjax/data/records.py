@@ -150,7 +150,8 @@ def media_problem(root: str | os.PathLike, name: str) -> str | None:
   path = os.path.normpath(os.path.join(base, name))
   if "://" in name:
     return f"{name} is a URL; download it and write its path"
-  if not Path(path).is_relative_to(base):
+  # Absolute, as "../a" is below "." by its name.
+  if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(base)):
     return f"{name} lies outside the media folder {root}"
   if os.path.exists(path) or parquet_images.inside(path):
     return None

@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hourjax.data import records
 from hourjax.data.records import (
   Record,
   Skipped,
@@ -185,3 +186,15 @@ def test_check_media(tmp_path):
   assert "lies outside" in skipped[2].reason
   with pytest.raises(UserError, match=r"media folder .* does not exist"):
     check_media([], tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", ["../a.jpg", "x" * 300 + ".parquet/image/1"])
+def test_odd_names_of_media_are_problems_of_their_own(
+  tmp_path, monkeypatch, name
+):
+  (tmp_path / "a.jpg").touch()
+  (tmp_path / "in").mkdir()
+  monkeypatch.chdir(tmp_path / "in")
+  for root in (".", tmp_path / "in"):
+    found = records.media_problem(root, name)
+    assert ("lies outside" if ".." in name else "does not exist") in found
