@@ -76,7 +76,8 @@ def describe(
     rule += "%" if item.rule.percent else ""
     for path in item.paths:
       what = [item.format, rule, item.stream, item.media_prefix]
-      what += filter(None, (item.image_prefix, item.video_prefix))
+      roots = {"images": item.image_prefix, "videos": item.video_prefix}
+      what += [f"{k}:{v}" for k, v in roots.items() if v is not None]
       stat = _stat(path, pathlib.Path(item.name).absolute())
       key, value = f"file {path.absolute()}", [*stat, *what]
       described.setdefault(key, []).append(value)

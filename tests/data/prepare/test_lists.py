@@ -1,9 +1,12 @@
+import itertools
 import math
 import random
+import types
 
 import numpy as np
 import pytest
 
+from hourjax.data.prepare import existing
 from hourjax.data.prepare.lists import (
   Item,
   Rule,
@@ -11,6 +14,7 @@ from hourjax.data.prepare.lists import (
   read_list,
   tell_elsewhere,
 )
+from hourjax.data.prepare.options import Options
 from hourjax.errors import UserError
 
 
@@ -245,3 +249,22 @@ def test_shards_are_refused_by_name(tmp_path, name):
 def test_a_missing_list(tmp_path):
   with pytest.raises(UserError, match=r"cannot read .*mix\.yaml: No such"):
     read_list(tmp_path / "mix.yaml")
+
+
+def test_datasets_of_other_roots_are_not_the_same(tmp_path):
+  """Else the second is not prepared, and the first is trained on."""
+  (tmp_path / "media" / "p").mkdir(parents=True)
+  (tmp_path / "a").touch()
+  found = []
+  for more in (
+    "media_prefix: p",
+    "media_prefix: p, image_folder: media",
+    "media_prefix: p, image_folder: media/p",
+    "media_prefix: p, video_folder: media/p",
+  ):
+    mix = tmp_path / "mix.yaml"
+    mix.write_text(f"datasets: [{{json_path: a, {more}}}]")
+    items = tuple(read_list(mix, media=tmp_path / "media"))
+    tokenizer = types.SimpleNamespace(fingerprint="")
+    found.append(existing.describe(Options(items, "t"), tokenizer, None))
+  assert all(a != b for a, b in itertools.combinations(found, 2))
