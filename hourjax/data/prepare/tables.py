@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -164,7 +165,7 @@ def _csv_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     number = 0
     try:
       head = file.readline()
-      named = head.lower().startswith("sep=") and len(head.rstrip()) == 5
+      named = re.fullmatch(r"(?i)sep=.[\r\n]*", head)
       delimiter = head[4] if named else _delimiter(head)
       if not named:
         file.seek(0)

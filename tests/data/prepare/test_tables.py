@@ -256,8 +256,10 @@ def test_delimiters(tmp_path, delimiter, name):
   ]
 
 
-def test_a_delimiter_that_excel_names(tmp_path):
-  (tmp_path / "t.csv").write_text("sep=;\nvideo;a,b,c\nx;y")
+@pytest.mark.parametrize("sep", [";", "\t"])
+def test_a_delimiter_that_excel_names(tmp_path, sep):
+  text = f"sep={sep}\r\nvideo{sep}a,b,c\nx{sep}y"
+  (tmp_path / "t.csv").write_text(text)
   assert list(read_rows(tmp_path / "t.csv")) == [{"video": "x", "a,b,c": "y"}]
 
 
