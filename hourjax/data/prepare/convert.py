@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from hourjax.data.columns import Measures, measure_record
+from hourjax.data.columns import LONGEST, Measures, measure_record
 from hourjax.data.example import encode_record
 from hourjax.data.prepare.videos import VideoFact
 from hourjax.data.record_media import media_key, read_media
@@ -181,7 +181,8 @@ def _own_duration(record: Record) -> float | None:
   value = record.extra.get("duration")
   if isinstance(value, bool) or not isinstance(value, int | float):
     return None
-  return float(value) if 0 < value < float("inf") else None
+  # One that is longer, as milliseconds are, is not known.
+  return float(value) if 0 < value <= LONGEST else None
 
 
 def _content(record: Record) -> int:
