@@ -89,7 +89,7 @@ def sparse_videos(features: FeatureStore, names: Iterable[str]) -> list[str]:
   return [
     name
     for name in names
-    if name in features and frame_rules.is_sparse(*features.stored(name)[:2])
+    if name in features and frame_rules.is_sparse(*features.stored(name))
   ]
 
 

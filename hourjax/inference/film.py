@@ -38,12 +38,17 @@ class Film(NamedTuple):
   @property
   def note(self) -> str:
     """What is to be said of a file that was read in part, "" of others."""
-    if self.share == 1:
-      return ""
-    return (
-      f"{self.share:.1%} of the frames wanted can be read; the nearest picture"
-      " is shown for the others, which are damaged or missing"
-    )
+    return part_note(self.share)
+
+
+def part_note(share: float) -> str:
+  """What is to be said of such a share of frames read, "" where all were."""
+  if share == 1:
+    return ""
+  return (
+    f"{share:.1%} of the frames wanted can be read; the nearest picture"
+    " is shown for the others, which are damaged or missing."
+  )
 
 
 def read_film(

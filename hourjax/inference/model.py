@@ -39,6 +39,7 @@ from hourjax.inference.film import (
   Progress,
   as_floats,
   load_features,
+  part_note,
   read_film,
   stored_duration,
 )
@@ -119,7 +120,8 @@ class Model:
   ) -> Film:
     """Encodes the frames of a video file that are shown.
 
-    They are not those that extraction stores: see `frame_rules`.
+    From 128 seconds on they are not those that extraction stores: see
+    `frame_rules`.
     """
     return read_film(path, self._encoder, progress)
 
@@ -133,7 +135,8 @@ class Model:
     shape = (self.config.pool_side**2, self.config.vision.width)
     sparse = is_sparse(store.stored(name).frames, duration)
     features = store.read(name, frames, shape)
-    return self._video(features, duration, sparse_note(int(sparse)))
+    notes = part_note(store.share(name)), sparse_note(int(sparse))
+    return self._video(features, duration, " ".join(filter(None, notes)))
 
   def see(self, images: Sequence[str | os.PathLike]) -> Memory:
     """One or more images.
