@@ -4,6 +4,9 @@ them.
 Each item is parsed alone, from the text that is in memory. Where a block ends
 within one, more is read until a regular expression finds its last bracket.
 Memory holds a block or an item, and a list is read like a file of lines.
+
+The usual library for it, ijson, stops at NaN and Infinity, which pandas and
+`json.dump` write for values that are missing.
 """
 
 import codecs
