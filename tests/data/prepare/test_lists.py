@@ -1,7 +1,6 @@
 import itertools
 import math
 import random
-import types
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from hourjax.data.prepare.lists import (
   tell_elsewhere,
 )
 from hourjax.data.prepare.options import Options
+from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 
 
@@ -251,11 +251,11 @@ def test_a_missing_list(tmp_path):
     read_list(tmp_path / "mix.yaml")
 
 
-def test_datasets_of_other_roots_are_not_the_same(tmp_path):
+def test_datasets_of_other_roots_are_not_the_same(tmp_path, tokenizer_folder):
   """Else the second is not prepared, and the first is trained on."""
   (tmp_path / "media" / "p").mkdir(parents=True)
   (tmp_path / "a").touch()
-  found = []
+  tokenizer, found = Tokenizer.from_folder(tokenizer_folder), []
   for more in (
     "media_prefix: p",
     "media_prefix: p, image_folder: media",
@@ -265,6 +265,5 @@ def test_datasets_of_other_roots_are_not_the_same(tmp_path):
     mix = tmp_path / "mix.yaml"
     mix.write_text(f"datasets: [{{json_path: a, {more}}}]")
     items = tuple(read_list(mix, media=tmp_path / "media"))
-    tokenizer = types.SimpleNamespace(fingerprint="")
     found.append(existing.describe(Options(items, "t"), tokenizer, None))
   assert all(a != b for a, b in itertools.combinations(found, 2))
