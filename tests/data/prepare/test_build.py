@@ -479,3 +479,10 @@ def test_paths_that_cannot_be(
   with pytest.raises(UserError, match=message):
     build(value if field == "out" else "d", options)
   assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_a_duration_in_milliseconds_is_not_known(tmp_path, tokenizer_folder):
+  raws = [_raw("1", video="a.mp4", duration=3.6e7)]
+  path = _save(tmp_path / "r.json", raws)
+  build(tmp_path / "d", _options(tokenizer_folder, path))
+  assert np.isnan(Prepared(tmp_path / "d").columns.duration).all()
