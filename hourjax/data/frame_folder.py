@@ -21,7 +21,7 @@ from hourjax.errors import UserError
 
 FPS = Fraction(2)
 
-_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 _NUMBER = re.compile(r"(\d+)")
 
 
@@ -40,24 +40,31 @@ def frame_files(path: str | os.PathLike) -> list[str]:
   names = [
     name
     for name in names
-    if name.lower().endswith(_ENDINGS) and not name.startswith(".")
+    if name.lower().endswith(tuple(ENDINGS)) and not name.startswith(".")
   ]
   if not names:
     raise UserError(
       f"{path} is not a video but a folder without frames (files that end with"
-      f" {', '.join(_ENDINGS)}); fetch the video's frames, or name a video file"
+      f" {', '.join(sorted(ENDINGS))}); fetch the video's frames, or name a"
+      " video file"
     )
   return [os.path.join(path, name) for name in sorted(names, key=_order)]
 
 
 def probe(path: str | os.PathLike) -> tuple[int, Fraction, float, int, int]:
-  """Frames, FPS, seconds, and width and height of the first frame.
+  """Frames, FPS, seconds, and width and height of the first readable frame.
 
   Raises:
-    UserError: see `frame_files`; or the first frame cannot be read.
+    UserError: see `frame_files`; or no frame can be read.
   """
   files = frame_files(path)
-  return len(files), FPS, float(len(files) / FPS), *image_size(files[0])
+  for file in files:
+    with contextlib.suppress(UserError):
+      return len(files), FPS, float(len(files) / FPS), *image_size(file)
+  raise UserError(
+    f"{path}: none of its {len(files)} frames can be read; fetch them again",
+    kind="damaged",
+  )
 
 
 def decode_frames(
@@ -89,7 +96,7 @@ def decode_frames(
   pending, last, picture = [], -1, None
   for index in indices:
     if index != last:
-      picture, last = resize(_load(files, index, failed), size), index
+      picture, last = resize(_load(files, int(index), failed), size), index
     pending.append(picture)
     if len(pending) == batch:
       yield np.stack(pending)

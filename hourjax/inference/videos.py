@@ -5,6 +5,7 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+from hourjax.data import frame_folder
 from hourjax.data.store.storage import is_url
 from hourjax.errors import UserError
 
@@ -124,8 +125,12 @@ class _Walk:
         f"{e or 'none'} {n}" for e, n in self._endings.most_common(_NAMED)
       ]
       more = ", ..." if len(self._endings) > _NAMED else ""
+      # A folder of frames cannot be told from one of images.
+      frames = frame_folder.ENDINGS.intersection(self._endings)
+      hint = "; name folders of frames with --names" if frames else ""
       yield (
-        f"left out for their endings: {total} files ({', '.join(names)}{more})"
+        f"left out for their endings: {total} files"
+        f" ({', '.join(names)}{more}){hint}"
       )
     if self._outside:
       total = sum(self._outside.values())

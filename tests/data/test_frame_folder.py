@@ -82,3 +82,13 @@ def test_a_damaged_frame_costs_itself_alone(tmp_path):
   match = r"a: 90.0% of 20 frames .* at least 95% must be \(.*7\.png is not an"
   with pytest.raises(UserError, match=match):
     list(video.decode_frames(path, range(20), 8))
+
+
+def test_a_damaged_first_frame_is_probed_over(tmp_path):
+  path = _folder(tmp_path / "a", NAMES)
+  (path / NAMES[0]).write_bytes(b"")
+  assert video.probe(path).width == 32
+  for name in NAMES:
+    (path / name).write_bytes(b"")
+  with pytest.raises(UserError, match="a: none of its 6 frames can be read"):
+    video.probe(path)

@@ -112,3 +112,11 @@ def test_links_that_leave_the_folder_are_said(tmp_path, capsys):
   assert f"{root}/linked -> {tmp_path}/disk" in outside
   assert f"{root}/4.mp4 -> {tmp_path}/x.mp4" in outside
   assert above.startswith("1 links to folders that hold") and "/up" in above
+
+
+def test_folders_of_frames_are_named(tmp_path, capsys):
+  _touch(tmp_path, "a.mp4", "b/1.jpg", "b/2.jpg")
+  assert find_videos(tmp_path) == ["a.mp4"]
+  assert "(.jpg 2); name folders of frames with" in capsys.readouterr().out
+  (tmp_path / "names.txt").write_text("b\n")
+  assert find_videos(tmp_path, tmp_path / "names.txt") == ["b"]
