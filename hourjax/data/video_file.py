@@ -107,7 +107,10 @@ def open_video(
     try:
       size = os.path.getsize(path)
     except OSError as error:
-      raise UserError(f"cannot read video {path}: {error.strerror}") from error
+      raise UserError(
+        f"cannot read video {path}: {error.strerror}",
+        kind="missing" if isinstance(error, FileNotFoundError) else "other",
+      ) from error
     if size == 0:
       raise UserError(f"{path} has 0 bytes; fetch it again")
     try:
