@@ -58,7 +58,7 @@ def remember() -> Memory:
   if _IMAGES.value:
     return model.see(image_paths(_IMAGES.value))
   source = _VIDEO.value or _FEATURES.value
-  with progress.step("projecting the memory"), shown("read", "frame") as show:
+  with progress.step("encoding the video"), shown("read", "frame") as show:
     memory = model.remember(source, duration=_DURATION.value, progress=show)
   if memory.note:
     print(f"note: {memory.note}", file=sys.stderr)
