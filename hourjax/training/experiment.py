@@ -244,12 +244,6 @@ def _check_values(experiment: Experiment) -> None:
       f"config.model.decoder has heads of {model.decoder.head_dim} numbers,"
       " which rotate in pairs; choose width and heads so that it is even"
     )
-  if not 1 <= model.pool_side <= model.vision.side:
-    raise UserError(
-      f"config.model.pool_side is {model.pool_side} and an image has"
-      f" {model.vision.side} patches along a side (image_size / patch_size);"
-      " choose at most so many"
-    )
   if model.dtype not in _DTYPES:
     raise UserError(
       f"config.model.dtype is {model.dtype!r}; choose {_either(_DTYPES)}"

@@ -83,7 +83,6 @@ def test_any_value_is_taken_or_refused_by_name(key):
     ("model.remat", "all", "is 'all'; choose none, dots or full"),
     ("model.dtype", "int8", "is 'int8'; choose float32, bfloat16 or float16"),
     ("model.decoder.heads", 3, "heads 3; the first must be a multiple"),
-    ("model.pool_side", 5, "is 5 and an image has 4 patches"),
     ("data", 5, "is 5; it must be a group of keys"),
   ],
 )
