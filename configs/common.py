@@ -9,7 +9,7 @@ from hourjax.data.pipeline import ReadOptions
 from hourjax.data.rows import Size
 from hourjax.models.config import ModelConfig
 from hourjax.parallel.mesh import MeshConfig
-from hourjax.training.experiment import DataConfig, Experiment
+from hourjax.training.config import DataConfig, Experiment
 from hourjax.training.optimizer import OptimizerConfig
 
 

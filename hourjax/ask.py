@@ -17,9 +17,14 @@ from absl import flags
 from hourjax import command, progress
 from hourjax.inference.load import load
 from hourjax.inference.memory import Memory
-from hourjax.inference.options import check_options, image_paths
 from hourjax.inference.sampling import Sampling
-from hourjax.inference.terminal import Talk, leaving, shown
+from hourjax.inference.terminal import (
+  TerminalChat,
+  check_options,
+  image_paths,
+  leaving,
+  shown,
+)
 
 _MODEL = flags.DEFINE_string(
   "model", None, "Workdir of a training run, or a folder with official names."
@@ -51,7 +56,7 @@ _PICTURE = flags.DEFINE_string(
 )
 
 
-def remember() -> Memory:
+def encode_memory() -> Memory:
   """What is asked about."""
   with progress.step("reading the model"):
     model = load(_MODEL.value, tokenizer=_TOKENIZER.value)
@@ -59,7 +64,7 @@ def remember() -> Memory:
     return model.see(image_paths(_IMAGES.value))
   source = _VIDEO.value or _FEATURES.value
   with progress.step("encoding the video"), shown("read", "frame") as show:
-    memory = model.remember(source, duration=_DURATION.value, progress=show)
+    memory = model.encode_memory(source, _DURATION.value, progress=show)
   if memory.note:
     print(f"note: {memory.note}", file=sys.stderr)
   return memory
@@ -77,8 +82,8 @@ def main(argv: list[str]) -> None:
       sampling=sampling,
       picture=_PICTURE.value,
     )
-    talk = Talk(
-      remember().converse(reread=_REREAD.value),
+    talk = TerminalChat(
+      encode_memory().chat(reread=_REREAD.value),
       max_tokens=_TOKENS.value,
       sampling=sampling,
       picture=_PICTURE.value,

@@ -26,7 +26,7 @@ from hourjax.benchmarks.ask import measure_ask
 from hourjax.benchmarks.data import Options, measure_data
 from hourjax.benchmarks.figures import show
 from hourjax.errors import UserError
-from hourjax.training.experiment import build_experiment
+from hourjax.training.config import build_experiment
 
 _DEFAULT, _SHAPE = Options(), kernels.Options()
 _3B = "configs/hourllava.py:size=3b,stage=3"

@@ -19,15 +19,15 @@ from absl import flags
 import hourjax
 from hourjax import command, progress
 from hourjax.errors import UserError
-from hourjax.evaluation import compare
-from hourjax.evaluation.exam import open_exam
-from hourjax.evaluation.suites import SUITES
-from hourjax.inference.videos import parse_worker
+from hourjax.evaluation import run
+from hourjax.evaluation.benchmarks import BENCHMARKS
+from hourjax.evaluation.task import open_task
+from hourjax.extraction.video_list import parse_worker
 from hourjax.parallel import hosts
 
 _MODEL = flags.DEFINE_string("model", None, "Workdir or official checkpoint.")
 _BENCHMARK = flags.DEFINE_string(
-  "benchmark", None, f"One of {', '.join(sorted(SUITES))}."
+  "benchmark", None, f"One of {', '.join(sorted(BENCHMARKS))}."
 )
 _DATA = flags.DEFINE_string("data", None, "Folder of the benchmark.")
 _SUBTITLES = flags.DEFINE_bool("subtitles", False, "Ask with subtitles.")
@@ -62,7 +62,7 @@ def main(_: list[str]) -> None:
 def _evaluate():
   worker = parse_worker(_WORKER.value) if _WORKER.value else None
   with progress.step("reading the benchmark"):
-    exam = open_exam(
+    exam = open_task(
       _BENCHMARK.value,
       _DATA.value,
       subtitles=_SUBTITLES.value,
@@ -73,10 +73,10 @@ def _evaluate():
   if not _MODEL.value:
     if not _OUT.value or worker or _COMPARE.value or _NAMES.value[1:]:
       raise UserError("give --model to ask, or only --out to report again")
-    return compare.report_again(exam, _OUT.value, *_NAMES.value[:1])
+    return run.report_again(exam, _OUT.value, *_NAMES.value[:1])
   hosts.start_hosts()
   with hosts.leaving():
-    return compare.evaluate_folders(
+    return run.evaluate_folders(
       [_MODEL.value, *_COMPARE.value],
       exam,
       lambda folder: hourjax.load(folder, tokenizer=_TOKENIZER.value),

@@ -23,12 +23,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from hourjax import command, progress
-from hourjax.data.video import MIN_SHARE
-from hourjax.inference import beam
-from hourjax.inference.extraction import extract_videos
-from hourjax.inference.tower_params import tower_params
-from hourjax.inference.videos import parse_worker
-from hourjax.training.experiment import build_experiment
+from hourjax.data.media.video import MIN_SHARE
+from hourjax.extraction import beam
+from hourjax.extraction.encoder import tower_params
+from hourjax.extraction.video_list import parse_worker
+from hourjax.extraction.worker import extract_videos
+from hourjax.training.config import build_experiment
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
 _VIDEOS = flags.DEFINE_string("videos", None, "Folder of videos.")

@@ -19,10 +19,10 @@ from ml_collections import config_flags
 from hourjax import command, progress
 from hourjax.errors import UserError
 from hourjax.planning import fit, plan, report, search
-from hourjax.planning.step import compile_step
+from hourjax.planning.compiled_step import compile_step
 from hourjax.planning.topology import parse_topology
 from hourjax.planning.workload import make_workload
-from hourjax.training.experiment import build_experiment
+from hourjax.training.config import build_experiment
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:16x16.")

@@ -18,8 +18,8 @@ be given several times. A dataset of the same files and options is reused.
 from absl import flags
 
 from hourjax import command
-from hourjax.data.prepare import build, lists, questions, report
-from hourjax.data.prepare.options import Options
+from hourjax.data.prepare import build, lists, question_tables, report
+from hourjax.data.prepare.lists import Options
 from hourjax.errors import UserError
 
 _OUT = flags.DEFINE_string("out", None, "Folder of the dataset.")
@@ -79,7 +79,7 @@ def main(_: list[str]) -> None:
     media=_MEDIA.value,
     features=_FEATURES.value,
     check_media=_CHECK_MEDIA.value,
-    columns=questions.parse_mapping(_COLUMNS.value),
+    columns=question_tables.parse_mapping(_COLUMNS.value),
     seed=_SEED.value,
     parquet_images=_IMAGES.value,
   )

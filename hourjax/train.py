@@ -25,7 +25,7 @@ from ml_collections import config_flags
 from hourjax import command
 from hourjax.errors import UserError
 from hourjax.parallel import hosts
-from hourjax.training.experiment import build_experiment
+from hourjax.training.config import build_experiment
 from hourjax.training.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")

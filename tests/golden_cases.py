@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from hourjax.batch import IGNORE, Batch
-from hourjax.data import forgetting, images, repository, rows
+from hourjax.data import forgetting, repository, rows
 from hourjax.data.conversations import IMAGE, Conversation
 from hourjax.data.layout import build_layout
+from hourjax.data.media import images
 from hourjax.models.config import ModelConfig
 from hourjax.models.params import param_shapes
 from hourjax.weights.checkpoint import load_params

@@ -15,9 +15,9 @@ import tempfile
 
 # What commands import, and not they themselves: those define options.
 HEAVY = (
-  "hourjax.command", "hourjax.inference.extraction", "hourjax.inference.load",
+  "hourjax.command", "hourjax.extraction.worker", "hourjax.inference.load",
   "hourjax.training.loop", "hourjax.planning.search", "hourjax.data.demo.build",
-  "hourjax.evaluation.compare", "hourjax.data.prepare.build",
+  "hourjax.evaluation.run", "hourjax.data.prepare.build",
   "hourjax.benchmarks.ask", "hourjax.benchmarks.data",
 )  # fmt: skip
 

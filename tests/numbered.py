@@ -7,7 +7,7 @@ from fractions import Fraction
 import av
 import numpy as np
 
-from hourjax.data import video
+from hourjax.data.media import video
 
 SIZE = (96, 72)
 SIDE = 48

@@ -27,24 +27,24 @@ import numpy as np
 from configs import demo
 from hourjax.data import prepared
 from hourjax.data.columns import MODALITIES, Measures
-from hourjax.data.demo.tokens import train_tokenizer, write_tokenizer
+from hourjax.data.demo.tokenizer import train_tokenizer, write_tokenizer
 from hourjax.data.prepared import Prepared, PreparedWriter
-from hourjax.data.records import Record, Turn
+from hourjax.data.records.record import Record, Turn
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
-from hourjax.training import saved
+from hourjax.training import checkpoint_format
 from hourjax.training.checkpoint import (
   Checkpoints,
   read_config,
   restore_params,
 )
-from hourjax.training.experiment import build_experiment
-from hourjax.training.feed import UnreadLedger
-from hourjax.training.goodput import Goodput
-from hourjax.training.metrics import read_curve
-from hourjax.training.nonfinite import NonFinite
-from hourjax.training.step import TrainState
+from hourjax.training.config import build_experiment
+from hourjax.training.data_loader import UnreadLedger
+from hourjax.training.faults import NonFinite
+from hourjax.training.metric_writer import read_curve
+from hourjax.training.throughput import Goodput
+from hourjax.training.train_step import TrainState
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
 ODD = (
@@ -245,7 +245,7 @@ def _json(path: pathlib.Path, rng: random.Random) -> str:
   if path.name == "metadata" and isinstance(value, dict):
     # As one who knows how a checkpoint is checked would.
     value.pop("crc", None)
-    value["crc"] = saved._crc(value)
+    value["crc"] = checkpoint_format._crc(value)
   text = json.dumps(value)
   if rng.random() < 0.1 and not lines:
     text = text.replace("{", '{"deep": ' + "[" * 9000 + "]" * 9000 + ",", 1)

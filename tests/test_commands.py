@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hourjax import command
-from hourjax.data.demo.tokens import MARKUP, write_tokenizer
+from hourjax.data.demo.tokenizer import MARKUP, write_tokenizer
 from hourjax.errors import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ import pytest
 
 from hourjax.data.store.features import FeatureStore
 from tests import videos
-from tests.inference import towers
+from tests.extraction import towers
 
 ROOT = Path(__file__).parents[1]
 MANY = 30
@@ -232,7 +232,7 @@ def test_an_hour_of_full_hd_stays_under_1500_mib(tmp_path):
   code = f"""
     from absl import app
     from hourjax import extract
-    from hourjax.benchmarks.memory import peak_mib
+    from hourjax.benchmarks.figures import peak_mib
     try:
       app.run(extract.main, argv=["extract", *{arguments!r}])
     finally:

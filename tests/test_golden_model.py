@@ -18,7 +18,7 @@ from hourjax.inference.engine import Engine
 from hourjax.inference.sampling import GREEDY, draws
 from hourjax.models.params import with_params
 from hourjax.parallel.mesh import MeshConfig, make_mesh
-from hourjax.training.loss import loss_sums, token_losses
+from hourjax.training.train_step import loss_sums, token_losses
 from tests import golden_cases, golden_files, official
 
 ACTIVATIONS = 2e-5
@@ -238,7 +238,7 @@ def test_prompt_logits_and_greedy_answer(name):
   expected = case.arrays["greedy_tokens"]
   for sample, tokens in zip(case.samples, expected, strict=True):
     source = sample.layout.query_source
-    known = engine.remember(
+    known = engine.encode_memory(
       sample.layout.repository,
       sample.kind,
       sample.visual,

@@ -13,7 +13,9 @@ FILES = sorted((ROOT / "hourjax").rglob("*.py"))
 ALLOWED = {
   "hourjax.data": (
     "hourjax.batch",
+    "hourjax.atomic_file",
     "hourjax.errors",
+    "hourjax.jsonl",
     "hourjax.processes",
     "hourjax.progress",
     "hourjax.schema",

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from hourjax.benchmarks.memory import peak_mib
+from hourjax.benchmarks.figures import peak_mib
+from hourjax.data.demo.drawing import write_video
 from hourjax.data.demo.script import make_script
-from hourjax.data.demo.tokens import MARKUP, write_tokenizer
-from hourjax.data.demo.video import write_video
+from hourjax.data.demo.tokenizer import MARKUP, write_tokenizer
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.inference.memory import Memory
 from hourjax.inference.model import Model
@@ -53,12 +53,12 @@ def measure_ask(
   features = _features(model, film)
 
   def from_film():
-    return _first_token(model.remember(film), _FIRST)
+    return _first_token(model.encode_memory(film), _FIRST)
 
   def from_features():
-    return _first_token(model.remember(features), _FIRST)
+    return _first_token(model.encode_memory(features), _FIRST)
 
-  memory = model.remember(features)
+  memory = model.encode_memory(features)
   _first_token(memory, _FIRST)
   second = _seconds(lambda: _first_token(memory, _SECOND), _REPEATS)
   first = _seconds(from_features, _REPEATS)
@@ -126,7 +126,7 @@ def tiny_model(folder: pathlib.Path) -> Model:
 
 
 def _features(model: Model, film: pathlib.Path) -> np.ndarray:
-  features = model.read_film(film).features
+  features = model.read_video_features(film).features
   return features
 
 

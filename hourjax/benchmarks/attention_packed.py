@@ -15,7 +15,7 @@ import numpy as np
 
 from hourjax.benchmarks import schedule
 from hourjax.benchmarks.schedule import Backward, Forward
-from hourjax.kernels.tpu import visits
+from hourjax.kernels.tpu import block_schedule
 from hourjax.kernels.tpu.call import split
 from hourjax.kernels.tpu.tiles import Chip, Shape, cut
 
@@ -131,13 +131,15 @@ def count_visits(
   query, key = row.segments()
   length = shape.query_tiles * shape.queries
   query = np.pad(query, (0, parts * length - len(query)))
-  key_parts = -(-shape.key_tiles // visits.MOST_TILES)  # as many as have names
+  key_parts = -(
+    -shape.key_tiles // block_schedule.MOST_TILES
+  )  # as many as have names
   shape = shape._replace(key_tiles=-(-shape.key_tiles // key_parts))
   keys = key_parts * shape.key_tiles * shape.keys
   key = np.pad(key, (0, keys - len(key))).reshape(key_parts, -1)
   plan = jax.jit(
     functools.partial(
-      visits.plan,
+      block_schedule.plan,
       query_tiles=shape.query_tiles,
       key_tiles=shape.key_tiles,
       chunks=shape.chunks,
@@ -150,16 +152,19 @@ def count_visits(
   return dict(counts)
 
 
-def _count(grid: visits.Visits, chunks: int) -> collections.Counter:
+def _count(grid: block_schedule.Visits, chunks: int) -> collections.Counter:
   codes = grid.code[0, : int(grid.count)]
   counts = collections.Counter(always=len(codes))
   for name in ("FIRST", "LAST", "WHOLE", "NEW"):
-    listed = visits.has(codes, getattr(visits, name))
+    listed = block_schedule.has(codes, getattr(block_schedule, name))
     counts[name.lower()] = int(listed.sum())
   meets = np.asarray(grid.query.meets(grid.key))[0]
   only = np.asarray(grid.key.only)[0]
-  partly = codes[visits.has(codes, visits.PARTLY)]
-  queries, keys = visits.query_tile(partly), visits.key_tile(partly)
+  partly = codes[block_schedule.has(codes, block_schedule.PARTLY)]
+  queries, keys = (
+    block_schedule.query_tile(partly),
+    block_schedule.key_tile(partly),
+  )
   for query, key in zip(np.asarray(queries), np.asarray(keys)):
     of_tile = np.arange(chunks) + key * chunks
     met = of_tile[meets[query, of_tile]]

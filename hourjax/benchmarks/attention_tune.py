@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from hourjax.benchmarks import schedule
-from hourjax.benchmarks.attention_child import VERSIONS, Job
 from hourjax.benchmarks.attention_compile import (
+  VERSIONS,
   Compiled,
+  Job,
   compile_in_child,
   run_all,
 )

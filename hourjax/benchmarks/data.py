@@ -1,9 +1,10 @@
-"""How full the rows are, and how fast they are planned, read and resumed.
-
-The planned conversations are as many as VideoMarathon's; only their numbers
-exist. What is read has real bytes and real text, as much as fits in memory,
-and is still there from being written: the disk is not what is measured.
-"""
+"""The same features as torch files, read as the official trainer does."""
+# MERGED hourjax.benchmarks.data:
+# How full the rows are, and how fast they are planned, read and resumed.
+#
+# The planned conversations are as many as VideoMarathon's; only their numbers
+# exist. What is read has real bytes and real text, as much as fits in memory,
+# and is still there from being written: the disk is not what is measured.
 
 import dataclasses
 import importlib.util
@@ -18,27 +19,84 @@ import jax
 import numpy as np
 
 from hourjax import processes
-from hourjax.benchmarks import synthetic
-from hourjax.benchmarks.memory import peak_mib
-from hourjax.benchmarks.torch_reader import measure_torch
+from hourjax.benchmarks.figures import peak_mib
+from hourjax.data import synthetic
 from hourjax.data.columns import Columns
 from hourjax.data.dataset import Dataset
 from hourjax.data.pipeline import batches
-from hourjax.data.plan import EPOCH, WINDOW, PlanOptions, RowPlan
 from hourjax.data.prepared import Prepared
-from hourjax.data.records import Record
-from hourjax.data.sizes import FIELDS
+from hourjax.data.records.record import Record
+from hourjax.data.row_plan import EPOCH, WINDOW, PlanOptions, RowPlan
+from hourjax.data.rows import RowSpec
+from hourjax.data.sample_sizes import FIELDS
 from hourjax.data.store.features import FeatureStore
 from hourjax.parallel.mesh import MeshConfig, make_mesh
-from hourjax.training.experiment import Experiment
-from hourjax.training.feed import Feed
-from hourjax.training.placing import Placing
+from hourjax.training.batch_sharding import Placing
+from hourjax.training.config import Experiment
+from hourjax.training.data_loader import Feed
+
+_WARM = 3  # rows that are read before the clock starts
+
+
+def measure_torch(
+  store: FeatureStore,
+  videos: Sequence[str],
+  spec: RowSpec,
+  folder: pathlib.Path,
+  rows: int,
+) -> dict[str, float]:
+  """One padded sample a row through a DataLoader; bf16 `.pt` files.
+
+  Args:
+    store: with the features.
+    videos: to write and read.
+    spec: of the rows that samples are padded to.
+    folder: for the files.
+    rows: to read.
+  """
+  import torch  # not among the requirements
+
+  kind = torch.bfloat16
+  shape = (spec.frame_tokens, spec.width)
+  paths = []
+  for number, video in enumerate(videos):
+    frames = np.arange(store.stored(video).frames)
+    features = store.read(video, frames, shape).view(np.uint16)
+    paths.append(folder / f"{number}.pt")
+    torch.save(torch.from_numpy(features).view(kind), paths[-1])
+
+  class Padded(torch.utils.data.Dataset):
+    def __len__(self):
+      return rows + _WARM
+
+    def __getitem__(self, k):
+      features = torch.load(paths[k % len(paths)], weights_only=True)
+      features = features.reshape(-1, spec.width)
+      row = torch.zeros(spec.capacity.features, spec.width, dtype=kind)
+      row[: len(features)] = features
+      return row, features.numel() * 2
+
+  results = {}
+  for workers in (0, 2):
+    loader = iter(
+      torch.utils.data.DataLoader(Padded(), batch_size=1, num_workers=workers)
+    )
+    for _ in range(_WARM):
+      next(loader)
+    began, used = time.monotonic(), 0
+    for _ in range(rows):
+      used += int(next(loader)[1])
+    took = time.monotonic() - began
+    results[f"gb_per_second_{workers}_workers"] = round(used / took / 1e9, 2)
+    results[f"rows_per_second_{workers}_workers"] = round(rows / took, 2)
+  return results
+
 
 _SLOTS = ("memory", "queries", "decoder")
 _COLUMNS, _STORE, _READ = "columns.npz", "index", "read"
 _EACH = 3  # conversations about each video that is read
 _ROWS = 2  # in a batch
-_WARM = 2  # batches before the clock starts
+_WARM_data = 2  # batches before the clock starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,9 +235,9 @@ def measure_reading(
   )
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
   feed = Feed(delivered, Placing(mesh, experiment.row_spec, _ROWS))
-  for batch, _ in itertools.islice(feed, _WARM):
+  for batch, _ in itertools.islice(feed, _WARM_data):
     jax.block_until_ready(batch)
-  position = plan.advance(0, _WARM * _ROWS)
+  position = plan.advance(0, _WARM_data * _ROWS)
   began, minutes, slots = time.monotonic(), 0.0, 0
   for batch, _ in itertools.islice(feed, options.rows // _ROWS):
     jax.block_until_ready(batch)

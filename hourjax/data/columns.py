@@ -17,9 +17,10 @@ import numpy as np
 from jaxtyping import Float64, Int32, UInt8
 
 from hourjax import schema
-from hourjax.data import images, npy
 from hourjax.data.conversations import IGNORE, IMAGE, encode_conversation
-from hourjax.data.records import Record
+from hourjax.data.media import images
+from hourjax.data.records.record import Record
+from hourjax.data.store import npy
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 

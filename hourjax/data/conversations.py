@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int32
 
-from hourjax.data.frame_rules import time_instruction
-from hourjax.data.record_turns import MARKER, SYSTEM, Turn
+from hourjax.data.media.frame_rules import time_instruction
+from hourjax.data.records.turns import MARKER, SYSTEM, Turn
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 

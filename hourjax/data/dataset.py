@@ -8,12 +8,12 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int64
 
-from hourjax.data import video
 from hourjax.data.columns import Columns, ColumnsBuilder, measure_record
 from hourjax.data.conversations import Conversation, encode_conversation
 from hourjax.data.forgetting import Forgetting, kept_tokens
 from hourjax.data.layout import Layout, build_layout
-from hourjax.data.records import Record, Skipped, Turn
+from hourjax.data.media import video
+from hourjax.data.records.record import Record, Skipped, Turn
 from hourjax.data.repository import (
   Repository,
   empty_repository,
@@ -21,8 +21,7 @@ from hourjax.data.repository import (
   video_repository,
 )
 from hourjax.data.rows import RowSpec, Sample, Visual
-from hourjax.data.shown import images_shown, read_images
-from hourjax.data.sizes import (
+from hourjax.data.sample_sizes import (
   pixel_frames,
   sample_sizes,
   shown_videos,
@@ -31,6 +30,7 @@ from hourjax.data.sizes import (
 )
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
+from hourjax.data.visual_input import images_shown, read_images
 from hourjax.errors import UserError
 
 

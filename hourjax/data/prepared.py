@@ -31,7 +31,7 @@ from tensorflow_datasets.core import dataset_info
 
 from hourjax import schema
 from hourjax.data.columns import MODALITIES, Columns, ColumnsBuilder, Measures
-from hourjax.data.example import (
+from hourjax.data.records.example import (
   NUMBERS,
   decode_record,
   encode_record,
@@ -39,7 +39,7 @@ from hourjax.data.example import (
   features_json,
   parse_example,
 )
-from hourjax.data.records import Record
+from hourjax.data.records.record import Record
 from hourjax.errors import UserError
 
 FORMAT = 2  # changes with the layout above

@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from hourjax.data.images import AnyresGeometry
+from hourjax.data.media.images import AnyresGeometry
 
 NEWLINE = -1
 MIN_FRAMES = 128

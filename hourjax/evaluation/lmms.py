@@ -261,7 +261,7 @@ class HourJax(lmms):
     if not visuals:
       return self._model.read()
     if len(visuals) == 1 and _is_video(visuals[0], subject):
-      return self._model.remember(os.fspath(visuals[0]))
+      return self._model.encode_memory(os.fspath(visuals[0]))
     if any(_is_video(visual, subject) for visual in visuals):
       raise UserError(
         f"{subject}: {len(visuals)} visuals with a video among them; a "

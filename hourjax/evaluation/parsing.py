@@ -24,7 +24,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 
-from hourjax.evaluation import markup, phrases
+from hourjax.evaluation import answer_phrases
 from hourjax.evaluation.questions import Question
 
 # Raised with every change to what any answer is read as.
@@ -57,10 +57,10 @@ def parse(answer: str, question: Question) -> str | None:
     if the answer says nothing of the kind, or more than one thing. Of options
     with the same text, the text alone gives the first.
   """
-  text = markup.spoken(answer)
+  text = answer_phrases.spoken(answer)
   if text is None:
     return None
-  parts = markup.contained(text) or [text]
+  parts = answer_phrases.contained(text) or [text]
   if question.kind == "open":
     return normalise(parts[-1]) or None
   said = [_read(part, question) for part in parts]
@@ -70,7 +70,7 @@ def parse(answer: str, question: Question) -> str | None:
 
 def normalise(words: str) -> str:
   """Lower case, single spaces, no markup, no closing full stop or "!"."""
-  return " ".join(markup.clean(words).lower().split()).rstrip(".! ")
+  return " ".join(answer_phrases.clean(words).lower().split()).rstrip(".! ")
 
 
 def right_answers(question: Question) -> set[str]:
@@ -98,7 +98,7 @@ def same_text(options: Sequence[str], index: int) -> list[int]:
 
 
 def _read(text: str, question: Question) -> str | None:
-  text = markup.clean(text)
+  text = answer_phrases.clean(text)
   if question.kind == "yes_no":
     return _yes_or_no(text)
   if question.kind == "choice":
@@ -135,9 +135,7 @@ def _counted(text: str, symbols: str) -> str:
     index = _NUMBERS[(match[1] or match[2]).lower()]
     return f"option {symbols[index]}" if index < len(symbols) else match[0]
 
-  pattern = (
-    rf"\b(?:{phrases.NOUN}\s+({_NUMBER})|({_NUMBER})\s+{phrases.NOUN})\b"
-  )
+  pattern = rf"\b(?:{answer_phrases.NOUN}\s+({_NUMBER})|({_NUMBER})\s+{answer_phrases.NOUN})\b"
   return re.sub(pattern, symbol, text, flags=re.IGNORECASE)
 
 
@@ -199,7 +197,11 @@ class _Reader:
       return None
     found: list[int] = []
     # "The US" is rather the option "the US" than the option "US".
-    for form in (markup.clean, lambda o: markup.clean(o).lower(), _key):
+    for form in (
+      answer_phrases.clean,
+      lambda o: answer_phrases.clean(o).lower(),
+      _key,
+    ):
       found = [i for i, o in enumerate(self._options) if form(o) == form(text)]
       if found and (told := self._one(found)):
         return told
@@ -242,7 +244,7 @@ class _Reader:
 
   def _told(self, text: str) -> str | None:
     """What an answer in words says."""
-    corrections = list(phrases.CORRECTION.finditer(text))
+    corrections = list(answer_phrases.CORRECTION.finditer(text))
     if corrections:
       last = corrections[-1]
       found = self._told(text[last.end() :].lstrip(" ,.:;!?…—-"))
@@ -297,14 +299,14 @@ class _Reader:
 
   def _text(self, match, before: str, after: str) -> _Mention | None:
     """A mention by the option's text, which must be all that is said."""
-    if not phrases.ENDS.match(after):
+    if not answer_phrases.ENDS.match(after):
       return None
-    if phrases.STATED.search(before):
+    if answer_phrases.STATED.search(before):
       rank = _first_or_second(before)
-    elif phrases.ALONE.search(before):
+    elif answer_phrases.ALONE.search(before):
       rank = 3
     else:
-      rank = 4 if phrases.SHOWN.search(before) else 5
+      rank = 4 if answer_phrases.SHOWN.search(before) else 5
     index = ord(match[0]) - 0xE000
     symbol = self._symbols[index] if index < len(self._symbols) else "~"
     return self._mention(symbol, rank, match, before, after)
@@ -317,17 +319,25 @@ class _Reader:
     own = match[3] is not None and self._is_own(symbol, match[3])
     head = not before.strip(" \n([") or before.rstrip(" (").endswith("\n")
     known = (
-      boxed or own or (symbol not in "Ii" and phrases.LABEL.search(before))
+      boxed
+      or own
+      or (symbol not in "Ii" and answer_phrases.LABEL.search(before))
     )
     follows = match[0][match.end(1 if boxed else 2) - match.start() :] + after
     word = symbol in "AI" or symbol.islower() or self._digits
-    if word and not known and not phrases.ENDS.match(follows):
+    if word and not known and not answer_phrases.ENDS.match(follows):
       return None
-    if head and not known and not phrases.GOES_ON.match(follows):
+    if head and not known and not answer_phrases.GOES_ON.match(follows):
       return None
-    if boxed and before[-1:].isalnum() and not phrases.NAMED.search(before):
+    if (
+      boxed
+      and before[-1:].isalnum()
+      and not answer_phrases.NAMED.search(before)
+    ):
       return None  # "f(a)"
-    labelled = own or head or (boxed and bool(phrases.CLOSED.match(after)))
+    labelled = (
+      own or head or (boxed and bool(answer_phrases.CLOSED.match(after)))
+    )
     texted = match[3] is not None
     rank = self._rank(before, after, follows, labelled, texted)
     if symbol.islower() and rank == 5 and not boxed:
@@ -335,7 +345,7 @@ class _Reader:
     symbol = symbol.upper()
     if rank == 5 and (boxed or re.match(r"[.):]\s*\S", follows)):
       symbol, rank = f"~{symbol}", 3  # "B." of "A. hat B. red"
-    if rank == 3 and phrases.UNFIT.match(after):
+    if rank == 3 and answer_phrases.UNFIT.match(after):
       symbol = f"~{symbol.strip('~')}"
     if symbol[0] == "~" and symbol[1] not in self._symbols:
       return None  # "John F. Kennedy"
@@ -345,16 +355,18 @@ class _Reader:
     self, before: str, after: str, follows: str, labelled: bool, texted: bool
   ) -> int:
     """How a symbol is named; see the head of this file."""
-    if phrases.STATED.search(before) or phrases.RIGHT.match(after):
+    if answer_phrases.STATED.search(before) or answer_phrases.RIGHT.match(
+      after
+    ):
       return _first_or_second(before)
-    alone = phrases.ALONE.search(before)
-    if phrases.ABBREVIATED.search(before):
+    alone = answer_phrases.ALONE.search(before)
+    if answer_phrases.ABBREVIATED.search(before):
       alone = None
-    maybe = phrases.MAYBE.search(before)
-    if alone and not (texted or maybe) and phrases.LAST.match(after):
+    maybe = answer_phrases.MAYBE.search(before)
+    if alone and not (texted or maybe) and answer_phrases.LAST.match(after):
       return _first_or_second(before)  # a line of its own, or its last clause
-    named = phrases.NAMED.search(before) or maybe
-    starts = alone and phrases.ENDS.match(follows)
+    named = answer_phrases.NAMED.search(before) or maybe
+    starts = alone and answer_phrases.ENDS.match(follows)
     return 3 if labelled or named or starts else 5
 
   def _is_own(self, symbol: str, option: str) -> bool:
@@ -363,20 +375,20 @@ class _Reader:
     return symbol.upper() == own
 
   def _mention(self, symbol, rank, match, before, after) -> _Mention:
-    forced = phrases.FORCED.search(before + after)  # "if I had to say"
+    forced = answer_phrases.FORCED.search(before + after)  # "if I had to say"
     denied = (
-      phrases.NOT.search(before)
-      or phrases.DOUBTED.search(before)
-      or phrases.WRONG.match(after)
-      or phrases.ASKED.match(after)
-      or (phrases.IF.search(before) and not forced)
-      or (phrases.ONLY_IF.match(after) and not forced)
+      answer_phrases.NOT.search(before)
+      or answer_phrases.DOUBTED.search(before)
+      or answer_phrases.WRONG.match(after)
+      or answer_phrases.ASKED.match(after)
+      or (answer_phrases.IF.search(before) and not forced)
+      or (answer_phrases.ONLY_IF.match(after) and not forced)
     )
     return _Mention(symbol, rank, bool(denied), match.start(), match.end())
 
 
 def _first_or_second(before: str) -> int:
-  return 1 if phrases.FINAL.search(before) else 2
+  return 1 if answer_phrases.FINAL.search(before) else 2
 
 
 def _listed(between: str, denied: bool) -> bool:
@@ -385,10 +397,10 @@ def _listed(between: str, denied: bool) -> bool:
   In "A. B" and "A -> B" the one is not said without the other. In "not A, B"
   and "not A. B" the second is free of the first's denial.
   """
-  listed = bool(phrases.LIST.fullmatch(between))
+  listed = bool(answer_phrases.LIST.fullmatch(between))
   if denied:
     return listed and between.strip(" )]([") != ","
-  return listed or bool(phrases.NEXT.fullmatch(between))
+  return listed or bool(answer_phrases.NEXT.fullmatch(between))
 
 
 def _lone(text: str, digits: bool = False) -> set[str]:
@@ -410,5 +422,5 @@ _LONE_LETTERS, _LONE_DIGITS = _lone_pattern("[A-Za-z]"), _lone_pattern(r"\d")
 
 
 def _key(text: str) -> str:
-  words = " ".join(markup.clean(text).lower().split())
+  words = " ".join(answer_phrases.clean(text).lower().split())
   return re.sub(r"^(?:an?|the) ", "", words.strip(" .,:;!?'\"()[]"))

@@ -15,7 +15,7 @@ import pydantic
 import hourjax
 from hourjax import schema
 from hourjax.errors import UserError
-from hourjax.evaluation import pages, plots
+from hourjax.evaluation import report_pages
 from hourjax.evaluation.records import write_whole
 from hourjax.evaluation.scoring import (
   Accuracy,
@@ -63,15 +63,15 @@ class Report:
 
   def table(self) -> str:
     """Accuracies by everything, as text for a terminal."""
-    return pages.table(self.data)
+    return report_pages.table(self.data)
 
   def summary(self) -> str:
     """The report in some lines."""
-    return pages.summary(self.data)
+    return report_pages.summary(self.data)
 
   def _repr_markdown_(self) -> str:
     """What a notebook shows of it."""
-    return pages.page(self.data)
+    return report_pages.page(self.data)
 
 
 def build(runs: Mapping[str, Run]) -> Report:
@@ -146,12 +146,14 @@ def write(
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  pictures = plots.pictures(report.data)
+  pictures = report_pages.pictures(report.data)
   if curves:
-    pictures["loss.png"] = plots.losses(curves)
+    pictures["loss.png"] = report_pages.losses(curves)
   for name, figure in pictures.items():
-    write_whole(folder / name, plots.png(figure))
-  write_whole(folder / "report.md", pages.page(report.data, list(pictures)))
+    write_whole(folder / name, report_pages.png(figure))
+  write_whole(
+    folder / "report.md", report_pages.page(report.data, list(pictures))
+  )
   text = json.dumps(report.data, indent=2, allow_nan=False) + "\n"
   write_whole(folder / _FILE, text)
   return [_FILE, "report.md", *pictures]

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from jaxtyping import Float32, Int
 
 from hourjax import progress
-from hourjax.data.dealing import deal
 from hourjax.data.layout import Layout
 from hourjax.data.repository import Repository
 from hourjax.data.rows import (
@@ -23,6 +22,7 @@ from hourjax.data.rows import (
   build_row,
   stack_rows,
 )
+from hourjax.data.sequence_sharding import deal
 from hourjax.errors import UserError
 from hourjax.inference import steps
 from hourjax.inference.sampling import Draw
@@ -35,14 +35,14 @@ from hourjax.models.params import (
   param_shapes,
 )
 from hourjax.parallel.rules import param_shardings
-from hourjax.training.placing import Placing
+from hourjax.training.batch_sharding import Placing
 
 _SLOW = 10**9  # parameters on a CPU
 _LEAST = 128  # of every capacity: whole tiles, and divided by many meshes
 
 
 @dataclasses.dataclass(frozen=True)
-class Known:
+class EncodedMemory:
   """A memory that prompts can be asked about.
 
   Attributes:
@@ -53,7 +53,7 @@ class Known:
       memory; -1 is padding.
   """
 
-  arrays: steps.Remembered | None = None
+  arrays: steps.MemoryCache | None = None
   kept: np.ndarray = dataclasses.field(
     default_factory=lambda: np.zeros(0, np.int32)
   )
@@ -126,13 +126,13 @@ class Engine:
     cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
     self.slow = cpu and numbers >= _SLOW
 
-  def remember(
+  def encode_memory(
     self,
     repository: Repository,
     kind: Visual,
     visual: np.ndarray,
     kept: Int[np.ndarray, "X"],
-  ) -> Known:
+  ) -> EncodedMemory:
     """Projects a memory, and what MemAug reads of it.
 
     Args:
@@ -157,23 +157,25 @@ class Engine:
     )
     batch = stack_rows([build_row([sample], spec)])
     with jax.set_mesh(self.mesh), self._compiling("the memory", spec):
-      arrays = steps.remember(
+      arrays = steps.encode_memory(
         self._given, self._placed(batch, spec), config=self.config
       )
     numbers = np.arange(size.memory, dtype=np.int32)
     padding = np.full(spec.capacity.memory - size.memory, -1, np.int32)
     numbered = batch._replace(memory_position=np.append(numbers, padding)[None])
     places = deal(numbered, spec, self._devices).memory_position[0]
-    return Known(arrays, np.asarray(kept), spec.capacity.queries, places)
+    return EncodedMemory(
+      arrays, np.asarray(kept), spec.capacity.queries, places
+    )
 
   def begin(
     self,
-    known: Known,
+    known: EncodedMemory,
     layouts: Sequence[Layout],
     *,
     room: int,
     watched: Int[np.ndarray, "W"] | None = None,
-  ) -> tuple[steps.Writing, Float32[np.ndarray, "blocks S"] | None]:
+  ) -> tuple[steps.DecodeState, Float32[np.ndarray, "blocks S"] | None]:
     """Reads prompts about one memory; answers can then be written.
 
     Args:
@@ -209,7 +211,7 @@ class Engine:
     with jax.set_mesh(self.mesh), self._layers(known.arrays is not None, spec):
       augmented, shares = None, None
       if known.arrays is not None:
-        augmented, shares = steps.recall(
+        augmented, shares = steps.read_memory(
           self._given,
           known.arrays,
           placed,
@@ -231,7 +233,7 @@ class Engine:
         jax.effects_barrier()
     # The last token of a prompt is written once more, which tells what
     # comes after it.
-    writing = steps.Writing(
+    writing = steps.DecodeState(
       cache=cache,
       length=jnp.asarray(np.maximum(length - 1, 0)),
       token=jnp.asarray(last),
@@ -243,13 +245,13 @@ class Engine:
 
   def write(
     self,
-    writing: steps.Writing,
+    writing: steps.DecodeState,
     how: Draw,
     *,
     stop: Sequence[int],
     limit: int,
     tokens: int,
-  ) -> steps.Writing:
+  ) -> steps.DecodeState:
     """Up to so many tokens more; see `steps.write`."""
     shapes = writing.cache.k.shape, writing.written.shape
     with jax.set_mesh(self.mesh), self._compiling("the answer", shapes):
@@ -264,8 +266,8 @@ class Engine:
       )
 
   def extend(
-    self, writing: steps.Writing, tokens: Sequence[int], *, room: int
-  ) -> steps.Writing:
+    self, writing: steps.DecodeState, tokens: Sequence[int], *, room: int
+  ) -> steps.DecodeState:
     """The next turn of the one answer being written.
 
     Args:

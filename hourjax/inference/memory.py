@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from hourjax.data.conversations import follow_up
-from hourjax.data.records import Turn
+from hourjax.data.records.record import Turn
 from hourjax.data.repository import Repository, repeated_frames
 from hourjax.errors import UserError
-from hourjax.inference.engine import Engine, Known, padded_rows, rounded
-from hourjax.inference.looking import Looked, looked_at
+from hourjax.inference.attention_map import AttentionMap, attention_over_time
+from hourjax.inference.engine import EncodedMemory, Engine, padded_rows, rounded
 from hourjax.inference.prompts import Prompts, check_question
 from hourjax.inference.sampling import GREEDY, Sampling, draws
 
@@ -38,7 +38,7 @@ class Answer:
   text: str
   tokens: int
   finished: bool
-  looked: Looked | None = None
+  looked: AttentionMap | None = None
 
 
 class Memory:
@@ -58,7 +58,7 @@ class Memory:
     self,
     engine: Engine,
     prompts: Prompts,
-    known: Known,
+    known: EncodedMemory,
     repository: Repository,
     kept: list[np.ndarray],
     video: tuple[float, int] | None = None,
@@ -100,11 +100,11 @@ class Memory:
       UserError: an empty question, one that is too long, or one that holds
         the markup of turns.
     """
-    return self.converse().ask(
+    return self.chat().ask(
       question, max_tokens=max_tokens, sampling=sampling, stream=stream
     )
 
-  def converse(self, *, reread: bool = False) -> "Conversation":
+  def chat(self, *, reread: bool = False) -> "Conversation":
     """A conversation: its turns know of the turns before.
 
     Args:
@@ -155,7 +155,9 @@ class Memory:
       turns, self._repository, self._kept, self._video, room
     )
 
-  def _answer(self, writing, row: int, looked: Looked | None = None) -> Answer:
+  def _answer(
+    self, writing, row: int, looked: AttentionMap | None = None
+  ) -> Answer:
     count = int(writing.count[row])
     ids = np.asarray(writing.written[row, :count])
     finished = count > 0 and int(ids[-1]) in self._stop
@@ -219,7 +221,7 @@ class Conversation:
     layout = memory._layout(turns, room)
     watched = None
     if memory.duration is not None and memory._engine.config.memaug_layers:
-      watched = watched_queries(layout.query_token)
+      watched = probe_queries(layout.query_token)
     writing, shares = memory._engine.begin(
       memory._known, [layout], room=room, watched=watched
     )
@@ -229,7 +231,7 @@ class Conversation:
     places = memory._known.places
     shown = repeated_frames(memory.frames)
     frame = np.where(places < 0, -1, shown[places // tokens])
-    return writing, looked_at(shares, frame, memory.duration)
+    return writing, attention_over_time(shares, frame, memory.duration)
 
   def _follow_up(self, turns, room) -> list[int]:
     """Tokens of the last turn, after what is cached."""
@@ -275,7 +277,7 @@ class Conversation:
         return writing, answer
 
 
-def watched_queries(token: np.ndarray) -> np.ndarray:
+def probe_queries(token: np.ndarray) -> np.ndarray:
   """The queries whose attention tells where the model looked.
 
   Args:

@@ -1,7 +1,7 @@
-"""A model to ask: load it, let it remember a video, ask.
+"""A model to ask: load it, let it encode_memory a video, ask.
 
 model = hourjax.load("work/memaug/stage2")
-memory = model.remember("film.mp4")
+memory = model.encode_memory("film.mp4")
 print(memory.ask("What happens at the end?").text)
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hourjax.data.forgetting import kept_tokens
-from hourjax.data.frame_rules import (
+from hourjax.data.media.frame_rules import (
   is_sparse,
   sparse_note,
   stored_feature_frames,
@@ -26,25 +26,25 @@ from hourjax.data.repository import (
   video_repository,
 )
 from hourjax.data.rows import Size
-from hourjax.data.shown import images_shown, read_images
-from hourjax.data.sizes import stored_frames
+from hourjax.data.sample_sizes import stored_frames
 from hourjax.data.store.array_file import is_finite
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
+from hourjax.data.visual_input import images_shown, read_images
 from hourjax.errors import UserError
-from hourjax.inference.encoder import Encoder
-from hourjax.inference.engine import Engine, Known, row_spec
-from hourjax.inference.film import (
-  Film,
+from hourjax.extraction.encoder import Encoder
+from hourjax.inference.engine import EncodedMemory, Engine, row_spec
+from hourjax.inference.memory import Memory
+from hourjax.inference.prompts import Prompts, Rules
+from hourjax.inference.video_features import (
   Progress,
+  VideoFeatures,
   as_floats,
   load_features,
   part_note,
-  read_film,
+  read_video_features,
   stored_duration,
 )
-from hourjax.inference.memory import Memory
-from hourjax.inference.prompts import Prompts, Rules
 from hourjax.models.config import ModelConfig
 
 _LONGEST = 30 * 24 * 3600  # seconds; an hour in milliseconds is more
@@ -82,7 +82,7 @@ class Model:
     self._prompts = Prompts(tokenizer, self.rules)
     self.engine = Engine(params, config, mesh)
 
-  def remember(
+  def encode_memory(
     self,
     source: str | os.PathLike | np.ndarray,
     *,
@@ -109,23 +109,23 @@ class Model:
       if duration is None:
         duration = stored_duration(path, len(features))
       return self._features(features, duration, str(path))
-    film = self.read_film(path, progress)
+    film = self.read_video_features(path, progress)
     _check_finite(film.features, str(path))
     return self._video(film.features, film.duration, film.note)
 
-  def read_film(
+  def read_video_features(
     self,
     path: str | os.PathLike,
     progress: Progress = lambda done, total: None,
-  ) -> Film:
+  ) -> VideoFeatures:
     """Encodes the frames of a video file that are shown.
 
     From 128 seconds on they are not those that extraction stores: see
     `frame_rules`.
     """
-    return read_film(path, self._encoder, progress)
+    return read_video_features(path, self._encoder, progress)
 
-  def remember_stored(self, store: FeatureStore, name: str) -> Memory:
+  def encode_stored_memory(self, store: FeatureStore, name: str) -> Memory:
     """A video whose features are stored.
 
     Raises:
@@ -154,7 +154,9 @@ class Model:
 
   def read(self) -> Memory:
     """Nothing to see: questions are about text alone."""
-    return Memory(self.engine, self._prompts, Known(), empty_repository(), [])
+    return Memory(
+      self.engine, self._prompts, EncodedMemory(), empty_repository(), []
+    )
 
   @functools.cached_property
   def _encoder(self) -> Encoder:
@@ -192,7 +194,9 @@ class Model:
       means = visual.astype(np.float32).mean(axis=1)[shown]
     rng = np.random.default_rng(self.rules.seed)
     kept = kept_tokens(repository, rule, rng, frame_features=means)
-    known = self.engine.remember(repository, kind, visual, np.concatenate(kept))
+    known = self.engine.encode_memory(
+      repository, kind, visual, np.concatenate(kept)
+    )
     video = None if duration is None else (float(duration), len(visual))
     return Memory(
       self.engine, self._prompts, known, repository, kept, video, note

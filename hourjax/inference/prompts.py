@@ -8,10 +8,10 @@ import numpy as np
 from hourjax.data.conversations import encode_conversation
 from hourjax.data.forgetting import Forgetting
 from hourjax.data.layout import Layout, build_layout
-from hourjax.data.records import MARKER, Turn
+from hourjax.data.records.record import MARKER, Turn
 from hourjax.data.repository import Repository
-from hourjax.data.shown import Single
 from hourjax.data.tokenizer import Tokenizer
+from hourjax.data.visual_input import Single
 from hourjax.errors import UserError
 
 

@@ -1,12 +1,12 @@
-"""The steps of an answer, compiled: remember, recall, prefill, write, extend.
+"""The steps of an answer, compiled: encode_memory, read_memory, prefill, write, extend.
 
-    features -> remember -> [keys and values of the memory, kept tokens]
-    prompts  -> recall   -> visual tokens that have read the memory
+    features -> encode_memory -> [keys and values of the memory, kept tokens]
+    prompts  -> read_memory   -> visual tokens that have read the memory
              -> prefill  -> [keys and values of the prompts], one row a prompt
              -> write    -> tokens, one after the other
     the next turn of a conversation -> extend -> write
 
-What `remember` gives does not depend on what is asked. Several prompts about
+What `encode_memory` gives does not depend on what is asked. Several prompts about
 one memory lie in one row, told apart by segments; from `prefill` on each has a
 row of its own.
 """
@@ -30,7 +30,7 @@ from hourjax.parallel.rules import constrain
 Params = Mapping[str, jax.Array]
 
 
-class Remembered(NamedTuple):
+class MemoryCache(NamedTuple):
   """A memory on the devices.
 
   Attributes:
@@ -45,7 +45,7 @@ class Remembered(NamedTuple):
   segment: Int[Array, "1 S"]
 
 
-class Writing(NamedTuple):
+class DecodeState(NamedTuple):
   """N answers being written.
 
   Attributes:
@@ -66,19 +66,19 @@ class Writing(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def remember(
+def encode_memory(
   params: Params, batch: Batch, *, config: ModelConfig
-) -> Remembered:
+) -> MemoryCache:
   """The memory of one row; its queries say which tokens are kept."""
   model = with_params(config, params)
-  known, kept = model.remember(batch, batch.query_source)
-  return Remembered(known, kept, batch.memory_segment)
+  known, kept = model.encode_memory(batch, batch.query_source)
+  return MemoryCache(known, kept, batch.memory_segment)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "told"))
-def recall(
+def read_memory(
   params: Params,
-  memory: Remembered,
+  memory: MemoryCache,
   batch: Batch,
   watched: Int[Array, "1 W"] | None,
   *,
@@ -102,7 +102,7 @@ def recall(
   batch = batch._replace(memory_segment=memory.segment, query_reads=reads)
   model = with_params(config, params)
   with layers_told(told):
-    return model.recall(memory.known, memory.kept, batch, watched)
+    return model.read_memory(memory.known, memory.kept, batch, watched)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity", "told"))
@@ -120,7 +120,7 @@ def prefill(
 
   Args:
     params: of the model.
-    augmented: of `recall`; None for prompts of text alone.
+    augmented: of `read_memory`; None for prompts of text alone.
     batch: the row of prompts.
     start: where in the row each prompt begins.
     config: of the model.
@@ -142,14 +142,14 @@ def prefill(
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="writing")
 def write(
   params: Params,
-  writing: Writing,
+  writing: DecodeState,
   how: Draw,
   stop: Int[Array, "e"],
   limit: Int[Array, ""],
   steps: Int[Array, ""],
   *,
   config: ModelConfig,
-) -> Writing:
+) -> DecodeState:
   """Up to `steps` tokens more for each row.
 
   Args:
@@ -174,7 +174,7 @@ def write(
     ended = (token[:, None] == stop[None]).any(1) | (now.count + 1 >= limit)
     rows = jnp.arange(len(at))
     going = (~now.done).astype(jnp.int32)
-    return Writing(
+    return DecodeState(
       cache=_cached(now.cache, new, now.length, going),
       length=now.length + going,
       token=jnp.where(now.done, now.token, token),
@@ -193,12 +193,12 @@ def write(
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="writing")
 def extend(
   params: Params,
-  writing: Writing,
+  writing: DecodeState,
   tokens: Int[Array, "N n"],
   count: Int[Array, "N"],
   *,
   config: ModelConfig,
-) -> Writing:
+) -> DecodeState:
   """The next turn of each row, after which `write` goes on.
 
   Args:
@@ -213,7 +213,7 @@ def extend(
   embedded = model.decoder.embed_few(tokens)
   _, new = model.decoder.extend(embedded, writing.cache, writing.length)
   last = jnp.take_along_axis(tokens, count[:, None] - 1, axis=1)[:, 0]
-  return Writing(
+  return DecodeState(
     cache=_cached(writing.cache, new, writing.length, count - 1),
     length=writing.length + count - 1,
     token=last,

@@ -6,7 +6,7 @@ Tiles of the TPU kernels and what they reach: `hourjax.kernels.tpu`.
 """
 
 from hourjax.kernels.attention import attention as attention
+from hourjax.kernels.attention import key_attention as key_attention
 from hourjax.kernels.cached import cached_attention as cached_attention
 from hourjax.kernels.common import SAVED as SAVED
 from hourjax.kernels.sharded import Sharding as Sharding
-from hourjax.kernels.shares import key_shares as key_shares

@@ -1,14 +1,17 @@
 """The one attention call of the model, and who computes it."""
+# MERGED hourjax.kernels.shares:
+# How much of the attention each key gets.
 
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from hourjax.kernels import exchange, reference, sharded, splash, triton
+from hourjax.kernels import reference, sharded, splash, triton, ulysses
 from hourjax.kernels.common import SAVED
 from hourjax.kernels.sharded import Sharding
 from hourjax.kernels.tpu import call as tpu
@@ -112,7 +115,7 @@ def _attention(q, k, v, query_segment, key_segment, causal, sharding, name):
   specs = sharding.specs()
   local = functools.partial(_computed, causal=True, sharding=None, name=name)
   call = _shard_map(
-    functools.partial(exchange.causal, local, sharding.sequence),
+    functools.partial(ulysses.causal, local, sharding.sequence),
     sharding,
     (*[specs.q] * 3, *[specs.query_segment] * 2),
     specs.q,
@@ -219,3 +222,34 @@ def _check(q, k, causal, sharding):
       )
     },
   )
+
+
+def key_attention(
+  q: Float[Array, "B T H C"],
+  k: Float[Array, "B S K C"],
+  query_segment: Int[Array, "B T"],
+  key_segment: Int[Array, "B S"],
+  *,
+  sharding: Sharding | None = None,
+) -> Float[Array, "B S"]:
+  """Attention weights on each key, summed over queries and heads, float32.
+
+  The gradient of attention's output for the values is its weights: with the
+  gradient 1 in one channel of every query, that channel of dv is the sum
+  wanted. So the kernels compute it, and no T x S matrix is built. A row sums
+  to the heads times the queries that see a key.
+
+  Args:
+    q, k, query_segment, key_segment, sharding: as for `attention`. Weights
+      are rounded to the dtype of k.
+  """
+
+  def mixed(values):
+    return attention(
+      q, k, values, query_segment, key_segment, sharding=sharding
+    )
+
+  # The values themselves do not matter to their gradient.
+  out, transpose = jax.vjp(mixed, k)
+  (d_values,) = transpose(jnp.zeros_like(out).at[..., 0].set(1))
+  return d_values[..., 0].astype(jnp.float32).sum(-1)

@@ -12,14 +12,13 @@ from jaxtyping import Array, Float, Int, Num
 from hourjax.batch import Batch
 from hourjax.models.attention import KeysValues
 from hourjax.models.config import ModelConfig
+from hourjax.models.decoder import Decoder
 from hourjax.models.layers import IMAGES
 from hourjax.models.memaug import make_memaug
-from hourjax.models.memory import build_memory
-from hourjax.models.projector import Projector
-from hourjax.models.qwen2 import Decoder
+from hourjax.models.memory import Projector, build_memory
 from hourjax.models.siglip import VisionTower, pool_frames
 from hourjax.parallel.rules import constrain, parts
-from hourjax.parallel.take import take_rows
+from hourjax.parallel.sharded_gather import gather_rows
 
 
 class HourLLaVA(nnx.Module):
@@ -79,7 +78,7 @@ class HourLLaVA(nnx.Module):
     return self._with_seen(words, augmented, batch)
 
   def _with_seen(self, words, augmented, batch):
-    seen = take_rows(augmented, batch.decoder_source)
+    seen = gather_rows(augmented, batch.decoder_source)
     return jnp.where(batch.decoder_token[..., None] >= 0, words, seen)
 
   def augment(self, batch: Batch) -> Float[Array, "B T D"]:
@@ -100,11 +99,11 @@ class HourLLaVA(nnx.Module):
 
   def _queries(self, memory, batch):
     """Words, and rows of the memory (or of what is kept of it)."""
-    kept = take_rows(memory, batch.query_source)
+    kept = gather_rows(memory, batch.query_source)
     words = self.decoder.embed(batch.query_token)
     return jnp.where(batch.query_token[..., None] >= 0, words, kept)
 
-  def remember(
+  def encode_memory(
     self, batch: Batch, kept: Int[Array, "B X"]
   ) -> tuple[KeysValues | None, Float[Array, "B X D"]]:
     """What all questions about a memory share.
@@ -118,16 +117,16 @@ class HourLLaVA(nnx.Module):
       MemAug), and the kept tokens.
     """
     memory = self.memory(batch)
-    kept = take_rows(memory, kept)
+    kept = gather_rows(memory, kept)
     if not self.config.memaug_layers:
       return None, kept
 
     def step(block, x, _):
-      return x, block.remember(memory, batch.memory_position)
+      return x, block.encode_memory(memory, batch.memory_position)
 
     return self.memaug.scan(step, None)[1], kept
 
-  def recall(
+  def read_memory(
     self,
     known: KeysValues | None,
     kept: Float[Array, "B X D"],
@@ -137,7 +136,7 @@ class HourLLaVA(nnx.Module):
     """As `augment`, of a memory that is remembered.
 
     Args:
-      known, kept: of `remember`.
+      known, kept: of `encode_memory`.
       batch: rows of queries; `query_source` counts what is kept.
       watched: queries whose attention is looked at; -1 is none.
 
@@ -156,7 +155,7 @@ class HourLLaVA(nnx.Module):
     }
 
     def step(block, x, known):
-      return block.recall(x, known, watched, **where)
+      return block.read_memory(x, known, watched, **where)
 
     return self.memaug.scan(step, queries, known)
 
@@ -166,7 +165,7 @@ class HourLLaVA(nnx.Module):
     """The decoder's keys and values [layers, B, L, K, C] of prompts.
 
     Args:
-      augmented: of `recall`; None where the prompts are text alone.
+      augmented: of `read_memory`; None where the prompts are text alone.
       batch: rows of prompts.
     """
     embeddings = self.decoder.embed(batch.decoder_token)

@@ -16,7 +16,7 @@ from hourjax.models.layers import (
   linear,
 )
 from hourjax.parallel.rules import attention_sharding, constrain
-from hourjax.parallel.take import take_rows
+from hourjax.parallel.sharded_gather import gather_rows
 
 _NORM_EPS = 1e-5
 
@@ -58,16 +58,18 @@ class MemAugBlock(nnx.Module):
     memory_position: Int[Array, "B S"],
     **where: Int[Array, "..."],
   ) -> Float[Array, "B T D"]:
-    """Queries after this block; `where` as for `recall`."""
-    return self.recall(x, self.remember(memory, memory_position), **where)[0]
+    """Queries after this block; `where` as for `read_memory`."""
+    return self.read_memory(
+      x, self.encode_memory(memory, memory_position), **where
+    )[0]
 
-  def remember(
+  def encode_memory(
     self, memory: Float[Array, "B S D"], position: Int[Array, "B S"]
   ) -> KeysValues:
     """What this block reads of the memory, whatever is asked."""
     return self.cross_attn.keys_values(memory, position)
 
-  def recall(
+  def read_memory(
     self,
     x: Float[Array, "B T D"],
     known: KeysValues,
@@ -97,7 +99,7 @@ class MemAugBlock(nnx.Module):
       at = jnp.maximum(watched, 0)
       reads = jnp.take_along_axis(reads_segment, at, axis=1)
       shares = self._shares(
-        take_rows(x, watched),
+        gather_rows(x, watched),
         jnp.take_along_axis(position, at, axis=1),
         jnp.where(watched < 0, 0, reads),
         known,
@@ -111,7 +113,7 @@ class MemAugBlock(nnx.Module):
     return constrain(x, "rows", "queries", None), shares
 
   def _shares(self, x, position, reads, known, memory_segment):
-    return kernels.key_shares(
+    return kernels.key_attention(
       self.cross_attn.queries(x, position),
       known.k,
       reads,

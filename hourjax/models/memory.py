@@ -1,10 +1,33 @@
-"""The memory repository: every visual token of a row, in reading order."""
+"""The projector: tower features to the decoder's width."""
+# MERGED hourjax.models.memory:
+# The memory repository: every visual token of a row, in reading order.
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from hourjax.parallel import take
+from hourjax.models.layers import SEQUENCE, Lead, linear
+from hourjax.parallel import sharded_gather
+
+
+class Projector(nnx.Module):
+  """Linear V -> D, exact GELU, Linear D -> D."""
+
+  def __init__(self, vision: int, width: int, *, dtype: str, rngs: nnx.Rngs):
+    self.fc1 = linear(
+      vision, width, axes=("tower", None), dtype=dtype, rngs=rngs
+    )
+    self.fc2 = linear(
+      width, width, axes=("width", None), dtype=dtype, rngs=rngs
+    )
+
+  def __call__(
+    self, features: Float[Array, "a X V"], lead: Lead = SEQUENCE
+  ) -> Float[Array, "a X D"]:
+    """Rows of features, or images of them as `lead` says."""
+    hidden = jax.nn.gelu(self.fc1(features, lead), approximate=False)
+    return self.fc2(hidden, lead)
 
 
 def build_memory(
@@ -32,4 +55,4 @@ def build_memory(
     weight = blend_weight.astype(encoded.dtype)
     blends = jnp.einsum("brfd,brf->brd", parts, weight)
     encoded = jnp.concatenate([encoded, blends], axis=1)
-  return take.build_memory(stored, encoded, newline, memory_source)
+  return sharded_gather.build_memory(stored, encoded, newline, memory_source)

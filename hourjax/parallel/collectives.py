@@ -1,6 +1,6 @@
 """Collectives of functions that run on each device's own part.
 
-An island is such a function. Where no mesh is set it runs on whole arrays,
+An local_shard_map is such a function. Where no mesh is set it runs on whole arrays,
 and its collectives do nothing.
 """
 
@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from hourjax.parallel.rules import has_mesh
 
 
-def island(function: Callable, in_specs, out_specs) -> Callable:
+def local_shard_map(function: Callable, in_specs, out_specs) -> Callable:
   """`function` on each device's part of its arrays (`jax.shard_map`).
 
-  It must not be differentiated: give the gradient as an island of its own,
+  It must not be differentiated: give the gradient as an local_shard_map of its own,
   outside of which the custom gradient is defined.
   """
   if not has_mesh():

@@ -36,7 +36,7 @@ def gather_weight(
         part = _join(part, names, dim)
     return part
 
-  return over.island(here, (spec(*axes),), in_use(*axes))(kernel)
+  return over.local_shard_map(here, (spec(*axes),), in_use(*axes))(kernel)
 
 
 def weight_gradients(
@@ -69,7 +69,7 @@ def weight_gradients(
     return over.total(kernel, *_summed(lead, scattered)), bias
 
   inputs, outputs = (in_use(axis) for axis in axes)
-  function = over.island(
+  function = over.local_shard_map(
     here,
     (spec(*lead, None), spec(*lead, None))
     if lead[0] == "images"

@@ -32,7 +32,7 @@ def embed(
 
   The gradient of the table is summed in float32. M is split over positions.
   """
-  function = over.island(
+  function = over.local_shard_map(
     functools.partial(_embed_here, dtype), (_TABLE, _TOKENS), _SPLIT
   )
   return function(table, jnp.maximum(token, 0))
@@ -64,7 +64,7 @@ def _embed_backward(dtype, saved, d_rows):
     d_table = d_table.at[local].add(d_rows, mode="drop")
     return over.total(over.scatter_sum(d_table, "fsdp", dim=1), "data")
 
-  function = over.island(here, (_SPLIT, _TOKENS), _TABLE)
+  function = over.local_shard_map(here, (_SPLIT, _TOKENS), _TABLE)
   d_table = function(d_rows, jnp.maximum(token, 0))
   return d_table.astype(like.dtype), None
 
@@ -102,7 +102,7 @@ def token_losses(
 
   As `cross_entropy`, but without a gradient.
   """
-  function = over.island(
+  function = over.local_shard_map(
     lambda *parts: _entropy(*parts, gradients=False)[0],
     (_SPLIT, _TABLE, _TOKENS),
     _TOKENS,
@@ -111,7 +111,7 @@ def token_losses(
 
 
 def _entropy_forward(hidden, table, target):
-  function = over.island(
+  function = over.local_shard_map(
     functools.partial(_entropy, gradients=True),
     (_SPLIT, _TABLE, _TOKENS),
     (_TOKENS, _SPLIT, _TABLE),

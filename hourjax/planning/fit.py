@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from hourjax.errors import UserError
+from hourjax.planning.compiled_step import compile_step
 from hourjax.planning.plan import Plan, evaluate
-from hourjax.planning.step import compile_step
 from hourjax.planning.topology import Topology
 from hourjax.planning.workload import Workload
-from hourjax.training.experiment import Experiment
+from hourjax.training.config import Experiment
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,12 +5,13 @@ from typing import Any
 
 from hourjax.data.rows import Size
 from hourjax.parallel.chips import GIB
-from hourjax.planning import roofline, speeds
+from hourjax.planning import roofline
+from hourjax.planning import roofline as speeds
+from hourjax.planning.compiled_step import Compiled, Memory, device_memory
 from hourjax.planning.roofline import Estimate
-from hourjax.planning.step import Compiled, Memory, device_memory
 from hourjax.planning.topology import Topology
 from hourjax.planning.workload import Workload
-from hourjax.training.experiment import Experiment
+from hourjax.training.config import Experiment
 
 # What an estimate takes for granted, in words.
 ASSUMED = (

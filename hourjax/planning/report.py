@@ -8,8 +8,8 @@ from hourjax import schema
 from hourjax.errors import UserError
 from hourjax.parallel.chips import CHIPS, GIB
 from hourjax.planning.plan import Plan, as_data
+from hourjax.planning.roofline import HOST_READS
 from hourjax.planning.search import describe
-from hourjax.planning.speeds import HOST_READS
 
 _WIDE = 79
 

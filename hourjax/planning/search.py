@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 
 from hourjax import progress
-from hourjax.data.dealing import check_dealing
+from hourjax.data.sequence_sharding import check_sequence_sharding
 from hourjax.errors import UserError
 from hourjax.models.config import Remat
 from hourjax.models.params import param_axes, param_shapes
 from hourjax.parallel.mesh import MeshConfig
 from hourjax.parallel.rules import RULES
+from hourjax.planning.compiled_step import Compiled, compile_step
 from hourjax.planning.plan import Plan, evaluate
-from hourjax.planning.step import Compiled, compile_step
 from hourjax.planning.topology import Topology
 from hourjax.planning.workload import Workload, trained
-from hourjax.training.experiment import Experiment
+from hourjax.training.config import Experiment
 from hourjax.training.optimizer import component
 
 COMPILED = 3  # candidates
@@ -120,7 +120,7 @@ def candidates(
     if sizes[0] % topology.slices or not _divides(sizes, shapes, axes):
       continue
     try:
-      check_dealing(experiment.row_spec, mesh.seq)
+      check_sequence_sharding(experiment.row_spec, mesh.seq)
     except UserError:
       continue
     for rows in _ROWS:

@@ -12,14 +12,14 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from hourjax.benchmarks import synthetic
+from hourjax.data import synthetic
 from hourjax.data.columns import MODALITIES, Columns
-from hourjax.data.frame_rules import MIN_FRAMES, stored_feature_count
-from hourjax.data.plan import PlanOptions, RowPlan
-from hourjax.data.sizes import Shown, sample_sizes, shown_videos
+from hourjax.data.media.frame_rules import MIN_FRAMES, stored_feature_count
+from hourjax.data.row_plan import PlanOptions, RowPlan
+from hourjax.data.sample_sizes import Shown, sample_sizes, shown_videos
 from hourjax.errors import UserError
 from hourjax.models.flops import Work, sample_flops, sample_work
-from hourjax.training.experiment import Experiment
+from hourjax.training.config import Experiment
 
 _DRAWN = 20_000  # samples; the stage's numbers are scaled up from them
 _FPS = 30  # of short videos' files, which decides their frames as pixels

@@ -14,9 +14,9 @@ from etils import epath
 from hourjax import progress, schema
 from hourjax.errors import UserError
 from hourjax.parallel import hosts
-from hourjax.training import saved
-from hourjax.training.quiet import quiet_orbax
-from hourjax.training.step import TrainState
+from hourjax.training import checkpoint_format
+from hourjax.training.checkpoint_format import quiet_orbax
+from hourjax.training.train_step import TrainState
 
 
 class Checkpoints:
@@ -39,7 +39,7 @@ class Checkpoints:
       keep: how many stay on disk. While one is saved there is one more.
       on_error: "continue" or "stop" when one cannot be saved.
     """
-    self.folder = saved.folder_of(workdir)
+    self.folder = checkpoint_format.folder_of(workdir)
     self._keep, self._on_error = keep, on_error
     self._manager: ocp.CheckpointManager | None = None
     self._pending: tuple[int, Exception | None] | None = None
@@ -47,7 +47,7 @@ class Checkpoints:
 
   def latest(self) -> int | None:
     """Step of the newest checkpoint, None if there is none."""
-    return max(saved.saved_steps(self.folder), default=None)
+    return max(checkpoint_format.saved_steps(self.folder), default=None)
 
   def save(
     self, state: TrainState, position: int, plan: str, config: dict[str, Any]
@@ -65,9 +65,9 @@ class Checkpoints:
     """
     self.settle()
     step, tree = int(state.step), state._asdict()
-    if step in saved.saved_steps(self.folder):
+    if step in checkpoint_format.saved_steps(self.folder):
       return
-    about = saved.describe(
+    about = checkpoint_format.describe(
       tree, step=step, position=position, plan=plan, config=config
     )
     failure = None
@@ -158,25 +158,27 @@ class Checkpoints:
     """
     like = jax.tree.map(_abstract, like)
     problems: dict[int, str] = {}
-    for step in reversed(saved.saved_steps(self.folder)):
+    for step in reversed(checkpoint_format.saved_steps(self.folder)):
       about, tree, problem = None, None, ""
       try:
-        about = saved.read_about(self.folder, step)
-      except saved.Damaged as damage:
+        about = checkpoint_format.read_about(self.folder, step)
+      except checkpoint_format.Damaged as damage:
         problem = str(damage)
       if not hosts.agree(problem):
         self._check_fit(like, about, step, plan)
         try:
-          tree = saved.read_arrays(self.folder, step, like._asdict())
-        except saved.Damaged as damage:
+          tree = checkpoint_format.read_arrays(
+            self.folder, step, like._asdict()
+          )
+        except checkpoint_format.Damaged as damage:
           problem = str(damage)
       told = hosts.agree(problem)
       if not told:
         try:
-          saved.verify(tree, about)
+          checkpoint_format.verify(tree, about)
           _set_aside(self.folder, problems, step)
           return TrainState(**tree), about["position"]
-        except saved.Damaged as damage:
+        except checkpoint_format.Damaged as damage:
           told = {0: str(damage)}
       problems[step] = "; ".join(told.values())
       del tree
@@ -217,7 +219,7 @@ class Checkpoints:
     hosts.agree("")
 
   def _check_fit(self, like, about, step, plan):
-    wrong = saved.misfits(like._asdict(), about)
+    wrong = checkpoint_format.misfits(like._asdict(), about)
     if wrong:
       shown = "\n  ".join(wrong[:10])
       raise UserError(
@@ -264,21 +266,23 @@ def restore_params(
     sharding: of each; whole on this process's first device by default.
     each: what becomes of a parameter, given its path and its verified value.
   """
-  folder = saved.folder_of(workdir)
+  folder = checkpoint_format.folder_of(workdir)
   where = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   problems: dict[int, str] = {}
-  for step in reversed(saved.saved_steps(folder)):
+  for step in reversed(checkpoint_format.saved_steps(folder)):
     try:
-      about = saved.read_about(folder, step)
+      about = checkpoint_format.read_about(folder, step)
       params = {}
       with progress.step(f"reading the checkpoint {folder}/{step}"):
-        for like in saved.in_parts(saved.abstract_params(about, where)):
-          tree = saved.read_arrays(folder, step, like)
-          saved.verify(tree, about)
+        for like in checkpoint_format.in_parts(
+          checkpoint_format.abstract_params(about, where)
+        ):
+          tree = checkpoint_format.read_arrays(folder, step, like)
+          checkpoint_format.verify(tree, about)
           for group in tree.values():
             for path in list(group):
               params[path] = each(path, group.pop(path))
-    except saved.Damaged as damage:
+    except checkpoint_format.Damaged as damage:
       problems[step] = str(damage)
       print(
         f"WARNING: {folder}/{step} is damaged: {damage}; trying the one before",
@@ -297,17 +301,17 @@ def saved_config(workdir: str | os.PathLike) -> dict[str, Any] | None:
   """
   with contextlib.suppress(UserError):
     return read_config(workdir)
-  folder = saved.folder_of(workdir)
-  for step in reversed(saved.saved_steps(folder)):
-    with contextlib.suppress(saved.Damaged):
-      return saved.read_about(folder, step)["config"]
+  folder = checkpoint_format.folder_of(workdir)
+  for step in reversed(checkpoint_format.saved_steps(folder)):
+    with contextlib.suppress(checkpoint_format.Damaged):
+      return checkpoint_format.read_about(folder, step)["config"]
   return None
 
 
 def checkpoint_name(workdir: str | os.PathLike) -> str:
   """Names the newest checkpoint: its path and the second it was written."""
-  folder = saved.folder_of(workdir)
-  steps = saved.saved_steps(folder)
+  folder = checkpoint_format.folder_of(workdir)
+  steps = checkpoint_format.saved_steps(folder)
   if not steps:
     raise UserError(f"{folder} holds no checkpoint; train first")
   newest = folder / str(max(steps))

@@ -1,16 +1,17 @@
-"""The training loop.
-
-The order is a contract. Before the first step: refuse a workdir of another
-configuration, open the data, restore (or initialise). For each step: get its
-batches, take it, look whether the loss is finite, write metrics, see to a save
-that has ended, save a checkpoint if one is due; and where a signal has asked
-for it, save and leave. Nothing is saved in a series of steps that are not
-finite.
-
-A checkpoint holds the position in the data, so the run that continues sees the
-batches that the interrupted one would have seen. Every process of a run goes
-through the same order; the first one writes the files.
-"""
+"""From steps to what `MetricWriter` writes down of them."""
+# MERGED hourjax.training.loop:
+# The training loop.
+#
+# The order is a contract. Before the first step: refuse a workdir of another
+# configuration, open the data, restore (or initialise). For each step: get its
+# batches, take it, look whether the loss is finite, write metrics, see to a sa
+# that has ended, save a checkpoint if one is due; and where a signal has asked
+# for it, save and leave. Nothing is saved in a series of steps that are not
+# finite.
+#
+# A checkpoint holds the position in the data, so the run that continues sees t
+# batches that the interrupted one would have seen. Every process of a run goes
+# through the same order; the first one writes the files.
 
 import contextlib
 import dataclasses
@@ -18,36 +19,95 @@ import math
 import pathlib
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
 from hourjax import progress
 from hourjax.data.dataset import Dataset
-from hourjax.data.frame_rules import sparse_note
+from hourjax.data.media.frame_rules import sparse_note
 from hourjax.data.pipeline import batches, check_memory
-from hourjax.data.plan import RowPlan
-from hourjax.data.records import Skipped
+from hourjax.data.records.record import Skipped
+from hourjax.data.row_plan import RowPlan
 from hourjax.errors import UserError
 from hourjax.parallel import hosts
 from hourjax.parallel.chips import peak_flops
 from hourjax.parallel.mesh import make_mesh
+from hourjax.training.batch_sharding import Placing, check_rows
 from hourjax.training.checkpoint import Checkpoints
-from hourjax.training.experiment import Experiment
-from hourjax.training.feed import Feed, UnreadLedger
-from hourjax.training.nonfinite import NonFinite
-from hourjax.training.placing import Placing, check_rows
-from hourjax.training.preemption import Leave
-from hourjax.training.report import Report
-from hourjax.training.source import open_dataset, row_plan
-from hourjax.training.state import (
+from hourjax.training.config import Experiment
+from hourjax.training.data_loader import (
+  Feed,
+  UnreadLedger,
+  open_dataset,
+  row_plan,
+)
+from hourjax.training.faults import Leave, NonFinite
+from hourjax.training.metric_writer import MetricWriter
+from hourjax.training.optimizer import COMPONENTS, schedule
+from hourjax.training.throughput import RowWork, row_records
+from hourjax.training.train_state import (
   abstract_state,
   fresh_state,
   state_shardings,
 )
-from hourjax.training.step import Step, TrainState
-from hourjax.training.watch import Watch
-from hourjax.training.work import RowWork, row_records
+from hourjax.training.train_step import Step, TrainState
 from hourjax.training.workdir import check_workdir, epoch_rows, write_about
+
+
+class Report:
+  """Adds up steps between two that are logged."""
+
+  def __init__(
+    self,
+    watch: MetricWriter,
+    experiment: Experiment,
+    work: RowWork,
+    feed: Feed,
+    steps: int,
+  ):
+    self._watch, self._work, self._feed = watch, work, feed
+    self._rows = experiment.step_rows
+    optimizer = experiment.optimizer
+    self._rates = {
+      name: schedule(optimizer.rate(name), steps, optimizer.warmup)
+      for name in COMPONENTS
+      if optimizer.rate(name) > 0
+    }
+    self._waited = feed.waited
+    self._clear()
+
+  def add(self, position: int, scalars: Mapping[str, Any]) -> None:
+    """Counts a step whose first row is at `position`."""
+    work = self._work.of(position, self._rows)
+    self._tokens += int(scalars["tokens"])
+    self._seconds += work.video_seconds
+    self._flops += work.flops
+
+  def write(
+    self, step: int, scalars: Mapping[str, Any], counts: Mapping[str, int]
+  ) -> None:
+    """Writes a step down, with what was added up since the last one."""
+    # A skipped step leaves the optimizer's own count of steps as it was.
+    done = step - 1 - counts["skipped_steps"]
+    waited, self._waited = self._feed.waited - self._waited, self._feed.waited
+    self._watch.wrote(
+      step,
+      {key: value for key, value in scalars.items() if key != "finite"},
+      tokens=self._tokens,
+      video_seconds=self._seconds,
+      model_flops=self._flops,
+      data_wait=waited,
+      learning_rates={
+        name: float(rate(max(done, 0))) for name, rate in self._rates.items()
+      },
+      counts=counts,
+    )
+    self._clear()
+
+  def _clear(self):
+    self._tokens, self._seconds, self._flops = 0, 0.0, 0.0
 
 
 def train(experiment: Experiment, workdir: pathlib.Path) -> int | None:
@@ -223,7 +283,7 @@ class _Run:
   def _watch(self, config, start, began):
     device = jax.devices()[0]
     peak = peak_flops(device.device_kind)
-    return Watch(
+    return MetricWriter(
       self.workdir,
       self.experiment.watch,
       run_config=config,

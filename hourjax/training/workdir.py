@@ -10,14 +10,13 @@ from typing import Any
 import pydantic
 
 from hourjax import schema
-from hourjax.data.plan import RowPlan
-from hourjax.data.records import Skipped
+from hourjax.atomic_file import write_whole
+from hourjax.data.records.record import Skipped
+from hourjax.data.row_plan import RowPlan
 from hourjax.errors import UserError
 from hourjax.parallel import hosts
-from hourjax.training.changes import refuse_changes
 from hourjax.training.checkpoint import saved_config
-from hourjax.training.experiment import Experiment
-from hourjax.training.files import write_whole
+from hourjax.training.config import Experiment, refuse_changes
 
 
 def check_workdir(experiment: Experiment, workdir: pathlib.Path) -> None:

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hourjax.benchmarks import attention_timed
+from hourjax.benchmarks import attention
 from hourjax.benchmarks.attention import Options
-from hourjax.benchmarks.attention_child import (
+from hourjax.benchmarks.attention_compile import (
   Job,
   collective_bytes,
   collectives,
+  compile_in_child,
 )
-from hourjax.benchmarks.attention_compile import compile_in_child
 from hourjax.benchmarks.attention_packed import (
   Row,
   count_visits,
@@ -96,10 +96,10 @@ def test_six_videos_of_ten_minutes():
 
 
 def test_times_of_a_tiny_call():
-  here = attention_timed.measure_here(4, 2, 16, 8, 32)["ours"]
+  here = attention.measure_here(4, 2, 16, 8, 32)["ours"]
   assert here["forward"]["seconds"] > 0
   assert here["forward_and_backward"]["tflop_per_second"] >= 0
-  missing = attention_timed.measure(4, 2, 16, 8, 32)
+  missing = attention.measure(4, 2, 16, 8, 32)
   assert missing == {"missing": "no accelerator: this process runs on the CPU"}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hourjax.benchmarks import synthetic
+from hourjax.data import synthetic
 
 ROOT = Path(__file__).parents[2]
 

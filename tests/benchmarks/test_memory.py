@@ -5,7 +5,7 @@ import numpy as np
 
 _CHILD = """
 import sys
-from hourjax.benchmarks.memory import peak_mib
+from hourjax.benchmarks.figures import peak_mib
 before = peak_mib()
 block = bytearray(200 << 20)
 block[::4096] = b"x" * len(block[::4096])

@@ -3,8 +3,7 @@
 import pytest
 
 from hourjax.benchmarks import schedule
-from hourjax.benchmarks.attention_child import Job
-from hourjax.benchmarks.attention_compile import compile_in_child
+from hourjax.benchmarks.attention_compile import Job, compile_in_child
 
 # A grid with one guarded body: 0, 1 | 2, 3, 4 (branch; one bundle later it
 # takes effect) | 5, 6 | 7 after the loop.

@@ -12,8 +12,8 @@ from hourjax.data.columns import (
   measure_record,
 )
 from hourjax.data.conversations import IGNORE, IMAGE, encode_conversation
-from hourjax.data.demo.tokens import train_tokenizer
-from hourjax.data.records import parse_record
+from hourjax.data.demo.tokenizer import train_tokenizer
+from hourjax.data.records.record import parse_record
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 from tests import tampering

@@ -11,8 +11,8 @@ from hourjax.data.conversations import (
   encode_conversation,
   follow_up,
 )
-from hourjax.data.frame_rules import stored_feature_frames
-from hourjax.data.records import Turn, parse_record
+from hourjax.data.media.frame_rules import stored_feature_frames
+from hourjax.data.records.record import Turn, parse_record
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 from tests import golden_files

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from hourjax.data.dataset import Dataset, SampleOptions
-from hourjax.data.demo.tokens import train_tokenizer
+from hourjax.data.demo.tokenizer import train_tokenizer
 from hourjax.data.forgetting import Forgetting, kept_frames
-from hourjax.data.records import Record, Turn, parse_record
+from hourjax.data.records.record import Record, Turn, parse_record
 from hourjax.data.repository import repeated_frames
 from hourjax.data.rows import RowSpec, Size, build_row, stack_rows
 from hourjax.data.store.features import FeatureStore

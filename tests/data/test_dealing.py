@@ -11,9 +11,13 @@ from hypothesis import strategies as st
 from hourjax.batch import IGNORE
 from hourjax.data import repository, rows
 from hourjax.data.conversations import IMAGE, Conversation
-from hourjax.data.dealing import check_dealing, deal, features_part
 from hourjax.data.forgetting import Forgetting, kept_tokens
 from hourjax.data.layout import build_layout
+from hourjax.data.sequence_sharding import (
+  check_sequence_sharding,
+  deal,
+  features_part,
+)
 from hourjax.errors import UserError
 
 SIDE, WIDTH, PIXELS = 4, 2, 4
@@ -152,5 +156,5 @@ def test_capacities_that_cannot_be_dealt(devices, changes, words):
   capacity = dataclasses.replace(SPEC.capacity, **changes)
   spec = dataclasses.replace(SPEC, capacity=capacity)
   with pytest.raises(UserError, match=words):
-    check_dealing(spec, devices)
-  check_dealing(spec, 1)
+    check_sequence_sharding(spec, devices)
+  check_sequence_sharding(spec, 1)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hourjax.data import images, repository
+from hourjax.data import repository
 from hourjax.data.forgetting import (
   Forgetting,
   keep,
@@ -12,6 +12,7 @@ from hourjax.data.forgetting import (
   kept_tokens,
   neighbour_similarity,
 )
+from hourjax.data.media import images
 from hourjax.errors import UserError
 from tests import golden_files
 

@@ -6,10 +6,10 @@ import pytest
 
 from hourjax.batch import Batch
 from hourjax.data.dataset import Dataset, SampleOptions
-from hourjax.data.demo.tokens import train_tokenizer
+from hourjax.data.demo.tokenizer import train_tokenizer
 from hourjax.data.pipeline import ReadOptions, batches
-from hourjax.data.plan import EPOCH, PlanOptions, RowPlan
-from hourjax.data.records import Record, Turn
+from hourjax.data.records.record import Record, Turn
+from hourjax.data.row_plan import EPOCH, PlanOptions, RowPlan
 from hourjax.data.rows import RowSpec, Size, build_row, stack_rows
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer

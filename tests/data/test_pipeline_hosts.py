@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hourjax.benchmarks import synthetic
+from hourjax.data import synthetic
 from hourjax.data.dataset import Dataset, SampleOptions
 from hourjax.data.pipeline import batches
-from hourjax.data.plan import PlanOptions, RowPlan
 from hourjax.data.prepared import Prepared
+from hourjax.data.row_plan import PlanOptions, RowPlan
 from hourjax.data.rows import RowSpec, Size
 from hourjax.data.store.features import FeatureStore
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hourjax.data.plan import EPOCH, WINDOW, PlanOptions, RowPlan
+from hourjax.data.row_plan import EPOCH, WINDOW, PlanOptions, RowPlan
 from hourjax.data.rows import Size
 from hourjax.errors import UserError
 

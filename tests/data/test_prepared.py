@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from hourjax.data import prepared
 from hourjax.data.columns import MODALITIES, Measures
 from hourjax.data.prepared import Prepared, PreparedWriter
-from hourjax.data.records import Record, Turn
+from hourjax.data.records.record import Record, Turn
 from hourjax.errors import UserError
 from tests import tampering
 
@@ -114,7 +114,7 @@ def test_tensorflow_is_not_needed(tmp_path):
 import sys
 from hourjax.data.prepared import Prepared, PreparedWriter
 from hourjax.data.columns import Measures
-from hourjax.data.records import Record, Turn
+from hourjax.data.records.record import Record, Turn
 turns = (Turn("human", "a"), Turn("gpt", "b"))
 with PreparedWriter(sys.argv[1], tokenizer_id="t") as writer:
   record = Record("1", "text", (), turns, "", {})
@@ -277,7 +277,7 @@ _FULL = """
 import os, resource, signal, sys
 from hourjax.data.prepared import PreparedWriter
 from hourjax.data.columns import Measures
-from hourjax.data.records import Record, Turn
+from hourjax.data.records.record import Record, Turn
 # As on a full disk: no file may grow beyond 1 MiB.
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hourjax.data import images, repository
+from hourjax.data import repository
+from hourjax.data.media import images
 from hourjax.data.repository import NEWLINE
 from hourjax.errors import UserError
 from tests import golden_files

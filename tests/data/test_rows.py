@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hourjax.batch import IGNORE
-from hourjax.data import forgetting, images, repository, rows
+from hourjax.data import forgetting, repository, rows
 from hourjax.data.conversations import IMAGE, Conversation
 from hourjax.data.layout import build_layout
+from hourjax.data.media import images
 from hourjax.errors import UserError
 
 FRAME_SIDE, TILE_SIDE, IMAGE_SIZE, WIDTH = 2, 3, 6, 2

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hourjax.data import sizes
+from hourjax.data import sample_sizes
 from hourjax.data.columns import ColumnsBuilder, measure_record
 from hourjax.data.dataset import Dataset, SampleOptions
-from hourjax.data.demo.tokens import train_tokenizer
+from hourjax.data.demo.tokenizer import train_tokenizer
 from hourjax.data.forgetting import Forgetting
-from hourjax.data.records import parse_record
+from hourjax.data.records.record import parse_record
 from hourjax.data.rows import RowSpec, Size
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
@@ -113,12 +113,12 @@ def test_pixel_videos_come_with_frames_not_features(root):
   for name, (duration, pictures) in facts.items():
     columns.add(measures, "", "default", name, duration, pictures)
   built = columns.build()
-  shown = sizes.shown_videos(built, None)
+  shown = sample_sizes.shown_videos(built, None)
   # Below 128 seconds 128 of its 600 pictures, else one a second.
   assert shown.frames.tolist() == [128, 0, 129]
   assert shown.problems.keys() == {1}
   assert "prepare with --media" in shown.problems[1]
-  made, problems = sizes.sample_sizes(
+  made, problems = sample_sizes.sample_sizes(
     built,
     shown,
     tokenizer=tokenizer,
@@ -129,7 +129,7 @@ def test_pixel_videos_come_with_frames_not_features(root):
   )
   assert set(problems) == {1, 2}
   assert "config.rows.frames=128 < 129 of it; raise" in problems[2]
-  size = dict(zip(sizes.FIELDS, made[0].tolist()))
+  size = dict(zip(sample_sizes.FIELDS, made[0].tolist()))
   assert size["frames"] == 128 and size["features"] == 0
   assert size["memory"] == 128 * 10
 

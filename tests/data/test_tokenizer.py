@@ -5,7 +5,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from hourjax.data.demo.tokens import train_tokenizer
+from hourjax.data.demo.tokenizer import train_tokenizer
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 from tests import golden_files, tampering

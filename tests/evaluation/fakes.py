@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from hourjax.data.store.features import FeatureStore
 from hourjax.errors import UserError
-from hourjax.evaluation.exam import Exam
 from hourjax.evaluation.questions import Question
+from hourjax.evaluation.task import EvalTask
 
 
 @dataclasses.dataclass
@@ -46,14 +46,14 @@ class Model:
     self.remembered: list[str] = []
     self.asked: list[tuple[str, tuple[str, ...]]] = []
 
-  def remember(self, video: str) -> Memory:
+  def encode_memory(self, video: str) -> Memory:
     name = pathlib.Path(video).name
     if name in self.broken:
       raise UserError(f"{video} cannot be read; fetch it again")
     self.remembered.append(video)
     return Memory(self, name)
 
-  def remember_stored(self, store: FeatureStore, video: str) -> Memory:
+  def encode_stored_memory(self, store: FeatureStore, video: str) -> Memory:
     self.remembered.append(f"stored {video}")
     return Memory(self, video)
 
@@ -81,7 +81,7 @@ def question(number: int, video: str = "a.mp4", **changes) -> Question:
   return Question(**{**given, **changes})
 
 
-def exam(questions: Sequence[Question] | None = None, **changes) -> Exam:
+def exam(questions: Sequence[Question] | None = None, **changes) -> EvalTask:
   """By default 45 questions about 4 videos of 20, 11, 9 and 5, mixed."""
   if questions is None:
     names = ["a"] * 20 + ["b"] * 11 + ["c"] * 9 + ["d"] * 5
@@ -95,7 +95,7 @@ def exam(questions: Sequence[Question] | None = None, **changes) -> Exam:
     "frames": "1 a second",
     "max_tokens": 4,
   }
-  return Exam(**{**given, **changes})
+  return EvalTask(**{**given, **changes})
 
 
 def same(rows) -> dict[str, dict]:

@@ -10,7 +10,7 @@ import sys
 import ml_dtypes
 import numpy as np
 
-from hourjax.data.demo.tokens import write_tokenizer
+from hourjax.data.demo.tokenizer import write_tokenizer
 from hourjax.data.store.features import FeatureStore
 from hourjax.models.config import TINY, VisionConfig
 from hourjax.models.params import init_params

@@ -7,12 +7,8 @@ import pytest
 
 from hourjax.errors import UserError
 from hourjax.evaluation import report
-from hourjax.evaluation.compare import (
-  default_out,
-  evaluate_folders,
-  told_apart,
-)
-from hourjax.evaluation.exam import open_exam
+from hourjax.evaluation.run import default_out, evaluate_folders, told_apart
+from hourjax.evaluation.task import open_task
 from tests.evaluation.fakes import Model, exam
 
 
@@ -146,7 +142,7 @@ def _record(name, video="a.mp4"):
 def test_an_exam_from_disk(tmp_path):
   records = [_record("one"), _record("two", "b.mp4")]
   (tmp_path / "test.json").write_text(json.dumps(records))
-  opened = open_exam("records", tmp_path, limit=1)
+  opened = open_task("records", tmp_path, limit=1)
   assert [item.id for item in opened.questions] == ["one", "two"]
   assert [item.id for item in opened.chosen] == ["one"]
   assert opened.chosen[0].expected == "B"
@@ -162,11 +158,11 @@ def test_an_exam_from_disk(tmp_path):
 
 def test_no_exam(tmp_path):
   with pytest.raises(UserError, match="no benchmark 'videommee'; choose"):
-    open_exam("videommee", tmp_path)
+    open_task("videommee", tmp_path)
   with pytest.raises(UserError, match="nowhere"):
-    open_exam("records", tmp_path / "nowhere")
+    open_task("records", tmp_path / "nowhere")
   with pytest.raises(UserError, match=r"holds no index\*\.jsonl"):
-    open_exam("records", tmp_path, features=tmp_path)
+    open_task("records", tmp_path, features=tmp_path)
   (tmp_path / "test.json").write_text("[]")
   with pytest.raises(UserError):
-    open_exam("records", tmp_path)
+    open_task("records", tmp_path)

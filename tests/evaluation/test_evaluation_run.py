@@ -9,8 +9,9 @@ import pytest
 
 from hourjax.data.store.features import FeatureStore
 from hourjax.errors import UserError
-from hourjax.evaluation import compare, scoring
-from hourjax.evaluation import exam as exams
+from hourjax.evaluation import run as compare
+from hourjax.evaluation import scoring
+from hourjax.evaluation import task as exams
 from hourjax.evaluation.records import Records
 from hourjax.evaluation.run import ask, evaluate, gather
 from tests.evaluation.fakes import Model, exam, question, same, timeless

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hourjax.data.demo.tokens import write_tokenizer
+from hourjax.data.demo.tokenizer import write_tokenizer
 from hourjax.errors import UserError
 from hourjax.inference.memory import Answer, Memory
 from hourjax.inference.sampling import Sampling
@@ -55,7 +55,7 @@ class FakeModel:
   def __init__(self):
     self.calls = []
 
-  def remember(self, video):
+  def encode_memory(self, video):
     return self._memory("video", video)
 
   def see(self, images):
@@ -396,7 +396,7 @@ def test_the_lmms_eval_command(tmp_path):
   model = load(tmp_path / "model")
   texts = [question for *_, question in QUESTIONS]
   answers = [
-    *model.remember(tmp_path / "film.mp4").answer(texts[:2], max_tokens=6),
+    *model.encode_memory(tmp_path / "film.mp4").answer(texts[:2], max_tokens=6),
     *model.see([tmp_path / "picture.png"]).answer(texts[2:3], max_tokens=6),
     *model.read().answer(texts[3:], max_tokens=6),
   ]

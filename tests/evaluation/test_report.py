@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from hourjax.errors import UserError
-from hourjax.evaluation import pages, plots, report
+from hourjax.evaluation import report, report_pages
 from hourjax.evaluation.scoring import LeftOut, Run, score, wilson
 from tests.evaluation.fakes import question
 
@@ -95,7 +95,7 @@ def test_alone_and_without_needles():
     assert data[key] is None
   assert data["needle_count"] == data["needle_hidden"] == 0
   assert data["needle_by_duration"] == data["needle_by_format"] == {}
-  assert "needles" not in pages.summary(data) + pages.table(data)
+  assert "needles" not in report_pages.summary(data) + report_pages.table(data)
 
 
 def test_tasks_count_alike_in_their_mean():
@@ -104,8 +104,8 @@ def test_tasks_count_alike_in_their_mean():
   data = report.build({"m": run}).data
   assert data["accuracy"] == 1 / 3
   assert data["runs"]["m"]["mean_of_tasks"] == 0.25
-  assert "mean of its 2 tasks 25.0%" in pages.summary(data)
-  assert "| accuracy, mean of tasks | 25.0% |" in pages.page(data)
+  assert "mean of its 2 tasks 25.0%" in report_pages.summary(data)
+  assert "| accuracy, mean of tasks | 25.0% |" in report_pages.page(data)
 
 
 def test_a_question_counts_in_each_of_its_tasks():
@@ -129,8 +129,8 @@ def test_no_tasks():
   run = Run(ABOUT, (dataclasses.replace(scored, question=item),), ())
   data = report.build({"m": run}).data
   assert data["runs"]["m"]["mean_of_tasks"] is None
-  assert "mean of its" not in pages.summary(data)
-  assert "| accuracy, mean of tasks |  |" in pages.page(data)
+  assert "mean of its" not in report_pages.summary(data)
+  assert "| accuracy, mean of tasks |  |" in report_pages.page(data)
 
 
 def test_nothing_to_report():
@@ -171,7 +171,7 @@ def test_no_report(tmp_path):
 
 
 def test_page(built):
-  page = pages.page(built.data)
+  page = report_pages.page(built.data)
   for part in (
     "# records: with MemAug, without MemAug",
     "| model | stage2@240 | stage2@240 |",
@@ -193,31 +193,31 @@ def test_page_tells_what_is_left_out_and_unreadable():
   lost = [LeftOut(f"x{n}", f"v{n // 3}.mp4", "it | is gone") for n in range(6)]
   run = _run(["B", "C", "mumble | `grumble`", "B"], left_out=lost)
   data = report.build({"m": run}).data
-  page = pages.page(data)
+  page = report_pages.page(data)
   assert "10 questions, 4 asked, 6 left out: 2 videos" in page
   assert "- v1.mp4 (3): it \\| is gone" in page
   assert "unreadable answers, counted as wrong: 1" in page
   assert "Examples of unreadable answers" in page
   assert "    said 'mumble | `grumble`'\n    read as nothing" in page
-  assert "10 questions, 4 asked" in pages.summary(data)
+  assert "10 questions, 4 asked" in report_pages.summary(data)
 
 
 def test_runs_over_different_questions():
   lost = [LeftOut("q3", "v.mp4", "gone")]
   data = report.build({"a": _run("BBBB"), "b": _run("BBC", left_out=lost)}).data
-  (line,) = [x for x in pages.table(data).splitlines() if "colour" in x]
+  (line,) = [x for x in report_pages.table(data).splitlines() if "colour" in x]
   assert line.split() == [
     *("colour", "2", "25%", "100%", "[34,", "100]"),
     *("100%", "of", "1", "[21,", "100]"),
   ]
-  assert "scored on what they asked" in pages.summary(data)
-  assert "30-60 min" in pages.table(data)
+  assert "scored on what they asked" in report_pages.summary(data)
+  assert "30-60 min" in report_pages.table(data)
 
 
 def test_long_prompts_are_cut_in_the_middle():
   item = question(1, prompt="start " + "x" * 5000 + " end")
   run = Run(ABOUT, (score(item, {"answer": "C"}),), ())
-  page = pages.page(report.build({"m": run}).data)
+  page = report_pages.page(report.build({"m": run}).data)
   assert "    start xxx" in page and "xxx end\n" in page
   assert "[... 3,810 characters ...]" in page and len(page) < 4000
 
@@ -237,20 +237,20 @@ def test_table_and_summary(built):
 
 def _inked(figure, tmp_path):
   path = tmp_path / "picture.png"
-  path.write_bytes(plots.png(figure))
+  path.write_bytes(report_pages.png(figure))
   pixels = np.asarray(Image.open(path).convert("RGB"))
   assert min(pixels.shape[:2]) > 100
   return (pixels.min(axis=-1) < 200).mean()
 
 
 def test_pictures(built, tmp_path):
-  pictures = plots.pictures(built.data)
+  pictures = report_pages.pictures(built.data)
   assert len(pictures) == 3
   curves = {
     name: [{"step": s, "loss": 3.0 / (s + n)} for s in range(1, 20)]
     for n, name in enumerate(built.names)
   }
-  for figure in [*pictures.values(), plots.losses(curves)]:
+  for figure in [*pictures.values(), report_pages.losses(curves)]:
     assert 0.005 < _inked(figure, tmp_path) < 0.9
 
 
@@ -268,7 +268,7 @@ def test_labels_do_not_collide(runs, count):
            range(count)]  # fmt: skip
   part = _part(1, 3, 0.25)
   groups = {n: {f"model-{r}@200": part for r in range(runs)} for n in names}
-  (figure,) = plots.pictures({"by_task": groups}).values()
+  (figure,) = report_pages.pictures({"by_task": groups}).values()
   boxes = _texts(figure)
   assert len(boxes) == count
   for above, below in itertools.pairwise(boxes):
@@ -284,7 +284,7 @@ def test_labels_do_not_collide(runs, count):
 
 def test_two_reports_side_by_side(built):
   other = report.build({WITH: _run("CCCC")})
-  figure = plots.accuracy([built, other], by="duration")
+  figure = report_pages.accuracy([built, other], by="duration")
   (axes,) = figure.axes
   labels = [text.get_text() for text in figure.legends[0].get_texts()]
   assert labels == [
@@ -295,4 +295,4 @@ def test_two_reports_side_by_side(built):
   assert widths == [1.0, 1.0, 0.0]
   assert axes.get_title(loc="left") == "Accuracy by length of video"
   with pytest.raises(ValueError, match="by 'weather'"):
-    plots.accuracy([built], by="weather")
+    report_pages.accuracy([built], by="weather")

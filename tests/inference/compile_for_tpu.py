@@ -25,7 +25,7 @@ from hourjax.models.config import SIZES
 from hourjax.models.params import param_axes, param_shapes
 from hourjax.parallel.mesh import MeshConfig, make_mesh
 from hourjax.parallel.rules import param_shardings
-from hourjax.training.placing import abstract_batch
+from hourjax.training.batch_sharding import abstract_batch
 
 KEPT, TEXT, ROOM = 512 * 17, 64, 256
 _BYTES = {"bf16": 2, "f32": 4, "s32": 4, "pred": 1, "u32": 4}
@@ -68,13 +68,13 @@ def _lowered(params, config, mesh, frames):
     queries=kept,
   )
   abstract = functools.partial(_abstract, mesh)
-  remember = functools.partial(steps.remember.lower, config=config)
+  encode_memory = functools.partial(steps.encode_memory.lower, config=config)
   batch = abstract_batch(row_spec(config, memory), 1, mesh)
-  yield "remember", remember(params, batch)
+  yield "encode_memory", encode_memory(params, batch)
   remembered = jax.eval_shape(
-    functools.partial(steps.remember, config=config), params, batch
+    functools.partial(steps.encode_memory, config=config), params, batch
   )
-  remembered = steps.Remembered(
+  remembered = steps.MemoryCache(
     known=jax.tree.map(
       lambda x: abstract(x, None, None, "seq"), remembered.known
     ),
@@ -85,8 +85,8 @@ def _lowered(params, config, mesh, frames):
   batch = abstract_batch(row_spec(config, prompt), 1, mesh)
   watched = jax.ShapeDtypeStruct((1, 512), jnp.int32)
   yield (
-    "recall",
-    steps.recall.lower(params, remembered, batch, watched, config=config),
+    "read_memory",
+    steps.read_memory.lower(params, remembered, batch, watched, config=config),
   )
   augmented = abstract(
     jax.ShapeDtypeStruct((1, queries, config.decoder.width), config.dtype),
@@ -101,7 +101,7 @@ def _lowered(params, config, mesh, frames):
     functools.partial(steps.prefill, **more), params, augmented, batch, start
   )
   number = jax.ShapeDtypeStruct((1,), jnp.int32)
-  writing = steps.Writing(
+  writing = steps.DecodeState(
     cache=jax.tree.map(lambda x: abstract(x, None, None, "seq"), cache),
     length=number,
     token=number,

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from hourjax.data.records import Turn
+from hourjax.data.records.record import Turn
 from hourjax.parallel.mesh import MeshConfig
 from tests.inference import models
 
@@ -28,7 +28,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def answers(mesh: dict, folder: pathlib.Path) -> dict:
   """What a mesh makes of the questions."""
   model = models.tiny(folder, MeshConfig(fsdp=1, **mesh))
-  memory = model.remember(models.features())
+  memory = model.encode_memory(models.features())
   # At all of these the likeliest word leads by 0.03 or more, and meshes round
   # logits apart by 0.001: an eighth one here would lead by that.
   written = memory.answer(models.QUESTIONS, max_tokens=7)
@@ -37,7 +37,7 @@ def answers(mesh: dict, folder: pathlib.Path) -> dict:
     for question in models.QUESTIONS
   ]
   writing, _ = model.engine.begin(memory._known, layouts, room=1)
-  conversation = memory.converse()
+  conversation = memory.chat()
   looked = conversation.ask(models.QUESTIONS[1], max_tokens=4).looked
   after = conversation.ask(models.QUESTIONS[2], max_tokens=8)
   return {

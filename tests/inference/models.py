@@ -8,15 +8,15 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from hourjax.data.demo.tokens import MARKUP, write_tokenizer
+from hourjax.data.demo.tokenizer import MARKUP, write_tokenizer
 from hourjax.data.layout import Layout
-from hourjax.data.records import Turn
+from hourjax.data.records.record import Turn
 from hourjax.data.rows import Sample, Visual, build_row, stack_rows
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.inference.engine import row_spec
 from hourjax.inference.model import Model
 from hourjax.inference.prompts import Rules
-from hourjax.inference.steps import Writing
+from hourjax.inference.steps import DecodeState
 from hourjax.models.config import TINY, ModelConfig, VisionConfig
 from hourjax.models.params import init_params, with_params
 from hourjax.parallel.mesh import MeshConfig, make_mesh
@@ -115,7 +115,7 @@ def _next_logits(params, writing, config):
   return model.logits(hidden[:, 0])
 
 
-def next_logits(model: Model, writing: Writing) -> np.ndarray:
+def next_logits(model: Model, writing: DecodeState) -> np.ndarray:
   """Logits [rows, N] of what comes after each row's newest token."""
   return np.asarray(
     _next_logits(model.engine.params, writing, config=model.config)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from hourjax.data.rows import Size
+from hourjax.extraction.encoder import Encoder
 from hourjax.inference import steps
-from hourjax.inference.encoder import Encoder
 from hourjax.inference.engine import row_spec
 from hourjax.models.config import TINY, DecoderConfig
 from hourjax.models.layers import layers_told
@@ -20,7 +20,7 @@ from hourjax.models.params import (
   param_shapes,
 )
 from hourjax.parallel.mesh import MeshConfig, make_mesh
-from hourjax.training.placing import abstract_batch
+from hourjax.training.batch_sharding import abstract_batch
 from tests.inference import models
 
 CONFIG = dataclasses.replace(models.CONFIG, dtype="bfloat16")

@@ -11,12 +11,12 @@ from PIL import Image
 
 from hourjax.data.conversations import follow_up
 from hourjax.data.forgetting import Forgetting
-from hourjax.data.frame_rules import stored_feature_frames
 from hourjax.data.layout import Layout
-from hourjax.data.records import Turn
+from hourjax.data.media.frame_rules import stored_feature_frames
+from hourjax.data.records.record import Turn
 from hourjax.data.repository import empty_repository
 from hourjax.data.rows import Size
-from hourjax.data.shown import read_images
+from hourjax.data.visual_input import read_images
 from hourjax.errors import UserError
 from hourjax.inference import engine
 from hourjax.inference.engine import rounded, row_spec
@@ -38,7 +38,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def memory(model):
-  return model.remember(models.features())
+  return model.encode_memory(models.features())
 
 
 def _layout(memory, *texts) -> Layout:
@@ -85,7 +85,7 @@ def test_answers_that_cross_capacities(model, how):
   """Both answers begin in one capacity of the cache and end in the next."""
   memory = model.read()
   first_question, later = _long(memory, 120), WHY
-  conversation = memory.converse()
+  conversation = memory.chat()
   conversation.ask(first_question, max_tokens=20, sampling=how)
   first = _ids(conversation)
   layout = _layout(memory, first_question)
@@ -115,13 +115,13 @@ def test_answers_that_cross_capacities(model, how):
 @pytest.mark.parametrize("end", ["im_end", "pad"])
 def test_a_turn_after_one_that_ended_by_itself(model, monkeypatch, end):
   memory = model.read()
-  free = memory.converse()
+  free = memory.chat()
   free.ask("Who?", max_tokens=6)
   ids = _ids(free)
   stop = ids[2]
   monkeypatch.setattr(model.tokenizer, end, stop)
   assert memory._stop == [model.tokenizer.im_end, model.tokenizer.pad]
-  conversation = memory.converse()
+  conversation = memory.chat()
   answer = conversation.ask("Who?", max_tokens=6)
   first = ids[: ids.index(stop) + 1]
   assert answer.finished and _ids(conversation) == first
@@ -134,7 +134,7 @@ def test_a_turn_after_one_that_ended_by_itself(model, monkeypatch, end):
 
 
 def test_stop_on_the_first_token(memory, monkeypatch):
-  conversation = memory.converse()
+  conversation = memory.chat()
   conversation.ask("Who?", max_tokens=1)
   monkeypatch.setattr(
     type(memory), "_stop", [10**6, *_ids(conversation), 10**6 + 1]
@@ -164,7 +164,7 @@ def test_rules_bound_prompt_and_answer_exactly(model):
   words = 3 + 1 + len(follow_up("Why?", model.tokenizer))
   whole = length + words
   for most in (whole + 2, whole + 1):
-    conversation = reading(most).converse()
+    conversation = reading(most).chat()
     conversation.ask("Who?", max_tokens=3)
     if most == whole + 2:
       assert conversation.ask("Why?", max_tokens=2).tokens == 2
@@ -287,7 +287,7 @@ def test_shares_are_the_weights_of_the_watched(model, memory):
 def test_videos_that_are_short(model, frames, duration):
   """Few frames repeat in the memory; the model is told how many there are."""
   visual = models.features(frames)
-  memory = model.remember(visual, duration=duration)
+  memory = model.encode_memory(visual, duration=duration)
   chosen = visual[stored_feature_frames(frames, duration)]
   assert memory.frames == len(chosen) == min(frames, 128)
   writing, _ = model.engine.begin(
@@ -353,19 +353,19 @@ def test_kept_tokens_are_found_in_any_order():
 @pytest.mark.slow
 def test_forgetting_is_as_the_rules_say(model, memory, tmp_path):
   visual = models.features()
-  again, other = model.remember(visual)._kept, memory._kept
+  again, other = model.encode_memory(visual)._kept, memory._kept
   np.testing.assert_array_equal(again[0], other[0])
-  seeded = models.tiny(tmp_path, seed=1).remember(visual)._kept
+  seeded = models.tiny(tmp_path, seed=1).encode_memory(visual)._kept
   assert len(seeded[0]) == len(again[0]) and (seeded[0] != again[0]).any()
   rule = Forgetting(temporal="keyframe", ratio=4)
   chosen = models.tiny(tmp_path, forgetting=rule)
   # Three frames repeated to 128, of which a quarter is kept.
   visual = models.features(3)
-  short = chosen.remember(visual)
+  short = chosen.encode_memory(visual)
   assert len(np.unique(short._kept[0] // 17)) == 128 // 4
   visual = models.features()
   visual[40:100] = visual[40]  # alike: of no interest, but for the ends
-  kept = np.unique(chosen.remember(visual)._kept[0] // 17)
+  kept = np.unique(chosen.encode_memory(visual)._kept[0] // 17)
   assert len(kept) == 150 // 4 and not ((kept > 45) & (kept < 94)).any()
 
 
@@ -383,8 +383,8 @@ def _other(**changes):
 def test_without_memaug_and_with_tied_words(tmp_path):
   model = models.tiny(tmp_path, config=_other(memaug_layers=0, tied=True))
   visual = models.features()
-  memory = model.remember(visual)
-  conversation = memory.converse()
+  memory = model.encode_memory(visual)
+  conversation = memory.chat()
   assert conversation.ask("Who?", max_tokens=3).looked is None
   first = _ids(conversation)
   conversation.ask("Why?", max_tokens=3)
@@ -407,8 +407,8 @@ def test_bfloat16(tmp_path):
   assert kinds["decoder/layers/layers/attn/q/kernel"] == jnp.bfloat16
   assert kinds["decoder/layers/layers/norm1/scale"] == jnp.float32
   visual = models.features()
-  memory = model.remember(visual)
-  conversation = memory.converse()
+  memory = model.encode_memory(visual)
+  conversation = memory.chat()
   looked = conversation.ask("Who?", max_tokens=6).looked
   words = _ids(conversation)
   writing = conversation._writing
@@ -420,7 +420,7 @@ def test_bfloat16(tmp_path):
   rounding = np.abs(slow - true).mean()
   assert np.abs(cached - true).mean() < 1.5 * rounding
   assert np.abs(cached - slow).mean() < 1.5 * rounding
-  there = exact.remember(visual).ask("Who?", max_tokens=6).looked
+  there = exact.encode_memory(visual).ask("Who?", max_tokens=6).looked
   assert np.abs(looked.share - there.share).sum() / 2 < 0.1
 
 
@@ -432,11 +432,11 @@ def test_what_is_forgotten_is_freed(model):
     gc.collect()
     return sum(x.nbytes for x in jax.live_arrays())
 
-  memory = model.remember(models.features())
+  memory = model.encode_memory(models.features())
   memory.ask("Who?", max_tokens=1)
   before = held()
   for seed in range(2):
-    memory = model.remember(models.features(seed=seed))
+    memory = model.encode_memory(models.features(seed=seed))
     memory.ask("Who?", max_tokens=1)
     assert held() == before
 

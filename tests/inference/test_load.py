@@ -14,16 +14,16 @@ import pytest
 from PIL import Image
 
 import hourjax
-from hourjax.data.frame_rules import extraction_frames, shown_frames
+from hourjax.data.media.frame_rules import extraction_frames, shown_frames
+from hourjax.data.media.video import probe
 from hourjax.data.pipeline import ReadOptions
 from hourjax.data.rows import Size
 from hourjax.data.store.features import FeatureStore
-from hourjax.data.video import probe
 from hourjax.errors import UserError
 from hourjax.models.params import init_params, narrow_dtype, param_shapes
 from hourjax.parallel.mesh import MeshConfig
 from hourjax.training.checkpoint import Checkpoints
-from hourjax.training.step import TrainState
+from hourjax.training.train_step import TrainState
 from hourjax.weights.checkpoint import load_params, save_params
 from tests import videos
 from tests.inference import models
@@ -138,24 +138,24 @@ def test_a_film_is_its_stored_features(model, film, tmp_path):
   Of films of 128 seconds and more it stores other frames (`frame_rules`).
   """
   seen = []
-  memory = model.remember(film, progress=lambda *done: seen.append(done))
+  memory = model.encode_memory(film, progress=lambda *done: seen.append(done))
   info = probe(film)
   indices, duration = extraction_frames(info.frames, info.fps)
   assert indices.tolist() == shown_frames(300, 60.0).tolist()
   assert (memory.duration, memory.frames) == (60.0, 128)
   assert seen[0] == (0, len(indices)) and seen[-1] == (128, 128)
-  features = model.read_film(film).features
+  features = model.read_video_features(film).features
   assert features.dtype == ml_dtypes.bfloat16
   store = FeatureStore(tmp_path / "store", create=True)
   store.write("film.mp4", features, duration)
-  stored = model.remember_stored(store, "film.mp4")
+  stored = model.encode_stored_memory(store, "film.mp4")
   np.save(tmp_path / "x.npy", features)
-  copied = model.remember(tmp_path / "x.npy", duration=duration)
+  copied = model.encode_memory(tmp_path / "x.npy", duration=duration)
   mapped = np.load(tmp_path / "x.npy")  # two bytes without a type
   assert mapped.dtype.kind == "V"
-  given = model.remember(mapped, duration=duration)
+  given = model.encode_memory(mapped, duration=duration)
   (file,) = (tmp_path / "store").glob("*.npy")
-  assert model.remember(file).duration == duration  # as the store knows
+  assert model.encode_memory(file).duration == duration  # as the store knows
   expected = memory.answer(models.QUESTIONS, max_tokens=6)
   assert stored.answer(models.QUESTIONS, max_tokens=6) == expected
   assert copied.answer(models.QUESTIONS, max_tokens=6) == expected
@@ -168,10 +168,10 @@ def test_an_index_of_something_else(model, tmp_path):
   path = tmp_path / "below" / "x.npy"
   np.save(path, models.features().astype(np.float32))
   (tmp_path / "index.jsonl").write_text('{"id": 1}\n')
-  assert model.remember(path).duration == 150
+  assert model.encode_memory(path).duration == 150
   (tmp_path / "tower.json").write_text("{}")
   with pytest.raises(UserError, match=r"index\.jsonl.*'id': 1"):
-    model.remember(path)
+    model.encode_memory(path)
 
 
 @pytest.mark.slow
@@ -233,12 +233,12 @@ def _bad_sources(tmp_path):
 def test_what_cannot_be_remembered(model, tmp_path):
   for name, message in _bad_sources(tmp_path).items():
     with pytest.raises(UserError, match=message):
-      model.remember(tmp_path / name)
+      model.encode_memory(tmp_path / name)
   with pytest.raises(UserError, match="the array of features holds int32"):
-    model.remember(np.zeros((150, *models.SHAPE), np.int32))
+    model.encode_memory(np.zeros((150, *models.SHAPE), np.int32))
   for seconds in (-5, 0, float("nan"), float("inf"), 3.6e6):
     with pytest.raises(UserError, match=r"the duration is .*, expected secon"):
-      model.remember(models.features(), duration=seconds)
+      model.encode_memory(models.features(), duration=seconds)
 
 
 def test_no_such_model(tmp_path, folder):
@@ -266,7 +266,7 @@ def test_a_workdir_of_a_run(tmp_path):
   (checkpoints / "3" / "about" / "metadata").write_text("torn")
   assert hourjax.load(tmp_path / "run").name == loaded.name
   shutil.rmtree(checkpoints / "3")
-  stored = loaded.remember_stored(FeatureStore(data / "features"), video)
+  stored = loaded.encode_stored_memory(FeatureStore(data / "features"), video)
   expected = stored.ask(QUESTION, max_tokens=5)
   done = _ask(
     f"--model={tmp_path}/run",

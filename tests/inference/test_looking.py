@@ -4,15 +4,21 @@ import numpy as np
 import pytest
 
 from hourjax.errors import UserError
-from hourjax.inference.looking import Looked, clock, looked_at
-from hourjax.inference.picture import check_picture, look_figure, save_look
+from hourjax.inference.attention_map import (
+  AttentionMap,
+  attention_figure,
+  attention_over_time,
+  check_picture,
+  clock,
+  save_attention_figure,
+)
 from tests import videos
 
 
 def _looked(duration=1800.0, peak=1000):
   share = np.full(int(duration), 0.5 / duration)
   share[peak] += 0.5
-  return Looked(np.linspace(0, duration, len(share) + 1), share)
+  return AttentionMap(np.linspace(0, duration, len(share) + 1), share)
 
 
 def test_from_tokens_to_time():
@@ -20,7 +26,7 @@ def test_from_tokens_to_time():
   places = np.array([0, 2, 4, 1, 3, 5, -1, -1])
   shares = np.array([[1, 1, 2, 1, 2, 1, 9, 9], [4, 0, 0, 0, 0, 0, 9, 9.0]])
   frame = np.where(places < 0, -1, places // 3)
-  looked = looked_at(shares, frame, 10.0)
+  looked = attention_over_time(shares, frame, 10.0)
   np.testing.assert_allclose(looked.edges, [0, 5, 10])
   # The first block: 3 of 8 on frame 0; the second: all of it.
   np.testing.assert_allclose(looked.share, [(3 / 8 + 1) / 2, (5 / 8) / 2])
@@ -37,14 +43,14 @@ def test_minutes_and_peaks():
   assert len(short.minutes()[1]) == 10
   assert short.peaks(1)[0][:2] == (40.0, 50.0)
   # A short video's frames are repeated; a second is not divided.
-  one = Looked(np.linspace(0, 1.5, 129), np.full(128, 1 / 128))
+  one = AttentionMap(np.linspace(0, 1.5, 129), np.full(128, 1 / 128))
   assert one.peaks() == [(0.0, 1.5, pytest.approx(1))]
-  odd = Looked(np.linspace(0, 350.5, 352), np.full(351, 1 / 351))
+  odd = AttentionMap(np.linspace(0, 350.5, 352), np.full(351, 1 / 351))
   assert odd.minutes()[0][-2:].tolist() == [300.0, 350.5]
 
 
 def test_binned_divides_a_moment_as_time():
-  looked = Looked(np.array([0.0, 10, 20]), np.array([0.25, 0.75]))
+  looked = AttentionMap(np.array([0.0, 10, 20]), np.array([0.25, 0.75]))
   np.testing.assert_allclose(looked.binned([0, 5, 20]), [0.125, 0.875])
 
 
@@ -68,7 +74,7 @@ def test_clock():
 @pytest.mark.parametrize("duration, shown", [(600.0, 5), (3.0, 3), (70.0, 5)])
 def test_picture_with_frames(tmp_path, duration, shown):
   film = videos.write(tmp_path / "film.mp4", int(duration), rate=1)
-  figure = look_figure(
+  figure = attention_figure(
     _looked(duration, 1), question="Who?", answer="A dog", film=film
   )
   frames = [axes for axes in figure.axes if axes.images]
@@ -77,12 +83,16 @@ def test_picture_with_frames(tmp_path, duration, shown):
   assert titles == sorted(titles)
   assert "A dog" in figure.get_suptitle()
   dollars = r"$5 or $\no$?"  # no formula
-  save_look(_looked(duration, 1), tmp_path / "look.png", question=dollars)
+  save_attention_figure(
+    _looked(duration, 1), tmp_path / "look.png", question=dollars
+  )
   assert (tmp_path / "look.png").stat().st_size > 4000
 
 
 def test_letters_that_no_font_has(tmp_path, recwarn):
-  save_look(_looked(), tmp_path / "look.png", question="\U0001f436 \U00020bb7?")
+  save_attention_figure(
+    _looked(), tmp_path / "look.png", question="\U0001f436 \U00020bb7?"
+  )
   assert not [w for w in recwarn if "Glyph" in str(w.message)]
 
 
@@ -99,5 +109,5 @@ def test_pictures_that_cannot_be_written(tmp_path):
     with pytest.raises(UserError, match=message):
       check_picture(tmp_path / name)
   with pytest.raises(UserError, match=r"cannot write .*no/look.png"):
-    save_look(_looked(), tmp_path / "no/look.png")
+    save_attention_figure(_looked(), tmp_path / "no/look.png")
   assert not (tmp_path / "no").exists()

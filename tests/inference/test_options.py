@@ -1,6 +1,6 @@
 import pytest
 
-from hourjax.inference.options import image_paths
+from hourjax.inference.terminal import image_paths
 
 
 @pytest.mark.parametrize(

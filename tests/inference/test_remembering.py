@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from hourjax.data.conversations import follow_up
-from hourjax.data.records import Turn
+from hourjax.data.records.record import Turn
 from hourjax.errors import UserError
-from hourjax.inference.memory import watched_queries
+from hourjax.inference.memory import probe_queries
 from hourjax.inference.sampling import Sampling
 from tests.inference import models
 from tests.inference.models import QUESTIONS
@@ -28,7 +28,7 @@ def visual():
 
 @pytest.fixture(scope="module")
 def memory(model, visual):
-  return model.remember(visual)
+  return model.encode_memory(visual)
 
 
 def _ids(conversation) -> list[int]:
@@ -43,7 +43,7 @@ def _is_greedy(logits, ids) -> None:
 
 
 def _ask(memory, question, **options):
-  conversation = memory.converse(**options)
+  conversation = memory.chat(**options)
   conversation.ask(question, max_tokens=TOKENS)
   return conversation, _ids(conversation)
 
@@ -59,7 +59,7 @@ def test_first_and_later_questions(model, memory, visual, question):
 def test_answers_depend_on_question_and_video(model, memory):
   texts = {answer.text for answer in memory.answer(QUESTIONS, max_tokens=8)}
   assert len(texts) > 1
-  other = model.remember(models.features(seed=1))
+  other = model.encode_memory(models.features(seed=1))
   assert texts != {a.text for a in other.answer(QUESTIONS, max_tokens=8)}
 
 
@@ -107,7 +107,7 @@ def test_reread_asks_as_in_training(model, memory, visual):
 
 @pytest.mark.slow
 def test_conversation_outgrows_its_cache(memory):
-  conversation = memory.converse()
+  conversation = memory.chat()
   for n in range(4):
     before = 0 if not n else conversation._writing.cache.k.shape[2]
     conversation.ask("Why? " * 60, max_tokens=TOKENS)
@@ -122,7 +122,7 @@ def test_an_interrupted_turn_is_as_if_not_asked(model, memory, visual):
   def interrupt(text):
     raise KeyboardInterrupt
 
-  conversation = memory.converse()
+  conversation = memory.chat()
   for before in (0, 2):
     with pytest.raises(KeyboardInterrupt):
       conversation.ask(QUESTIONS[2], max_tokens=TOKENS, stream=interrupt)
@@ -178,7 +178,7 @@ def test_looked_is_the_attention_of_the_watched(model, memory):
   np.testing.assert_allclose(looked.share.sum(), 1, rtol=1e-6)
   assert looked.duration == memory.duration
   layout = models.layout_of(memory, [Turn("human", QUESTIONS[1])])
-  watched = watched_queries(layout.query_token)
+  watched = probe_queries(layout.query_token)
   assert (layout.query_token[watched] < 0).all() and len(watched) > 100
 
 
@@ -257,11 +257,11 @@ def test_special_tokens_are_not_said(model, memory, monkeypatch):
 
 @pytest.mark.slow
 def test_too_long(model, tmp_path):
-  short = models.tiny(tmp_path, max_length=700).remember(models.features())
+  short = models.tiny(tmp_path, max_length=700).encode_memory(models.features())
   assert short.ask("Who?", max_tokens=2).tokens == 2
   with pytest.raises(UserError, match=r"take \d+ \+ 2 tokens and the model"):
     short.ask("Why? " * 300, max_tokens=2)
-  conversation = short.converse()
+  conversation = short.chat()
   conversation.ask("Who?", max_tokens=2)
   with pytest.raises(UserError, match="begin a new one"):
     for _ in range(100):

@@ -4,19 +4,21 @@ import jax
 import numpy as np
 import pytest
 
-from hourjax.data import dataset, frame_rules
-from hourjax.data.records import Turn, parse_record
+from hourjax.data import dataset
+from hourjax.data.media import frame_rules
+from hourjax.data.records.record import Turn, parse_record
 from hourjax.data.rows import Size
 from hourjax.data.store.features import FeatureStore
 from hourjax.evaluation import run
-from hourjax.inference import film, streaming
-from hourjax.inference.engine import Known, row_spec
-from hourjax.inference.extraction import extract_videos
+from hourjax.extraction import streaming
+from hourjax.extraction.worker import extract_videos
+from hourjax.inference import video_features
+from hourjax.inference.engine import EncodedMemory, row_spec
 from hourjax.inference.model import Model
 from hourjax.models.params import param_shapes
 from hourjax.parallel.mesh import MeshConfig, make_mesh
 from tests import videos
-from tests.data.frame_cases import CASES
+from tests.data.media.frame_cases import CASES
 from tests.evaluation import fakes
 from tests.inference import models
 
@@ -34,7 +36,7 @@ class Reading:
 
   def __init__(self, monkeypatch):
     self.frames: list[list[int]] = []
-    for module in (film, streaming, dataset.video):
+    for module in (video_features, streaming, dataset.video):
       decode = module.decode_frames
 
       def noted(path, indices, *args, decode=decode, **options):
@@ -60,7 +62,7 @@ def model(tmp_path_factory):
   tokenizer = models.tokenizer(tmp_path_factory.mktemp("tokenizer"))
   mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
   made = Model(params, models.CONFIG, tokenizer, name="tiny", mesh=mesh)
-  made.engine.remember = lambda *memory: Known()
+  made.engine.encode_memory = lambda *memory: EncodedMemory()
   return made
 
 
@@ -154,18 +156,18 @@ def test_training_on_features(model, folder, store):
 
 def test_asking(model, folder, store, reading):
   for name, case in FILES.items():
-    memory = model.remember(folder / name)
+    memory = model.encode_memory(folder / name)
     assert reading.frames[-1] == case.indices and not memory.note
     told = _of_memory(memory, model.tokenizer)
     assert told == _words(case.seconds, case.shown)
-    assert _of_memory(model.remember(store.path(name)), model.tokenizer) == (
-      _words(case.seconds, case.kept)
-    )
+    assert _of_memory(
+      model.encode_memory(store.path(name)), model.tokenizer
+    ) == (_words(case.seconds, case.kept))
 
 
 def test_attention_to_repeated_frames_is_that_of_the_frame(model):
   """Two frames fill a memory of 128: the first 127 times, the second once."""
-  memory = model.remember(models.features(2), duration=2.0)
+  memory = model.encode_memory(models.features(2), duration=2.0)
   tokens = model.config.pool_side**2 + 1
   places = np.arange(128 * tokens + 5)
   places[-5:] = -1  # padding
@@ -179,8 +181,8 @@ def test_attention_to_repeated_frames_is_that_of_the_frame(model):
       return None, weights
 
   memory._engine = Engine()
-  memory._known = Known(places=places)
-  _, looked = memory.converse()._begin([Turn("human", "Who?")], 1)
+  memory._known = EncodedMemory(places=places)
+  _, looked = memory.chat()._begin([Turn("human", "Who?")], 1)
   np.testing.assert_allclose(looked.share, [0.25, 0.75])
   np.testing.assert_allclose(looked.edges, [0.0, 1.0, 2.0])
 
@@ -191,12 +193,12 @@ class Watching:
   def __init__(self, model):
     self.name, self._model, self.made = "watching", model, []
 
-  def remember(self, video):
-    self.made.append(self._model.remember(video))
+  def encode_memory(self, video):
+    self.made.append(self._model.encode_memory(video))
     return fakes.Memory(fakes.Model(), video)
 
-  def remember_stored(self, store, video):
-    self.made.append(self._model.remember_stored(store, video))
+  def encode_stored_memory(self, store, video):
+    self.made.append(self._model.encode_stored_memory(store, video))
     return fakes.Memory(fakes.Model(), video)
 
 
@@ -230,4 +232,4 @@ def test_evaluating(model, folder, store, reading, tmp_path):
 def test_a_memory_says_what_is_not_shown(model, store):
   for name in (SPARSE, next(iter(FILES))):
     note = frame_rules.sparse_note(1) if name == SPARSE else ""
-    assert model.remember(store.path(name)).note == note
+    assert model.encode_memory(store.path(name)).note == note

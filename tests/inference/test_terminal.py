@@ -4,9 +4,13 @@ import pytest
 
 from hourjax.errors import UserError
 from hourjax.inference.memory import Answer, Conversation
-from hourjax.inference.options import check_options
 from hourjax.inference.sampling import GREEDY, Sampling
-from hourjax.inference.terminal import Talk, leaving, shown
+from hourjax.inference.terminal import (
+  TerminalChat,
+  check_options,
+  leaving,
+  shown,
+)
 
 
 class Says(Conversation):
@@ -24,20 +28,20 @@ class Says(Conversation):
 
 
 def test_half_letters_wait(capsys):
-  Talk(Says(["a", "a \ufffd", "a \ufffd\ufffd", "a é!"])).ask("Who?")
+  TerminalChat(Says(["a", "a \ufffd", "a \ufffd\ufffd", "a é!"])).ask("Who?")
   assert capsys.readouterr().out == "a é!\n"
 
 
 def test_nothing_and_too_much(capsys):
-  Talk(Says([""])).ask("Who?")
-  Talk(Says(["so"], finished=False), max_tokens=1).ask("Who?")
+  TerminalChat(Says([""])).ask("Who?")
+  TerminalChat(Says(["so"], finished=False), max_tokens=1).ask("Who?")
   assert capsys.readouterr().out == "[no words]\nso [cut at 1 tokens]\n"
 
 
 def test_lines_of_a_pipe(capsys, tmp_path):
   (tmp_path / "asked").write_text("Who?\n\nbad\nWhy?")
   with (tmp_path / "asked").open() as source:
-    failed = Talk(Says(["yes"])).listen(source)
+    failed = TerminalChat(Says(["yes"])).listen(source)
   said = capsys.readouterr()
   assert failed == 1
   assert said.out == "\n> Who?\nyes\n\n> bad\n\n> Why?\nyes\n"

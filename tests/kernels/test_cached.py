@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hourjax.kernels import attention, cached_attention, key_shares
+from hourjax.kernels import attention, cached_attention, key_attention
 
 RNG = np.random.default_rng(7)
 
@@ -87,7 +87,7 @@ def test_shares_are_summed_weights(heads, kv_heads):
   key = np.sort(RNG.integers(0, 3, (2, 700)), axis=1)
   seen = (query[:, :, None] == key[:, None]) & (key > 0)[:, None]
   expected = _weights(q, k, seen).sum((1, 2))
-  got = key_shares(
+  got = key_attention(
     jnp.asarray(q, jnp.float32),
     jnp.asarray(k, jnp.float32),
     jnp.asarray(query, jnp.int32),
@@ -136,7 +136,7 @@ def test_shares_in_bfloat16():
   seen = np.ones((1, 64, 300), bool)
   wide = [np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k)]
   expected = _weights(*wide, seen).sum((1, 2))
-  got = key_shares(q, k, *one)
+  got = key_attention(q, k, *one)
   assert got.dtype == jnp.float32
   # Sums of each KV head are rounded to 8 bits.
   np.testing.assert_allclose(got, expected, rtol=1e-2)

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AbstractMesh, Mesh
 
 from hourjax import kernels
-from hourjax.kernels import exchange
+from hourjax.kernels import ulysses
 
 # float32 against float64 on numbers of order 1.
 ATOL = 2e-5
@@ -176,7 +176,7 @@ def test_a_split_sequence_is_one_sequence():
   ],
 )
 def test_blocks_of_heads(heads, kv_heads, devices, blocks):
-  assert exchange.head_blocks(heads, kv_heads, devices) == blocks
+  assert ulysses.head_blocks(heads, kv_heads, devices) == blocks
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from hourjax.models import flops
 from hourjax.models.config import HOUR_LLAVA_3B, HOUR_LLAVA_7B, TINY
 from hourjax.models.flops import Work, count_flops, sample_flops
 from hourjax.models.params import param_shapes, with_params
-from hourjax.training.loss import loss_sums
 from hourjax.training.optimizer import OptimizerConfig, split_params
+from hourjax.training.train_step import loss_sums
 
 STAGE3 = {"projector", "memaug", "decoder"}
 # An hour: 3,600 frames of 65 tokens, 512 of 17 kept, a thousand of text; the

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hourjax.models import qwen2
+from hourjax.models import decoder
 from hourjax.models.config import TINY
 from hourjax.models.layers import rematerialised
 
 
 def _loss(remat):
-  layer = qwen2.DecoderLayer(TINY.decoder, "float32", nnx.Rngs(0))
+  layer = decoder.DecoderLayer(TINY.decoder, "float32", nnx.Rngs(0))
   graph, params = nnx.split(layer)
   where = {
     "position": jnp.arange(16)[None],

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from hourjax.data import images
+from hourjax.data.media import images
 from hourjax.models.config import TINY, DecoderConfig, ModelConfig, VisionConfig
 from hourjax.models.hourllava import HourLLaVA
 from hourjax.models.siglip import VisionTower, pool_frames, pool_matrix

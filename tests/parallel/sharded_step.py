@@ -24,14 +24,14 @@ from hourjax.batch import IGNORE, Batch
 from hourjax.data import repository, rows
 from hourjax.data.conversations import IMAGE, Conversation
 from hourjax.data.forgetting import Forgetting, kept_tokens
-from hourjax.data.images import anyres_geometry
 from hourjax.data.layout import build_layout
+from hourjax.data.media.images import anyres_geometry
 from hourjax.models.config import TINY, DecoderConfig, VisionConfig
 from hourjax.models.params import init_params, param_axes, param_shapes
 from hourjax.parallel.mesh import AXES, MeshConfig, make_mesh
 from hourjax.parallel.rules import param_shardings
-from hourjax.training.placing import Placing
-from hourjax.training.step import Sums, accumulate, no_sums
+from hourjax.training.batch_sharding import Placing
+from hourjax.training.train_step import Sums, accumulate, no_sums
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 SIDE, PIXELS, ROWS = 4, 8, 8

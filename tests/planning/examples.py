@@ -5,11 +5,11 @@ import dataclasses
 from configs import hourllava
 from hourjax.parallel.mesh import MeshConfig
 from hourjax.planning import search
+from hourjax.planning.compiled_step import Compiled
 from hourjax.planning.plan import Plan, evaluate
-from hourjax.planning.step import Compiled
 from hourjax.planning.topology import Topology, parse_topology
 from hourjax.planning.workload import make_workload
-from hourjax.training.experiment import Experiment, build_experiment
+from hourjax.training.config import Experiment, build_experiment
 
 
 def experiment(size="3b", stage=3, mesh=None, **values) -> Experiment:

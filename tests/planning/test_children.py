@@ -2,7 +2,7 @@
 
 import time
 
-from hourjax.planning.children import ask_child
+from hourjax.planning.compile_pool import ask_child
 
 CHILD = "tests.planning.dying"
 

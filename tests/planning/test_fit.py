@@ -6,8 +6,8 @@ import pytest
 
 from hourjax.errors import UserError
 from hourjax.planning import fit, search
+from hourjax.planning.compiled_step import Compiled
 from hourjax.planning.plan import evaluate
-from hourjax.planning.step import Compiled
 from hourjax.planning.topology import parse_topology
 from hourjax.planning.workload import make_workload
 from tests.planning.examples import experiment

@@ -6,8 +6,8 @@ import pytest
 
 from hourjax.errors import UserError
 from hourjax.planning import report
+from hourjax.planning.compiled_step import Compiled
 from hourjax.planning.plan import as_data, evaluate
-from hourjax.planning.step import Compiled
 from tests.planning.examples import experiment, plan_by_formulas
 
 

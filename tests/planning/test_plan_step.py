@@ -3,9 +3,9 @@
 import pytest
 
 from hourjax.errors import UserError
-from hourjax.planning import step
-from hourjax.planning.children import Outcome
-from hourjax.planning.step import compile_step, device_memory
+from hourjax.planning import compiled_step
+from hourjax.planning.compile_pool import Outcome
+from hourjax.planning.compiled_step import compile_step, device_memory
 from hourjax.planning.topology import parse_topology
 from hourjax.planning.workload import make_workload
 from tests.planning.examples import experiment
@@ -56,7 +56,7 @@ def compiled(monkeypatch):
       assert task["topology"] == "v5e:4x4" and task["unknown_trips"] >= 1
       return outcome
 
-    monkeypatch.setattr(step, "ask_child", ask)
+    monkeypatch.setattr(compiled_step, "ask_child", ask)
     return compile_step(found, TOPOLOGY, workload)
 
   return run

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from hourjax.parallel.chips import CHIPS
-from hourjax.planning import roofline, speeds
-from hourjax.planning.roofline import row_seconds, slowest
-from hourjax.planning.speeds import collective_seconds
+from hourjax.planning import roofline
+from hourjax.planning import roofline as speeds
+from hourjax.planning.roofline import collective_seconds, row_seconds, slowest
 from hourjax.planning.workload import make_workload, trained
 from tests.planning.examples import experiment, plan_by_formulas
 

@@ -6,7 +6,7 @@ import pytest
 
 from hourjax.errors import UserError
 from hourjax.planning import search
-from hourjax.planning.step import Compiled
+from hourjax.planning.compiled_step import Compiled
 from hourjax.planning.topology import parse_topology
 from hourjax.planning.workload import make_workload
 from tests.planning.examples import experiment, plan_by_formulas

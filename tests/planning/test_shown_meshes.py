@@ -9,11 +9,11 @@ import pytest
 from configs import demo, hourllava
 from hourjax.errors import UserError
 from hourjax.planning import report
-from hourjax.planning.step import compile_step
+from hourjax.planning.compiled_step import compile_step
 from hourjax.planning.topology import parse_topology
 from hourjax.planning.workload import make_workload
-from hourjax.training.experiment import build_experiment
-from hourjax.training.lowering import check_mesh
+from hourjax.training.config import build_experiment
+from hourjax.training.train_state import check_mesh
 from tests.planning import examples
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hourjax.data.rows import Size
-from hourjax.data.sizes import pixel_frames
+from hourjax.data.sample_sizes import pixel_frames
 from hourjax.errors import UserError
 from hourjax.models.flops import sample_flops
 from hourjax.planning import workload as workloads

@@ -16,8 +16,8 @@ import sys
 from jax.experimental import topologies
 
 from hourjax.parallel.mesh import make_mesh
-from hourjax.training.experiment import build_experiment
-from hourjax.training.lowering import programs
+from hourjax.training.config import build_experiment
+from hourjax.training.train_state import programs
 
 
 def main(config: str, topology: str) -> None:

@@ -14,10 +14,10 @@ from configs import demo
 from hourjax.data.demo import build
 from hourjax.data.prepare import build as prepare
 from hourjax.data.prepare import lists
-from hourjax.inference.extraction import extract_videos
+from hourjax.extraction.worker import extract_videos
 from hourjax.models.params import init_params
-from hourjax.training.experiment import build_experiment
-from hourjax.training.metrics import read_metrics
+from hourjax.training.config import build_experiment
+from hourjax.training.metric_writer import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Of the demo's configuration: the smallest model that has all parts.

@@ -10,11 +10,11 @@ import pytest
 
 from hourjax.errors import UserError
 from hourjax.training import checkpoint as checkpoint_module
-from hourjax.training import saved
+from hourjax.training import checkpoint_format
 from hourjax.training.checkpoint import Checkpoints, restore_params
-from hourjax.training.checksums import checksums
+from hourjax.training.checkpoint_format import checksums
 from hourjax.training.optimizer import OptimizerConfig, make_optimizer
-from hourjax.training.step import TrainState
+from hourjax.training.train_step import TrainState
 
 STEPS = (3, 6)
 
@@ -64,7 +64,7 @@ def test_state_position_and_what_it_was_made_with(sound):
   assert position == 60
   assert _equal(state, _state(6))
   assert jax.tree.structure(state) == jax.tree.structure(_state(6))
-  about = saved.read_about(saved.folder_of(sound), 6)
+  about = checkpoint_format.read_about(checkpoint_format.folder_of(sound), 6)
   assert about["config"] == {"seed": 1, "sizes": [1, 2]}
   assert about["versions"]["jax"] == jax.__version__
   assert set(about["versions"]) > {"flax", "orbax-checkpoint", "hourjax"}
@@ -75,7 +75,7 @@ def test_state_position_and_what_it_was_made_with(sound):
 
 def test_parameters_are_restored_in_parts(sound, monkeypatch):
   """Each is verified and handed over before the next part is read."""
-  read = saved.read_arrays
+  read = checkpoint_format.read_arrays
   sizes, order = [], []
 
   def reading(folder, step, like):
@@ -86,8 +86,8 @@ def test_parameters_are_restored_in_parts(sound, monkeypatch):
     order.append((len(sizes), path))
     return np.asarray(value, np.float32)
 
-  monkeypatch.setattr(saved, "read_arrays", reading)
-  monkeypatch.setattr(saved, "_PART", 1)
+  monkeypatch.setattr(checkpoint_format, "read_arrays", reading)
+  monkeypatch.setattr(checkpoint_format, "_PART", 1)
   found = restore_params(sound, each=each)
   assert sizes == [1, 1, 1]
   assert [number for number, _ in order] == [1, 2, 3]
@@ -97,21 +97,21 @@ def test_parameters_are_restored_in_parts(sound, monkeypatch):
     assert isinstance(found.params[path], np.ndarray)
     np.testing.assert_array_equal(found.params[path], value)
   sizes.clear()
-  monkeypatch.setattr(saved, "_PART", 10**9)
+  monkeypatch.setattr(checkpoint_format, "_PART", 10**9)
   assert _equal(restore_params(sound).params, expected) and sizes == [3]
 
 
 def test_a_damaged_part_costs_the_whole_checkpoint(workdir, monkeypatch):
   """No parameter of another step stays beside those of the one before."""
-  monkeypatch.setattr(saved, "_PART", 1)
-  sums = saved.verify
+  monkeypatch.setattr(checkpoint_format, "_PART", 1)
+  sums = checkpoint_format.verify
 
   def verify(tree, about):
     if about["step"] == 6 and "memaug/a/kernel" in tree.get("trained", {}):
-      raise saved.Damaged("told so")
+      raise checkpoint_format.Damaged("told so")
     sums(tree, about)
 
-  monkeypatch.setattr(saved, "verify", verify)
+  monkeypatch.setattr(checkpoint_format, "verify", verify)
   found = restore_params(workdir)
   assert found.step == 3
   assert _equal(found.params, {**_state(3).frozen, **_state(3).trained})
@@ -128,7 +128,9 @@ def test_shapes_are_enough_to_restore(sound):
 
 def test_only_the_newest_are_kept(tmp_path):
   _write(tmp_path, steps=(1, 2, 3, 4), keep=2)
-  assert saved.saved_steps(saved.folder_of(tmp_path)) == [3, 4]
+  assert checkpoint_format.saved_steps(
+    checkpoint_format.folder_of(tmp_path)
+  ) == [3, 4]
 
 
 def _files(folder):

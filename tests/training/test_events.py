@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from hourjax.training.events import Events
+from hourjax.training.trackers import Events
 from tests.training.event_files import curves, read_events
 
 CONFIG = {"model": {"layers": 36}, "seed": 0}

@@ -7,8 +7,8 @@ import pytest
 
 from configs import demo, hourllava
 from hourjax.errors import UserError
-from hourjax.training import experiment as module
-from hourjax.training.experiment import LIMITS, build_experiment
+from hourjax.training import config as module
+from hourjax.training.config import LIMITS, build_experiment
 
 DEMO = demo.get_config("stage=1").to_dict()
 BUILT = build_experiment(DEMO)

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from hourjax.training.saved import folder_of, saved_steps
+from hourjax.training.checkpoint_format import folder_of, saved_steps
 from tests.training import runs
 
 pytestmark = pytest.mark.slow

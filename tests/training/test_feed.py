@@ -11,8 +11,8 @@ from hourjax.data.pipeline import Delivered
 from hourjax.data.rows import RowSpec, Size, empty_rows
 from hourjax.errors import UserError
 from hourjax.parallel.mesh import MeshConfig, make_mesh
-from hourjax.training.feed import Feed, UnreadLedger
-from hourjax.training.placing import Placing
+from hourjax.training.batch_sharding import Placing
+from hourjax.training.data_loader import Feed, UnreadLedger
 
 SPEC = RowSpec(Size(features=3, memory=5, queries=2, decoder=4), 1, 1, 2, 2)
 LOST = Unread("r1", "missing", "record r1: a.npy does not exist")

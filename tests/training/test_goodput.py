@@ -2,7 +2,7 @@
 
 import pytest
 
-from hourjax.training.goodput import Goodput, wall_clock
+from hourjax.training.throughput import Goodput, wall_clock
 
 
 class Clock:

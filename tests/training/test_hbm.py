@@ -2,7 +2,7 @@ import types
 
 import jax
 
-from hourjax.training.hbm import hbm
+from hourjax.training.throughput import hbm
 
 GIB = 2**30
 

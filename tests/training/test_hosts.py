@@ -5,7 +5,7 @@ import signal
 import numpy as np
 import pytest
 
-from hourjax.training.saved import folder_of, saved_steps
+from hourjax.training.checkpoint_format import folder_of, saved_steps
 from tests.training import runs
 
 pytestmark = pytest.mark.slow

@@ -9,9 +9,9 @@ import pytest
 from hourjax.data.pipeline import ReadOptions
 from hourjax.data.rows import Size
 from hourjax.errors import UserError
-from hourjax.training import initial
-from hourjax.training.experiment import build_experiment
-from hourjax.training.initial import initial_params
+from hourjax.training import train_state
+from hourjax.training.config import build_experiment
+from hourjax.training.train_state import initial_params
 from tests.weights import folders
 
 MODEL = dataclasses.replace(folders.UNTIED, dtype="float32", remat="none")
@@ -81,7 +81,7 @@ def test_what_is_missing_is_drawn_where_that_is_asked_for(folder, monkeypatch):
   with pytest.raises(UserError, match=r"missing: model\.vision_resampler"):
     initial_params(_experiment(folder))
   fresh = {p: np.ones(x) for p, x in folders.shapes(MODEL).items()}
-  monkeypatch.setattr(initial, "init_params", lambda *_, **__: fresh)
+  monkeypatch.setattr(train_state, "init_params", lambda *_, **__: fresh)
   got = initial_params(_experiment(folder, draw_missing="memaug"))
   expected = folders.drawn(folders.UNTIED)
   assert got.keys() == expected.keys()

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from configs import demo
-from hourjax.data.plan import RowPlan
+from hourjax.data.row_plan import RowPlan
 from hourjax.data.rows import Size
 from hourjax.errors import UserError
 from hourjax.training.checkpoint import read_config, saved_config
-from hourjax.training.experiment import build_experiment
-from hourjax.training.feed import UnreadLedger
-from hourjax.training.goodput import Goodput
-from hourjax.training.metrics import MetricsFile, read_curve, read_metrics
-from hourjax.training.nonfinite import NonFinite
+from hourjax.training.config import build_experiment
+from hourjax.training.data_loader import UnreadLedger
+from hourjax.training.faults import NonFinite
+from hourjax.training.metric_writer import MetricsFile, read_curve, read_metrics
+from hourjax.training.throughput import Goodput
 from hourjax.training.workdir import check_workdir, epoch_rows
 from tests import tampering
 

@@ -3,8 +3,8 @@ import math
 
 import pytest
 
-from hourjax.training import ledger
-from hourjax.training.metrics import MetricsFile, read_curve, read_metrics
+from hourjax import jsonl
+from hourjax.training.metric_writer import MetricsFile, read_curve, read_metrics
 
 
 def _write(workdir, start, steps):
@@ -41,7 +41,7 @@ def test_a_kill_at_the_start_loses_nothing(tmp_path, monkeypatch):
   """The old lines stay until the new file is whole."""
   _write(tmp_path, 0, [1, 2])
   with monkeypatch.context() as patch:
-    patch.setattr(ledger.os, "replace", lambda *_: 1 / 0)
+    patch.setattr(jsonl.os, "replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
       MetricsFile(tmp_path, start=1)
   assert _steps(tmp_path) == [1, 2]

@@ -11,7 +11,7 @@ from configs import hourllava
 from hourjax.errors import UserError
 from hourjax.models.config import TINY
 from hourjax.models.params import param_shapes
-from hourjax.training.experiment import build_experiment
+from hourjax.training.config import build_experiment
 from hourjax.training.optimizer import (
   COMPONENTS,
   OptimizerConfig,

@@ -13,12 +13,10 @@ from ml_collections import ConfigDict
 from configs import demo
 from hourjax.errors import UserError
 from hourjax.training import loop
-from hourjax.training.changes import differences
 from hourjax.training.checkpoint import restore_params
-from hourjax.training.experiment import build_experiment
-from hourjax.training.metrics import read_metrics
-from hourjax.training.step import Step
-from hourjax.training.watch import Watch
+from hourjax.training.config import build_experiment, differences
+from hourjax.training.metric_writer import MetricWriter, read_metrics
+from hourjax.training.train_step import Step
 from tests.training import runs
 
 STEPS = 6
@@ -80,7 +78,7 @@ def _files(workdir):
 def test_a_resumed_run_has_the_losses_of_a_whole_one(
   experiment, whole, tmp_path, monkeypatch
 ):
-  wrote = Watch.wrote
+  wrote = MetricWriter.wrote
 
   def stop(self, step, *args, **values):
     wrote(self, step, *args, **values)
@@ -88,7 +86,7 @@ def test_a_resumed_run_has_the_losses_of_a_whole_one(
       raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(Watch, "wrote", stop)
+    patch.setattr(MetricWriter, "wrote", stop)
     with pytest.raises(KeyboardInterrupt):
       loop.train(experiment, tmp_path)
   # Steps 4 and 5 are after the checkpoint; they are taken and written again.

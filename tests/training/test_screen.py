@@ -12,7 +12,7 @@ import threading
 
 import pytest
 
-from hourjax.training.screen import Screen, duration
+from hourjax.training.progress_bar import Screen, duration
 
 ROW = {
   "loss": 2.3104,

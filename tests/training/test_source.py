@@ -5,10 +5,10 @@ import types
 import pytest
 
 from hourjax.data.columns import ColumnsBuilder, Measures
-from hourjax.data.frame_rules import sparse_note
+from hourjax.data.media.frame_rules import sparse_note
 from hourjax.errors import UserError
 from hourjax.training import loop
-from hourjax.training.source import sample_weights
+from hourjax.training.data_loader import sample_weights
 
 
 def _columns():

@@ -15,13 +15,13 @@ from hourjax.data.layout import build_layout
 from hourjax.models.config import TINY
 from hourjax.models.params import init_params, with_params
 from hourjax.parallel import vocabulary
-from hourjax.training import loss
+from hourjax.training import train_step as loss
 from hourjax.training.optimizer import (
   OptimizerConfig,
   make_optimizer,
   split_params,
 )
-from hourjax.training.step import TrainState, no_sums, train_step
+from hourjax.training.train_step import TrainState, no_sums, train_step
 
 SIDE, PIXELS = 2, 8
 CONFIG = dataclasses.replace(

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from hourjax.errors import UserError
-from hourjax.training.tracker import WandbRun, require_wandb
+from hourjax.training.trackers import WandbRun, require_wandb
 
 CONFIG = {"model": {"layers": 36}, "seed": 0}
 

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 from hourjax.errors import UserError
-from hourjax.training import watch as watch_module
-from hourjax.training.metrics import read_metrics
-from hourjax.training.watch import Watch, WatchConfig
+from hourjax.training import metric_writer as watch_module
+from hourjax.training.metric_writer import (
+  MetricsConfig,
+  MetricWriter,
+  read_metrics,
+)
 from tests.training.event_files import curves, read_events
 
 
@@ -28,7 +31,7 @@ class Clock:
 def _watch(workdir, config=None, **changed):
   options = {"run_config": {"seed": 7}, "steps": 100, "start": 0,
              "flops_per_second": 1e15, **changed}  # fmt: skip
-  return Watch(workdir, config or WatchConfig(), **options)
+  return MetricWriter(workdir, config or MetricsConfig(), **options)
 
 
 def _wrote(watch, step, **changed):
@@ -193,7 +196,7 @@ def test_closing_twice(tmp_path):
 
 
 def test_other_hosts_write_nothing(tmp_path, capsys):
-  config = WatchConfig(profile_steps="1:3")
+  config = MetricsConfig(profile_steps="1:3")
   watch = _watch(tmp_path, config, primary=False)
   watch.step_begins(1)
   _wrote(watch, 1)
@@ -205,7 +208,7 @@ def test_other_hosts_write_nothing(tmp_path, capsys):
 
 
 def test_without_tensorboard(tmp_path):
-  watch = _watch(tmp_path, WatchConfig(tensorboard=False))
+  watch = _watch(tmp_path, MetricsConfig(tensorboard=False))
   _wrote(watch, 1)
   watch.close()
   names = {path.name for path in tmp_path.iterdir()}
@@ -227,7 +230,7 @@ def test_wandb_gets_the_same(tmp_path, monkeypatch):
       self.written.append("closed")
 
   monkeypatch.setattr(watch_module, "WandbRun", Run)
-  watch = _watch(tmp_path, WatchConfig(wandb="hours"))
+  watch = _watch(tmp_path, MetricsConfig(wandb="hours"))
   _wrote(watch, 1)
   watch.close()
   (run,) = made
@@ -243,13 +246,13 @@ def test_wandb_gets_the_same(tmp_path, monkeypatch):
 def test_wandb_missing_stops_every_host(tmp_path, monkeypatch, primary):
   monkeypatch.setitem(sys.modules, "wandb", None)
   with pytest.raises(UserError, match="package wandb is not installed"):
-    _watch(tmp_path, WatchConfig(wandb="hours"), primary=primary)
+    _watch(tmp_path, MetricsConfig(wandb="hours"), primary=primary)
   assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("primary", [True, False])
 def test_a_trace_outside_the_run(tmp_path, primary):
-  config = WatchConfig(profile_steps="99:103")
+  config = MetricsConfig(profile_steps="99:103")
   with pytest.raises(UserError) as error:
     _watch(tmp_path, config, primary=primary)
   assert str(error.value) == (
@@ -259,7 +262,7 @@ def test_a_trace_outside_the_run(tmp_path, primary):
 
 
 def test_a_trace_up_to_the_last_step(tmp_path):
-  watch = _watch(tmp_path, WatchConfig(profile_steps="2:4"), steps=3)
+  watch = _watch(tmp_path, MetricsConfig(profile_steps="2:4"), steps=3)
   for step in (1, 2, 3):
     watch.step_begins(step)
   watch.close()
@@ -267,7 +270,7 @@ def test_a_trace_up_to_the_last_step(tmp_path):
 
 
 def test_a_trace_that_an_earlier_start_took(tmp_path, capsys):
-  config = WatchConfig(profile_steps="10:12")
+  config = MetricsConfig(profile_steps="10:12")
   watch = _watch(tmp_path, config, start=11)
   watch.step_begins(12)
   watch.close()
@@ -281,7 +284,7 @@ def test_a_trace_takes_no_time_from_steps(tmp_path, monkeypatch):
   def slow(*_):
     clock.now += 50
 
-  watch = _watch(tmp_path, WatchConfig(profile_steps="2:3"), clock=clock)
+  watch = _watch(tmp_path, MetricsConfig(profile_steps="2:3"), clock=clock)
   monkeypatch.setattr(watch._profiler, "_start", slow)
   monkeypatch.setattr(watch_module.jax, "local_devices", list)
   monkeypatch.setattr("time.monotonic", clock)
@@ -296,7 +299,7 @@ def test_a_trace_takes_no_time_from_steps(tmp_path, monkeypatch):
 
 def test_config_of_a_trace():
   with pytest.raises(UserError, match=r"config\.watch\.profile_steps is '9'"):
-    dataclasses.replace(WatchConfig(), profile_steps="9")
+    dataclasses.replace(MetricsConfig(), profile_steps="9")
 
 
 def test_a_full_disk_does_not_stop_the_run(tmp_path, capsys):

@@ -14,15 +14,13 @@ from jaxtyping import Bool
 
 from hourjax import progress
 from hourjax.data.prepare.convert import Dropped, Job
-from hourjax.data.prepare.files import PARQUET
-from hourjax.data.prepare.lists import Item
-from hourjax.data.prepare.options import Options
+from hourjax.data.prepare.lists import PARQUET, Item, Options
 from hourjax.data.prepare.parquet import Embedded, ParquetRecords, Pictures
+from hourjax.data.prepare.question_tables import QuestionTable
 from hourjax.data.prepare.report import Report
-from hourjax.data.prepare.tables import QuestionTable
-from hourjax.data.record_files import stream_records
-from hourjax.data.record_media import media_key, modality_of
-from hourjax.data.records import on_disk
+from hourjax.data.records.files import stream_records
+from hourjax.data.records.media_keys import media_key, modality_of
+from hourjax.data.records.record import on_disk
 from hourjax.data.store.features import FeatureStore
 from hourjax.errors import UserError
 

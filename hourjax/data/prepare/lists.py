@@ -1,21 +1,24 @@
-"""Lists of files: which to read, how much of each, for which stream.
-
-    datasets:
-      - json_path: llava/single.json
-        sampling_strategy: first:10%
-      - json_path: videomarathon.json
-        stream: long
-        media_prefix: "videomarathon/{data_source}"
-      - json_path: ocr.json
-        media_root: /data/ocr
-
-The form is LLaVA's; `stream`, `format`, `media_prefix` and the roots are
-additions. A path is relative to the list's folder or, as in LLaVA's lists, to
-the working directory. A prefix is a folder below --media, and may be
-"{data_source}": VideoMarathon's videos lie in folders of that name, which its
-records leave out. A root (`media_root`, or `image_folder` and `video_folder`)
-is a path of its own that lies below --media too, or a folder there.
-"""
+"""Which files a path given for records stands for."""
+# MERGED hourjax.data.prepare.lists:
+# Lists of files: which to read, how much of each, for which stream.
+#
+#     datasets:
+#       - json_path: llava/single.json
+#         sampling_strategy: first:10%
+#       - json_path: videomarathon.json
+#         stream: long
+#         media_prefix: "videomarathon/{data_source}"
+#       - json_path: ocr.json
+#         media_root: /data/ocr
+#
+# The form is LLaVA's; `stream`, `format`, `media_prefix` and the roots are
+# additions. A path is relative to the list's folder or, as in LLaVA's lists, t
+# the working directory. A prefix is a folder below --media, and may be
+# "{data_source}": VideoMarathon's videos lie in folders of that name, which it
+# records leave out. A root (`media_root`, or `image_folder` and `video_folder`
+# is a path of its own that lies below --media too, or a folder there.
+# MERGED hourjax.data.prepare.options:
+# What makes one prepared dataset differ from another.
 
 import dataclasses
 import fractions
@@ -33,8 +36,76 @@ import yaml
 from jaxtyping import Bool
 
 from hourjax import schema
-from hourjax.data.prepare import files
 from hourjax.errors import UserError
+
+PARQUET = ".parquet"
+# In a list of LLaVA's form, what names MosaicML shards instead of a file.
+SHARD_KEYS = ("shard_path", "local_path", "remote", "local", "choose")
+
+_HEAD = 1 << 16  # bytes of an index that are looked at
+
+
+def expand(path: str | os.PathLike) -> list[pathlib.Path]:
+  """The files that a path stands for.
+
+  A folder stands for all parquet files in it, at any depth, by name: the form
+  in which Hugging Face has LLaVA-OneVision.
+
+  Returns:
+    The path itself if it is no folder.
+
+  Raises:
+    UserError: a folder without parquet files, or MosaicML shards.
+  """
+  path = pathlib.Path(path)
+  if path.suffix == ".mds" or (path.is_file() and _is_index(path)):
+    raise UserError(shards(f"{path} is one of"))
+  if not path.is_dir():
+    return [path]
+  if _is_index(path / "index.json"):
+    raise UserError(shards(f"{path} holds"))
+  found = sorted(
+    file
+    for file in path.rglob(f"*{PARQUET}")
+    if not any(part.startswith(".") for part in file.relative_to(path).parts)
+  )
+  if found:
+    return found
+  if next(path.rglob("*.mds"), None):
+    raise UserError(shards(f"{path} holds"))
+  others = sorted(path.glob("*.json*"))[:3]
+  raise UserError(
+    f"{path} is a folder without {PARQUET} files; give the records' file"
+    + (f", such as {', '.join(map(str, others))}" if others else "")
+  )
+
+
+def shards(found: str) -> str:
+  """What is told of MosaicML shards.
+
+  Args:
+    found: how they were met, as the first words.
+  """
+  return (
+    f"{found} MosaicML shards, which are packed copies of records and their"
+    " images; give the JSON lists and the images that they were packed from, or"
+    " unpack them with the package mosaicml-streaming: each sample of"
+    " `streaming.StreamingDataset(local=FOLDER)` has its record under 'text'"
+    " and its pictures under 'image'"
+  )
+
+
+def _is_index(path: pathlib.Path) -> bool:
+  """Whether a file is the index of MosaicML shards."""
+  if path.name != "index.json":
+    return False
+  try:
+    with open(path, "rb") as file:
+      head = file.read(_HEAD)
+  except OSError:
+    return False
+  return b'"shards"' in head and b'"mds"' in head
+
 
 STREAM = "default"
 SOURCE = "{data_source}"  # in a prefix: the record's
@@ -140,7 +211,7 @@ class Item:
     Raises:
       UserError: a folder without records.
     """
-    found = [file for path in paths for file in files.expand(path)]
+    found = [file for path in paths for file in expand(path)]
     return cls(
       tuple(found),
       format,
@@ -260,9 +331,9 @@ def _item(entry: Any, path: pathlib.Path, media, prefix: str, where) -> Item:
   if not isinstance(entry, dict):
     found = schema.shorten(entry, 80)
     raise UserError(f"{where}: expected keys and values, found {found}")
-  shards = [key for key in files.SHARD_KEYS if key in entry]
+  shards = [key for key in SHARD_KEYS if key in entry]
   if shards:
-    raise UserError(f"{where}: {files.shards(f'{shards[0]} names')}")
+    raise UserError(f"{where}: {shards(f'{shards[0]} names')}")
   for key, value in entry.items():
     if key not in _KEYS:
       raise UserError(
@@ -291,7 +362,7 @@ def _item(entry: Any, path: pathlib.Path, media, prefix: str, where) -> Item:
     )
   found = _found(entry["json_path"], path, f"{where}: json_path")
   return Item(
-    paths=tuple(files.expand(found)),
+    paths=tuple(expand(found)),
     format=form,
     rule=parse_rule(entry.get("sampling_strategy", "all"), where),
     stream=entry.get("stream", STREAM),
@@ -338,3 +409,30 @@ def _below(name: str, path: pathlib.Path, media, where: str) -> str:
   prefix = "" if inside == os.curdir else inside
   between = "/" if source and prefix and head.endswith("/") else ""
   return f"{prefix}{between}{source}{tail}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Where a dataset comes from.
+
+  Attributes:
+    items: files to read.
+    tokenizer: folder of the tokenizer that counts.
+    media: folder of videos and images, or None.
+    features: the feature store that durations come from, or None.
+    check_media: whether the media of every record must be there; videos are
+      then opened for their duration.
+    columns: columns of question tables, role -> names.
+    seed: of `random:N%`.
+    parquet_images: whether images in parquet files are unpacked below `media`
+      or stay there.
+  """
+
+  items: tuple[Item, ...]
+  tokenizer: str
+  media: str | None = None
+  features: str | None = None
+  check_media: bool = True
+  columns: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+  seed: int = 0
+  parquet_images: Literal["unpack", "keep"] = "unpack"

@@ -19,8 +19,8 @@ from typing import Any, Literal, NamedTuple
 import pyarrow
 import pyarrow.parquet
 
-from hourjax.data import parquet_images
-from hourjax.data.record_media import modality_of
+from hourjax.data.media import parquet_images
+from hourjax.data.records.media_keys import modality_of
 from hourjax.errors import UserError
 
 FOLDER = "unpacked"  # below the media folder

@@ -1,14 +1,212 @@
-"""What was kept, what was dropped and why: counted, listed, printed."""
+"""The dataset's four pictures: sources, topics, durations, tasks."""
+# MERGED hourjax.data.prepare.report:
+# What was kept, what was dropped and why: counted, listed, printed.
 
 import collections
 import hashlib
 import json
+import pathlib
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from hourjax.data.columns import Columns
 from hourjax.data.prepare.convert import FACTS, Dropped, Kept
+
+UNKNOWN = "not told"  # the label of a value that the records do not tell
+MOST = 40  # bars of a picture; the rest become one
+
+_INK, _FAINT, _BAR = "#22303c", "#8895a0", "#3b78a8"
+# Told apart by people with colour-blindness too (Okabe and Ito's colours).
+_COLOURS = (
+  "#0072b2",
+  "#e69f00",
+  "#009e73",
+  "#cc79a7",
+  "#d55e00",
+  "#56b4e9",
+  "#b8a800",
+)
+
+
+def draw(folder: pathlib.Path, summary: dict) -> dict[str, str]:
+  """Draws PNG files of what is known.
+
+  Args:
+    folder: gets sources.png, topics.png, durations.png and tasks.png.
+    summary: `Report.summary`.
+
+  Returns:
+    File name -> "drawn", or why it is left out.
+  """
+  done = {"sources.png": "drawn"}
+  _sources(summary).savefig(folder / "sources.png")
+  for kind in ("topics", "tasks"):
+    name = f"{kind}.png"
+    if not any(summary[kind].keys() - {""}):
+      done[name] = f"left out: no record tells the {kind} of its questions"
+      continue
+    colours = summary["topic_of_task"] if kind == "tasks" else {}
+    _questions(summary, kind, colours).savefig(folder / name)
+    done[name] = "drawn"
+  if summary["videos_per_5_minutes"]:
+    _durations(summary).savefig(folder / "durations.png")
+    done["durations.png"] = "drawn"
+  else:
+    reason = "no duration of a video is known; give --media or --features"
+    done["durations.png"] = f"left out: {reason}"
+  return done
+
+
+def _sources(summary: dict) -> Figure:
+  videos = {n: c["videos"] for n, c in summary["sources"].items()}
+  kept = summary["kept"]
+  if kept["videos"]:
+    return _bars(videos, "Videos by source", _subtitle(summary), "videos")
+  counts = {n: c["conversations"] for n, c in summary["sources"].items()}
+  title = "Conversations by source"
+  return _bars(counts, title, _subtitle(summary), "conversations")
+
+
+def _questions(summary: dict, kind: str, groups: Mapping[str, str]) -> Figure:
+  counts = {n.replace("_", " "): c for n, c in summary[kind].items()}
+  groups = {
+    task.replace("_", " "): topic.replace("_", " ")
+    for task, topic in groups.items()
+  }
+  title = f"Questions by {kind[:-1]}"
+  return _bars(counts, title, _subtitle(summary), "questions", groups)
+
+
+def _durations(summary: dict) -> Figure:
+  counts = summary["videos_per_5_minutes"]
+  width = min(14, 5 + 0.45 * len(counts))
+  figure, axes = _page(width, 4.8, "Videos by duration", _subtitle(summary))
+  middles = [BIN * (i + 0.5) for i in range(len(counts))]
+  axes.bar(middles, counts, width=BIN * 0.88, color=_BAR)
+  if len(counts) <= 24:
+    for middle, count in zip(middles, counts):
+      if count:
+        axes.annotate(
+          f"{count:,}",
+          (middle, count),
+          (0, 3),
+          textcoords="offset points",
+          ha="center",
+          color=_INK,
+          fontsize=9,
+        )
+  end = BIN * len(counts)
+  axes.set_xticks(range(0, end + 1, BIN * max(1, len(counts) // 16)))
+  axes.set_xlim(0, end)
+  axes.set_xlabel("minutes", color=_FAINT)
+  axes.set_ylabel("videos", color=_FAINT)
+  axes.margins(y=0.1)
+  axes.yaxis.get_major_locator().set_params(integer=True)
+  axes.yaxis.set_major_formatter("{x:,.0f}")
+  return figure
+
+
+def _bars(
+  counts: Mapping[str, int],
+  title: str,
+  subtitle: str,
+  unit: str,
+  groups: Mapping[str, str] | None = None,
+) -> Figure:
+  """Horizontal bars, the longest on top, each with count and share."""
+  total = sum(counts.values())
+  pairs = sorted(counts.items(), key=lambda pair: -pair[1])
+  if len(pairs) > MOST:
+    rest = pairs[MOST - 1 :]
+    others = f"{len(rest)} others"
+    pairs = [*pairs[: MOST - 1], (others, sum(n for _, n in rest))]
+  height = 1.5 + 0.32 * len(pairs) + (0.35 if groups else 0)
+  figure, axes = _page(8.5, height, title, subtitle)
+  names = [name or UNKNOWN for name, _ in pairs]
+  present = sorted({groups[n] for n in names if n in groups} if groups else ())
+  colours = dict(zip(present, _COLOURS * len(present)))
+  plain = _FAINT if present else _BAR
+  fill = [colours.get((groups or {}).get(n), plain) for n in names]
+  lengths = [count for _, count in pairs]
+  axes.barh(range(len(pairs)), lengths, color=fill, height=0.72)
+  for i, count in enumerate(lengths):
+    share = 100 * count / max(total, 1)
+    axes.annotate(
+      f"{count:,}  {share:.1f} %",
+      (count, i),
+      (5, 0),
+      textcoords="offset points",
+      va="center",
+      color=_INK,
+      fontsize=9,
+    )
+  # A dollar sign in a name is no formula.
+  axes.set_yticks(
+    range(len(pairs)), [_short(name) for name in names], parse_math=False
+  )
+  axes.set_ylim(len(pairs) - 0.4, -0.6)
+  axes.set_xlim(0, max(1, *lengths) * 1.22)
+  axes.spines["bottom"].set_visible(False)
+  axes.set_xticks([])
+  axes.set_xlabel(f"{total:,} {unit}", color=_FAINT, loc="left")
+  if present:
+    handles = [Patch(color=colours[g], label=g or UNKNOWN) for g in present]
+    figure.legend(
+      handles=handles,
+      loc="outside lower center",
+      ncols=len(present),
+      frameon=False,
+      fontsize=9,
+      handlelength=1,
+      columnspacing=1.4,
+    )
+  return figure
+
+
+def _page(width: float, height: float, title: str, subtitle: str):
+  figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+  figure.get_layout_engine().set(
+    w_pad=0.2, h_pad=0.12, rect=(0, 0, 1, 1 - 0.72 / height)
+  )
+  FigureCanvasAgg(figure)
+
+  def write(text: str, inches: float, **style) -> None:
+    at = (0.2 / width, 1 - inches / height)
+    figure.text(*at, text, va="top", ha="left", **style)
+
+  write(title, 0.18, color=_INK, fontsize=15, fontweight="bold")
+  write(subtitle, 0.5, color=_FAINT, fontsize=9.5)
+  axes = figure.add_subplot()
+  for side in ("top", "right", "left"):
+    axes.spines[side].set_visible(False)
+  axes.spines["bottom"].set_color(_FAINT)
+  axes.tick_params(colors=_INK, length=0)
+  return figure, axes
+
+
+def _subtitle(summary: dict) -> str:
+  kept = summary["kept"]
+  parts = [
+    f"{kept['conversations']:,} conversations",
+    f"{kept['questions']:,} questions",
+    f"{kept['videos']:,} videos",
+  ]
+  unknown = kept["videos_of_unknown_duration"]
+  if kept["videos"] > unknown:
+    parts.append(f"{kept['hours']:,.1f} hours")
+  if unknown:
+    parts.append(f"{unknown:,} of unknown duration")
+  return " · ".join(parts)
+
+
+def _short(name: str) -> str:
+  return name if len(name) <= 32 else f"{name[:31]}…"
+
 
 EXAMPLES = 3  # reasons shown of a kind
 BIN = 5  # minutes of a bin of durations

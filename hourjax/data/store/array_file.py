@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped, UInt16
 
-from hourjax.data.npy import read_header
+from hourjax.data.store.npy import read_header
 from hourjax.data.store.storage import Bucket, Folder
 from hourjax.errors import UserError
 

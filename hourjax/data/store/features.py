@@ -25,6 +25,7 @@ import pydantic
 from jaxtyping import Int, Shaped
 
 from hourjax import schema
+from hourjax.atomic_file import Scratch
 from hourjax.data.store.array_file import (
   FeatureWriter,
   Stored,
@@ -32,10 +33,9 @@ from hourjax.data.store.array_file import (
   is_finite,
   parse_header,
 )
-from hourjax.data.store.lines import Lines, read_lines
-from hourjax.data.store.scratch import Scratch
 from hourjax.data.store.storage import Part, is_url, open_storage
 from hourjax.errors import UserError
+from hourjax.jsonl import Lines, read_lines
 
 # Bytes read at a time: large enough for a bucket, and small enough that the
 # check for NaN finds them in the processor's cache.

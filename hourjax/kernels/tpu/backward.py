@@ -20,13 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hourjax.kernels.common import NO_KEYS
-from hourjax.kernels.tpu import folding, visits
-from hourjax.kernels.tpu.arithmetic import (
-  LOG2E,
-  dot,
-  dot_transposed,
-  mask,
-)
+from hourjax.kernels.tpu import block_schedule, tile_layout
+from hourjax.kernels.tpu.tile_layout import LOG2E, dot, dot_transposed, mask
 from hourjax.kernels.tpu.tiles import Shape
 
 
@@ -62,9 +57,9 @@ def backward(
   Returns:
     dq float32 [B, T, H, C], dk and dv [B, S, K, C].
   """
-  grid = visits.plan(
-    folding.pad(query_segment, 1, shape.query_tiles * shape.queries),
-    folding.pad(key_segment, 1, shape.key_tiles * shape.keys),
+  grid = block_schedule.plan(
+    tile_layout.pad(query_segment, 1, shape.query_tiles * shape.queries),
+    tile_layout.pad(key_segment, 1, shape.key_tiles * shape.keys),
     query_tiles=shape.query_tiles,
     key_tiles=shape.key_tiles,
     chunks=shape.chunks,
@@ -73,12 +68,12 @@ def backward(
   rows, heads, scale = q.shape[0], k.shape[2], q.shape[-1] ** -0.5
   most = grid.code.shape[1]
 
-  at = visits.blocks(most)
+  at = block_schedule.blocks(most)
   queries = pl.BlockSpec((1, 1, 1, shape.dim, shape.rows), at.query)
   numbers = pl.BlockSpec((1, 1, 1, 1, shape.rows), at.query)
   keys = pl.BlockSpec((1, shape.keys, shape.dim), at.key)
-  folded = folding.fold(q, shape)
-  flat = folding.flat_keys(k, shape)
+  folded = tile_layout.fold(q, shape)
+  flat = tile_layout.flat_keys(k, shape)
   pairs = rows * heads * shape.query_tiles * shape.rows * flat.shape[1]
   grad = jax.ShapeDtypeStruct(flat.shape, grad_dtype)
   dq, dk, dv = pl.pallas_call(
@@ -122,19 +117,19 @@ def backward(
   )(
     *grid.scalars(),
     folded,
-    folding.fold(d_out.astype(q.dtype), shape),
-    folding.fold_numbers(lse * LOG2E, shape, fill=NO_KEYS),
-    folding.fold_numbers(delta, shape, fill=0.0),
+    tile_layout.fold(d_out.astype(q.dtype), shape),
+    tile_layout.fold_numbers(lse * LOG2E, shape, fill=NO_KEYS),
+    tile_layout.fold_numbers(delta, shape, fill=0.0),
     flat,
-    folding.flat_keys(v, shape),
-    folding.fold_segments(query_segment, shape),
-    folding.tile_segments(key_segment, shape),
+    tile_layout.flat_keys(v, shape),
+    tile_layout.fold_segments(query_segment, shape),
+    tile_layout.tile_segments(key_segment, shape),
   )
   length, dim = q.shape[1], q.shape[3]
   return (
-    folding.unfold(dq, shape, length, dim) * scale,
-    folding.unflat_keys(dk, heads, k.shape[1], dim),
-    folding.unflat_keys(dv, heads, k.shape[1], dim),
+    tile_layout.unfold(dq, shape, length, dim) * scale,
+    tile_layout.unflat_keys(dk, heads, k.shape[1], dim),
+    tile_layout.unflat_keys(dv, heads, k.shape[1], dim),
   )
 
 
@@ -168,8 +163,8 @@ def _kernel(
 ):
   b, head, n = (pl.program_id(axis) for axis in range(3))
   code = code_ref[b * most + n]
-  i = visits.query_tile(code)
-  chunk = (visits.key_tile(code) + b * shape.key_tiles) * shape.chunks
+  i = block_schedule.query_tile(code)
+  chunk = (block_schedule.key_tile(code) + b * shape.key_tiles) * shape.chunks
 
   @pl.when(n == 0)
   def _():
@@ -179,7 +174,7 @@ def _kernel(
 
     jax.lax.fori_loop(0, shape.query_tiles, clear, None)
 
-  @pl.when(visits.has(code, visits.FIRST))
+  @pl.when(block_schedule.has(code, block_schedule.FIRST))
   def _():
     dk_acc[...] = jnp.zeros_like(dk_acc)
     dv_acc[...] = jnp.zeros_like(dv_acc)
@@ -202,7 +197,7 @@ def _kernel(
     dk_acc[:, keys] += dot_transposed(q_ref[0, 0, 0, :, at], d_score)
     dq_acc[i, :, at] += dot(k_transposed[:, keys], d_score)
 
-  @pl.when(visits.has(code, visits.WHOLE))
+  @pl.when(block_schedule.has(code, block_schedule.WHOLE))
   def _():
     # Rows of other segments are masked by row: exp2(score - NO_KEYS) is 0.
     mine = query_segment[0, 0] == key_only[chunk]
@@ -214,7 +209,7 @@ def _kernel(
         ahead = products(*shape.units[number + 1])
       gather(key, at, *now, lse[:, at])
 
-  @pl.when(visits.has(code, visits.PARTLY))
+  @pl.when(block_schedule.has(code, block_schedule.PARTLY))
   def _():
     query = i + b * shape.query_tiles
 
@@ -235,7 +230,7 @@ def _kernel(
 
     jax.lax.fori_loop(0, shape.chunks, one_chunk, None)
 
-  @pl.when(visits.has(code, visits.LAST))
+  @pl.when(block_schedule.has(code, block_schedule.LAST))
   def _():
     dk_ref[0] = (dk_acc[...] * scale).T.astype(dk_ref.dtype)
     dv_ref[0] = dv_acc[...].T.astype(dv_ref.dtype)

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 
 from hourjax.kernels import parts
 from hourjax.kernels.tpu import backward as sweep
+from hourjax.kernels.tpu import block_schedule
 from hourjax.kernels.tpu import forward as attend
-from hourjax.kernels.tpu import visits
 from hourjax.kernels.tpu.tiles import (
   MIB,
   SMEM,
@@ -221,7 +221,7 @@ def _lengths(shape: Shape) -> dict[str, int]:
 def _listed(shape: Shape) -> bool:
   """Can visits name its tiles, and does scalar memory hold them all?"""
   tiles = max(shape.query_tiles, shape.key_tiles)
-  return tiles <= visits.MOST_TILES and row_scalars(shape) <= SMEM
+  return tiles <= block_schedule.MOST_TILES and row_scalars(shape) <= SMEM
 
 
 def row_scalars(shape: Shape) -> int:

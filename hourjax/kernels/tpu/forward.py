@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from hourjax.kernels.tpu import folding, visits
-from hourjax.kernels.tpu.arithmetic import LOG2E, NEVER, dot, mask
+from hourjax.kernels.tpu import block_schedule, tile_layout
+from hourjax.kernels.tpu.tile_layout import LOG2E, NEVER, dot, mask
 from hourjax.kernels.tpu.tiles import Shape
 
 LARGEST = 2.0**100  # of a sum of weights; times |v| it must not overflow
@@ -55,20 +55,20 @@ def forward(
     out [B, T, H, C] and lse float32 [B, T, H]; a query that sees no key has
     zeros and `NEVER`.
   """
-  grid = visits.plan(
-    folding.pad(query_segment, 1, shape.query_tiles * shape.queries),
-    folding.pad(key_segment, 1, shape.key_tiles * shape.keys),
+  grid = block_schedule.plan(
+    tile_layout.pad(query_segment, 1, shape.query_tiles * shape.queries),
+    tile_layout.pad(key_segment, 1, shape.key_tiles * shape.keys),
     query_tiles=shape.query_tiles,
     key_tiles=shape.key_tiles,
     chunks=shape.chunks,
     by_key=False,
   )
   arrays = (
-    folding.fold(q, shape),
-    folding.flat_keys(k, shape),
-    folding.flat_keys(v, shape),
-    folding.fold_segments(query_segment, shape),
-    folding.tile_segments(key_segment, shape),
+    tile_layout.fold(q, shape),
+    tile_layout.flat_keys(k, shape),
+    tile_layout.flat_keys(v, shape),
+    tile_layout.fold_segments(query_segment, shape),
+    tile_layout.tile_segments(key_segment, shape),
   )
   call = functools.partial(
     _call,
@@ -89,13 +89,13 @@ def forward(
   )
   length, dim = q.shape[1], q.shape[3]
   return (
-    folding.unfold(out, shape, length, dim),
-    folding.unfold_numbers(lse, shape, length),
+    tile_layout.unfold(out, shape, length, dim),
+    tile_layout.unfold_numbers(lse, shape, length),
   )
 
 
 def _call(
-  grid: visits.Visits,
+  grid: block_schedule.Visits,
   arrays: tuple[jax.Array, ...],
   *,
   running: bool,
@@ -109,7 +109,7 @@ def _call(
   """(out, lse) in tiles. `running`: with the running maximum everywhere."""
   q, k = arrays[:2]
   rows, most = grid.code.shape
-  at = visits.blocks(most)
+  at = block_schedule.blocks(most)
   queries = pl.BlockSpec((1, 1, 1, shape.dim, shape.rows), at.query)
   numbers = pl.BlockSpec((1, 1, 1, 1, shape.rows), at.query)
   keys = pl.BlockSpec((1, shape.keys, shape.dim), at.key)
@@ -182,9 +182,9 @@ def _kernel(
 ):
   b = pl.program_id(0)
   code = code_ref[b * most + pl.program_id(2)]
-  chunk = (visits.key_tile(code) + b * shape.key_tiles) * shape.chunks
+  chunk = (block_schedule.key_tile(code) + b * shape.key_tiles) * shape.chunks
 
-  @pl.when(visits.has(code, visits.FIRST))
+  @pl.when(block_schedule.has(code, block_schedule.FIRST))
   def _():
     top_ref[...] = jnp.full_like(top_ref, NEVER)
     sum_ref[...] = jnp.zeros_like(sum_ref)
@@ -206,7 +206,7 @@ def _kernel(
     """All keys are of one segment: rows of others are masked by row."""
     mine = query_segment[0, 0] == key_only[chunk]
 
-    @pl.when(visits.has(code, visits.NEW))
+    @pl.when(block_schedule.has(code, block_schedule.NEW))
     def _():
       for at in shape.row_units:
         top = scores(0, at).max(0, keepdims=True)
@@ -227,7 +227,7 @@ def _kernel(
 
   def some_chunks():
     """Keys of several segments, or of any with a running maximum."""
-    i = visits.query_tile(code) + b * shape.query_tiles
+    i = block_schedule.query_tile(code) + b * shape.query_tiles
 
     def visit(c, only):
       key = pl.multiple_of(c * shape.chunk, shape.chunk)
@@ -255,12 +255,14 @@ def _kernel(
     jax.lax.fori_loop(0, shape.chunks, one_chunk, None)
 
   if running:
-    pl.when(visits.has(code, visits.WHOLE | visits.PARTLY))(some_chunks)
+    pl.when(
+      block_schedule.has(code, block_schedule.WHOLE | block_schedule.PARTLY)
+    )(some_chunks)
   else:
-    pl.when(visits.has(code, visits.WHOLE))(one_segment)
-    pl.when(visits.has(code, visits.PARTLY))(some_chunks)
+    pl.when(block_schedule.has(code, block_schedule.WHOLE))(one_segment)
+    pl.when(block_schedule.has(code, block_schedule.PARTLY))(some_chunks)
 
-  @pl.when(visits.has(code, visits.LAST))
+  @pl.when(block_schedule.has(code, block_schedule.LAST))
   def _():
     total = sum_ref[...]
     seen = total > 0

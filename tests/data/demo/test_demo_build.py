@@ -9,7 +9,8 @@ import tokenizers
 
 from configs.demo import MODEL
 from hourjax import demo
-from hourjax.data.demo import build, draw, records, video, world
+from hourjax.data.demo import build, drawing, world
+from hourjax.data.demo import build as records
 from hourjax.errors import UserError
 
 
@@ -32,7 +33,7 @@ def test_videos_show_their_scripts(built, small):
         nearest = np.abs(colours - centre).sum(axis=1).argmin()
         assert world.NEEDLE_COLOURS[nearest] == s.needle.colour
       for t in range(0, s.duration, 7):
-        error = np.abs(frames[t].astype(int) - draw.frame(s, t)).mean()
+        error = np.abs(frames[t].astype(int) - drawing.frame(s, t)).mean()
         assert error < 12, (s.name, t)
 
 
@@ -92,21 +93,21 @@ def test_same_options_same_bytes(built, small, tmp_path):
 def test_stopped_run_leaves_no_half_video_and_goes_on(
   small, tmp_path, monkeypatch
 ):
-  whole = draw.frame
+  whole = drawing.frame
 
   def stop(s, second):
     if s.name == "train_0002" and second == 100:
       raise KeyboardInterrupt
     return whole(s, second)
 
-  monkeypatch.setattr(video.draw, "frame", stop)
+  monkeypatch.setattr(drawing.draw, "frame", stop)
   with pytest.raises(KeyboardInterrupt):
     build.build(tmp_path, small)
   done = {p.name: p.stat().st_mtime_ns for p in tmp_path.rglob("*.mp4")}
   assert "train_0002.mp4" not in done
   assert not list(tmp_path.rglob("*.part"))
   assert not json.loads((tmp_path / "demo.json").read_text())["complete"]
-  monkeypatch.setattr(video.draw, "frame", whole)
+  monkeypatch.setattr(drawing.draw, "frame", whole)
   _, reused = build.build(tmp_path, small)
   assert not reused
   for s in small.scripts()["train"]:

@@ -5,13 +5,13 @@ import re
 
 import pytest
 
-from hourjax.data.demo import records, script, world
+from hourjax.data.demo import build, script, world
 
 
 @pytest.fixture(scope="module")
 def asked():
   """(script, question text, facts) of 60 videos of all durations."""
-  writer = records.Writer(1, "test")
+  writer = build.Writer(1, "test")
   out = []
   for i in range(1, 61):
     video = script.make_script(1, "test", i, ((180, 360), (600, 3600))[i % 2])
@@ -136,23 +136,23 @@ def test_every_test_video_has_one_needle_question(asked):
   for video, _, facts in asked:
     by_video[video.name].append(facts)
   for questions in by_video.values():
-    assert len(questions) == 1 + records.TEST_OTHERS
+    assert len(questions) == 1 + build.TEST_OTHERS
     others = [f["task"] for f in questions if not f["needle"]]
-    assert len(set(others)) == len(others) == records.TEST_OTHERS
+    assert len(set(others)) == len(others) == build.TEST_OTHERS
   colours = collections.Counter(f["answer"] for _, _, f in asked if f["needle"])
   assert set(colours.values()) == {len(by_video) // 4}
   assert set(colours) == set(world.NEEDLE_COLOURS)
 
 
 def test_training_conversations():
-  writer = records.Writer(0, "train")
+  writer = build.Writer(0, "train")
   for i in range(1, 21):
     video = script.make_script(0, "train", i, (180, 240))
     for number, record in enumerate(writer.train(video, 8)):
       assert record["id"] == f"train_{i:04d}-{number:02d}"
       assert record["duration"] == float(video.duration)
       talk, questions = record["conversations"], record["questions"]
-      assert len(questions) == records.TURNS[number % len(records.TURNS)]
+      assert len(questions) == build.TURNS[number % len(build.TURNS)]
       assert len(talk) == 2 * len(questions)
       assert sum(facts["needle"] for facts in questions) == 1
       marks = ["<image>" in turn["value"] for turn in talk]
@@ -165,7 +165,7 @@ def test_training_conversations():
 
 
 def test_multiple_choice_text():
-  writer = records.Writer(0, "test")
+  writer = build.Writer(0, "test")
   video = script.make_script(0, "test", 1, (180, 300))
   record = next(
     r

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from configs.demo import get_config
-from hourjax.data.demo import draw, script, world
+from hourjax.data.demo import drawing, script, world
 from hourjax.data.forgetting import Forgetting, kept_frames
 from hourjax.errors import UserError
 
@@ -84,7 +84,7 @@ def test_every_second_moves(action):
   film = script.Script(
     "x", 60, (scene,), script.Needle((), "flag", "red", True)
   )
-  frames = [draw.frame(film, t).astype(int) for t in range(10)]
+  frames = [drawing.frame(film, t).astype(int) for t in range(10)]
   for one, two in itertools.pairwise(frames):
     assert one.shape == (96, 96, 3)
     assert (np.abs(one - two).max(axis=-1) > 30).sum() > 100
@@ -94,6 +94,6 @@ def test_cards_are_half_filled_with_the_colour():
   for kind in world.NEEDLES:
     for name in world.NEEDLE_COLOURS:
       needle = script.Needle(((0, 1),), kind, name, True)
-      card = draw.frame(script.Script("x", 1, (), needle), 0)
+      card = drawing.frame(script.Script("x", 1, (), needle), 0)
       share = (card == world.COLOURS[name]).all(axis=-1).mean()
       assert 0.38 < share < 0.62, (kind, share)

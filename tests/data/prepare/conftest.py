@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hourjax.data.demo.tokens import write_tokenizer
+from hourjax.data.demo.tokenizer import write_tokenizer
 
 WORDS = ("what is", "shown in the", "video?", "a cat,", "12 dogs\nand Ünder")
 

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hourjax.data import video
 from hourjax.data.columns import MEASURED_AS, MODALITIES
 from hourjax.data.conversations import IGNORE, IMAGE, encode_conversation
+from hourjax.data.media import video
 from hourjax.data.prepare import build as building
 from hourjax.data.prepare.build import build
-from hourjax.data.prepare.lists import Item, read_list
-from hourjax.data.prepare.options import Options
+from hourjax.data.prepare.lists import Item, Options, read_list
 from hourjax.data.prepare.report import table
 from hourjax.data.prepared import Prepared
 from hourjax.data.store.features import FeatureStore

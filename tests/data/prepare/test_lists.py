@@ -5,15 +5,15 @@ import random
 import numpy as np
 import pytest
 
-from hourjax.data.prepare import existing
+from hourjax.data.prepare import build
 from hourjax.data.prepare.lists import (
   Item,
+  Options,
   Rule,
   parse_rule,
   read_list,
   tell_elsewhere,
 )
-from hourjax.data.prepare.options import Options
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 
@@ -265,5 +265,5 @@ def test_datasets_of_other_roots_are_not_the_same(tmp_path, tokenizer_folder):
     mix = tmp_path / "mix.yaml"
     mix.write_text(f"datasets: [{{json_path: a, {more}}}]")
     items = tuple(read_list(mix, media=tmp_path / "media"))
-    found.append(existing.describe(Options(items, "t"), tokenizer, None))
+    found.append(build.describe(Options(items, "t"), tokenizer, None))
   assert all(a != b for a, b in itertools.combinations(found, 2))

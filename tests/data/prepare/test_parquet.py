@@ -9,11 +9,10 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from hourjax.data import parquet_images
-from hourjax.data.image_files import load_image
+from hourjax.data.media import parquet_images
+from hourjax.data.media.images import load_image
 from hourjax.data.prepare.build import build
-from hourjax.data.prepare.lists import Item, read_list
-from hourjax.data.prepare.options import Options
+from hourjax.data.prepare.lists import Item, Options, read_list
 from hourjax.data.prepared import Prepared
 from hourjax.errors import UserError
 

@@ -1,6 +1,6 @@
 import pytest
 
-from hourjax.data.prepare.questions import (
+from hourjax.data.prepare.question_tables import (
   find_columns,
   parse_mapping,
   read_row,

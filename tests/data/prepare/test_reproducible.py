@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from hourjax.data.columns import Measures
-from hourjax.data.example import encode_record, features
-from hourjax.data.records import parse_record
+from hourjax.data.records.example import encode_record, features
+from hourjax.data.records.record import parse_record
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -20,7 +20,7 @@ _RUN = """
 import pathlib, sys
 from hourjax.data.prepare import build
 from hourjax.data.prepare.lists import Item, parse_rule
-from hourjax.data.prepare.options import Options
+from hourjax.data.prepare.lists import Options
 import dataclasses
 build.WORTH_A_PROCESS, build.CHUNK = 10, 7
 folder, tokenizer, media = map(pathlib.Path, sys.argv[1:4])

@@ -10,8 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from hourjax.data.prepare.tables import QuestionTable, read_rows
-from hourjax.data.records import parse_record
+from hourjax.data.prepare.question_tables import QuestionTable, read_rows
+from hourjax.data.records.record import parse_record
 from hourjax.errors import UserError
 
 
@@ -203,8 +203,8 @@ def test_damaged_files(tmp_path, name):
 
 _MEMORY = """
 import pathlib, sys
-from hourjax.benchmarks.memory import peak_mib as peak
-from hourjax.data.prepare.tables import QuestionTable
+from hourjax.benchmarks.figures import peak_mib as peak
+from hourjax.data.prepare.question_tables import QuestionTable
 def table(path, name):
   return QuestionTable([path], {}, path.parent / name,
     skip=lambda *_: None, step=lambda n: None)

@@ -5,7 +5,7 @@ import uuid
 
 import pytest
 
-from hourjax.data.store.scratch import Scratch
+from hourjax.atomic_file import Scratch
 from hourjax.errors import UserError
 
 
@@ -57,7 +57,7 @@ def test_living_runs_are_left_alone(root):
 def test_a_killed_process_holds_nothing(tmp_path):
   code = f"""
     import os, signal
-    from hourjax.data.store.scratch import Scratch
+    from hourjax.atomic_file import Scratch
     with Scratch({str(tmp_path)!r}, "00000").held():
       Scratch({str(tmp_path)!r}, "00000").file().touch()
       os.kill(os.getpid(), signal.SIGKILL)

@@ -6,9 +6,9 @@ import pytest
 import tensorstore as ts
 
 from hourjax.data.store import storage
-from hourjax.data.store.lines import Lines, read_lines
 from hourjax.data.store.storage import Bucket, Folder, open_storage
 from hourjax.errors import UserError
+from hourjax.jsonl import Lines, read_lines
 
 
 @pytest.fixture(params=["folder", "file", "memory"])

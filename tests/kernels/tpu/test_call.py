@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hourjax.kernels.tpu import call, tiles, visits
+from hourjax.kernels.tpu import block_schedule, call, tiles
 from hourjax.kernels.tpu.tiles import CHIPS, MIB, Chip, Tiles
 from tests.kernels.tpu import comparison
 from tests.kernels.tpu.comparison import (
@@ -324,7 +324,9 @@ def test_no_length_is_refused(name, queries, keys):
     shapes = splits(of, *(x.update(dtype=dtype) for x in arrays[:2]))
     for shape in shapes:
       assert call.row_scalars(shape) <= call.SMEM
-      assert max(shape.query_tiles, shape.key_tiles) <= visits.MOST_TILES
+      assert (
+        max(shape.query_tiles, shape.key_tiles) <= block_schedule.MOST_TILES
+      )
     assert call.forward_vmem(shapes[0], jnp.dtype(dtype).itemsize) <= chip.vmem
     assert call.backward_vmem(shapes[1], jnp.dtype(dtype).itemsize) <= chip.vmem
 
@@ -337,7 +339,7 @@ def exact(chip):
 def test_more_tiles_than_a_visit_can_name_are_parts():
   tile = Tiles(128, 128, 128, 128)
   chip = Chip(tile, tile, 1 << 40)
-  most = visits.MOST_TILES
+  most = block_schedule.MOST_TILES
   for queries, keys in ((1, 128 * most + 1), (128 * most + 1, 1)):
     for shape in splits(chip, *traced(queries, keys, 1, 1)[:2]):
       assert 1 < max(shape.query_tiles, shape.key_tiles) <= most

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hourjax.kernels.tpu import visits
+from hourjax.kernels.tpu import block_schedule
 
 QUERY_TILES, KEY_TILES, CHUNKS, EACH = 4, 5, 2, 3
 QUERIES, KEYS = QUERY_TILES * EACH, KEY_TILES * CHUNKS * EACH
@@ -17,10 +17,14 @@ FLAGS = ("FIRST", "LAST", "WHOLE", "PARTLY", "NEW")
 
 def listed(plan):
   """Of each row: [(query tile, key tile, set of flags)], with the padding."""
-  parts = visits.query_tile(plan.code), visits.key_tile(plan.code), plan.code
+  parts = (
+    block_schedule.query_tile(plan.code),
+    block_schedule.key_tile(plan.code),
+    plan.code,
+  )
   return [
     [
-      (i, j, {x for x in FLAGS if code & getattr(visits, x)})
+      (i, j, {x for x in FLAGS if code & getattr(block_schedule, x)})
       for i, j, code in zip(*row)
     ]
     for row in zip(*(np.asarray(x).tolist() for x in parts))
@@ -54,7 +58,7 @@ def plan(
   query_tiles=QUERY_TILES,
   key_tiles=KEY_TILES,
 ):
-  return visits.plan(
+  return block_schedule.plan(
     query_segment,
     key_segment,
     query_tiles=query_tiles,
@@ -165,14 +169,14 @@ def test_scalars_are_flat_and_in_the_kernels_order():
 
 def test_the_most_tiles_have_their_own_codes():
   """The last of 8,192 query tiles, with flags, is still a positive number."""
-  last = visits.MOST_TILES - 1
-  ids = np.zeros((1, visits.MOST_TILES), np.int32)
+  last = block_schedule.MOST_TILES - 1
+  ids = np.zeros((1, block_schedule.MOST_TILES), np.int32)
   ids[0, last] = 1
   made = plan(
     ids,
     np.ones((1, CHUNKS), np.int32),
     False,
-    query_tiles=visits.MOST_TILES,
+    query_tiles=block_schedule.MOST_TILES,
     key_tiles=1,
   )
   assert listed(made)[0][last] == (last, 0, set(FLAGS) - {"PARTLY"})

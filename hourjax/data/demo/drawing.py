@@ -1,0 +1,427 @@
+"""Places, actors and needle cards as drawing lists.
+
+A drawing list is a sequence of (form, coordinates, fill) in a unit square,
+x to the right and y down. The fill "body" stands for the colour of the actor
+or needle. Kinds differ by where their dark and light fields lie rather than
+by fine outline, since the demo's encoder sees 64-pixel frames only.
+"""
+# MERGED hourjax.data.demo.draw:
+# Draws a script: one 96 x 96 RGB frame for each second.
+# MERGED hourjax.data.demo.video:
+# Writes a script's frames as a real .mp4 file.
+
+import functools
+import os
+import pathlib
+from fractions import Fraction
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+
+from hourjax.data.demo import world
+from hourjax.data.demo.script import Scene, Script
+
+DARK = (28, 28, 36)
+LIGHT = (246, 244, 236)
+STEEL = (150, 156, 168)
+BODY = "body"
+
+ACTORS = {
+  "robot": (
+    ("rectangle", (0.44, 0.0, 0.56, 0.2), DARK),
+    ("rectangle", (0.04, 0.16, 0.96, 0.98), DARK),
+    ("rectangle", (0.12, 0.24, 0.88, 0.9), BODY),
+    ("rectangle", (0.18, 0.34, 0.82, 0.58), DARK),
+    ("ellipse", (0.23, 0.36, 0.43, 0.56), LIGHT),
+    ("ellipse", (0.57, 0.36, 0.77, 0.56), LIGHT),
+    ("rectangle", (0.3, 0.7, 0.7, 0.8), STEEL),
+  ),
+  "cat": (
+    ("polygon", (0.06, 0.02, 0.46, 0.26, 0.08, 0.5), BODY),
+    ("polygon", (0.94, 0.02, 0.54, 0.26, 0.92, 0.5), BODY),
+    ("ellipse", (0.04, 0.14, 0.96, 0.98), BODY),
+    ("ellipse", (0.2, 0.54, 0.8, 0.96), LIGHT),
+    ("ellipse", (0.22, 0.34, 0.38, 0.52), DARK),
+    ("ellipse", (0.62, 0.34, 0.78, 0.52), DARK),
+    ("polygon", (0.42, 0.6, 0.58, 0.6, 0.5, 0.7), DARK),
+  ),
+  "ball": (
+    ("ellipse", (0.0, 0.0, 1.0, 1.0), BODY),
+    (
+      "polygon",
+      (0.03, 0.33, 0.97, 0.33, 1.0, 0.5, 0.97, 0.67, 0.03, 0.67, 0.0, 0.5),
+      LIGHT,
+    ),
+    ("ellipse", (0.36, 0.36, 0.64, 0.64), BODY),
+  ),
+  "car": (
+    ("polygon", (0.2, 0.4, 0.32, 0.14, 0.74, 0.14, 0.86, 0.4), BODY),
+    ("rectangle", (0.0, 0.38, 1.0, 0.76), BODY),
+    ("polygon", (0.28, 0.38, 0.36, 0.2, 0.7, 0.2, 0.78, 0.38), LIGHT),
+    ("ellipse", (0.06, 0.56, 0.42, 0.92), DARK),
+    ("ellipse", (0.58, 0.56, 0.94, 0.92), DARK),
+    ("ellipse", (0.17, 0.67, 0.31, 0.81), STEEL),
+    ("ellipse", (0.69, 0.67, 0.83, 0.81), STEEL),
+  ),
+  "kite": (
+    ("polygon", (0.5, 0.0, 1.0, 0.5, 0.5, 1.0, 0.0, 0.5), LIGHT),
+    ("polygon", (0.5, 0.08, 0.92, 0.5, 0.5, 0.92, 0.08, 0.5), BODY),
+    ("rectangle", (0.44, 0.04, 0.56, 0.96), LIGHT),
+    ("rectangle", (0.04, 0.44, 0.96, 0.56), LIGHT),
+  ),
+  "boat": (
+    ("rectangle", (0.46, 0.02, 0.54, 0.66), DARK),
+    ("polygon", (0.5, 0.02, 0.96, 0.54, 0.5, 0.54), LIGHT),
+    ("polygon", (0.42, 0.14, 0.42, 0.54, 0.08, 0.54), LIGHT),
+    ("polygon", (0.0, 0.6, 1.0, 0.6, 0.82, 0.98, 0.18, 0.98), BODY),
+    ("rectangle", (0.03, 0.6, 0.97, 0.68), DARK),
+  ),
+}
+
+NEEDLES = {
+  "flag": (
+    ("rectangle", (0.1, 0.08, 0.16, 0.96), STEEL),
+    ("rectangle", (0.16, 0.12, 0.92, 0.76), BODY),
+  ),
+  "balloon": (
+    ("polygon", (0.5, 0.8, 0.58, 0.9, 0.42, 0.9), BODY),
+    ("rectangle", (0.49, 0.9, 0.51, 1.0), STEEL),
+    ("ellipse", (0.12, 0.06, 0.88, 0.84), BODY),
+    ("ellipse", (0.26, 0.16, 0.38, 0.3), LIGHT),
+  ),
+  "umbrella": (
+    ("rectangle", (0.47, 0.6, 0.53, 0.96), DARK),
+    ("rectangle", (0.36, 0.92, 0.53, 0.97), DARK),
+    ("pieslice", (0.03, 0.05, 0.97, 1.35), BODY),
+  ),
+  "lantern": (
+    ("rectangle", (0.34, 0.06, 0.66, 0.14), DARK),
+    ("rectangle", (0.34, 0.86, 0.66, 0.94), DARK),
+    (
+      "polygon",
+      (0.3, 0.14, 0.7, 0.14, 0.9, 0.5, 0.7, 0.86, 0.3, 0.86, 0.1, 0.5),
+      BODY,
+    ),
+  ),
+}
+
+# Cards' patterns: (field, second colour, pattern). Pure white, pure black,
+# magenta and cyan fields occur on no place and on no actor.
+CARDS = {
+  "flag": ((255, 255, 255), (255, 255, 255), "plain"),
+  "balloon": ((0, 0, 0), (0, 0, 0), "plain"),
+  "umbrella": ((255, 0, 255), (255, 190, 255), "stripes"),
+  "lantern": ((0, 235, 235), (0, 70, 90), "checks"),
+}
+
+
+def _grid(xs, ys, width, height, fills) -> list:
+  """Rectangles at every (x, y); fills are taken in turn."""
+  spots = [(x, y) for y in ys for x in xs]
+  return [
+    ("rectangle", (x, y, x + width, y + height), fills[i % len(fills)])
+    for i, (x, y) in enumerate(spots)
+  ]
+
+
+def _steps(start: float, stop: float, count: int) -> list[float]:
+  return [start + (stop - start) * i / count for i in range(count)]
+
+
+def _kitchen() -> list:
+  tiles = _grid(
+    _steps(0, 1.05, 7),
+    _steps(0, 0.6, 4),
+    0.15,
+    0.15,
+    ((248, 232, 200), (226, 158, 116)),
+  )
+  doors = _grid(_steps(0.03, 1, 3), (0.72,), 0.27, 0.24, ((214, 132, 84),))
+  knobs = _grid(_steps(0.14, 1.11, 3), (0.76,), 0.06, 0.03, (LIGHT,))
+  return [
+    *tiles,
+    ("rectangle", (0, 0.6, 1, 0.68), (112, 62, 38)),
+    ("rectangle", (0, 0.68, 1, 1), (176, 98, 60)),
+    *doors,
+    *knobs,
+  ]
+
+
+def _forest() -> list:
+  trunks = _grid(_steps(0.06, 1.06, 4), (0.1,), 0.1, 0.8, ((104, 68, 40),))
+  crowns = [
+    ("ellipse", (x - 0.1, y, x + 0.26, y + 0.3), fill)
+    for x, y, fill in zip(
+      _steps(-0.05, 1.0, 6),
+      (0, 0.1, -0.04, 0.08, 0, 0.1),
+      ((26, 96, 50), (40, 122, 58), (22, 84, 46)) * 2,
+    )
+  ]
+  return [
+    ("rectangle", (0, 0, 1, 1), (14, 58, 40)),
+    *trunks,
+    *crowns,
+    ("rectangle", (0, 0.86, 1, 1), (58, 50, 22)),
+  ]
+
+
+def _beach() -> list:
+  waves = _grid(_steps(0, 1, 4), (0.46, 0.54), 0.13, 0.02, ((150, 214, 240),))
+  return [
+    ("rectangle", (0, 0, 1, 0.42), (138, 204, 246)),
+    ("ellipse", (0.72, 0.05, 0.94, 0.27), (255, 238, 150)),
+    ("rectangle", (0, 0.42, 1, 0.62), (28, 122, 196)),
+    *waves,
+    ("rectangle", (0, 0.62, 1, 1), (240, 216, 150)),
+    ("ellipse", (-0.2, 0.6, 0.6, 0.74), (240, 216, 150)),
+  ]
+
+
+def _street() -> list:
+  houses = _grid(
+    _steps(0, 1, 3),
+    (0,),
+    0.33,
+    0.55,
+    ((146, 104, 104), (112, 116, 140), (164, 136, 112)),
+  )
+  windows = _grid(
+    _steps(0.04, 1.04, 6),
+    (0.06, 0.22, 0.38),
+    0.08,
+    0.1,
+    ((250, 220, 130), (66, 70, 92)),
+  )
+  return [
+    *houses,
+    *windows,
+    ("rectangle", (0, 0.54, 1, 0.62), (178, 178, 174)),
+    ("rectangle", (0, 0.62, 1, 1), (74, 74, 80)),
+    *_grid(_steps(0.03, 1.03, 4), (0.79,), 0.15, 0.04, (LIGHT,)),
+  ]
+
+
+def _office() -> list:
+  return [
+    ("rectangle", (0, 0, 1, 1), (198, 214, 226)),
+    ("rectangle", (0.08, 0.06, 0.92, 0.54), (120, 146, 176)),
+    *_grid((0.1,), _steps(0.08, 0.53, 5), 0.8, 0.045, ((222, 232, 240),)),
+    ("rectangle", (0, 0.62, 1, 0.7), (86, 96, 118)),
+    ("rectangle", (0, 0.7, 1, 1), (150, 164, 186)),
+    *_grid(_steps(0.04, 1.0, 2), (0.76,), 0.4, 0.08, ((110, 124, 150),) * 2),
+    *_grid(_steps(0.04, 1.0, 2), (0.88,), 0.4, 0.08, ((110, 124, 150),) * 2),
+  ]
+
+
+def _garden() -> list:
+  petals = ((240, 120, 170), (250, 236, 140), (176, 130, 220))
+  flowers = [
+    ("ellipse", (x, y, x + 0.09, y + 0.09), petals[(i + j) % 3])
+    for j, y in enumerate(_steps(0.36, 1.0, 4))
+    for i, x in enumerate(_steps(0.02 + 0.08 * (j % 2), 1.0, 5))
+  ]
+  return [
+    ("rectangle", (0, 0, 1, 0.3), (196, 232, 244)),
+    ("rectangle", (0, 0.28, 1, 1), (150, 206, 92)),
+    *[
+      ("ellipse", (x, 0.12, x + 0.3, 0.42), (92, 166, 66))
+      for x in _steps(-0.08, 1.0, 5)
+    ],
+    ("rectangle", (0, 0.31, 1, 1), (150, 206, 92)),
+    *flowers,
+  ]
+
+
+def _garage() -> list:
+  hazard = [
+    (
+      "polygon",
+      (x, 1.0, x + 0.1, 0.8, x + 0.2, 0.8, x + 0.1, 1.0),
+      (238, 178, 30),
+    )
+    for x in _steps(-0.2, 1.0, 6)
+  ]
+  return [
+    ("rectangle", (0, 0, 1, 1), (92, 84, 104)),
+    *_grid((0.06,), _steps(0.06, 0.7, 5), 0.88, 0.1, ((128, 118, 142),)),
+    ("rectangle", (0, 0.8, 1, 1), (46, 42, 50)),
+    *hazard,
+  ]
+
+
+def _library() -> list:
+  books = ((150, 58, 52), (62, 92, 126), (176, 146, 76), (72, 110, 86))
+  rows = [
+    book
+    for i, y in enumerate((0.05, 0.38, 0.71))
+    for book in _grid(
+      _steps(0.02, 1.0, 12), (y,), 0.065, 0.25, books[i:] + books[:i]
+    )
+  ]
+  return [("rectangle", (0, 0, 1, 1), (82, 46, 28)), *rows]
+
+
+_DRAWINGS = (
+  _kitchen,
+  _forest,
+  _beach,
+  _street,
+  _office,
+  _garden,
+  _garage,
+  _library,
+)
+PLACES = {name: draw() for name, draw in zip(world.PLACES, _DRAWINGS)}
+
+
+SIDE = 96
+# An actor's side and its centre's distance from the nearest frame edges.
+ACTOR_SIDE = 44
+MARGIN = 30
+# Shapes are drawn enlarged and scaled down, which smooths their edges.
+_ZOOM = 4
+
+# Action -> its cycle, one (dx, dy in pixels, degrees, scale, opacity) for
+# each second. Cycle lengths have no common factor with 4: temporal forgetting
+# keeps about every fourth frame, which would freeze a cycle of 2 or 4.
+_CYCLES = {
+  "spins": [(0, 0, 360 * i / 7, 1.0, 1.0) for i in range(7)],
+  "jumps": [(0, dy, 0, 1.0, 1.0) for dy in (8, 0, -8)],
+  "slides": [(dx, 0, 0, 1.0, 1.0) for dx in (-8, -3, 3, 8, 0)],
+  "blinks": [(0, 0, 0, 1.0, alpha) for alpha in (1.0, 0.6, 0.2)],
+  "grows": [(0, 0, 0, scale, 1.0) for scale in (0.75, 0.9, 1.05, 1.2, 0.9)],
+}
+
+
+def frame(script: Script, second: int) -> np.ndarray:
+  """The picture shown at a second.
+
+  Args:
+    script: what the video shows.
+    second: 0 <= second < script.duration.
+
+  Returns:
+    uint8[96, 96, 3], RGB; shared between calls, so not to be written to.
+  """
+  needle = script.needle
+  if needle.shown_at(second):
+    return _card(needle.kind, needle.colour)
+  scene = next(s for s in script.scenes if second < s.end)
+  cycle = _CYCLES[scene.action]
+  return _scene_frame(scene, second % len(cycle))
+
+
+@functools.lru_cache(maxsize=256)
+def _scene_frame(scene: Scene, phase: int) -> np.ndarray:
+  dx, dy, degrees, scale, opacity = _CYCLES[scene.action][phase]
+  sprite = _sprite(scene.kind, scene.colour, degrees, scale)
+  side = sprite.shape[0]
+  far = SIDE - MARGIN
+  x = (MARGIN if scene.side == "left" else far) + dx - side // 2
+  y = (MARGIN if scene.level == "top" else far) + dy - side // 2
+  # The sprite may stick out of the frame: both are cut to the common part.
+  x0, y0, x1, y1 = (
+    max(x, 0),
+    max(y, 0),
+    min(x + side, SIDE),
+    min(y + side, SIDE),
+  )
+  part = sprite[y0 - y : y1 - y, x0 - x : x1 - x]
+  out = _background(scene.place).copy()
+  under = out[y0:y1, x0:x1].astype(np.float32)
+  alpha = part[..., 3:] * (opacity / 255)
+  mixed = under + alpha * (part[..., :3] - under)
+  out[y0:y1, x0:x1] = mixed.round().astype(np.uint8)
+  return out
+
+
+def _paint(image: Image.Image, drawing, body) -> None:
+  """Draws a drawing list over the whole image."""
+  pen = ImageDraw.Draw(image)
+  size = image.width - 1
+  for form, coordinates, fill in drawing:
+    places = [value * size for value in coordinates]
+    fill = body if fill == BODY else fill
+    if form == "pieslice":
+      pen.pieslice(places, 180, 360, fill=fill)
+    else:
+      getattr(pen, form)(places, fill=fill)
+
+
+@functools.cache
+def _background(place: str) -> np.ndarray:
+  image = Image.new("RGB", (SIDE * _ZOOM, SIDE * _ZOOM))
+  _paint(image, PLACES[place], None)
+  return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
+
+
+@functools.lru_cache(maxsize=1024)
+def _sprite(kind: str, colour: str, degrees: float, scale: float):
+  """An actor with its opacity: float32[side, side, 4], 0 to 255."""
+  big = ACTOR_SIDE * _ZOOM
+  image = Image.new("RGBA", (big, big))
+  _paint(image, ACTORS[kind], world.COLOURS[colour])
+  if degrees:
+    # A turned square needs sqrt(2) times its side to keep its corners.
+    scale, rim = scale * 1.5, big // 4
+    image = ImageOps.expand(image, rim).rotate(
+      -degrees, Image.Resampling.BICUBIC
+    )
+  side = round(ACTOR_SIDE * scale / 2) * 2
+  image = image.resize((side, side), Image.Resampling.BOX)
+  return np.asarray(image).astype(np.float32)
+
+
+@functools.cache
+def _card(kind: str, colour: str) -> np.ndarray:
+  first, second, pattern = CARDS[kind]
+  big = SIDE * _ZOOM
+  y, x = np.mgrid[:big, :big] // (8 * _ZOOM)
+  if pattern == "stripes":
+    choice = x % 2
+  elif pattern == "checks":
+    choice = (x + y) % 2
+  else:
+    choice = np.zeros_like(x)
+  field = np.array([first, second], dtype=np.uint8)[choice]
+  image = Image.fromarray(field)
+  _paint(image, NEEDLES[kind], world.COLOURS[colour])
+  return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
+
+
+# A key frame a minute keeps seeking cheap and files small.
+_CODEC = {"preset": "ultrafast", "crf": "20", "g": "60"}
+
+
+def write_video(path: pathlib.Path, script: Script) -> None:
+  """Writes one frame a second as H.264, 96 x 96 pixels, yuv420p.
+
+  The file gets its name only when it is complete: a stopped run leaves at
+  most a file that starts with a dot and ends in ".part".
+
+  Args:
+    path: of the video, in an existing folder.
+    script: what it shows.
+  """
+  part = path.with_name(f".{path.name}.{os.getpid()}.part")
+  try:
+    _encode(part, script)
+    os.replace(part, path)
+  finally:
+    part.unlink(missing_ok=True)
+
+
+def _encode(path: pathlib.Path, script: Script) -> None:
+  with av.open(str(path), "w", format="mp4") as container:
+    stream = container.add_stream("libx264", rate=1, options=_CODEC)
+    stream.width = stream.height = SIDE
+    stream.pix_fmt = "yuv420p"
+    stream.codec_context.thread_count = 1
+    stream.codec_context.time_base = Fraction(1, 1)
+    for second in range(script.duration):
+      picture = frame(script, second)
+      image = av.VideoFrame.from_ndarray(picture, format="rgb24")
+      image.pts = second
+      container.mux(stream.encode(image))
+    container.mux(stream.encode())

@@ -1,0 +1,1 @@
+"""Video and image files: which frames are read, and their pixels."""

@@ -1,0 +1,386 @@
+"""Image files to pixels, whatever their format and depth.
+
+As in training, EXIF orientation is not applied, transparency is dropped, and of
+an animation the first picture counts. Unlike there, greyscale of more than 8
+bits is scaled: Pillow cuts it off at 255, which leaves white.
+"""
+# MERGED hourjax.data.images:
+# Images: resizing, padding and tiling, bit for bit as in training.
+#
+# Sizes are in pixels. The one resize of the whole system is PIL's bicubic one.
+
+import contextlib
+import dataclasses
+import io
+import math
+import os
+import re
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import Image, UnidentifiedImageError
+
+from hourjax.data.media import parquet_images
+from hourjax.errors import UserError
+
+_REMEDY = "save it as JPEG or PNG"
+_HEIF = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+# What a file that is no image for Pillow is, by its first bytes.
+_FORMATS = (
+  (rb"%PDF-", "PDF"),
+  (rb"%!PS", "PostScript"),
+  (rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL"),
+  (rb"....ftyp(?:avi[fs]|mif1.{0,40}avif)", "AVIF"),
+  (rb"....ftypcrx|FUJIFILMCCD|II\*\0.{4}CR|IIU\0|IIRO|\0MRM", "camera raw"),
+  (rb"....ftyp", "a video"),
+  (rb"\x1aE\xdf\xa3|FLV\x01|RIFF....AVI ", "a video"),
+  (rb"8BPS", "Photoshop"),
+  (rb"\x76\x2f\x31\x01", "OpenEXR"),
+  (rb"#\?RADIANCE", "Radiance HDR"),
+  (rb"PK\x03\x04", "a zip archive"),
+  (rb"\x1f\x8b", "packed with gzip"),
+  (rb"\x93NUMPY", "a numpy array"),
+)
+_SVG = re.compile(rb"<svg[\s>]", re.IGNORECASE)
+_PAGE = re.compile(
+  rb"\s*(?:<!--.*?-->\s*)?<(?:!doctype html|html)", re.IGNORECASE
+)
+_LFS = b"version https://git-lfs"
+# Pillow hands these to another program, which runs what the file says.
+_REFUSED = ("EPS", "WMF")
+_DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+def load_image(path: str | os.PathLike) -> UInt8[np.ndarray, "height width 3"]:
+  """Reads an image as RGB.
+
+  Greyscale of 16 bits becomes v * 255 / 65535, of 12 bits v * 255 / 4095. One
+  of 32 bits, whose range no header tells, is taken as 0 to 1 (floats alone), 0
+  to 255 or 0 to 65535, the first that holds all its values, or else from its
+  lowest to its highest.
+
+  Args:
+    path: of a file, or of an image inside a parquet file.
+
+  Raises:
+    UserError: missing, not an image, of an unsupported format, or damaged.
+  """
+  with _opened(path) as image:
+    if image.mode in _DEEP:
+      grey = _grey(np.asarray(image), _white(image), path)
+      return np.repeat(grey[..., None], 3, axis=-1)
+    return np.array(image.convert("RGB"))
+
+
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+  """(width, height) in pixels, from the header alone.
+
+  Raises:
+    UserError: missing, not an image, or of an unsupported format.
+  """
+  with _opened(path) as image:
+    return image.size
+
+
+def _white(image: Image.Image) -> tuple[int, bool]:
+  """The highest value of 16 bits or fewer, 0 where no header tells it; and
+  whether 0 is white.
+  """
+  if image.mode == "I" and image.format in ("PNG", "PPM"):
+    return 65535, False  # Pillow's mode for 16 bits of theirs
+  tags = getattr(image, "tag_v2", {})
+  bits = tags.get(258, (16,))[0] if image.mode.startswith("I;16") else 32
+  return (1 << bits) - 1 if bits <= 16 else 0, tags.get(262) == 0
+
+
+def _grey(
+  values: np.ndarray, white: tuple[int, bool], path
+) -> UInt8[np.ndarray, "height width"]:
+  known, inverted = white
+  floats = values.dtype.kind == "f"
+  values = values.astype(np.float64)
+  if not np.isfinite(values).all():
+    raise UserError(
+      f"{path} has pixels that are no numbers; {_REMEDY}", kind="damaged"
+    )
+  low, high = float(values.min()), float(values.max())
+  ranges = [known] if known else [1] * floats + [255, 65535]
+  for most in ranges:
+    if low >= 0 and high <= most:
+      low, high = 0.0, float(most)
+      break
+  scaled = (values - low) * (255 / (high - low or 1))
+  grey = np.floor(scaled + 0.5).astype(np.uint8)
+  return 255 - grey if inverted else grey
+
+
+@contextlib.contextmanager
+def _opened(path) -> Iterator[Image.Image]:
+  """An image file; what goes wrong inside becomes a UserError."""
+  source = path
+  if parquet_images.inside(path):
+    source = io.BytesIO(parquet_images.read(path))
+  try:
+    with _identified(source, path) as image:
+      if image.format in _REFUSED:
+        raise _unsupported(path, image.format)
+      yield image
+  except UserError:
+    raise
+  except Image.DecompressionBombError as error:
+    raise UserError(f"{path} is too large: {error}; scale it down") from error
+  except OSError as error:
+    reason = error.strerror or str(error)
+    kind = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+    raise UserError(f"cannot read image {path}: {reason}", kind=kind) from error
+  except Exception as error:  # PIL raises many kinds on damaged files
+    remedy = "fetch it again"
+    if "MAX_TEXT" in str(error):
+      remedy = "save it without its comments"
+    raise UserError(
+      f"cannot decode image {path}: {error or type(error).__name__}; {remedy}",
+      kind="damaged",
+    ) from error
+
+
+def _identified(source, path) -> Image.Image:
+  try:
+    return Image.open(source)
+  except UnidentifiedImageError as error:
+    head, size = _head(source)
+    brands = head[8:64] if head[4:8] == b"ftyp" else b""
+    if brands[:4] in _HEIF and b"avif" not in brands:
+      if not _heif():
+        raise _unsupported(
+          path, "HEIC", "or install pillow-heif: pip install pillow-heif"
+        ) from error
+      return Image.open(source)  # known now
+    if head.startswith(_LFS):
+      raise UserError(
+        f"{path} is a Git-LFS pointer, not the image itself; fetch it with"
+        " `git lfs pull`, or download it again",
+        kind="damaged",
+      ) from error
+    if _PAGE.match(head):
+      raise UserError(
+        f"{path} is not an image but a web page ({size} bytes); fetch it again",
+        kind="damaged",
+      ) from error
+    if _SVG.search(head):
+      raise _unsupported(path, "SVG") from error
+    for pattern, name in _FORMATS:
+      if re.match(pattern, head, re.DOTALL):
+        raise _unsupported(path, name) from error
+    raise UserError(
+      f"{path} is not an image ({size} bytes); fetch it again", kind="damaged"
+    ) from error
+
+
+def _unsupported(path, name: str, more: str = "") -> UserError:
+  remedy = f"{_REMEDY}, {more}" if more else _REMEDY
+  return UserError(
+    f"{path} is of an unsupported format ({name}); {remedy}", kind="unsupported"
+  )
+
+
+def _head(source) -> tuple[bytes, int]:
+  """The first bytes of a file, and how many it has."""
+  if isinstance(source, io.BytesIO):
+    content = source.getvalue()
+    return content[:2048], len(content)
+  with open(source, "rb") as file:
+    return file.read(2048), os.path.getsize(source)
+
+
+def _heif() -> bool:
+  """Makes Pillow read HEIC where its plugin is installed."""
+  try:
+    import pillow_heif  # optional, and seldom needed
+  except ImportError:
+    return False
+  pillow_heif.register_heif_opener()
+  return True
+
+
+__all__ = ["image_size", "load_image"]  # read from files
+
+# SigLIP's processor: x / 255, then mean 0.5 and deviation 0.5. Written in its
+# order of float64 and float32 operations, since the values must be the same.
+_VALUES = (
+  (np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(0.5)
+) / np.float32(0.5)
+
+_MEAN_COLOUR = int(0.5 * 255)  # 127: the processor's mean, cut to an integer
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyresGeometry:
+  """How an image is tiled and what is left of its grid of features.
+
+  Attributes:
+    grid_w: tiles from left to right.
+    grid_h: tiles from top to bottom.
+    tiles: all tiles, the base tile (the whole image) included.
+    unpadded_h: rows of features once the padding is cut off.
+    unpadded_w: columns likewise.
+    scale: sqrt(features / features of `max_tiles` tiles).
+    resized_h: rows after scaling down, which happens where scale > 1.1.
+    resized_w: columns likewise.
+  """
+
+  grid_w: int
+  grid_h: int
+  tiles: int
+  unpadded_h: int
+  unpadded_w: int
+  scale: float
+  resized_h: int
+  resized_w: int
+
+
+def resize(
+  image: UInt8[np.ndarray, "height width 3"], size: int
+) -> UInt8[np.ndarray, "size size 3"]:
+  """Bicubic, straight to a square; the aspect ratio is not kept."""
+  return _resize(image, size, size)
+
+
+def to_pixels(image: UInt8[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
+  """0..255 to [-1, 1], as SigLIP expects it."""
+  return _VALUES[image]
+
+
+def pad_to_square(
+  image: UInt8[np.ndarray, "height width 3"],
+) -> UInt8[np.ndarray, "side side 3"]:
+  """Centres the image on a grey square; for one image among several."""
+  height, width = image.shape[:2]
+  side = max(height, width)
+  return _centred(image, side, side, _MEAN_COLOUR)
+
+
+def best_resolution(
+  width: int, height: int, tile: int = 384, max_grid: int = 6
+) -> tuple[int, int]:
+  """The (width, height), in whole tiles, that shows an image best.
+
+  Best is what keeps most of the image's pixels, then what wastes fewest. Of
+  equals the first counts, in the order 1x1, 1x2, ..., 6x6 (width first).
+
+  Raises:
+    UserError: the image is so narrow that it vanishes in every grid.
+  """
+  best, best_kept, least_wasted = None, 0, math.inf
+  steps = [tile * n for n in range(1, max_grid + 1)]
+  for w, h in ((w, h) for w in steps for h in steps):
+    scale = min(w / width, h / height)
+    scaled = int(width * scale) * int(height * scale)
+    kept = min(scaled, width * height)
+    wasted = w * h - kept
+    if kept > best_kept or (kept == best_kept and wasted < least_wasted):
+      best_kept, least_wasted = kept, wasted
+      best = (w, h) if kept else None
+  if best is None:
+    raise UserError(
+      f"an image of {width} x {height} pixels is too narrow for {max_grid} x "
+      f"{max_grid} tiles of {tile}; crop it"
+    )
+  return best
+
+
+def anyres_geometry(
+  width: int,
+  height: int,
+  tile: int = 384,
+  side: int = 27,
+  max_tiles: int = 9,
+) -> AnyresGeometry:
+  """The tiles and features of an image (`anyres_max_9`, grids 1x1 to 6x6).
+
+  A worked example, 640 x 480: 2 x 2 tiles give 54 x 54 features; the image is
+  wider than that, so 54 columns stay, int(480 * 54 / 640) = 40 rows are image
+  and 14 // 2 = 7 rows are cut off above and below: 40 x 54.
+
+  Args:
+    width: of the image, in pixels.
+    height: of the image, in pixels.
+    tile: side of a tile, in pixels.
+    side: features along the side of a tile.
+    max_tiles: more features than these tiles have are scaled down.
+
+  Raises:
+    UserError: see `best_resolution`; also where no feature of the image is
+      left, which only few features a tile and very narrow images bring about.
+  """
+  best_w, best_h = best_resolution(width, height, tile)
+  grid_w, grid_h = best_w // tile, best_h // tile
+  rows, columns = grid_h * side, grid_w * side
+  # Halves of the padding are cut, so an odd row of padding stays.
+  if width / height > columns / rows:
+    rows -= (rows - int(height * (columns / width))) // 2 * 2
+  else:
+    columns -= (columns - int(width * (rows / height))) // 2 * 2
+  if not rows or not columns:
+    raise UserError(
+      f"an image of {width} x {height} pixels leaves {columns} x {rows}"
+      f" features of its {grid_w} x {grid_h} tiles; crop it"
+    )
+  scale = math.sqrt(rows * columns / (max_tiles * side**2))
+  shrink = scale > 1.1
+  return AnyresGeometry(
+    grid_w=grid_w,
+    grid_h=grid_h,
+    tiles=1 + grid_w * grid_h,
+    unpadded_h=rows,
+    unpadded_w=columns,
+    scale=scale,
+    resized_h=int(rows // scale) if shrink else rows,
+    resized_w=int(columns // scale) if shrink else columns,
+  )
+
+
+def tile_image(
+  image: UInt8[np.ndarray, "height width 3"], tile: int = 384
+) -> UInt8[np.ndarray, "tiles tile tile 3"]:
+  """The whole image as one tile, then its tiles row by row.
+
+  For the latter the image is scaled to fit its best resolution and centred on
+  black.
+
+  Raises:
+    UserError: see `best_resolution`.
+  """
+  height, width = image.shape[:2]
+  best_w, best_h = best_resolution(width, height, tile)
+  scale_w, scale_h = best_w / width, best_h / height
+  if scale_w < scale_h:
+    new_w, new_h = best_w, min(math.ceil(height * scale_w), best_h)
+  else:
+    new_w, new_h = min(math.ceil(width * scale_h), best_w), best_h
+  canvas = _centred(_resize(image, new_w, new_h), best_w, best_h, 0)
+  grid_h, grid_w = best_h // tile, best_w // tile
+  # [gh*tile, gw*tile, 3] -> [gh, tile, gw, tile, 3] -> [gh*gw, tile, tile, 3]
+  tiles = canvas.reshape(grid_h, tile, grid_w, tile, 3).swapaxes(1, 2)
+  tiles = tiles.reshape(-1, tile, tile, 3)
+  return np.concatenate([resize(image, tile)[None], tiles])
+
+
+def _resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
+  if image.shape[:2] == (height, width):
+    return image  # PIL would return an equal copy
+  # Width first, then height: the order of every Pillow before 13, and hence of
+  # the published training. Pillow 13 may choose the other order, which changes
+  # 7 % of the values (https://github.com/python-pillow/Pillow/pull/9549).
+  wide = Image.fromarray(image).resize((width, image.shape[0]), Image.BICUBIC)
+  return np.asarray(wide.resize((width, height), Image.BICUBIC))
+
+
+def _centred(
+  image: np.ndarray, width: int, height: int, colour: int
+) -> np.ndarray:
+  h, w = image.shape[:2]
+  top, left = (height - h) // 2, (width - w) // 2
+  canvas = np.full((height, width, 3), colour, np.uint8)
+  canvas[top : top + h, left : left + w] = image
+  return canvas

@@ -1,0 +1,1 @@
+"""Records: one question set about a video, images or nothing."""

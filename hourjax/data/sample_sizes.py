@@ -1,0 +1,277 @@
+"""What every sample takes of a row, from columns of numbers alone.
+
+The same numbers as `rows.layout_size` of a sample that is laid out; a test
+holds the two together.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from hourjax.data.columns import MEASURED_AS, MODALITIES, Columns
+from hourjax.data.forgetting import Forgetting
+from hourjax.data.media import frame_rules, images
+from hourjax.data.repository import MIN_FRAMES
+from hourjax.data.rows import RowSpec, Size, check_fits
+from hourjax.data.store.features import FeatureStore
+from hourjax.data.tokenizer import Tokenizer
+from hourjax.errors import UserError
+
+FIELDS = Size.names()
+_AT = {name: i for i, name in enumerate(FIELDS)}
+
+
+class Shown(NamedTuple):
+  """What training shows of M videos.
+
+  Attributes:
+    frames: of each video, before any repetition; 0 where it cannot be used.
+    duration: seconds; 0 where it cannot be used.
+    stored: whether frames come as features or, False, as pixels.
+    problems: why a video cannot be used, by its index.
+  """
+
+  frames: Int64[np.ndarray, "M"]
+  duration: Float64[np.ndarray, "M"]
+  stored: bool
+  problems: dict[int, str]
+
+
+def shown_videos(columns: Columns, features: FeatureStore | None) -> Shown:
+  """Frames that are shown of each video; see `frame_rules`."""
+  frames = np.zeros(len(columns.videos), np.int64)
+  duration = np.zeros(len(columns.videos))
+  problems = {}
+  for i, name in enumerate(columns.videos):
+    try:
+      if features is not None:
+        duration[i], frames[i] = _stored_count(features, name)
+      else:
+        known = int(columns.pictures[i]), float(columns.duration[i])
+        duration[i], chosen = pixel_frames(name, *known)
+        frames[i] = len(chosen)
+    except UserError as error:
+      problems[i] = str(error)
+  return Shown(frames, duration, features is not None, problems)
+
+
+def stored_frames(
+  features: FeatureStore, name: str
+) -> tuple[float, np.ndarray]:
+  """A stored video's duration and the rows of its features that are shown.
+
+  Raises:
+    UserError: not in the store, or its index holds no such video.
+  """
+  duration, _ = _stored_count(features, name)
+  stored = features.stored(name).frames
+  return duration, frame_rules.stored_feature_frames(stored, duration)
+
+
+def _stored_count(features: FeatureStore, name: str) -> tuple[float, int]:
+  """Duration, and how many frames are shown: no array for 28,000 videos."""
+  if name not in features:
+    raise UserError(f"{name} is not in {features.root}; extract it first")
+  stored, duration = features.stored(name)
+  if stored < 1 or not 0 < duration < math.inf:
+    raise UserError(
+      f"{name} has {stored} frames and lasts {duration} s by the index of"
+      f" {features.root}; delete its line and extract it again"
+    )
+  return duration, frame_rules.stored_feature_count(stored, duration)
+
+
+def sparse_videos(features: FeatureStore, names: Iterable[str]) -> list[str]:
+  """Those whose stored features are too few for the rule of short videos."""
+  return [
+    name
+    for name in names
+    if name in features and frame_rules.is_sparse(*features.stored(name))
+  ]
+
+
+def pixel_frames(
+  name: str, pictures: int, duration: float
+) -> tuple[float, np.ndarray]:
+  """Duration and pictures of a video that is encoded in the step.
+
+  Args:
+    name: of the video.
+    pictures: in its file; 0 where not known.
+    duration: in seconds.
+
+  Raises:
+    UserError: number of pictures or duration are not known.
+  """
+  if not pictures or not 0 < duration < math.inf:
+    raise UserError(
+      f"{name}: number of frames ({pictures}) or duration ({duration} s) not"
+      " known; prepare with --media, or extract its features and set"
+      " config.data.features"
+    )
+  return duration, frame_rules.shown_frames(pictures, duration)
+
+
+def sample_sizes(
+  columns: Columns,
+  shown: Shown,
+  *,
+  tokenizer: Tokenizer,
+  spec: RowSpec,
+  forgetting: Forgetting,
+  max_length: int,
+  single_image: str,
+) -> tuple[Int64[np.ndarray, "N 7"], dict[int, str]]:
+  """Sizes in the order of `FIELDS`, and why some samples cannot be used.
+
+  Args:
+    columns: of the conversations.
+    shown: of their videos.
+    tokenizer: the one they were measured with.
+    spec: of the rows; a sample that is larger than one cannot be used.
+    forgetting: rule; which tokens it keeps does not matter, only how many.
+    max_length: the decoder's sequence is cut here.
+    single_image: see `SampleOptions`.
+  """
+  sizes = np.zeros((len(columns), len(FIELDS)), np.int64)
+  problems = {}
+  kept = np.zeros(len(columns), np.int64)
+  tokens = columns.tokens.astype(np.int64)
+  prompt = columns.prompt.astype(np.int64)
+  answer = columns.answer.astype(np.int64)
+
+  at = np.flatnonzero(columns.modality == MODALITIES.index("video"))
+  if len(at):
+    which = columns.video[at]
+    longer = _instruction_growth(shown, tokenizer)[which]
+    for count in (tokens, prompt, answer):
+      count[at] += longer
+    kept[at] = video_sizes(sizes, at, shown.frames[which], shown, spec,
+                           forgetting)  # fmt: skip
+    bad = np.isin(which, np.fromiter(shown.problems, int))
+    for i in at[bad]:
+      problems[int(i)] = shown.problems[int(columns.video[i])]
+  for i, size, tokens_kept in _image_sizes(
+    columns, spec, forgetting, single_image, problems
+  ):
+    sizes[i] = size
+    kept[i] = tokens_kept
+
+  visual = columns.modality != MODALITIES.index("text")
+  sizes[:, _AT["queries"]] = np.where(visual, prompt + kept, 0)
+  sizes[:, _AT["decoder"]] = np.minimum(tokens + kept, max_length)
+  for i in np.flatnonzero(answer + kept >= max_length).tolist():
+    problems.setdefault(
+      i,
+      f"its answer starts at position {answer[i] + kept[i]} and max_length"
+      f" is {max_length}; raise config.max_length or drop the record",
+    )
+  capacity = np.array(spec.capacity.astuple())
+  for i in np.flatnonzero((sizes > capacity).any(axis=1)).tolist():
+    try:
+      check_fits(Size(*sizes[i].tolist()), spec.capacity, "it")
+    except UserError as error:
+      problems.setdefault(i, str(error))
+  return sizes, problems
+
+
+def _instruction_growth(shown: Shown, tokenizer: Tokenizer) -> np.ndarray:
+  """Tokens of each video's time instruction beyond those of MEASURED_AS.
+
+  The seconds, their hundredths and the frames are counted apart: they are
+  never in one token, and there are few different ones.
+  """
+  cents = np.rint(shown.duration * 100).astype(np.int64)
+  seconds, frames = MEASURED_AS
+  parts = [
+    (cents // 100, lambda n: _numbers(float(n), frames)),
+    (cents % 100, lambda n: _numbers(n / 100, frames)),
+    (np.maximum(shown.frames, 1), lambda n: _numbers(seconds, n)),
+  ]
+  growth = np.zeros(len(cents), np.int64)
+  for values, text in parts:
+    once, where = np.unique(values, return_inverse=True)
+    base, *lengths = tokenizer.lengths(
+      [_numbers(*MEASURED_AS), *map(text, once.tolist())]
+    )
+    growth += (np.array(lengths, np.int64) - base)[where]
+  return growth
+
+
+def _numbers(duration: float, frames: int) -> str:
+  """The part of the instruction that has them; the rest counts the same."""
+  text = frame_rules.time_instruction(duration, frames)
+  return text[text.index(" lasts ") : text.index(" frames ") + len(" frames ")]
+
+
+def video_sizes(
+  sizes: np.ndarray,
+  at: np.ndarray,
+  frames: np.ndarray,
+  shown: Shown,
+  spec: RowSpec,
+  rule: Forgetting,
+) -> np.ndarray:
+  """Fills in what videos of so many frames take; returns tokens kept."""
+  tokens = spec.frame_tokens
+  repeated = np.maximum(frames, MIN_FRAMES)
+  sizes[at, _AT["memory"]] = repeated * (tokens + 1)
+  if shown.stored:
+    sizes[at, _AT["features"]] = frames * tokens
+  else:
+    sizes[at, _AT["frames"]] = frames
+  side = round(tokens**0.5)
+  left = np.minimum(rule.max_frames, repeated // rule.ratio)
+  return np.maximum(left, 1) * (cells_kept(side, side, rule) + 1)
+
+
+def cells_kept(high: int, wide: int, rule: Forgetting) -> int:
+  """Tokens that spatial forgetting keeps of a grid."""
+  if rule.spatial == "uniform":
+    return -(-high // 2) * -(-wide // 2)
+  return math.ceil(high * wide / rule.ratio)
+
+
+def _image_sizes(
+  columns: Columns, spec: RowSpec, rule: Forgetting, single: str, problems
+) -> Iterator[tuple[int, tuple[int, ...], int]]:
+  """(index, size, tokens kept) of every sample with images."""
+  tokens = spec.tile_tokens
+  side = round(tokens**0.5)
+  known: dict[tuple[int, int], tuple[tuple[int, ...], int] | str] = {}
+  at = np.flatnonzero(columns.modality == MODALITIES.index("image"))
+  for i in at.tolist():
+    count = int(columns.images[i])
+    if count > 1 or single == "plain":
+      size = Size(tiles=count, memory=count * (tokens + 1))
+      kept = count * (cells_kept(side, side, rule) + 1)
+      yield i, size.astuple(), kept
+      continue
+    shape = int(columns.width[i]), int(columns.height[i])
+    if shape not in known:
+      try:
+        known[shape] = _tiled_size(*shape, spec, side, rule)
+      except UserError as error:
+        known[shape] = str(error)
+    if isinstance(known[shape], str):
+      problems[i] = known[shape]
+    else:
+      yield i, *known[shape]
+
+
+def _tiled_size(width: int, height: int, spec: RowSpec, side: int, rule):
+  geometry = images.anyres_geometry(
+    width, height, tile=spec.image_size, side=side
+  )
+  high, wide = geometry.resized_h, geometry.resized_w
+  scaled = (high, wide) != (geometry.unpadded_h, geometry.unpadded_w)
+  size = Size(
+    tiles=geometry.tiles,
+    blends=high * wide if scaled else 0,
+    memory=side * side + high * (wide + 1),
+  )
+  kept = cells_kept(side, side, rule) + cells_kept(high, wide, rule) + high
+  return size.astuple(), kept

@@ -1,0 +1,132 @@
+"""Generated data with VideoMarathon's durations and sizes (SPEC section 4)."""
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float64
+
+from hourjax.data.columns import Columns, measure_record
+from hourjax.data.demo.tokenizer import train_tokenizer
+from hourjax.data.media.frame_rules import MIN_FRAMES
+from hourjax.data.prepared import PreparedWriter
+from hourjax.data.records.record import Record, Turn
+from hourjax.data.rows import RowSpec
+from hourjax.data.store.array_file import header_bytes
+from hourjax.data.store.features import FeatureStore
+from hourjax.data.tokenizer import Tokenizer
+
+# Thousands of videos in each 5 minutes of duration, from 0 to 60.
+HISTOGRAM = (4.0, 4.9, 3.4, 3.1, 3.1, 2.75, 2.05, 1.05, 0.85, 1.3, 1.0, 0.4)
+SHORTEST = 180.0  # seconds; the paper's videos last 3 to 60 minutes
+# Tokens of a conversation's markup and instruction, and of each question and
+# answer: the range they are drawn from.
+_MARKUP, _QUESTION, _ANSWER, _QUESTIONS = 75, (15, 110), (5, 80), (4, 6)
+
+
+def video_durations(count: int, seed: int) -> Float64[np.ndarray, "count"]:
+  """Seconds of videos, drawn from the histogram."""
+  rng = np.random.default_rng(seed)
+  share = np.array(HISTOGRAM) / sum(HISTOGRAM)
+  start = rng.choice(len(share), count, p=share) * 300.0
+  drawn = start + rng.uniform(0, 300, count)
+  return np.round(np.clip(drawn, SHORTEST, 3600.0), 2)
+
+
+def conversation_columns(
+  durations: np.ndarray, conversations: int, seed: int
+) -> Columns:
+  """Columns of conversations about these videos, each about a random one."""
+  rng = np.random.default_rng([seed, 1])
+  questions = rng.integers(*_QUESTIONS, conversations)
+  prompt = _MARKUP + questions * rng.integers(*_QUESTION, conversations)
+  said = questions * rng.integers(*_ANSWER, conversations)
+  none = np.zeros(conversations, np.int32)
+  return Columns(
+    modality=np.ones(conversations, np.uint8),
+    tokens=(prompt + said).astype(np.int32),
+    prompt=prompt.astype(np.int32),
+    answer=(_MARKUP + (prompt - _MARKUP) // questions).astype(np.int32),
+    images=none,
+    width=none,
+    height=none,
+    video=rng.integers(0, len(durations), conversations).astype(np.int32),
+    source=none.astype(np.int32),
+    stream=none.astype(np.int32),
+    videos=tuple(video_name(i) for i in range(len(durations))),
+    sources=("synthetic",),
+    streams=("default",),
+    duration=durations,
+    pictures=np.zeros(len(durations), np.int32),
+  )
+
+
+def video_name(number: int) -> str:
+  return f"{number:06d}.mp4"
+
+
+def tokenizer() -> Tokenizer:
+  """A small one: nothing here depends on words."""
+  return Tokenizer(train_tokenizer([]), "synthetic")
+
+
+def write_index(root: pathlib.Path, durations: np.ndarray) -> None:
+  """The index of a feature store; the features themselves may be missing."""
+  root.mkdir(parents=True, exist_ok=True)
+  with open(root / "index-00000.jsonl", "w") as file:
+    for number, duration in enumerate(durations.tolist()):
+      frames = max(int(duration), MIN_FRAMES)
+      line = {
+        "video": video_name(number),
+        "frames": frames,
+        "duration": duration,
+      }
+      file.write(json.dumps(line) + "\n")
+
+
+def write_features(
+  root: pathlib.Path, spec: RowSpec, gigabytes: float, seed: int
+) -> tuple[FeatureStore, np.ndarray]:
+  """A store with real bytes of about this size, and its durations."""
+  frame = spec.frame_tokens * spec.width * 2
+  durations, size = [], 0.0
+  for duration in video_durations(100_000, seed):
+    durations.append(float(duration))
+    size += max(int(duration), MIN_FRAMES) * frame / 1e9
+    if size >= gigabytes:
+      break
+  rng = np.random.default_rng([seed, 2])
+  noise = rng.normal(size=(512, spec.frame_tokens, spec.width))
+  noise = noise.astype("bfloat16").view(np.uint16)
+  write_index(root, np.array(durations))
+  for number, duration in enumerate(durations):
+    left = max(int(duration), MIN_FRAMES)
+    shape = (left, *noise.shape[1:])
+    with open(root / f"{video_name(number)}.npy", "wb") as file:
+      file.write(header_bytes(shape))
+      while left > 0:
+        file.write(noise[:left].tobytes())
+        left -= len(noise)
+  return FeatureStore(root), np.array(durations)
+
+
+def write_conversations(folder: pathlib.Path, videos: int, each: int) -> None:
+  """A prepared dataset with conversations of text about the first videos."""
+  words, tokens = "what is to be seen here before the end of it", tokenizer()
+  rng = np.random.default_rng(0)
+  with PreparedWriter(folder, tokenizer_id=tokens.fingerprint) as writer:
+    for number in range(videos * each):
+      name = video_name(number % videos)
+      turns = _turns(words.split(), rng)
+      record = Record(f"{number}", "video", (name,), turns, "synthetic", {})
+      writer.add(record, measure_record(record, tokens, None))
+
+
+def _turns(words: Sequence[str], rng) -> tuple[Turn, ...]:
+  turns = []
+  for number in range(5):
+    mark = "" if number else "<image>\n"
+    asked, said = (" ".join(rng.choice(words, n)) for n in (12, 8))
+    turns += [Turn("human", mark + asked), Turn("gpt", said)]
+  return tuple(turns)

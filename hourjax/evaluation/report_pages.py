@@ -1,0 +1,450 @@
+"""Pictures of reports: accuracies with their intervals, losses."""
+# MERGED hourjax.evaluation.pages:
+# A report as a page to read and as text for a terminal.
+
+import io
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+_TITLES = {
+  "task": "Accuracy by task",
+  "duration": "Accuracy by length of video",
+  "needle": "Needles (shown for 1-2 s) by length of video",
+}
+_FILES = {
+  "by_task": ("accuracy_by_task.png", _TITLES["task"]),
+  "by_duration": ("accuracy_by_duration.png", _TITLES["duration"]),
+  "needle_by_duration": ("needles_by_duration.png", _TITLES["needle"]),
+}
+# Told apart by people with colour-blindness too (Okabe and Ito's colours).
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+_INK, _FAINT = "#22303c", "#8895a0"
+_ROW = 0.3  # inches of a group with one bar
+_BAR = 0.16  # of each further one
+_TWO_LINES = 0.4  # of a group whose label has two lines
+_LABEL = 34  # characters of a line of a label
+
+Groups = Mapping[str, Mapping[str, Any]]
+
+
+def accuracy(
+  reports: Iterable[Any], by: str = "task", title: str | None = None
+) -> Figure:
+  """Accuracies of one or more reports with their 95 % intervals.
+
+  Args:
+    reports: `report.Report`s; every run of each becomes a colour.
+    by: "task", "duration", "kind" or another group of the reports.
+    title: of the picture.
+
+  Raises:
+    ValueError: no report has such groups.
+  """
+  groups = _merged([report.groups(by) for report in reports])
+  if not groups:
+    raise ValueError(f"no report tells accuracies by {by!r}")
+  words = by.replace("_", " ")
+  return _bars(groups, title or _TITLES.get(by, f"Accuracy by {words}"))
+
+
+def pictures(data: Mapping[str, Any]) -> dict[str, Figure]:
+  """The pictures of one report by file name."""
+  return {
+    name: _bars(data[key], title)
+    for key, (name, title) in _FILES.items()
+    if data.get(key)
+  }
+
+
+def losses(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+  """Loss by step of each run, from the rows of its metrics.jsonl."""
+  figure, axes = _page(7, 3.4, "Training loss")
+  for (name, rows), colour in zip(curves.items(), _cycle(len(curves))):
+    steps, values = [r["step"] for r in rows], [r["loss"] for r in rows]
+    axes.plot(steps, values, label=name, color=colour, linewidth=1.2)
+  axes.set(xlabel="step", ylabel="cross entropy", yscale="log")
+  axes.legend(frameon=False)
+  return figure
+
+
+def png(figure: Figure) -> bytes:
+  """A picture as the bytes of a PNG file."""
+  file = io.BytesIO()
+  figure.savefig(file, dpi=130, format="png")
+  return file.getvalue()
+
+
+def _merged(tables: Sequence[Groups]) -> Groups:
+  """Groups of several reports in one; a run's name that comes again counts on.
+
+  [{"ocr": {"3b": x}}, {"ocr": {"3b": y}}] -> {"ocr": {"3b": x, "3b (2)": y}}
+  """
+  merged: dict[str, dict[str, Any]] = {}
+  used: set[str] = set()
+  for table in tables:
+    names = list(dict.fromkeys(name for row in table.values() for name in row))
+    renamed = {name: _new(name, used) for name in names}
+    used |= set(renamed.values())
+    for group, row in table.items():
+      mine = merged.setdefault(group, {})
+      mine |= {renamed[name]: value for name, value in row.items()}
+  return merged
+
+
+def _new(name: str, used: set[str]) -> str:
+  number, new = 1, name
+  while new in used:
+    number += 1
+    new = f"{name} ({number})"
+  return new
+
+
+def _bars(groups: Groups, title: str) -> Figure:
+  """A bar a run in each group, its interval, and a tick at chance."""
+  runs = list(dict.fromkeys(name for row in groups.values() for name in row))
+  names = list(groups)
+  labels = [_label(name, groups[name]) for name in names]
+  room = _ROW + _BAR * (len(runs) - 1)
+  if any("\n" in label for label in labels):
+    room = max(room, _TWO_LINES)
+  figure, axes = _page(7.6, 1.5 + room * len(names), title)
+  height = 0.8 / len(runs)
+  for number, (run, colour) in enumerate(zip(runs, _cycle(len(runs)))):
+    shown = [
+      (i + (number - (len(runs) - 1) / 2) * height, groups[name][run])
+      for i, name in enumerate(names)
+      if run in groups[name] and groups[name][run]["count"]
+    ]
+    values = [found["accuracy"] for _, found in shown]
+    places = [place for place, _ in shown]
+    ends = [found["interval"] for _, found in shown]
+    # Not below zero: where all are right the interval's end is rounded.
+    below = [max(0, v - low) for v, (low, _) in zip(values, ends)]
+    above = [max(0, high - v) for v, (_, high) in zip(values, ends)]
+    axes.barh(places, values, height * 0.9, label=run, color=colour)
+    axes.errorbar(
+      values, places, xerr=[below, above], fmt="none", ecolor=_INK,
+      elinewidth=0.9, capsize=min(2.5, 8 * height),
+    )  # fmt: skip
+  _chance(axes, groups)
+  axes.set_yticks(range(len(names)), labels)
+  axes.set_ylim(len(names) - 0.4, -0.6)
+  axes.set_xlim(0, 1)
+  axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+  letters = sum(len(run) + 8 for run in [*runs, "chance"])
+  columns = 1 if letters > 90 else len(runs) + 1
+  figure.legend(loc="outside lower right", ncols=columns, frameon=False)
+  return figure
+
+
+def _chance(axes, groups: Groups) -> None:
+  for i, row in enumerate(groups.values()):
+    chance = next(iter(row.values()))["chance"]
+    label = "chance" if not i else None
+    ends = [i - 0.45, i + 0.45]
+    axes.plot([chance] * 2, ends, ":", color=_INK, lw=1.4, label=label)
+
+
+def _label(name: str, row: Mapping[str, Any]) -> str:
+  count = next(iter(row.values()))["count"]
+  words = f"{name.replace('_', ' ')} ({count:,})"
+  return textwrap.fill(words, _LABEL, max_lines=2, placeholder=" ...")
+
+
+def _cycle(count: int) -> list[str]:
+  return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+
+
+def _page(width: float, height: float, title: str):
+  figure = Figure(figsize=(width, height), layout="constrained")
+  FigureCanvasAgg(figure)
+  axes = figure.subplots()
+  axes.set_title(title, loc="left", color=_INK)
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.spines[["left", "bottom"]].set_color(_FAINT)
+  return figure, axes
+
+
+Data = Mapping[str, Any]
+
+# What of a run.json the page tells, in its words.
+_ABOUT = {
+  "model": "model",
+  "benchmark": "benchmark",
+  "version": "version of questions and prompts",
+  "parser": "version of the parser",
+  "subtitles": "subtitles",
+  "videos": "videos read from",
+  "frames": "frames",
+  "max_tokens": "longest answer, in tokens",
+}
+_NOTE = (
+  "Intervals are Wilson's at 95 % and take questions as independent. Chance is"
+  " what guessing would reach. Answers that could not be read count as wrong."
+)
+_LISTED = 50  # videos left out that a page names; all are in report.json
+_LONGEST = 1200  # characters of an example's prompt
+
+
+def page(data: Data, pictures: Sequence[str] = ()) -> str:
+  """The whole report in Markdown.
+
+  Args:
+    data: of a report.
+    pictures: file names beside the page.
+  """
+  parts = [
+    f"# {data['benchmark']}: {', '.join(data['runs'])}",
+    "```\n" + summary(data) + "\n```",
+    "## What was run",
+    _about(data),
+    "## Scores",
+    _NOTE,
+  ]
+  for title, groups in tables(data):
+    parts += [f"### {title[0].upper()}{title[1:]}", _scores(data, groups)]
+  parts += [f"![]({name})" for name in pictures]
+  parts += ["## Left out", _left_out(data)]
+  for kind, items in data["examples"].items():
+    if items:
+      parts.append(f"## Examples of {kind} answers")
+      parts += [_example(item) for item in items]
+  return "\n\n".join(parts) + "\n"
+
+
+def table(data: Data) -> str:
+  """Accuracies by everything as text for a terminal, intervals in percent."""
+  names = list(data["runs"])
+  found = tables(data)
+  cells = {
+    (title, group): _cells(row, names)
+    for title, groups in found
+    for group, row in groups.items()
+  }
+  width = 3 + max(len(text) for row in [names, *cells.values()] for text in row)
+
+  def line(first, count, chance, row):
+    start = f"{first:<28}{count:>6}{chance:>9}"
+    return start + "".join(f"{text:>{width}}" for text in row)
+
+  head = line("", "n", "chance", names)
+  lines = [head]
+  for title, groups in found:
+    lines += ["-" * len(head), title]
+    for group, row in groups.items():
+      count, chance, *row = cells[title, group]
+      lines.append(line(f"  {_words(group)}", count, chance, row))
+  return "\n".join(lines)
+
+
+def summary(data: Data) -> str:
+  """The report in some lines."""
+  asked, runs = data["count"], data["runs"]
+  versions = data["versions"]
+  lines = [
+    f"{data['benchmark']} {versions['benchmark']}, parser {versions['parser']}",
+    *(
+      name if name == run["model"] else f"{name}: {run['model']}"
+      for name, run in runs.items()
+    ),
+    f"accuracy {data['accuracy']:.1%} [{_interval(data)}] of {asked:,}"
+    f" questions (chance {data['chance']:.1%})" + _tasks(data),
+  ]
+  if data["unreadable"]:
+    lines.append(
+      f"unreadable answers, counted as wrong: {data['unreadable']:,}"
+    )
+  for name, run in runs.items():
+    if run["left_out"]:
+      lines.append(f"{name}: {_coverage(run)}")
+  if data["needle_count"]:
+    lines.append(_needles(data))
+  for name, pair in data["compared"].items():
+    low, high = (100 * end for end in (pair["low"], pair["high"]))
+    lines.append(
+      f"against {name}: {100 * pair['difference']:+.1f} points [{low:+.1f},"
+      f" {high:+.1f}] on {pair['count']:,} questions; {pair['only_ours']:,}"
+      f" right here alone, {pair['only_theirs']:,} there alone"
+    )
+  if len(runs) > 1 and any(run["left_out"] for run in runs.values()):
+    lines.append("runs that left something out are scored on what they asked")
+  lines += _notes(data)
+  return "\n".join(lines)
+
+
+def tables(data: Data) -> list[tuple[str, Mapping[str, Data]]]:
+  """Titles and groups of a report, those that tell something apart.
+
+  A single kind of questions, say, is no table.
+  """
+  keys = [key for key in data if key.startswith("by_")]
+  order = ["by_topic", "by_task", "by_duration"]
+  keys = [k for k in order if k in keys] + [k for k in keys if k not in order]
+  named = [(_title(key), data[key]) for key in keys]
+  named += [
+    (f"needles, by {_title(key[len('needle_') :])}", data[key])
+    for key in ("needle_by_duration", "needle_by_format")
+    if data[key]
+  ]
+  kept = [item for item in named if len(item[1]) > 1 or "needles" in item[0]]
+  return kept or [item for item in named if item[1]][:1]
+
+
+def _title(key: str) -> str:
+  name = _words(key[len("by_") :])
+  return "length" if name == "duration" else name
+
+
+def _words(name: str) -> str:
+  return name.replace("_", " ")
+
+
+def _interval(accuracy: Data) -> str:
+  low, high = accuracy["interval"]
+  return f"{100 * low:.1f}, {100 * high:.1f}"
+
+
+def _cells(row: Data, names: Sequence[str]) -> list[str]:
+  """Questions, chance, and "28% [25, 31]" for each run.
+
+  A run that was asked another number of questions tells it.
+  """
+  first = next(iter(row.values()))
+  cells = [f"{first['count']:,}", f"{first['chance']:.0%}"]
+  for name in names:
+    if name not in row:
+      cells.append("-")
+      continue
+    found = row[name]
+    low, high = (round(100 * end) for end in found["interval"])
+    other = found["count"] != first["count"]
+    count = f" of {found['count']:,}" if other else ""
+    cells.append(f"{found['accuracy']:.0%}{count} [{low}, {high}]")
+  return cells
+
+
+def _coverage(run: Data) -> str:
+  """ "2,700 questions, 2,688 asked, 12 left out: 4 videos"."""
+  count = sum(item["questions"] for item in run["left_out"])
+  videos = len({item["video"] for item in run["left_out"]})
+  return (
+    f"{run['count'] + count:,} questions, {run['count']:,} asked, {count:,}"
+    f" left out: {videos:,} {'video' if videos == 1 else 'videos'}, see"
+    " report.md"
+  )
+
+
+def _tasks(data: Data) -> str:
+  """The mean of the tasks, which some benchmarks count by."""
+  if len(data["by_task"]) < 2:
+    return ""
+  first = next(iter(data["runs"].values()))
+  return (
+    f"; mean of its {len(data['by_task'])} tasks {first['mean_of_tasks']:.1%}"
+  )
+
+
+def _needles(data: Data) -> str:
+  line = (
+    f"needles  {data['needle']:.1%} of {data['needle_count']} questions"
+    f" (chance {data['needle_chance']:.1%}); {data['needle_hidden']:.0%}"
+    " of them never reach the decoder directly"
+  )
+  if data["needle_without_memaug"] is not None:
+    line += f"; without MemAug {data['needle_without_memaug']:.1%}"
+  return line
+
+
+def _about(data: Data) -> str:
+  runs = data["runs"]
+  lines = ["| | " + " | ".join(runs) + " |", "|---" * (len(runs) + 1) + "|"]
+  for key, words in _ABOUT.items():
+    cells = [_text(run.get(key)) for run in runs.values()]
+    lines.append(f"| {words} | " + " | ".join(cells) + " |")
+  rows = {
+    "questions asked": "count",
+    "unreadable": "unreadable",
+    "not finished in that length": "unfinished",
+  }
+  for words, key in rows.items():
+    cells = [f"{run[key]:,}" for run in runs.values()]
+    lines.append(f"| {words} | " + " | ".join(cells) + " |")
+  means = [_share(run["mean_of_tasks"]) for run in runs.values()]
+  lines.append("| accuracy, mean of tasks | " + " | ".join(means) + " |")
+  spent = [f"{run['seconds'] / 60:.1f} min" for run in runs.values()]
+  lines.append("| time, all workers' | " + " | ".join(spent) + " |")
+  versions = ", ".join(
+    f"{name} {data['versions'][name]}" for name in ("hourjax", "jax", "numpy")
+  )
+  notes = " ".join(_notes(data))
+  return "\n".join(lines) + f"\n\nWith {versions}. {notes}".rstrip()
+
+
+def _share(value: float | None) -> str:
+  return "" if value is None else f"{value:.1%}"
+
+
+def _notes(data: Data) -> Sequence[str]:
+  return next(iter(data["runs"].values())).get("notes", ())
+
+
+def _text(value: Any) -> str:
+  if isinstance(value, bool):
+    return "yes" if value else "no"
+  return str("" if value is None else value).replace("|", "\\|")
+
+
+def _scores(data: Data, groups: Mapping[str, Data]) -> str:
+  names = list(data["runs"])
+  lines = [
+    "| | n | chance | " + " | ".join(names) + " |",
+    "|---|---:|---:" + "|---:" * len(names) + "|",
+  ]
+  for group, row in groups.items():
+    cells = " | ".join([_text(_words(group)), *_cells(row, names)])
+    lines.append(f"| {cells} |")
+  return "\n".join(lines)
+
+
+def _left_out(data: Data) -> str:
+  parts = []
+  for name, run in data["runs"].items():
+    if not run["left_out"]:
+      continue
+    lines = [f"{name}: {_coverage(run).removesuffix(', see report.md')}."]
+    lines += [
+      f"- {item['video']} ({item['questions']}): {_text(item['reason'])}"
+      for item in run["left_out"][:_LISTED]
+    ]
+    more = len(run["left_out"]) - _LISTED
+    if more > 0:
+      lines.append(f"- and {more:,} more, listed in report.json")
+    parts.append("\n".join([lines[0], "", *lines[1:]]))
+  return "\n\n".join(parts) or "Nothing: all of these questions were asked."
+
+
+def _example(item: Data) -> str:
+  said = repr(item["answer"])
+  read = "nothing" if item["parsed"] is None else repr(item["parsed"])
+  # Indented, so that no answer is taken for Markdown.
+  return (
+    f"**{_text(item['id'])}**, {_text(item['video'])}\n\n"
+    + textwrap.indent(_short(item["prompt"]), "    ", lambda _: True)
+    + "\n\n"
+    + textwrap.indent(
+      f"said {said}\nread as {read}, expected {item['expected']!r}", "    "
+    )
+  )
+
+
+def _short(prompt: str) -> str:
+  """A prompt's start and end; long subtitles stand between."""
+  if len(prompt) <= _LONGEST:
+    return prompt
+  half = _LONGEST // 2
+  left = len(prompt) - 2 * half
+  return f"{prompt[:half]}\n[... {left:,} characters ...]\n{prompt[-half:]}"

@@ -1,0 +1,1 @@
+"""Videos to feature files: decoding beside encoding, workers, Beam."""

@@ -1,0 +1,160 @@
+"""What becomes of a run that is disturbed."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from hourjax.data.store.features import FeatureStore
+from hourjax.errors import UserError
+from hourjax.extraction import streaming
+from tests import videos
+from tests.extraction import towers
+
+
+@pytest.fixture(scope="module")
+def params():
+  return towers.params()
+
+
+@pytest.fixture
+def three(tmp_path):
+  for i in range(3):
+    videos.write(tmp_path / "videos" / f"{i}.mp4", 60)
+  return tmp_path / "videos", tmp_path / "store"
+
+
+def _left(out):
+  return [p.name for p in out.rglob("*") if p.is_file() and "partial" in str(p)]
+
+
+def _alive():
+  return [t for t in threading.enumerate() if t.name.startswith("Thread-")]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), MemoryError()])
+def test_an_error_while_writing_ends_the_run(params, three, monkeypatch, error):
+  root, out = three
+  finish, count = streaming.FeatureWriter.finish, []
+
+  def second_fails(self):
+    count.append(1)
+    if len(count) == 2:
+      raise error
+    finish(self)
+
+  before = len(_alive())
+  with monkeypatch.context() as patch:
+    patch.setattr(streaming.FeatureWriter, "finish", second_fails)
+    with pytest.raises(type(error)):
+      towers.extract(params, root, out, batch_frames=8, threads=2)
+  assert len(_alive()) == before
+  assert len(FeatureStore(out)) == len(list(out.rglob("*.npy"))) == 1
+  assert _left(out) == []
+  assert towers.extract(params, root, out, batch_frames=8) == []
+  assert len(FeatureStore(out)) == 3
+
+
+def test_an_interrupt_keeps_what_is_finished(params, three, monkeypatch):
+  root, out = three
+  encode, calls = streaming.Encoder.__call__, []
+
+  def stop(self, pixels):
+    calls.append(1)
+    if len(calls) == 12:  # of 8 frames each: in the second video
+      raise KeyboardInterrupt
+    return encode(self, pixels)
+
+  before = len(_alive())
+  with monkeypatch.context() as patch:
+    patch.setattr(streaming.Encoder, "__call__", stop)
+    with pytest.raises(KeyboardInterrupt):
+      towers.extract(params, root, out, batch_frames=8, threads=1)
+  assert len(_alive()) == before and _left(out) == []
+  assert set(FeatureStore(out).videos()) <= {"0.mp4"}
+  assert towers.extract(params, root, out, batch_frames=8) == []
+
+
+def test_an_error_that_no_check_foresees_fails_one_video(
+  params, three, monkeypatch
+):
+  root, out = three
+  decode = streaming.decode_frames
+
+  def odd(path, *args, **kwargs):
+    chunks = decode(path, *args, **kwargs)
+    for chunk in chunks:
+      yield chunk[:3]
+      if path.name == "1.mp4":
+        raise RuntimeError("surprise")
+      yield chunk[3:]
+
+  monkeypatch.setattr(streaming, "decode_frames", odd)
+  (failed,) = towers.extract(params, root, out, batch_frames=8, threads=2)
+  assert failed.id == "1.mp4"
+  assert "RuntimeError: surprise" in failed.reason
+  store = FeatureStore(out)
+  assert set(store.videos()) == {"0.mp4", "2.mp4"}
+  for name in store.videos():
+    np.testing.assert_allclose(
+      towers.read_all(store, name).astype(np.float32),
+      towers.oracle(params, root / name),
+      rtol=2**-8,
+      atol=1e-4,
+    )
+
+
+def test_a_failed_video_leaves_no_file_behind_while_others_run(
+  params, tmp_path
+):
+  """What it had written is gone when its outcome is told, not at the end."""
+  root = tmp_path / "videos"
+  videos.bad(root)
+  videos.write(root / "plain.mp4", 150)
+  store = FeatureStore(tmp_path / "store", create=True)
+  left = {}
+
+  def done(outcome):
+    # The folder is made with the first file in it.
+    left[outcome.name] = len(list(store.scratch.folder.glob("*")))
+
+  streaming.Stream(
+    ["cut.mp4", "zero.mp4", "plain.mp4"],
+    root=root,
+    store=store,
+    encoder=streaming.Encoder(params, towers.MODEL, batch_frames=8),
+    done=done,
+  ).run()
+  assert left == {"cut.mp4": 0, "zero.mp4": 0, "plain.mp4": 0}
+
+
+def test_two_runs_of_one_worker_at_a_time(params, three):
+  root, out = three
+  with (
+    FeatureStore(out, create=True).scratch.held(),
+    pytest.raises(UserError, match="another extraction is writing"),
+  ):
+    towers.extract(params, root, out, batch_frames=8)
+
+
+def test_a_finished_video_does_not_wait_for_the_batch(
+  params, three, monkeypatch
+):
+  """One decoding thread that stalls: the first video is stored meanwhile."""
+  root, out = three
+  monkeypatch.setattr(streaming, "_PATIENCE", 0.2)
+  decode, stored = streaming.decode_frames, threading.Event()
+  record = FeatureStore.record
+
+  def note(self, video, entry):
+    record(self, video, entry)
+    stored.set()
+
+  def stall(path, *args, **kwargs):
+    if path.name == "1.mp4":
+      assert stored.wait(20), "the first video was not stored"
+    yield from decode(path, *args, **kwargs)
+
+  monkeypatch.setattr(streaming, "decode_frames", stall)
+  monkeypatch.setattr(FeatureStore, "record", note)
+  assert towers.extract(params, root, out, batch_frames=64, threads=1) == []

@@ -1,0 +1,97 @@
+import dataclasses
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from hourjax.data.pipeline import ReadOptions
+from hourjax.data.rows import Size
+from hourjax.errors import UserError
+from hourjax.extraction.encoder import tower_params
+from hourjax.training.config import build_experiment
+from hourjax.weights.checkpoint import save_params
+from tests.extraction import towers
+
+EXPERIMENT = dataclasses.replace(
+  build_experiment(
+    {
+      "model": dataclasses.asdict(towers.MODEL),
+      "forgetting": {},
+      "data": {},
+      "rows": dataclasses.asdict(Size()),
+      "optimizer": {},
+      "read": dataclasses.asdict(ReadOptions()),
+    }
+  )
+)
+
+
+def _tower(params):
+  return {p: np.asarray(value) for p, value in params.items() if "vision/" in p}
+
+
+def _assert_same(got, expected):
+  assert got.keys() == expected.keys()
+  for path, value in expected.items():
+    assert isinstance(got[path], np.ndarray)
+    np.testing.assert_array_equal(got[path], value, err_msg=path)
+
+
+def _checkpoint(workdir, frozen, trained):
+  """As training writes it, optimizer state and all."""
+  state = {
+    "step": np.int32(7),
+    "frozen": frozen,
+    "trained": trained,
+    "opt": [{"mu": trained}],
+  }
+  with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+    manager.save(
+      7,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        about=ocp.args.JsonSave({"row": 1}),
+      ),
+    )
+  return str(workdir)
+
+
+@pytest.mark.slow
+def test_fresh_ones_are_those_that_training_draws():
+  _assert_same(tower_params(EXPERIMENT), _tower(towers.params()))
+
+
+def test_a_checkpoint_folder_by_option_and_by_init(tmp_path):
+  params = {p: np.asarray(v) for p, v in towers.other_params().items()}
+  save_params(params, towers.MODEL, tmp_path)
+  expected = _tower(params)
+  _assert_same(tower_params(EXPERIMENT, str(tmp_path)), expected)
+  init = dataclasses.replace(EXPERIMENT, init=str(tmp_path))
+  _assert_same(tower_params(init), expected)
+
+
+@pytest.mark.parametrize("group", ["frozen", "trained"])
+def test_a_workdir(tmp_path, group):
+  params = {p: np.asarray(v) for p, v in towers.other_params().items()}
+  tower = _tower(params)
+  rest = {p: v for p, v in params.items() if p not in tower}
+  parts = (tower, rest) if group == "frozen" else (rest, tower)
+  workdir = _checkpoint(tmp_path, *parts)
+  _assert_same(tower_params(EXPERIMENT, workdir), tower)
+
+
+def test_workdirs_that_do_not_fit(tmp_path):
+  params = {p: np.asarray(v) for p, v in towers.params().items()}
+  tower = _tower(params)
+  rest = {p: v for p, v in params.items() if p not in tower}
+  tower["vision/position"] = tower["vision/position"][1:]
+  del tower["vision/patch/bias"]
+  workdir = _checkpoint(tmp_path / "one", tower, rest)
+  with pytest.raises(UserError, match="vision/patch/bias, vision/position are"):
+    tower_params(EXPERIMENT, workdir)
+  workdir = _checkpoint(tmp_path / "two", {}, rest)
+  with pytest.raises(UserError, match=r"does not fit config.model: vis"):
+    tower_params(EXPERIMENT, workdir)
+  (tmp_path / "three" / "checkpoints").mkdir(parents=True)
+  with pytest.raises(UserError, match="holds no checkpoint; train first"):
+    tower_params(EXPERIMENT, str(tmp_path / "three"))
