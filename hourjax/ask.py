@@ -64,7 +64,8 @@ def encode_memory() -> Memory:
     return model.see(image_paths(_IMAGES.value))
   source = _VIDEO.value or _FEATURES.value
   with progress.step("encoding the video"), shown("read", "frame") as show:
-    memory = model.encode_memory(source, _DURATION.value, progress=show)
+    options = {"duration": _DURATION.value, "progress": show}
+    memory = model.encode_memory(source, **options)
   if memory.note:
     print(f"note: {memory.note}", file=sys.stderr)
   return memory
