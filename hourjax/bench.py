@@ -1,4 +1,4 @@
-"""Measures speed and memory.
+"""Measures speed and memory of the data path, the kernels and answering.
 
   python -m hourjax.bench data --json
   python -m hourjax.bench attention --topology=v5e:2x4
@@ -8,10 +8,10 @@
 --gigabytes says how much it writes and reads.
 `attention` asks the TPU compiler, on any machine, how near the kernels come
 to the limits of --topology (v5e, v5p, v6e or tpu7x and its chips), at the
-sizes --model, --queries and --keys; on a TPU or GPU it takes the time too.
---tune looks for tiles instead, which takes many minutes.
+sizes --model, --queries and --keys; on a TPU or GPU it measures time as well.
+--tune ranks tile sizes instead, which takes many minutes.
 
-`ask` takes the time to the first token of questions about an hour of video.
+`ask` measures the time to the first token of questions about an hour of video.
 """
 
 import pathlib
@@ -52,21 +52,19 @@ _TUNE = flags.DEFINE_bool("tune", False, "Compile and rank tiles instead.")
 
 
 def data() -> dict:
-  """Figures of the data path."""
+  """Measures the data path."""
   options = Options(
     conversations=_CONVERSATIONS.value,
     gigabytes=_GIGABYTES.value,
     rows=_ROWS.value,
   )
-  if _CONFIG.value is None:
-    raise UserError("--config is missing; see --help")
-  experiment = build_experiment(_CONFIG.value.to_dict())
+  experiment = build_experiment(command.given(_CONFIG).to_dict())
   with tempfile.TemporaryDirectory(dir=_SCRATCH.value) as folder:
     return measure_data(experiment, options, pathlib.Path(folder))
 
 
 def attention() -> dict:
-  """Figures of the attention kernels."""
+  """Measures the attention kernels."""
   options = kernels.Options(
     topology=_TOPOLOGY.value,
     model=_MODEL.value,
@@ -78,7 +76,7 @@ def attention() -> dict:
 
 
 def ask() -> dict:
-  """Figures of questions."""
+  """Measures questions about an hour of video."""
   with tempfile.TemporaryDirectory(dir=_SCRATCH.value) as folder:
     return measure_ask(pathlib.Path(folder))
 
@@ -87,6 +85,7 @@ BENCHMARKS = {"data": data, "attention": attention, "ask": ask}
 
 
 def main(argv: list[str]) -> None:
+  """Runs the command."""
   name = " ".join(argv[1:])
   if name not in BENCHMARKS:
     raise UserError(f"bench {name!r}: give one of {', '.join(BENCHMARKS)}")

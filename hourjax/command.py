@@ -1,9 +1,10 @@
-"""How every command starts and ends: its options, and what goes wrong.
+"""Command-line entry: parsing of options, error messages and exit statuses.
 
 A mistake of the user ends a command with status 2 and one message that begins
 with "error: ", whether it is found among the options, in a configuration, in a
-path or much later (`UserError`). Without space or a disk it is status 1,
-interrupted 130. Everything else is a mistake of ours and shows its traceback.
+path or much later (`UserError`). A full or failing disk gives status 1, an
+interrupt 130. Every other exception is a fault of hourjax and keeps its
+traceback.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
@@ -25,14 +26,16 @@ from ml_collections import ConfigDict
 from hourjax import jax_environment
 from hourjax.errors import UserError
 
-# Here, as commands import this file before those that import jax.
+# At import: every command imports this module before any module that imports
+# jax, which reads its variables only once.
 jax_environment.prepare()
 
-LAST_SEED = (1 << 32) - 1  # the largest that every generator takes
+LAST_SEED = (1 << 32) - 1  # the largest seed that every generator accepts
+T = TypeVar("T")
 _FLAGS = flags.FLAGS
 _HELP = ("--help", "-help", "-h")
-_SHOWN = 80  # characters of a value
-# What is wrong with a path itself.
+_SHOWN = 80  # characters of a value in a message
+# Errors that are the fault of a path, not of the disk or of the system.
 _PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EACCES,
          errno.EPERM, errno.EROFS, errno.ELOOP, errno.EINVAL, errno.EILSEQ,
          errno.ENXIO)  # fmt: skip
@@ -48,16 +51,17 @@ def run(
   resume: str = "",
   writes: str = "",
 ) -> None:
-  """Parses the options and calls `main` with what else is on the line.
+  """Parses the options and calls `main` with the positional arguments.
 
   Args:
-    main: takes the program's name and its positional arguments.
-    required: options that must be given.
-    positional: whether there may be arguments that are no options.
-    config: of --config, where it is not given and there is such a file.
-    resume: what to say of work that a full disk leaves behind; with it, an
-      interrupted command can go on.
-    writes: the option with the folder that the disk is under.
+    main: takes the program's name followed by its positional arguments.
+    required: names of options that must be given.
+    positional: whether positional arguments are accepted.
+    config: value of --config if it is not given and this file exists.
+    resume: advice that is printed when the disk is full; a command that gives
+      it can also be interrupted and started again.
+    writes: name of the option with the output folder, for the message about
+      a full disk.
   """
   logging.set_verbosity(logging.WARNING)  # of libraries
   if any(argument in _HELP for argument in sys.argv[1:]):
@@ -76,7 +80,15 @@ def run(
 
 @contextlib.contextmanager
 def ending(resume: str = "", writes: str = "") -> Iterator[None]:
-  """Ends the process as a command ends; see `run` for the arguments."""
+  """Translates exceptions into messages and exit statuses.
+
+  Args:
+    resume: as in `run`.
+    writes: as in `run`.
+
+  Yields:
+    Once, for the block whose exceptions are translated.
+  """
   try:
     yield
   except UserError as error:
@@ -94,7 +106,7 @@ def ending(resume: str = "", writes: str = "") -> Iterator[None]:
     if option:
       fail(f"{option}: {error.strerror}")
     if resume or error.errno in _FULL:
-      where = f"{shorten(_FLAGS[writes].value)}: " if writes else ""
+      where = f"{shorten(str(_FLAGS[writes].value))}: " if writes else ""
       said = f"; {resume}" if resume else ""
       text = f"error: {where}{shorten(str(error), 400)}{said}"
       print(text, file=sys.stderr)
@@ -103,31 +115,42 @@ def ending(resume: str = "", writes: str = "") -> Iterator[None]:
 
 
 def fail(message: object) -> NoReturn:
-  """Ends the process on a mistake of the user."""
+  """Prints "error: " and the message, and exits with status 2."""
   words = re.sub(r"\S{400,}", lambda word: shorten(word[0]), str(message))
   print(f"error: {words}", file=sys.stderr)
   sys.exit(2)
 
 
 def shorten(text: str, length: int = _SHOWN) -> str:
-  """The text, or its ends where it is too long to be read."""
+  """Returns the text, or its two ends joined by "..." if it is longer."""
   if len(text) <= length:
     return text
   return f"{text[: length // 2]}...{text[-(length // 2) + 3 :]}"
 
 
+def given(flag: flags.FlagHolder[T | None]) -> T:
+  """Returns the value of an option that `run` was told to require.
+
+  Raises:
+    UserError: the option is missing.
+  """
+  if flag.value is None:
+    raise UserError(f"--{flag.name} is missing; see --help")
+  return flag.value
+
+
 def _is_given(name: str, argv: Sequence[str]) -> bool:
+  """Returns whether an option stands on the command line."""
   return any(re.match(rf"--?{name}(=|$)", word) for word in argv[1:])
 
 
 def _parse(
   argv: list[str], required: Sequence[str], positional: bool
 ) -> list[str]:
-  """Positional arguments, the program's name first.
+  """Parses the command line; returns the positional arguments.
 
   Raises:
-    UserError: an option that there is not, or with a value that it cannot
-      take.
+    UserError: an option is unknown, missing, or has an invalid value.
   """
   _check_words(argv)
   if "config" in _FLAGS and _is_given("config", argv):
@@ -151,7 +174,7 @@ def _parse(
 
 
 def _check_words(argv: Sequence[str]) -> None:
-  """Refuses what absl would take for something else."""
+  """Refuses words that absl would silently read in another way."""
   for word, following in zip(argv[1:], [*argv[2:], None]):
     if word == "--":
       return
@@ -168,26 +191,26 @@ def _check_words(argv: Sequence[str]) -> None:
     name = re.fullmatch(r"--?([A-Za-z_][\w.]*)", word)
     if not name:
       continue
-    # Of --config.KEY only the configuration knows whether it is true or false.
+    # Whether --config.KEY is boolean is known to the configuration only.
     takes = name[1] in _FLAGS and not _FLAGS[name[1]].boolean
     if takes and (following is None or following.startswith("--")):
       raise UserError(f"{word} has no value; write {word}=VALUE")
 
 
 def _check_values() -> None:
-  """Refuses values that the type allows and nobody means."""
+  """Refuses values that pass the type but are never meant: NaN, empty text."""
   for name, value in _FLAGS.flag_values_dict().items():
     own = not name.startswith("config.")
     if own and isinstance(value, float) and not math.isfinite(value):
       raise UserError(f"--{name}={value}: give a number")
-    # An empty shell variable.
+    # Usually an empty shell variable.
     empty = value == "" or (isinstance(value, list) and "" in value)
     if empty and _FLAGS[name].present and _FLAGS[name].default is None:
       raise UserError(f"--{name} is empty; give a value or leave it out")
 
 
 def _worded(text: str) -> str:
-  """absl's message, without what it says to programmers."""
+  """Rewords a message of absl, which addresses programmers, for users."""
   text = re.sub(r"^[Ff]lag (?=--)", "", text)
   text = re.sub(r"invalid literal for int\(\).*", "give a whole number", text)
   text = re.sub(r"could not convert string to float.*", "give a number", text)
@@ -204,6 +227,7 @@ def _worded(text: str) -> str:
 
 
 def _unknown(name: str, argv: Sequence[str]) -> str:
+  """Words the message about an unknown option."""
   overrides = name.startswith("config.") and "config" in _FLAGS
   if overrides and not _is_given("config", argv):
     return f"--{shorten(name)} is given, but --config is missing"
@@ -219,7 +243,7 @@ def _unknown(name: str, argv: Sequence[str]) -> str:
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-  """A question for the name that was meant, or where to look for it."""
+  """Returns "did you mean ...?" for the closest name, or "see --help"."""
   plain = name.replace("-", "_").lower()
   if plain.startswith("no") and plain[2:] in known:
     return f"--{plain[2:]} takes a value"
@@ -242,9 +266,9 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _check_config(argv: Sequence[str]) -> None:
-  """Refuses a configuration that cannot be read, and keys that it lacks.
+  """Refuses an unreadable configuration and overrides of unknown keys.
 
-  config_flags would say so with a traceback, or later.
+  config_flags would report them later, or with a traceback.
   """
   given = ""
   for word, following in zip(argv[1:], [*argv[2:], ""]):
@@ -267,10 +291,10 @@ def _check_config(argv: Sequence[str]) -> None:
 
 
 def _load(given: str) -> ConfigDict:
-  """What a configuration file returns for what stands behind the colon.
+  """Runs `get_config` of "FILE.py:argument"; returns the configuration.
 
   Raises:
-    UserError: there is no such file, or whatever else it raises.
+    UserError: the file is missing, or its code raises.
   """
   path, colon, argument = given.partition(":")
   if not path:
@@ -288,6 +312,7 @@ def _load(given: str) -> ConfigDict:
     raise UserError(f"{start}there is no such file{hint}")
   loader = importlib.machinery.SourceFileLoader("hourjax_checked_config", path)
   spec = importlib.util.spec_from_loader(loader.name, loader)
+  assert spec is not None  # it is None for finders only, not for a loader
   module = importlib.util.module_from_spec(spec)
   try:
     loader.exec_module(module)
@@ -303,6 +328,7 @@ def _load(given: str) -> ConfigDict:
 
 
 def _listed(folder: str) -> list[str]:
+  """Returns the names in a folder, none if it cannot be read."""
   try:
     return os.listdir(folder)
   except OSError:
@@ -310,10 +336,10 @@ def _listed(folder: str) -> list[str]:
 
 
 def _keys(config: ConfigDict) -> tuple[list[str], list[str]]:
-  """Full names of the keys with values, and of the groups of keys."""
+  """Returns the full names of keys with values and of groups of keys."""
   leaves, groups = [], []
 
-  def walk(values, prefix: str) -> None:
+  def walk(values: ConfigDict, prefix: str) -> None:
     for key, value in values.items():
       if isinstance(value, ConfigDict):
         groups.append(f"{prefix}{key}")
@@ -326,7 +352,7 @@ def _keys(config: ConfigDict) -> tuple[list[str], list[str]]:
 
 
 def _reason(error: Exception, path: str) -> str:
-  """An error of a configuration file in one line, with its place there."""
+  """Words an error of a configuration file in one line, with its line."""
   text = " ".join(str(error).split())
   if type(error) in (ValueError, UserError):
     return text
@@ -341,7 +367,7 @@ def _reason(error: Exception, path: str) -> str:
 
 
 def _option_of(error: OSError) -> str:
-  """The option whose path an error is about, with its value; "" if none is."""
+  """Returns "--option=value" of the path that failed, "" if none has it."""
   found = []
   for path in (error.filename, error.filename2):
     if not isinstance(path, str | bytes | os.PathLike):
@@ -350,7 +376,8 @@ def _option_of(error: OSError) -> str:
     for name, value in _paths():
       own = os.path.abspath(value)
       option = f"--{name}={shorten(value)}"
-      # Of a folder that is to be made, those above it are made first.
+      # A folder is created after those above it, so the path that failed may
+      # be a parent of the option's.
       if own == path or own.startswith(f"{path.rstrip(os.sep)}{os.sep}"):
         if error.errno in (*_PATH, errno.ENOENT, errno.EEXIST):
           found.append((len(path), option))
@@ -360,7 +387,7 @@ def _option_of(error: OSError) -> str:
 
 
 def _paths() -> Iterator[tuple[str, str]]:
-  """Names and values of all options that may be paths."""
+  """Yields name and value of every option that holds text, overrides too."""
   if not _FLAGS.is_parsed():
     return
   for name, value in _FLAGS.flag_values_dict().items():

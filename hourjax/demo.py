@@ -2,8 +2,8 @@
 
   python -m hourjax.demo --workdir=/tmp/demo
 
-needs no network, some 30 s on two cores and 300 MB. Everything goes to
-WORKDIR/data; a second run with the same options reuses what is there.
+needs no network and takes about 30 s on two cores and 300 MB. The files lie in
+WORKDIR/data; a second run with the same options reuses them.
 """
 
 import pathlib
@@ -41,7 +41,7 @@ _CONVERSATIONS = flags.DEFINE_integer(
 
 
 def table(summary: dict) -> str:
-  """The summary's main numbers as a few lines of text."""
+  """Formats the main numbers of a summary as a few lines of text."""
   head = (
     "split",
     "videos",
@@ -70,7 +70,8 @@ def table(summary: dict) -> str:
 
 
 def main(_: list[str]) -> None:
-  folder = pathlib.Path(_WORKDIR.value) / "data"
+  """Runs the command."""
+  folder = pathlib.Path(command.given(_WORKDIR)) / "data"
   options = build.Options(
     seed=_SEED.value,
     train_videos=_TRAIN_VIDEOS.value,

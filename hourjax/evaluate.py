@@ -1,14 +1,14 @@
-"""Asks a model the questions of a benchmark, and reports how it did.
+"""Asks a model the questions of a benchmark and reports its scores.
 
   python -m hourjax.evaluate --model=work/stage3 --benchmark=videomme \
       --data=downloads/Video-MME --subtitles
 
-Answers and report go to MODEL/evaluation/BENCHMARK or --out. Started again it
-goes on; several machines share the videos by JAX's process index or by
---worker=0/8 and so on, and the last one writes the report. Without --model the
-answers in --out are read and judged anew.
+Answers and report go to MODEL/evaluation/BENCHMARK or --out. A command that is
+started again continues; several machines share the videos by JAX's process
+index or by --worker=0/8 and so on, and the last one writes the report. Without
+--model the answers in --out are read and scored again.
 
-Ends with 0; 3 if questions were left out, which the report lists; 2 on a
+Exit status: 0; 3 if questions were left out, which the report lists; 2 on a
 mistake in the options, 1 if the disk is full, 130 on interrupt.
 """
 
@@ -21,6 +21,7 @@ from hourjax import command, progress
 from hourjax.errors import UserError
 from hourjax.evaluation import run
 from hourjax.evaluation.benchmarks import BENCHMARKS
+from hourjax.evaluation.report import Report
 from hourjax.evaluation.task import open_task
 from hourjax.extraction.video_list import parse_worker
 from hourjax.parallel import hosts
@@ -50,6 +51,7 @@ _NAMES = flags.DEFINE_list(
 
 
 def main(_: list[str]) -> None:
+  """Runs the command."""
   report = _evaluate()
   if report is None:
     return
@@ -59,12 +61,13 @@ def main(_: list[str]) -> None:
   sys.exit(0 if report.complete else 3)
 
 
-def _evaluate():
+def _evaluate() -> Report | None:
+  """Answers and reports; None in a process while others are at work."""
   worker = parse_worker(_WORKER.value) if _WORKER.value else None
   with progress.step("reading the benchmark"):
-    exam = open_task(
-      _BENCHMARK.value,
-      _DATA.value,
+    task = open_task(
+      command.given(_BENCHMARK),
+      command.given(_DATA),
       subtitles=_SUBTITLES.value,
       features=_FEATURES.value,
       videos=_VIDEOS.value,
@@ -73,12 +76,12 @@ def _evaluate():
   if not _MODEL.value:
     if not _OUT.value or worker or _COMPARE.value or _NAMES.value[1:]:
       raise UserError("give --model to ask, or only --out to report again")
-    return run.report_again(exam, _OUT.value, *_NAMES.value[:1])
+    return run.report_again(task, _OUT.value, *_NAMES.value[:1])
   hosts.start_hosts()
   with hosts.leaving():
     return run.evaluate_folders(
       [_MODEL.value, *_COMPARE.value],
-      exam,
+      task,
       lambda folder: hourjax.load(folder, tokenizer=_TOKENIZER.value),
       out=_OUT.value,
       names=_NAMES.value,

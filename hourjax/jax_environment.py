@@ -1,9 +1,9 @@
-"""What jax finds when it is imported: the platform, and what is compiled.
+"""Environment of jax: the platform, and the persistent compilation cache.
 
-Left to itself jax tries the TPU library that `requirements.txt` installs on
-every machine, which then complains for ten lines; and it compiles all programs
-again at every start. `prepare` says otherwise, by jax's own variables, unless
-the user has set them, or `jax.config` in a notebook.
+By default jax tries the TPU library, which `requirements.txt` installs on every
+machine and which prints ten lines of errors where there is no TPU; and it
+compiles all programs again at every start. `prepare` sets jax's own variables
+against both, unless the user has set them, or `jax.config` in a notebook.
 """
 
 import contextlib
@@ -24,22 +24,23 @@ CACHE = "HOURJAX_COMPILATION_CACHE"  # a folder, or "off"
 _OFF = ("off", "0", "no", "none", "false")
 # A question to the demo's model leaves 0.6 MB in 31 programs.
 _CACHE_BYTES = 1 << 30
-# Of those that compile faster nothing is won: with all of them the second start
-# of `ask` took as long (6.5 s of a core instead of 20 without a cache).
+# Programs that compile faster are not worth a file: with all of them in the
+# cache the second start of `ask` took as long (6.5 s of a core; 20 without).
 _SECONDS = 0.05
 
-# Set where a TPU is attached, or is to be reached. (TPU_LIBRARY_PATH and
-# TPU_SKIP_MDS_QUERY are jax's own, and passed on to child processes.)
+# Set on machines with a TPU. (TPU_LIBRARY_PATH and TPU_SKIP_MDS_QUERY do not
+# count: jax sets them itself, and worker processes inherit them.)
 _TPU_VARIABLES = (
   "TPU_NAME", "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES",
   "TPU_ACCELERATOR_TYPE", "TPU_VISIBLE_CHIPS", "TPU_VISIBLE_DEVICES",
   "TPU_CHIPS_PER_PROCESS_BOUNDS", "JAX_FORCE_TPU_INIT",
 )  # fmt: skip
-# v2 to v4 and v5e are character devices of their own, later ones are handed on
-# by vfio; so is whatever else a host hands on, which is then left to jax.
+# v2 to v4 and v5e are character devices of their own; later generations appear
+# through vfio, like other devices that a host passes through. Where vfio shows
+# something else, jax decides.
 _TPU_FILES = ("/dev/accel[0-9]*", "/dev/accel/[0-9]*", "/dev/vfio/[0-9]*")
 _GOOGLE = "0x1ae0"
-# Also of Google are network cards and disks of its machines.
+# Device ids of TPUs: Google's network cards and disks have the same vendor.
 _TPU_IDS = (
   "0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076",
 )  # fmt: skip
@@ -47,7 +48,7 @@ _NVIDIA_FILES = ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/dxg")
 
 
 def prepare() -> None:
-  """Sets jax's variables; before jax is imported, or at least used.
+  """Sets jax's variables; call it before jax is imported, or at least used.
 
   Processes that this one starts inherit them.
   """
@@ -58,13 +59,13 @@ def prepare() -> None:
   if folder is None or _configured("JAX_COMPILATION_CACHE_DIR"):
     return
   if _usable(folder):
-    # Without a bound of its size jax writes no times.
+    # Without a bound on its size jax writes no access times.
     if os.environ.get("JAX_COMPILATION_CACHE_MAX_SIZE") != "-1":
       _tidy(folder)
     _set("JAX_COMPILATION_CACHE_DIR", str(folder))
     _set("JAX_COMPILATION_CACHE_MAX_SIZE", _CACHE_BYTES)
     _set("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", _SECONDS)
-    # A disk that is full or a lock that is held costs a compilation, no more.
+    # A full disk or a held lock costs one compilation and nothing else.
     warnings.filterwarnings(
       "ignore", message="Error (reading|writing) persistent compilation cache"
     )
@@ -77,11 +78,14 @@ def prepare() -> None:
 
 
 def platforms(environ: Mapping[str, str], root: str = "/") -> str | None:
-  """JAX_PLATFORMS for this machine; None leaves it to the user or to jax.
+  """Returns the value of JAX_PLATFORMS that suits this machine.
 
   Args:
-    environ: variables.
-    root: of the file system with the machine's devices.
+    environ: environment variables.
+    root: root of the file system that lists the machine's devices.
+
+  Returns:
+    "cpu" or "cuda,cpu"; None if the user or jax should decide.
   """
   if "JAX_PLATFORMS" in environ or _has_tpu(environ, root):
     return None
@@ -95,6 +99,7 @@ def platforms(environ: Mapping[str, str], root: str = "/") -> str | None:
 
 
 def _has_tpu(environ: Mapping[str, str], root: str) -> bool:
+  """Returns whether variables, device files or the PCI bus show a TPU."""
   if any(environ.get(name) for name in _TPU_VARIABLES):
     return True
   if _exist(_TPU_FILES, root):
@@ -111,11 +116,12 @@ def _has_tpu(environ: Mapping[str, str], root: str) -> bool:
 
 
 def _exist(patterns: tuple[str, ...], root: str) -> bool:
+  """Returns whether a file matches one of the patterns below `root`."""
   return any(glob.glob(root + pattern.lstrip("/")) for pattern in patterns)
 
 
 def _plugins() -> list[str]:
-  """Names of the packages that bring jax another platform than TPU and CPU."""
+  """Returns names of packages that add a platform to jax, beyond TPU, CPU."""
   found = importlib.util.find_spec("jax_plugins")  # a namespace package
   folders = list(found.submodule_search_locations or ()) if found else []
   named = {module.name for module in pkgutil.iter_modules(folders)}
@@ -124,7 +130,15 @@ def _plugins() -> list[str]:
 
 
 def cache_folder(environ: Mapping[str, str]) -> pathlib.Path | None:
-  """Where compiled programs are kept; None if they are not, or not by us."""
+  """Returns the folder of the compilation cache.
+
+  Args:
+    environ: environment variables.
+
+  Returns:
+    The folder; None if the cache is switched off, or configured through jax's
+    own variable.
+  """
   chosen = environ.get(CACHE, "")
   if chosen.lower() in _OFF or environ.get("JAX_COMPILATION_CACHE_DIR"):
     return None
@@ -136,12 +150,13 @@ def cache_folder(environ: Mapping[str, str]) -> pathlib.Path | None:
       base = pathlib.Path.home() / ".cache"
     except RuntimeError:
       return None
-  # By kind of processor, which machines that share a home may differ in: a
-  # program compiled on one of them need not run on another.
+  # One folder per kind of processor: machines that share a home directory may
+  # differ, and a program compiled on one need not run on another.
   return base / "hourjax" / f"compiled-{_processor()}"
 
 
 def _processor() -> str:
+  """Returns a digest of the processor's model and instruction sets."""
   told = [platform.machine(), platform.processor()]
   with contextlib.suppress(OSError):
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
@@ -151,7 +166,10 @@ def _processor() -> str:
 
 
 def _usable(folder: pathlib.Path) -> bool:
-  """Whether it can be written, and by nobody else: programs in it are run."""
+  """Returns whether this user alone can write to a folder.
+
+  Programs are loaded from it, so no one else may place any there.
+  """
   try:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()
@@ -163,13 +181,13 @@ def _usable(folder: pathlib.Path) -> bool:
 
 
 def _tidy(folder: pathlib.Path) -> None:
-  """Removes what processes that were killed left half-written.
+  """Removes entries that killed processes left half-written.
 
-  jax writes a program and then, beside it, the time when it was last used. With
-  the second missing the first may be cut off, and jax's search for what to
-  remove fails on it for ever.
+  jax writes a program and then, beside it, the time of its last use. Where the
+  time is missing the program may be cut off, and jax's eviction fails on it at
+  every start.
   """
-  import filelock  # jax's lock around both
+  import filelock  # jax takes the same lock around both files
 
   programs, times = "-cache", "-atime"
   with (
@@ -184,17 +202,18 @@ def _tidy(folder: pathlib.Path) -> None:
 
 
 def _configured(name: str) -> bool:
-  """Whether a notebook has set it in `jax.config`, which has no variable."""
+  """Returns whether a notebook has set an option through `jax.config`."""
   jax = sys.modules.get("jax")
   return bool(getattr(getattr(jax, "config", None), name.lower(), None))
 
 
 def _set(name: str, value: str | int | float) -> None:
+  """Sets a variable of jax, and the option if jax is already imported."""
   if os.environ.get(name):
     return
   os.environ[name] = str(value)
   jax = sys.modules.get("jax")
-  if jax is not None:  # it has read its variables
-    # Raises where its devices are in use, which then decides.
+  if jax is not None:  # it has read its variables already
+    # Raises once its devices are in use; then the present setting stays.
     with contextlib.suppress(RuntimeError, AttributeError):
       jax.config.update(name.lower(), value)

@@ -1,13 +1,13 @@
-"""Says, before a pod is rented, what training takes of it.
+"""Estimates memory, time and cost of training on a pod before it is rented.
 
   python -m hourjax.plan --config=configs/hourllava.py:size=3b,stage=3 \
       --topology=v5e:16x16 --config.mesh.seq=16
 
-Compiles the real train step with the real TPU compiler, on any machine, and
-prints memory, operations and traffic as computed, and time, MFU and cost as
-estimated from them. Ends with 1 if the step does not fit, and says with what
-change it does. --search looks for the best mesh. --table=a.json,b.json prints
-plans that were written with --json as one table.
+compiles the real train step with the real TPU compiler, on any machine, and
+prints memory, operations and traffic as compiled, and time, MFU and cost as
+estimated from them. If the step does not fit, it prints the smallest change
+with which it does, and the exit status is 1. --search looks for the best mesh.
+--table=a.json,b.json prints plans that were written with --json as one table.
 """
 
 import json
@@ -17,7 +17,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from hourjax import command, progress
-from hourjax.errors import UserError
 from hourjax.planning import fit, plan, report, search
 from hourjax.planning.compiled_step import compile_step
 from hourjax.planning.topology import parse_topology
@@ -47,16 +46,14 @@ _TABLE = flags.DEFINE_list("table", None, "Files of plans, for one table.")
 
 
 def _say(text: str) -> None:
+  """Prints progress on stderr."""
   print(text, file=sys.stderr, flush=True)
 
 
 def planned() -> list[plan.Plan]:
-  """The plan that is asked for, or those of a search, the best first."""
-  for name, value in (("config", _CONFIG.value), ("topology", _TOPOLOGY.value)):
-    if value is None:
-      raise UserError(f"--{name} is missing; see --help")
-  experiment = build_experiment(_CONFIG.value.to_dict())
-  topology = parse_topology(_TOPOLOGY.value, _SLICES.value)
+  """Makes the plan of the configuration, or plans of a search, best first."""
+  experiment = build_experiment(command.given(_CONFIG).to_dict())
+  topology = parse_topology(command.given(_TOPOLOGY), _SLICES.value)
   with progress.step("drawing and packing the stage's data"):
     workload = make_workload(experiment, _DATA.value)
   if _SEARCH.value:
@@ -69,6 +66,7 @@ def planned() -> list[plan.Plan]:
 
 
 def main(_: list[str]) -> None:
+  """Runs the command."""
   if _TABLE.value:
     print(report.table(_TABLE.value))
     return

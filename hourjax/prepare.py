@@ -1,4 +1,4 @@
-"""Turns downloaded records into one checked dataset.
+"""Turns downloaded records into one validated dataset.
 
   python -m hourjax.prepare --out=work/data/dataset --tokenizer=Qwen2.5-3B \
       --records=videomarathon.json --media_prefix={data_source} \
@@ -10,9 +10,9 @@
   python -m hourjax.prepare --out=work/data/videos_and_images/1.0.0 \
       --tokenizer=Qwen2.5-3B --mix=stage3.yaml --media=work/media
 
-writes the conversations with their token counts, a summary with what was
-dropped or read otherwise than written, and why, and four pictures. Options may
-be given several times. A dataset of the same files and options is reused.
+writes the conversations with their token counts, a summary (what was dropped,
+what was repaired, and why) and four plots. --records, --questions and --mix
+may be given several times. A dataset of the same files and options is reused.
 """
 
 from absl import flags
@@ -57,6 +57,7 @@ _OVERWRITE = flags.DEFINE_bool(
 
 
 def _items() -> tuple[lists.Item, ...]:
+  """Returns the files to read, from --records, --questions and --mix."""
   prefix = _PREFIX.value
   items = [
     lists.Item.of_files([path], "records", prefix) for path in _RECORDS.value
@@ -73,9 +74,10 @@ def _items() -> tuple[lists.Item, ...]:
 
 
 def main(_: list[str]) -> None:
+  """Runs the command."""
   options = Options(
     items=_items(),
-    tokenizer=_TOKENIZER.value,
+    tokenizer=command.given(_TOKENIZER),
     media=_MEDIA.value,
     features=_FEATURES.value,
     check_media=_CHECK_MEDIA.value,
@@ -84,7 +86,7 @@ def main(_: list[str]) -> None:
     parquet_images=_IMAGES.value,
   )
   summary, reused = build.build(
-    _OUT.value,
+    command.given(_OUT),
     options,
     overwrite=_OVERWRITE.value,
     workers=_WORKERS.value,

@@ -1,9 +1,10 @@
 """Worker processes that end with the process that started them.
 
-However it ends: by an exception, a signal, SIGKILL or a closed terminal. Else a
-compiler or a pool would go on for good, with nobody to give its answer to.
+They end however that process ends: by an exception, a signal, SIGKILL or a
+closed terminal. Otherwise a compiler or a process pool would keep a core busy
+forever, with no one left to read its result.
 
-  python -m hourjax.processes PID MODULE   runs MODULE until PID is gone
+  python -m hourjax.processes PID MODULE   runs MODULE while process PID lives
 """
 
 import concurrent.futures
@@ -20,12 +21,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-_POLL = 0.5  # seconds, where the system cannot tell of a process's end
+_POLL = 0.5  # seconds between checks on systems without pidfd
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def module_command(module: str) -> list[str]:
-  """The command line of `python -m module`, bound to this process."""
+  """Returns the command line of `python -m module`, bound to this process."""
   return [sys.executable, "-m", "hourjax.processes", str(os.getpid()), module]
 
 
@@ -34,76 +35,94 @@ def pool(
   initializer: Callable[..., None] | None = None,
   initargs: tuple[Any, ...] = (),
 ) -> concurrent.futures.ProcessPoolExecutor:
-  """A process pool whose workers end with this process."""
+  """Creates a process pool whose workers end with this process.
+
+  Args:
+    workers: number of processes.
+    initializer: called in each worker before its first task.
+    initargs: its arguments.
+
+  Returns:
+    The pool; its workers are spawned, so tasks must be picklable.
+  """
   return concurrent.futures.ProcessPoolExecutor(
     workers,
-    # A forked child of a process with threads may wait for a lock forever.
+    # A fork of a process with threads can inherit a lock that nobody frees.
     mp_context=multiprocessing.get_context("spawn"),
     initializer=_start,
     initargs=(os.getpid(), initializer, initargs),
   )
 
 
-def _start(parent: int, initializer, initargs) -> None:
+def _start(
+  parent: int,
+  initializer: Callable[..., None] | None,
+  initargs: tuple[Any, ...],
+) -> None:
+  """Prepares a worker process of a pool."""
   end_with(parent)
-  # A terminal interrupts all of its processes; this one's parent sees to it.
+  # Ctrl-C reaches every process of a terminal; the parent handles it and ends
+  # its workers.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   if initializer is not None:
     initializer(*initargs)
 
 
 def end_with(pid: int) -> None:
-  """Ends this process, at once and without a word, when another one is gone.
+  """Makes this process end, at once and silently, when another one ends.
 
   Args:
-    pid: of the other one, on this machine; its parent as a rule.
+    pid: number of the other process on this machine, usually the parent.
   """
   if sys.platform == "linux" and pid == os.getppid():
-    # The kernel sees to it even where no thread of ours gets to run. It looks
-    # at the thread that started us, which waits for our answer.
+    # The kernel kills this process even if no Python thread gets to run. It
+    # watches the thread that started us; that thread waits for our result, so
+    # it lives as long as its process.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
   try:
     wait = _waiting(pid)
-  except ProcessLookupError:  # gone before we asked
+  except ProcessLookupError:  # it ended before we could watch it
     _end()
+    return
   threading.Thread(target=_watch, args=(wait,), daemon=True).start()
 
 
-def _watch(wait: Callable[[], None]) -> None:
+def _watch(wait: Callable[[], object]) -> None:
   wait()
   _end()
 
 
 def _end() -> None:
-  # No cleaning up: whoever would read of it is gone.
+  # Without cleaning up: no process is left that would use the result.
   os._exit(1)
 
 
-def _waiting(pid: int) -> Callable[[], None]:
-  """What to call to wait for the end of a process.
+def _waiting(pid: int) -> Callable[[], object]:
+  """Returns a function that blocks until a process has ended.
 
   Raises:
     ProcessLookupError: there is no such process.
   """
   try:
-    # A handle of the process: its number may be given away again.
+    # A handle, since the number may be reused for another process.
     handle = os.pidfd_open(pid)
   except ProcessLookupError:
     raise
-  except (AttributeError, OSError):  # not Linux, or an old one
+  except (AttributeError, OSError):  # not Linux, or an old kernel
     return _polling(pid)
   ended = select.poll()
   ended.register(handle, select.POLLIN)
   return ended.poll
 
 
-def _polling(pid: int) -> Callable[[], None]:
+def _polling(pid: int) -> Callable[[], object]:
+  """As `_waiting`, on systems without process handles."""
   is_parent = pid == os.getppid()
   os.kill(pid, 0)
 
   def poll() -> None:
     with contextlib.suppress(ProcessLookupError):
-      # A parent that nobody has waited for still has its number.
+      # The number of a dead parent stays in use until it is waited for.
       while not is_parent or os.getppid() == pid:
         os.kill(pid, 0)
         time.sleep(_POLL)

@@ -1,9 +1,9 @@
-"""Checks files from outside once, at the door, so that what follows may trust
-their types.
+"""Validation of files that come from outside, once, when they are read.
 
-A file is read with a bound on its size, parsed, and compared with a schema
-(pydantic). Whatever does not fit ends in one UserError that names the file, the
-field, what was found and what was expected.
+A file is read with a bound on its size, parsed, and validated by a pydantic
+schema, so that all later code may trust its types. Whatever does not fit ends
+in one UserError that names the file, the field, what was found and what was
+expected.
 """
 
 import json
@@ -13,32 +13,38 @@ from typing import Annotated, Any, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict
+from pydantic_core import ErrorDetails
 
 from hourjax.errors import UserError
 
 MOST_BYTES = 64 * 2**20  # of one JSON file, unless the caller knows better
-_SHOWN = 5  # problems told of one file
+_SHOWN = 5  # problems of one file that a message lists
 _LFS = b"version https://git-lfs"
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def _check_text(value: Any) -> str:
+  """Returns text that is not empty.
+
+  Raises:
+    ValueError: the value is anything else.
+  """
   if isinstance(value, str) and value:
     return value
   raise ValueError("input should be text that is not empty")
 
 
-# A file's name, of which Python keeps bytes that are no UTF-8 as halves of
-# characters; pydantic's own text may have none.
+# The name of a file. Python represents bytes that are not UTF-8 as lone
+# surrogates, which pydantic's `str` refuses.
 FileName = Annotated[Any, pydantic.AfterValidator(_check_text)]
 
 
 class Schema(BaseModel):
   """Describes a JSON object of a file from outside.
 
-  Values keep their JSON types (text is no number, `true` is no 1), keys that
-  are not named are ignored, and NaN and infinity are refused. A subclass says
-  `extra="forbid"` where an unknown key must not be ignored.
+  Values keep their JSON types (text is not converted to a number, nor `true`
+  to 1), unknown keys are ignored, and NaN and infinity are refused. A subclass
+  sets `extra="forbid"` where an unknown key must be refused.
   """
 
   model_config = ConfigDict(
@@ -51,9 +57,17 @@ def read_bytes(
 ) -> bytes:
   """Reads a whole regular file of at most `most` bytes.
 
+  Args:
+    path: of the file.
+    remedy: what the user can do, as the last words of the message.
+    most: largest size in bytes that is accepted.
+
+  Returns:
+    The content of the file.
+
   Raises:
-    UserError: missing, a folder or device, unreadable, too large, or a Git-LFS
-      pointer instead of the file it stands for.
+    UserError: the file is missing, a folder or device, unreadable, too large,
+      or a Git-LFS pointer in place of the real file.
   """
   content = _start(path, most + 1, remedy)
   _check_size(path, len(content), most, remedy)
@@ -63,12 +77,12 @@ def read_bytes(
 def check_file(
   path: str | os.PathLike, *, remedy: str, most: int | None = None
 ) -> None:
-  """Makes sure that a path is a file which a library may then open.
+  """Checks that a path is a regular file before a library opens it.
 
   Args:
     path: of the file.
     remedy: what the user can do, as the last words of the message.
-    most: bytes; any number if None.
+    most: largest size in bytes that is accepted; any size if None.
 
   Raises:
     UserError: as `read_bytes`.
@@ -78,7 +92,10 @@ def check_file(
     _check_size(path, os.path.getsize(path), most, remedy)
 
 
-def _check_size(path, size: int, most: int, remedy: str) -> None:
+def _check_size(
+  path: str | os.PathLike, size: int, most: int, remedy: str
+) -> None:
+  """Refuses a file of more than `most` bytes."""
   if size > most:
     raise UserError(
       f"{path} has more than {most} bytes, which no such file has; {remedy}"
@@ -86,7 +103,7 @@ def _check_size(path, size: int, most: int, remedy: str) -> None:
 
 
 def _start(path: str | os.PathLike, count: int, remedy: str) -> bytes:
-  """At most `count` bytes from the start of a regular file."""
+  """Reads at most `count` bytes from the start of a regular file."""
   path = pathlib.Path(path)
   try:
     # A pipe or device may have no end, and opening one may wait for ever.
@@ -109,10 +126,14 @@ def _start(path: str | os.PathLike, count: int, remedy: str) -> bytes:
 
 
 def check_pointer(path: str | os.PathLike, content: bytes) -> None:
-  """Refuses what Git-LFS leaves in a file's place, given how it begins.
+  """Refuses the pointer that Git-LFS leaves in place of a file.
+
+  Args:
+    path: of the file, for the message.
+    content: the first bytes of the file.
 
   Raises:
-    UserError: it is such a pointer.
+    UserError: the content is such a pointer.
   """
   if content.startswith(_LFS):
     raise UserError(
@@ -127,17 +148,22 @@ def read_json(
   """Reads a JSON file of any content, with or without a byte order mark.
 
   Raises:
-    UserError: as `read_bytes`, or not JSON, or nested too deep to be meant.
+    UserError: as `read_bytes`; or the text is not JSON, or nested too deep.
   """
   content = read_bytes(path, remedy=remedy, most=most)
   return parse_json(content, str(path), remedy=remedy)
 
 
 def parse_json(content: bytes | str, where: str, *, remedy: str) -> Any:
-  """Parses JSON text; `where` names it in the message.
+  """Parses JSON text.
+
+  Args:
+    content: text, or UTF-8 bytes with or without a byte order mark.
+    where: names the text in the message.
+    remedy: what the user can do, as the last words of the message.
 
   Raises:
-    UserError: not UTF-8, not JSON, or nested too deep to be meant.
+    UserError: the text is not UTF-8, not JSON, or nested too deep.
   """
   try:
     if isinstance(content, bytes):
@@ -156,17 +182,17 @@ def parse_json(content: bytes | str, where: str, *, remedy: str) -> Any:
 def validate(
   schema: type[Model], raw: Any, where: str, *, remedy: str
 ) -> Model:
-  """Compares a parsed value with a schema.
+  """Validates a parsed JSON value.
 
   Args:
-    schema: that it must fit.
-    raw: as `json.loads` gives it.
-    where: file and place, for the message.
+    schema: class that the value must fit.
+    raw: the value, as `json.loads` returns it.
+    where: names the file and the place in it in the message.
     remedy: what the user can do, as the last words of the message.
 
   Raises:
-    UserError: lists the fields that do not fit, what they are and what they
-      should be.
+    UserError: some fields do not fit; the message lists them with what they
+      hold and what they should hold.
   """
   try:
     return schema.model_validate(raw)
@@ -187,24 +213,25 @@ def read_schema(
   remedy: str,
   most: int = MOST_BYTES,
 ) -> Model:
-  """Reads a JSON file and compares it with a schema; see the parts."""
+  """Reads a JSON file and validates it; see `read_json` and `validate`."""
   raw = read_json(path, remedy=remedy, most=most)
   return validate(schema, raw, str(path), remedy=remedy)
 
 
-def _problem(item: dict[str, Any]) -> str:
+def _problem(item: ErrorDetails) -> str:
+  """Words one error of pydantic."""
   field = ".".join(map(str, item["loc"])) or "the whole"
   message = item["msg"][:1].lower() + item["msg"][1:]
   if item["type"] == "missing":
     return f"{field} is missing"
   message = message.removeprefix("value error, ")
   if item["type"] in ("model_type", "dict_type"):
-    message = "input should be a JSON object"  # not a class of ours
+    message = "input should be a JSON object"  # pydantic names our class
   return f"{field} is {shorten(item['input'])}: {message}"
 
 
 def shorten(value: Any, most: int = 60) -> str:
-  """Shows a value of unknown size in a message, on one line."""
+  """Returns the value's `repr` for a message, cut to `most` characters."""
   try:
     text = repr(value)
   except (RecursionError, ValueError):  # ValueError: a very long integer

@@ -435,4 +435,4 @@ class Options:
   check_media: bool = True
   columns: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   seed: int = 0
-  parquet_images: Literal["unpack", "keep"] = "unpack"
+  parquet_images: str = "unpack"
