@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-# shellcheck disable=SC2119  # no files beside requirements.txt
+# shellcheck disable=SC2119  # no extras
 environment
 
 work=${WORK:-work}

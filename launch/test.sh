@@ -6,16 +6,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-files=(requirements-test.txt requirements-prep.txt)
+extras=(test prep)
 marks=()
 while [[ "${1:-}" == --quick || "${1:-}" == --eval ]]; do
   case "$1" in
     --quick) marks=(-m "not slow") ;;
-    --eval) files+=(requirements-eval.txt requirements-eval-alone.txt) ;;
+    --eval) extras+=(eval) ;;
   esac
   shift
 done
-environment "${files[@]}"
+environment "${extras[@]}"
 
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} TF_CPP_MIN_LOG_LEVEL=2
 ruff check .

@@ -198,6 +198,6 @@ def _beam():
     import apache_beam
   except ImportError:
     raise UserError(
-      "--beam_runner needs Apache Beam; pip install -r requirements-prep.txt"
+      "--beam_runner needs Apache Beam; pip install -e '.[prep]'"
     ) from None
   return apache_beam

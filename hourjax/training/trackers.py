@@ -108,7 +108,7 @@ def require_wandb(project: str) -> None:
   if importlib.util.find_spec("wandb") is None:
     raise UserError(
       f"config.watch.wandb is {project!r}, but the package wandb is not"
-      " installed; run `pip install -r requirements-wandb.txt`, or leave"
+      " installed; run `pip install -e '.[wandb]'`, or leave"
       " config.watch.wandb empty"
     )
 

@@ -69,7 +69,7 @@ install() {
   source launch/environment.sh
   PYTHON=$(usable_python)
   export PYTHON
-  # shellcheck disable=SC2119  # no files beside requirements.txt
+  # shellcheck disable=SC2119  # no extras
   environment
   touch "$home/ready"
 }

@@ -21,8 +21,8 @@ from tests import videos
 ROOT = Path(__file__).parents[2]
 TASK = Path(__file__).parent / "lmms_task"
 WITHOUT = (
-  "lmms_eval is not installed: pip install -r requirements-eval.txt, then "
-  "pip install --no-deps -r requirements-eval-alone.txt"
+  "lmms_eval is not installed: pip install -e '.[eval]', then "
+  "pip install --no-deps lmms_eval==0.7.3"
 )
 
 

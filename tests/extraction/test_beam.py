@@ -119,5 +119,5 @@ def test_a_full_disk_ends_the_pipeline(work, monkeypatch):
 
 def test_beam_is_not_installed(work, monkeypatch):
   monkeypatch.setitem(sys.modules, "apache_beam", None)
-  with pytest.raises(UserError, match=r"pip install -r requirements-prep.txt"):
+  with pytest.raises(UserError, match=r"pip install -e '\.\[prep\]'"):
     beam.extract_videos(work, runner="DirectRunner")

@@ -46,7 +46,7 @@ def test_missing(monkeypatch):
   with pytest.raises(UserError) as error:
     require_wandb("hours")
   assert "config.watch.wandb is 'hours'" in str(error.value)
-  assert "`pip install -r requirements-wandb.txt`" in str(error.value)
+  assert "`pip install -e '.[wandb]'`" in str(error.value)
 
 
 def test_refused(monkeypatch, tmp_path):
