@@ -1,16 +1,16 @@
 """The TPU kernels without a TPU: in interpret mode, with small tiles."""
 
 import functools
-import importlib
 
 from jax.experimental.pallas import tpu as pltpu
 
+from hourjax.kernels import attention as module
 from hourjax.kernels.tpu import call as tpu
-from hourjax.kernels.tpu.tiles import Chip, Tiles
+from hourjax.kernels.tpu.tiles import AttentionTiles, Tiles
 
 # Several tiles, chunks and units even for a few hundred keys.
 _TILES = Tiles(rows=128, keys=256, chunk=128, unit=128)
-CHIP = Chip(_TILES, _TILES, 1 << 30)
+TILES = AttentionTiles(_TILES, _TILES, 1 << 30)
 # Finds races, reads out of bounds and (memory begins as NaN) outputs that are
 # never written.
 PARAMS = pltpu.InterpretParams(detect_races=True)
@@ -18,15 +18,15 @@ PARAMS = pltpu.InterpretParams(detect_races=True)
 
 def use_tpu_kernels(monkeypatch) -> None:
   """Lets `kernels.attention` compute with the interpreted TPU kernels."""
-  # The name `hourjax.kernels.attention` is the function.
-  module = importlib.import_module("hourjax.kernels.attention")
   interpreted = module.Backend(
-    functools.partial(tpu.forward, chip=CHIP, interpret=PARAMS),
-    functools.partial(tpu.backward, chip=CHIP, interpret=PARAMS),
+    functools.partial(tpu.forward, tiles=TILES, interpret=PARAMS),
+    functools.partial(tpu.backward, tiles=TILES, interpret=PARAMS),
   )
   original = module.backend
   monkeypatch.setattr(
     module,
     "backend",
-    lambda name, causal: original(name, causal) if causal else interpreted,
+    lambda name, causal, tiles: (
+      original(name, causal, tiles) if causal else interpreted
+    ),
   )

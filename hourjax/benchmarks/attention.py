@@ -10,16 +10,14 @@ import functools
 import importlib.util
 import statistics
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hourjax import kernels
 from hourjax.benchmarks import schedule
 from hourjax.benchmarks.attention_compile import (
   SPLASH_BLOCK,
-  VERSIONS,
   Compiled,
   Job,
   check_topology,
@@ -36,21 +34,14 @@ from hourjax.benchmarks.attention_packed import (
 )
 from hourjax.benchmarks.attention_tune import tune
 from hourjax.errors import UserError
-from hourjax.kernels.tpu.tiles import CHIPS, Chip
+from hourjax.kernels.attention import attention
+from hourjax.kernels.tpu.tiles import AttentionTiles
 from hourjax.models.config import SIZES
-from hourjax.parallel import chips
+from hourjax.parallel.chips import CHIPS, attention_tiles, peak_flops
 
-# Dense bf16 TFLOP/s of a chip, by its maker's data sheet; a part of
-# `device_kind`. Of TPU7x a device is half a chip.
-PEAKS = {
-  "TPU v5 lite": 197,
-  "TPU v5": 459,
-  "TPU v6 lite": 918,
-  "TPU7x": 1153.5,
-  "H100": 989,
-  "H200": 989,
-  "A100": 312,
-}
+# Dense bf16 operations a second of a GPU, by its maker's data sheet, by a part
+# of its `device_kind`.
+GPU_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 _REPEATS = 5
 
 
@@ -83,16 +74,25 @@ def measure_here(
   segments = (jnp.ones((1, n), jnp.int32) for n in (queries, keys))
   arrays = (q, k, v, *segments)
   device = jax.devices()[0]
-  peak = next((x for n, x in PEAKS.items() if n in device.device_kind), None)
+  peak = _peak(device.device_kind)
   rate = functools.partial(_rates, 2 * dim * heads * queries * keys, peak)
   figures = {"device": device.device_kind}
-  figures["ours"] = _jax_seconds(kernels.attention, arrays, d_out)
+  ours = functools.partial(attention, tiles=attention_tiles(jnp.bfloat16))
+  figures["ours"] = _jax_seconds(ours, arrays, d_out)
   if device.platform == "gpu":
     figures["cudnn"] = _attempt(_jax_seconds, _cudnn, arrays, d_out)
     figures["torch"] = _attempt(_torch_seconds, q_shape, k_shape)
   return {
     name: rate(x) if isinstance(x, list) else x for name, x in figures.items()
   }
+
+
+def _peak(device_kind: str) -> float | None:
+  """Returns the TFLOP/s that a device could reach, if it is known."""
+  flops = peak_flops(device_kind) or next(
+    (x for name, x in GPU_FLOPS.items() if name in device_kind), None
+  )
+  return flops and flops / 1e12
 
 
 def _attempt(function, *arguments) -> list[float] | str:
@@ -181,21 +181,6 @@ _SPLASH_KERNELS = (
 )
 
 
-class Pod(NamedTuple):
-  """Topologies of a generation."""
-
-  of_8: str  # devices
-  of_64: str
-
-
-PODS = {
-  "v5e": Pod("v5e:2x4", "v5e:8x8"),
-  "v5p": Pod("v5p:2x2x2", "v5p:4x4x4"),
-  "v6e": Pod("v6e:2x4", "v6e:8x8"),
-  "tpu7x": Pod("tpu7x:2x2x1", "tpu7x:4x4x2"),
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
   """What is measured.
@@ -219,8 +204,9 @@ class Options:
     return self.topology.partition(":")[0]
 
   @property
-  def chip(self) -> Chip:
-    return CHIPS[VERSIONS[self.generation]]
+  def tiles(self) -> AttentionTiles:
+    """Returns the kernels' tiles for bfloat16."""
+    return CHIPS[self.generation].attention_tiles(jnp.bfloat16)
 
   def job(self, what: str, **changes) -> Job:
     """A job of this shape on one device of the topology."""
@@ -262,8 +248,8 @@ def measure_attention(options: Options) -> dict[str, Any]:
   """
   options.check()
   if options.tune:
-    return tune(options.job("forward"), options.chip)
-  pod = PODS[options.generation]
+    return tune(options.job("forward"), options.tiles)
+  pod = CHIPS[options.generation].bench
   sharded = functools.partial(options.job, "sharded", devices=8)
   day = -(-_DAY // (64 * 2048)) * 64 * 2048
   steps = {
@@ -308,7 +294,7 @@ def report(options: Options, compiled: dict[str, Compiled]) -> dict[str, Any]:
   row = packed_row(options.queries, options.keys)
   heads = job.heads, job.kv_heads, job.dim
   calls = {
-    name: Call(found, generation, options.chip, *heads)
+    name: Call(found, generation, options.tiles, *heads)
     for name, found in regions.items()
   }
   return {
@@ -360,7 +346,7 @@ def kernel_figures(
       name: getattr(shape, name) for name in ("rows", "keys", "chunk", "unit")
     },
     **compiled.memory(),
-    "vmem_limit_mib": mib(call.chip.vmem),
+    "vmem_limit_mib": mib(call.tiles.vmem),
     "compile_seconds": compiled.figures and compiled.figures["seconds"],
   }
 
@@ -399,10 +385,10 @@ def _day(compiled: Compiled, generation: str) -> dict[str, Any]:
     for name in ("arguments", "outputs", "temporaries")
   }
   held = figures["arguments"] + figures["temporaries"]
-  limit = chips.CHIPS[generation].limit
+  limit = CHIPS[generation].limit
   return {
     "devices": 64,
-    "topology": PODS[generation].of_64,
+    "topology": CHIPS[generation].bench.of_64,
     **arrays,
     "arguments_and_temporaries_mib": mib(held),
     "hbm_limit_mib": round(limit / (1 << 20)),

@@ -27,17 +27,17 @@ from jax.experimental.pallas.ops.tpu import splash_attention as library
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hourjax import kernels, progress
+from hourjax import progress
 from hourjax.benchmarks import schedule
 from hourjax.benchmarks.schedule import Piece
 from hourjax.errors import UserError
+from hourjax.kernels.attention import attention
+from hourjax.kernels.sharded import Sharding
 from hourjax.kernels.tpu import call as tpu
-from hourjax.kernels.tpu.tiles import CHIPS, Tiles
-from hourjax.parallel import chips
+from hourjax.kernels.tpu.tiles import AttentionTiles, Tiles
+from hourjax.parallel.chips import CHIPS
 from hourjax.planning.compile_pool import REASON, ask_child
 
-# By the topology's name of a generation, that of `tiles.CHIPS`.
-VERSIONS = {name: chip.compiler for name, chip in chips.CHIPS.items()}
 SPLASH_BLOCK = 1024  # of queries and of keys
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "f64": 8}
 _COLLECTIVE = re.compile(
@@ -148,7 +148,7 @@ def _call(job: Job, mesh: Mesh):
     sharding = NamedSharding(mesh, spec if split else P())
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-  sharding = kernels.Sharding(mesh, memory="seq")
+  sharding = Sharding(mesh, memory="seq")
   specs = sharding.specs()
   q = array((1, job.queries, job.heads, job.dim), jnp.bfloat16, specs.q)
   k = array((1, job.keys, job.kv_heads, job.dim), jnp.bfloat16, specs.k)
@@ -158,7 +158,7 @@ def _call(job: Job, mesh: Mesh):
   )
   arguments = (q, k, k, *segments)
   if split:
-    call = functools.partial(kernels.attention, sharding=sharding)
+    call = functools.partial(attention, sharding=sharding, tiles=_tiles(job))
     return gradients(call), (*arguments, q)
   numbers = array(q.shape[:3], jnp.float32, specs.q)
   function, more = {
@@ -169,27 +169,28 @@ def _call(job: Job, mesh: Mesh):
     "xla": (xla, ()),
     "xla_backward": (gradients(xla), (q,)),
   }[job.what]
-  # Kernels ask the mesh which chip they are compiled for.
   local = jax.shard_map(
     function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False
   )
   return local, (*arguments, *more)
 
 
-def _chip(job: Job):
-  """The chip with the job's tiles, or None: as the kernels know it."""
+def _tiles(job: Job) -> AttentionTiles:
+  """Returns the generation's tiles, or the job's for its kernel."""
+  tiles = CHIPS[job.generation].attention_tiles(jnp.bfloat16)
   if job.tiles is None:
-    return None
-  chip = CHIPS[VERSIONS[job.generation]]
-  return chip._replace(**{job.what: Tiles(*job.tiles)})
+    return tiles
+  return tiles._replace(**{job.what: Tiles(*job.tiles)})
 
 
 def _forward(job: Job):
-  return functools.partial(tpu.forward, out_dtype=jnp.bfloat16, chip=_chip(job))
+  return functools.partial(
+    tpu.forward, out_dtype=jnp.bfloat16, tiles=_tiles(job)
+  )
 
 
 def _backward(job: Job):
-  return functools.partial(tpu.backward, chip=_chip(job))
+  return functools.partial(tpu.backward, tiles=_tiles(job))
 
 
 def gradients(call):
@@ -292,10 +293,11 @@ def mib(size: float) -> float:
 def check_topology(name: str) -> None:
   """Raises UserError for a topology that no compiler knows."""
   generation, _, layout = name.partition(":")
-  if generation not in schedule.FLOP_PER_CYCLE:
+  known = [name for name, chip in CHIPS.items() if chip.knows("bench")]
+  if generation not in known:
     raise UserError(
       f"--topology={name}: {generation!r} is no generation of TPU; known are"
-      f" {', '.join(schedule.FLOP_PER_CYCLE)}"
+      f" {', '.join(known)}"
     )
   if not _LAYOUT.fullmatch(layout):
     raise UserError(

@@ -17,7 +17,7 @@ from hourjax.benchmarks import schedule
 from hourjax.benchmarks.schedule import Backward, Forward
 from hourjax.kernels.tpu import block_schedule
 from hourjax.kernels.tpu.call import split
-from hourjax.kernels.tpu.tiles import Chip, Shape, cut
+from hourjax.kernels.tpu.tiles import AttentionTiles, Shape, cut
 
 FRAME = 65  # memory tokens of a frame: 8 x 8 and a newline
 
@@ -56,14 +56,14 @@ class Call(NamedTuple):
 
   Attributes:
     regions: its pieces, as compiled with the chip's tiles.
-    generation: of the chip, a key of `schedule.FLOP_PER_CYCLE`.
-    chip: its tiles and limits.
+    generation: of the chip.
+    tiles: the kernels' tiles and limits.
     heads, kv_heads, dim: of the arrays.
   """
 
   regions: Forward | Backward
   generation: str
-  chip: Chip
+  tiles: AttentionTiles
   heads: int
   kv_heads: int
   dim: int
@@ -80,11 +80,14 @@ class Call(NamedTuple):
         jax.ShapeDtypeStruct((1, length, heads, self.dim), jnp.bfloat16)
         for length, heads in ((queries, self.heads), (keys, self.kv_heads))
       )
-      return split(self.chip, q, k)
+      return split(self.tiles, q, k)
     groups = self.heads // self.kv_heads
-    tiles = self.chip.forward
     return 1, cut(
-      tiles, queries=queries, keys=keys, groups=groups, dim=self.dim
+      self.tiles.forward,
+      queries=queries,
+      keys=keys,
+      groups=groups,
+      dim=self.dim,
     )
 
 

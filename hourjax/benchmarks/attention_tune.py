@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from hourjax.benchmarks import schedule
 from hourjax.benchmarks.attention_compile import (
-  VERSIONS,
   Compiled,
   Job,
   compile_in_child,
@@ -17,7 +16,7 @@ from hourjax.benchmarks.attention_compile import (
 )
 from hourjax.errors import UserError
 from hourjax.kernels.tpu import call
-from hourjax.kernels.tpu.tiles import MIB, Chip, Shape, Tiles, cut
+from hourjax.kernels.tpu.tiles import AttentionTiles, Shape, Tiles, cut
 
 _ROWS, _KEYS = (512, 1024, 2048), (512, 1024, 2048, 4096)
 _CHUNKS, _UNITS = (256, 512, 1024), (256, 512, 1024)
@@ -32,22 +31,22 @@ _PRODUCTS = {"forward": 4, "backward": 10}  # operations by pair and dim
 _QUERY_TILES, _KEY_TILES = 32, 64
 
 
-def tune(job: Job, chip: Chip) -> dict[str, Any]:
+def tune(job: Job, limits: AttentionTiles) -> dict[str, Any]:
   """Ranks tiles by `schedule.overhead_share` at the job's shape.
 
   Args:
     job: whose sizes and topology count.
-    chip: whose VMEM is the limit.
+    limits: whose VMEM is the limit.
 
   Returns:
     For each kernel the candidates, best first, with the share of peak of a
     visit; those that the compiler refuses with its reason. `line`: what to
-    write into `CHIPS`.
+    write for bfloat16 into `parallel.chips.CHIPS`.
   """
   calls = {
     (what, tiles): functools.partial(_compile, job, what, tiles)
     for what in ("forward", "backward")
-    for tiles in candidates(job, chip, what)
+    for tiles in candidates(job, limits, what)
   }
   compiled = run_all("tune", calls)
   figures, best = {}, {}
@@ -62,13 +61,12 @@ def tune(job: Job, chip: Chip) -> dict[str, Any]:
       f"{place:02}": candidate for place, candidate in enumerate(ranked, 1)
     }
     best[what] = Tiles(**ranked[0]["tiles"])
-  line = f"Chip({tuple(best['forward'])}, {tuple(best['backward'])},"
-  line = line.replace("(", "Tiles(").replace("ChipTiles(", "Chip(")
-  name = VERSIONS[job.generation]
-  return figures | {"line": f'"{name}": {line} {chip.vmem // MIB} * MIB),'}
+  return figures | {
+    "line": f'"bfloat16": ({best["forward"]}, {best["backward"]}),'
+  }
 
 
-def candidates(job: Job, chip: Chip, what: str) -> list[Tiles]:
+def candidates(job: Job, limits: AttentionTiles, what: str) -> list[Tiles]:
   """Tiles that fit VMEM, neither too small nor too large to compile.
 
   Those with one chunk are left out: their loop over chunks is none, and the
@@ -82,12 +80,12 @@ def candidates(job: Job, chip: Chip, what: str) -> list[Tiles]:
     fits = tiles.unit <= tiles.rows and tiles.chunk < tiles.keys
     fits = fits and least <= tiles.rows * tiles.keys <= most
     fits = fits and _OF_UNIT[0] <= tiles.chunk * tiles.unit <= _OF_UNIT[1]
-    if fits and vmem(job, chip, what, tiles) <= chip.vmem:
+    if fits and vmem(job, limits, what, tiles) <= limits.vmem:
       found.append(tiles)
   return found
 
 
-def vmem(job: Job, chip: Chip, what: str, tiles: Tiles) -> int:
+def vmem(job: Job, limits: AttentionTiles, what: str, tiles: Tiles) -> int:
   """Bytes of VMEM that the kernel takes with these tiles."""
   if what == "forward":
     return call.forward_vmem(_shape(job, tiles), 2)
@@ -95,9 +93,9 @@ def vmem(job: Job, chip: Chip, what: str, tiles: Tiles) -> int:
     jax.ShapeDtypeStruct((1, length, heads, job.dim), jnp.bfloat16)
     for length, heads in ((job.queries, job.heads), (job.keys, job.kv_heads))
   )
-  parts, shape = call.split(chip._replace(backward=tiles), q, k)
+  parts, shape = call.split(limits._replace(backward=tiles), q, k)
   # A second sweep over the keys costs more than any tiles gain.
-  return call.backward_vmem(shape, 2) if parts == 1 else chip.vmem + 1
+  return call.backward_vmem(shape, 2) if parts == 1 else limits.vmem + 1
 
 
 def _shape(job: Job, tiles: Tiles) -> Shape:

@@ -13,16 +13,8 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
-# bf16 operations of one core in one cycle; 2 x (units) x (side of a unit)^2,
-# and on v6e and tpu7x two rows enter a unit in a cycle.
-FLOP_PER_CYCLE = {
-  "v5e": 131_072,  # 4 units of 128 x 128
-  "v5p": 131_072,
-  "v6e": 524_288,  # 2 units of 256 x 256
-  "tpu7x": 524_288,
-}
-# Rows that a matrix unit takes in a cycle.
-ROWS_PER_CYCLE = {"v5e": 1, "v5p": 1, "v6e": 2, "tpu7x": 2}
+from hourjax.parallel.chips import CHIPS
+
 # Flags with which the compiler writes final bundles into a folder.
 DUMP_FLAGS = (
   "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
@@ -54,7 +46,7 @@ class Piece(NamedTuple):
 
   def matrix_cycles(self, chip: str) -> int:
     """Cycles that the busiest matrix unit needs for its rows."""
-    return max(self.rows.values(), default=0) // ROWS_PER_CYCLE[chip]
+    return max(self.rows.values(), default=0) // CHIPS[chip].matrix_rows
 
   def cost(self, chip: str) -> int:
     """Cycles: what is issued, or what the matrix unit needs if longer."""
@@ -220,7 +212,7 @@ def share_of_peak(flops: float, cycles: int, chip: str) -> float:
   Raises:
     ValueError: if it is above 1: then cycles are missing.
   """
-  share = flops / (FLOP_PER_CYCLE[chip] * cycles)
+  share = flops / (CHIPS[chip].flops_per_cycle * cycles)
   if share > 1:
     raise ValueError(
       f"{flops:.4g} operations in {cycles} cycles are {share:.1%} of what a"
@@ -235,7 +227,7 @@ def region_figures(flops: float, hot: list[Piece], chip: str) -> dict[str, Any]:
   Args:
     flops: operations that are done in them.
     hot: the pieces.
-    chip: a key of `FLOP_PER_CYCLE`.
+    chip: a generation of `parallel.chips`.
   """
   issued = sum(piece.cycles for piece in hot)
   needed = sum(piece.matrix_cycles(chip) for piece in hot)

@@ -1,27 +1,53 @@
-"""The one attention call of the model, and who computes it."""
-# MERGED hourjax.kernels.shares:
-# How much of the attention each key gets.
+"""The attention calls of the model, and the choice of who computes them.
+
+`attention` is differentiable attention between whole rows, for training and
+prefill. `cached_attention` serves decoding: a few new tokens read a cache.
+`key_attention` returns how much attention each key gets.
+"""
 
 import functools
+import types
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from hourjax.kernels import reference, sharded, splash, triton, ulysses
-from hourjax.kernels.common import SAVED
+from hourjax.kernels.constants import SAVED
 from hourjax.kernels.sharded import Sharding
 from hourjax.kernels.tpu import call as tpu
+from hourjax.kernels.tpu.tiles import AttentionTiles
+
+# Who computes attention -> the platform that it runs on ("": on any).
+IMPLEMENTATIONS = {"tpu": "tpu", "triton": "gpu", "reference": ""}
+_OF_PLATFORM = {"tpu": "tpu", "gpu": "triton"}  # elsewhere the reference
+_NEVER = -1e30  # the score of a key that is not seen; finite, see constants
 
 
 class Backend(NamedTuple):
-  """Two functions with the contract of `reference.forward`, `.backward`."""
+  """Holds two functions with the contracts of `reference.forward`, `.backward`.
 
-  forward: Callable
-  backward: Callable
+  Attributes:
+    forward: (q, k, v, query_segment, key_segment, out_dtype=) -> (out, lse).
+    backward: (q, k, v, query_segment, key_segment, lse, delta, d_out) ->
+      (dq, dk, dv).
+  """
+
+  forward: Callable[..., tuple[jax.Array, jax.Array]]
+  backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+
+
+class _Options(NamedTuple):
+  """Holds what a call fixes while it is traced."""
+
+  causal: bool
+  sharding: Sharding | None
+  implementation: str
+  tiles: AttentionTiles | None
 
 
 def attention(
@@ -33,13 +59,13 @@ def attention(
   *,
   causal: bool = False,
   sharding: Sharding | None = None,
+  implementation: str | None = None,
+  tiles: AttentionTiles | None = None,
 ) -> Float[Array, "B T H C"]:
-  """Grouped-query attention between positions of the same segment.
+  """Computes grouped-query attention between positions of the same segment.
 
   Scores are scaled by C ** -0.5; softmax and accumulation are float32.
   Positions (RoPE) are applied by the caller. A T x S matrix is never built.
-  On TPU our own kernels compute it (`kernels.tpu`; causal: splash attention),
-  on GPU `kernels.triton`, elsewhere `kernels.reference`.
 
   Args:
     q: queries. Head h reads the keys of KV head h // (H / K).
@@ -51,26 +77,62 @@ def attention(
     causal: query t also sees only the keys at index s <= t (needs T == S).
     sharding: the mesh and the axes over which rows, heads and memory are
       split; None on one device.
+    implementation: a key of `IMPLEMENTATIONS`: "tpu" (our Pallas kernels of
+      `kernels.tpu`; causal: jax's splash attention), "triton" (our GPU
+      kernels) or "reference" (plain JAX). None takes the first on TPU, the
+      second on GPU and the third elsewhere.
+    tiles: of the TPU kernels, as `hourjax.parallel.chips.attention_tiles`
+      returns them. Nothing else reads them.
 
   Returns:
-    In the dtype of q. A query that sees no key gets zeros and passes no
-    gradient.
+    The weighted values, in the dtype of q. A query that sees no key gets
+    zeros and passes no gradient.
 
   Raises:
     ValueError: for no queries or keys, H that is not a multiple of K, causal
       with T != S or with the memory split, sizes that the mesh does not
-      divide, and what the kernels of this device cannot do
+      divide, an unknown implementation or one of another platform, TPU
+      kernels without tiles, and what the kernels cannot do
       (`kernels.tpu.call.check`, `kernels.triton`).
   """
   _check(q, k, causal, sharding)
+  implementation = choose_implementation(implementation, sharding)
+  options = _Options(causal, sharding, implementation, tiles)
   with jax.named_scope("attention"):
-    return _attention(
-      q, k, v, query_segment, key_segment, causal, sharding, platform(sharding)
+    return _attention(q, k, v, query_segment, key_segment, options)
+
+
+def choose_implementation(
+  name: str | None, sharding: Sharding | None = None
+) -> str:
+  """Returns who computes attention: a key of `IMPLEMENTATIONS`.
+
+  Args:
+    name: what the caller asks for; None leaves it to the platform.
+    sharding: of the call, for its mesh.
+
+  Raises:
+    ValueError: for an unknown name, or one that another platform runs.
+  """
+  here = platform(sharding)
+  if name is None:
+    return _OF_PLATFORM.get(here, "reference")
+  if name not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"no implementation of attention is called {name!r}; choose"
+      f" {', '.join(IMPLEMENTATIONS)}, or none for the platform's own"
     )
+  if IMPLEMENTATIONS[name] not in ("", here):
+    raise ValueError(
+      f"attention's implementation {name!r} runs on {IMPLEMENTATIONS[name]},"
+      f" and this program is compiled for {here}; choose 'reference', or none"
+      " for the platform's own"
+    )
+  return name
 
 
 def platform(sharding: Sharding | None = None) -> str:
-  """What is compiled for: "tpu", "gpu" or "cpu".
+  """Returns what is compiled for: "tpu", "gpu" or "cpu".
 
   The devices of the given mesh or of the one that is set (they may be of a
   topology, for compiling without a TPU), else the default device.
@@ -87,33 +149,59 @@ def platform(sharding: Sharding | None = None) -> str:
   return jax.default_backend() if device is None else device.platform
 
 
-def backend(name: str, causal: bool) -> Backend:
-  """Who computes attention on the platform `name`."""
-  if name == "tpu":
+def backend(
+  implementation: str, causal: bool, tiles: AttentionTiles | None = None
+) -> Backend:
+  """Returns the functions of an implementation.
+
+  Args:
+    implementation: a key of `IMPLEMENTATIONS`.
+    causal: whether a query sees only the keys up to its own index.
+    tiles: of the TPU kernels.
+
+  Raises:
+    ValueError: for TPU kernels that shall be causal, or that lack tiles.
+  """
+  if implementation == "tpu":
     if causal:
       raise ValueError("causal attention on TPU is `kernels.splash`")
-    return Backend(tpu.forward, tpu.backward)
-  if name == "gpu":
+    if tiles is None:
+      raise ValueError(
+        "the TPU attention kernels need tiles; pass"
+        " tiles=hourjax.parallel.chips.attention_tiles(q.dtype)"
+      )
+    return Backend(
+      functools.partial(tpu.forward, tiles=tiles),
+      functools.partial(tpu.backward, tiles=tiles),
+    )
+  if implementation == "triton":
     return _with_causal(triton, causal)
   return _with_causal(reference, causal)
 
 
-def _with_causal(module, causal):
+def _with_causal(module: types.ModuleType, causal: bool) -> Backend:
+  """Returns the functions of a module that also computes causal attention."""
   return Backend(
     functools.partial(module.forward, causal=causal),
     functools.partial(module.backward, causal=causal),
   )
 
 
-def _attention(q, k, v, query_segment, key_segment, causal, sharding, name):
-  if not causal or sharding is None:
-    return _computed(
-      q, k, v, query_segment, key_segment, causal, sharding, name
-    )
+def _attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  query_segment: jax.Array,
+  key_segment: jax.Array,
+  options: _Options,
+) -> jax.Array:
+  sharding = options.sharding
+  if not options.causal or sharding is None:
+    return _computed(q, k, v, query_segment, key_segment, options)
   # Each device attends whole sequences: no collective is within what has a
   # gradient of its own, so it may stand inside of shard_map.
   specs = sharding.specs()
-  local = functools.partial(_computed, causal=True, sharding=None, name=name)
+  local = functools.partial(_computed, options=options._replace(sharding=None))
   call = _shard_map(
     functools.partial(ulysses.causal, local, sharding.sequence),
     sharding,
@@ -123,26 +211,45 @@ def _attention(q, k, v, query_segment, key_segment, causal, sharding, name):
   return call(q, k, v, query_segment, key_segment)
 
 
-def _computed(q, k, v, query_segment, key_segment, causal, sharding, name):
-  if causal and name == "tpu":
+def _computed(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  query_segment: jax.Array,
+  key_segment: jax.Array,
+  options: _Options,
+) -> jax.Array:
+  if options.causal and options.implementation == "tpu":
     return splash.attention(q, k, v, query_segment, key_segment)
-  return _differentiable(
-    q, k, v, query_segment, key_segment, causal, sharding, name
-  )
+  return _differentiable(q, k, v, query_segment, key_segment, options)
 
 
-# Outside of shard_map: inside, the transpose of its psum would count twice.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+# The custom gradient is defined outside of shard_map. Inside, JAX transposes
+# the psum of the forward pass into a second psum, which would count every
+# device's gradient as often as there are devices.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _differentiable(
-  q, k, v, query_segment, key_segment, causal, sharding, name
-):
-  return _forward(q, k, v, query_segment, key_segment, causal, sharding, name)[
-    0
-  ]
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  query_segment: jax.Array,
+  key_segment: jax.Array,
+  options: _Options,
+) -> jax.Array:
+  return _forward(q, k, v, query_segment, key_segment, options)[0]
 
 
-def _forward(q, k, v, query_segment, key_segment, causal, sharding, name):
-  local = functools.partial(sharded.forward, backend(name, causal), sharding)
+def _forward(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  query_segment: jax.Array,
+  key_segment: jax.Array,
+  options: _Options,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  """Returns the output, and what the backward pass needs."""
+  sharding = options.sharding
+  local = functools.partial(sharded.forward, _backend(options), sharding)
   if sharding is not None:
     specs = sharding.specs()
     local = _shard_map(
@@ -156,8 +263,12 @@ def _forward(q, k, v, query_segment, key_segment, causal, sharding, name):
   return out, (q, k, v, query_segment, key_segment, out, lse)
 
 
-def _backward(causal, sharding, name, saved, d_out):
-  local = functools.partial(sharded.backward, backend(name, causal), sharding)
+def _backward(
+  options: _Options, saved: tuple[jax.Array, ...], d_out: jax.Array
+) -> tuple[jax.Array | None, ...]:
+  """Returns the gradients of `_differentiable`'s arrays; ids have none."""
+  sharding = options.sharding
+  local = functools.partial(sharded.backward, _backend(options), sharding)
   if sharding is not None:
     specs = sharding.specs()
     segments = (specs.query_segment, specs.key_segment)
@@ -173,17 +284,31 @@ def _backward(causal, sharding, name, saved, d_out):
 _differentiable.defvjp(_forward, _backward)
 
 
-def _shard_map(function, sharding, in_specs, out_specs):
+def _backend(options: _Options) -> Backend:
+  return backend(options.implementation, options.causal, options.tiles)
+
+
+def _shard_map(
+  function: Callable,
+  sharding: Sharding,
+  in_specs: tuple[PartitionSpec, ...],
+  out_specs: PartitionSpec | tuple[PartitionSpec, ...],
+) -> Callable:
   return jax.shard_map(
     function,
     mesh=sharding.mesh,
     in_specs=in_specs,
     out_specs=out_specs,
-    check_vma=False,  # the collectives are our own
+    # JAX would check which outputs are equal on all devices, and insert
+    # collectives of its own; ours are written out in `kernels.sharded`.
+    check_vma=False,
   )
 
 
-def _check(q, k, causal, sharding):
+def _check(
+  q: jax.Array, k: jax.Array, causal: bool, sharding: Sharding | None
+) -> None:
+  """Raises ValueError for sizes that `attention` does not take."""
   heads, kv_heads = q.shape[2], k.shape[2]
   if heads % kv_heads:
     raise ValueError(
@@ -231,25 +356,109 @@ def key_attention(
   key_segment: Int[Array, "B S"],
   *,
   sharding: Sharding | None = None,
+  implementation: str | None = None,
+  tiles: AttentionTiles | None = None,
 ) -> Float[Array, "B S"]:
-  """Attention weights on each key, summed over queries and heads, float32.
+  """Returns the attention weights on each key, summed over queries and heads.
 
-  The gradient of attention's output for the values is its weights: with the
-  gradient 1 in one channel of every query, that channel of dv is the sum
-  wanted. So the kernels compute it, and no T x S matrix is built. A row sums
-  to the heads times the queries that see a key.
+  The gradient of attention's output with respect to the values is its
+  weights: with the gradient 1 in one channel of every query, that channel of
+  dv is the sum that is wanted. So the backward kernels compute it, and no
+  T x S matrix is built. A row of the result sums to the number of heads times
+  the number of queries that see a key.
 
   Args:
-    q, k, query_segment, key_segment, sharding: as for `attention`. Weights
-      are rounded to the dtype of k.
+    q: queries, as for `attention`.
+    k: keys, as for `attention`; weights are rounded to their dtype.
+    query_segment: ids of the queries.
+    key_segment: ids of the keys.
+    sharding: as for `attention`.
+    implementation: as for `attention`.
+    tiles: as for `attention`.
+
+  Returns:
+    float32 sums of weights.
   """
 
-  def mixed(values):
+  def mixed(values: jax.Array) -> jax.Array:
     return attention(
-      q, k, values, query_segment, key_segment, sharding=sharding
+      q,
+      k,
+      values,
+      query_segment,
+      key_segment,
+      sharding=sharding,
+      implementation=implementation,
+      tiles=tiles,
     )
 
   # The values themselves do not matter to their gradient.
   out, transpose = jax.vjp(mixed, k)
   (d_values,) = transpose(jnp.zeros_like(out).at[..., 0].set(1))
   return d_values[..., 0].astype(jnp.float32).sum(-1)
+
+
+def cached_attention(
+  q: Float[Array, "B n H C"],
+  k: Float[Array, "B n K C"],
+  v: Float[Array, "B n K C"],
+  cached_k: Float[Array, "B S K C"],
+  cached_v: Float[Array, "B S K C"],
+  length: Int[Array, "B"],
+) -> Float[Array, "B n H C"]:
+  """Computes causal attention of a few new tokens that follow cached ones.
+
+  New token m sees the first `length` cached tokens and the new ones up to
+  itself. A decoder does this for every word that it writes: little arithmetic
+  over much memory, so it is plain JAX. On a mesh the compiler splits it as
+  the cache is split, and sums over devices what is small.
+
+  Scores are scaled by C ** -0.5; softmax and sums are float32. Positions
+  (RoPE) are applied by the caller. An n x S matrix is built.
+
+  Args:
+    q: queries of the new tokens.
+    k: keys of the new tokens.
+    v: values of the new tokens.
+    cached_k: keys of earlier tokens; what lies beyond `length` is ignored.
+    cached_v: values of earlier tokens, likewise.
+    length: number of cached tokens of each row, 0 or more.
+
+  Returns:
+    The weighted values, in the dtype of v.
+  """
+  rows, new, heads, dim = q.shape
+  kv_heads = k.shape[2]
+  q = q.reshape(rows, new, kv_heads, heads // kv_heads, dim)
+  scale = dim**-0.5
+  there = jnp.arange(cached_k.shape[1])[None] < length[:, None]
+  earlier = jnp.where(
+    there[:, None, None, None], _scores(q, cached_k) * scale, _NEVER
+  )
+  before = jnp.tril(jnp.ones((new, new), bool))
+  own = jnp.where(before[None, None, None], _scores(q, k) * scale, _NEVER)
+  # One softmax over both parts, which are never joined: joining would copy
+  # the cache for every word.
+  top = jnp.maximum(earlier.max(-1), own.max(-1))[..., None]
+  earlier, own = jnp.exp(earlier - top), jnp.exp(own - top)
+  total = earlier.sum(-1) + own.sum(-1)
+  out = _mixed(earlier, cached_v) + _mixed(own, v)
+  out = jnp.moveaxis(out / total[..., None], 3, 1)
+  return out.reshape(rows, new, heads, dim).astype(v.dtype)
+
+
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+  """Multiplies [B, n, K, G, C] and [B, m, K, C] to float32 [B, K, G, n, m]."""
+  return jnp.einsum(
+    "bnkgc,bmkc->bkgnm", q, k, preferred_element_type=jnp.float32
+  )
+
+
+def _mixed(weight: jax.Array, v: jax.Array) -> jax.Array:
+  """Multiplies [B, K, G, n, m] and [B, m, K, C] to float32 [B, K, G, n, C]."""
+  return jnp.einsum(
+    "bkgnm,bmkc->bkgnc",
+    weight.astype(v.dtype),
+    v,
+    preferred_element_type=jnp.float32,
+  )

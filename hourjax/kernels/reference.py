@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from hourjax.kernels.common import NO_PART
+from hourjax.kernels.constants import NO_PART
 
 QUERY_TILE = 512
 KEY_TILE = 512  # what fits into a core's cache, with the scores beside it

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from hourjax.kernels.common import NO_KEYS, NO_PART
+from hourjax.kernels.constants import NO_KEYS, NO_PART
 
 
 class Sharding(NamedTuple):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as library
 from jaxtyping import Array, Float, Int
 
-from hourjax.kernels.common import LANES, SAVED
+from hourjax.kernels.constants import LANES, SAVED
 from hourjax.kernels.tpu.call import check_dtypes
 
 _BLOCK = {2: 1024, 4: 512}  # at most, by bytes of a number

@@ -14,7 +14,7 @@ way T * H / tile programs read their keys once each, and G may be 7, while
 tiles are powers of two. They are launched side by side, to share keys in L2.
 
 What has more elements than an index of 32 bits has numbers for, such as 18
-hours of video for 7B, is computed in parts (`kernels.parts`).
+hours of video for 7B, is computed in parts (`kernels.chunking`).
 
 A program visits only the tiles between the first and the last whose segment
 ids can match its own: a row packed with short samples costs about the sum of
@@ -31,8 +31,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from hourjax.kernels import parts
-from hourjax.kernels.common import NO_PART
+from hourjax.kernels import chunking
+from hourjax.kernels.constants import NO_PART
 
 
 class Tile(NamedTuple):
@@ -103,7 +103,7 @@ def forward(
 
   inputs = (q, k, v, query_segment, key_segment)
   out_dtype = out_dtype or q.dtype
-  return parts.forward(call, *inputs, **lengths, out_dtype=out_dtype)
+  return chunking.forward(call, *inputs, **lengths, out_dtype=out_dtype)
 
 
 def backward(
@@ -146,7 +146,7 @@ def backward(
     return dq, dk, dv
 
   inputs = (q, k, v, query_segment, key_segment, lse, delta, d_out)
-  return parts.backward(call, *inputs, **lengths)
+  return chunking.backward(call, *inputs, **lengths)
 
 
 def _check(q, k, v, causal):
@@ -175,7 +175,7 @@ def _check(q, k, v, causal):
         f"causal attention takes at most {most} {name} of {x.shape[2]} heads,"
         f" got {x.shape[1]}; shard them over more devices"
       )
-    lengths[name] = parts.even(x.shape[1], most, step)
+    lengths[name] = chunking.even(x.shape[1], most, step)
   return lengths
 
 

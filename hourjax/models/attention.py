@@ -8,8 +8,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from hourjax import kernels
+from hourjax.kernels.attention import attention, cached_attention
+from hourjax.kernels.tpu.tiles import AttentionTiles
+from hourjax.models.config import PLATFORM_ATTENTION, AttentionConfig
 from hourjax.models.layers import TOKENS, linear
+from hourjax.parallel.chips import attention_tiles
 from hourjax.parallel.rules import attention_sharding
 
 
@@ -66,7 +69,9 @@ class Attention(nnx.Module):
     out_bias: bool,
     dtype: str,
     rngs: nnx.Rngs,
+    config: AttentionConfig = PLATFORM_ATTENTION,
   ):
+    self.config = config
     self.heads, self.kv_heads = heads, kv_heads
     self.rotary_dim, self.rope_base = rotary_dim, rope_base
     kv_width = width // heads * kv_heads
@@ -123,15 +128,33 @@ class Attention(nnx.Module):
     causal: bool = False,
   ) -> Float[Array, "B T D"]:
     """Reads keys and values there are; `kind` as in `attention_sharding`."""
-    out = kernels.attention(
-      self.queries(x, position),
+    q = self.queries(x, position)
+    out = attention(
+      q,
       *known,
       segment,
       known_segment,
       causal=causal,
       sharding=attention_sharding(kind),
+      **self.implementation(q, causal=causal),
     )
     return self.o(out.reshape(x.shape))
+
+  def implementation(
+    self, q: Float[Array, "B T H C"], *, causal: bool = False
+  ) -> dict[str, str | AttentionTiles | None]:
+    """Returns who computes attention of q, as arguments of the call."""
+    name = self.config.implementation
+    if name == "platform":
+      name = None
+    tiles = None
+    if name in (None, "tpu") and not causal:
+      tiles = attention_tiles(
+        q.dtype,
+        forward=self.config.forward_tiles,
+        backward=self.config.backward_tiles,
+      )
+    return {"implementation": name, "tiles": tiles}
 
   def extend(
     self,
@@ -148,7 +171,7 @@ class Attention(nnx.Module):
     q = self._turned(self.q(x, TOKENS), position, self.heads)
     k = self._turned(self.k(x, TOKENS), position, self.kv_heads)
     v = self._heads(self.v(x, TOKENS), self.kv_heads)
-    out = kernels.cached_attention(q, k, v, *cached, length)
+    out = cached_attention(q, k, v, *cached, length)
     return self.o(out.reshape(x.shape), TOKENS), KeysValues(k, v)
 
   def _heads(self, x, heads):

@@ -4,6 +4,29 @@ import dataclasses
 from typing import Literal
 
 Remat = Literal["none", "dots", "full"]
+Implementation = Literal["platform", "tpu", "triton", "reference"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+  """Describes who computes attention, and in which tiles.
+
+  Neither changes what is computed, rounding aside.
+
+  Attributes:
+    implementation: "platform" takes the kernels of the platform that is
+      compiled for; the others are those of `kernels.attention.attention`.
+    forward_tiles: tiles of the TPU's forward kernel as "rows,keys,chunk,unit",
+      such as "1024,1024,512,512"; empty takes those of `parallel.chips`.
+    backward_tiles: tiles of the backward kernel, likewise.
+  """
+
+  implementation: Implementation = "platform"
+  forward_tiles: str = ""
+  backward_tiles: str = ""
+
+
+PLATFORM_ATTENTION = AttentionConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +78,7 @@ class ModelConfig:
     remat: what the backward pass computes again. "none" keeps everything,
       "dots" keeps the outputs of matrix products with parameters, "full"
       keeps the input of each layer.
+    attention: who computes attention.
   """
 
   vision: VisionConfig
@@ -63,6 +87,7 @@ class ModelConfig:
   memaug_layers: int = 4
   dtype: str = "bfloat16"
   remat: Remat = "full"
+  attention: AttentionConfig = PLATFORM_ATTENTION
 
 
 QWEN2_5_3B = DecoderConfig(

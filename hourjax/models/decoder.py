@@ -8,7 +8,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from hourjax.models.attention import Attention, KeysValues
-from hourjax.models.config import DecoderConfig, Remat
+from hourjax.models.config import (
+  PLATFORM_ATTENTION,
+  AttentionConfig,
+  DecoderConfig,
+  Remat,
+)
 from hourjax.models.layers import (
   SEQUENCE,
   TOKENS,
@@ -24,7 +29,13 @@ from hourjax.parallel.rules import constrain
 class DecoderLayer(nnx.Module):
   """Pre-norm causal attention and SwiGLU."""
 
-  def __init__(self, config: DecoderConfig, dtype: str, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    config: DecoderConfig,
+    dtype: str,
+    rngs: nnx.Rngs,
+    attention: AttentionConfig = PLATFORM_ATTENTION,
+  ):
     width, mlp = config.width, config.mlp
     self.norm1 = rms_norm(config, dtype, rngs)
     self.attn = Attention(
@@ -36,6 +47,7 @@ class DecoderLayer(nnx.Module):
       out_bias=False,
       dtype=dtype,
       rngs=rngs,
+      config=attention,
     )
     self.norm2 = rms_norm(config, dtype, rngs)
     make = functools.partial(
@@ -92,7 +104,13 @@ class Decoder(nnx.Module):
   """Embeddings in, final hidden states out; `logits` is the LM head."""
 
   def __init__(
-    self, config: DecoderConfig, *, dtype: str, remat: Remat, rngs: nnx.Rngs
+    self,
+    config: DecoderConfig,
+    *,
+    dtype: str,
+    remat: Remat,
+    rngs: nnx.Rngs,
+    attention: AttentionConfig = PLATFORM_ATTENTION,
   ):
     self.config, self.dtype = config, dtype
     self.embedding = nnx.Param(
@@ -102,7 +120,7 @@ class Decoder(nnx.Module):
       axes=("words", "table"),
     )
     self.layers = Stack(
-      lambda rngs: DecoderLayer(config, dtype, rngs),
+      lambda rngs: DecoderLayer(config, dtype, rngs, attention),
       depth=config.layers,
       remat=remat,
       rngs=rngs,

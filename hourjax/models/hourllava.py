@@ -43,8 +43,15 @@ class HourLLaVA(nnx.Module):
         dtype=dtype,
         remat=remat,
         rngs=rngs,
+        attention=config.attention,
       )
-    self.decoder = Decoder(config.decoder, dtype=dtype, remat=remat, rngs=rngs)
+    self.decoder = Decoder(
+      config.decoder,
+      dtype=dtype,
+      remat=remat,
+      rngs=rngs,
+      attention=config.attention,
+    )
 
   def __call__(self, batch: Batch) -> Float[Array, "B L D"]:
     """Final hidden states of the decoder; `logits` turns them into words."""

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from hourjax import kernels
+from hourjax.kernels.constants import SAVED
 from hourjax.models.config import Remat
 from hourjax.parallel.fsdp import gather_weight, weight_gradients
 
@@ -128,9 +128,9 @@ def rematerialised(function: Callable, remat: Remat) -> Callable:
     return function
   if remat == "dots":
     # By name: the products' own gradient hides them from other policies.
-    return jax.checkpoint(function, policy=keep(_PRODUCT, *kernels.SAVED))
+    return jax.checkpoint(function, policy=keep(_PRODUCT, *SAVED))
   if remat == "full":
-    return jax.checkpoint(function, policy=keep(*kernels.SAVED))
+    return jax.checkpoint(function, policy=keep(*SAVED))
   raise ValueError(f"remat is {remat!r}; choose none, dots or full")
 
 

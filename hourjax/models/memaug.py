@@ -7,9 +7,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from hourjax import kernels
+from hourjax.kernels.attention import key_attention
 from hourjax.models.attention import Attention, KeysValues
-from hourjax.models.config import DecoderConfig, Remat
+from hourjax.models.config import (
+  PLATFORM_ATTENTION,
+  AttentionConfig,
+  DecoderConfig,
+  Remat,
+)
 from hourjax.models.layers import (
   Stack,
   layer_norm,
@@ -28,7 +33,13 @@ class MemAugBlock(nnx.Module):
   each head's channels by position.
   """
 
-  def __init__(self, decoder: DecoderConfig, dtype: str, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    decoder: DecoderConfig,
+    dtype: str,
+    rngs: nnx.Rngs,
+    config: AttentionConfig = PLATFORM_ATTENTION,
+  ):
     width = decoder.width
     attention = functools.partial(
       Attention,
@@ -40,6 +51,7 @@ class MemAugBlock(nnx.Module):
       out_bias=True,
       dtype=dtype,
       rngs=rngs,
+      config=config,
     )
     norm = functools.partial(
       layer_norm, width, eps=_NORM_EPS, dtype=dtype, rngs=rngs
@@ -113,12 +125,14 @@ class MemAugBlock(nnx.Module):
     return constrain(x, "rows", "queries", None), shares
 
   def _shares(self, x, position, reads, known, memory_segment):
-    return kernels.key_attention(
-      self.cross_attn.queries(x, position),
+    q = self.cross_attn.queries(x, position)
+    return key_attention(
+      q,
       known.k,
       reads,
       memory_segment,
       sharding=attention_sharding("cross"),
+      **self.cross_attn.implementation(q),
     )
 
   def mlp(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -132,10 +146,11 @@ def make_memaug(
   dtype: str,
   remat: Remat,
   rngs: nnx.Rngs,
+  attention: AttentionConfig = PLATFORM_ATTENTION,
 ) -> Stack:
   """A scanned stack of `layers` MemAug blocks at the decoder's width."""
   return Stack(
-    lambda rngs: MemAugBlock(decoder, dtype, rngs),
+    lambda rngs: MemAugBlock(decoder, dtype, rngs, attention),
     depth=layers,
     remat=remat,
     rngs=rngs,

@@ -1,7 +1,7 @@
 """Collectives of functions that run on each device's own part.
 
-An local_shard_map is such a function. Where no mesh is set it runs on whole arrays,
-and its collectives do nothing.
+`local_shard_map` makes such a function. Where no mesh is set it runs on whole
+arrays, and its collectives do nothing.
 """
 
 import math
@@ -14,10 +14,10 @@ from hourjax.parallel.rules import has_mesh
 
 
 def local_shard_map(function: Callable, in_specs, out_specs) -> Callable:
-  """`function` on each device's part of its arrays (`jax.shard_map`).
+  """Wraps a function so that it runs on each device's part of its arrays.
 
-  It must not be differentiated: give the gradient as an local_shard_map of its own,
-  outside of which the custom gradient is defined.
+  The result must not be differentiated: define the custom gradient outside,
+  and compute it in a `local_shard_map` of its own.
   """
   if not has_mesh():
     return function

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hourjax.kernels.common import LANES
+from hourjax.kernels.constants import LANES
 from hourjax.parallel import collectives as over
 from hourjax.parallel.chips import chip_of
 from hourjax.parallel.rules import RULES, has_mesh, in_use, spec

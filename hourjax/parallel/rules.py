@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hourjax.errors import UserError
-from hourjax.kernels import Sharding
+from hourjax.kernels.sharded import Sharding
 
 Axes = Sequence[str | None]
 

@@ -4,9 +4,8 @@ import dataclasses
 from typing import Any
 
 from hourjax.data.rows import Size
-from hourjax.parallel.chips import GIB
+from hourjax.parallel.chips import CLOCK_SHARE, GIB
 from hourjax.planning import roofline
-from hourjax.planning import roofline as speeds
 from hourjax.planning.compiled_step import Compiled, Memory, device_memory
 from hourjax.planning.roofline import Estimate
 from hourjax.planning.topology import Topology
@@ -16,9 +15,9 @@ from hourjax.training.config import Experiment
 # What an estimate takes for granted, in words.
 ASSUMED = (
   "products run at {dense:.0%} of the chip's bf16 peak, MemAug's attention at"
-  " {reading[0]:.0%} forward and {reading[1]:.0%} backward, the decoder's at"
+  " {memaug[0]:.0%} forward and {memaug[1]:.0%} backward, the decoder's at"
   " {causal[0]:.0%} and {causal[1]:.0%}: schedules of the compiler (README)"
-  f" times {speeds.STOPWATCH}, and what large models report; no TPU was"
+  f" times {CLOCK_SHARE}, and what large models report; no TPU was"
   " timed",
   "a micro-batch waits for the device whose rows are the most work, and for"
   " the traffic that the compiler's schedule does not run beside other work;"
@@ -84,7 +83,7 @@ def evaluate(
 
 def assumptions(plan: Plan) -> list[str]:
   """What the estimate rests on, a sentence each."""
-  rates = speeds.EFFICIENCY[plan.topology.chip.name]._asdict()
+  rates = plan.topology.chip.efficiency._asdict()
   return [
     *plan.workload.assumptions,
     *(line.format(**rates) for line in ASSUMED),

@@ -1,14 +1,13 @@
-"""How fast a chip is taken to be: at products, and between chips."""
-# MERGED hourjax.planning.roofline:
-# How long a step takes: an estimate, and what it takes for granted.
-#
-# Operations, bytes in memory and bytes between devices are counted; how fast a
-# chip works them off is assumed (`EFFICIENCY`, `chips`). Nothing here has been
-# held against a stopwatch on a TPU.
+"""How long a step takes: an estimate, and what it takes for granted.
+
+Operations, bytes in memory and bytes between devices are counted; how fast a
+chip works them off is assumed (`parallel.chips`). Nothing here has been held
+against a stopwatch on a TPU.
+"""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
@@ -23,57 +22,6 @@ from hourjax.training.config import Experiment
 
 HOP = 1e-6  # seconds that a collective takes for each device of its group
 HOST_READS = 5e9  # bytes of features a second that a host reads (README)
-
-
-class Efficiency(NamedTuple):
-  """Share of a chip's bf16 peak that each kind of work reaches.
-
-  Attributes:
-    dense: products with weights. Large language models of MaxText report 55
-      to 66 % MFU on v5e and 64 to 71 % on v5p, rematerialisation and traffic
-      included; products alone are faster.
-    reading: MemAug's attention, (forward, backward): the compiler's schedule
-      (`bench attention`, share with overhead) times `STOPWATCH`.
-    causal: splash attention in the decoder, likewise.
-    tower: XLA's attention in the tower, head dim 72.
-  """
-
-  dense: float
-  reading: tuple[float, float]
-  causal: tuple[float, float]
-  tower: float
-
-
-# What a stopwatch leaves of a schedule, which knows no waiting.
-STOPWATCH = 0.85
-EFFICIENCY = {
-  # No schedule was read for v4.
-  "v4": Efficiency(0.75, (0.75, 0.75), (0.60, 0.55), 0.3),
-  "v5e": Efficiency(
-    0.75,
-    (0.94 * STOPWATCH, 0.97 * STOPWATCH),
-    (0.82 * STOPWATCH, 0.71 * STOPWATCH),
-    0.3,
-  ),
-  "v5p": Efficiency(
-    0.78,
-    (0.93 * STOPWATCH, 0.96 * STOPWATCH),
-    (0.81 * STOPWATCH, 0.71 * STOPWATCH),
-    0.3,
-  ),
-  "v6e": Efficiency(
-    0.65,
-    (0.59 * STOPWATCH, 0.60 * STOPWATCH),
-    (0.31 * STOPWATCH, 0.32 * STOPWATCH),
-    0.15,
-  ),
-  "tpu7x": Efficiency(
-    0.65,
-    (0.63 * STOPWATCH, 0.67 * STOPWATCH),
-    (0.30 * STOPWATCH, 0.31 * STOPWATCH),
-    0.15,
-  ),
-}
 
 
 def collective_seconds(
@@ -120,8 +68,8 @@ def axis_seconds(
 PACKED = 1.05
 CAUSAL_BLOCK = 1024  # splash skips whole blocks above the diagonal only
 _ATTENTION = {
-  "memaug_self_attention": "reading",
-  "memaug_cross_attention": "reading",
+  "memaug_self_attention": "memaug",
+  "memaug_cross_attention": "memaug",
   "decoder_attention": "causal",
 }
 
@@ -211,7 +159,7 @@ def row_seconds(
 ) -> Float64[np.ndarray, "N"]:
   """Seconds that one device would need for each row's products."""
   parts = count_flops(config, work, learnt, executed=True)
-  rates = EFFICIENCY[chip.name]
+  rates = chip.efficiency
   seconds = np.zeros(np.shape(work.memory))
   for name, part in parts.items():
     if name in _ATTENTION:

@@ -22,6 +22,7 @@ from hourjax.data.pipeline import ReadOptions
 from hourjax.data.rows import RowSpec, Size
 from hourjax.errors import UserError
 from hourjax.models.config import ModelConfig
+from hourjax.parallel.chips import parse_tiles
 from hourjax.parallel.mesh import MeshConfig
 from hourjax.training.optimizer import COMPONENTS, OptimizerConfig
 from hourjax.training.profiling import parse_steps
@@ -266,6 +267,9 @@ def _check_values(experiment: Experiment) -> None:
         f"config.{key} is {values[key]} and config.{other} {values[other]};"
         " the first must be a multiple of the second"
       )
+  for key in ("forward_tiles", "backward_tiles"):
+    if text := values[f"model.attention.{key}"]:
+      parse_tiles(text, f"config.model.attention.{key}")
   model = experiment.model
   if model.decoder.head_dim % 2:
     raise UserError(
@@ -353,6 +357,7 @@ HARMLESS = {
   "data.max_skipped": "when to give up",
   "mesh.*": "where arrays lie; a checkpoint goes onto any mesh",
   "model.remat": "what is computed twice; the same function",
+  "model.attention.*": "who computes attention; the same function",
   # Moved or copied. That the rows are the same is checked by the plan's
   # fingerprint, and the tokenizer against the dataset.
   "data.dataset": "where the data lies",

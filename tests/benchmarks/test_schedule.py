@@ -4,6 +4,7 @@ import pytest
 
 from hourjax.benchmarks import schedule
 from hourjax.benchmarks.attention_compile import Job, compile_in_child
+from hourjax.parallel.chips import CHIPS
 
 # A grid with one guarded body: 0, 1 | 2, 3, 4 (branch; one bundle later it
 # takes effect) | 5, 6 | 7 after the loop.
@@ -33,7 +34,7 @@ def test_pieces_of_a_snippet():
 
 
 def test_an_impossible_share_is_an_error():
-  flops = schedule.FLOP_PER_CYCLE["v5e"] * 100
+  flops = CHIPS["v5e"].flops_per_cycle * 100
   assert schedule.share_of_peak(flops, 100, "v5e") == 1
   with pytest.raises(ValueError, match=r"101.0% of what a core of v5e"):
     schedule.share_of_peak(flops * 1.01, 100, "v5e")

@@ -16,7 +16,8 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding
 
-from hourjax import kernels
+from hourjax.kernels.attention import attention
+from hourjax.kernels.sharded import Sharding
 from tests import interpreted
 from tests.kernels.test_attention import dense
 
@@ -56,7 +57,7 @@ def errors(
   split = {"memory": "seq", "queries": queries}
   if sequence:
     split = {"sequence": "seq"}
-  sharding = kernels.Sharding(mesh, ("data",), "tensor", **split)
+  sharding = Sharding(mesh, ("data",), "tensor", **split)
   specs = sharding.specs()
   specs = (specs.q, specs.k, specs.k, specs.query_segment, specs.key_segment)
   arrays = [
@@ -71,7 +72,7 @@ def errors(
     @jax.jit
     def run(q, k, v, query_segment, key_segment, d_out):
       out, pull = jax.vjp(
-        lambda q, k, v: kernels.attention(
+        lambda q, k, v: attention(
           q,
           k,
           v,

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hourjax.kernels import attention, reference
+from hourjax.kernels import reference
+from hourjax.kernels.attention import attention
 
 # float32 against float64 on numbers of order 1.
 ATOL = 2e-5

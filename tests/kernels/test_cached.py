@@ -4,7 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hourjax.kernels import attention, cached_attention, key_attention
+from hourjax.kernels.attention import (
+  attention,
+  cached_attention,
+  key_attention,
+)
 
 RNG = np.random.default_rng(7)
 

@@ -1,22 +1,23 @@
 """Who computes attention, by what is compiled for."""
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 
-from hourjax import kernels
+from hourjax.kernels import attention as module
 from hourjax.kernels import reference, triton
+from hourjax.kernels.sharded import Sharding
 from hourjax.kernels.tpu import call as tpu
+from hourjax.kernels.tpu.tiles import AttentionTiles, Tiles
 
-# The name `hourjax.kernels.attention` is the function.
-module = importlib.import_module("hourjax.kernels.attention")
+TILES = AttentionTiles(*[Tiles(128, 128, 128, 128)] * 2, vmem=1 << 24)
 
 
 def test_platform_of_the_default_device():
@@ -45,26 +46,55 @@ def test_the_tpu_kernels_are_not_causal():
 
 def test_platform_of_the_mesh_that_is_given():
   mesh = Mesh(np.array(jax.devices()), ("data",))
-  assert module.platform(kernels.Sharding(mesh)) == "cpu"
+  assert module.platform(Sharding(mesh)) == "cpu"
 
 
 @pytest.mark.parametrize(
   "name, causal, expected",
   [
     ("tpu", False, tpu),
-    ("gpu", False, triton),
-    ("gpu", True, triton),
-    ("cpu", True, reference),
+    ("triton", False, triton),
+    ("triton", True, triton),
+    ("reference", True, reference),
   ],
 )
 def test_backend(name, causal, expected):
-  got = module.backend(name, causal)
+  got = module.backend(name, causal, TILES)
   for function in ("forward", "backward"):
     wrapped = getattr(got, function)
-    plain = getattr(wrapped, "func", wrapped)
-    assert plain is getattr(expected, function)
-    if expected is not tpu:
-      assert wrapped.keywords == {"causal": causal}
+    assert wrapped.func is getattr(expected, function)
+    handed = {"tiles": TILES} if expected is tpu else {"causal": causal}
+    assert wrapped.keywords == handed
+
+
+def test_the_tpu_kernels_need_tiles():
+  with pytest.raises(ValueError, match=r"parallel\.chips\.attention_tiles"):
+    module.backend("tpu", causal=False)
+
+
+@pytest.mark.parametrize(
+  "here, name", [("tpu", "tpu"), ("gpu", "triton"), ("cpu", "reference")]
+)
+def test_the_platform_chooses_unless_it_is_told(here, name):
+  with jax.default_device(here):
+    assert module.choose_implementation(None) == name
+    assert module.choose_implementation(name) == name
+    assert module.choose_implementation("reference") == "reference"
+
+
+@pytest.mark.parametrize(
+  "name, message",
+  [
+    ("pallas", "called 'pallas'; choose tpu, triton, reference, or none"),
+    ("tpu", "'tpu' runs on tpu, and this program is compiled for cpu"),
+    ("triton", "'triton' runs on gpu, and this program is compiled for cpu"),
+  ],
+)
+def test_other_implementations_are_refused(name, message):
+  q = jnp.ones((1, 2, 2, 8))
+  one = jnp.ones((1, 2), jnp.int32)
+  with pytest.raises(ValueError, match=message):
+    module.attention(q, q, q, one, one, implementation=name)
 
 
 @pytest.mark.slow

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, Mesh
 
-from hourjax import kernels
 from hourjax.kernels import ulysses
+from hourjax.kernels.attention import attention
+from hourjax.kernels.sharded import Sharding
 
 # float32 against float64 on numbers of order 1.
 ATOL = 2e-5
@@ -133,7 +134,7 @@ def _call(sharding, *, rows=2, queries=8, keys=8, heads=(4, 2), causal=False):
   k = np.zeros((rows, keys, heads[1], 8), np.float32)
   query_segment = np.ones((rows, queries), np.int32)
   key_segment = np.ones((rows, keys), np.int32)
-  return kernels.attention(
+  return attention(
     *map(jax.numpy.asarray, (q, k, k, query_segment, key_segment)),
     causal=causal,
     sharding=sharding,
@@ -145,19 +146,19 @@ def _mesh(*names):
 
 
 def test_an_axis_that_the_mesh_lacks():
-  sharding = kernels.Sharding(_mesh("data"), memory="seq")
+  sharding = Sharding(_mesh("data"), memory="seq")
   with pytest.raises(ValueError, match=r"keys over axis 'seq'.* has 'data'"):
     _call(sharding)
 
 
 def test_causal_attention_is_not_split_over_keys():
-  sharding = kernels.Sharding(_mesh("seq"), memory="seq")
+  sharding = Sharding(_mesh("seq"), memory="seq")
   with pytest.raises(ValueError, match="splits them over 'seq'"):
     _call(sharding, causal=True)
 
 
 def test_a_split_sequence_is_one_sequence():
-  sharding = kernels.Sharding(_mesh("seq"), sequence="seq")
+  sharding = Sharding(_mesh("seq"), sequence="seq")
   with pytest.raises(ValueError, match="got 16 keys for 8 queries"):
     _call(sharding, keys=16)
 
@@ -184,7 +185,7 @@ def test_blocks_of_heads(heads, kv_heads, devices, blocks):
 )
 def test_sizes_that_do_not_divide(what, axes):
   mesh = AbstractMesh((2, 4), ("data", "fsdp"))
-  sharding = kernels.Sharding(mesh)
+  sharding = Sharding(mesh)
   sharding.check(**{what: (16, axes)})
   with pytest.raises(ValueError, match=f"12 {what} cannot be split evenly"):
     sharding.check(**{what: (12, ("data", "fsdp"))})

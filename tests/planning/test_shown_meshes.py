@@ -8,6 +8,7 @@ import pytest
 
 from configs import demo, hourllava
 from hourjax.errors import UserError
+from hourjax.parallel.chips import CHIPS
 from hourjax.planning import report
 from hourjax.planning.compiled_step import compile_step
 from hourjax.planning.topology import parse_topology
@@ -22,7 +23,11 @@ DOCUMENTS = (
   "launch/**/*.py", "launch/**/*.sh", "hourjax/**/README.md",
 )  # fmt: skip
 CONFIGS = {"configs/hourllava.py": hourllava, "configs/demo.py": demo}
-ACCELERATORS = {"v5litepod": 1, "v6e": 1, "v5p": 2}  # what N counts per chip
+ACCELERATORS = {
+  chip.accelerator.prefix: chip.accelerator.counts
+  for chip in CHIPS.values()
+  if chip.knows("accelerator")
+}
 
 
 def _texts():

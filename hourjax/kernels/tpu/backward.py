@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from hourjax.kernels.common import NO_KEYS
+from hourjax.kernels.constants import NO_KEYS
 from hourjax.kernels.tpu import block_schedule, tile_layout
 from hourjax.kernels.tpu.tile_layout import LOG2E, dot, dot_transposed, mask
 from hourjax.kernels.tpu.tiles import Shape

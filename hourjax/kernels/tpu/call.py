@@ -1,7 +1,7 @@
 """The two kernels as functions of whole arrays: what fits, how it is cut.
 
 A kernel's list of visits lies in scalar memory, and tiles have numbers of so
-many bits. A call with more of them is made in parts (`kernels.parts`):
+many bits. A call with more of them is made in parts (`kernels.chunking`):
 
   kernel    what is cut  why                            what it costs
   forward   queries      the list is too long           nothing
@@ -21,18 +21,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from hourjax.kernels import parts
+from hourjax.kernels import chunking
 from hourjax.kernels.tpu import backward as sweep
 from hourjax.kernels.tpu import block_schedule
 from hourjax.kernels.tpu import forward as attend
 from hourjax.kernels.tpu.tiles import (
   MIB,
   SMEM,
-  Chip,
+  AttentionTiles,
   Shape,
   Tiles,
   cut,
-  this_chip,
 )
 
 _DTYPES = (jnp.bfloat16, jnp.float32)
@@ -49,22 +48,21 @@ def forward(
   key_segment: jax.Array,
   *,
   out_dtype: jax.typing.DTypeLike,
-  chip: Chip | None = None,
+  tiles: AttentionTiles,
   interpret=False,
 ) -> tuple[jax.Array, jax.Array]:
-  """`forward.forward` with the tiles of the chip at hand, in parts if need be.
+  """`forward.forward` in parts if need be.
 
   Raises:
     ValueError: for what the kernels cannot do; see `check`.
   """
-  chip = chip or this_chip(q.dtype)
-  shape = split_forward(chip, q, k)
-  check(q, k, v, shape, forward_vmem(shape, q.dtype.itemsize), chip)
+  shape = split_forward(tiles, q, k)
+  check(q, k, v, shape, forward_vmem(shape, q.dtype.itemsize), tiles)
   call = functools.partial(
-    attend.forward, shape=shape, vmem=chip.vmem, interpret=interpret
+    attend.forward, shape=shape, vmem=tiles.vmem, interpret=interpret
   )
   call = functools.partial(
-    parts.forward, call, **_lengths(shape), out_dtype=out_dtype
+    chunking.forward, call, **_lengths(shape), out_dtype=out_dtype
   )
   return _by_rows(call, shape, q, k, v, query_segment, key_segment)
 
@@ -79,21 +77,20 @@ def backward(
   delta: jax.Array,
   d_out: jax.Array,
   *,
-  chip: Chip | None = None,
+  tiles: AttentionTiles,
   interpret=False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """`backward.backward` with the tiles of the chip at hand, likewise.
+  """`backward.backward` likewise.
 
   Raises:
     ValueError: for what the kernels cannot do; see `check`.
   """
-  chip = chip or this_chip(q.dtype)
-  shape = split_backward(chip, q, k)
-  check(q, k, v, shape, backward_vmem(shape, q.dtype.itemsize), chip)
+  shape = split_backward(tiles, q, k)
+  check(q, k, v, shape, backward_vmem(shape, q.dtype.itemsize), tiles)
   call = functools.partial(
-    sweep.backward, shape=shape, vmem=chip.vmem, interpret=interpret
+    sweep.backward, shape=shape, vmem=tiles.vmem, interpret=interpret
   )
-  call = functools.partial(parts.backward, call, **_lengths(shape))
+  call = functools.partial(chunking.backward, call, **_lengths(shape))
   operands = q, k, v, query_segment, key_segment, lse, delta, d_out
   return _by_rows(call, shape, *operands)
 
@@ -104,7 +101,7 @@ def check(
   v: jax.Array,
   shape: Shape,
   vmem: int,
-  chip: Chip,
+  tiles: AttentionTiles,
 ) -> None:
   """Refuses, by name, what the kernels do not do.
 
@@ -113,12 +110,12 @@ def check(
       tiles that VMEM does not hold. Neither depends on how long anything is.
   """
   check_dtypes(q, k, v)
-  if vmem > chip.vmem:
+  if vmem > tiles.vmem:
     raise ValueError(
       f"attention needs {vmem / MIB:.0f} MiB of VMEM for tiles of"
       f" {shape.rows} score rows and {shape.keys} keys of head dim"
-      f" {shape.dim} in {q.dtype}; {chip.vmem / MIB:.0f} MiB are there; take"
-      " smaller tiles in kernels/tpu/tiles.py"
+      f" {shape.dim} in {q.dtype}; {tiles.vmem / MIB:.0f} MiB are there; take"
+      " smaller tiles in hourjax/parallel/chips.py"
     )
 
 
@@ -157,17 +154,17 @@ def backward_vmem(shape: Shape, size: int) -> int:
   )
 
 
-def split_forward(chip: Chip, q: jax.Array, k: jax.Array) -> Shape:
+def split_forward(tiles: AttentionTiles, q: jax.Array, k: jax.Array) -> Shape:
   """The cut of one part of the forward pass."""
-  whole = _cut(chip.forward, q, k)
+  whole = _cut(tiles.forward, q, k)
   shape = _split_keys(whole._replace(query_tiles=1), _listed)
   shape = shape._replace(query_tiles=whole.query_tiles)
   return _part(shape, "query_tiles", _fewest(shape, "query_tiles", _listed))
 
 
-def split_backward(chip: Chip, q: jax.Array, k: jax.Array) -> Shape:
+def split_backward(tiles: AttentionTiles, q: jax.Array, k: jax.Array) -> Shape:
   """The cut of one part of the backward pass."""
-  parts, shape = split(chip, q, k)
+  parts, shape = split(tiles, q, k)
   each = 8 * k.shape[2] * shape.dim * shape.keys  # float32 dk and dv of a tile
 
   def fits(shape):
@@ -176,13 +173,15 @@ def split_backward(chip: Chip, q: jax.Array, k: jax.Array) -> Shape:
   return _split_keys(shape, fits)
 
 
-def split(chip: Chip, q: jax.Array, k: jax.Array) -> tuple[int, Shape]:
+def split(
+  tiles: AttentionTiles, q: jax.Array, k: jax.Array
+) -> tuple[int, Shape]:
   """Parts of the queries whose dq fits in VMEM, and the cut of one part."""
-  whole = _cut(chip.backward, q, k)
+  whole = _cut(tiles.backward, q, k)
 
   def fits(shape):
     vmem = backward_vmem(shape, q.dtype.itemsize)
-    return vmem <= chip.vmem and _listed(shape._replace(key_tiles=1))
+    return vmem <= tiles.vmem and _listed(shape._replace(key_tiles=1))
 
   parts = _fewest(whole, "query_tiles", fits)
   return parts, _part(whole, "query_tiles", parts)

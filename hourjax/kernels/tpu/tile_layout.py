@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from hourjax.kernels.common import LANES
+from hourjax.kernels.constants import LANES
 from hourjax.kernels.tpu.tiles import Shape
 
 NEVER = -1e30  # finite, so that exp2(NEVER - NEVER) stays a number

@@ -1,17 +1,14 @@
-"""Tile sizes of the TPU kernels, by chip generation, and what they take.
+"""Tiles of the TPU kernels: what they are, and how a call is cut into them.
 
-`python -m hourjax.bench attention --tune` compiles the candidates for a chip
-and prints its line of `CHIPS` anew.
+The sizes for each generation stand in `hourjax.parallel.chips`, and are handed
+to the attention call. `python -m hourjax.bench attention --tune` compiles
+candidates for a chip and prints the best ones.
 """
 
 import math
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
-
-from hourjax.kernels.common import LANES
+from hourjax.kernels.constants import LANES
 
 MIB = 1 << 20
 SMEM = 512 << 10  # bytes of scalar memory for the list of visits; 1 MiB exists
@@ -32,54 +29,18 @@ class Tiles(NamedTuple):
   unit: int
 
 
-class Chip(NamedTuple):
-  """Tiles and limits of a generation."""
+class AttentionTiles(NamedTuple):
+  """Holds the tiles of both kernels, and the memory that they may take.
+
+  Attributes:
+    forward: tiles of the forward kernel.
+    backward: tiles of the backward kernel.
+    vmem: bytes of a core's VMEM that a kernel may take.
+  """
 
   forward: Tiles
   backward: Tiles
-  vmem: int  # bytes of a core's VMEM that a kernel may take
-
-
-_SMALL = Tiles(1024, 512, 256, 512)
-_MEDIUM = Tiles(1024, 1024, 512, 512)
-_LARGE = Tiles(2048, 2048, 512, 512)
-_SWEEP = Tiles(1024, 1024, 512, 512)
-_LARGE_SWEEP = Tiles(2048, 1024, 256, 512)
-
-_EXACT = Tiles(512, 256, 256, 256)
-
-# By `pltpu.get_tpu_info().chip_version`. VMEM: 16, 128, 64, 128 and 64 MiB
-# exist; the compiler wants a part of it for itself.
-CHIPS = {
-  "v4": Chip(_SMALL, _SMALL, 15 * MIB),
-  "v5e": Chip(_MEDIUM, _SWEEP, 110 * MIB),
-  "v5p": Chip(_MEDIUM, _SWEEP, 60 * MIB),
-  "v6e": Chip(_LARGE, _LARGE_SWEEP, 110 * MIB),
-  "7x": Chip(_LARGE, _LARGE_SWEEP, 60 * MIB),
-}
-
-
-def this_chip(dtype: jax.typing.DTypeLike) -> Chip:
-  """The generation that is being compiled for, with its tiles for a dtype.
-
-  That is the mesh's one, inside a `shard_map` or `jax.set_mesh`, and else the
-  default device's.
-
-  Raises:
-    ValueError: if it has no line in `CHIPS`.
-  """
-  name = str(pltpu.get_tpu_info().chip_version)
-  if name not in CHIPS:
-    raise ValueError(
-      f"no tiles are known for TPU {name}, only for {', '.join(CHIPS)}; add a"
-      " line to kernels/tpu/tiles.py (bench attention --tune prints it)"
-    )
-  chip = CHIPS[name]
-  if dtype == jnp.float32:
-    # An exact product is six: larger tiles of them would be programs that take
-    # the compiler minutes.
-    return chip._replace(forward=_EXACT, backward=_EXACT)
-  return chip
+  vmem: int
 
 
 class Shape(NamedTuple):

@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from hourjax.kernels.tpu import call
-from hourjax.kernels.tpu.tiles import Chip, Tiles
+from hourjax.kernels.tpu.tiles import AttentionTiles, Tiles
 from tests.kernels.test_attention import dense
 
 # float32 against float64 on numbers of order 1.
@@ -17,9 +17,13 @@ NEVER = np.float32(-1e30)  # the log-sum-exp of no key
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 # A tile of keys has chunks, and 8 heads of a group have tiles of 16 queries.
-SMALL = Chip(Tiles(128, 256, 128, 128), Tiles(128, 256, 128, 128), 1 << 30)
+SMALL = AttentionTiles(
+  Tiles(128, 256, 128, 128), Tiles(128, 256, 128, 128), 1 << 30
+)
 # A chunk has several units of rows, and no two sizes are the same.
-WIDE = Chip(Tiles(256, 384, 128, 128), Tiles(512, 768, 256, 128), 1 << 30)
+WIDE = AttentionTiles(
+  Tiles(256, 384, 128, 128), Tiles(512, 768, 256, 128), 1 << 30
+)
 
 # To compile takes longer than to run.
 _jit = functools.partial(
@@ -36,30 +40,30 @@ def interpret(cores):
 
 
 @functools.cache
-def _forward(chip, cores, out_dtype, key):
+def _forward(tiles, cores, out_dtype, key):
   del key
-  how = {"chip": chip, "out_dtype": out_dtype, "interpret": interpret(cores)}
+  how = {"tiles": tiles, "out_dtype": out_dtype, "interpret": interpret(cores)}
   return _jit(functools.partial(call.forward, **how))
 
 
 @functools.cache
-def _backward(chip, cores, key):
+def _backward(tiles, cores, key):
   del key
-  how = {"chip": chip, "interpret": interpret(cores)}
+  how = {"tiles": tiles, "interpret": interpret(cores)}
   return _jit(functools.partial(call.backward, **how))
 
 
 def forward(
-  q, k, v, *segments, chip=SMALL, cores=1, out_dtype=jnp.float32, key=None
+  q, k, v, *segments, tiles=SMALL, cores=1, out_dtype=jnp.float32, key=None
 ):
   """(out, lse). `key` is only a part of the cache's key."""
-  run = _forward(chip, cores, out_dtype, key)
+  run = _forward(tiles, cores, out_dtype, key)
   return run(*map(jnp.asarray, (q, k, v, *segments)))
 
 
-def backward(q, k, v, *others, chip=SMALL, cores=1, key=None):
+def backward(q, k, v, *others, tiles=SMALL, cores=1, key=None):
   """(dq, dk, dv) from q, k, v, segments, lse, delta, d_out."""
-  run = _backward(chip, cores, key)
+  run = _backward(tiles, cores, key)
   return run(*map(jnp.asarray, (q, k, v, *others)))
 
 

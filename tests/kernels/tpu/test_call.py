@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hourjax.kernels.tpu import block_schedule, call, tiles
-from hourjax.kernels.tpu.tiles import CHIPS, MIB, Chip, Tiles
+from hourjax.kernels.tpu import block_schedule, call
+from hourjax.kernels.tpu.tiles import MIB, AttentionTiles, Tiles
+from hourjax.parallel.chips import CHIPS
 from tests.kernels.tpu import comparison
 from tests.kernels.tpu.comparison import (
   NEVER,
@@ -64,11 +65,11 @@ def test_queries_in_parts(dtype, parts):
   whole = call.split(SMALL, q, k)
   assert whole[0] == 1 and whole[1].query_tiles == 3
   fits = whole[1]._replace(query_tiles=-(-3 // parts))
-  chip = SMALL._replace(vmem=call.backward_vmem(fits, q.dtype.itemsize))
-  assert call.split(chip, q, k) == (parts, fits)
+  tiles = SMALL._replace(vmem=call.backward_vmem(fits, q.dtype.itemsize))
+  assert call.split(tiles, q, k) == (parts, fits)
   out, lse = comparison.forward(*inputs[:3], *SEGMENTS)
   operands = *inputs[:3], *SEGMENTS, *of_caller(out, lse, inputs[3]), inputs[3]
-  got = comparison.backward(*operands, chip=chip)
+  got = comparison.backward(*operands, tiles=tiles)
   reference = comparison.backward(*operands)
   rounding = 2e-6 if dtype == jnp.float32 else 2**-7
   for x, y in zip(got, reference, strict=True):
@@ -111,13 +112,13 @@ CUT_ANYWHERE = (
 )
 
 
-def splits(chip, q, k):
+def splits(tiles, q, k):
   """Shapes of a part, forward and backward."""
   found = []
 
   def look(q, k):
-    found.append(call.split_forward(chip, q, k))
-    found.append(call.split_backward(chip, q, k))
+    found.append(call.split_forward(tiles, q, k))
+    found.append(call.split_backward(tiles, q, k))
     return q
 
   jax.eval_shape(look, q, k)
@@ -197,15 +198,20 @@ def test_gathered_sums_are_bounded(monkeypatch):
   arrays = traced(40, 700, 8, 1, (jnp.float32,) * 3)[:2]
   one_part = splits(SMALL, *arrays)[1]
   fits = one_part._replace(query_tiles=2)
-  chip = SMALL._replace(vmem=call.backward_vmem(fits, 4))
-  assert splits(chip, *arrays)[1] == fits
+  tiles = SMALL._replace(vmem=call.backward_vmem(fits, 4))
+  assert splits(tiles, *arrays)[1] == fits
   monkeypatch.setattr(call, "SUMS", 2 * 8 * 128 * 256)
   # Two tiles would do, but three parts of one tile are alike.
-  assert splits(chip, *arrays)[1] == fits._replace(key_tiles=1)
+  assert splits(tiles, *arrays)[1] == fits._replace(key_tiles=1)
   assert splits(SMALL, *arrays)[1] == one_part
 
 
 # --- refusals ---------------------------------------------------------------
+
+
+def chip_tiles(name):
+  """The tiles of a generation for bfloat16."""
+  return CHIPS[name].attention_tiles(jnp.bfloat16)
 
 
 def traced(queries, keys, heads, kv_heads, dtypes=(jnp.bfloat16,) * 3):
@@ -219,17 +225,17 @@ def traced(queries, keys, heads, kv_heads, dtypes=(jnp.bfloat16,) * 3):
   return *arrays, *ids
 
 
-def refuse(match, *arrays, chip=SMALL):
+def refuse(match, *arrays, tiles=SMALL):
   """Both kernels do."""
   number = jax.ShapeDtypeStruct(arrays[0].shape[:3], jnp.float32)
 
   def forward(*operands):
     return call.forward(
-      *operands, chip=chip, out_dtype=jnp.float32, interpret=True
+      *operands, tiles=tiles, out_dtype=jnp.float32, interpret=True
     )
 
   def backward(*operands):
-    return call.backward(*operands, chip=chip, interpret=True)
+    return call.backward(*operands, tiles=tiles, interpret=True)
 
   with pytest.raises(ValueError, match=match):
     jax.eval_shape(forward, *arrays)
@@ -255,22 +261,22 @@ def test_too_little_vmem_is_refused():
     r"needs \d+ MiB of VMEM for tiles of 1024 score rows and 1024 keys of head"
     r" dim 128 in bfloat16; 3 MiB are there; take smaller tiles",
     *traced(9728, 235520, 16, 2),
-    chip=CHIPS["v5e"]._replace(vmem=3 * MIB),
+    tiles=chip_tiles("v5e")._replace(vmem=3 * MIB),
   )
 
 
 # --- real sizes -------------------------------------------------------------
 
 
-CHIP_NAMES = ["v5e", "v5p", "v6e", "7x"]
+CHIP_NAMES = ["v5e", "v5p", "v6e", "tpu7x"]
 MODELS = [(16, 2), (28, 4)]  # heads and KV heads of 3B and 7B
 
 
-def kernels(arrays, chip):
+def kernels(arrays, tiles):
   """(kernels, loops) of the forward pass and of the backward pass."""
   number = jax.ShapeDtypeStruct(arrays[0].shape[:3], jnp.float32)
-  forward = functools.partial(call.forward, chip=chip, out_dtype=jnp.bfloat16)
-  backward = functools.partial(call.backward, chip=chip)
+  forward = functools.partial(call.forward, tiles=tiles, out_dtype=jnp.bfloat16)
+  backward = functools.partial(call.backward, tiles=tiles)
   found = []
   for function, more in (
     (forward, ()),
@@ -300,11 +306,11 @@ def _primitives(jaxpr):
 def test_an_hour_is_one_call(name, heads, kv_heads):
   """Forward and, if need be, again with the running maximum; backward."""
   arrays = traced(9728, 235520, heads, kv_heads)
-  for shape in splits(CHIPS[name], *arrays[:2]):
+  for shape in splits(chip_tiles(name), *arrays[:2]):
     assert 0 <= shape.query_tiles * shape.queries - 9728 < shape.queries
     assert shape.key_tiles * shape.keys == 235520
   if (name, heads) in (("v5e", 16), ("v6e", 28)):  # to trace takes long
-    assert kernels(arrays, CHIPS[name]) == [(2, 0), (1, 0)]
+    assert kernels(arrays, chip_tiles(name)) == [(2, 0), (1, 0)]
 
 
 # Three questions about two hours, one about six, a day's at another rate.
@@ -315,33 +321,30 @@ LONG = [(32768, 524288), (12288, 1572864), (393216, 6291456)]
 @pytest.mark.parametrize("name", ["v4", *CHIP_NAMES])
 def test_no_length_is_refused(name, queries, keys):
   """One program for all parts, each within the limits."""
-  chip, arrays = CHIPS[name], traced(queries, keys, 16, 2)
+  tiles, arrays = chip_tiles(name), traced(queries, keys, 16, 2)
   if name in ("v4", "v5e"):
-    (forward, _), (backward, loops) = kernels(arrays, chip)
+    (forward, _), (backward, loops) = kernels(arrays, tiles)
     assert (forward, backward) == (2, 1) and loops
   for dtype in (jnp.bfloat16, jnp.float32):
-    of = chip if dtype == jnp.bfloat16 else exact(chip)
-    shapes = splits(of, *(x.update(dtype=dtype) for x in arrays[:2]))
+    tiles = CHIPS[name].attention_tiles(dtype)
+    shapes = splits(tiles, *(x.update(dtype=dtype) for x in arrays[:2]))
     for shape in shapes:
       assert call.row_scalars(shape) <= call.SMEM
       assert (
         max(shape.query_tiles, shape.key_tiles) <= block_schedule.MOST_TILES
       )
-    assert call.forward_vmem(shapes[0], jnp.dtype(dtype).itemsize) <= chip.vmem
-    assert call.backward_vmem(shapes[1], jnp.dtype(dtype).itemsize) <= chip.vmem
-
-
-def exact(chip):
-  """With the tiles of float32."""
-  return chip._replace(forward=tiles._EXACT, backward=tiles._EXACT)
+    assert call.forward_vmem(shapes[0], jnp.dtype(dtype).itemsize) <= tiles.vmem
+    assert (
+      call.backward_vmem(shapes[1], jnp.dtype(dtype).itemsize) <= tiles.vmem
+    )
 
 
 def test_more_tiles_than_a_visit_can_name_are_parts():
   tile = Tiles(128, 128, 128, 128)
-  chip = Chip(tile, tile, 1 << 40)
+  tiles = AttentionTiles(tile, tile, 1 << 40)
   most = block_schedule.MOST_TILES
   for queries, keys in ((1, 128 * most + 1), (128 * most + 1, 1)):
-    for shape in splits(chip, *traced(queries, keys, 1, 1)[:2]):
+    for shape in splits(tiles, *traced(queries, keys, 1, 1)[:2]):
       assert 1 < max(shape.query_tiles, shape.key_tiles) <= most
 
 
@@ -349,15 +352,15 @@ def test_more_tiles_than_a_visit_can_name_are_parts():
 @pytest.mark.parametrize("name", CHIP_NAMES)
 def test_an_hour_fits_in_one_part(name, heads, kv_heads):
   """3B and 7B: 9,728 queries and 235,520 keys, each key read once."""
-  chip = CHIPS[name]
+  tiles = chip_tiles(name)
 
   def look(q, k, v):
-    parts, shape = call.split(chip, q, k)
+    parts, shape = call.split(tiles, q, k)
     assert parts == 1 and shape.keys * shape.key_tiles == 235520
-    call.check(q, k, v, shape, call.backward_vmem(shape, 2), chip)
-    shape = call._cut(chip.forward, q, k)
+    call.check(q, k, v, shape, call.backward_vmem(shape, 2), tiles)
+    shape = call._cut(tiles.forward, q, k)
     assert shape.keys * shape.key_tiles == 235520
-    call.check(q, k, v, shape, call.forward_vmem(shape, 2), chip)
+    call.check(q, k, v, shape, call.forward_vmem(shape, 2), tiles)
     return q
 
   jax.eval_shape(look, *traced(9728, 235520, heads, kv_heads)[:3])

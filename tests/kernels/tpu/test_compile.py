@@ -18,12 +18,14 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from hourjax.kernels.tpu import call
+from hourjax.parallel.chips import CHIPS
 
 devices = topologies.get_topology_desc(
   platform="tpu", topology_name=sys.argv[1], chips_per_host_bounds=(1, 1, 1)
 ).devices[:1]
 mesh = Mesh(np.array(devices), ("x",))
 sharding = NamedSharding(mesh, PartitionSpec())
+tiles = CHIPS[sys.argv[1].partition(":")[0]].attention_tiles(jnp.bfloat16)
 
 def array(dtype, *shape):
   return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -35,12 +37,15 @@ numbers = array(jnp.float32, 1, T, H)
 segments = array(jnp.int32, 1, T), array(jnp.int32, 1, S)
 
 def forward(*operands):
-  return call.forward(*operands, out_dtype=jnp.bfloat16)
+  return call.forward(*operands, out_dtype=jnp.bfloat16, tiles=tiles)
+
+def backward(*operands):
+  return call.backward(*operands, tiles=tiles)
 
 found = {}
 for function, operands in (
   (forward, (q, k, k, *segments)),
-  (call.backward, (q, k, k, *segments, numbers, numbers, q)),
+  (backward, (q, k, k, *segments, numbers, numbers, q)),
 ):
   local = jax.shard_map(
     function,

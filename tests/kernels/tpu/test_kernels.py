@@ -30,7 +30,7 @@ def of(*rows, total):
 
 
 @pytest.mark.parametrize(
-  "heads, kv_heads, dim, chip",
+  "heads, kv_heads, dim, tiles",
   [
     pytest.param(16, 2, 128, SMALL, id="3b-small", marks=slow),
     pytest.param(16, 2, 128, WIDE, id="3b-wide", marks=slow),
@@ -40,13 +40,13 @@ def of(*rows, total):
     pytest.param(3, 3, 136, SMALL, id="3-3", marks=slow),
   ],
 )
-def test_heads(heads, kv_heads, dim, chip):
+def test_heads(heads, kv_heads, dim, tiles):
   """Also head dims off the lanes."""
   check(
     draw(0, 1, 40, 800, heads, kv_heads, dim),
     runs((1, 12), (2, 20), total=40),
     runs((1, 130), (2, 640), total=800),
-    chip=chip,
+    tiles=tiles,
   )
 
 

@@ -1,14 +1,15 @@
 """How calls are cut into tiles."""
 
-import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hourjax.kernels.tpu import tiles
-from hourjax.kernels.tpu.tiles import CHIPS, Tiles, cut
+from hourjax.kernels.tpu.tiles import Tiles, cut
+from hourjax.parallel.chips import CHIPS
 
-OF_CHIPS = sorted({x for chip in CHIPS.values() for x in chip[:2]})
+OF_CHIPS = sorted(
+  {x for chip in CHIPS.values() for pair in chip.tiles.values() for x in pair}
+)
 
 
 @given(
@@ -59,25 +60,3 @@ def test_the_rows_of_a_unit_divide_those_of_a_tile(groups, rows, unit):
   of = Tiles(1024, 1024, 512, 512)
   shape = cut(of, queries=9728, keys=235520, groups=groups, dim=128)
   assert (shape.rows, shape.unit) == (rows, unit)
-
-
-def test_a_chip_without_a_line_is_refused(monkeypatch):
-  class Info:
-    chip_version = "v9"
-
-  monkeypatch.setattr(tiles.pltpu, "get_tpu_info", Info)
-  with pytest.raises(ValueError, match="known for TPU v9, only for v4, v5e"):
-    tiles.this_chip(jnp.bfloat16)
-  Info.chip_version = "v6e"
-  assert tiles.this_chip(jnp.bfloat16) == CHIPS["v6e"]
-
-
-def test_tiles_of_float32_are_smaller(monkeypatch):
-  class Info:
-    chip_version = "v6e"
-
-  monkeypatch.setattr(tiles.pltpu, "get_tpu_info", Info)
-  exact, narrow = (tiles.this_chip(x) for x in (jnp.float32, jnp.bfloat16))
-  for kernel in ("forward", "backward"):
-    small, large = getattr(exact, kernel), getattr(narrow, kernel)
-    assert small.rows * small.keys < large.rows * large.keys

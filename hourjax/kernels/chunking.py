@@ -23,7 +23,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from hourjax.kernels.common import NO_KEYS, NO_PART
+from hourjax.kernels.constants import NO_KEYS, NO_PART
 
 
 def forward(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hourjax.kernels import parts
+from hourjax.kernels import chunking
 from tests.kernels.test_attention import _draw, dense
 
 ATOL = 2e-5  # float32 against float64 on numbers of order 1
@@ -99,10 +99,10 @@ def _ours(q, k, v, d_out, query_segment, key_segment, queries, keys):
   """(out, dq, dk, dv, lse)"""
   arrays = q, k, v, query_segment, key_segment
   how = {"queries": queries, "keys": keys}
-  out, lse = parts.forward(_forward, *arrays, **how, out_dtype=q.dtype)
+  out, lse = chunking.forward(_forward, *arrays, **how, out_dtype=q.dtype)
   delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
   numbers = jnp.where(lse == NEVER, 1e30, lse), delta, d_out
-  return out, *parts.backward(_backward, *arrays, *numbers, **how), lse
+  return out, *chunking.backward(_backward, *arrays, *numbers, **how), lse
 
 
 def _inputs(dtype=jnp.float32):
@@ -189,7 +189,7 @@ def test_one_part_is_the_call_itself():
     return given
 
   how = {"queries": 5, "keys": 9}
-  assert parts.forward(forward, *arrays, *ids, **how, out_dtype=int) is given
+  assert chunking.forward(forward, *arrays, *ids, **how, out_dtype=int) is given
   numbers, gradients = arrays[:1] * 3, tuple(arrays)
 
   def backward(*operands, grad_dtype):
@@ -198,7 +198,9 @@ def test_one_part_is_the_call_itself():
     assert grad_dtype == arrays[1].dtype
     return gradients
 
-  assert parts.backward(backward, *arrays, *ids, *numbers, **how) is gradients
+  assert (
+    chunking.backward(backward, *arrays, *ids, *numbers, **how) is gradients
+  )
 
 
 @pytest.mark.parametrize(
@@ -206,4 +208,4 @@ def test_one_part_is_the_call_itself():
   [(100, 64, 8, 56), (64, 64, 8, 64), (65, 64, 64, 64), (1, 64, 8, 8)],
 )
 def test_even_parts(total, most, step, length):
-  assert parts.even(total, most, step) == length
+  assert chunking.even(total, most, step) == length
