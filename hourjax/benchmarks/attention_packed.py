@@ -142,7 +142,7 @@ def count_visits(
   key = np.pad(key, (0, keys - len(key))).reshape(key_parts, -1)
   plan = jax.jit(
     functools.partial(
-      block_schedule.plan,
+      block_schedule.make_schedule,
       query_tiles=shape.query_tiles,
       key_tiles=shape.key_tiles,
       chunks=shape.chunks,
@@ -155,8 +155,8 @@ def count_visits(
   return dict(counts)
 
 
-def _count(grid: block_schedule.Visits, chunks: int) -> collections.Counter:
-  codes = grid.code[0, : int(grid.count)]
+def _count(grid: block_schedule.BlockSchedule, chunks: int) -> collections.Counter:
+  codes = grid.blocks[0, : int(grid.count)]
   counts = collections.Counter(always=len(codes))
   for name in ("FIRST", "LAST", "WHOLE", "NEW"):
     listed = block_schedule.has(codes, getattr(block_schedule, name))

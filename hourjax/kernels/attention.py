@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from hourjax.kernels import reference, sharded, splash, triton, ulysses
 from hourjax.kernels.constants import SAVED
-from hourjax.kernels.sharded import Sharding
+from hourjax.kernels.sharded import Backend, Sharding
 from hourjax.kernels.tpu import call as tpu
 from hourjax.kernels.tpu.tiles import AttentionTiles
 
@@ -26,19 +26,6 @@ from hourjax.kernels.tpu.tiles import AttentionTiles
 IMPLEMENTATIONS = {"tpu": "tpu", "triton": "gpu", "reference": ""}
 _OF_PLATFORM = {"tpu": "tpu", "gpu": "triton"}  # elsewhere the reference
 _NEVER = -1e30  # the score of a key that is not seen; finite, see constants
-
-
-class Backend(NamedTuple):
-  """Holds two functions with the contracts of `reference.forward`, `.backward`.
-
-  Attributes:
-    forward: (q, k, v, query_segment, key_segment, out_dtype=) -> (out, lse).
-    backward: (q, k, v, query_segment, key_segment, lse, delta, d_out) ->
-      (dq, dk, dv).
-  """
-
-  forward: Callable[..., tuple[jax.Array, jax.Array]]
-  backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 
 
 class _Options(NamedTuple):
@@ -143,7 +130,7 @@ def platform(sharding: Sharding | None = None) -> str:
   device = jax.sharding.get_abstract_mesh().abstract_device
   if device is not None:
     return device.platform
-  device = jax.config.jax_default_device
+  device = jax.config.values["jax_default_device"]
   if isinstance(device, str):
     return device
   return jax.default_backend() if device is None else device.platform
@@ -249,7 +236,9 @@ def _forward(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   """Returns the output, and what the backward pass needs."""
   sharding = options.sharding
-  local = functools.partial(sharded.forward, _backend(options), sharding)
+  local: Callable = functools.partial(
+    sharded.forward, _backend(options), sharding
+  )
   if sharding is not None:
     specs = sharding.specs()
     local = _shard_map(
@@ -268,7 +257,9 @@ def _backward(
 ) -> tuple[jax.Array | None, ...]:
   """Returns the gradients of `_differentiable`'s arrays; ids have none."""
   sharding = options.sharding
-  local = functools.partial(sharded.backward, _backend(options), sharding)
+  local: Callable = functools.partial(
+    sharded.backward, _backend(options), sharding
+  )
   if sharding is not None:
     specs = sharding.specs()
     segments = (specs.query_segment, specs.key_segment)

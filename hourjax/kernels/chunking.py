@@ -1,10 +1,11 @@
-"""Attention in parts, where one call of a kernel does not take all of it.
+"""Attention in chunks, where one kernel call does not take all of it.
 
-A kernel may take only so many queries or keys at once: its list of tiles has
-to fit into scalar memory, its sums into VMEM, an array's elements into an
-index. What is longer is cut here, so that no length is refused. Forward:
+A kernel takes only so many queries or keys at once: its block schedule has to
+fit into scalar memory, its sums into VMEM, the number of an element into an
+index of 32 bits. What is longer is cut here into parts, so that no length is
+refused. Forward:
 
-    for each part of the queries:            exact: a query does not know others
+    for each part of the queries:            exact: queries do not affect others
       for each part of the keys:             merged by log-sum-exp, float32
         out, lse = call(queries, keys)
 
@@ -14,8 +15,9 @@ and backward, from the log-sum-exp over all keys:
       for each part of the queries:          dk and dv are summed, float32
         dq, dk, dv = call(queries, keys)     dq is summed over the keys, float32
 
-Loops, not copies of the program: a kernel is compiled once for all parts. What
-fits into one part is one call with the arrays as they are.
+These are loops in the program (`lax.scan`), not copies of it: a kernel is
+compiled once for all parts. What fits into one part is one call with the
+arrays as they are.
 """
 
 from collections.abc import Callable
@@ -38,25 +40,36 @@ def forward(
   keys: int,
   out_dtype: jax.typing.DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
-  """`call` on parts of the queries and keys.
+  """Computes attention by `call` on parts of the queries and keys.
 
   Args:
     call: attention (q, k, v, query_segment, key_segment, out_dtype=) with the
       contract of `reference.forward`.
-    q, k, v, query_segment, key_segment: [B, T, ...] and [B, S, ...].
-    queries, keys: of a part, at most.
+    q: queries [B, T, H, C].
+    k: keys [B, S, K, C].
+    v: values [B, S, K, C].
+    query_segment: ids of the queries [B, T].
+    key_segment: ids of the keys [B, S].
+    queries: most queries of a part.
+    keys: most keys of a part.
     out_dtype: of the output.
 
   Returns:
     out [B, T, H, C] and lse float32 [B, T, H], as of one call.
   """
 
-  def of_all_keys(q, query_segment):
+  def of_all_keys(
+    q: jax.Array, query_segment: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Attends to all keys, part by part."""
     if k.shape[1] <= keys:
       return call(q, k, v, query_segment, key_segment, out_dtype=out_dtype)
 
-    def step(merged, part):
+    def step(
+      merged: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
       k, v, key_segment = part
+      # float32, so that merging many parts rounds no more than one call does.
       found = call(q, k, v, query_segment, key_segment, out_dtype=jnp.float32)
       return _merged(merged, found), None
 
@@ -73,7 +86,8 @@ def forward(
     return of_all_keys(q, query_segment)
   parts = tuple(_cut(x, queries) for x in (q, query_segment))
   results = jax.lax.map(lambda part: of_all_keys(*part), parts)
-  return tuple(_joined(x, length) for x in results)
+  out, lse = (_joined(x, length) for x in results)
+  return out, lse
 
 
 def backward(
@@ -90,34 +104,57 @@ def backward(
   queries: int,
   keys: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """`call` on parts of the queries and keys.
+  """Computes gradients by `call` on parts of the queries and keys.
 
   Args:
     call: gradients (q, k, v, query_segment, key_segment, lse, delta, d_out,
       grad_dtype=) with the contract of `reference.backward`; `grad_dtype` is
       that of dk and dv.
-    q, k, v, query_segment, key_segment, lse, delta, d_out: as there.
-    queries, keys: of a part, at most.
+    q: queries [B, T, H, C].
+    k: keys [B, S, K, C].
+    v: values [B, S, K, C].
+    query_segment: ids of the queries [B, T].
+    key_segment: ids of the keys [B, S].
+    lse: as for `reference.backward`.
+    delta: as for `reference.backward`.
+    d_out: gradient of the output [B, T, H, C].
+    queries: most queries of a part.
+    keys: most keys of a part.
 
   Returns:
     dq float32, dk and dv in the dtype of k, as of one call.
   """
   length = q.shape[1]
 
-  def of_all_queries(k, v, key_segment):
-    def gradients(q, query_segment, lse, delta, d_out, grad_dtype):
+  def of_all_queries(
+    k: jax.Array, v: jax.Array, key_segment: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes the gradients of some keys, and their part of all of dq."""
+
+    def gradients(
+      q: jax.Array,
+      query_segment: jax.Array,
+      lse: jax.Array,
+      delta: jax.Array,
+      d_out: jax.Array,
+      *,
+      grad_dtype: jax.typing.DTypeLike,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
       arrays = (q, k, v, query_segment, key_segment, lse, delta, d_out)
       return call(*arrays, grad_dtype=grad_dtype)
 
     arrays = (q, query_segment, lse, delta, d_out)
     if length <= queries:
-      return gradients(*arrays, k.dtype)
+      return gradients(*arrays, grad_dtype=k.dtype)
 
-    def step(sums, part):
-      dq, dk, dv = gradients(*part, jnp.float32)
+    def step(
+      sums: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+      dq, dk, dv = gradients(*part, grad_dtype=jnp.float32)
       return (sums[0] + dk, sums[1] + dv), dq
 
     zeros = jnp.zeros(k.shape, jnp.float32)
+    # Queries that pad the last part must weigh nothing: their lse is NO_KEYS.
     fills = (0, 0, NO_KEYS, 0, 0)
     parts = tuple(_cut(x, queries, fill) for x, fill in zip(arrays, fills))
     (dk, dv), dq = jax.lax.scan(step, (zeros, zeros), parts)
@@ -126,29 +163,39 @@ def backward(
   if k.shape[1] <= keys:
     return of_all_queries(k, v, key_segment)
 
-  def step(total, part):
-    dq, *d_keys = of_all_queries(*part)
-    return total + dq, d_keys
+  def step(
+    total: jax.Array, part: tuple[jax.Array, ...]
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    dq, dk, dv = of_all_queries(*part)
+    return total + dq, (dk, dv)
 
   parts = tuple(_cut(x, keys) for x in (k, v, key_segment))
-  dq, d_keys = jax.lax.scan(step, jnp.zeros(q.shape, jnp.float32), parts)
-  return dq, *(_joined(x, k.shape[1]) for x in d_keys)
+  dq, (dk, dv) = jax.lax.scan(step, jnp.zeros(q.shape, jnp.float32), parts)
+  return dq, _joined(dk, k.shape[1]), _joined(dv, k.shape[1])
 
 
-def even(total: int, most: int, step: int) -> int:
-  """Length of the fewest parts of `total` that are alike, a multiple of `step`.
+def even_length(total: int, most: int, step: int) -> int:
+  """Returns the length of the fewest parts of `total` that are of one length.
 
-  At most `most`, which is one itself: 100 at most 64 in steps of 8 gives 56.
+  100 in parts of at most 64, in steps of 8, are two parts of 56.
+
+  Args:
+    total: what is cut.
+    most: longest length that is allowed, a multiple of `step`.
+    step: what the length is a multiple of.
   """
   parts = -(-total // most)
   return -(-total // (parts * step)) * step
 
 
-def _merged(one, other):
-  """(out, lse) over two parts of the keys, either of which may see nothing.
+def _merged(
+  one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  """Merges (out, lse) over two parts of the keys.
 
-  A lse of `NO_PART` beside a finite one weighs nothing, and of two the output
-  is 0 and the lse `NO_PART` again: a logarithm more does not change it.
+  A query may see no key of either part. A lse of `NO_PART` beside a finite one
+  weighs nothing. Beside another `NO_PART`, the output stays 0, and the lse is
+  `NO_PART` again: log(2) is lost in the rounding of such a number.
   """
   (out, lse), (more, more_lse) = one, other
   top = jnp.maximum(lse, more_lse)
@@ -158,10 +205,10 @@ def _merged(one, other):
   return out / total[..., None], top + jnp.log(total)
 
 
-def _cut(x, length, fill=0):
-  """[B, N, ...] to [parts, B, length, ...], with `fill` at the end.
+def _cut(x: jax.Array, length: int, fill: float = 0) -> jax.Array:
+  """Cuts [B, N, ...] into [parts, B, length, ...], with `fill` at the end.
 
-  For one row, and a length that divides N, nothing moves.
+  For one row, and a length that divides N, nothing is copied.
   """
   parts = -(-x.shape[1] // length)
   widths = [(0, 0)] * x.ndim
@@ -170,7 +217,7 @@ def _cut(x, length, fill=0):
   return jnp.moveaxis(x.reshape(x.shape[0], parts, length, *x.shape[2:]), 1, 0)
 
 
-def _joined(x, length):
-  """Inverse of `_cut`."""
+def _joined(x: jax.Array, length: int) -> jax.Array:
+  """Inverts `_cut`, without the padding after `length`."""
   x = jnp.moveaxis(x, 0, 1)
   return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]

@@ -1,22 +1,32 @@
-"""Attention on a mesh: the memory dealt to devices, merged by log-sum-exp.
+"""Attention on a mesh: each device has a part of the memory.
 
-Each device attends to the keys that it holds. With (out_i, lse_i) of device i
-and lse = log sum_i exp(lse_i), the whole is sum_i exp(lse_i - lse) out_i. In
-the backward every device recomputes its weights from the global lse, dq is
-summed, and dk and dv stay where the keys are. What is sent grows with the
-queries and never with the keys. Keys carry their positions, so they may be
-dealt in any order, and a device may hold none of a segment.
+Each device attends to the keys that it holds, and the results are merged by
+log-sum-exp. With (out_i, lse_i) of device i:
+
+    lse = log sum_i exp(lse_i)        out = sum_i exp(lse_i - lse) out_i
+
+    device 0   keys 0 2 4 ..   out_0, lse_0  --.
+    device 1   keys 1 3 5 ..   out_1, lse_1  ---+--> out, lse of each query
+                                                |    on the device that has it
+
+In the backward pass every device recomputes its weights from the global lse,
+dq is summed over the devices, and dk and dv stay where the keys are. What is
+sent grows with the queries and never with the keys. Keys carry their
+positions, so they may lie in any order, and a device may hold none of a
+segment.
 
 In self-attention over a split sequence the keys travel instead, since there
 are few KV heads: each device has its own queries and gathers all keys. (Causal
-self-attention: `exchange`.)
+self-attention over a split sequence is in `kernels.ulysses`.)
 
-What is split is taken to be dealt round-robin, as `data.dealing` deals
-queries: joined again it is in the order of the row, where neighbours are of
-one segment. Attention does not depend on the order; what it costs does.
+What is split is taken to be in round-robin order, as `data.sequence_sharding`
+orders queries: device d of n has the positions d, d + n, d + 2 n, ... Gathered
+again it is in the order of the row, where neighbours are of one segment.
+Results do not depend on the order; what they cost does.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -27,16 +37,16 @@ from hourjax.kernels.constants import NO_KEYS, NO_PART
 
 
 class Sharding(NamedTuple):
-  """Mesh axes of the arrays of an attention call.
+  """Describes over which mesh axes the arrays of an attention call are split.
 
   Attributes:
-    mesh: all axes below are of it.
-    rows: of the batch, B.
-    heads: of query and KV heads alike.
-    memory: of the keys, S.
+    mesh: has all axes below.
+    rows: axes of the rows of the batch, B.
+    heads: axis of query and KV heads alike.
+    memory: axis of the keys, S.
     queries: whether queries are split over `memory` too (else every device
       has all of them).
-    sequence: of the positions of self-attention, queries and keys alike;
+    sequence: axis of the positions of self-attention, queries and keys alike;
       instead of `memory`.
   """
 
@@ -48,10 +58,13 @@ class Sharding(NamedTuple):
   sequence: str | None = None
 
   def check(self, **sizes: tuple[int, tuple[str, ...]]) -> None:
-    """Raises ValueError for a size that its axes do not divide.
+    """Refuses a size that its axes do not divide.
 
     Args:
-      **sizes: (length, axes) by what is split.
+      **sizes: (length, axes) by the name of what is split.
+
+    Raises:
+      ValueError: for such a size, or an axis that the mesh lacks.
     """
     for name, (length, axes) in sizes.items():
       missing = [axis for axis in axes if axis not in self.mesh.shape]
@@ -71,19 +84,19 @@ class Sharding(NamedTuple):
 
   @property
   def over_keys(self) -> tuple[str, ...]:
-    """The axis of the keys, if they are split."""
+    """Returns the axis of the keys, if they are split."""
     axis = self.memory or self.sequence
     return () if axis is None else (axis,)
 
   @property
   def over_queries(self) -> tuple[str, ...]:
-    """The axis of the queries, if they are split."""
+    """Returns the axis of the queries, if they are split."""
     if self.sequence is not None:
       return (self.sequence,)
     return self.over_keys if self.queries else ()
 
   def specs(self) -> "Specs":
-    """How each kind of array is split."""
+    """Returns how each kind of array is split."""
     rows, heads = self.rows or None, self.heads
     queries, keys = self.over_queries or None, self.over_keys or None
     return Specs(
@@ -95,7 +108,7 @@ class Sharding(NamedTuple):
 
 
 class Specs(NamedTuple):
-  """Partition specs; q's is also that of out, lse, delta and their like."""
+  """Holds partition specs; q's is also that of out, lse, delta and d_out."""
 
   q: P
   k: P
@@ -103,10 +116,42 @@ class Specs(NamedTuple):
   key_segment: P
 
 
-def forward(backend, sharding, q, k, v, query_segment, key_segment):
-  """(out in q's dtype, global lse) of one device's queries.
+class Backend(NamedTuple):
+  """Holds who computes attention on one device, as `kernels.reference` does.
 
-  `backend` has the functions `forward` and `backward` of `kernels.reference`.
+  Attributes:
+    forward: (q, k, v, query_segment, key_segment, out_dtype=) -> (out, lse).
+    backward: (q, k, v, query_segment, key_segment, lse, delta, d_out) ->
+      (dq, dk, dv).
+  """
+
+  forward: Callable[..., tuple[jax.Array, jax.Array]]
+  backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+
+
+def forward(
+  backend: Backend,
+  sharding: Sharding | None,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  query_segment: jax.Array,
+  key_segment: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Computes attention of one device's queries to the keys of all devices.
+
+  Args:
+    backend: computes it for the keys of this device.
+    sharding: of the call; None on one device.
+    q: the device's queries.
+    k: its keys.
+    v: its values.
+    query_segment: ids of its queries.
+    key_segment: ids of its keys.
+
+  Returns:
+    The output of its queries in the dtype of q, and their log-sum-exp over
+    all keys, float32; `NO_KEYS` where a query sees none.
   """
   if sharding is None or sharding.memory is None:
     k, v, key_segment = (_all_keys(x, sharding) for x in (k, v, key_segment))
@@ -124,6 +169,9 @@ def forward(backend, sharding, q, k, v, query_segment, key_segment):
     key_segment,
     out_dtype=jnp.float32,
   )
+  # The largest of the devices' lse is taken off before exponentiating. Where no
+  # device has a key for a query all are NO_PART, and the weights are 1 each:
+  # zeros are averaged, and the lse stays near NO_PART.
   top = jax.lax.pmax(lse, axis)
   weight = jnp.exp(lse - top)
   total = mine(weight)
@@ -133,9 +181,34 @@ def forward(backend, sharding, q, k, v, query_segment, key_segment):
 
 
 def backward(
-  backend, sharding, q, k, v, query_segment, key_segment, out, lse, d_out
-):
-  """(dq, dk, dv) of what one device holds, in the dtypes of q, k and v."""
+  backend: Backend,
+  sharding: Sharding | None,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  query_segment: jax.Array,
+  key_segment: jax.Array,
+  out: jax.Array,
+  lse: jax.Array,
+  d_out: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Computes the gradients of the queries, keys and values of one device.
+
+  Args:
+    backend: computes them for the keys of this device.
+    sharding: of the call; None on one device.
+    q: the device's queries.
+    k: its keys.
+    v: its values.
+    query_segment: ids of its queries.
+    key_segment: ids of its keys.
+    out: `forward`'s output.
+    lse: `forward`'s log-sum-exp.
+    d_out: gradient of the output.
+
+  Returns:
+    dq, dk and dv in the dtypes of q, k and v.
+  """
   delta = jnp.einsum(
     "bthc,bthc->bth",
     out,
@@ -164,8 +237,12 @@ def backward(
   return dq.astype(q.dtype), dk.astype(dtypes[0]), dv.astype(dtypes[1])
 
 
-def _collectives(sharding):
-  """Functions: all queries from a device's own, and own sums from all."""
+def _collectives(sharding: Sharding | None) -> tuple[Callable, Callable]:
+  """Returns two functions of arrays of queries.
+
+  The first gathers all queries that read this device's keys from a device's
+  own. The second returns a device's own part of the sum over devices.
+  """
   if sharding is None or sharding.memory is None:
     return (lambda x: x), (lambda x: x)
   axis = sharding.memory
@@ -177,22 +254,22 @@ def _collectives(sharding):
   )
 
 
-def _all_keys(x, sharding):
-  """Of all positions, from a device's own, where keys travel."""
+def _all_keys(x: jax.Array, sharding: Sharding | None) -> jax.Array:
+  """Gathers an array of keys over the devices if the sequence is split."""
   if sharding is None or sharding.sequence is None:
     return x
   return _join(x, sharding.sequence)
 
 
-def _own_keys(x, sharding):
-  """A device's own of the sum of all devices' gradients of all keys."""
+def _own_keys(x: jax.Array, sharding: Sharding | None) -> jax.Array:
+  """Sums gradients of gathered keys over devices, and keeps the own part."""
   if sharding is None or sharding.sequence is None:
     return x
   return _sum_parts(x.astype(jnp.float32), sharding.sequence)
 
 
-def _join(x, axis):
-  """[B, N / n, ...] of n devices to [B, N, ...], undoing the dealing.
+def _join(x: jax.Array, axis: str) -> jax.Array:
+  """Gathers [B, N / n, ...] of n devices to [B, N, ...], in the row's order.
 
   Devices with [0 2] and [1 3] both get [0 1 2 3].
   """
@@ -200,8 +277,8 @@ def _join(x, axis):
   return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _sum_parts(x, axis):
-  """A device's own part of the sum over devices; the inverse of `_join`."""
+def _sum_parts(x: jax.Array, axis: str) -> jax.Array:
+  """Returns a device's own part of the sum over devices; `_join` transposed."""
   devices = jax.lax.axis_size(axis)
   rows, length, *rest = x.shape
   # Devices outermost and channels in one dimension, else the compiler sums
@@ -211,8 +288,8 @@ def _sum_parts(x, axis):
   return part.reshape(rows, length // devices, *rest)
 
 
-def _part(x, sharding):
-  """A device's own queries of an array of all."""
+def _part(x: jax.Array, sharding: Sharding) -> jax.Array:
+  """Returns a device's own queries of an array of all."""
   if not sharding.queries:
     return x
   devices = jax.lax.axis_size(sharding.memory)

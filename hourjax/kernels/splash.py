@@ -1,16 +1,19 @@
 """Causal self-attention on TPU: jax's splash attention, with segments."""
 
+import contextlib
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as library
 from jaxtyping import Array, Float, Int
 
 from hourjax.kernels.constants import LANES, SAVED
 from hourjax.kernels.tpu.call import check_dtypes
 
-_BLOCK = {2: 1024, 4: 512}  # at most, by bytes of a number
+_BLOCK = {2: 1024, 4: 512}  # positions of a block at most, by bytes of a number
 
 
 def attention(
@@ -21,11 +24,24 @@ def attention(
   key_segment: Int[Array, "B L"],
   interpret: bool = False,
 ) -> Float[Array, "B L H C"]:
-  """Causal grouped-query attention within segments; 0 is padding.
+  """Computes causal grouped-query attention within segments; 0 is padding.
 
-  As `kernels.attention` with causal=True, gradients included. The library
-  does not scale, wants lanes of 128 and blocks that divide L, lets padding see
-  padding and means over all keys where none is seen: that is put right here.
+  As `kernels.attention.attention` with causal=True, gradients included. The
+  library departs from that in four ways, which are put right here: it does not
+  scale the scores; it wants a head dim of 128 lanes and blocks that divide L;
+  it lets padding see padding; and it returns the mean of all values for a
+  query that sees no key.
+
+  Args:
+    q: queries.
+    k: keys.
+    v: values.
+    query_segment: ids of the queries.
+    key_segment: ids of the keys.
+    interpret: whether to run without a TPU, slowly.
+
+  Returns:
+    The output in the dtype of q.
 
   Raises:
     ValueError: for dtypes other than bfloat16 and float32, or mixed ones.
@@ -43,19 +59,39 @@ def attention(
 # The library's products take the precision that is set when they are traced,
 # and those of its gradient are traced after the forward pass has returned.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _precise(q, k, v, query_segment, key_segment, interpret):
+def _precise(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  query_segment: jax.Array,
+  key_segment: jax.Array,
+  interpret: bool,
+) -> jax.Array:
+  """Calls the library with exact float32 products, in both passes."""
   return _forward(q, k, v, query_segment, key_segment, interpret)[0]
 
 
-def _forward(q, k, v, query_segment, key_segment, interpret):
-  def call(q, k, v):
+def _forward(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  query_segment: jax.Array,
+  key_segment: jax.Array,
+  interpret: bool,
+) -> tuple[jax.Array, Callable]:
+  """Returns the output, and the function that pulls a gradient back."""
+
+  def call(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return _padded(q, k, v, query_segment, key_segment, interpret)
 
   with _precision(q.dtype):
     return jax.vjp(call, q, k, v)
 
 
-def _backward(interpret, pull, d_out):
+def _backward(
+  interpret: bool, pull: Callable, d_out: jax.Array
+) -> tuple[jax.Array | None, ...]:
+  """Returns the gradients of `_precise`'s arrays; ids have none."""
   del interpret
   with _precision(d_out.dtype):
     return *pull(d_out), None, None
@@ -64,22 +100,30 @@ def _backward(interpret, pull, d_out):
 _precise.defvjp(_forward, _backward)
 
 
-def _precision(dtype):
+def _precision(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
+  """Sets the precision of products for as long as the context lasts."""
   exact = dtype == jnp.float32
   return jax.default_matmul_precision("highest" if exact else "default")
 
 
-def _padded(q, k, v, query_segment, key_segment, interpret):
-  """Scaled, heads first, and padded to blocks and lanes."""
+def _padded(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  query_segment: jax.Array,
+  key_segment: jax.Array,
+  interpret: bool,
+) -> jax.Array:
+  """Calls the library: scaled, heads first, padded to blocks and lanes."""
   length, dim = q.shape[1], q.shape[3]
   block = _block(length, _BLOCK[q.dtype.itemsize])
   extra = -length % block
 
-  def heads_first(x):
+  def heads_first(x: jax.Array) -> jax.Array:
     widths = ((0, 0), (0, extra), (0, 0), (0, -dim % LANES))
     return jnp.pad(x, widths).swapaxes(1, 2)
 
-  def ids(segment):
+  def ids(segment: jax.Array) -> jax.Array:
     return jnp.pad(segment, ((0, 0), (0, extra)))
 
   scaled = (q.astype(jnp.float32) * dim**-0.5).astype(q.dtype)
@@ -94,7 +138,14 @@ def _padded(q, k, v, query_segment, key_segment, interpret):
 
 
 def _block(length: int, most: int) -> int:
-  """The block that pads least, of these the largest; short ones are one."""
+  """Returns the block length that pads least, and of these the largest.
+
+  A sequence of at most half a block is one block.
+
+  Args:
+    length: of the sequence.
+    most: longest block.
+  """
   if length <= most // 2:
     return -(-length // LANES) * LANES
   blocks = range(most // 2, most + 1, LANES)
@@ -102,15 +153,15 @@ def _block(length: int, most: int) -> int:
 
 
 class _Causal(library.CausalMask):
-  """The library's mask, quick to look through.
+  """Describes the library's causal mask, so that it is quick to look through.
 
-  To list blocks, the library asks for each whether any or all of it is seen.
-  A block off the diagonal is answered for by one element of it: to make them
-  all, L x L, takes the processor 8 s for 32,768 positions and 90 s for four
-  times as many.
+  To list its blocks, the library reads each block of the mask, on the CPU, and
+  asks whether any or all of it is seen. In a block off the diagonal all
+  elements are the same, so that one of them answers for it. To make all of
+  them, L x L, takes 8 s for 32,768 positions and 90 s for four times as many.
   """
 
-  def __getitem__(self, index):
+  def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
     queries, keys = index
     if keys.stop - 1 <= queries.start or queries.stop - 1 < keys.start:
       index = (
@@ -120,7 +171,8 @@ class _Causal(library.CausalMask):
     return super().__getitem__(index)
 
 
-def _kernel(length: int, heads: int, block: int, interpret: bool):
+def _kernel(length: int, heads: int, block: int, interpret: bool) -> Callable:
+  """Returns the library's kernel for sequences of this length."""
   mask = library.MultiHeadMask([_Causal((length, length))] * heads)
   # Not the fused backward: it holds a copy of dq for each block of keys.
   sizes = library.BlockSizes(

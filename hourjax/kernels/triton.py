@@ -2,12 +2,23 @@
 
 FlashAttention-2 (arXiv 2307.08691) with segments and grouped heads. The
 backward takes the log-sum-exp from outside, so that the keys may be one
-device's share. There are no atomics: the same inputs give the same bits.
+device's part. There are no atomics: the same inputs give the same bits.
 
   kernel     one program per          loops over
   forward    query tile and head      key tiles
   dq         query tile and head      key tiles
   dk and dv  key tile and KV head     query tiles, and in each the G heads
+
+  forward, one program:                   dk and dv, one program:
+    q [query, C] in registers               k, v [key, C] in registers
+    for key tiles low .. high:              for query tiles and heads:
+      S = q k^T        [query, key]           S^T = k q^T    [key, query]
+      raise top, shrink total, acc            P^T = exp2(S^T - lse)
+      P = exp2(S - top)                       dv += P^T dO
+      acc += P v                              dS^T = P^T * (v dO^T - delta)
+    out = acc / total                         dk += dS^T q
+
+dq's program is as forward's: dS = P * (dO v^T - delta), dq += dS k.
 
 The G heads of a group are programs of their own, not rows of one tile: either
 way T * H / tile programs read their keys once each, and G may be 7, while
@@ -16,13 +27,14 @@ tiles are powers of two. They are launched side by side, to share keys in L2.
 What has more elements than an index of 32 bits has numbers for, such as 18
 hours of video for 7B, is computed in parts (`kernels.chunking`).
 
-A program visits only the tiles between the first and the last whose segment
-ids can match its own: a row packed with short samples costs about the sum of
-its T_i x S_i.
+A program loops only over the tiles between the first and the last whose
+segment ids can match its own: a row packed with short samples costs about the
+sum of its T_i x S_i.
 """
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -36,12 +48,19 @@ from hourjax.kernels.constants import NO_PART
 
 
 class Tile(NamedTuple):
-  """Queries and keys of a tile, and how Triton compiles the kernel."""
+  """Holds the sizes of a kernel's tiles, and how Triton compiles it.
+
+  Attributes:
+    query: queries of a tile.
+    key: keys of a tile.
+    warps: of 32 threads, that work on a program.
+    stages: of the pipeline that loads tiles ahead of their use.
+  """
 
   query: int
   key: int
   warps: int
-  stages: int  # of the pipeline that loads tiles ahead of their use
+  stages: int
 
 
 # By kernel and bytes of a number. Shared memory of sm_90 at C = 128, of the
@@ -72,7 +91,9 @@ def forward(
   out_dtype: jax.typing.DTypeLike | None = None,
   interpret: bool = False,
 ) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
-  """Segment-masked grouped-query attention; FlashAttention-2, algorithm 1.
+  """Computes segment-masked grouped-query attention and its log-sum-exp.
+
+  FlashAttention-2, algorithm 1.
 
   Scores are scaled by C ** -0.5. Products are of the dtype of q (float32 at
   full precision), sums and softmax float32.
@@ -92,11 +113,14 @@ def forward(
     A query that sees no key has zeros and -1e30.
 
   Raises:
-    ValueError: for arguments that `_check` does not support.
+    ValueError: for other dtypes, a head dim above 128, and causal attention
+      of more elements than an index of 32 bits counts.
   """
   lengths = _check(q, k, v, causal)
 
-  def call(*inputs, out_dtype):
+  def call(
+    *inputs: jax.Array, out_dtype: jax.typing.DTypeLike
+  ) -> tuple[jax.Array, jax.Array]:
     outputs = (("BTHC", out_dtype), ("BHT", jnp.float32))
     out, lse = _run("forward", inputs, outputs, causal, interpret)
     return out, jnp.swapaxes(lse, 1, 2)
@@ -121,23 +145,36 @@ def backward(
 ) -> tuple[
   Float[Array, "B T H C"], Float[Array, "B S K C"], Float[Array, "B S K C"]
 ]:
-  """Gradients of `forward`'s output; FlashAttention-2, algorithm 2.
+  """Computes the gradients of q, k and v; FlashAttention-2, algorithm 2.
 
-  Arguments and errors that `forward` has too are as there, but k and v may be
-  a part of the keys: then dq is that part's share of a sum.
+  Errors are those of `forward`.
 
   Args:
+    q: as for `forward`.
+    k: as for `forward`, or a part of the keys: then dq is this part's summand
+      of the whole.
+    v: as for `forward`; the same part.
+    query_segment: as for `forward`.
+    key_segment: as for `forward`.
     lse: float32 log-sum-exp over all keys, also those that k does not hold;
       any finite number for a query that sees none.
     delta: float32 sum over C of out * d_out, of the output over all keys.
     d_out: gradient of that output; products take it in the dtype of q.
+    causal: as for `forward`.
+    interpret: as for `forward`.
 
   Returns:
     dq in float32, dk and dv in the dtype of k.
   """
   lengths = _check(q, k, v, causal)
 
-  def call(q, k, v, *others, grad_dtype):
+  def call(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *others: jax.Array,
+    grad_dtype: jax.typing.DTypeLike,
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     *segments, lse, delta, d_out = others
     stats = (jnp.swapaxes(x, 1, 2) for x in (lse * _LOG2_E, delta))
     inputs = (q, k, v, *segments, d_out.astype(q.dtype), *stats)
@@ -149,8 +186,14 @@ def backward(
   return chunking.backward(call, *inputs, **lengths)
 
 
-def _check(q, k, v, causal):
-  """Refuses what the kernels do not support; queries and keys of a part."""
+def _check(
+  q: jax.Array, k: jax.Array, v: jax.Array, causal: bool
+) -> dict[str, int]:
+  """Refuses what the kernels do not support.
+
+  Returns:
+    Most queries and most keys of one part.
+  """
   dtypes = q.dtype, k.dtype, v.dtype
   if len(set(dtypes)) > 1 or q.dtype not in (jnp.bfloat16, jnp.float32):
     raise ValueError(
@@ -175,23 +218,27 @@ def _check(q, k, v, causal):
         f"causal attention takes at most {most} {name} of {x.shape[2]} heads,"
         f" got {x.shape[1]}; shard them over more devices"
       )
-    lengths[name] = chunking.even(x.shape[1], most, step)
+    lengths[name] = chunking.even_length(x.shape[1], most, step)
   return lengths
 
 
-def _padded_dim(dim):
+def _padded_dim(dim: int) -> int:
   return max(16, pl.next_power_of_2(dim))  # 16: Triton's least dot
 
 
-# Masked scores are -inf less something finite: their weights are exactly 0.
+# In the kernels, masked scores are -inf less something finite, so that their
+# weights are exactly 0: `top` starts at NO_PART and lse is finite.
 
 
-def _forward_kernel(tile, causal, scale, *refs):
+def _forward_kernel(
+  tile: Tile, causal: bool, scale: float, *refs: jax.Ref
+) -> None:
+  """Computes one query tile of one head; see the module's docstring."""
   range_ref, q_ref, k_ref, v_ref, query_ref, key_ref, out_ref, lse_ref = refs
   q = q_ref[...]
   queries = _places(query_ref[...], pl.program_id(1), 1)
 
-  def step(j, carry):
+  def step(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     top, total, acc = carry
     here = pl.ds(j * tile.key, tile.key)
     v = v_ref[here, :]
@@ -212,14 +259,15 @@ def _forward_kernel(tile, causal, scale, *refs):
   lse_ref[...] = jnp.where(seen, (top + jnp.log2(total)) / _LOG2_E, NO_PART)
 
 
-def _dq_kernel(tile, causal, scale, *refs):
+def _dq_kernel(tile: Tile, causal: bool, scale: float, *refs: jax.Ref) -> None:
+  """Computes dq of one query tile of one head."""
   range_ref, q_ref, k_ref, v_ref, query_ref, key_ref = refs[:6]
   d_out_ref, lse_ref, delta_ref, dq_ref = refs[6:]
   q, d_out = q_ref[...], d_out_ref[...]
   lse, delta = lse_ref[...][:, None], delta_ref[...][:, None]
   queries = _places(query_ref[...], pl.program_id(1), 1)
 
-  def step(j, dq):
+  def step(j: jax.Array, dq: jax.Array) -> jax.Array:
     here = pl.ds(j * tile.key, tile.key)
     k, v = k_ref[here, :], v_ref[here, :]
     score = _dot(q, k.T) * (scale * _LOG2_E)
@@ -232,7 +280,8 @@ def _dq_kernel(tile, causal, scale, *refs):
   dq_ref[...] = dq * scale
 
 
-def _dkv_kernel(tile, causal, scale, *refs):
+def _dkv_kernel(tile: Tile, causal: bool, scale: float, *refs: jax.Ref) -> None:
+  """Computes dk and dv of one key tile of one KV head."""
   range_ref, q_ref, k_ref, v_ref, query_ref, key_ref = refs[:6]
   d_out_ref, lse_ref, delta_ref, dk_ref, dv_ref = refs[6:]
   k, v = k_ref[...], v_ref[...]
@@ -241,7 +290,7 @@ def _dkv_kernel(tile, causal, scale, *refs):
 
   # Scores are transposed, [key, query], so that the next products have them
   # on the left, where tensor cores read registers.
-  def step(n, carry):
+  def step(n: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     dk, dv = carry
     i, g = jax.lax.div(n, groups), jax.lax.rem(n, groups)
     here = pl.ds(i * tile.query, tile.query)
@@ -261,13 +310,21 @@ def _dkv_kernel(tile, causal, scale, *refs):
   dv_ref[...] = dv.astype(dv_ref.dtype)
 
 
-def _places(ids, tile_index, axis):
-  """Segment ids and indices of a tile, to broadcast along `axis` of scores."""
+def _places(
+  ids: jax.Array, tile_index: jax.Array, axis: int
+) -> tuple[jax.Array, jax.Array]:
+  """Returns ids and indices of a tile, to broadcast along `axis` of scores."""
   index = tile_index * ids.size + jnp.arange(ids.size, dtype=jnp.int32)
   return jnp.expand_dims(ids, axis), jnp.expand_dims(index, axis)
 
 
-def _masked(score, queries, keys, causal):
+def _masked(
+  score: jax.Array,
+  queries: tuple[jax.Array, jax.Array],
+  keys: tuple[jax.Array, jax.Array],
+  causal: bool,
+) -> jax.Array:
+  """Returns the scores, -inf where they do not count."""
   (query_ids, query_index), (key_ids, key_index) = queries, keys
   seen = query_ids == key_ids
   if causal:
@@ -275,7 +332,7 @@ def _masked(score, queries, keys, causal):
   return jnp.where(seen, score, -jnp.inf)
 
 
-def _dot(a, b):
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
   # HIGHEST keeps float32 from being cut to tf32; bfloat16 has one precision.
   return jnp.dot(a, b, precision="highest", preferred_element_type=jnp.float32)
 
@@ -285,32 +342,46 @@ _KERNELS = {"forward": _forward_kernel, "dq": _dq_kernel, "dkv": _dkv_kernel}
 _AXES = ("BTHC", "BSKC", "BSKC", "BT", "BS", "BTHC", "BHT", "BHT")
 
 
-def _run(name, inputs, outputs, causal, interpret):
-  """Runs a kernel on inputs of any length. outputs: pairs (axes, dtype)."""
+def _run(
+  name: str,
+  inputs: Sequence[jax.Array],
+  outputs: Sequence[tuple[str, jax.typing.DTypeLike]],
+  causal: bool,
+  interpret: bool,
+) -> list[jax.Array]:
+  """Runs a kernel on inputs of any length.
+
+  Args:
+    name: of the kernel, in `_KERNELS`.
+    inputs: in the order of `_AXES`.
+    outputs: (axes, dtype) of each output.
+    causal: whether a query sees only the keys up to its own index.
+    interpret: whether to run on any device, slowly.
+  """
   q, k = inputs[:2]
   tile = TILES[name, q.dtype.itemsize]
   axes = _AXES[: len(inputs)]
-  sizes = dict(zip("BTHCSK", (*q.shape, *k.shape[1:3])))
+  sizes: dict[str, int] = dict(zip("BTHCSK", (*q.shape, *k.shape[1:3])))
   grid_sizes = sizes | {
     "T": pl.cdiv(q.shape[1], tile.query) * tile.query,
     "S": pl.cdiv(k.shape[1], tile.key) * tile.key,
     "C": _padded_dim(q.shape[3]),
   }
 
-  def pad(axes, x):
+  def pad(axes: str, x: jax.Array) -> jax.Array:
     return jnp.pad(x, [(0, grid_sizes[a] - sizes[a]) for a in axes])
 
-  def cut(axes, x):
+  def cut(axes: str, x: jax.Array) -> jax.Array:
     return x[tuple(slice(sizes[a]) for a in axes)]
 
-  def full(axes, dtype):
+  def full(axes: str, dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(grid_sizes[a] for a in axes), dtype)
 
   arrays = [pad(*pair) for pair in zip(axes, inputs)]
   # Other padding than the keys': the kernels need one comparison, not two.
   arrays[3] = jnp.where(arrays[3] > 0, arrays[3], -1)
   grid, spec = _programs(tile, grid_sizes, by_key=name == "dkv")
-  ranges = _ranges(*arrays[3:5], tile, causal, by_key=name == "dkv")
+  ranges = _ranges(arrays[3], arrays[4], tile, causal, by_key=name == "dkv")
   results = pl.pallas_call(
     functools.partial(_KERNELS[name], tile, causal, q.shape[3] ** -0.5),
     grid=grid,
@@ -323,8 +394,10 @@ def _run(name, inputs, outputs, causal, interpret):
   return [cut(axes, x) for (axes, _), x in zip(outputs, results)]
 
 
-def _programs(tile, sizes, by_key):
-  """The grid, and a function from an array's axes to its block spec.
+def _programs(
+  tile: Tile, sizes: dict[str, int], by_key: bool
+) -> tuple[tuple[int, ...], Callable[[str], pl.BlockSpec]]:
+  """Returns the grid, and a function from an array's axes to its block spec.
 
   Program (g, i, kv, b) has query tile i of head kv * G + g and all keys; by
   key, key tile i and all queries of group kv. Triton's fastest axis is first.
@@ -338,8 +411,8 @@ def _programs(tile, sizes, by_key):
     block |= {"H": None, "T": tile.query}
     grid = (groups, sizes["T"] // tile.query, sizes["K"], sizes["B"])
 
-  def spec(axes):
-    def index(g, i, kv, b):
+  def spec(axes: str) -> pl.BlockSpec:
+    def index(g: jax.Array, i: jax.Array, kv: jax.Array, b: jax.Array) -> tuple:
       t, h, s = (0, kv, i) if by_key else (i, kv * groups + g, 0)
       at = {"B": b, "T": t, "H": h, "S": s, "K": kv, "N": i}
       return tuple(at.get(a, 0) for a in axes)
@@ -349,11 +422,18 @@ def _programs(tile, sizes, by_key):
   return grid, spec
 
 
-def _ranges(query_segment, key_segment, tile, causal, by_key):
-  """First and past-last tile to visit, [B, n, 2], by query or by key tile.
+def _ranges(
+  query_segment: jax.Array,
+  key_segment: jax.Array,
+  tile: Tile,
+  causal: bool,
+  by_key: bool,
+) -> jax.Array:
+  """Returns which tiles a program loops over, int32 [B, n, 2].
 
-  Ids 1 1 | 1 2 | 0 0 of queries and 1 1 | 2 2 of keys, tiles of two: the
-  query tiles visit [0, 1), [0, 2) and none; the key tiles [0, 2) and [1, 2).
+  These are the first one and the one after the last, by query or by key tile.
+  Ids 1 1 | 1 2 | 0 0 of queries and 1 1 | 2 2 of keys, tiles of two: the query
+  tiles loop over [0, 1), [0, 2) and none; the key tiles over [0, 2) and [1, 2).
   """
   query_low, query_high = _bounds(query_segment, tile.query)
   key_low, key_high = _bounds(key_segment, tile.key)
@@ -370,8 +450,11 @@ def _ranges(query_segment, key_segment, tile, causal, by_key):
   return jnp.stack([low, high], -1).astype(jnp.int32)
 
 
-def _bounds(segment, size):
-  """Least and largest id > 0 of each tile, [B, n]; of padding, max and 0."""
+def _bounds(segment: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+  """Returns the least and largest id > 0 of each tile, [B, n] each.
+
+  Of a tile of padding they are the largest integer and 0.
+  """
   ids = segment.reshape(segment.shape[0], -1, size)
   least = jnp.where(ids > 0, ids, jnp.iinfo(ids.dtype).max).min(-1)
   return least, jnp.maximum(ids, 0).max(-1)

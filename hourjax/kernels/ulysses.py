@@ -1,9 +1,16 @@
-"""Causal self-attention over a split sequence: positions become heads.
+"""Causal self-attention over a split sequence by all-to-all (Ulysses).
 
-A device that has all heads of some positions sends them away and gets some
-heads of all positions, attends, and sends the results back (DeepSpeed Ulysses,
-arXiv 2309.14509). So every device has the same part of the triangle. KV heads
-are few: all of them go everywhere, and each device takes those it needs.
+DeepSpeed Ulysses (arXiv 2309.14509): each device holds all heads of a part of
+the positions. An all-to-all gives it a part of the heads of all positions
+instead; it attends to whole sequences, and a second all-to-all sends the
+results back. With 2 devices, 4 positions and 2 heads, as position.head:
+
+    device 0   0.0 0.1 1.0 1.1   all-to-all   0.0 1.0 2.0 3.0
+    device 1   2.0 2.1 3.0 3.1   ---------->  0.1 1.1 2.1 3.1
+
+So every device works on the same share of the causal triangle, which it would
+not if it kept its positions. KV heads are few: all of them are gathered, and
+each device uses those that its query heads read.
 """
 
 import math
@@ -22,12 +29,19 @@ def causal(
   query_segment: jax.Array,
   key_segment: jax.Array,
 ) -> jax.Array:
-  """Attention of one device's positions [B, L / n, H, C], within shard_map.
+  """Computes one device's part of causal attention, within shard_map.
 
   Args:
     attend: causal attention of whole sequences; may be differentiated.
-    axis: of the mesh, over which positions are split in order.
-    q, k, v, query_segment, key_segment: the device's part.
+    axis: of the mesh, over which n devices split the positions in order.
+    q: the device's queries [B, L / n, H, C].
+    k: its keys [B, L / n, K, C].
+    v: its values [B, L / n, K, C].
+    query_segment: ids of its queries [B, L / n].
+    key_segment: ids of its keys [B, L / n].
+
+  Returns:
+    The output of its positions [B, L / n, H, C].
   """
   if axis is None or jax.lax.axis_size(axis) == 1:
     return attend(q, k, v, query_segment, key_segment)
@@ -47,10 +61,16 @@ def causal(
 
 
 def head_blocks(heads: int, kv_heads: int, devices: int) -> int:
-  """Into how many blocks query heads are cut: at most one a device.
+  """Returns into how many blocks the query heads are cut, at most one a device.
 
-  The most that divide the heads and the devices, and whose blocks hold whole
-  groups of a KV head or lie within one.
+  It is the largest number that divides the heads and the devices, and whose
+  blocks are whole groups of KV heads or lie within one group. 28 heads of 4 KV
+  heads on 16 devices make 4 blocks of 7 heads, each computed by 4 devices.
+
+  Args:
+    heads: H.
+    kv_heads: K.
+    devices: n.
   """
   group = heads // kv_heads
   most = math.gcd(heads, devices)
@@ -63,8 +83,8 @@ def head_blocks(heads: int, kv_heads: int, devices: int) -> int:
   return max(fitting)
 
 
-def _to_heads(x, axis, blocks, copies):
-  """[B, L / n, H, C] -> [B, L, H / blocks, C]."""
+def _to_heads(x: jax.Array, axis: str, blocks: int, copies: int) -> jax.Array:
+  """Exchanges [B, L / n, H, C] for [B, L, H / blocks, C]."""
   rows, length, heads, dim = x.shape
   x = x.reshape(rows, length, blocks, 1, heads // blocks, dim)
   x = jnp.broadcast_to(x, (rows, length, blocks, copies, *x.shape[4:]))
@@ -72,16 +92,16 @@ def _to_heads(x, axis, blocks, copies):
   return jax.lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True)
 
 
-def _to_positions(x, axis, copies):
-  """The inverse of `_to_heads`; of equal results the first is taken."""
+def _to_positions(x: jax.Array, axis: str, copies: int) -> jax.Array:
+  """Inverts `_to_heads`; of `copies` equal results it keeps the first."""
   rows, _, heads, dim = x.shape
   x = jax.lax.all_to_all(x, axis, split_axis=1, concat_axis=2, tiled=True)
   x = x.reshape(rows, x.shape[1], -1, copies, heads, dim)[:, :, :, 0]
   return x.reshape(rows, x.shape[1], -1, dim)
 
 
-def _kv_heads(x, block, blocks):
-  """The KV heads [B, L, k, C] that a block of query heads reads."""
+def _kv_heads(x: jax.Array, block: jax.Array, blocks: int) -> jax.Array:
+  """Returns the KV heads [B, L, k, C] that a block of query heads reads."""
   kv_heads = x.shape[2]
   each = max(1, kv_heads // blocks)
   first = block * kv_heads // blocks

@@ -24,6 +24,10 @@ from hourjax.kernels.tpu.tiles import AttentionTiles, Tiles
 GIB = 1 << 30
 MIB = 1 << 20
 
+# Stands for a fact that nobody has entered. Its type is that of any fact, since
+# reading it raises.
+UNKNOWN: Any = None
+
 # What a clock on the wall leaves of a schedule, which knows of no waiting.
 CLOCK_SHARE = 0.85
 
@@ -134,11 +138,11 @@ class Chip:
   kernel_vmem: int
   tiles: dict[str, tuple[Tiles, Tiles]]
   efficiency: Efficiency
-  matrix_units: int | None = None
-  matrix_side: int | None = None
-  matrix_rows: int | None = None
-  bench: BenchTopologies | None = None
-  accelerator: Accelerator | None = None
+  matrix_units: int = UNKNOWN
+  matrix_side: int = UNKNOWN
+  matrix_rows: int = UNKNOWN
+  bench: BenchTopologies = UNKNOWN
+  accelerator: Accelerator = UNKNOWN
 
   def __getattribute__(self, name: str) -> Any:
     """Returns a fact.
@@ -412,7 +416,7 @@ def compiled_for() -> str:
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   if device is None:
-    device = jax.config.jax_default_device
+    device = jax.config.values["jax_default_device"]
   if device is None or isinstance(device, str):
     device = jax.devices(device)[0]
   return device.device_kind

@@ -114,7 +114,7 @@ def _inputs(devices: int, order: str):
     [_ids(90, 120, 80, length=KEYS), _ids(20, length=KEYS)]
   ).astype(np.int32)
   places = np.arange(KEYS)
-  if order == "dealt":  # round-robin
+  if order == "round robin":
     places = places.reshape(-1, devices).T.reshape(-1)
   if order == "shuffled":
     places = rng.permutation(KEYS)

@@ -208,4 +208,4 @@ def test_one_part_is_the_call_itself():
   [(100, 64, 8, 56), (64, 64, 8, 64), (65, 64, 64, 64), (1, 64, 8, 8)],
 )
 def test_even_parts(total, most, step, length):
-  assert chunking.even(total, most, step) == length
+  assert chunking.even_length(total, most, step) == length

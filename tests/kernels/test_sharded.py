@@ -1,4 +1,4 @@
-"""A memory dealt to devices gives what one device gives.
+"""A memory split over devices gives what one device gives.
 
 The devices are virtual ones of a child process, whose numbers are compared
 here with float64.
@@ -25,12 +25,18 @@ ATOL = 2e-5
 _CASES = [
   {"devices": devices, "order": order, "queries": queries, "kernel": "cpu"}
   for devices, order, queries in itertools.product(
-    (1, 2, 4, 8), ("as it is", "dealt", "shuffled"), (False, True)
+    (1, 2, 4, 8), ("as it is", "round robin", "shuffled"), (False, True)
   )
 ]
 # Rows and heads split as well, and the kernels for TPU, interpreted.
 _MESHES = [
-  {"devices": 8, "order": "dealt", "queries": True, "kernel": "cpu", **split}
+  {
+    "devices": 8,
+    "order": "round robin",
+    "queries": True,
+    "kernel": "cpu",
+    **split,
+  }
   for split in (
     {"rows": 2, "heads": 2},
     {"rows": 2, "heads": 1},
@@ -49,7 +55,7 @@ _INTERPRETED = [
   for devices, order, queries in (
     (1, "as it is", False),
     (2, "shuffled", True),
-    (4, "dealt", False),
+    (4, "round robin", False),
     (8, "as it is", True),
   )
 ] + [

@@ -229,7 +229,7 @@ def test_padding_may_hold_anything(dtype, causal):
 # --- tiles ------------------------------------------------------------------
 
 
-def _visits(query_segment, key_segment, tile, causal=False):
+def _looped(query_segment, key_segment, tile, causal=False):
   """[n_q, n_k] booleans, as the query tiles and as the key tiles have it."""
   pair = jnp.asarray(query_segment), jnp.asarray(key_segment)
   n_q, n_k = pair[0].size // tile.query, pair[1].size // tile.key
@@ -245,8 +245,8 @@ def _visits(query_segment, key_segment, tile, causal=False):
 def test_ranges_of_the_docstring():
   query, key = np.array([[1, 1, 1, 2, 0, 0]]), np.array([[1, 1, 2, 2]])
   expected = [[True, False], [True, True], [False, False]]
-  for visited in _visits(query, key, triton.Tile(2, 2, 1, 1)):
-    np.testing.assert_array_equal(visited, expected)
+  for looped in _looped(query, key, triton.Tile(2, 2, 1, 1)):
+    np.testing.assert_array_equal(looped, expected)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -264,11 +264,11 @@ def test_ranges_miss_no_pair_and_are_tight_in_order(ordered, causal):
     if causal:
       seen &= np.tri(24, dtype=bool)
     needed = seen.reshape(6, 4, -1, 2).any((1, 3))
-    for visited in _visits(query, key, tile, causal):
-      assert not (needed & ~visited).any()
+    for looped in _looped(query, key, tile, causal):
+      assert not (needed & ~looped).any()
       if ordered and causal:
-        # Equal ids are neighbours: what is visited is what is needed.
-        np.testing.assert_array_equal(visited, needed)
+        # Equal ids are neighbours: what is looped over is what is needed.
+        np.testing.assert_array_equal(looped, needed)
 
 
 def test_tiles_of_other_segments_are_not_read():

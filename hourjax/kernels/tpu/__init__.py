@@ -1,4 +1,4 @@
-"""MemAug attention as Pallas TPU kernels: forward and backward.
+"""Attention as Pallas TPU kernels, forward and backward, for MemAug.
 
 Half of all arithmetic of training on hour-long video is here: 9,728 queries
 of 16 heads against 235,520 memory tokens. What makes it fast:
@@ -9,21 +9,22 @@ of 16 heads against 235,520 memory tokens. What makes it fast:
   dim 128 (the usual order leaves it half empty: at most 50 % of peak);
 - the maximum of a row is taken once and checked at the end (`forward.py`);
 - the next unit's scores are computed while this one is exponentiated;
-- only tiles that share a segment are visited (`visits.py`), and rows of
+- only tiles that share a segment meet (`block_schedule.py`), and rows of
   other segments are masked by row, which costs nothing;
 - the backward is one sweep of five matmuls, dq held in VMEM (`backward.py`).
 
-The list of visits lies in scalar memory, which holds 130,000 of them: three
+The block schedule lies in scalar memory, which holds 130,000 blocks: three
 questions about an hour on one chip of v5e, not about two hours. A longer call
-is cut into parts, each with a list of its own (`call.py`), and compiled once
-for all. So is a day (12,288 queries, 6,291,456 keys; 3B, v5e): 7 parts forward,
-6 backward. HBM alone is the limit: 12.2 GiB with all keys and values forward,
-14.4 with their gradients.
+is cut into parts, each with a schedule of its own (`call.py`), and compiled
+once for all. So is a day (12,288 queries, 6,291,456 keys; 3B, v5e): 7 parts
+forward, 6 backward. HBM alone is the limit: 12.2 GiB with all keys and values
+forward, 14.4 with their gradients.
 
-Tiles (`tiles.py`) and what the compiler's schedule makes of them, 3B, bf16, an
-hour of memory; `python -m hourjax.bench attention --topology=v5e:2x4 --json`:
+Tiles (`hourjax/parallel/chips.py`) and what the compiler's schedule makes of
+them, 3B, bf16, an hour of memory, as printed by
+`python -m hourjax.bench attention --topology=v5e:2x4 --json`:
 
-  chip    kernel    rows  keys  chunk  unit  share of peak  visit   splash
+  chip    kernel    rows  keys  chunk  unit  share of peak  block   splash
   v5e     forward   1024  1024    512   512    100 % (mxu)   94 %     82 %
           backward  1024  1024    512   512    100 % (mxu)   97 %     71 %
   v5p     forward   1024  1024    512   512    100 % (mxu)   93 %     81 %
@@ -35,7 +36,7 @@ hour of memory; `python -m hourjax.bench attention --topology=v5e:2x4 --json`:
 
 Share of peak is the arithmetic of the hot region over its cycles (one bundle of
 the final schedule is a cycle) at the core's bf16 rate; never more than what the
-matrix unit can stream, which limits where it says mxu. Visit counts also the
+matrix unit can stream, which limits where it says mxu. Block counts also the
 code around the region. Neither knows of stalls or of waiting for HBM, and both
 believe the compiler that weights are pushed into the unit beside a running
 product, of which these kernels make more use than others: no TPU was at hand,

@@ -1,16 +1,22 @@
-"""Which tiles meet: the grid of a kernel as a list, from segment ids.
+"""The block schedule: which query tiles meet which key tiles, in which order.
 
-A kernel does not walk over all query tiles x key tiles. It walks over a list
-of the pairs that share a segment, made here on the device and prefetched into
-scalar memory. With query tiles of segments 1 1 2 and key tiles of 1 2:
+A kernel does not walk over all query tiles x key tiles. Its grid is a list of
+blocks, made here on the device from the segment ids and prefetched into scalar
+memory. A block is one query tile and one key tile that share a segment. With
+query tiles of the segments 1, 1 and 2, and key tiles of 1 and 2:
 
-    tiles   query 0  query 1  query 2        visits  (0, 0) (1, 0) (2, 1)
-    key 0      x        x
-    key 1                        x
+             query tile 0   1   2
+    key tile 0          x   x               forward schedule, as (query, key):
+    key tile 1                  x             (0, 0) (1, 0) (2, 1)
+
+The forward kernel takes all blocks of a query tile one after the other, and
+the backward kernel all blocks of a key tile, since that is the tile whose sums
+each of them holds in VMEM.
 
 Ids rise along a row, so whether two tiles share a segment is read from their
-least and largest id. For ids in another order some visits find nothing, which
-costs time and no correctness: the masks inside are exact.
+least and largest id. Where ids are in another order, some blocks are scheduled
+in which no query meets a key. That costs time and changes no result: the masks
+inside the kernels are exact.
 """
 
 from collections.abc import Callable
@@ -19,88 +25,128 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# One visit in 32 bits: key tile, query tile, flags.
+# A block is one int32: 13 bits key tile, 13 bits query tile, then flags.
 TILE_BITS = 13
 MOST_TILES = 1 << TILE_BITS
-FIRST = 1 << 26  # of this output tile
-LAST = 1 << 27
-WHOLE = 1 << 28  # the keys are all of one segment: only rows need a mask
-PARTLY = 1 << 29  # keys of several segments, or padding
-NEW = 1 << 30  # WHOLE, and the tile before this one lacks that segment
-_NOTHING = jnp.iinfo(jnp.int32).max
+FIRST = 1 << 26  # the first block of its output tile: sums are set to zero
+LAST = 1 << 27  # the last one: sums are written out
+WHOLE = 1 << 28  # all keys are of one segment, so that only rows need a mask
+PARTLY = 1 << 29  # keys of several segments, or padding: each score is masked
+NEW = 1 << 30  # WHOLE, and the key tile before this one lacks the segment
+_NOTHING = jnp.iinfo(jnp.int32).max  # the least id of a tile of padding
 
 
-class Ranges(NamedTuple):
-  """Segment ids of each tile."""
+class SegmentRanges(NamedTuple):
+  """Holds which segment ids each tile contains.
 
-  low: jax.Array  # int32 [B, n]: the least; a huge number where all is padding
-  high: jax.Array  # int32 [B, n]: the largest; 0 where all is padding
-  only: jax.Array  # int32 [B, n]: the id that all of it has, or 0
+  Attributes:
+    low: int32 [B, n], the least id; a huge number where all is padding.
+    high: int32 [B, n], the largest id; 0 where all is padding.
+    only: int32 [B, n], the id that all positions have; 0 if they differ.
+  """
 
-  def meets(self, other: "Ranges") -> jax.Array:
-    """bool [B, n, m]: might they share a segment?"""
+  low: jax.Array
+  high: jax.Array
+  only: jax.Array
+
+  def meets(self, other: "SegmentRanges") -> jax.Array:
+    """Returns whether tiles might share a segment, bool [B, n, m]."""
     return (self.low[:, :, None] <= other.high[:, None]) & (
       other.low[:, None] <= self.high[:, :, None]
     )
 
 
-class Visits(NamedTuple):
-  """The grid and what the kernel asks about it, for scalar memory."""
+class BlockSchedule(NamedTuple):
+  """Holds the grid of a kernel, and what the kernel asks about its tiles.
 
-  code: jax.Array  # int32 [B, most]
-  count: jax.Array  # int32 []: the longest list of all rows
-  query: Ranges  # by query tile
-  key: Ranges  # by key chunk
+  Attributes:
+    blocks: int32 [B, most], the blocks of each row in order; the places after
+      its last block repeat that block without flags, so that nothing is
+      computed there and no tile is fetched anew.
+    count: int32 [], blocks of the row that has most.
+    query: ranges of the query tiles.
+    key: ranges of the key chunks.
+  """
+
+  blocks: jax.Array
+  count: jax.Array
+  query: SegmentRanges
+  key: SegmentRanges
 
   def scalars(self) -> tuple[jax.Array, ...]:
-    """Flat, since scalar memory pads two-dimensional arrays."""
+    """Returns what is prefetched into scalar memory, in the kernels' order.
+
+    Each array is flat: scalar memory pads the last dimension of an array of
+    two dimensions to a whole register.
+    """
     ranges = (self.query.low, self.query.high, *self.key)
-    return tuple(x.reshape(-1) for x in (self.code, *ranges))
+    return tuple(x.reshape(-1) for x in (self.blocks, *ranges))
 
 
-def key_tile(code: jax.Array) -> jax.Array:
-  """Key tile of a visit."""
-  return code & (MOST_TILES - 1)
+def key_tile(block: jax.Array) -> jax.Array:
+  """Returns the number of a block's key tile."""
+  return block & (MOST_TILES - 1)
 
 
-def query_tile(code: jax.Array) -> jax.Array:
-  """Query tile of a visit."""
-  return (code >> TILE_BITS) & (MOST_TILES - 1)
+def query_tile(block: jax.Array) -> jax.Array:
+  """Returns the number of a block's query tile."""
+  return (block >> TILE_BITS) & (MOST_TILES - 1)
 
 
-class Blocks(NamedTuple):
-  """Index maps of a grid (row, KV head, visit), for block specs."""
-
-  query: Callable  # of arrays [B, K, query tiles, ., rows]
-  query_segment: Callable  # [B, query tiles, 1, rows]
-  key: Callable  # [B, S, K * C]
-  key_segment: Callable  # [B, chunks, 1, chunk]
+def has(block: jax.Array, flags: int) -> jax.Array:
+  """Returns whether a block has one of these flags."""
+  return (block & flags) != 0
 
 
-def blocks(most: int) -> Blocks:
-  """Where a visit's tiles lie; `most` is the length of a row's list."""
+class IndexMaps(NamedTuple):
+  """Holds index maps of the grid (row, KV head, block), for block specs.
 
-  def query(b, head, n, code, *_):
-    return b, head, query_tile(code[b * most + n]), 0, 0
+  Attributes:
+    query: of arrays [B, K, query tiles, ., rows].
+    query_segment: of arrays [B, query tiles, 1, rows].
+    key: of arrays [B, S, K * C].
+    key_segment: of arrays [B, chunks, 1, chunk].
+  """
 
-  def query_segment(b, _, n, code, *__):
-    return b, query_tile(code[b * most + n]), 0, 0
-
-  def key(b, head, n, code, *_):
-    return b, key_tile(code[b * most + n]), head
-
-  def key_segment(b, _, n, code, *__):
-    return b, key_tile(code[b * most + n]), 0, 0
-
-  return Blocks(query, query_segment, key, key_segment)
+  query: Callable[..., tuple]
+  query_segment: Callable[..., tuple]
+  key: Callable[..., tuple]
+  key_segment: Callable[..., tuple]
 
 
-def has(code: jax.Array, flags: int) -> jax.Array:
-  """Has the visit one of these flags?"""
-  return (code & flags) != 0
+def index_maps(most: int) -> IndexMaps:
+  """Returns where the tiles of a block lie.
+
+  Args:
+    most: blocks for which each row of the schedule has room.
+  """
+
+  # Pallas hands over the grid's indices, then every prefetched array; the
+  # first of these is the schedule, flat: block n of row b is at b * most + n.
+  def query(
+    b: jax.Array, head: jax.Array, n: jax.Array, blocks: jax.Array, *_
+  ) -> tuple:
+    return b, head, query_tile(blocks[b * most + n]), 0, 0
+
+  def query_segment(
+    b: jax.Array, _: jax.Array, n: jax.Array, blocks: jax.Array, *__
+  ) -> tuple:
+    return b, query_tile(blocks[b * most + n]), 0, 0
+
+  def key(
+    b: jax.Array, head: jax.Array, n: jax.Array, blocks: jax.Array, *_
+  ) -> tuple:
+    return b, key_tile(blocks[b * most + n]), head
+
+  def key_segment(
+    b: jax.Array, _: jax.Array, n: jax.Array, blocks: jax.Array, *__
+  ) -> tuple:
+    return b, key_tile(blocks[b * most + n]), 0, 0
+
+  return IndexMaps(query, query_segment, key, key_segment)
 
 
-def plan(
+def make_schedule(
   query_segment: jax.Array,
   key_segment: jax.Array,
   *,
@@ -108,22 +154,27 @@ def plan(
   key_tiles: int,
   chunks: int,
   by_key: bool,
-) -> Visits:
-  """Lists the visits of each row.
+) -> BlockSchedule:
+  """Lists the blocks of each row.
 
   Args:
     query_segment: int32 [B, T], T a multiple of query_tiles.
     key_segment: int32 [B, S], S a multiple of key_tiles * chunks.
-    query_tiles, key_tiles: how many there are.
-    chunks: of a key tile; ranges of keys are told by chunk.
-    by_key: visits of a key tile are neighbours; else those of a query tile.
-      Every tile of that kind has a visit, if only to write zeros.
+    query_tiles: number of query tiles.
+    key_tiles: number of key tiles.
+    chunks: chunks of a key tile; ranges of keys are kept by chunk.
+    by_key: whether blocks of one key tile are neighbours, else those of one
+      query tile. Every tile of that kind has a block, if only to write zeros.
   """
   query = _ranges(query_segment, query_tiles)
   key = _ranges(key_segment, key_tiles * chunks)
   tile = _ranges(key_segment, key_tiles)
+  # By chunk, which is exact in more cases than by tile: a tile of the segments
+  # 1 and 3 does not meet a query of 2 if a chunk boundary parts them.
   meets = query.meets(key)
   meets = meets.reshape(*meets.shape[:2], key_tiles, chunks).any(-1)
+  # NEW where the key tile before has no key of this segment. For key tile 0
+  # `before` is -1, which indexes the last tile; `before < 0` overrides it.
   before = jnp.arange(key_tiles)[None] - 1
   new = (before < 0) | ~(
     (tile.low[:, before[0]] <= tile.only)
@@ -134,39 +185,56 @@ def plan(
     jnp.arange(query_tiles)[None, :, None] * MOST_TILES
     + jnp.arange(key_tiles)[None, None]
   )
-  code = pair + kind[:, None]
+  blocks = pair + kind[:, None]
   if by_key:
-    code, pair, meets = (jnp.swapaxes(x, 1, 2) for x in (code, pair, meets))
-  # A tile that meets nothing is visited once, and nothing is computed.
+    blocks, pair, meets = (jnp.swapaxes(x, 1, 2) for x in (blocks, pair, meets))
+  # An output tile that meets nothing still has to be written. It gets one
+  # block without WHOLE and PARTLY, in which nothing is computed.
   order = jnp.arange(meets.shape[2])[None, None]
   alone = ~meets.any(-1, keepdims=True) & (order == 0)
-  code = jnp.where(alone, pair, code)
+  blocks = jnp.where(alone, pair, blocks)
   listed = meets | alone
   first = jnp.argmax(listed, -1, keepdims=True)
   last = meets.shape[2] - 1 - jnp.argmax(listed[..., ::-1], -1, keepdims=True)
-  code += jnp.where(order == first, FIRST, 0)
-  code += jnp.where(order == last, LAST, 0)
-  return _compact(code, listed, query, key)
+  blocks += jnp.where(order == first, FIRST, 0)
+  blocks += jnp.where(order == last, LAST, 0)
+  return _compact(blocks, listed, query, key)
 
 
-def _compact(code, listed, query, key) -> Visits:
-  """The listed codes to the front; after them the last one, without flags."""
-  rows, most = code.shape[0], code.shape[1] * code.shape[2]
-  code, listed = code.reshape(rows, most), listed.reshape(rows, most)
+def _compact(
+  blocks: jax.Array,
+  listed: jax.Array,
+  query: SegmentRanges,
+  key: SegmentRanges,
+) -> BlockSchedule:
+  """Moves the listed blocks to the front, and repeats the last one after them.
+
+  Args:
+    blocks: int32 [B, n, m], every pair of tiles.
+    listed: bool [B, n, m], which of them are scheduled.
+    query: ranges of the query tiles.
+    key: ranges of the key chunks.
+  """
+  rows, most = blocks.shape[0], blocks.shape[1] * blocks.shape[2]
+  blocks, listed = blocks.reshape(rows, most), listed.reshape(rows, most)
   count = listed.sum(-1, dtype=jnp.int32)
   # A scatter, not a sort: sorting so much takes the compiler minutes.
   place = jnp.where(listed, jnp.cumsum(listed, -1) - 1, most)
   row = jnp.arange(rows)[:, None]
-  code = jnp.zeros_like(code).at[row, place].set(code, mode="drop")
-  last = jnp.take_along_axis(code, count[:, None] - 1, 1) & (FIRST - 1)
-  code = jnp.where(jnp.arange(most)[None] < count[:, None], code, last)
-  return Visits(code.astype(jnp.int32), count.max(), query, key)
+  blocks = jnp.zeros_like(blocks).at[row, place].set(blocks, mode="drop")
+  # The grid is as long as the longest row's list. The others repeat their last
+  # block: Pallas fetches no tile whose index stays, and without flags no
+  # branch of the kernel runs.
+  last = jnp.take_along_axis(blocks, count[:, None] - 1, 1) & (FIRST - 1)
+  blocks = jnp.where(jnp.arange(most)[None] < count[:, None], blocks, last)
+  return BlockSchedule(blocks.astype(jnp.int32), count.max(), query, key)
 
 
-def _ranges(segment, tiles) -> Ranges:
+def _ranges(segment: jax.Array, tiles: int) -> SegmentRanges:
+  """Returns the ranges of ids [B, N], cut into `tiles` tiles."""
   ids = segment.reshape(segment.shape[0], tiles, -1)
   high = ids.max(-1)
-  return Ranges(
+  return SegmentRanges(
     low=jnp.where(ids > 0, ids, _NOTHING).min(-1),
     high=high,
     only=jnp.where(ids.min(-1) == high, high, 0),

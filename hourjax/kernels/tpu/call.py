@@ -1,25 +1,27 @@
 """The two kernels as functions of whole arrays: what fits, how it is cut.
 
-A kernel's list of visits lies in scalar memory, and tiles have numbers of so
-many bits. A call with more of them is made in parts (`kernels.chunking`):
+A kernel's block schedule lies in scalar memory, and a tile's number has 13
+bits. A call that needs more is made in parts (`kernels.chunking`):
 
-  kernel    what is cut  why                            what it costs
-  forward   queries      the list is too long           nothing
-            keys         one tile of queries has too    merged by log-sum-exp
-                         many
-  backward  queries      VMEM does not hold all dq      dk, dv summed: float32
-            keys         the list is too long, or such  dq summed: float32
-                         sums are
+  kernel    what is cut  why                             what it costs
+  forward   queries      the schedule is too long        nothing
+            keys         one query tile has too many     merged by log-sum-exp
+                         blocks
+  backward  queries      VMEM does not hold all dq       dk, dv summed: float32
+            keys         the schedule is too long, or    dq summed: float32
+                         these sums are
 
-An hour is one call, and no length is refused. Of the rows of a batch as many
-are taken at once as there is scalar memory for.
+An hour of video is one call, and no length is refused. Of the rows of a batch
+as many are taken at once as there is scalar memory for.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 from hourjax.kernels import chunking
 from hourjax.kernels.tpu import backward as sweep
@@ -35,8 +37,9 @@ from hourjax.kernels.tpu.tiles import (
 )
 
 _DTYPES = (jnp.bfloat16, jnp.float32)
-# Bytes of float32 dk and dv that are summed over parts of the queries. So many
-# keys are a tenth of a second's work, in which what a part costs is lost.
+# Most bytes of float32 dk and dv that are summed over parts of the queries.
+# The keys that they are of are a tenth of a second's work, beside which the
+# cost of another part does not show.
 SUMS = 256 * MIB
 
 
@@ -49,9 +52,23 @@ def forward(
   *,
   out_dtype: jax.typing.DTypeLike,
   tiles: AttentionTiles,
-  interpret=False,
+  interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, jax.Array]:
-  """`forward.forward` in parts if need be.
+  """Computes attention and its log-sum-exp, in parts if need be.
+
+  Args:
+    q: queries [B, T, H, C].
+    k: keys [B, S, K, C].
+    v: values [B, S, K, C].
+    query_segment: int32 [B, T]; 0 is padding.
+    key_segment: int32 [B, S]; 0 is padding.
+    out_dtype: of the output.
+    tiles: of the chip, for the dtype of q.
+    interpret: False, or `pltpu.InterpretParams` to run without a TPU.
+
+  Returns:
+    out [B, T, H, C] and lse float32 [B, T, H]; zeros and -1e30 where a query
+    sees no key.
 
   Raises:
     ValueError: for what the kernels cannot do; see `check`.
@@ -78,9 +95,25 @@ def backward(
   d_out: jax.Array,
   *,
   tiles: AttentionTiles,
-  interpret=False,
+  interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """`backward.backward` likewise.
+  """Computes the gradients of q, k and v, in parts if need be.
+
+  Args:
+    q: queries [B, T, H, C].
+    k: keys [B, S, K, C].
+    v: values [B, S, K, C].
+    query_segment: int32 [B, T]; 0 is padding.
+    key_segment: int32 [B, S]; 0 is padding.
+    lse: float32 [B, T, H], over all keys there are, also on other devices;
+      1e30 where a query sees none.
+    delta: float32 [B, T, H]: sum of out * d_out over C.
+    d_out: gradient of the output [B, T, H, C].
+    tiles: of the chip, for the dtype of q.
+    interpret: False, or `pltpu.InterpretParams` to run without a TPU.
+
+  Returns:
+    dq float32 [B, T, H, C]; dk and dv [B, S, K, C] in the dtype of k.
 
   Raises:
     ValueError: for what the kernels cannot do; see `check`.
@@ -105,6 +138,14 @@ def check(
 ) -> None:
   """Refuses, by name, what the kernels do not do.
 
+  Args:
+    q: queries.
+    k: keys.
+    v: values.
+    shape: how the call is cut into tiles.
+    vmem: bytes of VMEM that the kernel takes with it.
+    tiles: whose limit counts.
+
   Raises:
     ValueError: for dtypes other than bfloat16 and float32 or that differ, and
       tiles that VMEM does not hold. Neither depends on how long anything is.
@@ -120,7 +161,11 @@ def check(
 
 
 def check_dtypes(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
-  """Raises ValueError unless all are bfloat16 or all float32."""
+  """Refuses dtypes that are not all bfloat16 or all float32.
+
+  Raises:
+    ValueError: with the dtypes.
+  """
   if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in _DTYPES:
     raise ValueError(
       "attention on TPU takes q, k and v all bfloat16 or all float32, not"
@@ -129,45 +174,79 @@ def check_dtypes(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
 
 
 def forward_vmem(shape: Shape, size: int) -> int:
-  """Bytes of VMEM of the forward kernel for numbers of `size` bytes."""
+  """Returns the bytes of VMEM that the forward kernel takes.
+
+  Args:
+    shape: how the call is cut into tiles.
+    size: bytes of a number of q, k and v.
+  """
   queries, keys = shape.dim * shape.rows, shape.dim * shape.keys
   return (
-    2 * queries * (size + 4)  # q and out, two buffers each
+    # q, and out, which may be float32: two buffers each, since the next tile
+    # is fetched while this one is worked on.
+    2 * queries * (size + 4)
     + 4 * keys * size  # k and v, two buffers each
-    + 4 * queries  # accumulator
-    + 8 * 4 * 8 * shape.rows  # statistics, lse, segments: padded to 8 rows
-    + shape.chunk * shape.unit * (12 + size)  # two units of scores, weights
+    + 4 * queries  # the sums of weighted values, float32
+    # top, sum, lse and segments, some with two buffers: at most 8 arrays of
+    # one row of 4 bytes, which the registers' shape pads to 8 rows.
+    + 8 * 4 * 8 * shape.rows
+    # Two units of scores and one of weights in float32, and its cast.
+    + shape.chunk * shape.unit * (12 + size)
   )
 
 
 def backward_vmem(shape: Shape, size: int) -> int:
-  """Bytes of VMEM of the backward kernel for numbers of `size` bytes."""
+  """Returns the bytes of VMEM that the backward kernel takes.
+
+  Args:
+    shape: how the call is cut into tiles.
+    size: bytes of a number of q, k, v and d_out.
+  """
   queries, keys = shape.dim * shape.rows, shape.dim * shape.keys
   return (
-    shape.query_tiles * queries * 4  # dq of all queries of a group
-    + 2 * keys * 4  # dk and dv
+    shape.query_tiles * queries * 4  # dq of all queries of a group, float32
+    + 2 * keys * 4  # the sums of dk and dv, float32
     + keys * size  # k, transposed
     + 4 * queries * size  # q and d_out, two buffers each
-    + 4 * keys * (size + 4)  # k, v, dk, dv, two buffers each
-    + 8 * 4 * 8 * shape.rows  # lse, delta, segments: padded to 8 rows
-    + 6 * 4 * shape.chunk * shape.unit  # two units, weights and gradients
+    # k and v, and dk and dv, which may be float32: two buffers each.
+    + 4 * keys * (size + 4)
+    # lse, delta and segments, two buffers each: at most 8 arrays of one row of
+    # 4 bytes, which the registers' shape pads to 8 rows.
+    + 8 * 4 * 8 * shape.rows
+    # Scores and gradients of weights of two units, and the weights and the
+    # gradients of scores of one, float32.
+    + 6 * 4 * shape.chunk * shape.unit
   )
 
 
 def split_forward(tiles: AttentionTiles, q: jax.Array, k: jax.Array) -> Shape:
-  """The cut of one part of the forward pass."""
+  """Returns how one part of the forward pass is cut into tiles.
+
+  Args:
+    tiles: of the chip.
+    q: queries of the whole call.
+    k: keys of the whole call.
+  """
   whole = _cut(tiles.forward, q, k)
+  # First the keys, as if there were one query tile: cutting queries is exact
+  # and costs nothing, cutting keys needs a merge.
   shape = _split_keys(whole._replace(query_tiles=1), _listed)
   shape = shape._replace(query_tiles=whole.query_tiles)
   return _part(shape, "query_tiles", _fewest(shape, "query_tiles", _listed))
 
 
 def split_backward(tiles: AttentionTiles, q: jax.Array, k: jax.Array) -> Shape:
-  """The cut of one part of the backward pass."""
+  """Returns how one part of the backward pass is cut into tiles.
+
+  Args:
+    tiles: of the chip.
+    q: queries of the whole call.
+    k: keys of the whole call.
+  """
   parts, shape = split(tiles, q, k)
   each = 8 * k.shape[2] * shape.dim * shape.keys  # float32 dk and dv of a tile
 
-  def fits(shape):
+  def fits(shape: Shape) -> bool:
     return _listed(shape) and (parts == 1 or each * shape.key_tiles <= SUMS)
 
   return _split_keys(shape, fits)
@@ -176,10 +255,19 @@ def split_backward(tiles: AttentionTiles, q: jax.Array, k: jax.Array) -> Shape:
 def split(
   tiles: AttentionTiles, q: jax.Array, k: jax.Array
 ) -> tuple[int, Shape]:
-  """Parts of the queries whose dq fits in VMEM, and the cut of one part."""
+  """Splits the queries of the backward pass so that VMEM holds a part's dq.
+
+  Args:
+    tiles: of the chip.
+    q: queries of the whole call.
+    k: keys of the whole call.
+
+  Returns:
+    The number of parts, and how one of them is cut into tiles.
+  """
   whole = _cut(tiles.backward, q, k)
 
-  def fits(shape):
+  def fits(shape: Shape) -> bool:
     vmem = backward_vmem(shape, q.dtype.itemsize)
     return vmem <= tiles.vmem and _listed(shape._replace(key_tiles=1))
 
@@ -188,7 +276,7 @@ def split(
 
 
 def _split_keys(shape: Shape, fits: Callable[[Shape], bool]) -> Shape:
-  """With the key tiles of one part.
+  """Reduces the key tiles to those of one part that fits.
 
   Up to twice as many parts as need be are taken if they are of one length:
   else all keys would be copied to pad the last part.
@@ -199,18 +287,22 @@ def _split_keys(shape: Shape, fits: Callable[[Shape], bool]) -> Shape:
 
 
 def _fewest(whole: Shape, name: str, fits: Callable[[Shape], bool]) -> int:
-  """Of how many parts each fits; one tile a part if none does."""
+  """Returns the least number of parts of which each fits.
+
+  If none does, every tile is a part.
+  """
   tiles = getattr(whole, name)
   enough = (n for n in range(1, tiles) if fits(_part(whole, name, n)))
   return next(enough, tiles)
 
 
 def _part(whole: Shape, name: str, parts: int) -> Shape:
+  """Reduces the tiles of this kind to those of one of so many parts."""
   return whole._replace(**{name: -(-getattr(whole, name) // parts)})
 
 
 def _lengths(shape: Shape) -> dict[str, int]:
-  """Queries and keys of a part."""
+  """Returns the queries and keys of a part."""
   return {
     "queries": shape.query_tiles * shape.queries,
     "keys": shape.key_tiles * shape.keys,
@@ -218,19 +310,21 @@ def _lengths(shape: Shape) -> dict[str, int]:
 
 
 def _listed(shape: Shape) -> bool:
-  """Can visits name its tiles, and does scalar memory hold them all?"""
+  """Returns whether blocks can name the tiles, and scalar memory holds all."""
   tiles = max(shape.query_tiles, shape.key_tiles)
   return tiles <= block_schedule.MOST_TILES and row_scalars(shape) <= SMEM
 
 
 def row_scalars(shape: Shape) -> int:
-  """Bytes of scalar memory for the visits of one row."""
-  visited = shape.query_tiles * shape.key_tiles
+  """Returns the bytes of scalar memory for one row's block schedule."""
+  blocks = shape.query_tiles * shape.key_tiles  # at most: if all tiles meet
+  # Least and largest id of query tiles; of key chunks also the only one.
   ranges = 2 * shape.query_tiles + 3 * shape.key_tiles * shape.chunks
-  return 4 * (visited + ranges)
+  return 4 * (blocks + ranges)
 
 
 def _cut(tiles: Tiles, q: jax.Array, k: jax.Array) -> Shape:
+  """Cuts the whole call into tiles."""
   return cut(
     tiles,
     queries=q.shape[1],
@@ -240,8 +334,8 @@ def _cut(tiles: Tiles, q: jax.Array, k: jax.Array) -> Shape:
   )
 
 
-def _by_rows(call: Callable, shape: Shape, *operands: jax.Array):
-  """`call` on as many rows at once as scalar memory has visits for."""
+def _by_rows(call: Callable, shape: Shape, *operands: jax.Array) -> Any:
+  """Calls `call` on as many rows at once as scalar memory has room for."""
   rows = operands[0].shape[0]
   most = max(1, SMEM // row_scalars(shape))
   if rows <= most:

@@ -1,17 +1,48 @@
-"""Forward kernel: transposed scores, and a maximum that is taken once.
+"""The forward kernel: transposed scores, and a maximum that is taken once.
 
-Scores are [keys, rows], so that the probabilities are the stationary operand
-of the second matmul, V^T P^T: its contraction is over keys and fills the
-matrix unit, also the 256-wide one of v6e and v7x, which head dim 128 leaves
-half empty the other way round. The price is that probabilities are pushed as
-weights; the unit does that beside the running matmul.
+One block of the schedule, of a query tile Q^T [C, rows] and a key tile with
+K [keys, C] and V [keys, C]:
 
-FlashAttention (arXiv 2205.14135) rescales its sums whenever the maximum of a
-row grows. Here a row's reference is the maximum over the first keys that it
-sees, and stays: float32 and bfloat16 hold weights up to 2 ** 127 as exactly as
-those up to 1. Only if a sum passes `LARGEST` (scores more than 69 above the
-reference), or is not a number, the whole call is repeated with the running
-maximum: at worst it costs three times as much, and is never wrong.
+                     rows = G heads x queries
+                   +--------------------------+
+                   |  Q^T                     | C       stays for all blocks of
+                   +--------------------------+         the query tile
+         C         +--------------------------+
+      +-----+      |                          |
+      |  K  |      |  S^T = K Q^T             | keys    P^T = exp2(S^T - top)
+      +-----+      +--------------------------+
+                   +--------------------------+
+                   |  acc += V^T P^T          | C       float32, in VMEM
+                   +--------------------------+
+                   |  sum += column sums, P^T | 1       float32, in VMEM
+                   +--------------------------+
+
+    for each row of the batch b, KV head, block n of the schedule:    (grid)
+      if FIRST:   top, sum, acc = NEVER, 0, 0
+      if WHOLE:   if NEW: take top of the rows that have none yet
+                  for each unit: P^T = exp2(S^T - top), add to sum and acc
+      if PARTLY:  for each chunk that meets the query tile:
+                    mask S^T; online softmax: raise top, shrink sum and acc
+      if LAST:    out = acc / sum; lse = top + log(sum)
+
+It departs from FlashAttention (arXiv 2205.14135) in two ways.
+
+Scores are transposed, [keys, rows], so that the probabilities are the
+stationary operand of the second product, V^T P^T. Its contraction is over the
+keys and fills the matrix unit, also the 256-wide one of v6e and TPU7x. The
+other way round the stationary operand is V, whose width is the head dim, 128:
+half of a 256-wide unit stays empty. The price is that probabilities have to be
+pushed into the unit as weights, which it does beside the running product.
+
+The maximum is taken once. FlashAttention rescales its sums whenever the
+maximum of a row grows. Here the reference of a row, `top`, is the maximum over
+the first chunk of keys that it sees, and stays. Softmax does not depend on the
+reference, and float32 and bfloat16 have 8 bits of exponent: they hold weights
+up to 2 ** 127 with the same relative precision as those up to 1. Only if a sum
+passes `LARGEST` (scores more than 69 above the reference) or is not a number,
+the kernel marks its log-sum-exp as infinite, and the whole call is repeated
+with a running maximum. At worst it costs three times as much; it is never
+wrong.
 """
 
 import functools
@@ -38,16 +69,18 @@ def forward(
   shape: Shape,
   vmem: int,
   out_dtype: jax.typing.DTypeLike,
-  interpret=False,
+  interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, jax.Array]:
-  """Segment-masked attention and its log-sum-exp.
+  """Computes segment-masked attention and its log-sum-exp.
 
   Args:
-    q: [B, T, H, C].
-    k, v: [B, S, K, C].
-    query_segment, key_segment: int32 [B, T] and [B, S]; 0 is padding.
-    shape: how it is cut into tiles.
-    vmem: bytes the kernel may take.
+    q: queries [B, T, H, C].
+    k: keys [B, S, K, C].
+    v: values [B, S, K, C].
+    query_segment: int32 [B, T]; 0 is padding.
+    key_segment: int32 [B, S]; 0 is padding.
+    shape: how the call is cut into tiles.
+    vmem: bytes of VMEM that the kernel may take.
     out_dtype: of the output.
     interpret: False, or `pltpu.InterpretParams` to run without a TPU.
 
@@ -55,7 +88,7 @@ def forward(
     out [B, T, H, C] and lse float32 [B, T, H]; a query that sees no key has
     zeros and `NEVER`.
   """
-  grid = block_schedule.plan(
+  schedule = block_schedule.make_schedule(
     tile_layout.pad(query_segment, 1, shape.query_tiles * shape.queries),
     tile_layout.pad(key_segment, 1, shape.key_tiles * shape.keys),
     query_tiles=shape.query_tiles,
@@ -79,12 +112,14 @@ def forward(
     out_dtype=out_dtype,
     interpret=interpret,
   )
-  out, lse = call(grid, arrays, running=False)
+  out, lse = call(schedule, arrays, running=False)
+  # The check and the repetition of which the module's docstring speaks. Both
+  # kernels are in the program; the second runs only where it is needed.
   out, lse = jax.lax.cond(
     jnp.isfinite(lse).all(),
     lambda *_: (out, lse),
     functools.partial(call, running=True),
-    grid,
+    schedule,
     arrays,
   )
   length, dim = q.shape[1], q.shape[3]
@@ -95,7 +130,7 @@ def forward(
 
 
 def _call(
-  grid: block_schedule.Visits,
+  schedule: block_schedule.BlockSchedule,
   arrays: tuple[jax.Array, ...],
   *,
   running: bool,
@@ -104,12 +139,27 @@ def _call(
   kv_heads: int,
   vmem: int,
   out_dtype: jax.typing.DTypeLike,
-  interpret,
-):
-  """(out, lse) in tiles. `running`: with the running maximum everywhere."""
+  interpret: bool | pltpu.InterpretParams,
+) -> tuple[jax.Array, jax.Array]:
+  """Runs the kernel.
+
+  Args:
+    schedule: its grid.
+    arrays: q, k, v and segment ids, in tiles.
+    running: whether the maximum runs in every block.
+    shape: how the call is cut into tiles.
+    scale: of the scores.
+    kv_heads: K.
+    vmem: bytes of VMEM that the kernel may take.
+    out_dtype: of the output.
+    interpret: as for `forward`.
+
+  Returns:
+    out [B, K, tiles, C, rows] and lse [B, K, tiles, 1, rows].
+  """
   q, k = arrays[:2]
-  rows, most = grid.code.shape
-  at = block_schedule.blocks(most)
+  rows, most = schedule.blocks.shape
+  at = block_schedule.index_maps(most)
   queries = pl.BlockSpec((1, 1, 1, shape.dim, shape.rows), at.query)
   numbers = pl.BlockSpec((1, 1, 1, 1, shape.rows), at.query)
   keys = pl.BlockSpec((1, shape.keys, shape.dim), at.key)
@@ -127,8 +177,9 @@ def _call(
       jax.ShapeDtypeStruct((*q.shape[:3], 1, shape.rows), jnp.float32),
     ),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=6,
-      grid=(rows, kv_heads, grid.count),
+      num_scalar_prefetch=6,  # what `schedule.scalars` returns
+      # As long as the longest schedule of all rows, known when it runs.
+      grid=(rows, kv_heads, schedule.count),
       in_specs=[
         queries,
         keys,
@@ -138,98 +189,143 @@ def _call(
       ],
       out_specs=(queries, numbers),
       scratch_shapes=[
-        pltpu.VMEM((1, shape.rows), jnp.float32),
-        pltpu.VMEM((1, shape.rows), jnp.float32),
-        pltpu.VMEM((shape.dim, shape.rows), jnp.float32),
+        pltpu.VMEM((1, shape.rows), jnp.float32),  # top
+        pltpu.VMEM((1, shape.rows), jnp.float32),  # sum
+        pltpu.VMEM((shape.dim, shape.rows), jnp.float32),  # acc
       ],
     ),
     compiler_params=pltpu.CompilerParams(
+      # Blocks of one query tile add to the same scratch, so in order.
       dimension_semantics=("parallel", "parallel", "arbitrary"),
       vmem_limit_bytes=vmem,
     ),
     cost_estimate=pl.CostEstimate(
-      flops=4 * pairs * shape.dim,
+      flops=4 * pairs * shape.dim,  # two products, a multiply and an add each
       transcendentals=pairs,
       bytes_accessed=2 * q.nbytes + 2 * shape.query_tiles * k.nbytes,
     ),
     interpret=interpret,
     name="attention_forward" + "_running" * running,
-  )(*grid.scalars(), *arrays)
+  )(*schedule.scalars(), *arrays)
 
 
 def _kernel(
-  code_ref,
-  query_low,
-  query_high,
-  key_low,
-  key_high,
-  key_only,
-  q_ref,  # [1, 1, 1, C, rows]
-  k_ref,  # [1, keys, C]
-  v_ref,
-  query_segment,  # [1, 1, 1, rows]
-  key_segment,  # [1, chunks, 1, chunk]
-  out_ref,  # [1, 1, 1, C, rows]
-  lse_ref,  # [1, 1, 1, 1, rows]
-  top_ref,  # [1, rows]: the reference, in powers of two
-  sum_ref,  # [1, rows]
-  acc_ref,  # [C, rows]
+  blocks_ref: jax.Ref,  # the schedule and its ranges, in scalar memory, flat
+  query_low: jax.Ref,
+  query_high: jax.Ref,
+  key_low: jax.Ref,
+  key_high: jax.Ref,
+  key_only: jax.Ref,
+  q_ref: jax.Ref,  # [1, 1, 1, C, rows]
+  k_ref: jax.Ref,  # [1, keys, C]
+  v_ref: jax.Ref,  # [1, keys, C]
+  query_segment: jax.Ref,  # [1, 1, 1, rows]
+  key_segment: jax.Ref,  # [1, chunks, 1, chunk]
+  out_ref: jax.Ref,  # [1, 1, 1, C, rows]
+  lse_ref: jax.Ref,  # [1, 1, 1, 1, rows]
+  top_ref: jax.Ref,  # [1, rows]: the reference, in powers of two
+  sum_ref: jax.Ref,  # [1, rows]
+  acc_ref: jax.Ref,  # [C, rows]
   *,
   shape: Shape,
   most: int,
   to_power: float,
   running: bool,
-):
-  b = pl.program_id(0)
-  code = code_ref[b * most + pl.program_id(2)]
-  chunk = (block_schedule.key_tile(code) + b * shape.key_tiles) * shape.chunks
+) -> None:
+  """Works off one block, as the module's docstring shows.
 
-  @pl.when(block_schedule.has(code, block_schedule.FIRST))
-  def _():
+  Args:
+    blocks_ref: and the references after it: operands, results and scratch, of
+      the shapes above.
+    query_low: least segment id of each query tile.
+    query_high: largest segment id of each query tile.
+    key_low: least segment id of each key chunk.
+    key_high: largest segment id of each key chunk.
+    key_only: the id that a key chunk is all of, or 0.
+    q_ref: a query tile.
+    k_ref: a key tile.
+    v_ref: its values.
+    query_segment: ids of the query tile.
+    key_segment: ids of the key tile.
+    out_ref: the output tile.
+    lse_ref: its log-sum-exp.
+    top_ref: scratch.
+    sum_ref: scratch.
+    acc_ref: scratch.
+    shape: how the call is cut into tiles.
+    most: blocks for which each row of the schedule has room.
+    to_power: factor from scores to powers of two: the scale, and log2(e).
+    running: whether the maximum runs in every block.
+  """
+  b = pl.program_id(0)
+  block = blocks_ref[b * most + pl.program_id(2)]
+  # Number of this tile's first chunk in the flat ranges of all rows.
+  chunk = (block_schedule.key_tile(block) + b * shape.key_tiles) * shape.chunks
+
+  @pl.when(block_schedule.has(block, block_schedule.FIRST))
+  def _() -> None:
     top_ref[...] = jnp.full_like(top_ref, NEVER)
     sum_ref[...] = jnp.zeros_like(sum_ref)
     acc_ref[...] = jnp.zeros_like(acc_ref)
 
-  def scores(key, at):
+  def scores(key: int | jax.Array, at: slice) -> jax.Array:
+    """Returns a unit's scores [chunk, unit] in powers of two, float32."""
     keys = k_ref[0, pl.ds(key, shape.chunk)]
+    # Scaled here, in float32: scaling q before the product would round it.
     return dot(keys, q_ref[0, 0, 0, :, at]) * to_power
 
-  def values(key):  # [C, chunk]
+  def values(key: int | jax.Array) -> jax.Array:
+    """Returns a chunk's values, transposed to [C, chunk]."""
     return v_ref[0, pl.ds(key, shape.chunk)].T
 
-  def gather(at, weight, value, shrink=1.0):
+  def add(
+    at: slice,
+    weight: jax.Array,
+    value: jax.Array,
+    shrink: jax.Array | float = 1.0,
+  ) -> None:
+    """Adds a unit's weights [chunk, unit] to the sums of its rows."""
+    # The sum, which divides all channels, is of the float32 weights; only the
+    # product takes them rounded to the dtype of the values.
     sum_ref[:, at] = sum_ref[:, at] * shrink + weight.sum(0, keepdims=True)
     more = dot(value, weight.astype(value.dtype))
     acc_ref[:, at] = acc_ref[:, at] * shrink + more
 
-  def one_segment():
-    """All keys are of one segment: rows of others are masked by row."""
+  def one_segment() -> None:
+    """Adds a block whose keys are all of one segment.
+
+    No score needs a mask of its own: a row is either of this segment or not.
+    """
     mine = query_segment[0, 0] == key_only[chunk]
 
-    @pl.when(block_schedule.has(code, block_schedule.NEW))
-    def _():
+    # Only where the segment may begin can there be rows without a reference.
+    @pl.when(block_schedule.has(block, block_schedule.NEW))
+    def _() -> None:
       for at in shape.row_units:
         top = scores(0, at).max(0, keepdims=True)
         fresh = mine[:, at] & (top_ref[:, at] == NEVER)
         top_ref[:, at] = jnp.where(fresh, top, top_ref[:, at])
 
-    # exp2(score + NEVER) is 0.
+    # For rows of other segments the reference is huge: exp2(score + NEVER) is
+    # 0. So masking costs one operation a row, and none a score.
     reference = jnp.where(mine, top_ref[...], -NEVER)
-    # One unit ahead: the matrix unit works while these are exponentiated.
-    ahead = scores(*shape.units[0])
+    # The scores of a unit are multiplied one unit ahead, so that the matrix
+    # unit works while the vector units exponentiate.
+    ahead, value = scores(*shape.units[0]), None
     for number, (key, at) in enumerate(shape.units):
       score = ahead
       if number + 1 < len(shape.units):
         ahead = scores(*shape.units[number + 1])
-      if at.start == 0:
+      if value is None or at.start == 0:  # units of a chunk share its values
         value = values(key)
-      gather(at, jnp.exp2(score - reference[:, at]), value)
+      add(at, jnp.exp2(score - reference[:, at]), value)
 
-  def some_chunks():
-    """Keys of several segments, or of any with a running maximum."""
-    i = block_schedule.query_tile(code) + b * shape.query_tiles
+  def some_chunks() -> None:
+    """Adds a block of several segments, or any with a running maximum."""
+    i = block_schedule.query_tile(block) + b * shape.query_tiles
 
-    def visit(c, only):
+    def add_chunk(c: jax.Array, only: jax.Array | None) -> None:
+      """Adds chunk c; `only` is the segment of all of it, or None."""
       key = pl.multiple_of(c * shape.chunk, shape.chunk)
       value = values(key)
       for at in shape.row_units:
@@ -237,38 +333,44 @@ def _kernel(
         score = scores(key, at)
         if only is None:
           score = jnp.where(mask(key_segment[0, c], mine), score, NEVER)
+        # The online softmax: raise the reference to the chunk's maximum, and
+        # shrink what was summed with the old one. A row that sees nothing
+        # here keeps its reference, and its weights are exp2(. + NEVER) = 0.
         old, peak = top_ref[:, at], score.max(0, keepdims=True)
         seen = peak > NEVER if only is None else mine == only
         top = jnp.where(seen, jnp.maximum(old, peak), old)
         top_ref[:, at] = top
         weight = jnp.exp2(score - jnp.where(seen, top, -NEVER))
-        gather(at, weight, value, jnp.exp2(old - top))
+        add(at, weight, value, jnp.exp2(old - top))
 
-    def one_chunk(c, carry):
+    def one_chunk(c: jax.Array, carry: None) -> None:
       j = chunk + c
       meets = (query_low[i] <= key_high[j]) & (key_low[j] <= query_high[i])
       only = key_only[j]
-      pl.when(meets & (only > 0))(lambda: visit(c, only))
-      pl.when(meets & (only == 0))(lambda: visit(c, None))
+      pl.when(meets & (only > 0))(lambda: add_chunk(c, only))
+      pl.when(meets & (only == 0))(lambda: add_chunk(c, None))
       return carry
 
+    # A loop, not unrolled as in `one_segment`: few blocks come here, and each
+    # chunk asks first whether it meets the query tile at all.
     jax.lax.fori_loop(0, shape.chunks, one_chunk, None)
 
   if running:
     pl.when(
-      block_schedule.has(code, block_schedule.WHOLE | block_schedule.PARTLY)
+      block_schedule.has(block, block_schedule.WHOLE | block_schedule.PARTLY)
     )(some_chunks)
   else:
-    pl.when(block_schedule.has(code, block_schedule.WHOLE))(one_segment)
-    pl.when(block_schedule.has(code, block_schedule.PARTLY))(some_chunks)
+    pl.when(block_schedule.has(block, block_schedule.WHOLE))(one_segment)
+    pl.when(block_schedule.has(block, block_schedule.PARTLY))(some_chunks)
 
-  @pl.when(block_schedule.has(code, block_schedule.LAST))
-  def _():
+  @pl.when(block_schedule.has(block, block_schedule.LAST))
+  def _() -> None:
     total = sum_ref[...]
     seen = total > 0
     safe = jnp.where(seen, total, 1.0)
     out_ref[0, 0, 0] = (acc_ref[...] / safe).astype(out_ref.dtype)
     lse = top_ref[...] / LOG2E + jnp.log(safe)
-    # Infinite where the reference was left too far behind, or not a number.
+    # Infinite where the sum is too large, because the reference was left too
+    # far behind, or is not a number: `forward` then repeats the call.
     lse = jnp.where(total <= LARGEST, lse, jnp.inf)
     lse_ref[0, 0, 0] = jnp.where(total == 0, NEVER, lse)

@@ -3,6 +3,18 @@
 The sizes for each generation stand in `hourjax.parallel.chips`, and are handed
 to the attention call. `python -m hourjax.bench attention --tune` compiles
 candidates for a chip and prints the best ones.
+
+                         rows (G heads x queries)
+                    <------------------------------->
+                  ^ +-------+-------+-------+-------+ ^
+                  | | unit  |       |       |       | | chunk
+       keys of    | +-------+-------+-------+-------+ v
+       one block  | |       |       |       |       |
+                  v +-------+-------+-------+-------+
+
+A block, the scores of one query tile and one key tile, is `keys` x `rows`. It
+is worked off in units of `chunk` x `unit`: row by row of the picture, the
+scores of the next unit being multiplied while the softmax of this one runs.
 """
 
 import math
@@ -11,16 +23,20 @@ from typing import NamedTuple
 from hourjax.kernels.constants import LANES
 
 MIB = 1 << 20
-SMEM = 512 << 10  # bytes of scalar memory for the list of visits; 1 MiB exists
+# Bytes of scalar memory for the block schedule: half of the 1 MiB that exists,
+# the rest of which is left to the compiler.
+SMEM = 512 << 10
 
 
 class Tiles(NamedTuple):
-  """What one visit of a kernel works on.
+  """Holds the sizes of what one block of a kernel works on.
 
-  A tile of queries is `rows` columns of transposed scores: the G heads of a
-  KV group side by side, so that a key read from HBM serves all of them. It
-  meets `keys` keys, in units of `chunk` keys x `unit` rows: the scores of the
-  next unit are computed while the softmax of this one runs.
+  Attributes:
+    rows: columns of a query tile, the G heads of a KV group side by side, so
+      that a key that is read from HBM serves all of them.
+    keys: keys of a key tile.
+    chunk: keys of a unit; divides `keys`.
+    unit: rows of a unit; best a divisor of `rows`.
   """
 
   rows: int
@@ -44,32 +60,44 @@ class AttentionTiles(NamedTuple):
 
 
 class Shape(NamedTuple):
-  """One call, cut into tiles. A row is G x `queries` score rows wide."""
+  """Describes one call that is cut into tiles.
 
-  groups: int  # G
-  queries: int  # of a tile
+  Attributes:
+    groups: G, query heads of a KV head.
+    queries: positions of a query tile.
+    query_tiles: number of query tiles.
+    rows: groups * queries, the width of a query tile; a multiple of 128.
+    unit: rows of a unit; divides `rows`.
+    keys: keys of a key tile.
+    key_tiles: number of key tiles.
+    chunk: keys of a unit; divides `keys`.
+    dim: C, padded to a multiple of 128 lanes.
+  """
+
+  groups: int
+  queries: int
   query_tiles: int
-  rows: int  # groups * queries, a multiple of 128
-  unit: int  # rows of a unit, divides rows
-  keys: int  # of a tile
+  rows: int
+  unit: int
+  keys: int
   key_tiles: int
-  chunk: int  # divides keys
-  dim: int  # C, padded to lanes
+  chunk: int
+  dim: int
 
   @property
   def chunks(self) -> int:
-    """Chunks of a key tile."""
+    """Returns the number of chunks of a key tile."""
     return self.keys // self.chunk
 
   @property
   def row_units(self) -> list[slice]:
-    """Rows of each unit of a chunk."""
+    """Returns the rows of each unit of a chunk."""
     starts = range(0, self.rows, self.unit)
     return [slice(start, start + self.unit) for start in starts]
 
   @property
   def units(self) -> list[tuple[int, slice]]:
-    """(first key, rows) of each unit of a visit, in order."""
+    """Returns (first key, rows) of each unit of a block, in order."""
     starts = range(0, self.keys, self.chunk)
     return [(key, rows) for key in starts for rows in self.row_units]
 
@@ -77,8 +105,21 @@ class Shape(NamedTuple):
 def cut(
   tiles: Tiles, *, queries: int, keys: int, groups: int, dim: int
 ) -> Shape:
-  """Tiles for T queries and S keys; smaller ones where these are few."""
-  step = LANES // math.gcd(groups, LANES)  # so that rows fill whole lanes
+  """Cuts a call into tiles; smaller ones than asked for where it is small.
+
+  With tiles of 1,024 rows and G = 8 heads, a tile holds 128 queries; 9,728
+  queries are 76 tiles.
+
+  Args:
+    tiles: the sizes that are wanted.
+    queries: T of the call.
+    keys: S of the call.
+    groups: G of the call.
+    dim: C of the call.
+  """
+  # Queries come in steps for which G times as many rows fill whole lanes: of
+  # 16 queries for G = 8, of 128 for G = 7.
+  step = LANES // math.gcd(groups, LANES)
   wanted = max(1, tiles.rows // (groups * step)) * step
   tile = min(wanted, _up(queries, step))
   rows = groups * tile
@@ -99,9 +140,10 @@ def cut(
 
 
 def _divisor(rows: int, largest: int) -> int:
-  """The largest multiple of 128, at most `largest`, that divides rows."""
+  """Returns the largest multiple of 128 up to `largest` that divides rows."""
   return max(n for n in range(LANES, largest + 1, LANES) if rows % n == 0)
 
 
 def _up(n: int, step: int) -> int:
+  """Rounds n, but at least 1, up to a multiple of step."""
   return -(-max(n, 1) // step) * step

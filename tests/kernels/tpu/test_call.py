@@ -339,7 +339,7 @@ def test_no_length_is_refused(name, queries, keys):
     )
 
 
-def test_more_tiles_than_a_visit_can_name_are_parts():
+def test_more_tiles_than_a_block_can_name_are_parts():
   tile = Tiles(128, 128, 128, 128)
   tiles = AttentionTiles(tile, tile, 1 << 40)
   most = block_schedule.MOST_TILES

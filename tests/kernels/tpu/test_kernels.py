@@ -52,7 +52,7 @@ def test_heads(heads, kv_heads, dim, tiles):
 
 @slow
 def test_two_cores():
-  """Rows and heads go to different cores, lists of visits are not as long."""
+  """Rows and heads go to different cores, schedules are not as long."""
   check(
     draw(1, 2, 40, 300, 16, 2),
     of([(1, 40)], [(1, 9), (2, 9)], total=40),
@@ -103,7 +103,7 @@ def test_any_segments(data, ordered):
 
 
 def test_rows_are_independent():
-  """The same bits beside another row, of more visits or of fewer."""
+  """The same bits beside another row, of more blocks or of fewer."""
   inputs = draw(4, *SHAPE)
   row = [(1, 5), (2, 9)], [(1, 500), (2, 60)]
   full = ours(

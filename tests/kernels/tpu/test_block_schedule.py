@@ -1,4 +1,4 @@
-"""The list of visits against a search through all pairs of tiles."""
+"""The block schedule against a search through all pairs of tiles."""
 
 import functools
 
@@ -15,17 +15,17 @@ QUERIES, KEYS = QUERY_TILES * EACH, KEY_TILES * CHUNKS * EACH
 FLAGS = ("FIRST", "LAST", "WHOLE", "PARTLY", "NEW")
 
 
-def listed(plan):
+def listed(schedule):
   """Of each row: [(query tile, key tile, set of flags)], with the padding."""
   parts = (
-    block_schedule.query_tile(plan.code),
-    block_schedule.key_tile(plan.code),
-    plan.code,
+    block_schedule.query_tile(schedule.blocks),
+    block_schedule.key_tile(schedule.blocks),
+    schedule.blocks,
   )
   return [
     [
-      (i, j, {x for x in FLAGS if code & getattr(block_schedule, x)})
-      for i, j, code in zip(*row)
+      (i, j, {x for x in FLAGS if block & getattr(block_schedule, x)})
+      for i, j, block in zip(*row)
     ]
     for row in zip(*(np.asarray(x).tolist() for x in parts))
   ]
@@ -51,14 +51,14 @@ def shared(
   static_argnames=("by_key", "query_tiles", "key_tiles"),
   compiler_options={"xla_backend_optimization_level": 0},
 )
-def plan(
+def make_schedule(
   query_segment,
   key_segment,
   by_key,
   query_tiles=QUERY_TILES,
   key_tiles=KEY_TILES,
 ):
-  return block_schedule.plan(
+  return block_schedule.make_schedule(
     query_segment,
     key_segment,
     query_tiles=query_tiles,
@@ -69,18 +69,18 @@ def plan(
 
 
 def check_row(row, count, query_segment, key_segment, by_key, exact):
-  """One row's list, all of it; the first `count` entries are visits."""
+  """One row's schedule, all of it; the first `count` entries are blocks."""
   axis = 1 if by_key else 0
   keys = [set(x.tolist()) for x in np.split(key_segment, KEY_TILES)]
   active = [x for x in row if x[2] & {"WHOLE", "PARTLY"}]
   real = [x for x in row if x[2]]
   assert row[: len(real)] == real and len(real) <= count
-  # Afterwards the last one again, which does nothing and moves no block.
+  # Afterwards the last one again, which does nothing and fetches no tile.
   assert all(x == (*real[-1][:2], set()) for x in row[len(real) :])
   pairs = [x[:2] for x in real]
   assert len(set(pairs)) == len(pairs)
   assert pairs == sorted(pairs, key=lambda pair: (pair[axis], pair[1 - axis]))
-  # Every output tile has a first visit and a last, itself perhaps.
+  # Every output tile has a first block and a last, perhaps the same one.
   tiles = [pair[axis] for pair in pairs]
   assert set(tiles) == set(range(KEY_TILES if by_key else QUERY_TILES))
   for n, (_, j, flags) in enumerate(real):
@@ -115,13 +115,13 @@ def _padded(ids, segments):
 
 
 @given(data=st.data(), by_key=st.booleans())
-def test_packed_rows_visit_just_what_they_share(data, by_key):
+def test_packed_rows_have_just_the_blocks_that_meet(data, by_key):
   rows = []
   for _ in range(2):
     n = data.draw(st.integers(0, 5))
     rows.append([_padded(data.draw(_packed(n, x)), n) for x in (QUERIES, KEYS)])
   queries, keys = (np.stack(x) for x in zip(*rows))
-  made = plan(queries, keys, by_key)
+  made = make_schedule(queries, keys, by_key)
   longest = 0
   for row, query, key in zip(listed(made), queries, keys):
     longest = max(longest, sum(bool(x[2]) for x in row))
@@ -130,7 +130,7 @@ def test_packed_rows_visit_just_what_they_share(data, by_key):
 
 
 @given(data=st.data(), by_key=st.booleans())
-def test_any_ids_visit_all_that_they_share(data, by_key):
+def test_ids_in_any_order_have_all_blocks_that_meet(data, by_key):
   def ids(n):
     return st.lists(st.integers(0, 5), min_size=n, max_size=n)
 
@@ -138,7 +138,7 @@ def test_any_ids_visit_all_that_they_share(data, by_key):
     np.array([data.draw(ids(n)) for _ in range(2)], np.int32)
     for n in (QUERIES, KEYS)
   )
-  made = plan(queries, keys, by_key)
+  made = make_schedule(queries, keys, by_key)
   for row, query, key in zip(listed(made), queries, keys):
     check_row(row, int(made.count), query, key, by_key, exact=False)
 
@@ -147,7 +147,7 @@ def test_ranges_of_tiles_and_chunks():
   """What the kernels ask about chunks: least id, largest id, the only one."""
   keys = np.repeat([1, 1, 1, 2, 2, 2, 2, 3, 0, 0], EACH).astype(np.int32)
   keys[2] = 0
-  made = plan(keys[None, :QUERIES], keys[None], False)
+  made = make_schedule(keys[None, :QUERIES], keys[None], False)
   huge = np.iinfo(np.int32).max
   low, high, only = (np.asarray(x[0]).tolist() for x in made.key)
   assert low == [1, 1, 1, 2, 2, 2, 2, 3, huge, huge]
@@ -158,21 +158,21 @@ def test_ranges_of_tiles_and_chunks():
 
 def test_scalars_are_flat_and_in_the_kernels_order():
   ones = np.ones((2, KEYS), np.int32)
-  made = plan(ones[:, :QUERIES], ones, False)
+  made = make_schedule(ones[:, :QUERIES], ones, False)
   sizes = [x.shape for x in made.scalars()]
   tiles = QUERY_TILES * KEY_TILES
   assert sizes == [
     (2 * n,) for n in (tiles, *[QUERY_TILES] * 2, *[KEY_TILES * CHUNKS] * 3)
   ]
-  assert (made.scalars()[0] == made.code.reshape(-1)).all()
+  assert (made.scalars()[0] == made.blocks.reshape(-1)).all()
 
 
-def test_the_most_tiles_have_their_own_codes():
+def test_the_most_tiles_have_their_own_numbers():
   """The last of 8,192 query tiles, with flags, is still a positive number."""
   last = block_schedule.MOST_TILES - 1
   ids = np.zeros((1, block_schedule.MOST_TILES), np.int32)
   ids[0, last] = 1
-  made = plan(
+  made = make_schedule(
     ids,
     np.ones((1, CHUNKS), np.int32),
     False,
@@ -180,7 +180,7 @@ def test_the_most_tiles_have_their_own_codes():
     key_tiles=1,
   )
   assert listed(made)[0][last] == (last, 0, set(FLAGS) - {"PARTLY"})
-  assert (made.code > 0).all()
+  assert (made.blocks > 0).all()
 
 
 @pytest.mark.parametrize("by_key", [False, True])
@@ -188,7 +188,7 @@ def test_a_packed_row_costs_the_sum_of_its_segments(by_key):
   """Six videos in a row of real size: not all 76 x 230 tiles meet."""
   queries = np.array([3000, 1200, 900, 2500, 1100, 1000])
   keys = queries * 24
-  made = plan(
+  made = make_schedule(
     _filled(queries, 76 * 128),
     _filled(keys, 230 * 1024),
     by_key,

@@ -1,4 +1,4 @@
-"""Attention to a cache, and shares of attention, against float64."""
+"""Attention to a cache, and attention by key, against float64."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -85,7 +85,7 @@ def test_one_by_one_is_causal_attention():
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (6, 1), (2, 2)])
-def test_shares_are_summed_weights(heads, kv_heads):
+def test_key_attention_is_summed_weights(heads, kv_heads):
   q, k = _normal(2, 13, heads, 8), _normal(2, 700, kv_heads, 8)
   query = RNG.integers(0, 3, (2, 13))
   key = np.sort(RNG.integers(0, 3, (2, 700)), axis=1)
@@ -133,7 +133,7 @@ def test_cache_in_bfloat16():
   )
 
 
-def test_shares_in_bfloat16():
+def test_key_attention_in_bfloat16():
   q, k = _normal(1, 64, 8, 8), _normal(1, 300, 2, 8)
   q, k = (jnp.asarray(x, jnp.bfloat16) for x in (q, k))
   one = [jnp.ones((1, n), jnp.int32) for n in (64, 300)]

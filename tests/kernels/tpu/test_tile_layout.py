@@ -1,3 +1,5 @@
+"""Products of tiles, and masks."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
