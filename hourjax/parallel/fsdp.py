@@ -1,9 +1,14 @@
-"""Weights that every device stores a part of (FSDP, arXiv 2304.11277).
+"""Weights of which every device stores a part (FSDP, arXiv 2304.11277).
 
-They are cast, then gathered for the time of a product, and their gradients are
-summed in float32 into the part that each device stores. Written out as
-collectives: left to itself, the compiler sums whole gradients and drops what
-it does not need, at twice the traffic.
+A weight is cast, then gathered for the time of a product, and its gradient is
+summed in float32 into the part that each device stores:
+
+    forward    part --cast--> bfloat16 --all-gather--> whole --> product
+    backward   gradient of the whole, float32 --reduce-scatter--> part
+
+The collectives are written out. Left to itself, the compiler sums whole
+gradients on all devices and drops what a device does not need, which sends
+twice as much.
 """
 
 import math
@@ -13,30 +18,43 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hourjax.kernels.constants import LANES
-from hourjax.parallel import collectives as over
+from hourjax.parallel import collectives
 from hourjax.parallel.chips import chip_of
 from hourjax.parallel.rules import RULES, has_mesh, in_use, spec
 
-_LARGE = 16 << 20  # bytes
+# Bytes of a gathered weight from which all axes are gathered at once.
+_LARGE = 16 << 20
 Names = tuple[str | None, ...]
 
 
 def gather_weight(
   kernel: Float[Array, "i o"], axes: Names, dtype: jax.typing.DTypeLike
 ) -> Float[Array, "i o"]:
-  """The weight in `dtype`, whole but for the axes that stay split in use."""
+  """Returns the weight in `dtype`, gathered for a product.
+
+  Args:
+    kernel: of which each device stores a part.
+    axes: logical axes of its dimensions.
+    dtype: of the product.
+
+  Returns:
+    The whole weight, but for the axes that stay split in use.
+  """
   if not has_mesh():
     return kernel.astype(dtype)
 
-  def here(part):
+  def local(part: jax.Array) -> jax.Array:
+    # Cast first: a bfloat16 number takes half the traffic of a float32 one.
     part = part.astype(dtype)
     for dim, axis in enumerate(axes):
-      names = _travelling(axis)
+      names = _gathered_axes(axis)
       if names:
         part = _join(part, names, dim)
     return part
 
-  return over.local_shard_map(here, (spec(*axes),), in_use(*axes))(kernel)
+  return collectives.local_shard_map(local, (spec(*axes),), in_use(*axes))(
+    kernel
+  )
 
 
 def weight_gradients(
@@ -46,7 +64,7 @@ def weight_gradients(
   lead: Names,
   dtype: jax.typing.DTypeLike,
 ) -> tuple[Float[Array, "i o"], Float[Array, "o"]]:
-  """Gradients of kernel and bias of y = x @ kernel + bias, in `dtype`.
+  """Returns the gradients of kernel and bias of y = x @ kernel + bias.
 
   Args:
     x: the layer's input.
@@ -54,23 +72,26 @@ def weight_gradients(
     axes: logical axes of the kernel.
     lead: logical axes of a and b.
     dtype: of the sums; the kernel's.
+
+  Returns:
+    The gradients in `dtype`, split as the parameters are stored.
   """
 
-  def here(x, d_y):
+  def local(x: jax.Array, d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
     kernel = jnp.einsum("abi,abo->io", x, d_y, preferred_element_type=dtype)
     bias = d_y.astype(dtype).sum((0, 1))
-    bias = over.total(bias, *_summed(lead, ()))
+    bias = collectives.psum(bias, *_summed(lead, ()))
     scattered = ()
     for dim, axis in enumerate(axes):
-      names = _travelling(axis)
+      names = _gathered_axes(axis)
       if names:
         kernel = _scatter(kernel, names, dim)
         scattered += names
-    return over.total(kernel, *_summed(lead, scattered)), bias
+    return collectives.psum(kernel, *_summed(lead, scattered)), bias
 
   inputs, outputs = (in_use(axis) for axis in axes)
-  function = over.local_shard_map(
-    here,
+  function = collectives.local_shard_map(
+    local,
     (spec(*lead, None), spec(*lead, None))
     if lead[0] == "images"
     else (_with_last(lead, inputs), _with_last(lead, outputs)),
@@ -79,39 +100,54 @@ def weight_gradients(
   return function(x, d_y)
 
 
-def _with_last(lead, last):
+def _with_last(
+  lead: Names, last: jax.sharding.PartitionSpec
+) -> jax.sharding.PartitionSpec:
+  """Returns the spec of the leading axes and of the last dimension."""
   return jax.sharding.PartitionSpec(*spec(*lead), *last)
 
 
-def _travelling(axis: str | None) -> tuple[str, ...]:
-  """Mesh axes of more than one device that a dimension is gathered over."""
+def _gathered_axes(axis: str | None) -> tuple[str, ...]:
+  """Returns the mesh axes over which a dimension is gathered for its use."""
   if axis is None:
     return ()
   stay = set(jax.tree.leaves(tuple(in_use(axis))))
-  return tuple(n for n in RULES[axis] if n not in stay and over.size(n) > 1)
+  return tuple(
+    name
+    for name in RULES[axis]
+    if name not in stay and collectives.axis_size(name) > 1
+  )
 
 
-def _summed(lead, scattered) -> tuple[str, ...]:
+def _summed(lead: Names, scattered: tuple[str, ...]) -> tuple[str, ...]:
+  """Returns the mesh axes of the leading dimensions, less the scattered."""
   names = [name for axis in lead if axis for name in RULES[axis]]
   return tuple(name for name in names if name not in scattered)
 
 
-def _join(part, names, dim):
-  """All parts along `dim`."""
+def _join(part: jax.Array, names: tuple[str, ...], dim: int) -> jax.Array:
+  """Gathers all parts along dimension `dim` over mesh axes."""
   front = jnp.moveaxis(part, dim, 0)
-  whole = _lines(front)
-  length = front.shape[0] * math.prod(over.size(name) for name in names)
-  for each in _at_once(names, length * front.nbytes // front.shape[0]):
+  whole = _as_tiles(front)
+  length = front.shape[0] * math.prod(
+    collectives.axis_size(name) for name in names
+  )
+  for each in _gather_steps(names, length * front.nbytes // front.shape[0]):
     whole = jax.lax.all_gather(whole, each)
   return jnp.moveaxis(whole.reshape(length, *front.shape[1:]), 0, dim)
 
 
-def _at_once(names, size):
-  """Mesh axes to gather over together, the innermost first.
+def _gather_steps(names: tuple[str, ...], size: int) -> list[tuple[str, ...]]:
+  """Returns which mesh axes are gathered over together, the innermost first.
 
-  On a two-dimensional torus all of them, which uses all its links. On one of
-  three dimensions, or for few bytes, the compiler then sums zeros instead, at
-  twice the traffic.
+  On a two-dimensional torus all of them at once, which uses all its links. On
+  one of three dimensions, or for few bytes, the compiler would make of that a
+  sum of zeros and parts over all devices, which sends twice as much; there it
+  is one axis after the other.
+
+  Args:
+    names: of the mesh axes.
+    size: bytes of the gathered array.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   chip = device and chip_of(device.device_kind)
@@ -120,26 +156,27 @@ def _at_once(names, size):
   return [(name,) for name in reversed(names)]
 
 
-def _scatter(whole, names, dim):
-  """A device's part along `dim` of the sum over devices.
+def _scatter(whole: jax.Array, names: tuple[str, ...], dim: int) -> jax.Array:
+  """Returns a device's part along `dim` of the sum over mesh axes.
 
-  One mesh axis after the other: over two at once the compiler sums all of it
-  everywhere, which sends twice as much.
+  One mesh axis after the other: over two at once the compiler sums all of the
+  array on all devices, which sends twice as much.
   """
   front = jnp.moveaxis(whole, dim, 0)
-  sizes = [over.size(name) for name in names]
+  sizes = [collectives.axis_size(name) for name in names]
   shape = (front.shape[0] // math.prod(sizes), *front.shape[1:])
-  part = jax.vmap(_lines)(front.reshape(-1, *shape))
+  part = jax.vmap(_as_tiles)(front.reshape(-1, *shape))
   part = part.reshape(*sizes, *part.shape[1:])
   for name in names:
     part = jax.lax.psum_scatter(part, name)
   return jnp.moveaxis(part.reshape(shape), 0, dim)
 
 
-def _lines(part):
-  """As whole tiles where that is possible.
+def _as_tiles(part: jax.Array) -> jax.Array:
+  """Reshapes a part to rows of 128 numbers where that is possible.
 
-  A few rows of a matrix are no whole tile: they would be padded, or summed
+  The TPU stores arrays in tiles of 8 x 128 numbers. A few rows of a matrix are
+  no whole tile: they would be padded before they are sent, or summed together
   with the rows of all other devices.
   """
   return part.reshape(-1, LANES if part.size % LANES == 0 else part.size)

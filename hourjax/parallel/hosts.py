@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, agree, and leave.
+"""The processes of a run: how they find each other, exchange messages, end.
 
 On TPU VMs one process runs on each host and finds the others without any
 setting. Elsewhere (CPUs, several processes on one machine) the environment
@@ -29,13 +29,14 @@ _WAIT = "HOURJAX_WAIT_SECONDS"
 _MESSAGE_BYTES = 4096
 # Seconds after which the others notice that a process is gone.
 _SILENCE = 60
-_LAST_WORDS = 2
+_LAST_WORDS = 2  # seconds in which others may print why they failed
 
 
 def start_hosts() -> None:
-  """Joins the other processes; must come before jax touches a device.
+  """Joins the other processes of the run, before jax touches a device.
 
-  Does nothing on a machine without TPU that the environment says nothing of.
+  Does nothing where the run has one process: on a machine without TPU, unless
+  the environment names others.
 
   Raises:
     UserError: the environment is incomplete, or the others did not come.
@@ -57,8 +58,8 @@ def start_hosts() -> None:
     except UserError as error:
       if by_hand:
         raise
-      # Nobody's mistake: a machine was taken away or is late, and whoever
-      # looks after the run (launch/tpu_vm.py) shall start it again.
+      # Nobody's mistake: a machine was taken away or is late. Without a
+      # UserError, whoever looks after the run (launch/tpu_vm.py) restarts it.
       sys.exit(f"error: {error}")
   try:
     jax.distributed.initialize(heartbeat_timeout_seconds=_SILENCE, **settings)
@@ -70,6 +71,7 @@ def start_hosts() -> None:
 
 
 def _wait_seconds(environ: Mapping[str, str]) -> float:
+  """Returns for how many seconds processes wait for one another."""
   given = environ.get(_WAIT) or "300"
   try:
     seconds = float(given)
@@ -81,7 +83,7 @@ def _wait_seconds(environ: Mapping[str, str]) -> float:
 
 
 def _detected(seconds: float) -> dict[str, Any]:
-  """Who is who on TPU VMs, as jax finds out; {} leaves it to jax."""
+  """Returns who is who on TPU VMs, as jax finds out; {} leaves it to jax."""
   try:
     from jax._src.clusters import ClusterEnv
 
@@ -103,10 +105,13 @@ def _detected(seconds: float) -> dict[str, Any]:
 
 
 def settings_of(environ: Mapping[str, str]) -> dict[str, Any] | None:
-  """Arguments of `jax.distributed.initialize`; None if it is not to be called.
+  """Returns arguments of `jax.distributed.initialize`; None: do not call it.
 
-  Empty on TPU VMs, where jax asks the metadata server for them. Importing jax
-  has set TPU_SKIP_MDS_QUERY on a machine without TPU chips.
+  They are empty on TPU VMs, where jax asks the metadata server for them. On a
+  machine without TPU chips, importing jax has set TPU_SKIP_MDS_QUERY.
+
+  Args:
+    environ: variables of the environment.
 
   Raises:
     UserError: HOURJAX_... variables that are incomplete or no numbers.
@@ -148,25 +153,30 @@ def settings_of(environ: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def count() -> int:
-  """Number of processes."""
+  """Returns the number of processes."""
   return jax.process_count()
 
 
 def index() -> int:
-  """Of this process, from 0."""
+  """Returns the number of this process, from 0."""
   return jax.process_index()
 
 
 def is_primary() -> bool:
-  """Whether this process writes what only one may write."""
+  """Returns whether this process writes what only one may write."""
   return index() == 0
 
 
 def agree(message: str) -> dict[int, str]:
-  """What processes have to say, by process; those with "" are left out.
+  """Exchanges messages between all processes.
 
   All processes must call it, in the same order as their other collectives.
-  Longer messages are cut at 4096 bytes.
+
+  Args:
+    message: of this process; "" says nothing. It is cut at 4096 bytes.
+
+  Returns:
+    The messages by process, on all of them the same, without the empty ones.
   """
   if jax.process_count() == 1:
     return {0: message} if message else {}
@@ -179,15 +189,16 @@ def agree(message: str) -> dict[int, str]:
 
 
 def tell(message: str) -> str:
-  """The first process's message, on all of them; see `agree`."""
+  """Returns the first process's message, on all of them; see `agree`."""
   return agree(message if is_primary() else "").get(0, "")
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """A block without collectives that fails on all processes or on none.
+  """Runs a block so that it fails on all processes or on none.
 
-  So no process waits in a collective for one that has left.
+  So no process waits in a collective for one that has ended. The block must
+  have no collectives itself.
 
   Raises:
     UserError: it failed on another process; with its message.
@@ -208,11 +219,11 @@ def together() -> Iterator[None]:
 
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
-  """Ends the process at once on an error that others may not know of.
+  """Ends the process at once on an error of which others may not know.
 
-  An ordinary exit would wait for them, and they, in a collective, for this
-  one; once it is gone jax ends them, within a minute or so. A process alone
-  fails as usual.
+  An ordinary exit would wait for the other processes, and these, in a
+  collective, for this one. Once this process is gone jax ends the others,
+  within a minute or so. A process that is alone fails as usual.
   """
   try:
     yield

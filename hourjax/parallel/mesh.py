@@ -16,7 +16,7 @@ AXES = ("data", "fsdp", "seq", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """How many devices lie along each axis.
+  """Describes how many devices lie along each axis.
 
   One of data and fsdp may be -1: it takes what the others leave.
 
@@ -26,7 +26,7 @@ class MeshConfig:
     seq: memory, queries, decoder positions and parameters are split over it.
     tensor: heads, MLP width and vocabulary are split over it.
     slices: slices of a multi-slice job, all along `data`: between slices
-      only gradients travel. 0 takes those that the devices tell.
+      only gradients are sent. 0 takes the number that the devices report.
   """
 
   data: int = 1
@@ -35,7 +35,7 @@ class MeshConfig:
   tensor: int = 1
   slices: int = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for axis in AXES:
       size = getattr(self, axis)
       if size < 1 and not (size == -1 and axis in ("data", "fsdp")):
@@ -55,7 +55,11 @@ class MeshConfig:
       )
 
   def sizes(self, devices: int, slices: int = 1) -> tuple[int, int, int, int]:
-    """Sizes of the four axes for so many devices of so many slices.
+    """Returns the sizes of the four axes.
+
+    Args:
+      devices: of the job.
+      slices: of the job, as the devices report.
 
     Raises:
       UserError: they do not fill the devices, or data is not split by slices.
@@ -80,7 +84,8 @@ class MeshConfig:
         f"config.mesh.data={filled[0]} cannot be split over {wanted} slices;"
         " make it a multiple: only gradients should travel between slices"
       )
-    return tuple(filled)
+    data, fsdp, seq, tensor = filled
+    return data, fsdp, seq, tensor
 
   def __str__(self) -> str:
     return ", ".join(f"{axis}={getattr(self, axis)}" for axis in AXES)
@@ -89,7 +94,7 @@ class MeshConfig:
 def make_mesh(
   config: MeshConfig, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """Arranges devices so that neighbours along an axis are near one another.
+  """Arranges devices in a mesh, neighbours of an axis near one another.
 
   Args:
     config: sizes of the axes.
@@ -113,7 +118,10 @@ def make_mesh(
   return Mesh(array, AXES)
 
 
-def _arranged(sizes, devices) -> np.ndarray:
+def _arranged(
+  sizes: tuple[int, ...], devices: Sequence[jax.Device]
+) -> np.ndarray:
+  """Returns the devices of one slice as an array of these sizes."""
   if devices[0].platform != "tpu":
     return np.array(devices).reshape(sizes)
   return mesh_utils.create_device_mesh(

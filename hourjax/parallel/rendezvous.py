@@ -1,10 +1,11 @@
-"""Processes of a run meet before jax lets them meet.
+"""Rendezvous: the processes of a run meet before jax connects them.
 
 jax answers a port that is taken with a segmentation fault, and a process that
 does not come with an abort after five silent minutes. So they meet here first,
-at the same address, in words: process 0 listens, each process (0 as well, to
-see that the address is its own) says who it is, and process 0 tells all of them
-whom they wait for, to go on once all are there, or what is wrong.
+at the same address, and get messages. Process 0 listens. Each process, 0 as
+well, to see that the address is its own, says who it is. Process 0 then tells
+all of them for whom they wait, that they can go on once all are there, or what
+is wrong.
 
   process i to 0   hourjax-rendezvous I OF_N
   process 0 to i   wait WORDS       a few times a second
@@ -19,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from hourjax.errors import UserError
 
@@ -33,7 +34,7 @@ _LINGER = 1.5  # seconds in which late ones still learn what is wrong
 
 
 def meet(address: str, processes: int, process: int, *, seconds: float) -> None:
-  """Returns once all processes of a run are there.
+  """Waits until all processes of a run are there.
 
   Args:
     address: host:port, of process 0.
@@ -55,7 +56,7 @@ def meet(address: str, processes: int, process: int, *, seconds: float) -> None:
 
 
 def _listening(address: str, port: int) -> socket.socket:
-  """A socket at the port, on all of this machine's addresses."""
+  """Returns a socket at the port, on all of this machine's addresses."""
   families = [(socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")]
   for family, every in families:
     try:
@@ -88,15 +89,15 @@ def _listening(address: str, port: int) -> socket.socket:
   )
 
 
-def _names(processes) -> str:
-  """ "process 2", "processes 1, 3", at most eight of them by number."""
+def _names(processes: Iterable[int]) -> str:
+  """Returns "process 2" or "processes 1, 3", at most eight of them named."""
   numbers = sorted(processes)
   said = ", ".join(map(str, numbers[:8])) + ", ..." * (len(numbers) > 8)
   return f"process{'es' if len(numbers) > 1 else ''} {said}"
 
 
 class _Server:
-  """Process 0's side: counts who is there."""
+  """Runs the side of process 0: counts who is there."""
 
   def __init__(self, listener: socket.socket, processes: int, seconds: float):
     self._listener, self._processes = listener, processes
@@ -130,7 +131,7 @@ class _Server:
         _closed_by_other(connection)
 
   def _greet(self, connection: socket.socket) -> None:
-    """Takes one process in, if it is one."""
+    """Reads who a caller is, and counts it if it is a process of the run."""
     hello = None
     with contextlib.suppress(OSError, UnicodeDecodeError):
       connection.settimeout(_ANSWER)
@@ -159,12 +160,12 @@ class _Server:
         self._here[process] = connection
 
   def _refuse(self, words: str) -> None:
-    """Nobody goes on; who comes in the next seconds is told so, too."""
+    """Fails the rendezvous; who comes in the next seconds is told so, too."""
     self._error = self._error or words
     self._until = time.monotonic() + _LINGER
 
   def _judge(self) -> bool:
-    """Tells all where they stand; whether it is over."""
+    """Tells all processes the state; returns whether the rendezvous is over."""
     with self._lock:
       late = time.monotonic() > self._until
       if self._stop.is_set() and not self._error:
@@ -198,7 +199,7 @@ class _Server:
 
 
 def _is_open(connection: socket.socket) -> bool:
-  """Whether the other side is still there; it has nothing more to say."""
+  """Returns whether the other side is still connected."""
   try:
     connection.setblocking(False)
     return connection.recv(1) != b""
@@ -220,16 +221,24 @@ def _closed_by_other(connection: socket.socket) -> None:
 
 
 class _Client:
-  """Any process's side."""
+  """Runs the side of any process."""
 
-  def __init__(self, address, host, port, processes, process, seconds):
+  def __init__(
+    self,
+    address: str,
+    host: str,
+    port: int,
+    processes: int,
+    process: int,
+    seconds: float,
+  ):
     self._address, self._place = address, (host, port)
     self._processes, self._process = processes, process
     self._began, self._seconds = time.monotonic(), seconds
     self._said = self._began + _QUIET - _EVERY
 
   def wait(self) -> None:
-    """Returns on "go"; raises UserError on everything else."""
+    """Waits for "go"; raises UserError on everything else."""
     trouble = "nobody listens there"
     while self._waited() < self._seconds:
       try:
@@ -255,6 +264,7 @@ class _Client:
     )
 
   def _talk(self, connection: socket.socket) -> None:
+    """Says who this process is, and waits for what process 0 answers."""
     connection.sendall(
       f"hourjax-rendezvous {self._process} {self._processes}\n".encode()
     )
@@ -276,6 +286,7 @@ class _Client:
       self._say(f"waiting {words} at {self._address}")
 
   def _stranger(self, heard: bool) -> str:
+    """Returns the error for an answer that is none of process 0's."""
     if heard:
       return (
         f"coordinator {self._address}: process 0 has ended; start all"
@@ -292,6 +303,7 @@ class _Client:
     return time.monotonic() - self._began
 
   def _say(self, words: str) -> None:
+    """Prints a line, unless one was printed a short time ago."""
     now = time.monotonic()
     if now - self._said >= _EVERY:
       self._said = now

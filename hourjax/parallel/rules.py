@@ -1,4 +1,4 @@
-"""Logical axes to mesh axes: the one place that says how arrays are split.
+"""Sharding rules: the one table from logical axes to mesh axes.
 
 Parameters name their axes where they are made (`models.layers`), activations
 where they are constrained. Neither names a mesh axis.
@@ -16,14 +16,14 @@ from hourjax.kernels.sharded import Sharding
 
 Axes = Sequence[str | None]
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, tuple[str, ...]] = {
   "rows": ("data", "fsdp"),
   "memory": ("seq",),
   "queries": ("seq",),
   "positions": ("seq",),
   "images": ("data", "fsdp", "seq", "tensor"),
 }
-PARAMETERS = {
+PARAMETERS: dict[str, tuple[str, ...]] = {
   "layers": (),
   # Split where they are stored, and gathered layer by layer where they are
   # used (FSDP): the width of the decoder, and the tower's, which few numbers
@@ -42,7 +42,7 @@ _IN_USE = ("tensor",)
 
 
 def spec(*axes: str | None) -> P:
-  """How an array with these logical axes is split.
+  """Returns how an array with these logical axes is split.
 
   Args:
     *axes: a name of `RULES` or None for each dimension.
@@ -54,13 +54,18 @@ def spec(*axes: str | None) -> P:
 
 
 def in_use(*axes: str | None) -> P:
-  """How a parameter is split that has been gathered for a product."""
+  """Returns how a parameter is split that was gathered for a product.
+
+  Args:
+    *axes: its logical axes.
+  """
   return P(
     *(tuple(n for n in _names(axis) if n in _IN_USE) or None for axis in axes)
   )
 
 
 def _names(axis: str | None) -> tuple[str, ...]:
+  """Returns the mesh axes of a logical axis."""
   if axis is not None and axis not in RULES:
     raise ValueError(
       f"no sharding rule for axis {axis!r}; known are {', '.join(RULES)}"
@@ -69,20 +74,20 @@ def _names(axis: str | None) -> tuple[str, ...]:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Asks for `x` to be split so, in the mesh that is set; else nothing."""
+  """Asks the compiler to split x by its logical axes, if a mesh is set."""
   if not has_mesh():
     return x
   return jax.lax.with_sharding_constraint(x, spec(*axes))
 
 
 def has_mesh() -> bool:
-  """Is a mesh with our axes set that has more than one device?"""
+  """Returns whether a mesh with our axes and several devices is set."""
   mesh = jax.sharding.get_abstract_mesh()
   return not mesh.empty and "seq" in mesh.shape and mesh.size > 1
 
 
 def parts(axis: str) -> int:
-  """Into how many parts the mesh that is set splits a logical axis."""
+  """Returns into how many parts the mesh that is set splits a logical axis."""
   if not has_mesh():
     return 1
   shape = jax.sharding.get_abstract_mesh().shape
@@ -90,11 +95,11 @@ def parts(axis: str) -> int:
 
 
 def attention_sharding(kind: str) -> Sharding | None:
-  """What `kernels.attention` needs to know of the mesh that is set.
+  """Returns how the mesh that is set splits the arrays of attention.
 
   Args:
-    kind: "self", or "cross" for queries that read a memory which stays
-      where it is.
+    kind: "self", or "cross" for queries that read a memory which stays on
+      the devices that have it.
   """
   if not has_mesh():
     return None
@@ -112,12 +117,12 @@ def param_shardings(
   shapes: Mapping[str, Sequence[int]],
   axes: Mapping[str, Axes],
 ) -> dict[str, NamedSharding]:
-  """How each parameter is stored.
+  """Returns how each parameter is stored.
 
   Args:
     mesh: with the axes of `mesh.AXES`.
-    shapes: by path.
-    axes: logical axes by path.
+    shapes: of the parameters, by path.
+    axes: their logical axes, by path.
 
   Raises:
     UserError: a dimension that its mesh axes do not divide.
@@ -133,7 +138,7 @@ def param_shardings(
   problems = []
   for path, shape in shapes.items():
     for axis, size in zip(axes[path], shape, strict=True):
-      names = RULES.get(axis, ())
+      names = () if axis is None else RULES.get(axis, ())
       count = math.prod(mesh.shape[name] for name in names)
       if size % count:
         product = " x ".join(f"{name}={mesh.shape[name]}" for name in names)

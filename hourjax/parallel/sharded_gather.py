@@ -1,15 +1,15 @@
-"""Gathers of rows that lie on other devices, with their gradients.
+"""Sharded gathers: of rows that lie on other devices, with their gradients.
 
 Each device looks up what it holds of the wanted rows and adds zeros for the
-others; a sum over the devices, which sends as much as there are results and
-nothing of the table, completes them. One number and zeros add exactly.
+others; a sum over the devices completes them. It sends as much as there are
+results, and nothing of the table. A number and zeros add without rounding.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hourjax.parallel import collectives as over
+from hourjax.parallel import collectives
 from hourjax.parallel.rules import spec
 
 
@@ -17,45 +17,52 @@ from hourjax.parallel.rules import spec
 def gather_rows(
   table: Float[Array, "B X D"], index: Int[Array, "B N"]
 ) -> Float[Array, "B N D"]:
-  """table[b, index[b, n]]; an index below 0 reads row 0.
+  """Returns table[b, index[b, n]], of a table that is split over devices.
 
   Args:
     table: split over rows, and X over the memory's axis.
-    index: into X. N is split as X is.
+    index: into X; one below 0 reads row 0. N is split as X is.
   """
-  return _take(table, jnp.maximum(index, 0))
+  return _gather(table, jnp.maximum(index, 0))
 
 
-def _take(table, index):
-  function = over.local_shard_map(_take_here, (_SPLIT, _ROWS), _SPLIT)
+def _gather(table: jax.Array, index: jax.Array) -> jax.Array:
+  function = collectives.local_shard_map(_gather_local, (_SPLIT, _ROWS), _SPLIT)
   return function(table, index)
 
 
-def _take_here(table, index):
-  rows = _lookup(table, index - over.place("seq") * table.shape[1])
-  return over.scatter_sum(rows, "seq", dim=1)
+def _gather_local(table: jax.Array, index: jax.Array) -> jax.Array:
+  # Row x of the whole table is row x - (first row of this device) of its part.
+  rows = _lookup(table, index - collectives.axis_index("seq") * table.shape[1])
+  return collectives.reduce_scatter(rows, "seq", dim=1)
 
 
-def _take_forward(table, index):
+def _gather_forward(
+  table: jax.Array, index: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  """Returns the rows, and what the backward pass needs."""
   # An array of no size: the shape that the backward pass needs.
   like = jnp.zeros((0, *table.shape[1:]), table.dtype)
   return gather_rows(table, index), (index, like)
 
 
-def _take_backward(saved, d_rows):
+def _gather_backward(
+  saved: tuple[jax.Array, jax.Array], d_rows: jax.Array
+) -> tuple[jax.Array, None]:
+  """Returns the gradient of the table; the index has none."""
   index, like = saved
 
-  def here(d_rows, index):
-    length = like.shape[1] // over.size("seq")
-    d_rows = over.gather(d_rows, "seq", dim=1)
-    local = index - over.place("seq") * length
-    return _scatter(d_rows, local, length).astype(like.dtype)
+  def local(d_rows: jax.Array, index: jax.Array) -> jax.Array:
+    length = like.shape[1] // collectives.axis_size("seq")
+    d_rows = collectives.all_gather(d_rows, "seq", dim=1)
+    own = index - collectives.axis_index("seq") * length
+    return _scatter(d_rows, own, length).astype(like.dtype)
 
-  function = over.local_shard_map(here, (_SPLIT, _ROWS), _SPLIT)
+  function = collectives.local_shard_map(local, (_SPLIT, _ROWS), _SPLIT)
   return function(d_rows, jnp.maximum(index, 0)), None
 
 
-gather_rows.defvjp(_take_forward, _take_backward)
+gather_rows.defvjp(_gather_forward, _gather_backward)
 
 
 @jax.custom_vjp
@@ -65,7 +72,11 @@ def build_memory(
   newline: Float[Array, "D"],
   source: Int[Array, "B S"],
 ) -> Float[Array, "B S D"]:
-  """The memory of each row, from parts that each device holds.
+  """Returns the memory of each row, from parts that each device holds.
+
+  With X / (devices) = 2 features on each device and encoded tokens e, the
+  sources [0, 1, -1, 2] on a device give its features 0 and 1, the newline, and
+  encoded token 0.
 
   Args:
     stored: projected features; X is split as the memory is.
@@ -73,47 +84,60 @@ def build_memory(
     newline: the learned token.
     source: of each memory token: -1 for the newline, below X / (devices) a
       feature of the device that holds the memory token, else an encoded token
-      (`data.dealing`).
+      (`data.sequence_sharding`).
   """
   return _memory_forward(stored, encoded, newline, source)[0]
 
 
-def _memory_forward(stored, encoded, newline, source):
-  function = over.local_shard_map(
-    _memory_here, (_SPLIT, _ROWS, spec(None), _INDEX), _SPLIT
+def _memory_forward(
+  stored: jax.Array, encoded: jax.Array, newline: jax.Array, source: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  """Returns the memory, and what the backward pass needs."""
+  function = collectives.local_shard_map(
+    _memory_local, (_SPLIT, _ROWS, spec(None), _INDEX), _SPLIT
   )
   memory = function(stored, encoded, newline, source)
-  likes = tuple(jnp.zeros((0, *x.shape[1:]), x.dtype)
-                for x in (stored, encoded))  # fmt: skip
+  # Arrays of no size, for the shapes, as in `_gather_forward`.
+  likes = tuple(
+    jnp.zeros((0, *x.shape[1:]), x.dtype) for x in (stored, encoded)
+  )
   return memory, (source, *likes)
 
 
-def _memory_here(stored, encoded, newline, source):
+def _memory_local(
+  stored: jax.Array, encoded: jax.Array, newline: jax.Array, source: jax.Array
+) -> jax.Array:
   table = jnp.concatenate([stored, encoded], axis=1)
   rows = _lookup(table, jnp.maximum(source, 0))
   newline = newline.astype(rows.dtype)[None, None]
   return jnp.where(source[..., None] < 0, newline, rows)
 
 
-def _memory_backward(saved, d_memory):
+def _memory_backward(
+  saved: tuple[jax.Array, ...], d_memory: jax.Array
+) -> tuple[jax.Array | None, ...]:
+  """Returns the gradients of `build_memory`'s arrays; the source has none."""
   source, stored, encoded = saved
 
-  def here(d_memory, source):
-    own = stored.shape[1] // over.size("seq")
+  def local(
+    d_memory: jax.Array, source: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    own = stored.shape[1] // collectives.axis_size("seq")
     # Where there are no encoded tokens every source below 0 is a newline.
     d_table = _scatter(d_memory, source, own + encoded.shape[1])
-    d_encoded = over.total(d_table[:, own:], "seq")
+    # All devices have all encoded tokens, and each has some of their readers.
+    d_encoded = collectives.psum(d_table[:, own:], "seq")
     is_newline = (source < 0)[..., None]
     d_newline = jnp.where(is_newline, d_memory.astype(jnp.float32), 0)
-    d_newline = over.total(d_newline.sum((0, 1)), "data", "fsdp", "seq")
+    d_newline = collectives.psum(d_newline.sum((0, 1)), "data", "fsdp", "seq")
     return (
       d_table[:, :own].astype(stored.dtype),
       d_encoded.astype(encoded.dtype),
       d_newline,
     )
 
-  function = over.local_shard_map(
-    here, (_SPLIT, _INDEX), (_SPLIT, _ROWS, spec(None))
+  function = collectives.local_shard_map(
+    local, (_SPLIT, _INDEX), (_SPLIT, _ROWS, spec(None))
   )
   return *function(d_memory, source), None
 
@@ -125,19 +149,22 @@ _INDEX = spec("rows", "memory")
 _ROWS = spec("rows")
 
 
-def _lookup(table, index):
-  """table[b, index[b, n]], zeros where the index is outside of the table."""
+def _lookup(table: jax.Array, index: jax.Array) -> jax.Array:
+  """Returns table[b, index[b, n]]; zeros for an index outside of the table."""
   there = (index >= 0) & (index < table.shape[1])
   rows = jax.vmap(lambda t, i: t.at[i].get(mode="clip"))(table, index)
   return jnp.where(there[..., None], rows, 0)
 
 
-def _scatter(values, index, length):
-  """The transpose of `_lookup`."""
+def _scatter(values: jax.Array, index: jax.Array, length: int) -> jax.Array:
+  """Adds values [B, N, D] to the rows of a table of zeros [B, length, D].
 
-  def row(values, index):
+  The transpose of `_lookup`.
+  """
+
+  def row(values: jax.Array, index: jax.Array) -> jax.Array:
     table = jnp.zeros((length, values.shape[-1]), values.dtype)
-    # Below 0 would count from the end.
+    # An index below 0 would count from the end; beyond the end it is dropped.
     index = jnp.where(index < 0, length, index)
     return table.at[index].add(values, mode="drop")
 

@@ -1,8 +1,8 @@
 """Word embeddings and cross entropy over a vocabulary split over devices.
 
-Every device has its part of the words, gathered over FSDP for the time of its
-use. Devices along `seq` and `tensor` share a row, so each serves all of the
-row's positions with its own words.
+Every device has a part of the words, gathered over FSDP for the time of its
+use. Devices along `seq` and `tensor` work on the same rows, so each serves all
+positions of these rows with its own words.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from hourjax.parallel import collectives as over
+from hourjax.parallel import collectives
 from hourjax.parallel.rules import spec
 
 CHUNK = 1024  # label positions whose logits exist at a time
@@ -28,43 +28,64 @@ def embed(
   token: Int[Array, "B M"],
   dtype: jax.typing.DTypeLike,
 ) -> Num[Array, "B M D"]:
-  """Word embeddings in `dtype`, or their bits. Ids below 0 read row 0.
+  """Returns word embeddings in `dtype`, or their bits.
 
   The gradient of the table is summed in float32. M is split over positions.
+
+  Args:
+    table: row n is the embedding of word n; or the bits of these, as uint16.
+    token: ids of words; those below 0 read row 0.
+    dtype: of the result; that of the table if it holds bits.
   """
-  function = over.local_shard_map(
-    functools.partial(_embed_here, dtype), (_TABLE, _TOKENS), _SPLIT
+  function = collectives.local_shard_map(
+    functools.partial(_embed_local, dtype), (_TABLE, _TOKENS), _SPLIT
   )
   return function(table, jnp.maximum(token, 0))
 
 
-def _embed_here(dtype, table, token):
-  table = over.gather(table.astype(dtype), "fsdp", dim=1)
-  local = token - over.place(*_WORDS) * table.shape[0]
+def _embed_local(
+  dtype: jax.typing.DTypeLike, table: jax.Array, token: jax.Array
+) -> jax.Array:
+  table = collectives.all_gather(table.astype(dtype), "fsdp", dim=1)
+  local = token - collectives.axis_index(*_WORDS) * table.shape[0]
   there = (local >= 0) & (local < table.shape[0])
   rows = jnp.where(there[..., None], table.at[local].get(mode="clip"), 0)
-  return over.scatter_sum(over.total(rows, "tensor"), "seq", dim=1)
+  return collectives.reduce_scatter(
+    collectives.psum(rows, "tensor"), "seq", dim=1
+  )
 
 
-def _embed_forward(table, token, dtype):
+def _embed_forward(
+  table: jax.Array, token: jax.Array, dtype: jax.typing.DTypeLike
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  """Returns the embeddings, and what the backward pass needs."""
+  # An array of no size: the shape that the backward pass needs.
   like = jnp.zeros((table.shape[0], 0), table.dtype)
   return embed(table, token, dtype), (token, like)
 
 
-def _embed_backward(dtype, saved, d_rows):
+def _embed_backward(
+  dtype: jax.typing.DTypeLike,
+  saved: tuple[jax.Array, jax.Array],
+  d_rows: jax.Array,
+) -> tuple[jax.Array, None]:
+  """Returns the gradient of the table; the ids have none."""
   del dtype
   token, like = saved
 
-  def here(d_rows, token):
-    words = like.shape[0] // over.size(*_WORDS)
-    d_rows = over.gather(d_rows, "seq", dim=1).astype(jnp.float32)
-    local = token - over.place(*_WORDS) * words
-    local = jnp.where(local < 0, words, local)
+  def local(d_rows: jax.Array, token: jax.Array) -> jax.Array:
+    words = like.shape[0] // collectives.axis_size(*_WORDS)
+    d_rows = collectives.all_gather(d_rows, "seq", dim=1).astype(jnp.float32)
+    own = token - collectives.axis_index(*_WORDS) * words
+    # An id below 0 would count from the end; beyond the end it is dropped.
+    own = jnp.where(own < 0, words, own)
     d_table = jnp.zeros((words, d_rows.shape[-1]), jnp.float32)
-    d_table = d_table.at[local].add(d_rows, mode="drop")
-    return over.total(over.scatter_sum(d_table, "fsdp", dim=1), "data")
+    d_table = d_table.at[own].add(d_rows, mode="drop")
+    return collectives.psum(
+      collectives.reduce_scatter(d_table, "fsdp", dim=1), "data"
+    )
 
-  function = over.local_shard_map(here, (_SPLIT, _TOKENS), _TABLE)
+  function = collectives.local_shard_map(local, (_SPLIT, _TOKENS), _TABLE)
   d_table = function(d_rows, jnp.maximum(token, 0))
   return d_table.astype(like.dtype), None
 
@@ -78,12 +99,12 @@ def cross_entropy(
   table: Float[Array, "N D"],
   target: Int[Array, "B L"],
 ) -> Float[Array, ""]:
-  """Cross entropy in float32, summed over the positions with a target.
+  """Returns cross entropy in float32, summed over positions with a target.
 
-  Only these positions meet the vocabulary, `CHUNK` at a time: of B L x N
-  logits no more ever exist, and what padding and visual tokens would cost is
-  not spent. Loss and gradients are computed in one pass: three products, and
-  nothing is computed again.
+  Logits are computed only for these positions, `CHUNK` of them at a time: no
+  more of the B x L x N logits ever exist, and padding and visual tokens cost
+  nothing. Loss and gradients are computed in one pass of three products, and
+  nothing is computed again in the backward pass.
 
   Args:
     hidden: split over rows and positions; its dtype is that of the products.
@@ -98,11 +119,16 @@ def token_losses(
   table: Float[Array, "N D"],
   target: Int[Array, "B L"],
 ) -> Float[Array, "B L"]:
-  """Cross entropy of each position; 0 where there is no target.
+  """Returns the cross entropy of each position; 0 where there is no target.
 
   As `cross_entropy`, but without a gradient.
+
+  Args:
+    hidden: as for `cross_entropy`.
+    table: as for `cross_entropy`.
+    target: as for `cross_entropy`.
   """
-  function = over.local_shard_map(
+  function = collectives.local_shard_map(
     lambda *parts: _entropy(*parts, gradients=False)[0],
     (_SPLIT, _TABLE, _TOKENS),
     _TOKENS,
@@ -110,8 +136,11 @@ def token_losses(
   return function(hidden, table, target)
 
 
-def _entropy_forward(hidden, table, target):
-  function = over.local_shard_map(
+def _entropy_forward(
+  hidden: jax.Array, table: jax.Array, target: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  """Returns the sum of the losses, and its gradients."""
+  function = collectives.local_shard_map(
     functools.partial(_entropy, gradients=True),
     (_SPLIT, _TABLE, _TOKENS),
     (_TOKENS, _SPLIT, _TABLE),
@@ -120,7 +149,10 @@ def _entropy_forward(hidden, table, target):
   return losses.sum(), (d_hidden, d_table)
 
 
-def _entropy_backward(saved, d_loss):
+def _entropy_backward(
+  saved: tuple[jax.Array, jax.Array], d_loss: jax.Array
+) -> tuple[jax.Array | None, ...]:
+  """Returns the gradients of the hidden states and of the table."""
   d_hidden, d_table = saved
   return (d_loss * d_hidden).astype(d_hidden.dtype), d_loss * d_table, None
 
@@ -128,36 +160,54 @@ def _entropy_backward(saved, d_loss):
 cross_entropy.defvjp(_entropy_forward, _entropy_backward)
 
 
-def _entropy(hidden, table, target, *, gradients):
-  """Losses of a device's rows, and the gradients of their sum."""
+def _entropy(
+  hidden: jax.Array, table: jax.Array, target: jax.Array, *, gradients: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Computes the losses of a device's rows, and the gradients of their sum.
+
+  Args:
+    hidden: the device's part.
+    table: the device's part.
+    target: of the device's rows, all positions.
+    gradients: whether they are wanted; else they are empty.
+
+  Returns:
+    Losses [B, L], and the gradients of hidden and table.
+  """
   dtype, width = hidden.dtype, hidden.shape[-1]
-  words = over.gather(table.astype(dtype), "fsdp", dim=1)
-  own_words = over.place(*_WORDS) * words.shape[0] + jnp.arange(words.shape[0])
+  words = collectives.all_gather(table.astype(dtype), "fsdp", dim=1)
+  own_words = collectives.axis_index(*_WORDS) * words.shape[0] + jnp.arange(
+    words.shape[0]
+  )
   length = hidden.shape[1]
-  hidden = over.gather(hidden, "seq", dim=1)
+  hidden = collectives.all_gather(hidden, "seq", dim=1)
   rows = hidden.shape[:2]
   hidden, target = hidden.reshape(-1, width), target.reshape(-1)
   chunk = min(CHUNK, target.size)
   order, count = _labelled_first(target, chunk)
 
-  def visit(number, carry):
+  def chunk_step(
+    number: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Adds the losses and gradients of one chunk of positions."""
     losses, d_hidden, d_words = carry
     at = jax.lax.dynamic_slice_in_dim(order, number * chunk, chunk)
     x = hidden.at[at].get(mode="fill", fill_value=0)
     label = target.at[at].get(mode="fill", fill_value=-1)
     trained = label >= 0
     logits = _dot("id,nd->in", x, words)
-    top = over.largest(logits.max(-1), *_WORDS)
-    total = over.total(jnp.exp(logits - top[:, None]).sum(-1), *_WORDS)
+    top = collectives.pmax(logits.max(-1), *_WORDS)
+    total = collectives.psum(jnp.exp(logits - top[:, None]).sum(-1), *_WORDS)
     lse = top + jnp.log(total)
     own = label[:, None] == own_words[None]
-    score = over.total(jnp.where(own, logits, 0).sum(-1), *_WORDS)
+    score = collectives.psum(jnp.where(own, logits, 0).sum(-1), *_WORDS)
     losses = losses.at[at].set(jnp.where(trained, lse - score, 0), mode="drop")
     if gradients:
       d_logits = jnp.exp(logits - lse[:, None]) - own
       d_logits = jnp.where(trained[:, None], d_logits, 0).astype(dtype)
-      d_x = over.total(_dot("in,nd->id", d_logits, words), *_WORDS)
-      # A factor after the sum, which would else be cast before it is sent.
+      d_x = collectives.psum(_dot("in,nd->id", d_logits, words), *_WORDS)
+      # A factor between sum and cast: without it the compiler casts first, and
+      # sums over devices in bfloat16. It is 1 wherever the gradient counts.
       d_x *= trained[:, None]
       d_hidden = d_hidden.at[at].set(d_x.astype(dtype), mode="drop")
       d_words += _dot("in,id->nd", d_logits, x)
@@ -168,24 +218,32 @@ def _entropy(hidden, table, target, *, gradients):
     jnp.zeros(hidden.shape if gradients else (0, width), dtype),
     jnp.zeros(words.shape if gradients else (0, width), jnp.float32),
   )
-  # As many chunks as there are labels for. Devices that add up parts share
-  # their rows, so they agree on the number.
+  # As many chunks as there are labels for. Devices whose parts are added up
+  # have the same rows, and so the same number of chunks.
   chunks = (count + chunk - 1) // chunk
-  losses, d_hidden, d_words = jax.lax.fori_loop(0, chunks, visit, start)
+  losses, d_hidden, d_words = jax.lax.fori_loop(0, chunks, chunk_step, start)
   losses = losses.reshape(rows)
   if not gradients:
     return losses, d_hidden, d_words
   d_hidden = jax.lax.dynamic_slice_in_dim(
-    d_hidden.reshape(*rows, width), over.place("seq") * length, length, axis=1
+    d_hidden.reshape(*rows, width),
+    collectives.axis_index("seq") * length,
+    length,
+    axis=1,
   )
-  d_words = over.total(over.scatter_sum(d_words, "fsdp", dim=1), "data")
+  d_words = collectives.psum(
+    collectives.reduce_scatter(d_words, "fsdp", dim=1), "data"
+  )
   return losses, d_hidden, d_words.astype(table.dtype)
 
 
-def _labelled_first(target, chunk):
-  """Positions with a target in order, then numbers past the end; how many.
+def _labelled_first(
+  target: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the positions with a target in order, and how many they are.
 
-  For targets -1 7 -1 9 in chunks of 4: [1, 3, 4, 4] and 2.
+  Numbers past the end follow them, up to whole chunks. For the targets
+  -1 7 -1 9 in chunks of 4: [1, 3, 4, 4] and 2.
   """
   there = target >= 0
   length = -(-target.size // chunk) * chunk
@@ -195,5 +253,6 @@ def _labelled_first(target, chunk):
   return order.at[place].set(position, mode="drop"), there.sum()
 
 
-def _dot(equation, a, b):
+def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  """Multiplies as einsum does, summed in float32."""
   return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
