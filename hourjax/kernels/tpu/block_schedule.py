@@ -124,22 +124,22 @@ def index_maps(most: int) -> IndexMaps:
   # Pallas hands over the grid's indices, then every prefetched array; the
   # first of these is the schedule, flat: block n of row b is at b * most + n.
   def query(
-    b: jax.Array, head: jax.Array, n: jax.Array, blocks: jax.Array, *_
+    b: jax.Array, head: jax.Array, n: jax.Array, blocks: jax.Ref, *_
   ) -> tuple:
     return b, head, query_tile(blocks[b * most + n]), 0, 0
 
   def query_segment(
-    b: jax.Array, _: jax.Array, n: jax.Array, blocks: jax.Array, *__
+    b: jax.Array, _: jax.Array, n: jax.Array, blocks: jax.Ref, *__
   ) -> tuple:
     return b, query_tile(blocks[b * most + n]), 0, 0
 
   def key(
-    b: jax.Array, head: jax.Array, n: jax.Array, blocks: jax.Array, *_
+    b: jax.Array, head: jax.Array, n: jax.Array, blocks: jax.Ref, *_
   ) -> tuple:
     return b, key_tile(blocks[b * most + n]), head
 
   def key_segment(
-    b: jax.Array, _: jax.Array, n: jax.Array, blocks: jax.Array, *__
+    b: jax.Array, _: jax.Array, n: jax.Array, blocks: jax.Ref, *__
   ) -> tuple:
     return b, key_tile(blocks[b * most + n]), 0, 0
 
