@@ -1,0 +1,1 @@
+"""Configurations of training runs, read by --config=FILE.py:ARGUMENT."""

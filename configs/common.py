@@ -1,6 +1,11 @@
-"""What all configurations share."""
+"""What all configurations share.
+
+A configuration is a Python file with `get_config(arg)`, which returns a
+ConfigDict with every key of `hourjax.training.config.Experiment`.
+"""
 
 import dataclasses
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -13,13 +18,17 @@ from hourjax.training.config import DataConfig, Experiment
 from hourjax.training.optimizer import OptimizerConfig
 
 
-def parse_arg(arg: str | None, **defaults):
-  """Parses "key=value,key=value" into the types of the defaults, strictly.
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+  """Parses "key=value,key=value" into the types of the defaults.
 
-  `parse_arg("size=7b", size="3b", stage=3)` gives {"size": "7b", "stage": 3}.
+  `parse_arg("size=7b", size="3b", stage=3)` returns {"size": "7b", "stage": 3}.
+
+  Args:
+    arg: what stands behind the colon of --config=FILE:ARG; None if nothing.
+    **defaults: value of each key that is not given.
 
   Raises:
-    ValueError: for an unknown key or a value of another type.
+    ValueError: a key is unknown, or a value has another type.
   """
   values = dict(defaults)
   for item in filter(None, (arg or "").split(",")):
@@ -40,8 +49,14 @@ def parse_arg(arg: str | None, **defaults):
   return ConfigDict(values)
 
 
-def experiment(model: ModelConfig, rows: Size, **overrides) -> ConfigDict:
-  """An Experiment's defaults as a ConfigDict; unknown keys fail."""
+def experiment(model: ModelConfig, rows: Size, **overrides: Any) -> ConfigDict:
+  """Returns an Experiment's defaults as a ConfigDict.
+
+  Args:
+    model: sizes of the model.
+    rows: capacity of one row.
+    **overrides: other values of keys at the top; an unknown key is an error.
+  """
   base = Experiment(
     model=model,
     forgetting=Forgetting(),

@@ -1,16 +1,18 @@
-"""The demo: a small Hour-LLaVA from scratch on rendered videos, in two stages.
+r"""The demo: a small Hour-LLaVA from scratch on rendered videos, in two stages.
 
   python -m hourjax.train --config=configs/demo.py:stage=1 \
       --workdir=work/memaug/stage1
   python -m hourjax.train --config=configs/demo.py:stage=2 \
       --config.init=work/memaug/stage1 --workdir=work/memaug/stage2
 
-Stage 1 asks one short question about each video, which is where the model
-learns to find things; stage 2 goes on with all conversations. The tower stays
-as it was drawn: a random projection keeps colours and places, and the demo is
-about the memory. With --config.model.memaug_layers=0 the same is trained
-without MemAug.
+Stage 1 asks one short question about each video: with these the model learns to
+find things in its memory. Stage 2 goes on with whole conversations. The vision
+encoder stays as it was drawn, since a random projection preserves colours and
+places, and the demo is about the memory. With --config.model.memaug_layers=0
+the same is trained without MemAug.
 """
+
+from ml_collections import ConfigDict
 
 from configs import common
 from hourjax.data.rows import Size
@@ -28,12 +30,13 @@ MODEL = ModelConfig(
   dtype="float32",
   remat="none",
 )
+# By stage: optimizer steps, and the peak learning rate of all that is trained.
 _STEPS = {1: 840, 2: 240}
 _RATES = {1: 1.5e-3, 2: 1.5e-3}
 _FRAMES = 240  # of the longest training video
 _TOKENS = MODEL.pool_side**2  # of a frame
-# One short question a row in stage 1; in stage 2 conversations differ much in
-# length, and two of the usual length share a row.
+# Capacity of a row, in tokens. In stage 1 it holds one short question. In stage
+# 2 conversations differ much in length; two of the usual length share a row.
 _ROWS = {
   1: Size(
     features=_FRAMES * _TOKENS,
@@ -51,28 +54,32 @@ _ROWS = {
 _BATCH_ROWS = {1: 16, 2: 8}
 
 
-def get_config(arg: str | None = None):
-  """Arguments: "stage"; "data", the folder that launch/local.sh fills."""
-  arg = common.parse_arg(arg, data="work/data", stage=1)
-  if arg.stage not in _STEPS:
-    raise ValueError(f"config argument stage={arg.stage}: stage is 1 or 2")
+def get_config(arg: str | None = None) -> ConfigDict:
+  """Returns the configuration of a stage.
+
+  Args:
+    arg: "stage=1" or "2"; "data=FOLDER", the folder that launch/local.sh fills.
+  """
+  given = common.parse_arg(arg, data="work/data", stage=1)
+  if given.stage not in _STEPS:
+    raise ValueError(f"config argument stage={given.stage}: stage is 1 or 2")
   config = common.experiment(
     MODEL,
-    _ROWS[arg.stage],
-    steps=_STEPS[arg.stage],
-    batch_rows=_BATCH_ROWS[arg.stage],
+    _ROWS[given.stage],
+    steps=_STEPS[given.stage],
+    batch_rows=_BATCH_ROWS[given.stage],
     log_every=10,
     checkpoint_every=100,
   )
-  config.data.dataset = f"{arg.data}/stage{arg.stage}"
-  config.data.media = f"{arg.data}/videos"
-  config.data.features = f"{arg.data}/features"
-  config.data.tokenizer = f"{arg.data}/tokenizer"
-  # Fewer frames than the published 512: the decoder then never reads more
-  # tokens of an hour than of the training videos.
+  config.data.dataset = f"{given.data}/stage{given.stage}"
+  config.data.media = f"{given.data}/videos"
+  config.data.features = f"{given.data}/features"
+  config.data.tokenizer = f"{given.data}/tokenizer"
+  # Fewer frames than the published 512, so that the decoder never reads more
+  # tokens of an hour-long video than of the training videos.
   config.forgetting.max_frames = 64
   config.optimizer.update(
-    **dict.fromkeys(("projector", "memaug", "decoder"), _RATES[arg.stage]),
+    **dict.fromkeys(("projector", "memaug", "decoder"), _RATES[given.stage]),
     b2=0.95,
     warmup=0.05,
     clip=1.0,

@@ -1,16 +1,19 @@
-"""Hour-LLaVA 3B and 7B, stages 1 to 3 (SPEC section 3; paper, appendix A).
+r"""Hour-LLaVA 3B and 7B, stages 1 to 3, as published (paper, appendix A).
 
   python -m hourjax.train --config=configs/hourllava.py:size=3b,stage=3 \
       --config.data.dataset=videomarathon --config.data.features=features \
       --config.data.tokenizer=qwen2.5 \
       --config.init=stage2 --workdir=stage3
 
-Stages share everything but what is stated by stage below. The paper gives the
-global batch in samples: 128, and 256 for 7B in stage 3. A row holds several, so
-`batch_rows` x `accumulate` is that number over the samples an average row
-holds: about 2.8 conversations about VideoMarathon's videos in stage 3, some 4
-images in stage 1, some 2.8 samples of stage 2.
+The stages are described in hourjax/README.md, Training; they differ only in
+what stands below by stage. The paper gives the global batch in samples: 128,
+and 256 for 7B in stage 3. A row holds several samples, so `batch_rows` x
+`accumulate` is that number divided by the samples of an average row: some 4
+images in stage 1, 2.8 samples in stage 2, and 2.8 conversations about
+VideoMarathon's videos in stage 3.
 """
+
+from ml_collections import ConfigDict
 
 from configs import common
 from hourjax.data.rows import Size
@@ -19,7 +22,7 @@ from hourjax.models.config import SIZES
 _HOUR = 3623  # frames at 1 FPS; 65 memory tokens each make 235,495
 _TILE = 729  # tokens of one image tile
 
-# Peak learning rates; a component at 0 is frozen.
+# Peak learning rates by stage; a component whose rate is 0 is frozen.
 _STAGES = {
   1: {"vision": 0.0, "projector": 0.0, "memaug": 1e-4, "decoder": 0.0},
   2: {"vision": 5e-6, "projector": 1e-4, "memaug": 1e-4, "decoder": 2e-5},
@@ -28,10 +31,11 @@ _STAGES = {
 
 
 def _shared(tokens: int) -> int:
-  """The next capacity that up to 128 devices along `seq` can share."""
+  """Returns the next capacity that up to 128 devices along `seq` can share."""
   return -(-tokens // 128) * 128
 
 
+# Capacity of a row by stage, in tokens, tiles or frames.
 _ROWS = {
   # Images only: two of the largest tilings, or several small ones.
   1: Size(
@@ -41,8 +45,8 @@ _ROWS = {
     queries=4096,
     decoder=6144,
   ),
-  # Images, and videos through the encoder: two short ones, of 128 frames each,
-  # or a longer one, of which the tower does not learn.
+  # Images, and videos as pixels: two short ones of 128 frames each, or a longer
+  # one, from which the vision encoder does not learn.
   2: Size(
     frames=256,
     tiles=40,
@@ -57,31 +61,36 @@ _ROWS = {
     tiles=40,
     blends=81 * 81,
     memory=235_520,
-    # Short videos keep a quarter of their frames, long ones 512 at most: an
-    # hour of short ones has more queries than a single hour. With these,
-    # both memory and decoder are filled to nine tenths (`bench data`).
+    # Short videos keep a quarter of their frames, long ones at most 512, so
+    # short videos of an hour together have more queries than one of an hour.
+    # With these capacities memory and decoder are both nine tenths full
+    # (measured by `hourjax.bench data`).
     queries=15_872,
     decoder=16_640,
   ),
 }
 
 
-def get_config(arg: str | None = None):
-  """Argument: "size=3b" or "7b", "stage=1", "2" or "3"."""
-  arg = common.parse_arg(arg, size="3b", stage=3)
-  if arg.size not in ("3b", "7b") or arg.stage not in _STAGES:
+def get_config(arg: str | None = None) -> ConfigDict:
+  """Returns the configuration of a model size and stage.
+
+  Args:
+    arg: "size=3b" or "7b", "stage=1", "2" or "3".
+  """
+  given = common.parse_arg(arg, size="3b", stage=3)
+  if given.size not in ("3b", "7b") or given.stage not in _STAGES:
     raise ValueError(
-      f"config argument size={arg.size}, stage={arg.stage}: size is 3b or 7b,"
-      " stage is 1, 2 or 3"
+      f"config argument size={given.size}, stage={given.stage}: size is 3b or"
+      " 7b, stage is 1, 2 or 3"
     )
-  config = common.experiment(SIZES[arg.size], _ROWS[arg.stage])
-  config.optimizer.update(_STAGES[arg.stage])
+  config = common.experiment(SIZES[given.size], _ROWS[given.stage])
+  config.optimizer.update(_STAGES[given.stage])
   config.batch_rows = 16
-  config.accumulate = {1: 2, 2: 3, 3: 3}[arg.stage]
-  if arg.size == "7b":
+  config.accumulate = {1: 2, 2: 3, 3: 3}[given.stage]
+  if given.size == "7b":
     config.optimizer.decoder /= 2
-    if arg.stage == 3:
+    if given.stage == 3:
       config.accumulate *= 2
-  if arg.stage == 1:
+  if given.stage == 1:
     config.draw_missing = "memaug"
   return config

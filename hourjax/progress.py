@@ -1,6 +1,6 @@
-"""What a command says while it works: bars, and lines where it takes long.
+"""Progress of a command: bars, and a line where one thing takes long.
 
-Both are also readable in a log file.
+Both can also be read in a log file.
 """
 
 import contextlib
@@ -8,16 +8,23 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from tqdm import tqdm
 
-_LONG = 3.0  # seconds of silence before the first line
+_LONG = 3.0  # seconds until the first line
 _BARS: weakref.WeakSet[tqdm] = weakref.WeakSet()
 
 
 def bar(total: int, *, unit: str, desc: str) -> tqdm:
-  """A tqdm bar; into a file or pipe it writes a line every ten seconds."""
+  """Returns a tqdm bar; into a file or pipe it writes a line every 10 seconds.
+
+  Args:
+    total: number of units of work.
+    unit: its name.
+    desc: what is shown before the bar.
+  """
   if sys.stderr.isatty():
     made = tqdm(total=total, unit=unit, desc=desc, mininterval=0.3)
   else:
@@ -29,10 +36,12 @@ def bar(total: int, *, unit: str, desc: str) -> tqdm:
 
 
 class _Lines(tqdm):
-  """Lines instead of carriage returns."""
+  """Writes lines instead of returning to the start of one."""
 
   @staticmethod
-  def status_printer(file):
+  def status_printer(file: Any) -> Callable[[str], None]:  # pyrefly: ignore[bad-override]  tqdm's has no types
+    """Returns what writes the bar; tqdm calls it."""
+
     def write(text: str) -> None:
       if text.strip():
         print(text, file=file, flush=True)
@@ -40,22 +49,25 @@ class _Lines(tqdm):
     return write
 
 
-def _moves(shown: tqdm) -> bool:
-  """Whether a bar is on the screen, and not at its end."""
-  return not shown.disable and shown.n > 0 and shown.n != shown.total
+def _moves(each: tqdm) -> bool:
+  """Returns whether a bar is on the screen, and not at its end."""
+  return not each.disable and each.n > 0 and each.n != each.total
 
 
 @contextlib.contextmanager
 def step(text: str) -> Iterator[None]:
-  """Says what is being done where it takes long, and for how long it has.
+  """Prints what is being done, and for how long, if the block takes long.
 
-  "compiling the train step (12 s so far)": a line on stderr after three
-  seconds, and again each time that the wait has doubled. Quick work stays
-  without a word, and so does work whose bar moves.
+  For instance "compiling the train step (12 s so far)", on stderr, after three
+  seconds and each time that the time has doubled. Nothing is printed for quick
+  work, or while a bar moves.
+
+  Args:
+    text: what is being done.
   """
   done, began = threading.Event(), time.monotonic()
 
-  def watch() -> None:
+  def print_time() -> None:
     wait = _LONG
     while not done.wait(began + wait - time.monotonic()):
       took = time.monotonic() - began
@@ -63,7 +75,7 @@ def step(text: str) -> Iterator[None]:
         print(f"{text} ({took:.0f} s so far)", file=sys.stderr, flush=True)
       wait *= 2
 
-  thread = threading.Thread(target=watch, daemon=True)
+  thread = threading.Thread(target=print_time, daemon=True)
   thread.start()
   try:
     yield

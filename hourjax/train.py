@@ -3,15 +3,15 @@
   python -m hourjax.train --config=configs/hourllava.py:size=3b,stage=3 \
       --config.data.dataset=videomarathon --workdir=work/run
 
-Any key of the configuration can be set as --config.KEY=VALUE; an unknown one
-fails. A configuration is a Python file, which runs: give only those you trust.
-Nothing else that is read runs: data, features, tokenizers, weights and workdirs
-may come from strangers.
+Any key of the configuration can be set as --config.KEY=VALUE; an unknown key is
+an error. A configuration is a Python program, so give only files that you
+trust. Nothing else is executed: data, features, tokenizers, weights and
+workdirs may come from strangers.
 
-Started again with the same workdir, the run continues. SIGTERM and Ctrl-C save
-a checkpoint first; after SIGTERM the status is 0.
+Started again with the same workdir, the run continues. On SIGTERM and Ctrl-C it
+saves a checkpoint and exits; after SIGTERM with status 0.
 
-On a TPU VM of several hosts, start the same line on each; elsewhere see
+On TPU VMs of several hosts, start the same line on each of them; elsewhere see
 `hourjax.parallel.hosts`.
 """
 
@@ -33,14 +33,15 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _PROFILE = flags.DEFINE_string(
   "profile_steps",
   None,
-  "a:b traces steps a to b-1 (the same as --config.watch.profile_steps).",
+  "a:b traces the steps a to b-1 (the same as --config.metrics.profile_steps).",
 )
 
 
 def main(_: list[str]) -> None:
+  """Runs the command."""
   config = _CONFIG.value.to_dict()
   if _PROFILE.value is not None:
-    config["watch"]["profile_steps"] = _PROFILE.value
+    config["metrics"]["profile_steps"] = _PROFILE.value
   if "://" in _WORKDIR.value:
     raise UserError(
       f"--workdir={_WORKDIR.value} is a URL; a run needs a folder: give one"

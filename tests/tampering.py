@@ -34,17 +34,14 @@ from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 from hourjax.training import checkpoint_format
-from hourjax.training.checkpoint import (
-  Checkpoints,
-  read_config,
-  restore_params,
-)
+from hourjax.training.checkpoint import Checkpoints, restore_params
 from hourjax.training.config import build_experiment
-from hourjax.training.data_loader import UnreadLedger
-from hourjax.training.faults import NonFinite
+from hourjax.training.data_loader import UnreadSampleLog
+from hourjax.training.faults import NonFiniteSteps
 from hourjax.training.metric_writer import read_curve
 from hourjax.training.throughput import Goodput
-from hourjax.training.train_step import TrainState
+from hourjax.training.train_state import TrainState
+from hourjax.training.workdir import read_config
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
 ODD = (
@@ -158,8 +155,8 @@ def read_workdir(folder: pathlib.Path) -> Any:
   """The arrays; what else there is must open, but may be other numbers."""
   build_experiment(read_config(folder))
   read_curve(folder)
-  NonFinite(folder, start=1, max_in_a_row=2, primary=False)
-  UnreadLedger(folder, start=1, max_share=0.5)
+  NonFiniteSteps(folder, start=1, max_in_a_row=2, primary=False)
+  UnreadSampleLog(folder, start=1, max_share=0.5)
   Goodput(folder, start=1).close()
   state, _ = Checkpoints(folder).restore(_state(), plan="plan")
   params = restore_params(folder).params

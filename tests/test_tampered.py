@@ -119,7 +119,9 @@ def test_pickles_in_arrays_are_not_opened(tmp_path, planted):
 def test_names_in_a_checkpoint_run_no_code(tmp_path, planted):
   """Orbax writes names of classes and modules beside the arrays."""
   tampering.make_workdir(tmp_path / "run")
-  folder = pathlib.Path(checkpoint_format.folder_of(tmp_path / "run")) / "3"
+  folder = (
+    pathlib.Path(checkpoint_format.checkpoint_folder(tmp_path / "run")) / "3"
+  )
   changed = 0
   for path in folder.rglob("*"):
     if path.is_file() and path.name in ("_METADATA", "_CHECKPOINT_METADATA"):

@@ -31,9 +31,9 @@ from hourjax.data.rows import RowSpec
 from hourjax.data.sample_sizes import FIELDS
 from hourjax.data.store.features import FeatureStore
 from hourjax.parallel.mesh import MeshConfig, make_mesh
-from hourjax.training.batch_sharding import Placing
+from hourjax.training.batch_sharding import BatchSharding
 from hourjax.training.config import Experiment
-from hourjax.training.data_loader import Feed
+from hourjax.training.data_loader import DataLoader
 
 _WARM = 3  # rows that are read before the clock starts
 
@@ -234,16 +234,18 @@ def measure_reading(
     dataset, plan, experiment.row_spec, rows=_ROWS, options=experiment.read
   )
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-  feed = Feed(delivered, Placing(mesh, experiment.row_spec, _ROWS))
-  for batch, _ in itertools.islice(feed, _WARM_data):
+  loader = DataLoader(
+    delivered, BatchSharding(mesh, experiment.row_spec, _ROWS)
+  )
+  for batch, _ in itertools.islice(loader, _WARM_data):
     jax.block_until_ready(batch)
   position = plan.advance(0, _WARM_data * _ROWS)
   began, minutes, slots = time.monotonic(), 0.0, 0
-  for batch, _ in itertools.islice(feed, options.rows // _ROWS):
+  for batch, _ in itertools.islice(loader, options.rows // _ROWS):
     jax.block_until_ready(batch)
     slots += batch.features.nbytes
   took = time.monotonic() - began
-  feed.close()
+  loader.close()
   used = 0
   for _ in range(options.rows):
     for group in plan.row(position)[1]:

@@ -7,7 +7,7 @@ memory.
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -92,7 +92,7 @@ def batches(
   start: int = 0,
   mine: Sequence[int] | None = None,
   options: ReadOptions = ReadOptions(),
-) -> Iterator[Delivered]:
+) -> Generator[Delivered, None, None]:
   """Endless batches from a position of the plan on.
 
   The global batch is the same for any number of hosts; each fills, and reads

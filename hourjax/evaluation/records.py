@@ -11,14 +11,15 @@ may share a folder, at a time or one after the other.
 import json
 import os
 import pathlib
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pydantic
 
 from hourjax import schema
+from hourjax.atomic_file import write_file
 from hourjax.errors import UserError
+from hourjax.jsonl import JsonlWriter, parse_rows
 
 Row = dict[str, Any]
 # A new parser reads the old answers: nobody is asked again. Videos that were
@@ -64,9 +65,9 @@ class Records:
     """
     self.folder = pathlib.Path(out)
     self._workers = workers
-    self._answers = self.folder / f"answers-{worker:05d}.jsonl"
-    self._missing = self.folder / f"missing-{worker:05d}.jsonl"
-    self._mended = False
+    self._answers = JsonlWriter.at(self.folder / f"answers-{worker:05d}.jsonl")
+    missing = self.folder / f"missing-{worker:05d}.jsonl"
+    self._missing_path, self._missing = missing, JsonlWriter.at(missing)
 
   def claim(self, about: Mapping[str, Any]) -> None:
     """Makes the folder that of one run, or makes sure that it is.
@@ -83,7 +84,7 @@ class Records:
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
       self._claim(dict(about))
-      self._missing.unlink(missing_ok=True)
+      self._missing_path.unlink(missing_ok=True)
       for path in self.folder.glob("missing-*.jsonl"):
         if self._workers and path.name >= f"missing-{self._workers:05d}":
           path.unlink(missing_ok=True)  # of a run of more workers
@@ -151,13 +152,11 @@ class Records:
     Raises:
       OSError: they cannot be written whole, e.g. the disk is full.
     """
-    if not self._mended:
-      self._mend()
-    _append(self._answers, rows)
+    self._answers.add(*rows)
 
   def leave_out(self, rows: Iterable[Row]) -> None:
     """Appends what could not be asked: {"id", "video", "reason"}."""
-    _append(self._missing, [{**row, "workers": self._workers} for row in rows])
+    self._missing.add(*({**row, "workers": self._workers} for row in rows))
 
   def _claim(self, about: Row) -> None:
     path = self.folder / _RUN
@@ -168,11 +167,11 @@ class Records:
           " another --out"
         )
       # Workers that start together write the same.
-      write_whole(path, _text(about))
+      write_file(path, _text(about), several_writers=True)
     old = self.about()
     self._compare(old, about)
     if old != about:
-      write_whole(path, _text(about))
+      write_file(path, _text(about), several_writers=True)
 
   def _compare(self, old: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     names = sorted((old.keys() | about.keys()) - _MAY_CHANGE)
@@ -196,42 +195,12 @@ class Records:
     for path in sorted(self.folder.glob(pattern)):
       remedy = "bring it back from a copy, or choose another --out"
       content = schema.read_bytes(path, remedy=remedy, most=_MOST_BYTES)
-      for line in content.split(b"\n"):
+      for _, row in parse_rows(content):
         try:
-          row = json.loads(line)
           kind.model_validate(row)
         except (ValueError, RecursionError):  # pydantic's among them
           continue
         yield row
-
-  def _mend(self) -> None:
-    """Ends a line that a kill tore, so that the next one starts its own."""
-    self._mended = True
-    if not self._answers.exists():
-      return
-    with open(self._answers, "rb+") as file:
-      if file.seek(0, os.SEEK_END):
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-          file.write(b"\n")
-
-
-def write_whole(path: pathlib.Path, data: str | bytes) -> None:
-  """Writes a file whole or not at all, also if several do so at a time."""
-  partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-  try:
-    partial.write_bytes(data.encode() if isinstance(data, str) else data)
-    os.replace(partial, path)
-  except BaseException:
-    partial.unlink(missing_ok=True)
-    raise
-
-
-def _append(path: pathlib.Path, rows: Iterable[Row]) -> None:
-  data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-  with open(path, "ab", buffering=0) as file:
-    if file.write(data) != len(data):
-      raise OSError(f"{path}: only part of the answers was written")
 
 
 def _text(about: Row) -> str:

@@ -14,9 +14,9 @@ import pydantic
 
 import hourjax
 from hourjax import schema
+from hourjax.atomic_file import write_file
 from hourjax.errors import UserError
 from hourjax.evaluation import report_pages
-from hourjax.evaluation.records import write_whole
 from hourjax.evaluation.scoring import (
   Accuracy,
   Run,
@@ -150,13 +150,16 @@ def write(
   if curves:
     pictures["loss.png"] = report_pages.losses(curves)
   for name, figure in pictures.items():
-    write_whole(folder / name, report_pages.png(figure))
-  write_whole(
-    folder / "report.md", report_pages.page(report.data, list(pictures))
-  )
+    _write(folder / name, report_pages.png(figure))
+  _write(folder / "report.md", report_pages.page(report.data, list(pictures)))
   text = json.dumps(report.data, indent=2, allow_nan=False) + "\n"
-  write_whole(folder / _FILE, text)
+  _write(folder / _FILE, text)
   return [_FILE, "report.md", *pictures]
+
+
+def _write(path: pathlib.Path, data: str | bytes) -> None:
+  """Writes a file that other workers may be writing, too."""
+  write_file(path, data, several_writers=True)
 
 
 def load(folder: str | os.PathLike) -> Report:

@@ -26,7 +26,7 @@ from hourjax.extraction.encoder import Encoder, tower_params
 from hourjax.extraction.streaming import Outcome, Stream
 from hourjax.extraction.video_list import find_videos
 from hourjax.extraction.worker import part_row
-from hourjax.jsonl import Lines, read_lines
+from hourjax.jsonl import JsonlWriter, read_rows
 from hourjax.training.config import Experiment
 
 _MAKING = threading.Lock()
@@ -91,7 +91,7 @@ def extract_videos(
   beam = _beam()
   share = find_videos(work.videos, names)
   store = FeatureStore(work.out, create=True)
-  with store.scratch.held():
+  with store.temp_files.locked():
     todo = [name for name in share if name not in store]
     arguments = [f"--runner={runner}", *options.split()]
     pipeline_options = beam.options.pipeline_options.PipelineOptions(arguments)
@@ -106,7 +106,7 @@ def extract_videos(
 
 
 class _Process:
-  """A worker process: its encoder, store, index and ledger."""
+  """A worker process: its encoder, store, index and list of failures."""
 
   def __init__(self, work: Work):
     self._work = work
@@ -117,11 +117,11 @@ class _Process:
     host = socket.gethostname().replace("/", "-")
     label = f"beam-{work.run}-{host}-{os.getpid()}"
     self._store = FeatureStore(work.out, create=True, worker=label)
-    self._ledger = Lines(self._store.storage, f"failures-{label}.jsonl")
+    self._failures = JsonlWriter(self._store.storage, f"failures-{label}.jsonl")
     self._store.claim(self._encoder.fingerprint, self._encoder.shape)
     # Held until the process ends, so that nobody cleans up behind its back.
     self._held = contextlib.ExitStack()
-    self._held.enter_context(self._store.scratch.held())
+    self._held.enter_context(self._store.temp_files.locked())
     atexit.register(self.close)
 
   def close(self) -> None:
@@ -137,10 +137,10 @@ class _Process:
         rows.append({"video": name, **outcome.stored._asdict()})
         if outcome.share < 1:
           rows[0]["share"] = outcome.share
-          self._ledger.add(part_row(outcome))
+          self._failures.add(part_row(outcome))
       else:
         rows.append({"file": name, "reason": outcome.reason})
-        self._ledger.add(rows[0])
+        self._failures.add(rows[0])
 
     Stream(
       [name],
@@ -169,7 +169,7 @@ def _collect(work: Work, share: list[str], todo: list[str]) -> list[Skipped]:
   told = {
     row["file"]: row
     for key in store.storage.list(f"failures-beam-{work.run}-")
-    for row in read_lines(store.storage, key)
+    for row in read_rows(store.storage, key)
   }
   told = {name: told[name] for name in todo if name in told}
   parts = {n: row["share"] for n, row in told.items() if "share" in row}

@@ -15,7 +15,7 @@ from hourjax.data.store.features import FeatureStore
 from hourjax.extraction.encoder import Encoder
 from hourjax.extraction.streaming import Outcome, Stream
 from hourjax.extraction.video_list import find_videos, worker_slice
-from hourjax.jsonl import Lines
+from hourjax.jsonl import JsonlWriter
 from hourjax.models.config import ModelConfig
 
 _MOST_THREADS = 64
@@ -65,9 +65,9 @@ def extract_videos(
   with progress.step("looking for videos"):
     share = worker_slice(find_videos(videos, names), index, count)
   store = FeatureStore(out, create=True, worker=index)
-  with store.scratch.held():
-    ledger = Lines(store.storage, f"failures-{index:05d}.jsonl")
-    ledger.reset()
+  with store.temp_files.locked():
+    failures = JsonlWriter(store.storage, f"failures-{index:05d}.jsonl", [])
+    failures.open()
     todo = [name for name in share if name not in store]
     if not todo:
       print(f"all {len(share)} videos are in {store.root}")
@@ -91,11 +91,13 @@ def extract_videos(
 class _Report:
   """Index, ledger, bar and last words of one run."""
 
-  def __init__(self, share: int, todo: int, store: FeatureStore, ledger: Lines):
+  def __init__(
+    self, share: int, todo: int, store: FeatureStore, failures: JsonlWriter
+  ):
     self.failed: list[Skipped] = []
     self._parts: dict[str, float] = {}  # videos read in part, their shares
     self._share, self._todo = share, todo
-    self._store, self._ledger = store, ledger
+    self._store, self._failures = store, failures
     self._stored, self._seconds = 0, 0.0
     self._start = time.monotonic()
 
@@ -122,9 +124,9 @@ class _Report:
       self._seconds += outcome.stored.duration
       if outcome.share < 1:
         self._parts[outcome.name] = outcome.share
-        self._ledger.add(part_row(outcome))
+        self._failures.add(part_row(outcome))
     else:
-      self._ledger.add({"file": outcome.name, "reason": outcome.reason})
+      self._failures.add({"file": outcome.name, "reason": outcome.reason})
       self.failed.append(Skipped(outcome.name, outcome.reason))
     self._bar.set_postfix_str(
       f"{self._hours()}, {self._rate()}, limit {self._limit()},"

@@ -35,7 +35,7 @@ from hourjax.models.params import (
   param_shapes,
 )
 from hourjax.parallel.rules import param_shardings
-from hourjax.training.batch_sharding import Placing
+from hourjax.training.batch_sharding import BatchSharding
 
 _SLOW = 10**9  # parameters on a CPU
 _LEAST = 128  # of every capacity: whole tiles, and divided by many meshes
@@ -315,7 +315,7 @@ class Engine:
     return row_spec(self.config, capacity)
 
   def _placed(self, batch, spec):
-    return Placing(self.mesh, spec, 1)(batch)
+    return BatchSharding(self.mesh, spec, 1)(batch)
 
   def _watched(self, queries, spec):
     """Queries in the order in which the devices hold them, padded."""

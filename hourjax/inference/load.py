@@ -19,8 +19,9 @@ from hourjax.models.config import ModelConfig
 from hourjax.models.params import param_axes, param_shapes
 from hourjax.parallel.mesh import MeshConfig, make_mesh
 from hourjax.parallel.rules import param_shardings
-from hourjax.training.checkpoint import read_config, restore_params
+from hourjax.training.checkpoint import restore_params
 from hourjax.training.config import build_experiment
+from hourjax.training.workdir import read_config
 from hourjax.weights import config as published
 from hourjax.weights.checkpoint import load_params
 from hourjax.weights.folder import weight_files

@@ -21,7 +21,7 @@ from hourjax.errors import UserError
 from hourjax.parallel.mesh import make_mesh
 from hourjax.planning import hlo, traffic
 from hourjax.training.config import build_experiment
-from hourjax.training.train_state import programs
+from hourjax.training.train_step import lower_programs
 
 # What a parameter of a compiled program belongs to, by its argument's path.
 _KINDS = {
@@ -53,7 +53,7 @@ def compile_step(task: dict[str, Any]) -> dict[str, Any]:
     **task["bounds"],
   )
   mesh = make_mesh(experiment.mesh, topology.devices)
-  lowered = programs(experiment, mesh)
+  lowered = lower_programs(experiment, mesh)
   with concurrent.futures.ThreadPoolExecutor(len(lowered)) as pool:
     began = {
       name: pool.submit(_compiled, each, mesh, task["unknown_trips"])

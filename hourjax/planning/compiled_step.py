@@ -13,7 +13,7 @@ from hourjax.planning.compile_pool import ask_child
 from hourjax.planning.topology import Topology
 from hourjax.planning.workload import Workload
 from hourjax.training.config import Experiment
-from hourjax.training.train_state import check_mesh
+from hourjax.training.train_step import check_mesh
 
 LIMIT = 900  # seconds for the programs of one step
 _NEEDED = re.compile(

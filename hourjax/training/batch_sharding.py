@@ -1,4 +1,4 @@
-"""Micro-batches from hosts to the devices of a mesh."""
+"""How the arrays of a micro-batch are split over hosts and devices."""
 
 import math
 from collections.abc import Mapping
@@ -17,8 +17,9 @@ from hourjax.data.sequence_sharding import (
 from hourjax.errors import UserError
 from hourjax.parallel.rules import RULES, spec
 
-# Beside its rows. What is looked up elsewhere, by all devices that share the
-# row, is not split.
+# Field of a batch -> logical axis of its second dimension, beside the rows of
+# its first. The fields that are not named are indexed by all devices that share
+# a row, so each of these has them whole.
 _SPLIT = {
   "features": "memory",
   "memory_source": "memory",
@@ -33,7 +34,7 @@ _SPLIT = {
 
 
 def batch_shardings(mesh: Mesh) -> Batch:
-  """How each array of a micro-batch is split."""
+  """Returns the sharding of each array of a micro-batch."""
   return Batch(
     *(
       NamedSharding(mesh, spec("rows", *filter(None, [_SPLIT.get(name)])))
@@ -43,7 +44,7 @@ def batch_shardings(mesh: Mesh) -> Batch:
 
 
 def abstract_batch(rows: RowSpec, count: int, mesh: Mesh) -> Batch:
-  """Shapes, dtypes and shardings of a micro-batch of `count` rows."""
+  """Returns shapes, dtypes and shardings of a micro-batch of `count` rows."""
   one = empty_rows(rows, 1)
   return Batch(
     *(
@@ -58,18 +59,17 @@ def abstract_batch(rows: RowSpec, count: int, mesh: Mesh) -> Batch:
 def check_rows(
   sizes: Mapping[str, int], rows: RowSpec, count: int, accumulate: int = 1
 ) -> None:
-  """Refuses rows that a mesh cannot share.
-
-  The one check of `train` and of `plan`, which needs no devices.
+  """Refuses rows that a mesh cannot share; needs no devices.
 
   Args:
-    sizes: of the mesh, by axis.
+    sizes: number of devices along each axis of the mesh.
     rows: capacities.
     count: rows of a micro-batch, on all hosts together.
     accumulate: micro-batches in a step.
 
   Raises:
-    UserError: they cannot be split; names both values and what to give instead.
+    UserError: the rows cannot be split; names both values and what to give
+      instead.
   """
   groups = _devices(sizes, "rows")
   if count % groups:
@@ -85,15 +85,15 @@ def check_rows(
   check_sequence_sharding(rows, _devices(sizes, "memory"))
 
 
-class Placing:
-  """Puts this host's rows of micro-batches on its devices.
+class BatchSharding:
+  """Puts this host's rows of micro-batches onto its devices.
 
   Attributes:
-    mine: numbers of the rows of a micro-batch that this host's devices hold,
-      wholly or in part, ascending.
+    local_rows: the rows of a micro-batch that this host's devices hold, wholly
+      or in part, ascending.
   """
 
-  mine: list[int]
+  local_rows: list[int]
 
   def __init__(self, mesh: Mesh, rows: RowSpec, count: int):
     """Checks that the rows can be split.
@@ -104,26 +104,35 @@ class Placing:
       count: rows of a micro-batch, on all hosts together.
 
     Raises:
-      UserError: they cannot be split over the mesh; names both values.
+      UserError: the rows cannot be split over the mesh; names both values.
     """
     check_rows(mesh.shape, rows, count)
     self._sharing = _devices(mesh.shape, "memory")
     self._rows, self._count = rows, count
     self._shardings = batch_shardings(mesh)
     places = self._shardings.target.addressable_devices_indices_map((count,))
-    self.mine = sorted(
+    self.local_rows = sorted(
       {row for (place,) in places.values() for row in range(count)[place]}
     )
 
   def __call__(self, batch: Batch) -> Batch:
-    """Arrays on the devices, from numpy arrays of the rows `mine`."""
+    """Returns a micro-batch on the devices, sharded over all hosts.
+
+    Args:
+      batch: numpy arrays of the rows `local_rows`.
+    """
     dealt = deal(batch, self._rows, self._sharing)
     return Batch(*map(self._placed, Batch._fields, dealt, self._shardings))
 
-  def _placed(self, name, array: np.ndarray, sharding):
+  def _placed(
+    self, name: str, array: np.ndarray, sharding: NamedSharding
+  ) -> jax.Array:
+    """Returns one array of a micro-batch on the devices."""
     shape = (self._count, *array.shape[1:])
 
-    def part(index):
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+      """Returns what one device holds; features are cut out only here."""
+      assert index is not None  # only of an array that has no dimension
       own = array[self._local(index[0])]
       if name != "features" or not own.size:
         return own[(slice(None), *index[1:])]
@@ -134,11 +143,12 @@ class Placing:
     return jax.make_array_from_callback(shape, sharding, part)
 
   def _local(self, rows: slice) -> slice:
-    """Rows of the micro-batch to rows of this host."""
+    """Returns which of this host's rows are `rows` of the micro-batch."""
     wanted = range(self._count)[rows]
-    first = self.mine.index(wanted[0])
+    first = self.local_rows.index(wanted[0])
     return slice(first, first + len(wanted))
 
 
 def _devices(sizes: Mapping[str, int], axis: str) -> int:
+  """Returns the number of devices that a logical axis is split over."""
   return math.prod(sizes[name] for name in RULES[axis])

@@ -1,28 +1,50 @@
-"""Checkpoints through Orbax: saved beside training, verified when restored."""
+"""Checkpoints of a run: written beside training, verified when restored."""
 
 import contextlib
 import os
-import pathlib
 import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from hourjax import progress, schema
+from hourjax import progress
 from hourjax.errors import UserError
 from hourjax.parallel import hosts
 from hourjax.training import checkpoint_format
-from hourjax.training.checkpoint_format import quiet_orbax
-from hourjax.training.train_step import TrainState
+from hourjax.training.checkpoint_format import (
+  DamagedCheckpoint,
+  checkpoint_folder,
+  checkpoint_steps,
+)
+
+
+@runtime_checkable
+class _State(Protocol):
+  """A NamedTuple of pytrees, one of which is `step`, as `TrainState` is.
+
+  A protocol, since `train_state` imports this module to start from a
+  checkpoint's parameters.
+  """
+
+  @property
+  def step(self) -> Any: ...
+
+  def _asdict(self) -> dict[str, Any]: ...
+
+
+State = TypeVar("State", bound=_State)
 
 
 class Checkpoints:
-  """Checkpoints of one run, in WORKDIR/checkpoints/STEP.
+  """Saves and restores the checkpoints of one run, WORKDIR/checkpoints/STEP.
 
   All processes of a run make the same calls in the same order.
+
+  Attributes:
+    folder: of the checkpoints.
   """
 
   def __init__(
@@ -36,38 +58,39 @@ class Checkpoints:
 
     Args:
       workdir: of the run; may be a URL that Orbax can write to.
-      keep: how many stay on disk. While one is saved there is one more.
+      keep: how many stay on disk; while one is being saved there is one more.
       on_error: "continue" or "stop" when one cannot be saved.
     """
-    self.folder = checkpoint_format.folder_of(workdir)
+    self.folder = checkpoint_folder(workdir)
     self._keep, self._on_error = keep, on_error
     self._manager: ocp.CheckpointManager | None = None
+    # The step being saved, and the error of starting to, if any.
     self._pending: tuple[int, Exception | None] | None = None
     self._failed = ""
 
   def latest(self) -> int | None:
-    """Step of the newest checkpoint, None if there is none."""
-    return max(checkpoint_format.saved_steps(self.folder), default=None)
+    """Returns the step of the newest checkpoint, None if there is none."""
+    return max(checkpoint_steps(self.folder), default=None)
 
   def save(
-    self, state: TrainState, position: int, plan: str, config: dict[str, Any]
+    self, state: State, position: int, plan: str, config: dict[str, Any]
   ) -> None:
-    """Copies the state and starts writing it; `settle` ends that.
+    """Copies the state and starts to write it; `wait_for_save` ends that.
 
     Args:
       state: to save.
       position: in the data, of the next step's first row.
-      plan: fingerprint of the plan that the position is in.
+      plan: fingerprint of the row plan that the position belongs to.
       config: the run's configuration as plain data.
 
     Raises:
-      UserError: as `settle`, for the save before this one.
+      UserError: as `wait_for_save`, for the save before this one.
     """
-    self.settle()
+    self.wait_for_save()
     step, tree = int(state.step), state._asdict()
-    if step in checkpoint_format.saved_steps(self.folder):
+    if step in checkpoint_steps(self.folder):
       return
-    about = checkpoint_format.describe(
+    manifest = checkpoint_format.make_manifest(
       tree, step=step, position=position, plan=plan, config=config
     )
     failure = None
@@ -75,7 +98,7 @@ class Checkpoints:
       self._open().save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.PyTreeSave(tree), about=ocp.args.JsonSave(about)
+          state=ocp.args.PyTreeSave(tree), about=ocp.args.JsonSave(manifest)
         ),
       )
     except Exception as error:  # of any library below: full, gone, forbidden
@@ -83,20 +106,20 @@ class Checkpoints:
     self._pending = step, failure
 
   def poll(self) -> None:
-    """Settles a save that has ended by itself; cheap, for every step.
+    """Ends a save that is complete; cheap, to be called after every step.
 
-    Of several processes each has its own part of a save, so they settle it
-    together, before the next one.
+    Each process of several writes its own part of a checkpoint, so they wait
+    for the save together, before the next one, and this does nothing.
     """
     if self._pending is None or jax.process_count() > 1:
       return
     if self._pending[1] or not self._open().is_saving_in_progress():
-      self.settle()
+      self.wait_for_save()
 
-  def settle(self) -> None:
-    """Waits for the save under way, if any, and says so if it failed.
+  def wait_for_save(self) -> None:
+    """Waits for the save under way, if any, and reports it if it failed.
 
-    What a failed one left is removed; older checkpoints stay as they are.
+    What a failed save left is removed; older checkpoints stay as they are.
 
     Raises:
       UserError: it failed and `on_error` is "stop".
@@ -133,52 +156,53 @@ class Checkpoints:
       )
 
   def finish(self) -> None:
-    """Settles the run's last save.
+    """Waits for the run's last save.
 
     Raises:
-      UserError: it failed; a run does not end well without it.
+      UserError: it failed, so the run must not look as if it had succeeded.
     """
-    self.settle()
+    self.wait_for_save()
     if self._failed:
       raise UserError(f"{self._failed}; make room and start again")
 
-  def restore(self, like: TrainState, *, plan: str) -> tuple[TrainState, int]:
-    """The newest sound state and its data position.
+  def restore(self, like: State, *, plan: str) -> tuple[State, int]:
+    """Returns the newest undamaged state, and its position in the data.
 
-    Damaged checkpoints that are newer are moved to WORKDIR/damaged, loudly.
+    Damaged checkpoints that are newer are moved to WORKDIR/damaged, with a
+    warning.
 
     Args:
       like: a state, or ShapeDtypeStructs with shardings, of the same
-        structure. The mesh may be another than the checkpoint's.
-      plan: fingerprint of the plan of this run.
+        structure. The mesh may be another than the one it was saved on.
+      plan: fingerprint of this run's row plan.
 
     Raises:
-      UserError: there is none, all are damaged (with each one's reason), or
-        it holds another model or a position in other data.
+      UserError: there is no checkpoint, all are damaged (with each one's
+        reason), or the newest holds another model or a position in other data.
     """
-    like = jax.tree.map(_abstract, like)
+    tree_like = jax.tree.map(_abstract, like._asdict())
     problems: dict[int, str] = {}
-    for step in reversed(checkpoint_format.saved_steps(self.folder)):
-      about, tree, problem = None, None, ""
+    for step in reversed(checkpoint_steps(self.folder)):
+      manifest: dict[str, Any] = {}
+      tree, problem = None, ""
       try:
-        about = checkpoint_format.read_about(self.folder, step)
-      except checkpoint_format.Damaged as damage:
+        manifest = checkpoint_format.read_manifest(self.folder, step)
+      except DamagedCheckpoint as damage:
         problem = str(damage)
+      # Processes agree before each stage, so none waits for one that gave up.
       if not hosts.agree(problem):
-        self._check_fit(like, about, step, plan)
+        self._check_fit(tree_like, manifest, step, plan)
         try:
-          tree = checkpoint_format.read_arrays(
-            self.folder, step, like._asdict()
-          )
-        except checkpoint_format.Damaged as damage:
+          tree = checkpoint_format.read_arrays(self.folder, step, tree_like)
+        except DamagedCheckpoint as damage:
           problem = str(damage)
       told = hosts.agree(problem)
       if not told:
         try:
-          checkpoint_format.verify(tree, about)
-          _set_aside(self.folder, problems, step)
-          return TrainState(**tree), about["position"]
-        except checkpoint_format.Damaged as damage:
+          checkpoint_format.verify(tree, manifest)
+          _move_damaged(self.folder, problems, step)
+          return type(like)(**(tree or {})), manifest["position"]
+        except DamagedCheckpoint as damage:
           told = {0: str(damage)}
       problems[step] = "; ".join(told.values())
       del tree
@@ -189,15 +213,15 @@ class Checkpoints:
     if self._manager is None:
       return
     manager, self._manager = self._manager, None
-    # Closing comes last: what failed was said by `settle`, and an error that
-    # ends the run must not be hidden by another one.
+    # `wait_for_save` has reported what failed, and an error that ends the run
+    # must not be hidden by another one.
     with contextlib.suppress(Exception):
       manager.close()
 
   def _open(self) -> ocp.CheckpointManager:
-    """Orbax's manager; it counts what is on disk when it is made."""
+    """Returns Orbax's manager; it counts what is on disk when it is made."""
     if self._manager is None:
-      quiet_orbax()
+      checkpoint_format.silence_orbax_errors()
       self._manager = ocp.CheckpointManager(
         self.folder,
         options=ocp.CheckpointManagerOptions(
@@ -209,6 +233,7 @@ class Checkpoints:
     return self._manager
 
   def _discard(self, step: int) -> None:
+    """Removes what a failed save left."""
     # A manager remembers its failure, and has forgotten what it meant to
     # delete; a new one looks at the disk.
     self.close()
@@ -218,34 +243,38 @@ class Checkpoints:
           path.rmtree()
     hosts.agree("")
 
-  def _check_fit(self, like, about, step, plan):
-    wrong = checkpoint_format.misfits(like._asdict(), about)
+  def _check_fit(
+    self, tree: Any, manifest: Mapping[str, Any], step: int, plan: str
+  ) -> None:
+    """Raises a UserError if a checkpoint is of another model or other data."""
+    wrong = checkpoint_format.shape_differences(tree, manifest)
     if wrong:
-      shown = "\n  ".join(wrong[:10])
+      first = "\n  ".join(wrong[:10])
       raise UserError(
         f"{self.folder}/{step} does not fit this configuration; use the model"
         " and optimizer it was written with, or another workdir"
-        f" ({len(wrong)} arrays differ):\n  {shown}"
+        f" ({len(wrong)} arrays differ):\n  {first}"
       )
-    if about["plan"] != plan:
+    if manifest["plan"] != plan:
       raise UserError(
-        f"{self.folder}/{step} was trained on rows of plan {about['plan']},"
+        f"{self.folder}/{step} was trained on rows of plan {manifest['plan']},"
         f" this run's are {plan}: the data, its features, weights, capacities"
         " or seed differ; restore them, or start another workdir with"
         " config.init set to this one"
       )
 
 
-class SavedParams(NamedTuple):
-  """Parameters of a checkpoint.
+class RestoredParams(NamedTuple):
+  """Holds the parameters of a checkpoint.
 
   Attributes:
-    params: by path, trained and frozen ones.
+    params: trained and frozen ones, by path.
     step: that they are of.
-    arrays: what the checkpoint tells of each array in it (`saved.describe`).
+    arrays: what the manifest says of each array of the checkpoint: shape,
+      dtype and checksum, by path.
   """
 
-  params: dict[str, jax.Array]
+  params: dict[str, Any]
   step: int
   arrays: dict[str, Any]
 
@@ -255,34 +284,39 @@ def restore_params(
   sharding: jax.sharding.Sharding | None = None,
   *,
   each: Callable[[str, jax.Array], Any] = lambda path, value: value,
-) -> SavedParams:
-  """All parameters of a run's newest sound checkpoint.
+) -> RestoredParams:
+  """Returns all parameters of a run's newest undamaged checkpoint.
 
-  They are read a gigabyte at a time (but an array at once), so that with an
-  `each` that keeps less, or elsewhere, only that is held.
+  They are read a gigabyte at a time, or one larger array at a time. With an
+  `each` that keeps less of an array, or keeps it elsewhere, no more than that
+  gigabyte is held beside what it keeps.
 
   Args:
     workdir: of the run.
-    sharding: of each; whole on this process's first device by default.
-    each: what becomes of a parameter, given its path and its verified value.
+    sharding: of each array; by default whole on this process's first device.
+    each: returns what is kept of a parameter, given its path and its verified
+      value.
+
+  Raises:
+    UserError: there is no checkpoint, or all are damaged.
   """
-  folder = checkpoint_format.folder_of(workdir)
+  folder = checkpoint_folder(workdir)
   where = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   problems: dict[int, str] = {}
-  for step in reversed(checkpoint_format.saved_steps(folder)):
+  for step in reversed(checkpoint_steps(folder)):
     try:
-      about = checkpoint_format.read_about(folder, step)
+      manifest = checkpoint_format.read_manifest(folder, step)
       params = {}
       with progress.step(f"reading the checkpoint {folder}/{step}"):
-        for like in checkpoint_format.in_parts(
-          checkpoint_format.abstract_params(about, where)
+        for like in checkpoint_format.split_by_size(
+          checkpoint_format.abstract_params(manifest, where)
         ):
           tree = checkpoint_format.read_arrays(folder, step, like)
-          checkpoint_format.verify(tree, about)
+          checkpoint_format.verify(tree, manifest)
           for group in tree.values():
             for path in list(group):
               params[path] = each(path, group.pop(path))
-    except checkpoint_format.Damaged as damage:
+    except DamagedCheckpoint as damage:
       problems[step] = str(damage)
       print(
         f"WARNING: {folder}/{step} is damaged: {damage}; trying the one before",
@@ -290,50 +324,34 @@ def restore_params(
         flush=True,
       )
       continue
-    return SavedParams(params, step, about["arrays"])
+    return RestoredParams(params, step, manifest["arrays"])
   raise UserError(_none_left(folder, problems))
 
 
-def saved_config(workdir: str | os.PathLike) -> dict[str, Any] | None:
-  """The configuration that the run in a workdir has; None if there is none.
-
-  From config.json, or where that cannot be read, the newest checkpoint.
-  """
-  with contextlib.suppress(UserError):
-    return read_config(workdir)
-  folder = checkpoint_format.folder_of(workdir)
-  for step in reversed(checkpoint_format.saved_steps(folder)):
-    with contextlib.suppress(checkpoint_format.Damaged):
-      return checkpoint_format.read_about(folder, step)["config"]
-  return None
-
-
 def checkpoint_name(workdir: str | os.PathLike) -> str:
-  """Names the newest checkpoint: its path and the second it was written."""
-  folder = checkpoint_format.folder_of(workdir)
-  steps = checkpoint_format.saved_steps(folder)
+  """Returns the newest checkpoint's path and the second it was written.
+
+  Raises:
+    UserError: there is no checkpoint.
+  """
+  folder = checkpoint_folder(workdir)
+  steps = checkpoint_steps(folder)
   if not steps:
     raise UserError(f"{folder} holds no checkpoint; train first")
   newest = folder / str(max(steps))
   return f"{newest} {int(newest.stat().mtime)}"
 
 
-def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
-  """The configuration that a run was started with."""
-  path = pathlib.Path(workdir) / "config.json"
-  config = schema.read_json(path, remedy="train first, or correct the folder")
-  if not isinstance(config, dict):
-    raise UserError(
-      f"{path} is {schema.shorten(config)}, not the configuration of a run;"
-      " train first, or correct the folder"
-    )
-  return config
-
-
-def _set_aside(
-  folder: epath.Path, problems: dict[int, str], instead: int
+def _move_damaged(
+  folder: epath.Path, problems: Mapping[int, str], instead: int
 ) -> None:
-  """Moves damaged checkpoints out of the way, where they can be looked at."""
+  """Moves damaged checkpoints to WORKDIR/damaged, where one can look at them.
+
+  Args:
+    folder: of the checkpoints.
+    problems: what is wrong with each of them, by step.
+    instead: step of the checkpoint that is used.
+  """
   if hosts.is_primary():
     for step, reason in problems.items():
       aside = folder.parent / "damaged"
@@ -352,7 +370,8 @@ def _set_aside(
   hosts.agree("")
 
 
-def _none_left(folder: epath.Path, problems: dict[int, str]) -> str:
+def _none_left(folder: epath.Path, problems: Mapping[int, str]) -> str:
+  """Returns the message where no checkpoint can be used."""
   if not problems:
     return f"{folder} holds no checkpoint; train first or correct the workdir"
   lines = "\n  ".join(f"{step}: {why}" for step, why in problems.items())
@@ -362,7 +381,8 @@ def _none_left(folder: epath.Path, problems: dict[int, str]) -> str:
   )
 
 
-def _abstract(x):
+def _abstract(x: Any) -> Any:
+  """Returns an array's shape, dtype and sharding."""
   if isinstance(x, jax.Array):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
   return x

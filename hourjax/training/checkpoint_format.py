@@ -1,21 +1,20 @@
-"""Keeps a library's pages about an error from hiding our line about it."""
-# MERGED hourjax.training.checksums:
-# Checksums of arrays: computed on the devices, the same for any sharding.
-#
-# Orbax restores a file whose array bytes have changed without a word (measured
-# flipped bytes in a data file came back as other numbers). Sums over files wou
-# mean that one host reads back what all hosts wrote; a sum over the arrays cos
-# one pass over their memory on all devices together.
-# MERGED hourjax.training.saved:
-# One checkpoint on disk: what it says of itself, and its arrays, verified.
-#
-#     checkpoints/120/about   JSON: step, position, plan, configuration, versio
-#                             and, of every array, shape, dtype and checksum
-#     checkpoints/120/state   the arrays, as Orbax writes them
-#
-# A folder appears under its number only when it is complete, and by what it
-# says of itself it can be told from one that was damaged later. Every process
-# reads for itself: nothing here waits for another one.
+"""What is on disk of one checkpoint, and how damage to it is noticed.
+
+    checkpoints/120/about   the manifest, JSON: step, position, plan,
+                            configuration, versions and, of every array, shape,
+                            dtype and checksum
+    checkpoints/120/state   the arrays, as Orbax writes them
+
+A folder appears under its number only when it is complete; one that was damaged
+later is noticed by its manifest. Every process reads for itself: nothing here
+waits for another one.
+
+Checksums are sums over the arrays, computed on the devices, and the same for
+any sharding. Orbax does not notice changed bytes of an array (measured: flipped
+bytes in a data file were restored as other numbers). Sums over files would mean
+that one host reads back what all hosts wrote; a sum over the arrays costs one
+pass over their memory, on all devices together.
+"""
 
 import contextlib
 import functools
@@ -26,7 +25,7 @@ import os
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -43,12 +42,12 @@ from hourjax.errors import UserError
 
 
 @functools.cache  # once is enough
-def quiet_orbax() -> None:
-  """Orbax tells no one but us of reads and writes that fail.
+def silence_orbax_errors() -> None:
+  """Stops Orbax and asyncio from logging errors that are also raised.
 
-  Each of its errors is raised as well, and then we say it. Beside that it logs
-  every thread's traceback, and asyncio what became of the other arrays: a full
-  disk was 190 KB on the screen, a damaged file half of that.
+  A failed read or write raises an error, which is reported in one line. Orbax
+  also logs the traceback of every thread, and asyncio what became of the other
+  arrays: 190 KB on the screen for a full disk, half of that for a damaged file.
   """
   absl_logging.get_absl_logger().addFilter(_not_of_orbax)
   logging.getLogger("asyncio").addFilter(_not_abandoned)
@@ -57,16 +56,26 @@ def quiet_orbax() -> None:
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
+  """Returns whether a record is no error that Orbax logs."""
+  """Returns whether a record is no error that Orbax logs."""
   inside = f"{os.sep}orbax{os.sep}" in record.pathname
   return not inside or record.levelno < logging.ERROR
 
 
 def _not_abandoned(record: logging.LogRecord) -> bool:
+  """Returns whether a record is not about a coroutine given up by an error."""
+  """Returns whether a record is not about a coroutine given up by an error."""
   return "exception was never retrieved" not in record.getMessage()
 
 
-def _unraisable(before, unraisable) -> None:
-  """Leaves out coroutines of Orbax and what comes after their loop's end."""
+def _unraisable(
+  before: Callable[[Any], None], unraisable: "sys.UnraisableHookArgs"
+) -> None:
+  """Handles errors that Python cannot raise, such as those of a destructor.
+
+  Leaves out those of Orbax's coroutines, and of what is run after the end of
+  their event loop; the others go to the hook that was there before.
+  """
   late = str(unraisable.exc_value) == "Event loop is closed"
   trace, inside = unraisable.exc_traceback, False
   while trace is not None and not inside:
@@ -80,7 +89,7 @@ _WIDTHS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
-  """The leaves of a tree by path, as "trained/decoder/norm/scale"."""
+  """Returns a tree's leaves by path, such as "trained/decoder/norm/scale"."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf
@@ -89,11 +98,11 @@ def named_arrays(tree: Any) -> dict[str, Any]:
 
 
 def checksums(tree: Any) -> dict[str, int]:
-  """A 32-bit sum of every array of a tree, by path.
+  """Returns a 32-bit checksum of every array of a tree, by path.
 
-  Any single changed element changes the sum; other differences, elements that
-  changed places among them, go unseen with chance 2^-32. A host needs only its
-  own shards.
+  A change of a single element always changes the sum. Other differences, such
+  as elements that changed places, go unseen with a chance of 2^-32. A host
+  needs only its own shards.
   """
   named = named_arrays(tree)
   if not named:
@@ -103,16 +112,18 @@ def checksums(tree: Any) -> dict[str, int]:
 
 
 @jax.jit
-def _sums(arrays):
+def _sums(arrays: list[jax.Array]) -> jax.Array:
+  """Returns the checksums of arrays, uint32 [number of arrays]."""
   return jnp.stack([_sum(x) for x in arrays])
 
 
-def _sum(x):
-  """Sum over i of mix(bits(x[i]) xor i c) modulo 2^32, i counting in C order.
+def _sum(x: Any) -> jax.Array:
+  """Returns the sum over i of mix(bits(x[i]) xor i c), modulo 2^32.
 
-  `mix` is one-to-one, hence the first promise of `checksums`, and scatters
-  (without it the signs of two elements could change unseen). Integer sums do
-  not depend on their order, hence no dependence on the sharding.
+  The index i counts in C order. `mix` is one-to-one, so that one changed
+  element always changes the sum; and it scatters bits, without which the signs
+  of two elements could change unseen. A sum of integers does not depend on its
+  order, and so not on the sharding.
   """
   x = jnp.asarray(x)
   if x.dtype == jnp.bool_:
@@ -127,8 +138,11 @@ def _sum(x):
   return jnp.sum(mixed, dtype=jnp.uint32)
 
 
-def _mix(x):
-  """The last steps of MurmurHash3: shifts and odd factors, both one-to-one."""
+def _mix(x: jax.Array) -> jax.Array:
+  """Returns MurmurHash3's last steps of uint32 values.
+
+  Shifts with xor, and products with odd factors, are both one-to-one.
+  """
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
   return x ^ (x >> 16)
@@ -138,30 +152,35 @@ _PART = 2**30  # bytes of parameters that are restored at a time
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "hourjax")
 
 
-class Damaged(Exception):
-  """A checkpoint that is not what was written; says how."""
+class DamagedCheckpoint(Exception):
+  """Says that a checkpoint is not what was written, and how it differs."""
 
 
-def folder_of(workdir: str | os.PathLike) -> epath.Path:
-  """Where the checkpoints of a run are; `workdir` may be a URL."""
+def checkpoint_folder(workdir: str | os.PathLike) -> epath.Path:
+  """Returns the folder of a run's checkpoints; `workdir` may be a URL."""
   text = os.fspath(workdir)
   if "://" not in text:
     text = os.path.abspath(text)  # Orbax refuses relative ones
   return epath.Path(text) / "checkpoints"
 
 
-def saved_steps(folder: epath.Path) -> list[int]:
-  """Steps of the finished checkpoints, oldest first; sound or not."""
+def checkpoint_steps(folder: epath.Path) -> list[int]:
+  """Returns the steps of complete checkpoints, oldest first.
+
+  Whether they have been damaged since is not looked at.
+  """
   if not folder.exists():
     return []
   found = [path for path in folder.iterdir() if path.name.isdecimal()]
   if "://" in os.fspath(folder):
-    # No folder is renamed in a bucket; this file is written last.
+    # In a bucket no folder can be renamed; Orbax writes this file last.
     found = [p for p in found if (p / "commit_success.txt").exists()]
   return sorted(int(path.name) for path in found if path.is_dir())
 
 
 def _dtype(name: str) -> str:
+  """Returns the name of a dtype; raises ValueError if there is none of it."""
+  """Returns the name of a dtype; raises ValueError if there is none of it."""
   try:
     jnp.dtype(name)
   except TypeError:
@@ -173,8 +192,8 @@ _Size = Annotated[int, pydantic.Field(ge=0)]
 _Dtype = Annotated[str, pydantic.AfterValidator(_dtype)]
 
 
-class _About(schema.Schema):
-  """What `describe` writes, as far as it is relied on."""
+class _Manifest(schema.Schema):
+  """Describes those keys of a manifest that are relied on."""
 
   step: int = pydantic.Field(ge=0)
   position: int = pydantic.Field(ge=0, lt=2**63)
@@ -187,16 +206,16 @@ class _About(schema.Schema):
   crc: int
 
 
-def describe(
+def make_manifest(
   tree: Any, *, step: int, position: int, plan: str, config: dict[str, Any]
 ) -> dict[str, Any]:
-  """What a checkpoint says of itself.
+  """Returns what a checkpoint says of itself, with a checksum of this.
 
   Args:
     tree: of the arrays to be saved.
     step: number of steps taken.
     position: in the data, of the next step's first row.
-    plan: fingerprint of the plan that the position is in.
+    plan: fingerprint of the row plan that the position belongs to.
     config: the run's configuration as plain data.
   """
   sums = checksums(tree)
@@ -216,39 +235,48 @@ def describe(
   return {**about, "crc": _crc(about)}
 
 
-def read_about(folder: epath.Path, step: int) -> dict[str, Any]:
-  """What `describe` gave.
+def read_manifest(folder: epath.Path, step: int) -> dict[str, Any]:
+  """Reads the manifest of a checkpoint.
+
+  Args:
+    folder: of the checkpoints.
+    step: of the one to read.
+
+  Returns:
+    What `make_manifest` returned, without its checksum.
 
   Raises:
-    Damaged: missing or changed.
+    DamagedCheckpoint: the manifest is missing or was changed.
   """
   path = folder / str(step) / "about" / "metadata"
   remedy = "it was written otherwise"
   try:
     about = schema.parse_json(path.read_bytes(), "about", remedy=remedy)
-    schema.validate(_About, about, "about", remedy=remedy)
+    schema.validate(_Manifest, about, "about", remedy=remedy)
   except FileNotFoundError:
-    raise Damaged("about/metadata is missing") from None
+    raise DamagedCheckpoint("about/metadata is missing") from None
   except (OSError, UserError) as error:
-    raise Damaged(f"about/metadata cannot be read ({error})") from None
+    raise DamagedCheckpoint(
+      f"about/metadata cannot be read ({error})"
+    ) from None
   if about.pop("crc") != _crc(about):
-    raise Damaged("about/metadata was changed after it was written")
+    raise DamagedCheckpoint("about/metadata was changed after it was written")
   return about
 
 
 def read_arrays(folder: epath.Path, step: int, like: Any) -> Any:
-  """The arrays that `like` asks for, not verified yet.
+  """Reads the arrays that `like` asks for; `verify` is still to be called.
 
   Args:
     folder: of the checkpoints.
     step: of the one to read.
-    like: a tree of ShapeDtypeStructs with shardings; of a mapping at the top,
-      entries may be left out.
+    like: a tree of ShapeDtypeStructs with shardings. Where the top of the
+      saved tree is a mapping, entries of it may be left out.
 
   Raises:
-    Damaged: they cannot be read.
+    DamagedCheckpoint: the arrays cannot be read.
   """
-  quiet_orbax()
+  silence_orbax_errors()
   handler = ocp.PyTreeCheckpointHandler()
   restore_args = jax.tree.map(
     lambda x: ocp.ArrayRestoreArgs(
@@ -263,38 +291,47 @@ def read_arrays(folder: epath.Path, step: int, like: Any) -> Any:
     with contextlib.closing(handler):
       tree = handler.restore(folder / str(step) / "state", args=arguments)
       return jax.block_until_ready(tree)
-  # Whatever a broken file makes of the readers: their errors have many types.
+  # A broken file makes the libraries below raise errors of many types.
   except Exception as error:
-    raise Damaged(f"state cannot be read: {_short(error)}") from None
+    raise DamagedCheckpoint(f"state cannot be read: {_short(error)}") from None
 
 
-def verify(tree: Any, about: Mapping[str, Any]) -> None:
-  """Compares arrays with what their checkpoint says of them.
+def verify(tree: Any, manifest: Mapping[str, Any]) -> None:
+  """Compares restored arrays with the checksums of their checkpoint.
 
   All processes compute the sums together and come to the same result.
 
+  Args:
+    tree: of the arrays.
+    manifest: of the checkpoint.
+
   Raises:
-    Damaged: naming the arrays that differ.
+    DamagedCheckpoint: arrays differ; names the first five.
   """
   wrong = [
     path
     for path, value in checksums(tree).items()
-    if about["arrays"][path][2] != value
+    if manifest["arrays"][path][2] != value
   ]
   if wrong:
-    shown = ", ".join(wrong[:5]) + (", ..." if len(wrong) > 5 else "")
-    raise Damaged(
-      f"{len(wrong)} arrays are not those that were written: {shown}"
+    names = ", ".join(wrong[:5]) + (", ..." if len(wrong) > 5 else "")
+    raise DamagedCheckpoint(
+      f"{len(wrong)} arrays are not those that were written: {names}"
     )
 
 
-def misfits(tree: Any, about: Mapping[str, Any]) -> list[str]:
-  """What differs between a state's arrays and those of a checkpoint."""
+def shape_differences(tree: Any, manifest: Mapping[str, Any]) -> list[str]:
+  """Lists how the arrays of a state differ from those of a checkpoint.
+
+  Returns:
+    One text for each array whose shape or dtype differs, or that only one of
+    them has.
+  """
   wanted = {
     path: [list(x.shape), str(x.dtype)]
     for path, x in named_arrays(tree).items()
   }
-  saved = {path: value[:2] for path, value in about["arrays"].items()}
+  saved = {path: value[:2] for path, value in manifest["arrays"].items()}
   return [
     f"{path}: saved {_kind(saved.get(path))}, here {_kind(wanted.get(path))}"
     for path in sorted({**saved, **wanted})
@@ -303,11 +340,15 @@ def misfits(tree: Any, about: Mapping[str, Any]) -> list[str]:
 
 
 def abstract_params(
-  about: Mapping[str, Any], sharding: jax.sharding.Sharding
+  manifest: Mapping[str, Any], sharding: jax.sharding.Sharding
 ) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-  """{"trained": parameters by path, "frozen": ...} of a checkpoint."""
+  """Returns shapes and dtypes of a checkpoint's parameters.
+
+  Returns:
+    {"trained": parameters by path, "frozen": parameters by path}.
+  """
   result: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
-  for name, (shape, dtype, _) in about["arrays"].items():
+  for name, (shape, dtype, _) in manifest["arrays"].items():
     part, _, path = name.partition("/")
     if part in ("trained", "frozen"):
       result.setdefault(part, {})[path] = jax.ShapeDtypeStruct(
@@ -316,10 +357,13 @@ def abstract_params(
   return result
 
 
-def in_parts(
+def split_by_size(
   like: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]],
 ) -> Iterator[dict[str, dict[str, jax.ShapeDtypeStruct]]]:
-  """Cuts what `abstract_params` gave into trees of a gigabyte or one array."""
+  """Yields what `abstract_params` returned in trees of at most a gigabyte.
+
+  An array that is larger has a tree of its own.
+  """
   part: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
   held = 0
   for group, arrays in like.items():
@@ -334,15 +378,20 @@ def in_parts(
     yield part
 
 
-def _kind(value):
+def _kind(value: list[Any] | None) -> str:
+  """Returns dtype and shape as text."""
   return f"{value[1]} {value[0]}" if value else "nothing"
 
 
 def _crc(about: Mapping[str, Any]) -> int:
+  """Returns the checksum of a manifest."""
+  """Returns the checksum of a manifest."""
   return zlib.crc32(json.dumps(about, sort_keys=True).encode())
 
 
 def _version(name: str) -> str:
+  """Returns the version of an installed package."""
+  """Returns the version of an installed package."""
   try:
     return metadata.version(name)
   except metadata.PackageNotFoundError:
@@ -350,6 +399,6 @@ def _version(name: str) -> str:
 
 
 def _short(error: BaseException) -> str:
-  """The first part of a reader's message; the rest is its whole setup."""
+  """Returns the first part of a message; the rest lists the reader's setup."""
   text = " ".join(f"{type(error).__name__}: {error}".split())
   return text if len(text) < 300 else f"{text[:300]} ..."

@@ -1,9 +1,11 @@
-"""One experiment as frozen dataclasses, built once from a ConfigDict."""
-# MERGED hourjax.training.changes:
-# What may change in the configuration of a run that goes on.
-#
-# Everything else decides which numbers come out, and a run whose steps belong
-# two configurations has no name.
+"""The configuration of a training run, and what of it may change later.
+
+`build_experiment` turns a ConfigDict into the frozen dataclass `Experiment`,
+once, when a command starts; nothing else reads ConfigDicts. `config_diff` says
+which keys of a run's configuration differ from those asked for now. Only keys
+that do not change the numbers that come out may differ: steps of two other
+configurations would make a run that nobody could name or repeat.
+"""
 
 import contextlib
 import dataclasses
@@ -13,7 +15,7 @@ import math
 import os
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from hourjax import schema
 from hourjax.data.dataset import SampleOptions
@@ -27,15 +29,15 @@ from hourjax.parallel.mesh import MeshConfig
 from hourjax.training.optimizer import COMPONENTS, OptimizerConfig
 from hourjax.training.profiling import parse_steps
 
-_MANY = 10**12  # steps that never come
-# Key -> the least and the greatest value that can be meant. What lies beyond is
-# a slip of the keyboard, and would end in memory or patience running out.
+_MANY = 10**12  # steps: more than any run has
+# Key -> the smallest and the largest value that makes sense. A value beyond is
+# a typing error, and would fail much later, for lack of memory or time.
 LIMITS: dict[str, tuple[float, float]] = {
   "batch_rows": (1, 2**16),
   "accumulate": (1, 2**16),
   "steps": (0, 10**9),
   "epochs": (0, 10**5),
-  "seed": (0, 2**32 - 1),  # of more, JAX would drop bits
+  "seed": (0, 2**32 - 1),  # JAX drops higher bits
   "max_length": (1, 2**24),
   "log_every": (1, _MANY),
   "checkpoint_every": (1, _MANY),
@@ -73,30 +75,33 @@ for _part in ("vision", "decoder"):
     f"model.{_part}.mlp": (1, 2**20),
     f"model.{_part}.norm_eps": (1e-30, 1),
   }
-# Numbers of the first one must be a multiple of the second.
+# The first must be a multiple of the second.
 _MULTIPLES = (
   ("model.vision.width", "model.vision.heads"),
   ("model.decoder.width", "model.decoder.heads"),
   ("model.decoder.heads", "model.decoder.kv_heads"),
 )
 _DTYPES = ("float32", "bfloat16", "float16")
+# Names that keys had in older versions -> today's.
+_RENAMED = {"watch": "metrics"}
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Where the data is; relative paths start at the working directory.
+  """Says where the data is; paths may be relative to the working directory.
 
   Attributes:
     dataset: folder that `hourjax.prepare` wrote.
     media: folder of videos and images.
-    features: feature store of the videos; empty to encode pixels in the step.
+    features: feature store of the videos; empty to encode their pixels in the
+      train step.
     tokenizer: folder of the tokenizer.
-    single_image: see `SampleOptions`.
-    share_memory: conversations about one video that may share its memory in a
-      row, which is then read and projected once.
-    weights: how often the samples of a stream or source are taken in an epoch
-      where that is not once, as "ego4d=2,short=0.5".
-    max_skipped: share of samples that cannot be used above which training does
+    single_image: "tiled" or "plain", see `SampleOptions`.
+    share_memory: how many conversations about one video may share its memory
+      in a row, so that it is read and projected once; 1 shares nothing.
+    weights: how often each sample of a stream or source is taken in an epoch,
+      if not once, such as "ego4d=2,short=0.5".
+    max_skipped: if a larger share of the samples cannot be used, training does
       not start, or stops.
   """
 
@@ -104,12 +109,12 @@ class DataConfig:
   media: str = ""
   features: str = ""
   tokenizer: str = ""
-  single_image: str = "tiled"
+  single_image: Literal["tiled", "plain"] = "tiled"
   share_memory: int = 1
   weights: str = ""
   max_skipped: float = 0.01
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not 0 <= self.max_skipped <= 1:
       raise UserError(
         f"config.data.max_skipped is {self.max_skipped}; it is a share, from 0"
@@ -129,45 +134,52 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MetricsConfig:
-  """What is written beside metrics.jsonl.
+  """Says what is written beside metrics.jsonl.
 
   Attributes:
-    tensorboard: event files in WORKDIR/tensorboard.
-    wandb: project at Weights & Biases; empty is off.
+    tensorboard: whether event files are written to WORKDIR/tensorboard.
+    wandb: project at Weights & Biases; empty for none.
     profile_steps: "a:b" to trace the steps a to b-1 into WORKDIR/profile, for
-      TensorBoard's profile page and XProf; empty is off.
+      TensorBoard's profile page and XProf; empty for none.
   """
 
   tensorboard: bool = True
   wandb: str = ""
   profile_steps: str = ""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     parse_steps(self.profile_steps)
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """Everything that decides a training run.
+  """Holds everything that decides a training run.
 
   Attributes:
-    model, forgetting, data, rows, optimizer, read, mesh, watch: see their
-      classes; rows is the capacity of one row.
-    init: empty for fresh weights, a checkpoint folder with official names, or
-      the workdir of an earlier run.
-    draw_missing: components (e.g. "memaug") that `init` may lack; they are
-      drawn fresh. Stage 1 starts so from LLaVA-OneVision.
+    model: sizes and dtype of the model.
+    forgetting: which memory tokens become queries.
+    data: where the data is, and how samples are weighted.
+    rows: capacity of one row.
+    optimizer: learning rates and the rest of AdamW.
+    read: how far ahead rows are read.
+    mesh: how devices are divided.
+    init: empty for fresh weights, a folder of published weights, or the workdir
+      of an earlier run.
+    draw_missing: components that `init` may lack, separated by commas; they
+      are drawn fresh. Stage 1 starts from LLaVA-OneVision with "memaug".
     seed: of weights, shuffling and forgetting.
     batch_rows: rows in a micro-batch, over all devices.
     accumulate: micro-batches in a step.
-    steps: of the run; 0 takes them from `epochs`.
+    steps: of the run; 0 takes their number from `epochs`.
     epochs: passes over the data, if `steps` is 0.
-    max_length: of the decoder's sequence.
-    log_every, checkpoint_every: steps.
+    max_length: of the decoder's sequence of one sample, in tokens.
+    log_every: steps between two that are logged.
+    checkpoint_every: steps between two checkpoints.
     keep_checkpoints: how many stay on disk.
     on_save_error: "continue" or "stop" when a checkpoint cannot be saved.
-    max_nonfinite: steps in a row without finite loss and gradient after which
-      the run stops; fewer are skipped.
+    max_nonfinite: the run stops after so many steps in a row whose loss or
+      gradient is not finite; fewer are skipped.
+    metrics: what is written beside metrics.jsonl.
   """
 
   model: ModelConfig
@@ -190,9 +202,9 @@ class Experiment:
   keep_checkpoints: int = 2
   on_save_error: str = "continue"
   max_nonfinite: int = 5
-  watch: MetricsConfig = dataclasses.field(default_factory=MetricsConfig)
+  metrics: MetricsConfig = dataclasses.field(default_factory=MetricsConfig)
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     at_least_one = ("batch_rows", "accumulate", "max_length", "log_every",
                     "checkpoint_every", "keep_checkpoints",
                     "max_nonfinite")  # fmt: skip
@@ -215,12 +227,12 @@ class Experiment:
 
   @property
   def step_rows(self) -> int:
-    """Rows of an optimizer step."""
+    """Returns the number of rows in an optimizer step."""
     return self.batch_rows * self.accumulate
 
   @property
   def row_spec(self) -> RowSpec:
-    """Static shapes of the rows that this model reads."""
+    """Returns the static shapes of the rows that this model reads."""
     vision = self.model.vision
     return RowSpec(
       capacity=self.rows,
@@ -232,6 +244,7 @@ class Experiment:
 
   @property
   def sample_options(self) -> SampleOptions:
+    """Returns how the dataset makes samples of records."""
     return SampleOptions(
       seed=self.seed,
       forgetting=self.forgetting,
@@ -241,11 +254,11 @@ class Experiment:
 
 
 def build_experiment(config: Mapping[str, Any]) -> Experiment:
-  """A (nested) mapping, e.g. a ConfigDict, to an Experiment.
+  """Builds an Experiment from a nested mapping, such as a ConfigDict.
 
   Raises:
-    UserError: for unknown or missing keys, values of another type, and numbers
-      that cannot be meant, naming them.
+    UserError: a key is unknown or missing, a value has another type, or a
+      number is outside of `LIMITS`; names the key.
   """
   experiment = _build(Experiment, config, "config")
   _check_values(experiment)
@@ -253,7 +266,7 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
 
 
 def _check_values(experiment: Experiment) -> None:
-  """Compares all numbers and names with what can be meant by them."""
+  """Raises a UserError for a number or name that makes no sense."""
   values = dict(_flat(experiment))
   for key, (low, high) in LIMITS.items():
     if not low <= values[key] <= high:
@@ -283,7 +296,7 @@ def _check_values(experiment: Experiment) -> None:
 
 
 def _flat(of: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-  """(dotted key, value) of all fields of nested dataclasses."""
+  """Yields (dotted key, value) of all fields of nested dataclasses."""
   for field in dataclasses.fields(of):
     value, key = getattr(of, field.name), prefix + field.name
     if dataclasses.is_dataclass(value):
@@ -293,7 +306,7 @@ def _flat(of: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _typed(value: Any, kind: Any, where: str) -> Any:
-  """The value as a field's type; nothing but int to float is converted."""
+  """Returns a value of a field's type; only int is converted, to float."""
   options = typing.get_args(kind)  # of a Literal
   if options and value not in options:
     raise UserError(f"{where} is {value!r}; choose {_either(options)}")
@@ -301,7 +314,11 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
   if kind is float and type(value) is int:
     value = float(value) if abs(value) < 2**1000 else math.inf
   if type(value) is not kind or value != value:
-    names = {int: "an integer", float: "a number", bool: "True or False"}
+    names: dict[Any, str] = {
+      int: "an integer",
+      float: "a number",
+      bool: "True or False",
+    }
     raise UserError(
       f"{where} is {schema.shorten(value)}; it must be"
       f" {names.get(kind, 'text')}"
@@ -310,16 +327,21 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
 
 
 def _either(options: tuple[str, ...]) -> str:
+  """Returns "a, b or c"."""
   return f"{', '.join(options[:-1])} or {options[-1]}"
 
 
-def _build(cls, values: Any, where: str):
+def _build(cls: type, values: Any, where: str) -> Any:
+  """Builds a dataclass, and those nested in it, from a mapping."""
   if not isinstance(values, Mapping):
     raise UserError(
       f"{where} is {schema.shorten(values)}; it must be a group of keys"
     )
   fields = {field.name: field for field in dataclasses.fields(cls)}
   unknown = sorted(map(str, set(values) - set(fields)))
+  for key in unknown:
+    if where == "config" and key in _RENAMED:
+      raise UserError(f"{where}.{key} is now called {where}.{_RENAMED[key]}")
   if unknown:
     raise UserError(
       f"{where} has no key {', '.join(unknown)}; known are"
@@ -345,21 +367,35 @@ def _build(cls, values: Any, where: str):
   return cls(**arguments)
 
 
-# Pattern of keys -> why they may change.
+def rename_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a saved configuration under today's names of its keys.
+
+  Args:
+    config: as an older version may have written it.
+  """
+  return {
+    _RENAMED.get(key, key): value
+    for key, value in config.items()
+    # Should both names be there, today's counts.
+    if _RENAMED.get(key, key) == key or _RENAMED[key] not in config
+  }
+
+
+# Pattern of keys -> why they may change in a run that goes on.
 HARMLESS = {
-  "log_every": "what is said, not what is done",
-  "watch.*": "what is said, not what is done",
+  "log_every": "what is logged, not what is computed",
+  "metrics.*": "what is logged, not what is computed",
   "read.*": "how far to read ahead; the rows are the same",
   "checkpoint_every": "when to save",
   "keep_checkpoints": "how much to keep",
   "on_save_error": "what to do when saving fails",
   "max_nonfinite": "when to give up",
   "data.max_skipped": "when to give up",
-  "mesh.*": "where arrays lie; a checkpoint goes onto any mesh",
+  "mesh.*": "where arrays lie; a checkpoint is restored onto any mesh",
   "model.remat": "what is computed twice; the same function",
   "model.attention.*": "who computes attention; the same function",
-  # Moved or copied. That the rows are the same is checked by the plan's
-  # fingerprint, and the tokenizer against the dataset.
+  # Moved or copied data. The fingerprint of the row plan tells whether the rows
+  # are the same, and the dataset names its tokenizer.
   "data.dataset": "where the data lies",
   "data.media": "where the data lies",
   "data.features": "where the data lies",
@@ -367,25 +403,20 @@ HARMLESS = {
 }
 
 
-def refuse_changes(
+def check_config_change(
   old: Mapping[str, Any], new: Experiment, workdir: str | os.PathLike
 ) -> None:
-  """Raises unless a run of `old` may go on as `new`.
-
-  `HARMLESS` keys may differ, and so may batch_rows and accumulate while their
-  product, the rows of a step, stays: micro-batches change rounding alone.
-  Not even `steps` or `epochs` may grow: the learning rate of every step
-  depends on them, and would jump.
+  """Raises an error unless a run of `old` may go on as `new`.
 
   Args:
-    old: configuration of the run in `workdir`, as `read_config` gives it.
-    new: the configuration asked for.
+    old: configuration of the run in `workdir`, as `read_config` returns it.
+    new: the configuration asked for now.
     workdir: for the message.
 
   Raises:
-    UserError: with "key: old -> new" of every difference.
+    UserError: they differ (see `config_diff`); lists "key: old -> new".
   """
-  found = differences(old, dataclasses.asdict(new))
+  found = config_diff(old, dataclasses.asdict(new))
   if not found:
     return
   lines = [f"{key}: {was} -> {now}" for key, (was, now) in found.items()]
@@ -398,46 +429,60 @@ def refuse_changes(
   )
 
 
-def differences(
+def config_diff(
   old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> dict[str, tuple[str, str]]:
-  """Keys that differ and matter -> (old, new) as text; "(not set)" if absent.
+  """Returns the keys whose values differ, and change what a run computes.
 
-  Keys that an older version did not know count with their defaults.
+  Keys of `HARMLESS` may differ, and so may batch_rows and accumulate if their
+  product, the rows of a step, is the same: micro-batches change only rounding.
+  Not even `steps` or `epochs` may grow: the learning rate of every step depends
+  on them, and would jump.
+
+  Args:
+    old: a configuration as plain data. Keys that are missing in it, since an
+      older version did not know them, count with their defaults.
+    new: another one.
+
+  Returns:
+    Dotted key -> (old, new) as JSON text; "(not set)" where there is no value.
   """
-  # Keys that this version does not know stay, and are listed.
+  # If `old` has keys that this version does not know, they are listed.
   with contextlib.suppress(UserError, TypeError, ValueError):
     old = dataclasses.asdict(build_experiment(old))
-  was, now = _flat_changes(old), _flat_changes(new)
+  was, now = dict(_flat_texts(old)), dict(_flat_texts(new))
   found = {
     key: (was.get(key, "(not set)"), now.get(key, "(not set)"))
     for key in sorted({**was, **now})
     if was.get(key) != now.get(key) and not _harmless(key)
   }
-  if set(found) & {"batch_rows", "accumulate"} and _rows(was) == _rows(now):
+  if set(found) & {"batch_rows", "accumulate"} and (
+    _step_rows(was) == _step_rows(now)
+  ):
     found.pop("batch_rows", None)
     found.pop("accumulate", None)
   return found
 
 
-def _flat_changes(
+def _flat_texts(
   values: Mapping[str, Any], prefix: str = ""
-) -> dict[str, str]:
-  result = {}
+) -> Iterator[tuple[str, str]]:
+  """Yields (dotted key, value as JSON) of nested mappings."""
   for key, value in values.items():
     if isinstance(value, Mapping):
-      result |= _flat_changes(value, f"{prefix}{key}.")
+      yield from _flat_texts(value, f"{prefix}{key}.")
     else:
-      result[prefix + key] = json.dumps(value)
-  return result
+      yield prefix + key, json.dumps(value)
 
 
 def _harmless(key: str) -> bool:
+  """Returns whether a key may change in a run that goes on."""
   return any(fnmatch.fnmatchcase(key, pattern) for pattern in HARMLESS)
 
 
-def _rows(flat: Mapping[str, str]) -> int | None:
+def _step_rows(texts: Mapping[str, str]) -> int | None:
+  """Returns the rows of a step, None if they are not known."""
   try:
-    return int(flat["batch_rows"]) * int(flat["accumulate"])
+    return int(texts["batch_rows"]) * int(texts["accumulate"])
   except (KeyError, ValueError):
     return None

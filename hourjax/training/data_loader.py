@@ -1,20 +1,22 @@
-"""The training data of an experiment: samples, and the plan of their rows."""
-# MERGED hourjax.training.feed:
-# Batches on the device ahead of use, and what could not be read of them.
+"""The training data of an experiment: from a dataset to batches on devices.
+
+`open_dataset` reads what was prepared, `row_plan` decides which samples make
+which rows, `DataLoader` copies micro-batches to the devices while the one
+before is computed with, and `UnreadSampleLog` lists samples that could not be
+read.
+"""
 
 import collections
 import dataclasses
-import json
 import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
 from hourjax import schema
-from hourjax.atomic_file import write_whole
 from hourjax.batch import Batch
 from hourjax.data.columns import Columns
 from hourjax.data.dataset import Dataset, Unread
@@ -24,21 +26,28 @@ from hourjax.data.row_plan import PlanOptions, RowPlan
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
-from hourjax.jsonl import read_rows
-from hourjax.training.batch_sharding import Placing
+from hourjax.jsonl import JsonlWriter, read_valid_rows
+from hourjax.training.batch_sharding import BatchSharding
 from hourjax.training.config import Experiment
 
-_SHOWN = 20
-MOST_WEIGHT = 10_000
-_MOST_SAMPLES = 2**28  # of an epoch, whose order is an array in memory
+_LISTED = 20  # reasons in a message
+MAX_WEIGHT = 10_000
+_MAX_SAMPLES = 2**28  # of an epoch, whose order is an array in memory
+# Samples that the share of failures is at least taken of: a few failures right
+# after the start must not stop a run.
+_ENOUGH_SAMPLES = 1000
 
 
 def open_dataset(experiment: Experiment) -> Dataset:
-  """The prepared dataset with the features there are.
+  """Opens the prepared dataset and its feature store.
+
+  Args:
+    experiment: of the run; its `data` says where they are.
 
   Raises:
-    UserError: if it was prepared for another tokenizer, or more than
-      `data.max_skipped` of the samples cannot be used.
+    UserError: `data.dataset` or `data.tokenizer` is empty, the dataset was
+      prepared for another tokenizer, or more than `data.max_skipped` of its
+      records cannot be used.
   """
   data = experiment.data
   for key in ("dataset", "tokenizer"):
@@ -67,9 +76,9 @@ def open_dataset(experiment: Experiment) -> Dataset:
   )
   total = len(prepared.columns)
   if not len(dataset) or len(dataset.skipped) > data.max_skipped * total:
-    reasons = [item.reason for item in dataset.skipped[:_SHOWN]]
-    if len(dataset.skipped) > _SHOWN:
-      reasons.append(f"... and {len(dataset.skipped) - _SHOWN} more")
+    reasons = [item.reason for item in dataset.skipped[:_LISTED]]
+    if len(dataset.skipped) > _LISTED:
+      reasons.append(f"... and {len(dataset.skipped) - _LISTED} more")
     raise UserError(
       f"{len(dataset.skipped)} of {total} records of {data.dataset} cannot be"
       f" used, config.data.max_skipped={data.max_skipped} allows fewer; mend"
@@ -79,7 +88,7 @@ def open_dataset(experiment: Experiment) -> Dataset:
 
 
 def row_plan(experiment: Experiment, dataset: Dataset) -> RowPlan:
-  """The rows of a run: a function of data, capacity and seed alone."""
+  """Returns the plan of all rows, a function of data, capacity and seed."""
   columns, data = dataset.columns, experiment.data
   return RowPlan(
     dataset.sizes,
@@ -93,14 +102,18 @@ def row_plan(experiment: Experiment, dataset: Dataset) -> RowPlan:
 
 
 def sample_weights(columns: Columns, weights: str) -> np.ndarray:
-  """float [N]: what "name=weight,..." says of each sample's stream or source.
+  """Returns how often each sample is taken in an epoch, float [samples].
 
-  A name that is both is written "stream:name" or "source:name".
+  Args:
+    columns: of the dataset, with the stream and the source of each sample.
+    weights: "NAME=WEIGHT,..." with names of streams or sources; the weights of
+      a sample's stream and source are multiplied. A name that is both is
+      written "stream:NAME" or "source:NAME".
 
   Raises:
-    UserError: not of this form, a name that does not occur or is both, a
-      weight below zero or above MOST_WEIGHT, or an epoch of more samples than
-      can be meant.
+    UserError: the text has another form, a name does not occur or is both, a
+      weight is below 0 or above `MAX_WEIGHT`, or an epoch would have too many
+      samples.
   """
   result = np.ones(len(columns))
   kinds = {
@@ -119,91 +132,98 @@ def sample_weights(columns: Columns, weights: str) -> np.ndarray:
     if len(found) != 1 or weight is None:
       raise UserError(
         f"config.data.weights: {item!r} must be NAME=WEIGHT with a weight from"
-        f" 0 to {MOST_WEIGHT} and the name of one stream or source"
+        f" 0 to {MAX_WEIGHT} and the name of one stream or source"
         " (stream:NAME or source:NAME if it is both); streams:"
         f" {', '.join(columns.streams)}; sources: {', '.join(columns.sources)}"
       )
     ((kind, name),) = found
     names, column = kinds[kind]
     result[column == names.index(name)] *= weight
-  if (total := result.sum()) > _MOST_SAMPLES:
+  if (total := result.sum()) > _MAX_SAMPLES:
     raise UserError(
       f"config.data.weights={weights!r} makes an epoch of {total:.3g} samples"
-      f" of {len(columns)}, at most {_MOST_SAMPLES} are meant; lower them, or"
+      f" of {len(columns)}, at most {_MAX_SAMPLES} are meant; lower them, or"
       " set config.steps"
     )
   return result
 
 
 def _number(text: str) -> float | None:
+  """Returns a weight, None if the text is none."""
   try:
     value = float(text)
   except ValueError:
     return None
-  return value if 0 <= value <= MOST_WEIGHT else None
+  return value if 0 <= value <= MAX_WEIGHT else None
 
 
-# A few failures at the start are no share yet.
-_ENOUGH_SAMPLES = 1000
-_SHOWN_feed = 20
+class DataLoader:
+  """Iterates over micro-batches on the devices, and prefetches the next one.
 
-
-class Feed:
-  """Iterates over (micro-batch on the devices, what was delivered).
-
-  While one is computed with, the next one is copied to the devices.
+  While one micro-batch is computed with, a thread reads the next one and copies
+  it to the devices.
 
   Attributes:
-    waited: seconds that the caller spent waiting for data.
+    waited: seconds that the caller has spent waiting for data.
   """
 
-  def __init__(self, delivered: Iterator[Delivered], placing: Placing):
-    """Starts reading.
+  def __init__(
+    self,
+    delivered: Generator[Delivered, None, None],
+    sharding: BatchSharding,
+  ):
+    """Starts to read.
 
     Args:
       delivered: endless, this host's rows of each micro-batch.
-      placing: puts them on the devices.
+      sharding: puts them onto the devices.
     """
     self.waited = 0.0
-    self._delivered, self._placing = delivered, placing
+    self._delivered, self._sharding = delivered, sharding
     self._pool = ThreadPoolExecutor(1)
-    self._next: Future = self._pool.submit(self._place)
+    self._next: Future[tuple[Batch, Delivered]] = self._pool.submit(self._load)
 
-  def __iter__(self) -> "Feed":
+  def __iter__(self) -> "DataLoader":
     return self
 
   def __next__(self) -> tuple[Batch, Delivered]:
+    """Returns a micro-batch on the devices, and the rows that it was made of.
+
+    Raises:
+      Exception: whatever reading the rows has raised.
+    """
     began = time.monotonic()
     batch, delivered = self._next.result()
     self.waited += time.monotonic() - began
-    self._next = self._pool.submit(self._place)
+    self._next = self._pool.submit(self._load)
     return batch, delivered
 
   def close(self) -> None:
-    """Stops reading; the batch being read is dropped."""
+    """Stops to read; the micro-batch that is being read is dropped."""
     self._pool.shutdown(wait=True, cancel_futures=True)
     self._delivered.close()
 
-  def _place(self) -> tuple[Batch, Delivered]:
+  def _load(self) -> tuple[Batch, Delivered]:
+    """Reads the next micro-batch and copies it to the devices."""
     delivered = next(self._delivered)
-    return self._placing(delivered.batch), delivered
+    return self._sharding(delivered.batch), delivered
 
 
-class _Line(schema.Schema):
-  """What is read back of a line of `UnreadLedger`."""
+class _UnreadLine(schema.Schema):
+  """Describes what is read back of a line of unread.jsonl."""
 
   step: int
   kind: str
 
 
-class UnreadLedger:
-  """WORKDIR/unread.jsonl: samples that were left out of their rows.
+class UnreadSampleLog:
+  """Writes WORKDIR/unread.jsonl, the samples that could not be read.
 
-  Every process notes those of its own rows; from the second one on in
-  unread-1.jsonl and so on.
+  They are left out of their rows. Every process lists those of its own rows:
+  the first one in unread.jsonl, the others in unread-1.jsonl and so on.
 
   Attributes:
-    counts: of failures by kind, since the run began.
+    counts: number of such samples since the run began, by kind of failure.
   """
 
   def __init__(
@@ -214,37 +234,56 @@ class UnreadLedger:
     max_share: float,
     process: int = 0,
   ):
-    """Keeps the lines up to step `start`; later steps are taken again."""
+    """Drops the lines after step `start`, since those steps are taken again.
+
+    Args:
+      workdir: of the run.
+      start: step of the checkpoint that the run goes on from, 0 for a new run.
+      max_share: if a larger share of the samples cannot be read, the run stops.
+      process: index of this process.
+
+    Raises:
+      UserError: a line is of another kind.
+    """
     name = f"unread-{process}.jsonl" if process else "unread.jsonl"
     self._path = pathlib.Path(workdir) / name
     self._max_share = max_share
     self._seen = 0
     self._new: list[Unread] = []
     self.counts: collections.Counter[str] = collections.Counter()
+    self._writer = JsonlWriter.at(self._path)
     if self._path.exists():
-      lines = read_rows(self._path, {"step": _Line})
+      lines = read_valid_rows(self._path, {"step": _UnreadLine})
       kept = [line for line in lines if line["step"] <= start]
       self.counts.update(line["kind"] for line in kept)
-      write_whole(self._path, "".join(json.dumps(x) + "\n" for x in kept))
+      self._writer = JsonlWriter.at(self._path, kept)
+      self._writer.open()
+
+  def close(self) -> None:
+    """Closes the file."""
+    self._writer.close()
 
   def add(self, step: int, delivered: Delivered) -> None:
-    """Notes what a step's rows lack.
+    """Lists the samples that a micro-batch lacks.
+
+    Args:
+      step: that the micro-batch is of.
+      delivered: its rows.
 
     Raises:
-      UserError: more than the share of the samples seen since the start (but
-        at least of 1000) could not be read.
+      UserError: more than `max_share` of the samples seen since the start, or
+        of 1000 if they are fewer, could not be read.
     """
     self._seen += delivered.samples + len(delivered.unread)
     if not delivered.unread:
       return
-    with open(self._path, "a") as file:
-      for item in delivered.unread:
-        line = {"step": step, **dataclasses.asdict(item)}
-        file.write(json.dumps(line) + "\n")
+    self._writer.add(
+      *({"step": step, **dataclasses.asdict(item)} for item in delivered.unread)
+    )
     self._new += delivered.unread
     self.counts.update(item.kind for item in delivered.unread)
     if len(self._new) > self._max_share * max(self._seen, _ENOUGH_SAMPLES):
-      reasons = "\n  ".join(item.reason for item in self._new[-_SHOWN_feed:])
+      reasons = "\n  ".join(item.reason for item in self._new[-_LISTED:])
       raise UserError(
         f"step {step}: {len(self._new)} of {self._seen} samples could not be"
         f" read, more than config.data.max_skipped={self._max_share}; mend"

@@ -1,10 +1,12 @@
-"""Being asked to leave: by SIGTERM (preemption, `stop`) or Ctrl-C."""
-# MERGED hourjax.training.nonfinite:
-# Steps whose loss or gradient is not finite: named, counted, and when to stop.
-#
-# The compiled step leaves parameters and optimizer as they were (see `step`),
-# one bad video does not end a run. Many in a row mean that the run itself is
-# broken, and then the newest checkpoint must be from before the first of them.
+"""What a run does when it is told to stop, or its loss is not finite.
+
+`Preemption` handles signals: SIGTERM, which a preempted machine and `stop`
+send, and Ctrl-C. `NonFiniteSteps` lists and counts steps whose loss or gradient
+is not finite. The compiled step leaves parameters and optimizer as they were
+(see `train_step`), so one bad video does not end a run. Many such steps in a
+row mean that the run itself is broken; then the newest checkpoint must be from
+before the first of them.
+"""
 
 import contextlib
 import json
@@ -23,41 +25,50 @@ from jax.experimental import multihost_utils
 
 from hourjax import schema
 from hourjax.errors import UserError
-from hourjax.jsonl import Ledger, read_rows
+from hourjax.jsonl import JsonlWriter, read_valid_rows
 
 
-class Leave:
-  """Tells after which step to save and leave; the same one on all processes.
+class Preemption:
+  """Says after which step to save and exit, the same on all processes.
 
-  The first signal asks, the second ends the process at once. Of several
-  processes any one may be asked, with SIGTERM: jax passes it on and finds the
-  next step that none has taken. Ctrl-C becomes SIGTERM there.
+  The first signal asks for it, the second one ends the process at once. Of
+  several processes any one may get SIGTERM: jax passes it on and finds the next
+  step that no process has taken yet. There Ctrl-C is turned into SIGTERM.
 
   Attributes:
-    signal: that asked, None before.
+    signal: number of the first signal, None before.
   """
 
-  def __init__(self):
-    """Takes over the signals until `close`."""
+  def __init__(self) -> None:
+    """Handles the signals until `close`."""
     self.signal: int | None = None
     self._several = jax.process_count() > 1
-    self._before = {}
+    self._before: dict[int, Any] = {}
     if threading.current_thread() is not threading.main_thread():
-      return  # in a notebook's thread signals belong to the notebook
-    # Of several processes SIGTERM is jax's, since `jax.distributed` started.
+      # Only the main thread can handle signals; in a notebook's other thread
+      # they are the notebook's.
+      return
+    # Among several processes `jax.distributed` handles SIGTERM.
     asked = [signal.SIGINT] + [signal.SIGTERM] * (not self._several)
     for number in asked:
       self._before[number] = signal.signal(number, self._on_signal)
 
-  def at_once(self) -> bool:
-    """Whether a process alone is to leave before it has taken a step.
+  def should_stop_at_once(self) -> bool:
+    """Returns whether to exit before the first step.
 
-    Several can agree on a step only once they take some.
+    Several processes can agree on a step only while they take steps, so for
+    them this is False.
     """
     return self.signal is not None and not self._several
 
-  def reached(self, step: int) -> bool:
-    """Whether to leave after `step`. Every process asks after every step."""
+  def should_stop(self, step: int) -> bool:
+    """Returns whether to exit after a step.
+
+    Every process must ask after every step.
+
+    Args:
+      step: that was taken.
+    """
     if not self._several:
       return self.signal is not None
     if not multihost_utils.reached_preemption_sync_point(step):
@@ -66,12 +77,13 @@ class Leave:
     return True
 
   def close(self) -> None:
-    """Gives the signals back."""
+    """Restores the signal handlers that were there before."""
     for number, handler in self._before.items():
       signal.signal(number, handler)
     self._before = {}
 
   def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    """Notes the first signal; lets the second one end the process."""
     if self.signal is not None:
       signal.signal(number, signal.SIG_DFL)
       os.kill(os.getpid(), number)
@@ -80,7 +92,7 @@ class Leave:
     # Not print: the signal may have come in the middle of one.
     name = signal.Signals(number).name
     os.write(
-      sys.__stderr__.fileno(),
+      2,
       f"\n{name}: saving after this step, then leaving; once more to leave at"
       " once\n".encode(),
     )
@@ -88,21 +100,24 @@ class Leave:
       os.kill(os.getpid(), signal.SIGTERM)
 
 
-_SHOWN_ROWS, _SHOWN_RECORDS = 8, 4
+_PRINTED_ROWS, _PRINTED_RECORDS = 8, 4
 
 
-class _Step(schema.Schema):
-  """What is read back of a line."""
+class _Line(schema.Schema):
+  """Describes what is read back of a line of nonfinite.jsonl."""
 
   step: int
 
 
-class NonFinite:
-  """WORKDIR/nonfinite.jsonl: one line a skipped step.
+class NonFiniteSteps:
+  """Counts steps whose update was skipped, and lists them in a file.
+
+  Each has a line in WORKDIR/nonfinite.jsonl, with the records of its rows.
 
   Attributes:
-    skipped: such steps since the run began.
-    in_a_row: of them, up to now. While it is not 0 no checkpoint is due.
+    skipped: number of such steps since the run began.
+    in_a_row: how many of the last steps were skipped without one in between
+      that was not. While this is not 0 no checkpoint is saved.
   """
 
   def __init__(
@@ -113,23 +128,27 @@ class NonFinite:
     max_in_a_row: int,
     primary: bool = True,
   ):
-    """Drops the lines after step `start`; later steps are taken again.
+    """Drops the lines after step `start`, since those steps are taken again.
 
     Args:
       workdir: of the run.
-      start: step of the checkpoint that the run goes on from.
-      max_in_a_row: at so many the run stops.
-      primary: whether this process writes; all of them count.
+      start: step of the checkpoint that the run goes on from, 0 for a new run.
+      max_in_a_row: the run stops after so many such steps in a row.
+      primary: whether this process writes the file; all processes count.
+
+    Raises:
+      UserError: a line is of another kind.
     """
     self._path = pathlib.Path(workdir) / "nonfinite.jsonl"
     self._max, self._primary = max_in_a_row, primary
-    there = self._path.exists()
-    rows = read_rows(self._path, {"step": _Step}) if there else []
-    self._kept = [row for row in rows if row["step"] <= start]
-    self._ledger: Ledger | None = None
-    if primary and len(self._kept) < len(rows):
-      self._ledger = Ledger(self._path, self._kept)
-    self.skipped = len(self._kept)
+    lines: list[dict[str, Any]] = []
+    if self._path.exists():
+      lines = read_valid_rows(self._path, {"step": _Line})
+    kept = [line for line in lines if line["step"] <= start]
+    self._writer = JsonlWriter.at(self._path, kept)
+    if primary and len(kept) < len(lines):
+      self._writer.open()
+    self.skipped = len(kept)
     self.in_a_row = 0
 
   def check(
@@ -138,12 +157,15 @@ class NonFinite:
     scalars: Mapping[str, Any],
     rows: Callable[[], dict[int, list[str]]],
   ) -> bool:
-    """Whether a step's loss and gradient are finite; notes it if not.
+    """Returns whether a step's loss and gradient norm are finite.
+
+    If they are not, the step is counted, listed and printed.
 
     Args:
       step: that was taken.
-      scalars: with its loss and grad_norm.
-      rows: gives the step's rows: ids of their records by position.
+      scalars: with its "loss" and "grad_norm".
+      rows: returns the ids of the records in each row of the step, by the row's
+        position in the data.
     """
     loss, norm = float(scalars["loss"]), float(scalars["grad_norm"])
     if math.isfinite(loss) and math.isfinite(norm):
@@ -152,20 +174,20 @@ class NonFinite:
     self.skipped += 1
     self.in_a_row += 1
     if self._primary:
-      self._note(step, loss, norm, rows())
+      self._report(step, loss, norm, rows())
     return False
 
   @property
   def too_many(self) -> bool:
-    """Whether the run is to stop."""
+    """Returns whether the run must stop."""
     return self.in_a_row >= self._max
 
   def error(self, step: int, newest: int | None) -> UserError:
-    """What to raise then.
+    """Returns the error to raise when there are too many.
 
     Args:
       step: that was taken last.
-      newest: step of the newest checkpoint.
+      newest: step of the newest checkpoint, None if there is none.
     """
     return UserError(
       f"step {step}: loss or gradient was not finite in {self.in_a_row} steps"
@@ -181,18 +203,19 @@ class NonFinite:
     )
 
   def close(self) -> None:
-    if self._ledger is not None:
-      self._ledger.close()
+    """Closes the file."""
+    self._writer.close()
 
-  def _note(self, step, loss, norm, rows):
+  def _report(
+    self, step: int, loss: float, norm: float, rows: Mapping[int, list[str]]
+  ) -> None:
+    """Lists and prints a step that was skipped."""
     line = {"step": step, "loss": loss, "grad_norm": norm, "rows": rows}
     with contextlib.suppress(OSError):  # a full disk; it is printed as well
-      if self._ledger is None:
-        self._ledger = Ledger(self._path, self._kept)
-      self._ledger.add(line)
+      self._writer.add(line)
     named = "; ".join(
-      f"row {at}: {json.dumps(ids[:_SHOWN_RECORDS])}"
-      for at, ids in list(rows.items())[:_SHOWN_ROWS]
+      f"row {at}: {json.dumps(ids[:_PRINTED_RECORDS])}"
+      for at, ids in list(rows.items())[:_PRINTED_ROWS]
     )
     print(
       f"WARNING: step {step} is skipped: loss {loss}, gradient norm {norm}"

@@ -1,17 +1,24 @@
-"""From steps to what `MetricWriter` writes down of them."""
-# MERGED hourjax.training.loop:
-# The training loop.
-#
-# The order is a contract. Before the first step: refuse a workdir of another
-# configuration, open the data, restore (or initialise). For each step: get its
-# batches, take it, look whether the loss is finite, write metrics, see to a sa
-# that has ended, save a checkpoint if one is due; and where a signal has asked
-# for it, save and leave. Nothing is saved in a series of steps that are not
-# finite.
-#
-# A checkpoint holds the position in the data, so the run that continues sees t
-# batches that the interrupted one would have seen. Every process of a run goes
-# through the same order; the first one writes the files.
+"""The training loop, whose order is a contract.
+
+Before the first step
+  1. refuse a workdir that holds the run of another configuration,
+  2. open the dataset, plan its rows, and check that the mesh can share them,
+  3. restore the newest checkpoint, or initialise.
+
+Every step
+  1. get its micro-batches from the data loader, and take the step,
+  2. wait for its loss, and list samples that could not be read,
+  3. note whether loss and gradient are finite,
+  4. write metrics, if they are due,
+  5. stop with an error after too many steps in a row that are not finite,
+  6. finish a save that has ended; save a checkpoint, if one is due or a signal
+     has come, but none amid steps that are not finite,
+  7. exit if a signal has come.
+
+A checkpoint holds the position in the data, so the run that continues sees the
+batches that the interrupted one would have seen. All processes of a run go
+through the same order; the first one writes the files.
+"""
 
 import contextlib
 import dataclasses
@@ -19,116 +26,77 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from hourjax import progress
+from hourjax.batch import Batch
 from hourjax.data.dataset import Dataset
 from hourjax.data.media.frame_rules import sparse_note
-from hourjax.data.pipeline import batches, check_memory
+from hourjax.data.pipeline import Delivered, batches, check_memory
 from hourjax.data.records.record import Skipped
 from hourjax.data.row_plan import RowPlan
 from hourjax.errors import UserError
 from hourjax.parallel import hosts
 from hourjax.parallel.chips import peak_flops
 from hourjax.parallel.mesh import make_mesh
-from hourjax.training.batch_sharding import Placing, check_rows
+from hourjax.training.batch_sharding import BatchSharding, check_rows
 from hourjax.training.checkpoint import Checkpoints
 from hourjax.training.config import Experiment
 from hourjax.training.data_loader import (
-  Feed,
-  UnreadLedger,
+  DataLoader,
+  UnreadSampleLog,
   open_dataset,
   row_plan,
 )
-from hourjax.training.faults import Leave, NonFinite
+from hourjax.training.faults import NonFiniteSteps, Preemption
 from hourjax.training.metric_writer import MetricWriter
 from hourjax.training.optimizer import COMPONENTS, schedule
-from hourjax.training.throughput import RowWork, row_records
+from hourjax.training.throughput import ThroughputCounter, record_ids
 from hourjax.training.train_state import (
+  TrainState,
   abstract_state,
   fresh_state,
   state_shardings,
 )
-from hourjax.training.train_step import Step, TrainState
-from hourjax.training.workdir import check_workdir, epoch_rows, write_about
-
-
-class Report:
-  """Adds up steps between two that are logged."""
-
-  def __init__(
-    self,
-    watch: MetricWriter,
-    experiment: Experiment,
-    work: RowWork,
-    feed: Feed,
-    steps: int,
-  ):
-    self._watch, self._work, self._feed = watch, work, feed
-    self._rows = experiment.step_rows
-    optimizer = experiment.optimizer
-    self._rates = {
-      name: schedule(optimizer.rate(name), steps, optimizer.warmup)
-      for name in COMPONENTS
-      if optimizer.rate(name) > 0
-    }
-    self._waited = feed.waited
-    self._clear()
-
-  def add(self, position: int, scalars: Mapping[str, Any]) -> None:
-    """Counts a step whose first row is at `position`."""
-    work = self._work.of(position, self._rows)
-    self._tokens += int(scalars["tokens"])
-    self._seconds += work.video_seconds
-    self._flops += work.flops
-
-  def write(
-    self, step: int, scalars: Mapping[str, Any], counts: Mapping[str, int]
-  ) -> None:
-    """Writes a step down, with what was added up since the last one."""
-    # A skipped step leaves the optimizer's own count of steps as it was.
-    done = step - 1 - counts["skipped_steps"]
-    waited, self._waited = self._feed.waited - self._waited, self._feed.waited
-    self._watch.wrote(
-      step,
-      {key: value for key, value in scalars.items() if key != "finite"},
-      tokens=self._tokens,
-      video_seconds=self._seconds,
-      model_flops=self._flops,
-      data_wait=waited,
-      learning_rates={
-        name: float(rate(max(done, 0))) for name, rate in self._rates.items()
-      },
-      counts=counts,
-    )
-    self._clear()
-
-  def _clear(self):
-    self._tokens, self._seconds, self._flops = 0, 0.0, 0.0
+from hourjax.training.train_step import TrainStep
+from hourjax.training.workdir import (
+  check_workdir,
+  epoch_rows,
+  write_run_files,
+)
 
 
 def train(experiment: Experiment, workdir: pathlib.Path) -> int | None:
   """Trains to the last step, from the newest checkpoint in `workdir` if any.
 
-  Leaves config.json, plan.json, metrics.jsonl, skipped.json, checkpoints/ and,
-  if samples could not be read, unread.jsonl, and if steps were skipped,
-  nonfinite.jsonl.
+  Leaves in the workdir what `workdir` and the modules named there describe:
+  config.json, plan.json, skipped.json, metrics.jsonl, goodput.jsonl,
+  checkpoints/; if samples could not be read, unread.jsonl, and if steps were
+  skipped, nonfinite.jsonl.
+
+  Args:
+    experiment: what to train, on which data, and how.
+    workdir: folder of the run; is made if it is not there.
 
   Returns:
     The number of the signal that ended the run early, None otherwise.
 
   Raises:
-    UserError: for anything wrong with data, weights or configuration.
+    UserError: something is wrong with data, weights or configuration.
   """
-  with contextlib.closing(Leave()) as leave:
-    _train(experiment, workdir, leave)
-  return leave.signal
+  with contextlib.closing(Preemption()) as preemption:
+    _train(experiment, workdir, preemption)
+  return preemption.signal
 
 
-def _train(experiment: Experiment, workdir: pathlib.Path, leave: Leave) -> None:
+def _train(
+  experiment: Experiment, workdir: pathlib.Path, preemption: Preemption
+) -> None:
+  """Does what comes before the first step, and then takes the steps."""
   began = time.time()
   check_workdir(experiment, workdir)
   with hosts.together():
@@ -142,8 +110,8 @@ def _train(experiment: Experiment, workdir: pathlib.Path, leave: Leave) -> None:
       mesh.shape, experiment.row_spec, experiment.batch_rows,
       experiment.accumulate,
     )  # fmt: skip
-    placing = Placing(mesh, experiment.row_spec, experiment.batch_rows)
-    check_memory(experiment.row_spec, len(placing.mine), experiment.read)
+    sharding = BatchSharding(mesh, experiment.row_spec, experiment.batch_rows)
+    check_memory(experiment.row_spec, len(sharding.local_rows), experiment.read)
     steps = total_steps(experiment, rows["rows"])
     like, optimizer = abstract_state(experiment, mesh, steps)
   checkpoints = Checkpoints(
@@ -163,19 +131,26 @@ def _train(experiment: Experiment, workdir: pathlib.Path, leave: Leave) -> None:
     restoring = time.monotonic() - restoring
     with hosts.together():
       if hosts.is_primary():
-        write_about(experiment, rows, dataset.skipped, workdir)
+        write_run_files(experiment, rows, dataset.skipped, workdir)
         print(
           _summary(experiment, dataset, rows, state, steps), file=sys.stderr
         )
     start = int(state.step)
-    if leave.at_once():
+    if preemption.should_stop_at_once():
       print(f"left before step {start + 1}; nothing is lost", file=sys.stderr)
     elif start < steps:
       run = _Run(
-        experiment, dataset, plan, placing, checkpoints, leave, workdir, steps
+        experiment,
+        dataset,
+        plan,
+        sharding,
+        checkpoints,
+        preemption,
+        workdir,
+        steps,
       )
-      step = Step(experiment.model, optimizer, state_shardings(like))
-      run.go(step, state, position, began=began, restoring=restoring)
+      step = TrainStep(experiment.model, optimizer, state_shardings(like))
+      run.take_steps(step, state, position, began=began, restoring=restoring)
     elif hosts.is_primary():
       print(f"already trained: step {start} of {steps}", file=sys.stderr)
   if hosts.is_primary():
@@ -184,95 +159,93 @@ def _train(experiment: Experiment, workdir: pathlib.Path, leave: Leave) -> None:
 
 @dataclasses.dataclass
 class _Run:
-  """What stays the same from step to step."""
+  """Holds what stays the same from step to step, and takes the steps."""
 
   experiment: Experiment
   dataset: Dataset
   plan: RowPlan
-  placing: Placing
+  sharding: BatchSharding
   checkpoints: Checkpoints
-  leave: Leave
+  preemption: Preemption
   workdir: pathlib.Path
   steps: int
 
-  def go(
+  def take_steps(
     self,
-    take_step: Step,
+    train_step: TrainStep,
     state: TrainState,
     position: int,
     *,
     began: float,
     restoring: float,
   ) -> None:
-    """Takes the steps that are left.
+    """Takes the steps that are left; the order is that of the file's head.
 
     Args:
-      take_step: compiled on its first call.
+      train_step: compiled on its first call.
       state: to start from; its memory is reused.
       position: in the data, of the next row.
-      began: seconds since 1970 when the process did.
+      began: when the process did, in seconds since 1970.
       restoring: seconds that it took to get the state.
     """
     experiment, start = self.experiment, int(state.step)
     config = dataclasses.asdict(experiment)
     fingerprint = self.plan.fingerprint()
+    step, stopping = start, False
     with contextlib.ExitStack() as stack:
-      watch = stack.enter_context(
-        contextlib.closing(self._watch(config, start, began))
+      # Closed in the opposite order, whatever ends the run.
+      metrics = self._metric_writer(config, start, began)
+      stack.enter_context(contextlib.closing(metrics))
+      nonfinite = self._nonfinite_steps(start)
+      stack.enter_context(contextlib.closing(nonfinite))
+      unread = self._unread_samples(start)
+      stack.enter_context(contextlib.closing(unread))
+      loader = self._data_loader(position)
+      stack.enter_context(contextlib.closing(loader))
+      interval = _IntervalMetrics(
+        metrics,
+        experiment,
+        ThroughputCounter(experiment, self.dataset, self.plan),
+        loader,
+        self.steps,
       )
-      nonfinite = stack.enter_context(
-        contextlib.closing(self._nonfinite(start))
-      )
-      unread = UnreadLedger(
-        self.workdir,
-        start=start,
-        max_share=experiment.data.max_skipped,
-        process=hosts.index(),
-      )
-      feed = stack.enter_context(contextlib.closing(self._feed(position)))
-      work = RowWork(experiment, self.dataset, self.plan)
-      report = Report(watch, experiment, work, feed, self.steps)
-      watch.lost(restoring, "restore")
+      metrics.add_lost(restoring, "restore")
       for step in range(start + 1, self.steps + 1):
-        watch.step_begins(step)
-        micro = _MicroBatches(feed, experiment.accumulate)
-        called = time.monotonic()
+        metrics.begin_step(step)
+        micro = _MicroBatches(loader, experiment.accumulate)
         if step == start + 1:
-          with progress.step("compiling the train step"):
-            state, scalars = take_step(state, micro)
+          state, scalars = self._compile_and_step(
+            train_step, state, micro, loader, metrics
+          )
         else:
-          state, scalars = take_step(state, micro)
-        if step == start + 1:
-          # The call returns when all is compiled and queued.
-          took = time.monotonic() - called - feed.waited
-          watch.lost(max(took, 0.0), "compile")
-        # Waits for the step. Meanwhile the feed prepares the next batch; more
-        # steps in flight would hold a batch each.
+          state, scalars = train_step(state, micro)
+        # Waits for the step. Meanwhile the data loader prepares the next
+        # micro-batch; a second step in flight would hold one more batch.
         scalars = jax.device_get(scalars)
         for delivered in micro.delivered:
           unread.add(step, delivered)
-        finite = nonfinite.check(step, scalars, self._records(position))
-        report.add(position, scalars)
+        finite = nonfinite.check(step, scalars, self._record_ids(position))
+        interval.add(position, scalars)
         if step % experiment.log_every == 0 or step in (1, self.steps):
           counts = {f"unread_{kind}": n for kind, n in unread.counts.items()}
           counts["skipped_steps"] = nonfinite.skipped
-          report.write(step, scalars, counts)
+          interval.write(step, scalars, counts)
         position = micro.delivered[-1].position
         if nonfinite.too_many:
-          self.checkpoints.settle()
+          self.checkpoints.wait_for_save()
           raise nonfinite.error(step, self.checkpoints.latest())
         saving = time.monotonic()
         self.checkpoints.poll()
-        asked = self.leave.reached(step)
-        due = step % experiment.checkpoint_every == 0 or asked
+        stopping = self.preemption.should_stop(step)
+        due = step % experiment.checkpoint_every == 0 or stopping
         if (due and finite) or step == self.steps:
           self.checkpoints.save(state, position, fingerprint, config)
-          watch.lost(time.monotonic() - saving, "save")
-        if asked:
+          metrics.add_lost(time.monotonic() - saving, "save")
+        if stopping:
           break
       with progress.step("writing the last checkpoint"):
         self.checkpoints.finish()
-    if asked and hosts.is_primary():
+    if stopping and hosts.is_primary():
       newest = self.checkpoints.latest()
       print(
         f"left after step {step} of {self.steps}; the same command goes on"
@@ -280,12 +253,32 @@ class _Run:
         file=sys.stderr,
       )
 
-  def _watch(self, config, start, began):
+  def _compile_and_step(
+    self,
+    train_step: TrainStep,
+    state: TrainState,
+    micro: "_MicroBatches",
+    loader: DataLoader,
+    metrics: MetricWriter,
+  ) -> tuple[TrainState, dict[str, Any]]:
+    """Takes the first step, and reports the time that compiling took."""
+    called = time.monotonic()
+    with progress.step("compiling the train step"):
+      # Returns when everything is compiled and queued.
+      state, scalars = train_step(state, micro)
+    took = time.monotonic() - called - loader.waited
+    metrics.add_lost(max(took, 0.0), "compile")
+    return state, scalars
+
+  def _metric_writer(
+    self, config: Mapping[str, Any], start: int, began: float
+  ) -> MetricWriter:
+    """Opens the run's metrics."""
     device = jax.devices()[0]
     peak = peak_flops(device.device_kind)
     return MetricWriter(
       self.workdir,
-      self.experiment.watch,
+      self.experiment.metrics,
       run_config=config,
       steps=self.steps,
       start=start,
@@ -294,52 +287,123 @@ class _Run:
       began=began,
     )
 
-  def _nonfinite(self, start):
-    return NonFinite(
+  def _nonfinite_steps(self, start: int) -> NonFiniteSteps:
+    """Opens the run's list of steps that are not finite."""
+    return NonFiniteSteps(
       self.workdir,
       start=start,
       max_in_a_row=self.experiment.max_nonfinite,
       primary=hosts.is_primary(),
     )
 
-  def _feed(self, position):
+  def _unread_samples(self, start: int) -> UnreadSampleLog:
+    """Opens this process's list of samples that could not be read."""
+    return UnreadSampleLog(
+      self.workdir,
+      start=start,
+      max_share=self.experiment.data.max_skipped,
+      process=hosts.index(),
+    )
+
+  def _data_loader(self, position: int) -> DataLoader:
+    """Starts to read this process's rows."""
     delivered = batches(
       self.dataset,
       self.plan,
       self.experiment.row_spec,
       rows=self.experiment.batch_rows,
-      mine=self.placing.mine,
+      mine=self.sharding.local_rows,
       start=position,
       options=self.experiment.read,
     )
-    return Feed(delivered, self.placing)
+    return DataLoader(delivered, self.sharding)
 
-  def _records(self, position):
+  def _record_ids(self, position: int) -> Callable[[], dict[int, list[str]]]:
+    """Returns a function that looks up the records of a step's rows."""
     rows = self.experiment.step_rows
-    return lambda: row_records(self.dataset, self.plan, position, rows)
+    return lambda: record_ids(self.dataset, self.plan, position, rows)
 
 
 class _MicroBatches:
   """Iterates over one step's micro-batches on the devices.
 
   Attributes:
-    delivered: what came with each of them.
+    delivered: the rows that each of them was made of, so far.
   """
 
-  def __init__(self, feed: Feed, count: int):
-    self._feed, self._left = feed, count
-    self.delivered = []
+  def __init__(self, loader: DataLoader, count: int):
+    self._loader, self._left = loader, count
+    self.delivered: list[Delivered] = []
 
-  def __iter__(self):
+  def __iter__(self) -> Iterator[Batch]:
     return self
 
-  def __next__(self):
+  def __next__(self) -> Batch:
     if not self._left:
       raise StopIteration
     self._left -= 1
-    batch, delivered = next(self._feed)
+    batch, delivered = next(self._loader)
     self.delivered.append(delivered)
     return batch
+
+
+class _IntervalMetrics:
+  """Adds up what is logged as a sum over the steps between two that are."""
+
+  def __init__(
+    self,
+    writer: MetricWriter,
+    experiment: Experiment,
+    throughput: ThroughputCounter,
+    loader: DataLoader,
+    steps: int,
+  ):
+    self._writer, self._throughput = writer, throughput
+    self._loader, self._rows = loader, experiment.step_rows
+    optimizer = experiment.optimizer
+    self._rates = {
+      name: schedule(optimizer.rate(name), steps, optimizer.warmup)
+      for name in COMPONENTS
+      if optimizer.rate(name) > 0
+    }
+    self._waited = loader.waited
+    self._tokens, self._seconds, self._flops = 0, 0.0, 0.0
+
+  def add(self, position: int, scalars: Mapping[str, Any]) -> None:
+    """Counts a step whose first row is at `position`."""
+    totals = self._throughput.count(position, self._rows)
+    self._tokens += int(scalars["tokens"])
+    self._seconds += totals.video_seconds
+    self._flops += totals.flops
+
+  def write(
+    self, step: int, scalars: Mapping[str, Any], counts: Mapping[str, int]
+  ) -> None:
+    """Writes a step's metrics, and the sums since the last call.
+
+    Args:
+      step: that was taken.
+      scalars: of it, as the train step returns them.
+      counts: since the run began, by key; with "skipped_steps".
+    """
+    # A skipped step leaves the optimizer's own count of steps as it was.
+    updates = max(step - 1 - counts["skipped_steps"], 0)
+    waited = self._loader.waited - self._waited
+    self._waited += waited
+    self._writer.write(
+      step,
+      {key: value for key, value in scalars.items() if key != "finite"},
+      tokens=self._tokens,
+      video_seconds=self._seconds,
+      model_flops=self._flops,
+      data_wait=waited,
+      learning_rates={
+        name: float(np.asarray(rate(updates)))
+        for name, rate in self._rates.items()
+      },
+      counts=counts,
+    )
+    self._tokens, self._seconds, self._flops = 0, 0.0, 0.0
 
 
 def report_skipped(skipped: list[Skipped]) -> None:
@@ -354,13 +418,21 @@ def report_skipped(skipped: list[Skipped]) -> None:
 
 
 def total_steps(experiment: Experiment, rows: int) -> int:
-  """Steps of the run: as configured, or enough for the epochs of `rows`."""
+  """Returns the number of steps of the run.
+
+  Args:
+    experiment: with `steps`, or with `epochs` if that is 0.
+    rows: in an epoch.
+  """
   if experiment.steps:
     return experiment.steps
   return math.ceil(rows * experiment.epochs / experiment.step_rows)
 
 
-def _check_position(plan: RowPlan, position: int, workdir) -> None:
+def _check_position(
+  plan: RowPlan, position: int, workdir: pathlib.Path
+) -> None:
+  """Raises a UserError if the plan has no row at a position."""
   try:
     plan.row(position)
   except IndexError as error:
@@ -371,6 +443,7 @@ def _check_position(plan: RowPlan, position: int, workdir) -> None:
 
 
 def _check_vocabulary(experiment: Experiment, dataset: Dataset) -> None:
+  """Raises a UserError if the tokenizer has more ids than the decoder."""
   vocab = experiment.model.decoder.vocab
   if dataset.vocab_size > vocab:
     raise UserError(
@@ -380,7 +453,14 @@ def _check_vocabulary(experiment: Experiment, dataset: Dataset) -> None:
     )
 
 
-def _summary(experiment, dataset, rows, state, steps):
+def _summary(
+  experiment: Experiment,
+  dataset: Dataset,
+  rows: Mapping[str, Any],
+  state: TrainState,
+  steps: int,
+) -> str:
+  """Returns what is printed before the first step."""
   trained = sum(x.size for x in state.trained.values())
   frozen = sum(x.size for x in state.frozen.values())
   note = sparse_note(len(dataset.sparse))

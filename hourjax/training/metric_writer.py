@@ -1,12 +1,14 @@
-"""metrics.jsonl and the loss curve."""
-# MERGED hourjax.training.watch:
-# What is written down about a run while it trains.
+"""Metrics of a run: metrics.jsonl, TensorBoard, W&B, the terminal, goodput.
+
+`MetricWriter` is what the training loop calls. `read_metrics` and `read_curve`
+read metrics.jsonl, of which a line that a kill cut off is dropped.
+"""
 
 import contextlib
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, SupportsFloat
 
 import jax
@@ -14,59 +16,91 @@ import pydantic
 
 from hourjax import schema
 from hourjax.errors import UserError
-from hourjax.jsonl import Ledger, read_rows
+from hourjax.jsonl import JsonlWriter, read_valid_rows
 from hourjax.training.config import MetricsConfig
 from hourjax.training.profiling import Profiler, parse_steps
-from hourjax.training.progress_bar import Screen
-from hourjax.training.throughput import Goodput, hbm, wall_clock
-from hourjax.training.trackers import Events, WandbRun, require_wandb
+from hourjax.training.progress_bar import ProgressBar
+from hourjax.training.throughput import Goodput, hbm_usage, wall_clock
+from hourjax.training.trackers import (
+  TensorBoardWriter,
+  WandbWriter,
+  require_wandb,
+)
 
 _NAME = "metrics.jsonl"
 
 
 class _Row(schema.Schema):
-  """A line: the step, and a number of any name."""
+  """Describes a line of metrics.jsonl: the step, and numbers of any name."""
 
   model_config = pydantic.ConfigDict(extra="allow")
-  __pydantic_extra__: dict[str, float | Literal["NaN", "Infinity", "-Infinity"]]
+  # The type of all other keys, as pydantic asks for it.
+  __pydantic_extra__: dict[  # pyrefly: ignore[bad-override]  pydantic's own way
+    str, float | Literal["NaN", "Infinity", "-Infinity"]
+  ]
 
   step: int
 
 
 class MetricsFile:
-  """Appends to WORKDIR/metrics.jsonl, a line a logged step.
+  """Appends a line for each logged step to WORKDIR/metrics.jsonl.
 
-  Numbers that are not finite stand in it as "NaN", "Infinity", "-Infinity", as
-  JSON has none; `read_metrics` gives them back as floats.
+  JSON has no numbers that are not finite: they are written as "NaN",
+  "Infinity" and "-Infinity", and `read_metrics` returns them as floats.
   """
 
   def __init__(self, workdir: str | os.PathLike, *, start: int):
-    """Drops the lines after `start`: those steps will be taken again."""
+    """Drops the lines after step `start`, since those steps are taken again.
+
+    Args:
+      workdir: of the run.
+      start: step of the checkpoint that the run goes on from, 0 for a new run.
+
+    Raises:
+      UserError: a line is of another kind.
+    """
     path = pathlib.Path(workdir) / _NAME
-    rows = read_rows(path, {"step": _Row}) if path.exists() else []
+    rows = read_valid_rows(path, {"step": _Row}) if path.exists() else []
     kept = [row for row in rows if row["step"] <= start]
-    self._ledger = Ledger(path, kept)
+    self._writer = JsonlWriter.at(path, kept)
+    self._writer.open()
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    self._ledger.add({"step": step, **values})
+    """Writes the line of a step.
+
+    Args:
+      step: that was taken.
+      values: metrics by name.
+    """
+    self._writer.add({"step": step, **values})
 
   def close(self) -> None:
-    self._ledger.close()
+    """Closes the file."""
+    self._writer.close()
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
-  """The lines of metrics.jsonl; a half-written one is left out."""
+  """Reads the lines of metrics.jsonl; one that is half written is left out.
+
+  Returns:
+    Metrics by name, with "step", of each logged step.
+
+  Raises:
+    UserError: the file is missing, or a line is of another kind.
+  """
   return [
     {k: float(v) if isinstance(v, str) else v for k, v in row.items()}
-    for row in read_rows(pathlib.Path(workdir) / _NAME, {"step": _Row})
+    for row in read_valid_rows(pathlib.Path(workdir) / _NAME, {"step": _Row})
   ]
 
 
 def read_curve(workdir: str | os.PathLike) -> list[dict[str, float]]:
-  """Metrics of a run, after those of the runs it was initialised from.
+  """Returns the metrics of a run, after those of the runs it began from.
+
+  Steps are counted on from run to run.
 
   Raises:
-    UserError: a file cannot be read, or a run was initialised from itself.
+    UserError: a file cannot be read, or a run began from itself.
   """
   runs, folder = [], pathlib.Path(workdir)
   while not runs or (folder / _NAME).exists():
@@ -89,20 +123,22 @@ def read_curve(workdir: str | os.PathLike) -> list[dict[str, float]]:
 
 
 class _Start(schema.Schema):
-  """What is read here of a run's configuration."""
+  """Describes the key of a run's configuration that is read here."""
 
   init: str
 
 
-# Losses that come again and again; the others are left out of the time left.
+# Reasons of lost time that come again and again. Time lost for other reasons is
+# not expected again, so the estimate of the time left does not count it.
 _RECURRING = ("save",)
 
 
 class MetricWriter:
-  """Metrics, TensorBoard, W&B, progress, goodput and traces of a run.
+  """Writes the metrics of a run to all places, and keeps its times.
 
-  On hosts other than the first, all methods do nothing. What cannot be written
-  during the run, e.g. to a full disk, is said once and does not stop it.
+  On hosts other than the first, all methods do nothing. If something cannot be
+  written during the run, for instance to a full disk, this is printed once and
+  training goes on.
   """
 
   def __init__(
@@ -118,25 +154,26 @@ class MetricWriter:
     began: float | None = None,
     clock: Callable[[], float] = wall_clock,
   ):
-    """Opens all files; lines after `start` are dropped from those that exist.
+    """Opens all files; existing ones lose their lines after step `start`.
 
     Args:
-      workdir: exists.
-      config: what to write.
-      run_config: of the whole run, as plain data, to show.
+      workdir: of the run; must exist.
+      config: says what to write.
+      run_config: configuration of the whole run as plain data, to be shown.
       steps: of the run.
       start: step of the checkpoint that it goes on from, 0 for a new run.
-      flops_per_second: bf16 peak of all devices together; None if not known,
-        then there is no MFU.
+      flops_per_second: bf16 peak of all devices together, for MFU; None if it
+        is not known.
       primary: whether this is the first host.
-      began: when this process began, seconds since 1970; default: now.
-      clock: seconds since 1970.
+      began: when this process began, in seconds since 1970; now if None.
+      clock: returns seconds since 1970.
 
     Raises:
-      UserError: steps to trace that the run does not have; W&B asked for, but
-        not installed or not willing.
+      UserError: steps are to be traced that the run does not have, or W&B was
+        asked for and is not installed or refuses.
     """
-    # Before hosts differ: one that raises alone leaves the others waiting.
+    # All hosts must raise these errors: if only the first one did, the others
+    # would wait for it.
     traced = _traced(config, steps)
     if config.wandb:
       require_wandb(config.wandb)
@@ -146,33 +183,34 @@ class MetricWriter:
     workdir = pathlib.Path(workdir)
     self._clock, self._peak = clock, flops_per_second
     self._steps, self._start, self._last = steps, start, start
-    self._mark, self._first, self._away, self._once = clock(), None, 0.0, 0.0
+    self._mark, self._away, self._once = clock(), 0.0, 0.0
+    self._first: float | None = None  # when the first step began
     self._goodput = Goodput(workdir, start=start, began=began, clock=clock)
     self._metrics = MetricsFile(workdir, start=start)
     self._profiler = Profiler(workdir, _coming(traced, start))
-    self._writers: dict[str, Events | WandbRun] = {}
+    self._writers: dict[str, TensorBoardWriter | WandbWriter] = {}
     if config.tensorboard:
-      self._writers["TensorBoard's events"] = Events(
+      self._writers["TensorBoard's events"] = TensorBoardWriter(
         workdir / "tensorboard", start=start, config=run_config
       )
     if config.wandb:
-      self._writers["W&B"] = WandbRun(config.wandb, workdir, run_config)
-    self._screen = Screen(steps=steps, start=start)
+      self._writers["W&B"] = WandbWriter(config.wandb, workdir, run_config)
+    self._progress = ProgressBar(steps=steps, start=start)
 
-  def step_begins(self, step: int) -> None:
-    """To be called before a step's data is asked for."""
+  def begin_step(self, step: int) -> None:
+    """Notes that a step begins; to be called before its data is asked for."""
     if not self._open:
       return
-    with self._going_on("goodput.jsonl"):
-      self._goodput.step_begins(step)
+    with self._continue_on_error("goodput.jsonl"):
+      self._goodput.begin_step(step)
     if self._first is None:
       self._first = self._mark = self._clock()
       self._away = self._once = 0.0
-    self._screen.step(step - 1)
-    if took := self._profiler.step_begins(step):
-      self.lost(took, "profile")
+    self._progress.update(step - 1)
+    if took := self._profiler.begin_step(step):
+      self.add_lost(took, "profile")
 
-  def wrote(
+  def write(
     self,
     step: int,
     scalars: Mapping[str, SupportsFloat],
@@ -184,102 +222,106 @@ class MetricWriter:
     learning_rates: Mapping[str, float],
     counts: Mapping[str, int],
   ) -> None:
-    """Writes a step down.
+    """Writes the metrics of a step to all places.
 
     Args:
-      step: that was taken; its devices are done.
-      scalars: of this step, as the train step returns them: loss, grad_norm,
-        grad_norm/PART, ...
-      tokens, video_seconds, model_flops: sums over the steps since the last
-        call.
+      step: that was taken; the devices must be done with it.
+      scalars: of this step, as the train step returns them: "loss",
+        "grad_norm", "grad_norm/COMPONENT" and so on.
+      tokens: label tokens of the steps since the last call.
+      video_seconds: seconds of video of the steps since the last call.
+      model_flops: FLOPs of the steps since the last call.
       data_wait: seconds waited for data since the last call.
       learning_rates: by component.
-      counts: since the run began, e.g. unread_damaged; their names become
-        keys.
+      counts: of events since the run began, by key, such as "unread_damaged".
     """
     if not self._open:
       return
     now = self._clock()
     took = max(now - self._mark - self._away, 1e-9)
     lost = self._goodput.lost_seconds
-    groups = {
+    speed = {
+      "step_seconds": took / max(step - self._last, 1),
+      "tokens_per_second": tokens / took,
+      "video_hours_per_second": video_seconds / 3600 / took,
+    }
+    if self._peak is not None:
+      speed["mfu"] = model_flops / took / self._peak
+    groups: dict[str, Mapping[str, Any]] = {
       "train": {"tokens": tokens, **scalars},
       "learning_rate": _named("learning_rate", learning_rates),
-      "speed": {
-        "step_seconds": took / max(step - self._last, 1),
-        "tokens_per_second": tokens / took,
-        "video_hours_per_second": video_seconds / 3600 / took,
-      },
+      "speed": speed,
       "time": {
         "data_wait": min(data_wait / took, 1.0),
         "goodput": self._goodput.share(),
       },
       "lost_seconds": _named("lost_seconds", lost),
-      "memory": hbm(jax.local_devices()),
+      "memory": hbm_usage(jax.local_devices()),
       "skipped": counts,
     }
-    if self._peak is not None:
-      groups["speed"]["mfu"] = model_flops / took / self._peak
     self._last, self._mark, self._away = step, now, 0.0
     self._write(step, groups)
 
-  def lost(self, seconds: float, why: str) -> None:
-    """Tells of time until now that is not progress.
+  def add_lost(self, seconds: float, why: str) -> None:
+    """Counts time that ends now as lost.
 
-    It counts against goodput and, within a step, not as that step's time.
+    It lowers goodput. Within a step it does not count as that step's time.
 
     Args:
-      seconds: that it took.
-      why: "restore", "compile", "save", ...
+      seconds: that were lost.
+      why: "restore", "compile", "save" and so on.
     """
     if not self._open:
       return
-    with self._going_on("goodput.jsonl"):
-      self._goodput.lost(seconds, why)
+    with self._continue_on_error("goodput.jsonl"):
+      self._goodput.add_lost(seconds, why)
     self._away += seconds
     if why not in _RECURRING:
       self._once += seconds
 
   def close(self) -> None:
-    """Ends everything; a second call does nothing."""
+    """Closes everything; a second call does nothing."""
     if not self._open:
       return
     self._open = False
-    self._screen.close()
+    self._progress.close()
     files = {"goodput.jsonl": self._goodput, "metrics.jsonl": self._metrics}
-    for name, thing in {**files, **self._writers}.items():
-      with self._going_on(name):
-        thing.close()
-    with self._going_on("the trace"):
+    for name, each in [*files.items(), *self._writers.items()]:
+      with self._continue_on_error(name):
+        each.close()
+    with self._continue_on_error("the trace"):
       self._profiler.close()
 
-  def _write(self, step, groups):
+  def _write(
+    self, step: int, groups: Mapping[str, Mapping[str, SupportsFloat]]
+  ) -> None:
+    """Writes metrics, by group and name; only trackers show the groups."""
     values = {
       (group, key): float(value)
       for group, of_group in groups.items()
       for key, value in of_group.items()
     }
     row = {key: value for (_, key), value in values.items()}
-    with self._going_on("metrics.jsonl"):
+    with self._continue_on_error("metrics.jsonl"):
       self._metrics.write(step, row)
     tags = {
       key if "/" in key else f"{group}/{key}": value
       for (group, key), value in values.items()
     }
     for name, writer in self._writers.items():
-      with self._going_on(name):
+      with self._continue_on_error(name):
         writer.write(step, tags)
-    self._screen.show(step, row, self._left(step))
+    self._progress.show(step, row, self._left(step))
 
   def _left(self, step: int) -> float:
-    """Seconds to the end, if steps go on as since this start."""
+    """Returns the seconds to the end of the run, at the speed so far."""
     first = self._mark if self._first is None else self._first
     took = max(self._mark - first - self._once, 0.0)
     return took / max(step - self._start, 1) * (self._steps - step)
 
   @contextlib.contextmanager
-  def _going_on(self, name: str):
-    """A run is worth more than what is written about it."""
+  def _continue_on_error(self, name: str) -> Iterator[None]:
+    """Prints, once for each name, that something could not be written."""
     try:
       yield
     except OSError as error:
@@ -292,14 +334,16 @@ class MetricWriter:
 
 
 def _named(of: str, values: Mapping[str, float]) -> dict[str, float]:
+  """Returns values under "GROUP/NAME"."""
   return {f"{of}/{name}": value for name, value in values.items()}
 
 
 def _traced(config: MetricsConfig, steps: int) -> range:
+  """Returns the steps to trace; raises a UserError if the run has no such."""
   asked = parse_steps(config.profile_steps)
   if asked and asked[-1] > steps:
     raise UserError(
-      f"config.watch.profile_steps is {config.profile_steps}, which asks for"
+      f"config.metrics.profile_steps is {config.profile_steps}, which asks for"
       f" step {asked[-1]}, but the run ends with step {steps}; choose steps of"
       " the run"
     )
@@ -307,15 +351,16 @@ def _traced(config: MetricsConfig, steps: int) -> range:
 
 
 def _coming(asked: range, start: int) -> range:
-  """Those that are still to be taken.
+  """Returns those of the steps that are still to be taken.
 
-  None is no mistake: what was interrupted starts with the same options.
+  There may be none: a run that was interrupted is started again with the same
+  options.
   """
   coming = range(max(asked.start, start + 1), asked.stop)
   if asked and not coming:
     print(
       f"no trace: the steps {asked.start} to {asked[-1]} of"
-      f" config.watch.profile_steps lie before step {start + 1}, with which"
+      f" config.metrics.profile_steps lie before step {start + 1}, with which"
       " this run goes on",
       file=sys.stderr,
     )

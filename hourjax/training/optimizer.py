@@ -1,8 +1,8 @@
-"""AdamW with a learning rate for each component, and what is frozen."""
+"""AdamW with a learning rate for each component, and frozen components."""
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import optax
@@ -15,16 +15,26 @@ COMPONENTS = ("vision", "projector", "memaug", "decoder")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW, cosine to zero after a linear warm-up (SPEC section 3).
+  """Describes AdamW with warm-up and cosine decay, by component.
+
+  The learning rate rises linearly and then falls to zero as a cosine; see
+  hourjax/README.md, Training.
 
   Attributes:
-    vision, projector, memaug, decoder: peak learning rates. A component at 0
-      is frozen: no gradient is computed and no optimizer state exists. The
-      newline token trains with the decoder.
-    warmup: share of all steps.
-    clip: global gradient norm above which gradients are scaled; 0 is off.
-    mu_dtype: "float32" or "bfloat16", of the first moment. The second stays
-      float32: with b2 = 0.999 bfloat16 would round its every change away.
+    vision: peak learning rate of the vision encoder. A component whose rate is
+      0 is frozen: it has no gradients and no optimizer state.
+    projector: peak learning rate of the projector.
+    memaug: peak learning rate of MemAug.
+    decoder: peak learning rate of the decoder and the newline token.
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment.
+    weight_decay: of AdamW, times the learning rate.
+    warmup: share of all steps in which the learning rate rises.
+    clip: gradients of a larger global norm are scaled down to it; 0 is off.
+    mu_dtype: "float32" or "bfloat16", of the first moment. The second is always
+      float32: with b2 = 0.999 it changes by a thousandth of itself at most,
+      which bfloat16 rounds away.
   """
 
   vision: float = 0.0
@@ -39,7 +49,7 @@ class OptimizerConfig:
   clip: float = 0.0
   mu_dtype: MuDtype = "float32"
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.mu_dtype not in get_args(MuDtype):
       raise UserError(
         f"config.optimizer.mu_dtype is {self.mu_dtype!r}; choose float32 or"
@@ -47,12 +57,12 @@ class OptimizerConfig:
       )
 
   def rate(self, component: str) -> float:
-    """Peak learning rate of a component."""
+    """Returns the peak learning rate of a component."""
     return getattr(self, component)
 
 
 def component(path: str) -> str:
-  """The component that a parameter trains with."""
+  """Returns the component that a parameter is trained with."""
   head = path.split("/")[0]
   return "decoder" if head == "newline" else head
 
@@ -60,10 +70,17 @@ def component(path: str) -> str:
 def split_params(
   params: Mapping[str, Any], config: OptimizerConfig
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """(trained, frozen) parameters.
+  """Splits parameters into those that are trained and those that are frozen.
+
+  Args:
+    params: by path.
+    config: with the learning rates.
+
+  Returns:
+    (trained, frozen), both by path.
 
   Raises:
-    UserError: if nothing is trained.
+    UserError: nothing is trained.
   """
   trained = {p: v for p, v in params.items() if config.rate(component(p)) > 0}
   if not trained:
@@ -75,7 +92,14 @@ def split_params(
 
 
 def schedule(peak: float, steps: int, warmup: float) -> optax.Schedule:
-  """Learning rate by step: linear to `peak`, then cosine to 0 at `steps`."""
+  """Returns the learning rate as a function of the step, counted from 0.
+
+  Args:
+    peak: the largest rate.
+    steps: of the run; the rate is 0 at its end.
+    warmup: share of the steps in which the rate rises linearly from 0. Then it
+      falls as a cosine.
+  """
   rise = math.ceil(warmup * steps)
 
   return optax.warmup_cosine_decay_schedule(
@@ -89,15 +113,15 @@ def schedule(peak: float, steps: int, warmup: float) -> optax.Schedule:
 def make_optimizer(
   config: OptimizerConfig, steps: int, paths: Iterable[str]
 ) -> optax.GradientTransformation:
-  """The transformation of gradients by path.
+  """Returns the optimizer of parameters by path.
 
   Args:
-    config: rates and the rest.
+    config: learning rates and the rest.
     steps: of the whole run, for the schedule.
     paths: of the trained parameters.
   """
   labels = {path: component(path) for path in paths}
-  rules = {
+  rules: dict[Hashable, optax.GradientTransformation] = {
     name: optax.adamw(
       schedule(config.rate(name), steps, config.warmup),
       b1=config.b1,

@@ -1,29 +1,34 @@
-"""What a run shows: a bar on a terminal, lines elsewhere."""
+"""What a training run shows: a progress bar on a terminal, lines elsewhere."""
 
 import contextlib
 import logging
 import os
 import sys
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
-_BAR = 8  # columns of the bar that numbers leave free at least
+_MIN_BAR = 8  # columns that the numbers leave to the bar
 
 
-class Screen:
+class ProgressBar:
   """Shows the logged steps on stderr."""
 
   def __init__(self, *, steps: int, start: int):
     """Draws the bar if stderr is a terminal.
 
-    What others print while it stands goes above it, if it is printed from
-    Python; lines that a library writes without it follow the bar.
+    While it is there, what Python prints or logs appears above it. Lines that a
+    library writes in another language follow the bar.
+
+    Args:
+      steps: of the run.
+      start: step that the run goes on from.
     """
     self._steps, self._terminal = steps, sys.stderr
-    self._bar, self._undo = None, contextlib.ExitStack()
+    self._bar: tqdm | None = None
+    self._undo = contextlib.ExitStack()
     if sys.stderr.isatty():
       self._bar = tqdm(
         total=steps,
@@ -33,19 +38,23 @@ class Screen:
         mininterval=0.3,
         bar_format="{n_fmt}/{total_fmt} {bar} {desc}",
       )
-      self._undo.enter_context(_prints_above(self._bar))
+      self._undo.enter_context(_print_above_bars())
 
-  def step(self, done: int) -> None:
-    """Moves the bar to the number of steps taken."""
+  def update(self, done: int) -> None:
+    """Moves the bar.
+
+    Args:
+      done: number of steps taken.
+    """
     if self._bar is not None:
       self._bar.update(done - self._bar.n)
 
   def show(self, step: int, row: Mapping[str, Any], left: float) -> None:
-    """Shows what is in the row, if it is.
+    """Shows the metrics of a step, as many as there is room for.
 
     Args:
       step: that was taken.
-      row: as in metrics.jsonl.
+      row: metrics as in metrics.jsonl; those that it lacks are left out.
       left: seconds to the end of the run.
     """
     count = f"{step}/{self._steps}"
@@ -53,25 +62,25 @@ class Screen:
       numbers = "  ".join(_numbers(row, left))
       print(f"step {count}  {numbers}", file=sys.stderr, flush=True)
       return
-    room = _columns(self._terminal) - len(count) - _BAR
-    shown = []
+    room = _columns(self._terminal) - len(count) - _MIN_BAR
+    fitting = []
     for part in _numbers(row, left):
       room -= len(part) + 2
       if room >= 0:
-        shown.append(part)
-    self._bar.set_description_str("  ".join(shown), refresh=False)
-    self.step(step)
+        fitting.append(part)
+    self._bar.set_description_str("  ".join(fitting), refresh=False)
+    self.update(step)
     self._bar.refresh()
 
   def close(self) -> None:
-    """Leaves the last state of the bar and a line end."""
+    """Leaves the last state of the bar, and ends its line."""
     self._undo.close()
     if self._bar is not None:
       self._bar.close()
 
 
 def duration(seconds: float) -> str:
-  """3 h 25 min as 3:25:00, from a day on as "2 d 3:25"."""
+  """Returns 3 h 25 min as "3:25:00", from a day on as "2 d 3:25"."""
   minutes, rest = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   if hours >= 24:
@@ -80,7 +89,7 @@ def duration(seconds: float) -> str:
 
 
 def _numbers(row: Mapping[str, Any], left: float) -> list[str]:
-  """The numbers as text, those that matter most first."""
+  """Returns metrics as text, the most important ones first."""
   forms = {
     "loss": "loss {:.3f}",
     "grad_norm": "grad norm {:.2f}",
@@ -95,8 +104,8 @@ def _numbers(row: Mapping[str, Any], left: float) -> list[str]:
   return [found[key] for key in order if key in found]
 
 
-def _columns(terminal) -> int:
-  """Its width; 80 if it does not say."""
+def _columns(terminal: TextIO) -> int:
+  """Returns the width of a terminal; 80 if it does not know it."""
   try:
     return os.get_terminal_size(terminal.fileno()).columns or 80
   except (OSError, ValueError):
@@ -104,11 +113,11 @@ def _columns(terminal) -> int:
 
 
 @contextlib.contextmanager
-def _prints_above(bar: tqdm):
-  """Lets Python's prints and logs clear the bar, and draws it again below."""
+def _print_above_bars() -> Iterator[None]:
+  """Makes prints and logs of Python appear above all bars."""
   real = {name: getattr(sys, name) for name in ("stdout", "stderr")}
   above = {
-    name: _Above(stream, bar)
+    name: _LinesAboveBars(stream)
     for name, stream in real.items()
     if stream.isatty()
   }
@@ -128,48 +137,50 @@ def _prints_above(bar: tqdm):
     for handler, name in handlers:
       handler.setStream(real[name])
     for name, stream in above.items():
+      stream.end()
       if getattr(sys, name) is stream:
         setattr(sys, name, real[name])
-      stream.end()
 
 
 def _stream_handlers() -> list[logging.StreamHandler]:
-  """Handlers of the root logger; absl's keeps its own inside."""
+  """Returns the root logger's stream handlers.
+
+  absl's own handler is none, but holds one.
+  """
   found = [getattr(h, "python_handler", h) for h in logging.root.handlers]
   return [h for h in found if isinstance(h, logging.StreamHandler)]
 
 
-class _Above:
-  """A stream whose whole lines appear above a bar."""
+class _LinesAboveBars:
+  """Passes on whole lines to a stream, while tqdm hides its bars."""
 
-  def __init__(self, stream, bar: tqdm):
-    self._stream, self._bar = stream, bar
+  def __init__(self, stream: TextIO):
+    self._stream = stream
     self._held, self._lock = "", threading.RLock()
 
-  def __getattr__(self, name):
+  def __getattr__(self, name: str) -> Any:
     return getattr(self._stream, name)
 
   def write(self, text: str) -> int:
-    """Holds the end of `text` back until its line is complete."""
+    """Writes the lines that are complete, and holds back the rest."""
     with self._lock:
       lines, newline, self._held = (self._held + text).rpartition("\n")
       if newline:
         self._print(lines + newline)
     return len(text)
 
-  def writelines(self, lines) -> None:
+  def writelines(self, lines: Iterable[str]) -> None:
+    """Writes texts one after the other."""
     self.write("".join(lines))
 
   def end(self) -> None:
-    """Prints what was held back."""
+    """Writes what was held back."""
     with self._lock:
       if self._held:
         self._print(self._held + "\n")
       self._held = ""
 
   def _print(self, text: str) -> None:
-    with tqdm.get_lock():
-      self._bar.clear(nolock=True)
+    with tqdm.external_write_mode(file=self):
       self._stream.write(text)
       self._stream.flush()
-      self._bar.refresh(nolock=True)

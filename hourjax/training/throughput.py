@@ -1,12 +1,9 @@
-"""What the rows of a step ask of the model: seconds of video, operations."""
-# MERGED hourjax.training.hbm:
-# Memory of the accelerators.
-# MERGED hourjax.training.goodput:
-# Which share of a run's time went into steps that count.
-#
-# Goodput is the time of the steps that were kept, divided by the wall-clock ti
-# since the run first started. The time in which no process ran lies between, a
-# so do steps that a later start took again.
+"""How fast a run is: FLOPs and seconds of video, device memory, goodput.
+
+Goodput is the share of the time since the run first started that went into
+steps that were kept. Time in which no process ran counts as lost, and so do
+steps that a later start had to take again.
+"""
 
 import contextlib
 import os
@@ -23,29 +20,31 @@ from hourjax import schema
 from hourjax.data.dataset import Dataset
 from hourjax.data.row_plan import RowPlan
 from hourjax.data.sample_sizes import FIELDS
-from hourjax.jsonl import Ledger, read_rows
+from hourjax.jsonl import JsonlWriter, read_valid_rows
 from hourjax.models.flops import count_flops, sample_work
 from hourjax.training.config import Experiment
 from hourjax.training.optimizer import COMPONENTS
 
 
-class Work(NamedTuple):
-  """Of some rows.
+class RowTotals(NamedTuple):
+  """Holds what rows amount to.
 
   Attributes:
-    video_seconds: of the videos in them; one that several conversations of a
+    video_seconds: duration of their videos; one that several conversations of a
       row share counts once.
-    flops: useful ones (`models.flops`), of the numerator of MFU.
+    flops: floating-point operations of a step that the model needs (see
+      `models.flops`): the numerator of MFU.
   """
 
   video_seconds: float
   flops: float
 
 
-class RowWork:
-  """The work of rows, from the plan alone: the same on every host.
+class ThroughputCounter:
+  """Computes FLOPs and seconds of video of rows from the plan alone.
 
-  Samples that could not be read are counted; they are few, or the run stops.
+  So the numbers are the same on every host. Samples that could not be read are
+  counted too: they are few, or the run stops.
   """
 
   def __init__(self, experiment: Experiment, dataset: Dataset, plan: RowPlan):
@@ -55,17 +54,23 @@ class RowWork:
       name for name in COMPONENTS if experiment.optimizer.rate(name) > 0
     }
 
-  def of(self, position: int, rows: int) -> Work:
-    """Of `rows` rows from `position` on."""
+  def count(self, position: int, rows: int) -> RowTotals:
+    """Returns the totals of consecutive rows.
+
+    Args:
+      position: in the data, of the first row.
+      rows: how many there are.
+    """
     groups = [
       group
       for k in range(rows)
       for group in self._plan.row(self._plan.advance(position, k))[1]
     ]
     if not groups:
-      return Work(0.0, 0.0)
+      return RowTotals(0.0, 0.0)
     samples = np.concatenate([np.asarray(group, int) for group in groups])
-    # The first of a group brings the memory that the others read, too.
+    # Samples of a group share a memory. It is encoded for the first one, and
+    # the others only read it.
     starts = np.cumsum([0, *map(len, groups[:-1])])
     first = np.zeros(len(samples), bool)
     first[starts] = True
@@ -77,11 +82,14 @@ class RowWork:
       }
     )
     parts = count_flops(self._config, work, self._trained)
-    flops = sum(part.total.sum() for part in parts.values())
-    return Work(float(self._seconds(samples[first]).sum()), float(flops))
+    flops = sum(np.sum(part.total) for part in parts.values())
+    return RowTotals(float(self._seconds(samples[first]).sum()), float(flops))
 
-  def _seconds(self, samples):
-    """Where a duration is not known a frame is taken for a second."""
+  def _seconds(self, samples: np.ndarray) -> np.ndarray:
+    """Returns each sample's seconds of video, float [samples].
+
+    Where a duration is not known, each frame counts as a second.
+    """
     columns = self._dataset.columns
     video = columns.video[samples]
     memory = self._dataset.sizes[samples][:, FIELDS.index("memory")]
@@ -92,11 +100,18 @@ class RowWork:
     return np.where(video >= 0, seconds, 0.0)
 
 
-def row_records(
+def record_ids(
   dataset: Dataset, plan: RowPlan, position: int, rows: int
 ) -> dict[int, list[str]]:
-  """Ids of the records in each of `rows` rows, by their position."""
-  found = {}
+  """Returns the ids of the records in consecutive rows, by the row's position.
+
+  Args:
+    dataset: with the records.
+    plan: which samples share a row.
+    position: in the data, of the first row.
+    rows: how many there are.
+  """
+  found: dict[int, list[str]] = {}
   for k in range(rows):
     at = plan.advance(position, k)
     groups = plan.row(at)[1]
@@ -107,15 +122,15 @@ def row_records(
 _GIB = 2**30
 
 
-def hbm(devices: Iterable[Any]) -> dict[str, float]:
-  """Memory in use and its peak since the process began.
+def hbm_usage(devices: Iterable[Any]) -> dict[str, float]:
+  """Returns device memory in use, and its peak since the process began.
 
   Args:
     devices: of this host, e.g. jax.local_devices().
 
   Returns:
-    hbm_gib and hbm_peak_gib of the fullest device; a value that no device
-    knows (CPUs know none) is left out.
+    "hbm_gib" and "hbm_peak_gib" of the fullest device, in GiB; a value that no
+    device reports (CPUs report none) is left out.
   """
   stats = [_stats(device) for device in devices]
   names = {"hbm_gib": "bytes_in_use", "hbm_peak_gib": "peak_bytes_in_use"}
@@ -126,62 +141,69 @@ def hbm(devices: Iterable[Any]) -> dict[str, float]:
   return {name: max(values) for name, values in found.items() if values}
 
 
-def _stats(device) -> dict[str, int]:
+def _stats(device: Any) -> dict[str, int]:
+  """Returns the memory statistics of a device, in bytes."""
   try:
     return device.memory_stats() or {}
   except (NotImplementedError, jax.errors.JaxRuntimeError):
-    return {}  # a backend that keeps no account
+    return {}  # a backend without statistics
 
 
-# Seconds since 1970 that never step backwards within a process.
+# Turns the monotonic clock into seconds since 1970.
 _OFFSET = time.time() - time.monotonic()
 
 
-class _Began(schema.Schema):
-  """The first line, which sums up earlier starts."""
+class _BeganLine(schema.Schema):
+  """Describes the first line, which sums up earlier starts."""
 
   began: float
   at: float
   lost: dict[str, float] = pydantic.Field(default_factory=dict)
 
 
-class _Step(schema.Schema):
+class _StepLine(schema.Schema):
+  """Describes the line of a step: when it ended, and time kept so far."""
+
   step: int
   at: float
   kept: float
 
 
-class _Lost(schema.Schema):
+class _LostLine(schema.Schema):
+  """Describes the line of lost time: why, how long, and when it ended."""
+
   lost: str
   seconds: float
   at: float
 
 
-_KINDS = {"began": _Began, "kept": _Step, "seconds": _Lost}
+_KINDS = {"began": _BeganLine, "kept": _StepLine, "seconds": _LostLine}
 
 
 def wall_clock() -> float:
-  """Seconds since 1970; does not follow corrections of the clock."""
+  """Returns seconds since 1970; corrections of the clock do not change it."""
   return _OFFSET + time.monotonic()
 
 
 class Goodput:
   """Adds up a run's time over all its starts, in WORKDIR/goodput.jsonl.
 
-  A step's time runs until the next one begins, less what is reported as lost
-  meanwhile; it includes waiting for data, which the metrics show on their own.
-  A run of steps 1 to 4, killed in step 4 and started again from step 2:
+  The time of a step ends when the next step begins, without what was reported
+  as lost in between. It includes waiting for data, which the metrics show
+  separately. Example: a run of four steps that was killed in step 4, and
+  started again from the checkpoint of step 2:
 
-      1 [compile] 1 2 2 3 3 4 | down | [restore] 3 3 4 4
-      kept: 1 2 and the second 3 4; lost: everything else
+      step 1, compile, step 2, step 3, step 4 | down | restore, step 3, step 4
 
-  The file has a line when the run began, one a step and one for each loss. A
-  kill takes at most the time of the step at hand.
+  Steps 1 and 2 and the second steps 3 and 4 are kept, everything else is lost.
+
+  The file has one line of when the run began, one for each step and one for
+  each loss. A kill loses at most the time of the step at hand.
 
   Attributes:
-    lost_seconds: by reason, over all starts; "down" is the time between a
-      process's last sign of life and the next one's begin, "recomputed" that
-      of steps after the checkpoint.
+    lost_seconds: by reason, over all starts. "down" is the time between the
+      last line of one process and the start of the next, "recomputed" that of
+      steps after the checkpoint.
   """
 
   def __init__(
@@ -192,17 +214,20 @@ class Goodput:
     began: float | None = None,
     clock: Callable[[], float] = wall_clock,
   ):
-    """Reads what earlier starts took.
+    """Reads the times of earlier starts.
 
     Args:
       workdir: of the run.
-      start: step of the checkpoint that it goes on from, 0 if there is none.
-      began: when this process began, seconds since 1970; default: now.
-      clock: seconds since 1970.
+      start: step of the checkpoint that the run goes on from, 0 for a new run.
+      began: when this process began, in seconds since 1970; now if None.
+      clock: returns seconds since 1970.
+
+    Raises:
+      UserError: a line of the file is of another kind.
     """
     path = pathlib.Path(workdir) / "goodput.jsonl"
     began = clock() if began is None else began
-    rows = read_rows(path, _KINDS) if path.exists() else []
+    rows = read_valid_rows(path, _KINDS) if path.exists() else []
     first = rows[0] if rows and "began" in rows[0] else {"began": began}
     taken = [row for row in rows if "kept" in row]
     kept = [row for row in taken if row["step"] <= start]
@@ -217,47 +242,57 @@ class Goodput:
     seen = max((row["at"] for row in rows if "at" in row), default=began)
     self._add("down", began - seen)
     head = {"began": self._began, "at": began, "lost": self.lost_seconds}
-    self._ledger = Ledger(path, [head, *kept])
+    self._writer = JsonlWriter.at(path, [head, *kept])
+    self._writer.open()
     self._step: int | None = None
     self._opened = self._away = 0.0
 
-  def step_begins(self, step: int) -> None:
-    """Ends the step before, if any."""
+  def begin_step(self, step: int) -> None:
+    """Ends the step before, if any, and begins the next."""
     ended, now = self._step, self._clock()
     self._kept += self._open_seconds(now)
     self._step, self._opened, self._away = step, now, 0.0
     self._note(ended, now)
 
-  def lost(self, seconds: float, why: str) -> None:
-    """Time until now that is not progress, though perhaps within a step."""
+  def add_lost(self, seconds: float, why: str) -> None:
+    """Counts time that ends now as lost; it may lie within a step.
+
+    Args:
+      seconds: that were lost.
+      why: key of `lost_seconds`.
+    """
     self._add(why, seconds)
     self._away += seconds
     now = self._clock()
-    self._ledger.add({"lost": why, "seconds": seconds, "at": now})
-    # Saving is reported so: what was saved shall not lack its own time.
+    self._writer.add({"lost": why, "seconds": seconds, "at": now})
+    # Saving is reported this way, and the step that was saved shall be written
+    # with its own time, too.
     self._note(self._step, now)
 
   def share(self) -> float:
-    """Goodput up to now, 0 to 1."""
+    """Returns the goodput up to now, from 0 to 1."""
     now = self._clock()
     whole = now - self._began
     return min((self._kept + self._open_seconds(now)) / max(whole, 1e-9), 1.0)
 
   def close(self) -> None:
-    with contextlib.closing(self._ledger):
+    """Ends the last step and closes the file."""
+    with contextlib.closing(self._writer):
       self._note(self._step, self._clock())
 
   def _note(self, step: int | None, now: float) -> None:
-    """Writes what the run will have kept if `step` turns out to be."""
+    """Writes the time that is kept if this step is."""
     if step is not None:
       kept = self._kept + self._open_seconds(now)
-      self._ledger.add({"step": step, "at": now, "kept": kept})
+      self._writer.add({"step": step, "at": now, "kept": kept})
 
   def _open_seconds(self, now: float) -> float:
+    """Returns the time of the step at hand, without what was lost in it."""
     if self._step is None:
       return 0.0
     return max(now - self._opened - self._away, 0.0)
 
   def _add(self, why: str, seconds: float) -> None:
+    """Adds to `lost_seconds`."""
     if seconds > 0:
       self.lost_seconds[why] = self.lost_seconds.get(why, 0.0) + seconds

@@ -1,11 +1,11 @@
-"""TensorBoard event files, without TensorFlow.
+"""Writers of metrics for other programs: TensorBoard, Weights & Biases.
 
-tensorboardX has the messages and the checksum. Its writer is not used: it
-hands events to a thread through a bounded queue, so that a full disk, which
-ends the thread, would stop training without a word.
+TensorBoard's event files are written without TensorFlow: tensorboardX has their
+messages and checksum. Its own writer is not used, since it hands events to a
+thread through a bounded queue: a full disk ends the thread, and then training
+stops without a word when the queue is full. wandb is imported only by a run
+that asks for it.
 """
-# MERGED hourjax.training.tracker:
-# Weights & Biases, imported only by a run that asks for it.
 
 import contextlib
 import importlib.util
@@ -17,7 +17,7 @@ import struct
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hourjax.errors import UserError
@@ -25,12 +25,16 @@ from hourjax.errors import UserError
 
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
-  """tensorboardX imports PyTorch where there is one, for seconds of each start
-  and hundreds of megabytes that nothing here needs."""
+  """Hides PyTorch from imports in the block.
+
+  tensorboardX imports it where it is installed, which takes seconds and
+  hundreds of megabytes that nothing here needs.
+  """
   if "torch" in sys.modules:
     yield
     return
-  sys.modules["torch"] = None
+  hidden: Any = None  # an import of it fails as if it were not installed
+  sys.modules["torch"] = hidden
   try:
     yield
   finally:
@@ -38,17 +42,23 @@ def _without_torch() -> Iterator[None]:
 
 
 with _without_torch():
-  from tensorboardX.proto.event_pb2 import Event, SessionLog
-  from tensorboardX.proto.summary_pb2 import Summary
+  # protobuf makes these classes when their module is imported.
+  from tensorboardX.proto.event_pb2 import (
+    Event,  # pyrefly: ignore[missing-module-attribute]
+    SessionLog,  # pyrefly: ignore[missing-module-attribute]
+  )
+  from tensorboardX.proto.summary_pb2 import (
+    Summary,  # pyrefly: ignore[missing-module-attribute]
+  )
   from tensorboardX.record_writer import masked_crc32c
   from tensorboardX.summary import text
 
 
-class Events:
-  """Writes scalars of one start of a run into a file of its own.
+class TensorBoardWriter:
+  """Writes metrics as TensorBoard events, each start of a run to a new file.
 
-  The file says from which step on the files before it no longer count, so a
-  run that goes on from a checkpoint shows one curve.
+  The file says from which step on the files before it no longer count, so
+  TensorBoard shows one curve of a run that was started several times.
   """
 
   def __init__(
@@ -61,14 +71,14 @@ class Events:
     """Creates the file.
 
     Args:
-      folder: of all starts of the run.
+      folder: of the files of all starts of the run.
       start: step that the run goes on from, 0 for a new one.
-      config: shown as text.
+      config: of the run; is shown as text.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # Read in the order of their names. Nanoseconds: a run may start twice
-    # within a second.
+    # TensorBoard reads files in the order of their names. The nanoseconds tell
+    # two starts within a second apart.
     now = time.time_ns()
     name = f"events.out.tfevents.{now // 10**9:010}.{now % 10**9:09}"
     path = folder / f"{name}.{socket.gethostname()}"
@@ -76,18 +86,25 @@ class Events:
     self._add(file_version="brain.Event:2")
     begins = SessionLog(status=SessionLog.START)
     self._add(step=start + 1, session_log=begins)
-    shown = json.dumps(config, indent=2, default=str)
-    self._add(step=start, summary=text("config", f"```json\n{shown}\n```"))
+    as_json = json.dumps(config, indent=2, default=str)
+    self._add(step=start, summary=text("config", f"```json\n{as_json}\n```"))
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """One point for each tag; TensorBoard groups them by what precedes "/"."""
+    """Writes a point for each tag.
+
+    Args:
+      step: that was taken.
+      values: by tag; TensorBoard groups tags by what stands before "/".
+    """
     points = (Summary.Value(tag=t, simple_value=v) for t, v in values.items())
     self._add(step=step, summary=Summary(value=points))
 
   def close(self) -> None:
+    """Closes the file."""
     self._file.close()
 
-  def _add(self, **fields) -> None:
+  def _add(self, **fields: Any) -> None:
+    """Writes one event, with its length and checksums."""
     event = Event(wall_time=time.time(), **fields).SerializeToString()
     length = struct.pack("<Q", len(event))
     record = (length, _checksum(length), event, _checksum(event))
@@ -96,29 +113,33 @@ class Events:
 
 
 def _checksum(data: bytes) -> bytes:
+  """Returns the checksum that event files use."""
   return struct.pack("<I", masked_crc32c(data))
 
 
 def require_wandb(project: str) -> None:
-  """Checks that the package is there, without importing it.
+  """Checks that the package wandb is installed, without importing it.
+
+  Args:
+    project: that was asked for, for the message.
 
   Raises:
-    UserError: it is not.
+    UserError: it is not installed.
   """
   if importlib.util.find_spec("wandb") is None:
     raise UserError(
-      f"config.watch.wandb is {project!r}, but the package wandb is not"
+      f"config.metrics.wandb is {project!r}, but the package wandb is not"
       " installed; run `pip install -e '.[wandb]'`, or leave"
-      " config.watch.wandb empty"
+      " config.metrics.wandb empty"
     )
 
 
-class WandbRun:
-  """One run at W&B for all starts of a workdir: wandb_id.txt holds its id.
+class WandbWriter:
+  """Sends metrics to Weights & Biases, all starts of a workdir as one run.
 
-  WANDB_MODE=offline and the other variables of wandb work as ever. W&B takes
-  a step once: those that are taken again after a crash keep the values of the
-  first time.
+  wandb_id.txt in the workdir holds the run's id. WANDB_MODE=offline and the
+  other environment variables of wandb work as usual. W&B accepts each step
+  once: steps that are taken again after a crash keep their first values.
   """
 
   def __init__(
@@ -129,13 +150,20 @@ class WandbRun:
   ):
     """Begins or resumes the run.
 
+    Args:
+      project: at W&B.
+      workdir: of the run.
+      config: of the run, to be shown.
+
     Raises:
-      UserError: the package is missing, or W&B refuses, e.g. without login.
+      UserError: the package is not installed, or W&B refuses, for instance
+        without a login.
     """
     require_wandb(project)
     import wandb
 
     folder = pathlib.Path(workdir)
+    self._run: Any = None
     try:
       self._run = wandb.init(
         project=project,
@@ -144,35 +172,38 @@ class WandbRun:
         resume="allow",
         dir=folder,
         config=dict(config),
-        # Our own lines go to the terminal as they are.
+        # wandb must not take over what this process prints.
         settings=wandb.Settings(console="off"),
       )
     except wandb.errors.Error as error:
       raise UserError(
-        f"config.watch.wandb is {project!r}, but W&B says: {error}; run `wandb"
-        " login` on this machine, or set WANDB_MODE=offline and `wandb sync`"
+        f"config.metrics.wandb is {project!r}, but W&B says: {error}; run"
+        " `wandb login` on this machine, or set WANDB_MODE=offline and `wandb sync`"
         " later"
       ) from None
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Sends values; after a failure nothing more is sent."""
+    """Sends values by tag; after a failure nothing more is sent."""
     self._attempt(lambda: self._run.log(dict(values), step=step))
 
   def close(self) -> None:
+    """Ends the run at W&B for now."""
     self._attempt(lambda: self._run.finish())
     self._run = None
 
-  def _attempt(self, call) -> None:
+  def _attempt(self, call: Callable[[], Any]) -> None:
+    """Calls wandb, and gives it up if that fails."""
     if self._run is None:
       return
     try:
       call()
-    except Exception as error:  # whatever it is, training matters more
+    except Exception as error:  # any error: training must go on
       print(f"W&B gets nothing more from here: {error!r}", file=sys.stderr)
       self._run = None
 
 
 def _run_id(path: pathlib.Path) -> str:
+  """Returns the id in a file, or a new one that is written to it."""
   if path.exists() and (known := path.read_text().strip()):
     return known
   made = uuid.uuid4().hex[:12]

@@ -1,6 +1,10 @@
-"""Cross entropy over label tokens."""
-# MERGED hourjax.training.step:
-# The train step: pure functions, and their compiled pair on a mesh.
+"""The train step: loss, gradients over micro-batches, one optimizer update.
+
+`train_step` is the definition, a pure function. `TrainStep` is the same,
+compiled for a mesh as two programs: "accumulate", called once for each
+micro-batch, and "update". `lower_programs` lowers them without any array, for
+planning and for looking at what the compiler makes of them.
+"""
 
 import functools
 from collections.abc import Iterable
@@ -9,56 +13,37 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from hourjax.batch import IGNORE, Batch
 from hourjax.models.config import ModelConfig
 from hourjax.models.hourllava import HourLLaVA
-from hourjax.models.params import with_params
+from hourjax.models.params import param_axes, param_shapes, with_params
 from hourjax.parallel import vocabulary
+from hourjax.parallel.mesh import AXES
+from hourjax.parallel.rules import param_shardings
+from hourjax.training.batch_sharding import abstract_batch, check_rows
+from hourjax.training.config import Experiment
 from hourjax.training.optimizer import COMPONENTS, component
+from hourjax.training.train_state import (
+  Params,
+  TrainState,
+  abstract_state,
+  state_shardings,
+)
 
-
-def loss_sums(
-  model: HourLLaVA, batch: Batch
-) -> tuple[Float[Array, ""], Int[Array, ""]]:
-  """Summed cross entropy of a batch and the number of label tokens.
-
-  Sums, not means: gradients of several micro-batches can then be added and
-  divided once, so every label token weighs the same wherever it was packed.
-  """
-  hidden = model(batch)
-  loss = vocabulary.cross_entropy(hidden, model.words, batch.target)
-  return loss, (batch.target != IGNORE).sum()
-
-
-def token_losses(
-  model: HourLLaVA, hidden: Float[Array, "B L D"], target: Int[Array, "B L"]
-) -> Float[Array, "B L"]:
-  """Cross entropy of each position, 0 where nothing is trained; float32."""
-  return vocabulary.token_losses(hidden, model.words, target)
-
-
-Params = dict[str, jax.Array]
 Scalars = dict[str, jax.Array]
 
 
-class TrainState(NamedTuple):
-  """Everything that a checkpoint holds, but for the data position."""
-
-  step: jax.Array
-  trained: Params
-  frozen: Params
-  opt_state: Any
-
-
 class Sums(NamedTuple):
-  """What micro-batches are added up to.
+  """Holds what is added up over the micro-batches of a step.
 
   Attributes:
-    loss: summed over label tokens, float32.
-    tokens: number of label tokens, int32.
-    grads: of the summed loss, by path of the trained parameters, float32.
+    loss: cross entropy summed over label tokens, float32 [].
+    tokens: number of label tokens, int32 [].
+    grads: gradients of the summed loss, by path of the trained parameters,
+      float32.
   """
 
   loss: jax.Array
@@ -75,18 +60,27 @@ def train_step(
 ) -> tuple[TrainState, Scalars]:
   """Takes one optimizer step over micro-batches.
 
-  Gradients of summed losses are added up and divided once by all label
-  tokens, so accumulation and packing change nothing but rounding. Gradients
-  are taken with respect to `state.trained` only.
+  Losses and gradients are summed over all micro-batches and divided once by
+  the number of all label tokens. So every label token weighs the same, and
+  accumulation and packing change nothing but rounding.
+
+  Args:
+    state: before the step.
+    batches: the step's micro-batches.
+    config: of the model.
+    optimizer: of the trained parameters.
+
+  Returns:
+    The next state, and the scalars that `update` describes.
   """
-  sums = no_sums(state.trained)
+  sums = zero_sums(state.trained)
   for batch in batches:
     sums = accumulate(sums, state.trained, state.frozen, batch, config=config)
   return update(state, sums, optimizer=optimizer)
 
 
-def no_sums(trained: Params) -> Sums:
-  """Sums of no micro-batch."""
+def zero_sums(trained: Params) -> Sums:
+  """Returns the sums over no micro-batch."""
   return Sums(
     jnp.zeros((), jnp.float32),
     jnp.zeros((), jnp.int32),
@@ -102,9 +96,12 @@ def accumulate(
   *,
   config: ModelConfig,
 ) -> Sums:
-  """Adds the summed loss of one micro-batch, its labels and gradients."""
+  """Adds one micro-batch's summed loss, label tokens and gradients.
 
-  def summed_loss(trained):
+  Gradients are taken with respect to `trained` only.
+  """
+
+  def summed_loss(trained: Params) -> tuple[jax.Array, jax.Array]:
     return loss_sums(with_params(config, {**frozen, **trained}), batch)
 
   (loss, tokens), grads = jax.value_and_grad(summed_loss, has_aux=True)(trained)
@@ -114,22 +111,23 @@ def accumulate(
 def update(
   state: TrainState, sums: Sums, *, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Scalars]:
-  """Takes the optimizer's step on accumulated gradients.
+  """Applies the optimizer to accumulated gradients.
 
-  Where the loss or the gradient norm is not finite, parameters and moments
-  stay as they are; only the step is counted.
+  Where the loss or the gradient norm is not finite, parameters and optimizer
+  state stay as they are; only the step is counted.
 
   Returns:
-    The next state and scalar metrics: loss (mean over label tokens),
-    grad_norm (before clipping) and grad_norm/COMPONENT, tokens, and finite: 1
-    or, where the step was left out, 0.
+    The next state, and scalars: "loss" (mean over label tokens), "grad_norm"
+    (before clipping), "grad_norm/COMPONENT", "tokens", and "finite", which is
+    False where the update was left out.
   """
   # A batch without any label has zero gradients; it must not make NaNs.
   count = jnp.maximum(sums.tokens, 1)
+  loss = sums.loss / count
   grads = jax.tree.map(lambda g: g / count, sums.grads)
   norms = gradient_norms(grads)
-  loss = sums.loss / count
   finite = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"])
+
   updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
   trained = optax.apply_updates(state.trained, updates)
   trained, opt_state = jax.tree.map(
@@ -137,32 +135,62 @@ def update(
     (trained, opt_state),
     (state.trained, state.opt_state),
   )
+
   scalars = {"loss": loss, "tokens": sums.tokens, "finite": finite, **norms}
   return TrainState(state.step + 1, trained, state.frozen, opt_state), scalars
 
 
+def loss_sums(
+  model: HourLLaVA, batch: Batch
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+  """Returns a batch's summed cross entropy and its number of label tokens.
+
+  Sums and not means: those of several micro-batches can be added, whatever
+  their numbers of label tokens.
+  """
+  hidden = model(batch)
+  loss = vocabulary.cross_entropy(hidden, model.words, batch.target)
+  return loss, (batch.target != IGNORE).sum()
+
+
+def token_losses(
+  model: HourLLaVA, hidden: Float[Array, "B L D"], target: Int[Array, "B L"]
+) -> Float[Array, "B L"]:
+  """Returns each position's cross entropy, float32; 0 where there is no label.
+
+  Args:
+    model: whose vocabulary head is used.
+    hidden: outputs of the decoder.
+    target: id of the token to predict, or IGNORE.
+  """
+  return vocabulary.token_losses(hidden, model.words, target)
+
+
 def gradient_norms(grads: Params) -> Scalars:
-  """The global norm and that of each component that is trained."""
-  squares = dict.fromkeys(COMPONENTS, None)
+  """Returns the global norm and that of each component that is trained.
+
+  Returns:
+    "grad_norm", and "grad_norm/COMPONENT" such as "grad_norm/memaug".
+  """
+  squares: dict[str, jax.Array] = {}
   for path, grad in grads.items():
-    name = component(path)
-    square = jnp.square(grad).sum()
-    squares[name] = square if squares[name] is None else squares[name] + square
-  there = {name: x for name, x in squares.items() if x is not None}
-  norms = {f"grad_norm/{name}": jnp.sqrt(x) for name, x in there.items()}
-  return {"grad_norm": jnp.sqrt(sum(there.values())), **norms}
+    name, square = component(path), jnp.square(grad).sum()
+    squares[name] = squares[name] + square if name in squares else square
+  # The order of this sum is fixed, since it decides the last bit.
+  squares = {name: squares[name] for name in COMPONENTS if name in squares}
+  norms = {f"grad_norm/{name}": jnp.sqrt(x) for name, x in squares.items()}
+  return {"grad_norm": jnp.sqrt(sum(squares.values())), **norms}
 
 
-class Step:
-  """`train_step` compiled for a mesh, one micro-batch at a time.
+class TrainStep:
+  """Runs `train_step`, compiled for a mesh, one micro-batch at a time.
 
-  A step is as many calls of one program as there are micro-batches, and one of
-  another: only the micro-batches at hand are on the devices, and the optimizer
-  is in memory once.
+  Only the micro-batch at hand is on the devices, and the optimizer's program
+  exists once, however many micro-batches a step has.
 
   Attributes:
     mesh: that everything is compiled for.
-    programs: the two jitted functions by name.
+    programs: the jitted functions "accumulate" and "update".
   """
 
   def __init__(
@@ -175,13 +203,13 @@ class Step:
 
     Args:
       config: of the model.
-      optimizer: as built for the trained parameters.
-      shardings: of each array of the state.
+      optimizer: of the trained parameters.
+      shardings: of each array of the state, as `state_shardings` returns them.
     """
     self.mesh = shardings.step.mesh
-    whole = shardings.step  # a scalar: not split
-    sums = Sums(whole, whole, shardings.trained)
-    self._none = jax.jit(no_sums, out_shardings=sums)
+    replicated = shardings.step
+    sums = Sums(replicated, replicated, shardings.trained)
+    self._zero_sums = jax.jit(zero_sums, out_shardings=sums)
     self.programs = {
       "accumulate": jax.jit(
         functools.partial(accumulate, config=config),
@@ -191,18 +219,83 @@ class Step:
       "update": jax.jit(
         functools.partial(update, optimizer=optimizer),
         donate_argnums=0,
-        out_shardings=(shardings, whole),
+        out_shardings=(shardings, replicated),
       ),
     }
 
   def __call__(
     self, state: TrainState, batches: Iterable[Batch]
   ) -> tuple[TrainState, Scalars]:
-    """See `train_step`. The old state's memory is reused."""
+    """Takes a step, see `train_step`; the old state's memory is reused."""
     with jax.set_mesh(self.mesh):
-      sums = self._none(state.trained)
+      sums = self._zero_sums(state.trained)
       for batch in batches:
         sums = self.programs["accumulate"](
           sums, state.trained, state.frozen, batch
         )
       return self.programs["update"](state, sums)
+
+
+# Of the schedule in programs that are only lowered; it changes nothing there.
+_STEPS = 1000
+
+
+def check_mesh(experiment: Experiment, devices: int, slices: int = 1) -> None:
+  """Refuses an experiment that so many devices cannot share; needs none.
+
+  Args:
+    experiment: with its mesh.
+    devices: how many there are.
+    slices: of TPU pods that they come from.
+
+  Raises:
+    UserError: the mesh does not use all devices, or does not divide the rows
+      or parameters; names both values and what to give instead.
+  """
+  sizes = experiment.mesh.sizes(devices, slices)
+  _check_split(experiment, AbstractMesh(sizes, AXES))
+
+
+def lower_programs(
+  experiment: Experiment, mesh: Mesh
+) -> dict[str, jax.stages.Lowered]:
+  """Lowers the two programs of a train step; no array exists.
+
+  One optimizer step is `experiment.accumulate` calls of "accumulate" and one
+  of "update".
+
+  Args:
+    experiment: of the run.
+    mesh: of real devices, or of a topology's.
+
+  Raises:
+    UserError: rows or parameters cannot be split over the mesh.
+  """
+  _check_split(experiment, mesh)
+  state, optimizer = abstract_state(experiment, mesh, _STEPS)
+  step = TrainStep(experiment.model, optimizer, state_shardings(state))
+
+  def scalar(dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct((), dtype, sharding=state.step.sharding)
+
+  sums = Sums(scalar(jnp.float32), scalar(jnp.int32), state.trained)
+  batch = abstract_batch(experiment.row_spec, experiment.batch_rows, mesh)
+  with jax.set_mesh(mesh):
+    return {
+      "accumulate": step.programs["accumulate"].lower(
+        sums, state.trained, state.frozen, batch
+      ),
+      "update": step.programs["update"].lower(state, sums),
+    }
+
+
+def _check_split(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
+  """Raises a UserError if a mesh cannot share rows or parameters."""
+  check_rows(
+    mesh.shape,
+    experiment.row_spec,
+    experiment.batch_rows,
+    experiment.accumulate,
+  )
+  model = experiment.model
+  param_shardings(mesh, param_shapes(model), param_axes(model))

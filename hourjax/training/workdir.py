@@ -1,8 +1,18 @@
-"""The folder of a run: whose it is, and the small files that tell about it."""
+"""The folder of a run: its configuration, and whether a run may go on in it.
+
+    config.json     the configuration
+    plan.json       fingerprint of the row plan, and rows of the first epoch
+    skipped.json    records of the dataset that cannot be used, and why
+
+The other files of the folder are described where they are written: metrics and
+events in `metric_writer`, goodput.jsonl in `throughput`, unread.jsonl in
+`data_loader`, nonfinite.jsonl in `faults`, checkpoints/ in `checkpoint`.
+"""
 
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import uuid
 from typing import Any
@@ -10,57 +20,109 @@ from typing import Any
 import pydantic
 
 from hourjax import schema
-from hourjax.atomic_file import write_whole
+from hourjax.atomic_file import write_file
 from hourjax.data.records.record import Skipped
 from hourjax.data.row_plan import RowPlan
 from hourjax.errors import UserError
 from hourjax.parallel import hosts
-from hourjax.training.checkpoint import saved_config
-from hourjax.training.config import Experiment, refuse_changes
+from hourjax.training.checkpoint_format import (
+  DamagedCheckpoint,
+  checkpoint_folder,
+  checkpoint_steps,
+  read_manifest,
+)
+from hourjax.training.config import (
+  Experiment,
+  check_config_change,
+  rename_old_keys,
+)
 
 
 def check_workdir(experiment: Experiment, workdir: pathlib.Path) -> None:
-  """Makes sure that a run may start or go on here; writes nothing lasting.
+  """Makes sure that a run may start or go on in a folder.
+
+  Nothing is left in it.
 
   Raises:
-    UserError: it holds another configuration's run (see `changes`), or the
-      processes do not see the same folder.
+    UserError: it holds the run of another configuration (see
+      `check_config_change`), or the processes do not see the same folder.
   """
   with hosts.together():
-    old = saved_config(workdir)
+    old = find_config(workdir)
     if old is not None:
-      refuse_changes(old, experiment, workdir)
+      check_config_change(old, experiment, workdir)
   _check_shared(workdir)
 
 
-def epoch_rows(plan: RowPlan, workdir: pathlib.Path) -> dict[str, Any]:
-  """Rows in the first epoch: {"plan": fingerprint, "rows": number}.
+def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
+  """Reads the configuration of a run; old names of keys become today's.
 
-  Counting them packs the whole epoch, seconds for a million samples; a run
-  that goes on finds the number in its plan.json.
+  Raises:
+    UserError: config.json is missing, or is no JSON object.
   """
-  path, fingerprint = workdir / "plan.json", plan.fingerprint()
-  with contextlib.suppress(UserError):  # counted anew
-    known = schema.read_schema(_Counted, path, remedy="")
-    if known.plan == fingerprint:
-      return known.model_dump()
-  return {"plan": fingerprint, "rows": plan.rows_in_epoch(0)}
+  path = pathlib.Path(workdir) / "config.json"
+  config = schema.read_json(path, remedy="train first, or correct the folder")
+  if not isinstance(config, dict):
+    raise UserError(
+      f"{path} is {schema.shorten(config)}, not the configuration of a run;"
+      " train first, or correct the folder"
+    )
+  return rename_old_keys(config)
 
 
-class _Counted(schema.Schema):
-  """plan.json."""
+def find_config(workdir: str | os.PathLike) -> dict[str, Any] | None:
+  """Returns the configuration of the run in a folder; None if there is none.
+
+  From config.json, or where that cannot be read, from the newest checkpoint
+  with a sound manifest.
+  """
+  with contextlib.suppress(UserError):
+    return read_config(workdir)
+  folder = checkpoint_folder(workdir)
+  for step in reversed(checkpoint_steps(folder)):
+    with contextlib.suppress(DamagedCheckpoint):
+      return rename_old_keys(read_manifest(folder, step)["config"])
+  return None
+
+
+class _Plan(schema.Schema):
+  """Describes plan.json."""
 
   plan: str
   rows: int = pydantic.Field(gt=0)
 
 
-def write_about(
+def epoch_rows(plan: RowPlan, workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns the number of rows of the first epoch.
+
+  To count them the whole epoch is packed, which takes seconds for a million
+  samples; a run that goes on finds the number in its plan.json.
+
+  Returns:
+    {"plan": fingerprint of the plan, "rows": number}.
+  """
+  path, fingerprint = workdir / "plan.json", plan.fingerprint()
+  # One that cannot be read is counted again.
+  with contextlib.suppress(UserError):
+    known = schema.read_schema(_Plan, path, remedy="")
+    if known.plan == fingerprint:
+      return known.model_dump()
+  return {"plan": fingerprint, "rows": plan.rows_in_epoch(0)}
+
+
+def write_run_files(
   experiment: Experiment,
   rows: dict[str, Any],
   skipped: list[Skipped],
   workdir: pathlib.Path,
 ) -> None:
   """Writes config.json, plan.json and skipped.json, each whole.
+
+  Args:
+    experiment: of the run.
+    rows: as `epoch_rows` returns it.
+    skipped: records that cannot be used.
+    workdir: is made if it is not there.
 
   Raises:
     UserError: the folder cannot be written to.
@@ -75,7 +137,7 @@ def write_about(
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-      write_whole(workdir / name, text + "\n")
+      write_file(workdir / name, text + "\n")
   except OSError as error:
     raise UserError(
       f"{workdir} cannot be written to ({error}); make room, or choose another"
@@ -84,7 +146,7 @@ def write_about(
 
 
 def _check_shared(workdir: pathlib.Path) -> None:
-  """A checkpoint is written by all processes, into one folder."""
+  """Makes sure that all processes see one folder, which checkpoints need."""
   token = hosts.tell(uuid.uuid4().hex)
   path = workdir / f".seen-by-all-{token}"
   with hosts.together():

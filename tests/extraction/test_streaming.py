@@ -116,7 +116,7 @@ def test_a_failed_video_leaves_no_file_behind_while_others_run(
 
   def done(outcome):
     # The folder is made with the first file in it.
-    left[outcome.name] = len(list(store.scratch.folder.glob("*")))
+    left[outcome.name] = len(list(store.temp_files.folder.glob("*")))
 
   streaming.Stream(
     ["cut.mp4", "zero.mp4", "plain.mp4"],
@@ -131,7 +131,7 @@ def test_a_failed_video_leaves_no_file_behind_while_others_run(
 def test_two_runs_of_one_worker_at_a_time(params, three):
   root, out = three
   with (
-    FeatureStore(out, create=True).scratch.held(),
+    FeatureStore(out, create=True).temp_files.locked(),
     pytest.raises(UserError, match="another extraction is writing"),
   ):
     towers.extract(params, root, out, batch_frames=8)

@@ -23,7 +23,7 @@ from hourjax.errors import UserError
 from hourjax.models.params import init_params, narrow_dtype, param_shapes
 from hourjax.parallel.mesh import MeshConfig
 from hourjax.training.checkpoint import Checkpoints
-from hourjax.training.train_step import TrainState
+from hourjax.training.train_state import TrainState
 from hourjax.weights.checkpoint import load_params, save_params
 from tests import videos
 from tests.inference import models

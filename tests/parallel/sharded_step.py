@@ -30,8 +30,8 @@ from hourjax.models.config import TINY, DecoderConfig, VisionConfig
 from hourjax.models.params import init_params, param_axes, param_shapes
 from hourjax.parallel.mesh import AXES, MeshConfig, make_mesh
 from hourjax.parallel.rules import param_shardings
-from hourjax.training.batch_sharding import Placing
-from hourjax.training.train_step import Sums, accumulate, no_sums
+from hourjax.training.batch_sharding import BatchSharding
+from hourjax.training.train_step import Sums, accumulate, zero_sums
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 SIDE, PIXELS, ROWS = 4, 8, 8
@@ -103,7 +103,7 @@ def on_one_device(config, stored: bool) -> tuple[dict, Sums]:
   """Parameters, and loss and gradients of the micro-batch with them."""
   params = init_params(config, 0)
   batch = Batch(*map(jnp.asarray, packed_batch(stored)[0]))
-  run = jax.jit(lambda p, b: accumulate(no_sums(p), p, {}, b, config=config))
+  run = jax.jit(lambda p, b: accumulate(zero_sums(p), p, {}, b, config=config))
   return params, run(params, batch)
 
 
@@ -112,9 +112,11 @@ def on_mesh(mesh_config, config, params, batch, spec) -> Sums:
   mesh = make_mesh(mesh_config)
   shardings = param_shardings(mesh, param_shapes(config), param_axes(config))
   params = jax.device_put(params, shardings)
-  placed = Placing(mesh, spec, ROWS)(batch)
+  placed = BatchSharding(mesh, spec, ROWS)(batch)
   with jax.set_mesh(mesh):
-    run = jax.jit(lambda p, b: accumulate(no_sums(p), p, {}, b, config=config))
+    run = jax.jit(
+      lambda p, b: accumulate(zero_sums(p), p, {}, b, config=config)
+    )
     return run(params, placed)
 
 

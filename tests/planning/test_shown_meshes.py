@@ -14,7 +14,7 @@ from hourjax.planning.compiled_step import compile_step
 from hourjax.planning.topology import parse_topology
 from hourjax.planning.workload import make_workload
 from hourjax.training.config import build_experiment
-from hourjax.training.train_state import check_mesh
+from hourjax.training.train_step import check_mesh
 from tests.planning import examples
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from jax.experimental import topologies
 
 from hourjax.parallel.mesh import make_mesh
 from hourjax.training.config import build_experiment
-from hourjax.training.train_state import programs
+from hourjax.training.train_step import lower_programs
 
 
 def main(config: str, topology: str) -> None:
@@ -36,7 +36,7 @@ def main(config: str, topology: str) -> None:
   # So that a test can see what is not computed again.
   model = dataclasses.replace(experiment.model, remat="full")
   experiment = dataclasses.replace(experiment, model=model)
-  compiled = programs(experiment, mesh)["accumulate"].compile()
+  compiled = lower_programs(experiment, mesh)["accumulate"].compile()
   memory = compiled.memory_analysis()
   calls = re.findall(
     r"%((?:attention|splash)_\w+?)(?:\.\d+)? = ", compiled.as_text()

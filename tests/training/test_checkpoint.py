@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from hourjax.errors import UserError
-from hourjax.training import checkpoint as checkpoint_module
 from hourjax.training import checkpoint_format
 from hourjax.training.checkpoint import Checkpoints, restore_params
 from hourjax.training.checkpoint_format import checksums
 from hourjax.training.optimizer import OptimizerConfig, make_optimizer
-from hourjax.training.train_step import TrainState
+from hourjax.training.train_state import TrainState
+from hourjax.training.workdir import find_config
 
 STEPS = (3, 6)
 
@@ -64,7 +64,9 @@ def test_state_position_and_what_it_was_made_with(sound):
   assert position == 60
   assert _equal(state, _state(6))
   assert jax.tree.structure(state) == jax.tree.structure(_state(6))
-  about = checkpoint_format.read_about(checkpoint_format.folder_of(sound), 6)
+  about = checkpoint_format.read_manifest(
+    checkpoint_format.checkpoint_folder(sound), 6
+  )
   assert about["config"] == {"seed": 1, "sizes": [1, 2]}
   assert about["versions"]["jax"] == jax.__version__
   assert set(about["versions"]) > {"flax", "orbax-checkpoint", "hourjax"}
@@ -108,7 +110,7 @@ def test_a_damaged_part_costs_the_whole_checkpoint(workdir, monkeypatch):
 
   def verify(tree, about):
     if about["step"] == 6 and "memaug/a/kernel" in tree.get("trained", {}):
-      raise checkpoint_format.Damaged("told so")
+      raise checkpoint_format.DamagedCheckpoint("told so")
     sums(tree, about)
 
   monkeypatch.setattr(checkpoint_format, "verify", verify)
@@ -128,8 +130,8 @@ def test_shapes_are_enough_to_restore(sound):
 
 def test_only_the_newest_are_kept(tmp_path):
   _write(tmp_path, steps=(1, 2, 3, 4), keep=2)
-  assert checkpoint_format.saved_steps(
-    checkpoint_format.folder_of(tmp_path)
+  assert checkpoint_format.checkpoint_steps(
+    checkpoint_format.checkpoint_folder(tmp_path)
   ) == [3, 4]
 
 
@@ -332,12 +334,12 @@ def test_what_orbax_says_of_older_ones_stops_no_save(workdir, harm):
 
 
 def test_config_from_a_checkpoint_if_the_file_is_gone(workdir):
-  assert checkpoint_module.saved_config(workdir)["seed"] == 1
+  assert find_config(workdir)["seed"] == 1
   (workdir / "config.json").write_text('{"seed": 2}')
-  assert checkpoint_module.saved_config(workdir) == {"seed": 2}
+  assert find_config(workdir) == {"seed": 2}
   (workdir / "config.json").write_text('{"se')
-  assert checkpoint_module.saved_config(workdir)["seed"] == 1
-  assert checkpoint_module.saved_config(workdir / "other") is None
+  assert find_config(workdir)["seed"] == 1
+  assert find_config(workdir / "other") is None
 
 
 def test_checksums_see_any_change():

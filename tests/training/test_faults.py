@@ -13,7 +13,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from hourjax.training.checkpoint_format import folder_of, saved_steps
+from hourjax.training.checkpoint_format import (
+  checkpoint_folder,
+  checkpoint_steps,
+)
 from tests.training import runs
 
 pytestmark = pytest.mark.slow
@@ -49,6 +52,10 @@ def alone(start, tmp_path_factory):
   return found
 
 
+def _steps(workdir):
+  return checkpoint_steps(checkpoint_folder(workdir))
+
+
 def _half_saved(workdir):
   return any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
 
@@ -77,7 +84,7 @@ def test_killed_twenty_times(start, alone, tmp_path):
     assert status in (-signal.SIGKILL, 0), said
     assert "damaged" not in said
     cut += _half_saved(tmp_path)
-    reached.append(max(saved_steps(folder_of(tmp_path)), default=0))
+    reached.append(max(_steps(tmp_path), default=0))
   assert reached == sorted(reached)  # no kill cost a finished checkpoint
   assert cut >= KILLS // 4
   status, said = start(tmp_path).ended()
@@ -96,7 +103,7 @@ def test_asked_to_leave(start, alone, tmp_path, number, status):
   run.process.send_signal(number)
   left, said = run.ended(timeout=30)
   assert left == status, said
-  (step,) = saved_steps(folder_of(tmp_path))
+  (step,) = _steps(tmp_path)
   assert 3 <= step < STEPS and f"left after step {step} of {STEPS}" in said
   assert number.name in said
   status, said = start(tmp_path).ended()
@@ -168,7 +175,7 @@ def test_a_full_disk(start, alone, tmp_path, on_error):
   with _small_disk(tmp_path / "disk", 64) as disk:
     workdir = disk / "run"
     run = start(workdir, on_save_error=on_error)
-    assert run.when(lambda: len(saved_steps(folder_of(workdir))) > 1)
+    assert run.when(lambda: len(_steps(workdir)) > 1)
     _fill(run, disk)
     before = runs.logged(workdir)
     if on_error == "continue":
@@ -177,7 +184,7 @@ def test_a_full_disk(start, alone, tmp_path, on_error):
     status, said = run.ended()
     assert "could not be saved" in said and "No space left" in said
     assert len(said) < 20_000  # readable
-    steps = saved_steps(folder_of(workdir))
+    steps = _steps(workdir)
     assert not _half_saved(workdir)
     if on_error == "continue":
       assert status == 0, said
@@ -199,7 +206,7 @@ def test_no_file_may_grow_that_large(start, alone, tmp_path, data):
   # Nothing could be saved, so the run must not look as if it had been.
   assert status == 2, said
   assert "could not be saved" in said and "File too large" in said
-  assert saved_steps(folder_of(tmp_path)) == []
+  assert _steps(tmp_path) == []
   assert runs.losses(tmp_path) == alone
 
 
@@ -240,7 +247,7 @@ def test_steps_that_are_not_finite_are_skipped(start, data, tmp_path):
     assert all(f'"{name}"' in said for name in names)
   # Nothing is saved in a bad series but the end of the run.
   steps = set(range(1, 13)) - set(skipped) | {12}
-  assert set(saved_steps(folder_of(workdir))) == steps
+  assert set(_steps(workdir)) == steps
   rows = runs.read_metrics(workdir)
   assert rows[-1]["skipped_steps"] == len(skipped)
   finite = [row["step"] for row in rows if np.isfinite(row["loss"])]
@@ -256,14 +263,14 @@ def test_too_many_in_a_row(start, data, alone, tmp_path):
   assert run.when(lambda: runs.logged(workdir) >= 3)
   run.process.terminate()
   assert run.ended()[0] == 0
-  good = max(saved_steps(folder_of(workdir)))
+  good = max(_steps(workdir))
   status, said = start(
     workdir, data__features=features, max_nonfinite=3
   ).ended()
   assert status == 2 and "Traceback" not in said, said
   assert f"step {good + 3}: loss or gradient was not finite in 3 steps" in said
   assert f"The newest checkpoint, of step {good}, is from before them" in said
-  assert max(saved_steps(folder_of(workdir))) == good
+  assert max(_steps(workdir)) == good
   status, said = start(workdir).ended()
   assert status == 0, said
   assert runs.losses(workdir) == alone

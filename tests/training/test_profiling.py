@@ -12,7 +12,7 @@ from hourjax.training.profiling import Profiler, parse_steps
 def test_not_a_range(text):
   with pytest.raises(UserError) as error:
     parse_steps(text)
-  assert f"config.watch.profile_steps is {text!r}; write a:b" in str(
+  assert f"config.metrics.profile_steps is {text!r}; write a:b" in str(
     error.value
   )
 
@@ -27,7 +27,7 @@ def _run(profiler, steps):
   x = jnp.ones((64, 64))
   took = {}
   for step in steps:
-    took[step] = profiler.step_begins(step)
+    took[step] = profiler.begin_step(step)
     x = double(x)
   return took
 
@@ -65,13 +65,13 @@ def test_begin_and_end_wait_for_the_devices(tmp_path, due):
   """Else a trace has a part of the step before, and lacks one of its last."""
   profiler = Profiler(tmp_path, range(1, 2))
   for step in range(due):
-    profiler.step_begins(step)
+    profiler.begin_step(step)
   x = jnp.full((600, 600), 1e-3)
   slow = jax.jit(lambda x: jax.lax.fori_loop(0, 100, lambda _, y: y @ x, x))
   compiled = slow.lower(x).compile()
   y = compiled(x)
   assert not y.is_ready()
-  profiler.step_begins(due)
+  profiler.begin_step(due)
   assert y.is_ready()
   profiler.close()
 

@@ -6,7 +6,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import json
-import os
 import pathlib
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import pydantic
 
 from hourjax import progress, schema
+from hourjax.atomic_file import write_file
 from hourjax.data.demo import drawing, questions, script, tokenizer, world
 from hourjax.data.demo.questions import ASKERS, Ask
 from hourjax.data.demo.script import SPLITS, Script
@@ -237,7 +237,7 @@ def build(folder: pathlib.Path, options: Options) -> tuple[dict, bool]:
   if not same:
     for name in old.get("videos", ()):
       (folder / "videos" / name).unlink(missing_ok=True)
-  for part in (folder / "videos").glob(".*.mp4.*.part"):
+  for part in (folder / "videos").glob(".*.mp4.*.part*"):
     part.unlink(missing_ok=True)
   scripts = options.scripts()
   names = [f"{s.name}.mp4" for group in scripts.values() for s in group]
@@ -284,9 +284,7 @@ def _all_there(folder: pathlib.Path, summary: dict) -> bool:
 
 
 def _write_json(path: pathlib.Path, content) -> None:
-  part = path.with_name(f".{path.name}.{os.getpid()}.part")
-  part.write_text(json.dumps(content, indent=1))
-  os.replace(part, path)
+  write_file(path, json.dumps(content, indent=1), several_writers=True)
 
 
 def _write_videos(folder: pathlib.Path, scripts, reuse: bool) -> None:

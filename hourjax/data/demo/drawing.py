@@ -11,7 +11,6 @@ by fine outline, since the demo's encoder sees 64-pixel frames only.
 # Writes a script's frames as a real .mp4 file.
 
 import functools
-import os
 import pathlib
 from fractions import Fraction
 
@@ -19,6 +18,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
+from hourjax.atomic_file import replace_file
 from hourjax.data.demo import world
 from hourjax.data.demo.script import Scene, Script
 
@@ -398,18 +398,14 @@ def write_video(path: pathlib.Path, script: Script) -> None:
   """Writes one frame a second as H.264, 96 x 96 pixels, yuv420p.
 
   The file gets its name only when it is complete: a stopped run leaves at
-  most a file that starts with a dot and ends in ".part".
+  most a file that starts with a dot and ends in ".partial".
 
   Args:
     path: of the video, in an existing folder.
     script: what it shows.
   """
-  part = path.with_name(f".{path.name}.{os.getpid()}.part")
-  try:
-    _encode(part, script)
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
+  with replace_file(path, several_writers=True) as partial:
+    _encode(partial, script)
 
 
 def _encode(path: pathlib.Path, script: Script) -> None:

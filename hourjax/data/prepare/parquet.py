@@ -10,15 +10,14 @@ import contextlib
 import datetime
 import decimal
 import hashlib
-import os
 import pathlib
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 
+from hourjax.atomic_file import write_file
 from hourjax.data.media import parquet_images
 from hourjax.data.records.media_keys import modality_of
 from hourjax.errors import UserError
@@ -142,12 +141,7 @@ class Pictures:
     try:
       if not path.exists() or path.stat().st_size != len(image.content):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{uuid.uuid4().hex}.partial")
-        try:
-          partial.write_bytes(image.content)
-          os.replace(partial, path)
-        finally:
-          partial.unlink(missing_ok=True)
+        write_file(path, image.content, several_writers=True)
     except OSError as error:
       raise UserError(
         f"cannot write {path}: {error.strerror}; free some space, or give"

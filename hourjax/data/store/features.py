@@ -25,7 +25,7 @@ import pydantic
 from jaxtyping import Int, Shaped
 
 from hourjax import schema
-from hourjax.atomic_file import Scratch
+from hourjax.atomic_file import TempFiles
 from hourjax.data.store.array_file import (
   FeatureWriter,
   Stored,
@@ -35,7 +35,7 @@ from hourjax.data.store.array_file import (
 )
 from hourjax.data.store.storage import Part, is_url, open_storage
 from hourjax.errors import UserError
-from hourjax.jsonl import Lines, read_lines
+from hourjax.jsonl import JsonlWriter, read_rows
 
 # Bytes read at a time: large enough for a bucket, and small enough that the
 # check for NaN finds them in the processor's cache.
@@ -69,11 +69,9 @@ class FeatureStore:
     """
     self.root = os.fspath(root) if is_url(root) else pathlib.Path(root)
     self.storage = open_storage(root)
-    self.scratch = Scratch(root, f"{worker:>05}")
-    own = f"index-{worker:>05}.jsonl"
+    self.temp_files = TempFiles(root, f"{worker:>05}")
     self._index: dict[str, Stored] = {}
     self._shares: dict[str, float] = {}
-    mine: list[dict] = []
     keys = [k for k in self.storage.list("index") if k.endswith(".jsonl")]
     if not keys and not create:
       raise UserError(
@@ -81,13 +79,11 @@ class FeatureStore:
         " or correct the feature folder"
       )
     for key in keys:
-      rows, where = read_lines(self.storage, key), self.storage.location(key)
+      rows, where = read_rows(self.storage, key), self.storage.location(key)
       for line in (_line(row, where) for row in rows):
         self._index[line.video] = Stored(line.frames, line.duration)
         self._shares[line.video] = line.share
-      if key == own:
-        mine = rows
-    self._lines = Lines(self.storage, own, mine)
+    self._lines = JsonlWriter(self.storage, f"index-{worker:>05}.jsonl")
 
   def __contains__(self, video: str) -> bool:
     return video in self._index
@@ -193,7 +189,7 @@ class FeatureStore:
     return FeatureWriter(
       self.storage,
       _key(video),
-      self.scratch.file(),
+      self.temp_files.new_path(),
       Stored(frames, round(float(duration), 2)),
       shape,
     )

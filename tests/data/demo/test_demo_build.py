@@ -105,7 +105,7 @@ def test_stopped_run_leaves_no_half_video_and_goes_on(
     build.build(tmp_path, small)
   done = {p.name: p.stat().st_mtime_ns for p in tmp_path.rglob("*.mp4")}
   assert "train_0002.mp4" not in done
-  assert not list(tmp_path.rglob("*.part"))
+  assert not list(tmp_path.rglob("*.part*"))
   assert not json.loads((tmp_path / "demo.json").read_text())["complete"]
   monkeypatch.setattr(drawing.draw, "frame", whole)
   _, reused = build.build(tmp_path, small)

@@ -9,6 +9,7 @@ import pytest
 from hourjax.data.store.array_file import is_finite
 from hourjax.data.store.features import FeatureStore
 from hourjax.errors import UserError
+from hourjax.jsonl import JsonlWriter
 from tests import tampering
 
 SHAPE = (4, 6)
@@ -228,7 +229,7 @@ def test_an_abandoned_writer_leaves_nothing(store, root, tmp_path, error):
     writer.add(_features(2))
     raise error
   assert set(tmp_path.rglob("*.npy")) == before
-  assert not [p for p in store.scratch.folder.glob("*") if p.is_file()]
+  assert not [p for p in store.temp_files.folder.glob("*") if p.is_file()]
   assert "a.mp4" not in FeatureStore(root)
 
 
@@ -255,13 +256,13 @@ def test_what_a_writer_refuses(local, tmp_path):
   ):
     writer.add(_features(2))
   assert not local.path("a").exists()
-  assert not list(local.scratch.folder.iterdir())
+  assert not list(local.temp_files.folder.iterdir())
 
 
 def test_a_name_that_the_file_system_refuses(local):
   with pytest.raises(UserError, match=r"too long.*rename the video"):
     local.write("x" * 254 + ".mp4", _features(), 5)
-  assert not list(local.scratch.folder.iterdir())
+  assert not list(local.temp_files.folder.iterdir())
 
 
 # --- the index --------------------------------------------------------------
@@ -405,7 +406,7 @@ def test_array_is_in_place_before_its_index_line(local, monkeypatch):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(local.storage, "append", stop)
+    patch.setattr(JsonlWriter, "add", stop)
     with pytest.raises(KeyboardInterrupt):
       local.write("two.mp4", _features(), 5)
   assert local.path("two.mp4").exists()

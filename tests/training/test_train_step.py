@@ -21,7 +21,7 @@ from hourjax.training.optimizer import (
   make_optimizer,
   split_params,
 )
-from hourjax.training.train_step import TrainState, no_sums, train_step
+from hourjax.training.train_step import TrainState, train_step, zero_sums
 
 SIDE, PIXELS = 2, 8
 CONFIG = dataclasses.replace(
@@ -197,7 +197,7 @@ def test_frozen_parts_get_no_gradient_and_stay(params, pair):
     np.testing.assert_array_equal(value, params[path], err_msg=path)
   changed = [(v != params[p]).any() for p, v in after.trained.items()]
   assert any(changed)
-  sums = jax.eval_shape(no_sums, state.trained)
+  sums = jax.eval_shape(zero_sums, state.trained)
   assert sums.grads.keys() == state.trained.keys()
 
 

@@ -1,8 +1,11 @@
-"""Goodput against sums done by hand, on a clock that is set."""
+"""Goodput against sums done by hand, on a clock that is set; memory."""
 
+import types
+
+import jax
 import pytest
 
-from hourjax.training.throughput import Goodput, wall_clock
+from hourjax.training.throughput import Goodput, hbm_usage, wall_clock
 
 
 class Clock:
@@ -20,19 +23,19 @@ def clock():
 
 def _steps(goodput, clock, steps, seconds=10.0):
   for step in steps:
-    goodput.step_begins(step)
+    goodput.begin_step(step)
     clock.now += seconds
 
 
 def test_one_start(tmp_path, clock):
   goodput = Goodput(tmp_path, start=0, clock=clock)
   clock.now += 5  # opening data: no step yet
-  goodput.step_begins(1)
+  goodput.begin_step(1)
   clock.now += 30  # 20 of them compile
-  goodput.lost(20, "compile")
+  goodput.add_lost(20, "compile")
   assert goodput.share() == pytest.approx(10 / 35)
   _steps(goodput, clock, [2, 3])
-  goodput.lost(4, "save")
+  goodput.add_lost(4, "save")
   assert goodput.share() == pytest.approx((10 + 10 + 6) / 55)
   assert goodput.lost_seconds == {"compile": 20, "save": 4}
   goodput.close()
@@ -48,7 +51,7 @@ def test_a_crash_between(tmp_path, clock):
   goodput = Goodput(tmp_path, start=2, began=began, clock=clock)
   assert goodput.share() == pytest.approx(20 / 107)
   assert goodput.lost_seconds == {"recomputed": 10, "down": 70}
-  goodput.lost(7, "restore")
+  goodput.add_lost(7, "restore")
   _steps(goodput, clock, [3, 4])
   goodput.close()
   assert goodput.share() == pytest.approx(40 / 127)
@@ -87,7 +90,7 @@ def test_a_saved_step_keeps_its_time_if_killed_at_once(tmp_path, clock):
   goodput = Goodput(tmp_path, start=0, clock=clock)
   _steps(goodput, clock, [1])
   clock.now += 2
-  goodput.lost(2, "save")
+  goodput.add_lost(2, "save")
   goodput = Goodput(tmp_path, start=1, clock=clock)
   assert goodput.share() == pytest.approx(10 / 12)
 
@@ -102,7 +105,7 @@ def test_a_damaged_file_begins_anew(tmp_path, clock):
 def test_time_lost_is_never_more_than_there_was(tmp_path, clock):
   goodput = Goodput(tmp_path, start=0, clock=clock)
   _steps(goodput, clock, [1])
-  goodput.lost(50, "save")
+  goodput.add_lost(50, "save")
   assert goodput.share() == 0
   goodput.close()
 
@@ -111,3 +114,31 @@ def test_the_wall_clock_is_one():
   import time
 
   assert abs(wall_clock() - time.time()) < 60
+
+
+GIB = 2**30
+
+
+def _device(stats):
+  return types.SimpleNamespace(memory_stats=lambda: stats)
+
+
+def test_the_fullest_device_counts():
+  one = _device({"bytes_in_use": 2 * GIB, "peak_bytes_in_use": 5 * GIB})
+  two = _device({"bytes_in_use": 3 * GIB, "peak_bytes_in_use": 4 * GIB})
+  assert hbm_usage([one, two]) == {"hbm_gib": 3.0, "hbm_peak_gib": 5.0}
+
+
+def test_what_no_device_knows_is_left_out():
+  assert hbm_usage([_device({"bytes_in_use": GIB})]) == {"hbm_gib": 1.0}
+  assert (
+    hbm_usage([_device(None)])
+    == hbm_usage([])
+    == hbm_usage(jax.local_devices())
+    == {}
+  )
+
+  def unable():
+    raise NotImplementedError
+
+  assert hbm_usage([types.SimpleNamespace(memory_stats=unable)]) == {}

@@ -10,13 +10,17 @@ from configs import demo
 from hourjax.data.row_plan import RowPlan
 from hourjax.data.rows import Size
 from hourjax.errors import UserError
-from hourjax.training.checkpoint import read_config, saved_config
 from hourjax.training.config import build_experiment
-from hourjax.training.data_loader import UnreadLedger
-from hourjax.training.faults import NonFinite
+from hourjax.training.data_loader import UnreadSampleLog
+from hourjax.training.faults import NonFiniteSteps
 from hourjax.training.metric_writer import MetricsFile, read_curve, read_metrics
 from hourjax.training.throughput import Goodput
-from hourjax.training.workdir import check_workdir, epoch_rows
+from hourjax.training.workdir import (
+  check_workdir,
+  epoch_rows,
+  find_config,
+  read_config,
+)
 from tests import tampering
 
 
@@ -25,11 +29,11 @@ def _goodput(folder):
 
 
 def _unread(folder):
-  UnreadLedger(folder, start=9, max_share=0.5)
+  UnreadSampleLog(folder, start=9, max_share=0.5)
 
 
 def _nonfinite(folder):
-  NonFinite(folder, start=9, max_in_a_row=2, primary=False)
+  NonFiniteSteps(folder, start=9, max_in_a_row=2, primary=False)
 
 
 def _metrics(folder):
@@ -96,7 +100,7 @@ def test_a_configuration_that_is_something_else(tmp_path, content, said):
     (tmp_path / "config.json").write_bytes(content)
   with pytest.raises(UserError, match=f"config.json.* {said}"):
     read_config(tmp_path)
-  assert saved_config(tmp_path) is None
+  assert find_config(tmp_path) is None
 
 
 @pytest.mark.parametrize("rows", [0, -5, "7", 7.5, None, [7]])

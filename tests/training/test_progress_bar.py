@@ -12,7 +12,7 @@ import threading
 
 import pytest
 
-from hourjax.training.progress_bar import Screen, duration
+from hourjax.training.progress_bar import ProgressBar, duration
 
 ROW = {
   "loss": 2.3104,
@@ -73,12 +73,12 @@ def terminal(monkeypatch):
 
 def test_a_bar(terminal):
   terminal = terminal()
-  screen = Screen(steps=200, start=0)
+  bar = ProgressBar(steps=200, start=0)
   for step in range(1, 101):
-    screen.step(step - 1)
+    bar.update(step - 1)
     if step % 10 == 0:
-      screen.show(step, ROW, left=12_345.6)
-  screen.close()
+      bar.show(step, ROW, left=12_345.6)
+  bar.close()
   bar, after = terminal.lines()
   assert after == ""
   assert re.fullmatch(
@@ -93,11 +93,11 @@ def test_others_print_above_the_bar(terminal):
   log = logging.getLogger("somebody")
   handler = logging.StreamHandler(sys.stderr)
   logging.root.addHandler(handler)
-  screen = Screen(steps=20, start=0)
+  bar = ProgressBar(steps=20, start=0)
   try:
     for step in range(1, 21):
-      screen.step(step - 1)
-      screen.show(step, ROW, left=20 - step)
+      bar.update(step - 1)
+      bar.show(step, ROW, left=20 - step)
       if step == 5:
         print("saved", "step", 5)
         print("part of a line, ", end="", file=sys.stderr)
@@ -106,7 +106,7 @@ def test_others_print_above_the_bar(terminal):
         log.warning("a warning")
         sys.stdout.writelines(["two\n", "lines\n"])
     print("no end", end="", flush=True)
-    screen.close()
+    bar.close()
   finally:
     logging.root.removeHandler(handler)
   print("after")
@@ -126,19 +126,19 @@ def test_others_print_above_the_bar(terminal):
 def test_streams_are_given_back(terminal):
   terminal = terminal()
   before = sys.stdout, sys.stderr
-  screen = Screen(steps=20, start=0)
+  bar = ProgressBar(steps=20, start=0)
   assert (sys.stdout, sys.stderr) != before
   assert sys.stderr.isatty() and sys.stderr.fileno() == before[1].fileno()
-  screen.close()
+  bar.close()
   assert (sys.stdout, sys.stderr) == before
   terminal.lines()
 
 
 def test_a_narrow_terminal_leaves_numbers_out(terminal):
   terminal = terminal(columns=60)
-  screen = Screen(steps=200, start=0)
-  screen.show(100, ROW, left=60)
-  screen.close()
+  bar = ProgressBar(steps=200, start=0)
+  bar.show(100, ROW, left=60)
+  bar.close()
   (bar, _) = terminal.lines()
   assert len(bar) <= 60
   assert bar.endswith("loss 2.310  grad norm 0.80  1.23 s/step")
@@ -146,12 +146,12 @@ def test_a_narrow_terminal_leaves_numbers_out(terminal):
 
 def test_lines_elsewhere(capsys):
   out = sys.stdout
-  screen = Screen(steps=200, start=0)
+  bar = ProgressBar(steps=200, start=0)
   assert sys.stdout is out
-  screen.step(9)
-  screen.show(10, ROW, left=60)
-  screen.show(20, {"loss": 1.0}, left=0)
-  screen.close()
+  bar.update(9)
+  bar.show(10, ROW, left=60)
+  bar.show(20, {"loss": 1.0}, left=0)
+  bar.close()
   captured = capsys.readouterr()
   assert captured.err.splitlines() == [
     "step 10/200  loss 2.310  grad norm 0.80  1.23 s/step  0:01:00 left"

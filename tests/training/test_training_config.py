@@ -78,7 +78,7 @@ def test_any_value_is_taken_or_refused_by_name(key):
     ("optimizer.decoder", -1e-5, "is -1e-05; it must be at least 0 and"),
     ("optimizer.b2", 1.0, "is 1.0; it must be at least 0 and at most 0.99"),
     ("optimizer.warmup", 1.5, "is 1.5; it must be at least 0 and at most 1"),
-    ("watch.tensorboard", 1, "is 1; it must be True or False"),
+    ("metrics.tensorboard", 1, "is 1; it must be True or False"),
     ("init", None, "is None; it must be text"),
     ("model.remat", "all", "is 'all'; choose none, dots or full"),
     ("model.dtype", "int8", "is 'int8'; choose float32, bfloat16 or float16"),

@@ -1,8 +1,10 @@
-"""Everything together: what one logged step leaves in which file."""
+"""What a logged step leaves in which file, and what is read back of it."""
 
 import dataclasses
 import errno
+import json
 import math
+import os
 import sys
 import time
 import types
@@ -12,10 +14,12 @@ import numpy as np
 import pytest
 
 from hourjax.errors import UserError
-from hourjax.training import metric_writer as watch_module
+from hourjax.training import metric_writer
 from hourjax.training.metric_writer import (
   MetricsConfig,
+  MetricsFile,
   MetricWriter,
+  read_curve,
   read_metrics,
 )
 from tests.training.event_files import curves, read_events
@@ -28,13 +32,13 @@ class Clock:
     return self.now
 
 
-def _watch(workdir, config=None, **changed):
+def _writer(workdir, config=None, **changed):
   options = {"run_config": {"seed": 7}, "steps": 100, "start": 0,
              "flops_per_second": 1e15, **changed}  # fmt: skip
   return MetricWriter(workdir, config or MetricsConfig(), **options)
 
 
-def _wrote(watch, step, **changed):
+def _wrote(writer, step, **changed):
   options = {
     "scalars": {"loss": 2.5, "grad_norm": 0.5, "grad_norm/memaug": 0.25},
     "tokens": 3000,
@@ -45,7 +49,7 @@ def _wrote(watch, step, **changed):
     "counts": {"unread_damaged": 3},
     **changed,
   }
-  watch.wrote(step, options.pop("scalars"), **options)
+  writer.write(step, options.pop("scalars"), **options)
 
 
 def _logged(workdir):
@@ -54,17 +58,17 @@ def _logged(workdir):
 
 def test_the_values(tmp_path, capsys):
   clock = Clock()
-  watch = _watch(tmp_path, clock=clock)
+  writer = _writer(tmp_path, clock=clock)
   clock.now += 4
-  watch.lost(4, "restore")
+  writer.add_lost(4, "restore")
   for step in range(1, 6):
-    watch.step_begins(step)
+    writer.begin_step(step)
     clock.now += 2
     if step == 1:
       clock.now += 20
-      watch.lost(20, "compile")
-  _wrote(watch, 5)
-  watch.close()
+      writer.add_lost(20, "compile")
+  _wrote(writer, 5)
+  writer.close()
   (row,) = read_metrics(tmp_path)
   # Five steps of 2 s; what was lost is not theirs.
   assert row == {
@@ -114,16 +118,16 @@ def test_the_values(tmp_path, capsys):
 
 def test_values_since_the_last_call(tmp_path):
   clock = Clock()
-  watch = _watch(tmp_path, clock=clock, start=20)
+  writer = _writer(tmp_path, clock=clock, start=20)
   for step in range(21, 41):
-    watch.step_begins(step)
+    writer.begin_step(step)
     clock.now += 1 if step <= 30 else 3
     if step in (30, 40):
-      _wrote(watch, step)
+      _wrote(writer, step)
     if step == 30:
       clock.now += 5
-      watch.lost(5, "save")
-  watch.close()
+      writer.add_lost(5, "save")
+  writer.close()
   first, second = read_metrics(tmp_path)
   assert (first["step_seconds"], second["step_seconds"]) == (1, 3)
   assert (first["mfu"], second["mfu"]) == pytest.approx((0.4, 4 / 30))
@@ -132,10 +136,10 @@ def test_values_since_the_last_call(tmp_path):
 
 def test_what_is_not_known_is_left_out(tmp_path):
   """No peak of CPUs, no memory statistics: no zeros either."""
-  watch = _watch(tmp_path, flops_per_second=None)
-  watch.step_begins(1)
-  _wrote(watch, 1, learning_rates={}, counts={}, video_seconds=0)
-  watch.close()
+  writer = _writer(tmp_path, flops_per_second=None)
+  writer.begin_step(1)
+  _wrote(writer, 1, learning_rates={}, counts={}, video_seconds=0)
+  writer.close()
   (row,) = read_metrics(tmp_path)
   assert not {"mfu", "hbm_gib", "hbm_peak_gib"} & row.keys()
   assert row["video_hours_per_second"] == 0
@@ -143,21 +147,21 @@ def test_what_is_not_known_is_left_out(tmp_path):
 
 def test_memory_of_devices_that_know_it(tmp_path, monkeypatch):
   device = types.SimpleNamespace(memory_stats=lambda: {"bytes_in_use": 2**31})
-  monkeypatch.setattr(watch_module.jax, "local_devices", lambda: [device])
-  watch = _watch(tmp_path)
-  _wrote(watch, 1)
-  watch.close()
+  monkeypatch.setattr(metric_writer.jax, "local_devices", lambda: [device])
+  writer = _writer(tmp_path)
+  _wrote(writer, 1)
+  writer.close()
   assert read_metrics(tmp_path)[0]["hbm_gib"] == 2
   assert _logged(tmp_path)["memory/hbm_gib"] == {1: 2.0}
 
 
 def test_arrays_and_numbers_that_are_not_finite(tmp_path):
   """As they come from the device; the step's own tokens come before sums."""
-  watch = _watch(tmp_path)
+  writer = _writer(tmp_path)
   scalars = {"loss": jnp.float32(math.nan), "grad_norm": np.float32(math.inf),
              "tokens": np.int32(5)}  # fmt: skip
-  _wrote(watch, 1, scalars=scalars)
-  watch.close()
+  _wrote(writer, 1, scalars=scalars)
+  writer.close()
   (row,) = read_metrics(tmp_path)
   assert math.isnan(row["loss"]) and row["grad_norm"] == math.inf
   assert row["tokens"] == 5
@@ -167,12 +171,12 @@ def test_arrays_and_numbers_that_are_not_finite(tmp_path):
 def test_started_again_from_a_checkpoint(tmp_path):
   clock = Clock()
   for start, last in [(0, 5), (3, 6)]:
-    watch = _watch(tmp_path, start=start, clock=clock)
+    writer = _writer(tmp_path, start=start, clock=clock)
     for step in range(start + 1, last + 1):
-      watch.step_begins(step)
+      writer.begin_step(step)
       clock.now += 10
-      _wrote(watch, step, scalars={"loss": step + start})
-    watch.close()
+      _wrote(writer, step, scalars={"loss": step + start})
+    writer.close()
     clock.now += 20
   rows = read_metrics(tmp_path)
   assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -186,31 +190,31 @@ def test_started_again_from_a_checkpoint(tmp_path):
 
 
 def test_closing_twice(tmp_path):
-  watch = _watch(tmp_path)
-  watch.step_begins(1)
-  watch.close()
-  watch.close()
-  watch.lost(1, "save")  # a save that ends later is not an error
-  _wrote(watch, 1)
+  writer = _writer(tmp_path)
+  writer.begin_step(1)
+  writer.close()
+  writer.close()
+  writer.add_lost(1, "save")  # a save that ends later is not an error
+  _wrote(writer, 1)
   assert not read_metrics(tmp_path)
 
 
 def test_other_hosts_write_nothing(tmp_path, capsys):
   config = MetricsConfig(profile_steps="1:3")
-  watch = _watch(tmp_path, config, primary=False)
-  watch.step_begins(1)
-  _wrote(watch, 1)
-  watch.lost(1, "save")
-  watch.close()
+  writer = _writer(tmp_path, config, primary=False)
+  writer.begin_step(1)
+  _wrote(writer, 1)
+  writer.add_lost(1, "save")
+  writer.close()
   assert not list(tmp_path.iterdir())
   captured = capsys.readouterr()
   assert not captured.err + captured.out
 
 
 def test_without_tensorboard(tmp_path):
-  watch = _watch(tmp_path, MetricsConfig(tensorboard=False))
-  _wrote(watch, 1)
-  watch.close()
+  writer = _writer(tmp_path, MetricsConfig(tensorboard=False))
+  _wrote(writer, 1)
+  writer.close()
   names = {path.name for path in tmp_path.iterdir()}
   assert names == {"metrics.jsonl", "goodput.jsonl"}
 
@@ -229,10 +233,10 @@ def test_wandb_gets_the_same(tmp_path, monkeypatch):
     def close(self):
       self.written.append("closed")
 
-  monkeypatch.setattr(watch_module, "WandbRun", Run)
-  watch = _watch(tmp_path, MetricsConfig(wandb="hours"))
-  _wrote(watch, 1)
-  watch.close()
+  monkeypatch.setattr(metric_writer, "WandbWriter", Run)
+  writer = _writer(tmp_path, MetricsConfig(wandb="hours"))
+  _wrote(writer, 1)
+  writer.close()
   (run,) = made
   assert run.arguments == ("hours", tmp_path, {"seed": 7})
   (step, values), closed = run.written
@@ -246,7 +250,7 @@ def test_wandb_gets_the_same(tmp_path, monkeypatch):
 def test_wandb_missing_stops_every_host(tmp_path, monkeypatch, primary):
   monkeypatch.setitem(sys.modules, "wandb", None)
   with pytest.raises(UserError, match="package wandb is not installed"):
-    _watch(tmp_path, MetricsConfig(wandb="hours"), primary=primary)
+    _writer(tmp_path, MetricsConfig(wandb="hours"), primary=primary)
   assert not list(tmp_path.iterdir())
 
 
@@ -254,26 +258,26 @@ def test_wandb_missing_stops_every_host(tmp_path, monkeypatch, primary):
 def test_a_trace_outside_the_run(tmp_path, primary):
   config = MetricsConfig(profile_steps="99:103")
   with pytest.raises(UserError) as error:
-    _watch(tmp_path, config, primary=primary)
+    _writer(tmp_path, config, primary=primary)
   assert str(error.value) == (
-    "config.watch.profile_steps is 99:103, which asks for step 102, but the"
+    "config.metrics.profile_steps is 99:103, which asks for step 102, but the"
     " run ends with step 100; choose steps of the run"
   )
 
 
 def test_a_trace_up_to_the_last_step(tmp_path):
-  watch = _watch(tmp_path, MetricsConfig(profile_steps="2:4"), steps=3)
+  writer = _writer(tmp_path, MetricsConfig(profile_steps="2:4"), steps=3)
   for step in (1, 2, 3):
-    watch.step_begins(step)
-  watch.close()
+    writer.begin_step(step)
+  writer.close()
   assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
 
 
 def test_a_trace_that_an_earlier_start_took(tmp_path, capsys):
   config = MetricsConfig(profile_steps="10:12")
-  watch = _watch(tmp_path, config, start=11)
-  watch.step_begins(12)
-  watch.close()
+  writer = _writer(tmp_path, config, start=11)
+  writer.begin_step(12)
+  writer.close()
   assert not (tmp_path / "profile").exists()
   assert "no trace: the steps 10 to 11" in capsys.readouterr().err
 
@@ -284,63 +288,133 @@ def test_a_trace_takes_no_time_from_steps(tmp_path, monkeypatch):
   def slow(*_):
     clock.now += 50
 
-  watch = _watch(tmp_path, MetricsConfig(profile_steps="2:3"), clock=clock)
-  monkeypatch.setattr(watch._profiler, "_start", slow)
-  monkeypatch.setattr(watch_module.jax, "local_devices", list)
+  writer = _writer(tmp_path, MetricsConfig(profile_steps="2:3"), clock=clock)
+  monkeypatch.setattr(writer._profiler, "_start", slow)
+  monkeypatch.setattr(metric_writer.jax, "local_devices", list)
   monkeypatch.setattr("time.monotonic", clock)
   for step in (1, 2, 3):
-    watch.step_begins(step)
+    writer.begin_step(step)
     clock.now += 2
-  _wrote(watch, 3)
-  watch.close()
+  _wrote(writer, 3)
+  writer.close()
   assert read_metrics(tmp_path)[0]["lost_seconds/profile"] >= 50
   assert read_metrics(tmp_path)[0]["step_seconds"] == pytest.approx(2)
 
 
 def test_config_of_a_trace():
-  with pytest.raises(UserError, match=r"config\.watch\.profile_steps is '9'"):
+  with pytest.raises(UserError, match=r"config\.metrics\.profile_steps is '9'"):
     dataclasses.replace(MetricsConfig(), profile_steps="9")
 
 
 def test_a_full_disk_does_not_stop_the_run(tmp_path, capsys):
-  watch = _watch(tmp_path)
+  writer = _writer(tmp_path)
 
   def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
-  files = [watch._metrics._ledger, watch._goodput._ledger]
-  files.append(watch._writers["TensorBoard's events"])
+  files = [writer._metrics._writer, writer._goodput._writer]
+  files.append(writer._writers["TensorBoard's events"])
   opened = [thing._file for thing in files]
   for thing in files:
     thing._file = types.SimpleNamespace(write=full, flush=full, close=full)
   for step in range(1, 4):
-    watch.step_begins(step)
-    _wrote(watch, step)
-    watch.lost(0.1, "save")
+    writer.begin_step(step)
+    _wrote(writer, step)
+    writer.add_lost(0.1, "save")
   error = capsys.readouterr().err
   for name in ("metrics.jsonl", "goodput.jsonl", "TensorBoard's events"):
     assert error.count(f"warning: {name} could not be written") == 1
   # Space again.
   for thing, file in zip(files, opened):
     thing._file = file
-  _wrote(watch, 4)
-  watch.close()
-  assert [row["step"] for row in read_metrics(tmp_path)] == [4]
+  _wrote(writer, 4)
+  writer.close()
+  assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
   assert list(_logged(tmp_path)["train/loss"]) == [4]
 
 
 def test_thousands_of_steps_are_cheap(tmp_path):
   """At most 2 ms a logged step and 0.2 ms another: no file is read again."""
-  watch = _watch(tmp_path, steps=3000)
+  writer = _writer(tmp_path, steps=3000)
   began = time.process_time()
   for step in range(1, 3001):
-    watch.step_begins(step)
+    writer.begin_step(step)
     if step % 10 == 0:
-      _wrote(watch, step)
+      _wrote(writer, step)
   took = time.process_time() - began
-  watch.close()
+  writer.close()
   assert len(read_metrics(tmp_path)) == 300
   assert took < 300 * 2e-3 + 3000 * 0.2e-3
   began = time.process_time()
-  _watch(tmp_path, steps=3000, start=2995).close()
+  _writer(tmp_path, steps=3000, start=2995).close()
   assert time.process_time() - began < 0.5
+
+
+def _write(workdir, start, steps):
+  metrics = MetricsFile(workdir, start=start)
+  for step in steps:
+    metrics.write(step, {"loss": step / 2})
+  metrics.close()
+
+
+def _steps(workdir):
+  return [row["step"] for row in read_metrics(workdir)]
+
+
+def test_lines_after_the_checkpoint_are_dropped(tmp_path):
+  _write(tmp_path, 0, [1, 10, 20, 30])
+  _write(tmp_path, 20, [])
+  assert _steps(tmp_path) == [1, 10, 20]
+  _write(tmp_path, 20, [30])
+  assert _steps(tmp_path) == [1, 10, 20, 30]
+  assert read_metrics(tmp_path)[-1] == {"step": 30, "loss": 15.0}
+
+
+def test_a_torn_line_is_dropped(tmp_path):
+  _write(tmp_path, 0, [1, 2])
+  path = tmp_path / "metrics.jsonl"
+  with path.open("a") as file:
+    file.write('{"step": 3, "lo')
+  assert _steps(tmp_path) == [1, 2]
+  _write(tmp_path, 2, [3])
+  assert [json.loads(x)["step"] for x in path.open()] == [1, 2, 3]
+
+
+def test_a_kill_at_the_start_loses_nothing(tmp_path, monkeypatch):
+  """The old lines stay until the new file is whole."""
+  _write(tmp_path, 0, [1, 2])
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      MetricsFile(tmp_path, start=1)
+  assert _steps(tmp_path) == [1, 2]
+
+
+def test_numbers_that_are_not_finite_are_json(tmp_path):
+  metrics = MetricsFile(tmp_path, start=0)
+  metrics.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.5})
+  metrics.close()
+  text = (tmp_path / "metrics.jsonl").read_text()
+
+  def refuse(constant):
+    raise ValueError(f"{constant} is no JSON")
+
+  row = json.loads(text, parse_constant=refuse)
+  assert row["a"] == "NaN" and row["c"] == "-Infinity"
+  (row,) = read_metrics(tmp_path)
+  assert math.isnan(row["a"])
+  assert (row["b"], row["c"], row["d"]) == (math.inf, -math.inf, 1.5)
+  # They are kept by a restart.
+  MetricsFile(tmp_path, start=1).close()
+  assert (tmp_path / "metrics.jsonl").read_text() == text
+
+
+def test_the_curve_goes_on_from_the_run_before(tmp_path):
+  for name, before in [("one", ""), ("two", str(tmp_path / "one"))]:
+    (tmp_path / name).mkdir()
+    _write(tmp_path / name, 0, [1, 2])
+    config = json.dumps({"init": before})
+    (tmp_path / name / "config.json").write_text(config)
+  rows = read_curve(tmp_path / "two")
+  assert [row["step"] for row in rows] == [1, 2, 3, 4]
+  assert [row["loss"] for row in rows] == [0.5, 1.0, 0.5, 1.0]

@@ -5,7 +5,10 @@ import signal
 import numpy as np
 import pytest
 
-from hourjax.training.checkpoint_format import folder_of, saved_steps
+from hourjax.training.checkpoint_format import (
+  checkpoint_folder,
+  checkpoint_steps,
+)
 from tests.training import runs
 
 pytestmark = pytest.mark.slow
@@ -61,7 +64,7 @@ def _preempt(processes, workdir, which):
   processes[which].process.send_signal(signal.SIGTERM)
   statuses, said = _ended(processes, timeout=60)
   assert set(statuses) == {0}, "\n".join(said)
-  step = max(saved_steps(folder_of(workdir)))
+  step = max(checkpoint_steps(checkpoint_folder(workdir)))
   assert begin + 2 <= step < STEPS
   assert f"left after step {step} of {STEPS}" in said[0]
   return step

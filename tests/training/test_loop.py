@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import demo
+from hourjax.data.media.frame_rules import sparse_note
 from hourjax.errors import UserError
 from hourjax.training import loop
 from hourjax.training.checkpoint import restore_params
-from hourjax.training.config import build_experiment, differences
+from hourjax.training.config import build_experiment, config_diff
 from hourjax.training.metric_writer import MetricWriter, read_metrics
-from hourjax.training.train_step import Step
+from hourjax.training.train_step import TrainStep
 from tests.training import runs
 
 STEPS = 6
@@ -51,12 +53,12 @@ def _drawn_and_compiled_once():
 
   def step_of(config, optimizer, shardings):
     if config not in compiled:
-      compiled[config] = Step(config, optimizer, shardings)
+      compiled[config] = TrainStep(config, optimizer, shardings)
     return compiled[config]
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop, "fresh_state", fresh)
-    patch.setattr(loop, "Step", step_of)
+    patch.setattr(loop, "TrainStep", step_of)
     yield
 
 
@@ -78,7 +80,7 @@ def _files(workdir):
 def test_a_resumed_run_has_the_losses_of_a_whole_one(
   experiment, whole, tmp_path, monkeypatch
 ):
-  wrote = MetricWriter.wrote
+  wrote = MetricWriter.write
 
   def stop(self, step, *args, **values):
     wrote(self, step, *args, **values)
@@ -86,7 +88,7 @@ def test_a_resumed_run_has_the_losses_of_a_whole_one(
       raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(MetricWriter, "wrote", stop)
+    patch.setattr(MetricWriter, "write", stop)
     with pytest.raises(KeyboardInterrupt):
       loop.train(experiment, tmp_path)
   # Steps 4 and 5 are after the checkpoint; they are taken and written again.
@@ -127,7 +129,7 @@ def test_what_cannot_be_read_is_left_out_and_listed(
 @pytest.mark.slow
 def test_a_finished_run_is_left_alone(experiment, whole, monkeypatch, capsys):
   before = _files(whole)
-  monkeypatch.setattr(loop, "Step", None)
+  monkeypatch.setattr(loop, "TrainStep", None)
   loop.train(experiment, whole)
   assert "already trained: step 6 of 6" in capsys.readouterr().err
   assert _files(whole) == before
@@ -161,7 +163,7 @@ def test_another_configuration_on_the_same_workdir(experiment, whole):
 @pytest.mark.parametrize(
   "changes, refused",
   [
-    ({"read__threads": 2, "watch__tensorboard": False}, []),
+    ({"read__threads": 2, "metrics__tensorboard": False}, []),
     ({"keep_checkpoints": 5, "checkpoint_every": 1, "log_every": 3}, []),
     ({"mesh__data": -1, "mesh__fsdp": 1, "model__remat": "full"}, []),
     ({"on_save_error": "stop", "max_nonfinite": 2}, []),
@@ -176,7 +178,7 @@ def test_another_configuration_on_the_same_workdir(experiment, whole):
 def test_what_may_change(experiment, changes, refused):
   old = json.loads(json.dumps(dataclasses.asdict(experiment)))
   new = dataclasses.asdict(_changed(experiment, **changes))
-  assert list(differences(old, new)) == refused
+  assert list(config_diff(old, new)) == refused
 
 
 def test_keys_of_other_versions(experiment):
@@ -184,8 +186,8 @@ def test_keys_of_other_versions(experiment):
   old = json.loads(json.dumps(dataclasses.asdict(experiment)))
   new = dataclasses.asdict(experiment)
   del old["max_length"], old["mesh"], old["rows"]["tiles"]
-  assert differences(old, new) == {}
-  assert differences({**old, "gone": 3}, new)["gone"] == ("3", "(not set)")
+  assert config_diff(old, new) == {}
+  assert config_diff({**old, "gone": 3}, new)["gone"] == ("3", "(not set)")
 
 
 @pytest.mark.slow
@@ -246,3 +248,22 @@ def test_no_dataset_given(experiment, tmp_path):
   empty = dataclasses.replace(experiment, data=data)
   with pytest.raises(UserError, match=r"config\.data\.dataset is empty; set"):
     loop.train(empty, tmp_path)
+
+
+def test_the_start_says_what_is_not_shown_of_short_videos():
+  class Samples:
+    sparse = ()
+
+    def __len__(self):
+      return 5
+
+  dataset = Samples()
+  state = types.SimpleNamespace(trained={}, frozen={}, step=0)
+  experiment = types.SimpleNamespace(step_rows=2)
+
+  def said():
+    return loop._summary(experiment, dataset, {"rows": 3}, state, 4)
+
+  assert "note" not in said()
+  dataset.sparse = ["a.mp4", "b.mp4"]
+  assert f"\nnote: {sparse_note(2)}" in said()

@@ -1,0 +1,111 @@
+"""A kill at any moment leaves the old file or the new one."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import uuid
+
+import pytest
+
+from hourjax.atomic_file import TempFiles, replace_file, write_file
+from hourjax.errors import UserError
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, several):
+  path = tmp_path / "a.json"
+  write_file(path, "old", several_writers=several)
+  with (
+    pytest.raises(ZeroDivisionError),
+    replace_file(path, several_writers=several) as partial,
+  ):
+    partial.write_text("ne")
+    raise ZeroDivisionError
+  assert path.read_text() == "old"
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      write_file(path, "new", several_writers=several)
+  assert path.read_text() == "old"
+  write_file(path, "é".encode(), several_writers=several)
+  assert path.read_text() == "é"
+  assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_a_killed_writer_left_is_overwritten(tmp_path):
+  (tmp_path / ".a.partial").write_text("longer than the new content")
+  write_file(tmp_path / "a", "new")
+  assert (tmp_path / "a").read_text() == "new"
+  assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_several_writers_use_names_of_their_own(tmp_path):
+  path = tmp_path / "a"
+  with replace_file(path, several_writers=True) as one:
+    with replace_file(path, several_writers=True) as two:
+      assert one != two
+      two.write_text("second")
+    one.write_text("first")
+  assert path.read_text() == "first"
+
+
+@pytest.fixture(params=["folder", "url"])
+def root(request, tmp_path, monkeypatch):
+  if request.param == "folder":
+    return tmp_path
+  monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+  return f"memory://{uuid.uuid4().hex}"
+
+
+def _names(folder):
+  return sorted(p.name for p in folder.iterdir() if p.name != "lock")
+
+
+def test_files_differ_and_are_gone_afterwards(root):
+  files, other = TempFiles(root, "00000"), TempFiles(root, "00001")
+  with files.locked(), other.locked():
+    paths = [x.new_path() for x in (files, other) for _ in range(3)]
+    assert len(set(paths)) == 6
+    for path in paths:
+      path.touch()
+  assert not files.folder.exists() and not other.folder.exists()
+
+
+def test_what_dead_runs_left_is_removed(root):
+  for label in ("00000", "00001", "beam-x"):
+    TempFiles(root, label).new_path().touch()
+  files = TempFiles(root, "00000")
+  with files.locked():
+    assert _names(files.folder.parent) == [".partial-00000"]
+    assert _names(files.folder) == []
+
+
+def test_living_runs_are_left_alone(root):
+  first, second = TempFiles(root, "00000"), TempFiles(root, "00001")
+  with first.locked():
+    first.new_path().touch()
+    with second.locked():
+      assert len(_names(first.folder)) == 1
+    with (
+      pytest.raises(UserError, match=r"another extraction .*--worker=i/n"),
+      TempFiles(root, "00000").locked(),
+    ):
+      pass
+    assert len(_names(first.folder)) == 1
+
+
+def test_a_killed_process_holds_nothing(tmp_path):
+  code = f"""
+    import os, signal
+    from hourjax.atomic_file import TempFiles
+    with TempFiles({str(tmp_path)!r}, "00000").locked():
+      TempFiles({str(tmp_path)!r}, "00000").new_path().touch()
+      os.kill(os.getpid(), signal.SIGKILL)
+  """
+  done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)])
+  assert done.returncode == -9
+  files = TempFiles(tmp_path, "00000")
+  assert len(_names(files.folder)) == 1
+  with files.locked():
+    assert _names(files.folder) == []
