@@ -74,7 +74,7 @@ def extract_videos(
       return []
     encoder = Encoder(params, config, batch_frames=batch_frames)
     store.claim(encoder.fingerprint, encoder.shape)
-    report = _Report(len(share), len(todo), store, ledger)
+    report = _Report(len(share), len(todo), store, failures)
     stream = Stream(
       todo,
       root=videos,

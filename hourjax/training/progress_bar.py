@@ -155,11 +155,12 @@ class _LinesAboveBars:
   """Passes on whole lines to a stream, while tqdm hides its bars."""
 
   def __init__(self, stream: TextIO):
-    self._stream = stream
+    # Under this name tqdm looks for the stream that its bars are on.
+    self._wrapped = stream
     self._held, self._lock = "", threading.RLock()
 
   def __getattr__(self, name: str) -> Any:
-    return getattr(self._stream, name)
+    return getattr(self._wrapped, name)
 
   def write(self, text: str) -> int:
     """Writes the lines that are complete, and holds back the rest."""
@@ -182,5 +183,5 @@ class _LinesAboveBars:
 
   def _print(self, text: str) -> None:
     with tqdm.external_write_mode(file=self):
-      self._stream.write(text)
-      self._stream.flush()
+      self._wrapped.write(text)
+      self._wrapped.flush()

@@ -178,8 +178,8 @@ class WandbWriter:
     except wandb.errors.Error as error:
       raise UserError(
         f"config.metrics.wandb is {project!r}, but W&B says: {error}; run"
-        " `wandb login` on this machine, or set WANDB_MODE=offline and `wandb sync`"
-        " later"
+        " `wandb login` on this machine, or set WANDB_MODE=offline and `wandb"
+        " sync` later"
       ) from None
 
   def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -1,6 +1,7 @@
 """Whole trainings as processes: small data, one command, its losses."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+from ml_collections import ConfigDict
 
 from configs import demo
 from hourjax.data.demo import build
@@ -58,6 +61,14 @@ def make_data(folder: pathlib.Path, *extra: dict) -> pathlib.Path:
     batch_frames=64,
   )
   return folder
+
+
+def changed(experiment, **changes):
+  """The experiment with other values; keys have __ for dots."""
+  config = ConfigDict(dataclasses.asdict(experiment))
+  changes = {key.replace("__", "."): value for key, value in changes.items()}
+  config.update_from_flattened_dict(changes)
+  return build_experiment(config.to_dict())
 
 
 class Training:

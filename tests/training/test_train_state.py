@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -80,7 +81,7 @@ def test_what_is_missing_is_drawn_where_that_is_asked_for(folder, monkeypatch):
   )
   with pytest.raises(UserError, match=r"missing: model\.vision_resampler"):
     initial_params(_experiment(folder))
-  fresh = {p: np.ones(x) for p, x in folders.shapes(MODEL).items()}
+  fresh = {p: jnp.ones(x) for p, x in folders.shapes(MODEL).items()}
   monkeypatch.setattr(train_state, "init_params", lambda *_, **__: fresh)
   got = initial_params(_experiment(folder, draw_missing="memaug"))
   expected = folders.drawn(folders.UNTIED)

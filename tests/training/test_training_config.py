@@ -1,14 +1,24 @@
 """A configuration's values: what can be meant, and what is refused at once."""
 
 import copy
+import dataclasses
+import json
 import math
 
 import pytest
 
 from configs import demo, hourllava
+from hourjax import command
 from hourjax.errors import UserError
 from hourjax.training import config as module
-from hourjax.training.config import LIMITS, build_experiment
+from hourjax.training.config import (
+  LIMITS,
+  build_experiment,
+  config_diff,
+  rename_old_keys,
+)
+from hourjax.training.workdir import check_workdir, find_config, read_config
+from tests.training import runs
 
 DEMO = demo.get_config("stage=1").to_dict()
 BUILT = build_experiment(DEMO)
@@ -95,3 +105,87 @@ def test_what_is_said(key, value, said):
 def test_an_integer_is_a_number():
   made = build_experiment(_with("epochs", 2))
   assert made.epochs == 2 and type(made.epochs) is float
+
+
+# Micro-batches of one row, two a step.
+RUN = runs.changed(BUILT, steps=6, batch_rows=1, accumulate=2)
+
+
+@pytest.mark.parametrize(
+  "changes, refused",
+  [
+    ({"read__threads": 2, "metrics__tensorboard": False}, []),
+    ({"keep_checkpoints": 5, "checkpoint_every": 1, "log_every": 3}, []),
+    ({"mesh__data": -1, "mesh__fsdp": 1, "model__remat": "full"}, []),
+    ({"on_save_error": "stop", "max_nonfinite": 2}, []),
+    ({"batch_rows": 2, "accumulate": 1}, []),
+    ({"batch_rows": 2}, ["batch_rows"]),
+    ({"batch_rows": 4, "accumulate": 1}, ["accumulate", "batch_rows"]),
+    ({"steps": 12}, ["steps"]),
+    ({"seed": 1, "data__weights": "train=2"}, ["data.weights", "seed"]),
+    ({"data__media": "elsewhere"}, []),
+  ],
+)
+def test_what_may_change(changes, refused):
+  old = json.loads(json.dumps(dataclasses.asdict(RUN)))
+  new = dataclasses.asdict(runs.changed(RUN, **changes))
+  assert list(config_diff(old, new)) == refused
+
+
+def test_keys_of_other_versions():
+  """What was not there had its default; what is gone cannot be judged."""
+  old = json.loads(json.dumps(dataclasses.asdict(RUN)))
+  new = dataclasses.asdict(RUN)
+  del old["max_length"], old["mesh"], old["rows"]["tiles"]
+  assert config_diff(old, new) == {}
+  assert config_diff({**old, "gone": 3}, new)["gone"] == ("3", "(not set)")
+
+
+def test_keys_under_their_old_names(tmp_path):
+  """A run of an older version goes on, and says nothing of them."""
+  config = json.loads(json.dumps(dataclasses.asdict(RUN)))
+  old = {**config, "watch": config["metrics"] | {"wandb": "hours"}}
+  del old["metrics"]
+  with pytest.raises(
+    UserError, match="watch is now called config.met"
+  ):
+    build_experiment(old)
+  renamed = rename_old_keys(old)
+  assert renamed["metrics"]["wandb"] == "hours" and "watch" not in renamed
+  assert build_experiment(renamed) == runs.changed(RUN, metrics__wandb="hours")
+  assert rename_old_keys({**old, **config}) == config
+  (tmp_path / "config.json").write_text(json.dumps(old))
+  assert read_config(tmp_path) == find_config(tmp_path) == renamed
+  check_workdir(RUN, tmp_path)
+
+
+def test_an_old_name_on_a_command_line(monkeypatch):
+  """The message names the key as it is called now."""
+  arguments = [
+    "train",
+    "--config=configs/demo.py",
+    "--config.watch.tensorboard=False",
+  ]
+  with pytest.raises(UserError, match=r"did you mean --config\.metrics\.tens"):
+    command._check_config(arguments)
+
+
+@pytest.mark.parametrize(
+  "key, value",
+  [
+    ("seed", -1),
+    ("steps", -5),
+    ("max_length", 0),
+    ("data.max_skipped", 1.5),
+    ("data.share_memory", 0),
+    ("data.single_image", "plan"),
+    ("read.threads", 0),
+    ("max_nonfinite", 0),
+    ("on_save_error", "ignore"),
+  ],
+)
+def test_values_out_of_range(key, value):
+  config = demo.get_config()
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(UserError, match=f"config.{key} is '?{value}"):
+    build_experiment(config.to_dict())
