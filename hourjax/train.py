@@ -39,18 +39,19 @@ _PROFILE = flags.DEFINE_string(
 
 def main(_: list[str]) -> None:
   """Runs the command."""
-  config = _CONFIG.value.to_dict()
+  config = command.given(_CONFIG).to_dict()
+  workdir = command.given(_WORKDIR)
   if _PROFILE.value is not None:
     config["metrics"]["profile_steps"] = _PROFILE.value
-  if "://" in _WORKDIR.value:
+  if "://" in workdir:
     raise UserError(
-      f"--workdir={_WORKDIR.value} is a URL; a run needs a folder: give one"
-      " that all hosts share, such as a mounted disk (see WORKSPACE.md)"
+      f"--workdir={workdir} is a URL; a run needs a folder: give one"
+      " that all hosts share, such as a mounted disk (see launch/README.md)"
     )
   experiment = build_experiment(config)
   hosts.start_hosts()
   with hosts.leaving():
-    ended_by = train(experiment, pathlib.Path(_WORKDIR.value))
+    ended_by = train(experiment, pathlib.Path(workdir))
   if ended_by == signal.SIGINT:
     sys.exit(128 + ended_by)
 
