@@ -1,12 +1,11 @@
 """Asks a model about a video.
 
-  python -m hourjax.ask --model=work/memaug/stage2 --video=film.mp4 "question"
+  python -m hourjax.ask --model=work/memaug/stage2 --video=v.mp4 "question"
 
-prints the answer as it is written, and where in the video the model looked.
+prints the answer while it is decoded, and MemAug's attention over the video.
 Without a question it is a conversation, ended by Ctrl-D; a file or pipe as
 input is read line by line. --features=x.npy takes features instead of a video,
 --images=a.jpg --images=b.jpg, or --images=a.jpg,b.jpg, images.
-
 Ends with 0; 2 on a mistake in options or questions, 130 on interrupt.
 """
 
@@ -21,13 +20,13 @@ from hourjax.inference.sampling import Sampling
 from hourjax.inference.terminal import (
   TerminalChat,
   check_options,
+  clean_exit,
   image_paths,
-  leaving,
-  shown,
+  progress_bar,
 )
 
 _MODEL = flags.DEFINE_string(
-  "model", None, "Workdir of a training run, or a folder with official names."
+  "model", None, "Workdir of a training run, or a published folder."
 )
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "If not the model's own.")
 _VIDEO = flags.DEFINE_string("video", None, "Video file to ask about.")
@@ -35,7 +34,7 @@ _FEATURES = flags.DEFINE_string(
   "features", None, "Features of a video (.npy) instead of the video."
 )
 _DURATION = flags.DEFINE_float(
-  "duration", None, "Of --features in seconds, where no feature store knows."
+  "duration", None, "Seconds of the video of --features, if no store knows."
 )
 _IMAGES = flags.DEFINE_multi_string(
   "images", [], "Images instead of a video; may be given several times."
@@ -44,35 +43,36 @@ _TOKENS = flags.DEFINE_integer(
   "max_tokens", 256, "Longest answer.", lower_bound=1
 )
 _TEMPERATURE = flags.DEFINE_float(
-  "temperature", 0.0, "0 takes the likeliest word, above draws."
+  "temperature", 0.0, "0 takes the likeliest token; above 0 one is drawn."
 )
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from this probability mass.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", 0, command.LAST_SEED)
-_REREAD = flags.DEFINE_bool(
-  "reread", False, "Read the memory again for each turn of a conversation."
-)
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draws from this probability mass.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of draws.", 0, command.LAST_SEED)
+_REREAD = flags.DEFINE_bool("reread", False, "MemAug reads at each turn.")
 _PICTURE = flags.DEFINE_string(
-  "picture", "", "PNG file: where the model looked."
+  "picture", "", "PNG file for attention over the video."
 )
 
 
-def encode_memory() -> Memory:
-  """What is asked about."""
+def _encoded_memory() -> Memory:
+  """Loads the model and encodes what the options name."""
   with progress.step("reading the model"):
     model = load(_MODEL.value, tokenizer=_TOKENIZER.value)
   if _IMAGES.value:
-    return model.see(image_paths(_IMAGES.value))
-  source = _VIDEO.value or _FEATURES.value
-  with progress.step("encoding the video"), shown("read", "frame") as show:
-    options = {"duration": _DURATION.value, "progress": show}
-    memory = model.encode_memory(source, **options)
+    return model.encode_images(image_paths(_IMAGES.value))
+  source, seconds = _VIDEO.value or _FEATURES.value, _DURATION.value
+  with (
+    progress.step("encoding the video"),
+    progress_bar("read", "frame") as bar,
+  ):
+    memory = model.encode_memory(source, duration=seconds, progress=bar)
   if memory.note:
     print(f"note: {memory.note}", file=sys.stderr)
   return memory
 
 
 def main(argv: list[str]) -> None:
-  with leaving():
+  """Runs the command."""
+  with clean_exit():
     sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _SEED.value)
     check_options(
       argv[1:],
@@ -83,16 +83,16 @@ def main(argv: list[str]) -> None:
       sampling=sampling,
       picture=_PICTURE.value,
     )
-    talk = TerminalChat(
-      encode_memory().chat(reread=_REREAD.value),
+    chat = TerminalChat(
+      _encoded_memory().chat(reread_memory=_REREAD.value),
       max_tokens=_TOKENS.value,
       sampling=sampling,
       picture=_PICTURE.value,
-      film=_VIDEO.value or "",
+      video=_VIDEO.value or "",
     )
     if len(argv) == 2:
-      talk.ask(argv[1])
-    elif talk.listen(sys.stdin):
+      chat.ask(argv[1])
+    elif chat.ask_lines(sys.stdin):
       sys.exit(2)
 
 

@@ -15,7 +15,7 @@ import pytest
 from hourjax.batch import IGNORE
 from hourjax.data import forgetting, repository, rows
 from hourjax.inference.engine import Engine
-from hourjax.inference.sampling import GREEDY, draws
+from hourjax.inference.sampling import GREEDY, row_sampling
 from hourjax.models.params import with_params
 from hourjax.parallel.mesh import MeshConfig, make_mesh
 from hourjax.training.train_step import loss_sums, token_losses
@@ -238,7 +238,7 @@ def test_prompt_logits_and_greedy_answer(name):
   expected = case.arrays["greedy_tokens"]
   for sample, tokens in zip(case.samples, expected, strict=True):
     source = sample.layout.query_source
-    known = engine.encode_memory(
+    memory = engine.encode_memory(
       sample.layout.repository,
       sample.kind,
       sample.visual,
@@ -246,23 +246,23 @@ def test_prompt_logits_and_greedy_answer(name):
     )
     # Alone, and three times in a row.
     for layouts in ([sample.layout], [sample.layout] * 3):
-      answer = _answer(engine, known, layouts, len(tokens))
+      answer = _answer(engine, memory, layouts, len(tokens))
       np.testing.assert_array_equal(answer, [tokens] * len(layouts))
 
 
-def _answer(engine, known, layouts, count):
-  writing, _ = engine.begin(known, layouts, room=count)
-  writing = engine.write(
-    writing,
-    draws(GREEDY, 0, len(writing.done)),
-    stop=[-1],
-    limit=count,
-    tokens=count,
+def _answer(engine, memory, layouts, count):
+  state, _ = engine.prefill(memory, layouts, max_tokens=count)
+  state = engine.decode(
+    state,
+    row_sampling(GREEDY, 0, len(state.done)),
+    stop_tokens=[-1],
+    max_tokens=count,
+    num_steps=count,
   )
-  assert np.asarray(writing.count)[: len(layouts)].tolist() == [count] * len(
+  assert np.asarray(state.count)[: len(layouts)].tolist() == [count] * len(
     layouts
   )
-  return np.asarray(writing.written)[: len(layouts), :count]
+  return np.asarray(state.answer)[: len(layouts), :count]
 
 
 # --- rows -------------------------------------------------------------------

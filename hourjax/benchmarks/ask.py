@@ -63,7 +63,7 @@ def measure_ask(
   second = _seconds(lambda: _first_token(memory, _SECOND), _REPEATS)
   first = _seconds(from_features, _REPEATS)
   found = {
-    "frames": memory.frames,
+    "frames": memory.num_frames,
     "film": _seconds(from_film, _REPEATS),
     "features": first,
     "second": second,

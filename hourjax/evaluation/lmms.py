@@ -259,7 +259,7 @@ class HourJax(lmms):
   def _remember(self, question: Question) -> Memory:
     visuals, subject = question.visuals, question.subject
     if not visuals:
-      return self._model.read()
+      return self._model.empty_memory()
     if len(visuals) == 1 and _is_video(visuals[0], subject):
       return self._model.encode_memory(os.fspath(visuals[0]))
     if any(_is_video(visual, subject) for visual in visuals):
@@ -268,7 +268,7 @@ class HourJax(lmms):
         "question is about one video or about images. Leave this task out"
       )
     with tempfile.TemporaryDirectory() as folder:
-      return self._model.see(
+      return self._model.encode_images(
         [_file(visual, folder, n) for n, visual in enumerate(visuals)]
       )
 

@@ -1,6 +1,4 @@
-"""The vision tower alone, compiled for one batch over all devices."""
-# MERGED hourjax.inference.tower_params:
-# Which tower extracts: a folder's, or the one that training starts from.
+"""The vision tower on the devices of this process, and its parameters."""
 
 import functools
 import hashlib
@@ -29,19 +27,20 @@ from hourjax.weights.checkpoint import load_tower
 
 TOWER = "vision/"
 _FRAMES_PER_DEVICE = 32
-_CPU_FLOPS = 10**12  # of a batch on a CPU, which has about 10^11 a second
+# FLOPs of a batch on a CPU, which computes about 10^11 a second.
+_CPU_BATCH_FLOPS = 10**12
 
 
 class Encoder:
-  """Pictures to pooled features, a fixed number at a time.
+  """Computes pooled features of frames, a fixed number at a time.
 
-  Only the tower's parameters are put on the devices of this process, whole on
-  each; the pictures of a batch are dealt out among them.
+  Every device of this process holds the whole tower, and nothing else of the
+  model. The frames of a batch are split over the devices.
 
   Attributes:
-    batch: pictures in a batch, a multiple of the number of devices.
-    image_size: side of a picture in pixels.
-    shape: (Q, V) of a picture's features.
+    batch: number of frames in a batch, a multiple of the number of devices.
+    image_size: side of a frame in pixels.
+    shape: shape (Q, V) of a frame's features.
   """
 
   def __init__(
@@ -51,16 +50,16 @@ class Encoder:
     *,
     batch_frames: int | None = None,
   ):
-    """Places the parameters and compiles.
+    """Puts the parameters on the devices and compiles the tower.
 
     Args:
-      params: by path; those of the tower are taken.
-      config: of the model.
-      batch_frames: pictures in a batch, rounded up to the devices; 32 a
-        device if not given, of a large tower on a CPU fewer.
+      params: parameters by path; those of the tower are used.
+      config: configuration of the model.
+      batch_frames: number of frames in a batch, rounded up to a multiple of
+        the devices. By default 32 a device, fewer for a large tower on a CPU.
     """
     devices = jax.local_devices()
-    wanted = batch_frames or _frames_at_once(config) * len(devices)
+    wanted = batch_frames or _default_batch(config) * len(devices)
     self.batch = -(-wanted // len(devices)) * len(devices)
     self.image_size = config.vision.image_size
     self.shape = (config.pool_side**2, config.vision.width)
@@ -70,60 +69,85 @@ class Encoder:
       (len(devices),), ("data",), (AxisType.Auto,), devices=devices
     )
     whole = NamedSharding(mesh, PartitionSpec())
-    self._dealt = NamedSharding(mesh, PartitionSpec("data"))
-    # What products use is kept cast, as they would cast it at every use.
+    self._batch_sharding = NamedSharding(mesh, PartitionSpec("data"))
+    # Kernels are cast once here; products would cast them at every use.
     placed = {
       path: jax.device_put(_cast(value, narrow_dtype(path, config)), whole)
       for path, value in params.items()
     }
     self._params = as_bits(placed, config)
 
-    def encode(params, pixels):
-      model = with_params(config, params, below=TOWER)
-      return pool_frames(model.encode(pixels), config.pool_side)
-
     side = self.image_size
     pixels = jax.ShapeDtypeStruct(
-      (self.batch, side, side, 3), np.uint8, sharding=self._dealt
+      (self.batch, side, side, 3), np.uint8, sharding=self._batch_sharding
     )
-    jitted = jax.jit(encode, out_shardings=self._dealt)
     with progress.step("compiling the vision tower"):
-      self._encode = jitted.lower(self._params, pixels).compile()
+      lowered = _encode.lower(
+        self._params, pixels, config=config, sharding=self._batch_sharding
+      )
+      self._encode = lowered.compile()
 
   def __call__(
     self, pixels: UInt8[np.ndarray, "{self.batch} h w 3"]
   ) -> Float[Array, "{self.batch} Q V"]:
-    """Starts encoding a batch and returns at once.
+    """Starts encoding a batch, and returns before it is done.
 
     Args:
-      pixels: not to be changed afterwards, they may be read late.
+      pixels: frames, uint8. They must not be changed afterwards, since the
+        devices may read them later.
+
+    Returns:
+      Features in the compute dtype, on the devices.
     """
-    return self._encode(self._params, jax.device_put(pixels, self._dealt))
+    return self._encode(
+      self._params, jax.device_put(pixels, self._batch_sharding)
+    )
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """Of the parameters as they were given, 16 hex digits."""
+    """Returns a fingerprint of the given parameters, 16 hex digits."""
     params, self._source = self._source, {}
     return _fingerprint(params)
 
 
-def _cast(value, dtype):
+# Compiled once a process for a configuration and a batch size, not for each
+# encoder.
+@functools.partial(jax.jit, static_argnames=("config", "sharding"))
+def _encode(
+  params: Mapping[str, Array],
+  pixels: Array,
+  *,
+  config: ModelConfig,
+  sharding: NamedSharding,
+) -> Array:
+  """Computes the pooled features [N, Q, V] of a batch of frames."""
+  model = with_params(config, params, below=TOWER)
+  features = pool_frames(model.encode(pixels), config.pool_side)
+  return jax.lax.with_sharding_constraint(features, sharding)
+
+
+def _cast(value: Array | np.ndarray, dtype: np.dtype) -> Array | np.ndarray:
+  """Returns an array in a dtype; copies it only if it has another one."""
   if isinstance(value, jax.Array) and value.dtype == dtype:
     return value
   return np.asarray(value).astype(dtype, copy=False)
 
 
-def _frames_at_once(config: ModelConfig) -> int:
-  """On a CPU as many as take it some seconds, so that progress can be told."""
+def _default_batch(config: ModelConfig) -> int:
+  """Returns the frames of a batch on one device.
+
+  A CPU gets as many as take it some seconds, so that progress can be shown.
+  """
   if jax.default_backend() != "cpu":
     return _FRAMES_PER_DEVICE
   vision = config.vision
   layer = 4 * vision.width**2 + 2 * vision.width * vision.mlp
   flops = 2 * vision.layers * layer * vision.side**2
-  return int(min(max(_CPU_FLOPS // flops, 1), _FRAMES_PER_DEVICE))
+  return int(min(max(_CPU_BATCH_FLOPS // flops, 1), _FRAMES_PER_DEVICE))
 
 
 def _fingerprint(params: Mapping[str, Array | np.ndarray]) -> str:
+  """Returns a fingerprint of parameters, whatever their order and dtype."""
   digest = hashlib.sha256()
   for path in sorted(params):
     value = np.ascontiguousarray(params[path], np.float32)

@@ -1,14 +1,14 @@
-"""A bounded queue between threads that can be closed and keeps time."""
-# MERGED hourjax.inference.streaming:
-# Videos to the feature store, frames in flight only.
-#
-#     decoding threads -> frames -> this thread -> features -> writing thread
-#     (a video each)      (bounded)  (batches)      (bounded)  (one file a vide
-#
-# A batch is filled with frames of whichever videos come, so short videos do no
-# waste it. Every stage runs beside the others; bounded channels between them
-# hold the memory down. A video that fails on the way ends in an outcome with t
-# reason; its frames in a batch are dropped and its file never appears.
+"""Streaming extraction: videos to feature files with few frames in memory.
+
+    decoding threads -> frames    -> this thread -> features -> writing thread
+    (one video each)    (bounded)    (batches)      (bounded)   (a file a video)
+
+A batch is filled with frames of whichever videos come, so short videos do not
+leave it half empty. All stages run at the same time. The queues between them
+are bounded, which bounds the memory: a decoding thread waits while its frames
+are not wanted yet. A video that fails on the way has an outcome with the
+reason; its frames in a batch are dropped, and its file never appears.
+"""
 
 import collections
 import dataclasses
@@ -16,7 +16,7 @@ import os
 import pathlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,45 +28,61 @@ from hourjax.data.store.features import FeatureStore
 from hourjax.errors import UserError
 from hourjax.extraction.encoder import Encoder
 
+_CHUNK_BYTES = 4 * 2**20  # decoded frames that are handed on together
+_QUEUE_BYTES = 96 * 2**20  # decoded frames that wait for the encoder
+_ENCODED_BATCHES = 2  # on the devices, or waiting to be written
+# A finished video waits this many seconds for others to fill its batch.
+_BATCH_SECONDS = 2.0
 
-class ClosedError(Exception):
-  """The other side has gone."""
+
+class QueueClosedError(Exception):
+  """Signals that the thread at the other end of a queue has ended."""
 
 
-class Channel:
-  """First in, first out, at most `capacity` items.
+class BoundedQueue:
+  """Passes items between threads, first in first out, a few at a time.
+
+  Unlike `queue.Queue` it can be closed, which wakes all threads that wait, and
+  it measures the time for which its reader waits.
 
   Attributes:
-    waited: seconds that `get` has waited for an item.
+    waited: seconds for which `get` has waited for an item.
   """
 
   def __init__(self, capacity: int):
+    """Makes an empty queue of at most `capacity` items."""
     self.waited = 0.0
     self._capacity, self._closed = capacity, False
-    self._items = collections.deque()
+    self._items: collections.deque[Any] = collections.deque()
     self._changed = threading.Condition()
 
   def put(self, item: Any) -> None:
-    """Appends once there is room.
+    """Appends an item, once there is room.
+
+    Args:
+      item: the item.
 
     Raises:
-      ClosedError: the channel is closed.
+      QueueClosedError: the queue is closed.
     """
     with self._changed:
       self._changed.wait_for(
         lambda: self._closed or len(self._items) < self._capacity
       )
       if self._closed:
-        raise ClosedError
+        raise QueueClosedError
       self._items.append(item)
       self._changed.notify_all()
 
   def get(self, deadline: float | None = None) -> Any:
-    """Takes the first item once there is one.
+    """Takes the first item, once there is one.
+
+    Args:
+      deadline: time of `time.monotonic` until which to wait; None is for ever.
 
     Raises:
-      ClosedError: the channel is closed, whatever it still holds.
-      TimeoutError: none came until `deadline` (of `time.monotonic`).
+      QueueClosedError: the queue is closed, even if it still held items.
+      TimeoutError: there was no item until the deadline.
     """
     start = time.monotonic()
     timeout = None if deadline is None else max(0.0, deadline - start)
@@ -74,33 +90,29 @@ class Channel:
       self._changed.wait_for(lambda: self._closed or self._items, timeout)
       self.waited += time.monotonic() - start
       if self._closed:
-        raise ClosedError
+        raise QueueClosedError
       if not self._items:
         raise TimeoutError
       self._changed.notify_all()
       return self._items.popleft()
 
   def close(self) -> None:
-    """Drops what is held and wakes everybody."""
+    """Drops all items and wakes all threads that wait."""
     with self._changed:
       self._closed = True
       self._items.clear()
       self._changed.notify_all()
 
 
-_CHUNK_BYTES = 4 * 2**20  # of frames handed on at a time
-_WAITING_BYTES = 96 * 2**20  # of frames decoded ahead
-_BATCHES = 2  # on the devices or waiting to be written
-# A finished video waits this many seconds for others to fill its batch.
-_PATIENCE = 2.0
-
-
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """How a video ended: stored, or not for a reason.
+  """Tells how the extraction of one video ended.
 
   Attributes:
-    share: of the frames of a stored one, that could be read.
+    name: name of the video.
+    stored: what was stored; None if the video failed.
+    reason: why it failed.
+    share: fraction of its frames that could be decoded, if it was stored.
   """
 
   name: str
@@ -109,8 +121,17 @@ class Outcome:
   share: float = 1.0
 
 
-@dataclasses.dataclass(eq=False)  # told apart by identity
+@dataclasses.dataclass(eq=False)  # two jobs are never equal
 class _Job:
+  """Holds the state of one video that is being extracted.
+
+  Attributes:
+    name: name of the video.
+    writer: writer of its file, once its first frames are decoded.
+    reason: why it failed; "" as long as it has not.
+    reading: counts the frames that could be decoded.
+  """
+
   name: str
   writer: FeatureWriter | None = None
   reason: str = ""
@@ -119,27 +140,32 @@ class _Job:
 
 @dataclasses.dataclass
 class _Batch:
-  """Frames of one encoder call, and what is to be done with each run.
+  """Collects the frames of one encoder call.
 
-  Once a video ends in it, it waits for more frames until `deadline` at most.
+  Attributes:
+    pixels: the frames.
+    used: how many there are so far.
+    deadline: when the batch is encoded even if it is not full. It is set when
+      a video ends in the batch, so that its file does not wait for long.
+    parts: (job, first, end) for frames of a video, (job, None, None) for the
+      end of a video.
   """
 
   pixels: np.ndarray
   used: int = 0
   deadline: float | None = None
-  # (job, first, end) are frames of a video, (job, None, None) is its end.
   parts: list[tuple[_Job, int | None, int | None]] = dataclasses.field(
     default_factory=list
   )
 
 
-class Stream:
-  """One run over a list of videos.
+class StreamingExtractor:
+  """Extracts the features of a list of videos, once.
 
   Attributes:
-    frames: encoded and written so far.
-    encoding, writing: seconds the writing thread has waited for the devices,
-      and has written.
+    frames: number of frames that are encoded and written so far.
+    encoding_seconds: time that the writing thread has waited for the devices.
+    writing_seconds: time that it has written.
   """
 
   def __init__(
@@ -149,80 +175,87 @@ class Stream:
     root: str | os.PathLike,
     store: FeatureStore,
     encoder: Encoder,
-    done: Callable[[Outcome], None],
+    on_outcome: Callable[[Outcome], None],
     threads: int = 1,
     min_share: float = MIN_SHARE,
   ):
-    """Prepares; `run` does it.
+    """Prepares an extraction; `run` does it.
 
     Args:
-      names: of the videos, below `root`.
-      root: folder of videos.
-      store: where arrays go; its index is left to `done`.
-      encoder: of frames.
-      done: told of every video as it ends, in the writing thread.
-      threads: videos decoded at a time.
-      min_share: of a video's frames, that must be read for it to be stored.
+      names: names of the videos, paths below `root`.
+      root: folder of the videos.
+      store: where features are written. Its index is left to `on_outcome`.
+      encoder: the vision tower.
+      on_outcome: called with every video as it ends, in the writing thread.
+      threads: number of videos that are decoded at a time.
+      min_share: fraction of a video's frames that must be decoded for it to be
+        stored.
     """
     self._min_share = min_share
-    self.frames, self.encoding, self.writing = 0, 0.0, 0.0
+    self.frames = 0
+    self.encoding_seconds, self.writing_seconds = 0.0, 0.0
     self._names, self._root = list(names), pathlib.Path(root)
-    self._store, self._encoder, self._done = store, encoder, done
+    self._store, self._encoder = store, encoder
+    self._on_outcome = on_outcome
     self._threads = max(1, min(threads, len(self._names)))
-    size = 3 * encoder.image_size**2
-    self._chunk = max(1, min(encoder.batch, _CHUNK_BYTES // size))
-    ahead = max(2, _WAITING_BYTES // (self._chunk * size))
-    self._decoded, self._encoded = Channel(ahead), Channel(_BATCHES)
+    frame_bytes = 3 * encoder.image_size**2
+    self._chunk = max(1, min(encoder.batch, _CHUNK_BYTES // frame_bytes))
+    chunks = max(2, _QUEUE_BYTES // (self._chunk * frame_bytes))
+    self._decoded = BoundedQueue(chunks)
+    self._encoded = BoundedQueue(_ENCODED_BATCHES)
     self._jobs = map(_Job, self._names)
-    self._open: set[_Job] = set()
+    self._unfinished: set[_Job] = set()
     self._lock = threading.Lock()
     self._error: BaseException | None = None
 
   @property
-  def starved(self) -> float:
-    """Seconds the encoder has waited for decoded frames."""
+  def decoding_seconds(self) -> float:
+    """Returns the time that the encoder has waited for decoded frames."""
     return self._decoded.waited
 
   def run(self) -> None:
     """Takes every video to its outcome.
 
-    Whatever ends it early, nothing half-written is left in the store.
+    However it ends, no file that is written in part is left in the store.
 
     Raises:
       OSError: the store cannot be written, e.g. the disk is full.
     """
     threads = [
-      threading.Thread(target=self._guard, args=(work,), daemon=True)
-      for work in [self._write] + [self._decode] * self._threads
+      threading.Thread(target=self._run_stage, args=(stage,), daemon=True)
+      for stage in [self._write] + [self._decode] * self._threads
     ]
     try:
       for thread in threads:
         thread.start()
-      self._fill_batches()
+      self._encode()
       threads[0].join()
-    except ClosedError:
+    except QueueClosedError:
       pass  # another thread failed; its error is raised below
     finally:
       self._decoded.close()
       self._encoded.close()
       for thread in threads:
         thread.join()
-      for job in self._open:
-        job.writer.abandon()
+      for job in self._unfinished:
+        if job.writer:
+          job.writer.abandon()
     if self._error:
       raise self._error
 
-  def _guard(self, work):
+  def _run_stage(self, stage: Callable[[], None]) -> None:
+    """Runs a stage in its thread; an error ends all other stages."""
     try:
-      work()
-    except ClosedError:
+      stage()
+    except QueueClosedError:
       pass
     except BaseException as error:
       self._error = self._error or error
       self._decoded.close()
       self._encoded.close()
 
-  def _decode(self):
+  def _decode(self) -> None:
+    """Decodes one video after the other: the stage of the decoding threads."""
     for job in iter(self._next_job, None):
       frames = self._frames(job)
       while not job.reason:
@@ -237,8 +270,8 @@ class Stream:
     with self._lock:
       return next(self._jobs, None)
 
-  def _frames(self, job: _Job) -> Iterator[np.ndarray]:
-    """Chunks of a video; a bad file ends it early and sets the reason."""
+  def _frames(self, job: _Job) -> Generator[np.ndarray, None, None]:
+    """Yields chunks of frames; a damaged file ends them and sets the reason."""
     path = self._root / job.name
     try:
       info = probe(path)
@@ -261,7 +294,7 @@ class Stream:
       job.name, len(indices), self._encoder.shape, duration
     )
     with self._lock:
-      self._open.add(job)
+      self._unfinished.add(job)
     yield first
     while True:
       try:
@@ -273,8 +306,9 @@ class Stream:
         return
       yield chunk
 
-  def _fill_batches(self):
-    batch, ended = self._batch(), 0
+  def _encode(self) -> None:
+    """Fills batches with decoded frames and starts the encoder on each."""
+    batch, ended = self._empty_batch(), 0
     while ended < len(self._names):
       try:
         job, chunk = self._decoded.get(batch.deadline)
@@ -283,7 +317,7 @@ class Stream:
         continue
       if chunk is None:
         batch.parts.append((job, None, None))
-        batch.deadline = batch.deadline or time.monotonic() + _PATIENCE
+        batch.deadline = batch.deadline or time.monotonic() + _BATCH_SECONDS
         ended += 1
         if not batch.used:
           batch = self._dispatch(batch)
@@ -299,54 +333,61 @@ class Stream:
     self._dispatch(batch)
     self._encoded.put(None)
 
-  def _batch(self) -> _Batch:
+  def _empty_batch(self) -> _Batch:
     side = self._encoder.image_size
     return _Batch(np.zeros((self._encoder.batch, side, side, 3), np.uint8))
 
   def _dispatch(self, batch: _Batch) -> _Batch:
-    """Sends a batch on; the devices work while the next one is filled."""
+    """Starts encoding a batch, and returns an empty one to fill meanwhile."""
     if not batch.parts:
       return batch
     features = self._encoder(batch.pixels) if batch.used else None
     self._encoded.put((features, batch.parts))
-    return self._batch()
+    return self._empty_batch()
 
-  def _write(self):
+  def _write(self) -> None:
+    """Writes the features of batches: the stage of the writing thread."""
     for features, parts in iter(self._encoded.get, None):
       start = time.monotonic()
-      host = None if features is None else np.asarray(features)
-      waited = time.monotonic()
-      self.encoding += waited - start
+      on_host = None if features is None else np.asarray(features)
+      copied = time.monotonic()
+      self.encoding_seconds += copied - start
       for job, first, end in parts:
         if first is None:
           self._finish(job)
-        elif not job.reason:
-          self._add(job, host[first:end])
-      self.writing += time.monotonic() - waited
+        elif not job.reason and on_host is not None:
+          self._add(job, on_host[first:end])
+      self.writing_seconds += time.monotonic() - copied
 
-  def _add(self, job: _Job, features: np.ndarray):
+  def _add(self, job: _Job, features: np.ndarray) -> None:
+    """Writes features of a video; if they are not finite the video fails."""
+    assert job.writer is not None  # `_frames` makes it before its first frame
     try:
       job.writer.add(features)
       self.frames += len(features)
     except UserError as error:
       job.reason = str(error)
 
-  def _finish(self, job: _Job):
+  def _finish(self, job: _Job) -> None:
+    """Completes or drops the file of a video, and reports the outcome."""
     with self._lock:
-      self._open.discard(job)
-    if job.writer and not job.reason:
+      self._unfinished.discard(job)
+    writer = job.writer
+    if writer and not job.reason:
       try:
-        job.writer.finish()
+        writer.finish()
       except UserError as error:
         job.reason = str(error)
-    elif job.writer:
-      job.writer.abandon()
-    stored = None if job.reason else job.writer.stored
-    self._done(Outcome(job.name, stored, job.reason, job.reading.share))
+    elif writer:
+      writer.abandon()
+    stored = writer.stored if writer and not job.reason else None
+    self._on_outcome(Outcome(job.name, stored, job.reason, job.reading.share))
 
 
 def _reason(error: Exception) -> str:
+  """Returns why a video cannot be decoded."""
   if isinstance(error, UserError):
     return str(error)
-  # A file so odd that the decoder's own checks miss it fails alone.
+  # The decoder's own checks miss some damage. That fails the one video, not
+  # the whole run.
   return f"decoding fails ({type(error).__name__}: {error}); fetch it again"

@@ -1,4 +1,4 @@
-"""Which videos a process extracts."""
+"""The list of videos below a folder, and each worker's part of it."""
 
 import collections
 import os
@@ -15,24 +15,25 @@ SUFFIXES = frozenset(
   | {".ts", ".m2ts", ".m2t", ".mts", ".tp", ".trp", ".mpg", ".mpeg", ".mpe"}
   | {".vob", ".m1v", ".m2v", ".mpv", ".ogv", ".ogm", ".rm", ".wtv", ".dv"}
 )
-_NAMED = 8  # endings, or links, that are told by name
+_NAMED = 8  # file endings, or links, that a note names
 
 
 def find_videos(
   root: str | os.PathLike, names: str | os.PathLike | None = None
 ) -> list[str]:
-  """Names of the videos below a folder, sorted; they are relative paths.
+  """Returns the names of the videos below a folder, sorted.
+
+  Names are paths relative to the folder. Files that are left out for their
+  ending, and videos that links place outside of the folder, are reported by
+  one printed line each.
 
   Args:
     root: folder, searched with its subfolders; hidden files and folders are
       left out.
-    names: file with one name a line, which are taken instead of a search.
-
-  What a search leaves out for its ending, and what it finds outside of the
-  folder by links, is printed.
+    names: file with one name a line. These are taken instead of a search.
 
   Raises:
-    UserError: no folder, no videos, or a name that leads out of the folder.
+    UserError: there is no folder, no video, or a name leads out of the folder.
   """
   if not os.fspath(root):
     raise UserError("the folder of videos is empty text; give a folder")
@@ -55,10 +56,17 @@ def find_videos(
 
 
 def worker_slice(names: list[str], index: int, count: int) -> list[str]:
-  """The names of worker `index` of `count`; all workers' are all names.
+  """Returns the names of one worker: number i, i + n, i + 2n, ...
+
+  Every name belongs to exactly one worker.
+
+  Args:
+    names: names of all videos.
+    index: number i of the worker.
+    count: number n of workers.
 
   Raises:
-    UserError: no such worker.
+    UserError: the index is not below the count.
   """
   if not 0 <= index < count:
     raise UserError(
@@ -68,10 +76,13 @@ def worker_slice(names: list[str], index: int, count: int) -> list[str]:
 
 
 def parse_worker(text: str) -> tuple[int, int]:
-  """ "2/8" to (2, 8).
+  """Parses a worker's index and count: "2/8" becomes (2, 8).
+
+  Args:
+    text: value of --worker.
 
   Raises:
-    UserError: not of that form, or no such worker.
+    UserError: the text has another form, or the index is not below the count.
   """
   index, slash, count = text.partition("/")
   numbers = slash and index.isdecimal() and count.isdecimal()
@@ -82,18 +93,23 @@ def parse_worker(text: str) -> tuple[int, int]:
 
 
 def walk_videos(folder: pathlib.Path) -> Iterator[str]:
-  """Yields the paths of all videos below a folder, relative to it, as POSIX.
+  """Yields the paths of all videos below a folder, relative and in POSIX form.
 
-  Each under its own path first: a link to a folder already seen is passed
-  over. Hidden files and folders are left out.
+  Real folders are searched before linked ones, and a link to a folder that has
+  been searched is left out: so a video that is in the folder itself has the
+  path without links. Hidden files and folders are left out.
+
+  Args:
+    folder: the folder.
   """
   yield from _Walk(folder).videos()
 
 
 class _Walk:
-  """A search below a folder, and what it passed by."""
+  """Searches a folder, and counts what it leaves out."""
 
   def __init__(self, folder: pathlib.Path):
+    """Prepares a search of the folder."""
     self._folder = folder
     self._real = os.path.realpath(folder)
     self._endings: collections.Counter[str] = collections.Counter()
@@ -102,7 +118,8 @@ class _Walk:
 
   def videos(self) -> Iterator[str]:
     """Yields as `walk_videos` does."""
-    seen, waiting = set(), [str(self._folder)]
+    seen: set[str] = set()
+    waiting = [str(self._folder)]
     while waiting:
       for here, folders, files in os.walk(waiting.pop(0)):
         real = os.path.realpath(here)
@@ -118,14 +135,18 @@ class _Walk:
             yield from self._file(pathlib.Path(here, name), real)
 
   def notes(self, found: int) -> Iterator[str]:
-    """Yields what a user should know of the search."""
+    """Yields lines that tell a user what was left out or linked.
+
+    Args:
+      found: number of videos that were found.
+    """
     if self._endings:
       total = sum(self._endings.values())
       names = [
         f"{e or 'none'} {n}" for e, n in self._endings.most_common(_NAMED)
       ]
       more = ", ..." if len(self._endings) > _NAMED else ""
-      # A folder of frames cannot be told from one of images.
+      # Nothing tells a folder of frames from a folder of images.
       frames = frame_folder.ENDINGS.intersection(self._endings)
       hint = "; name folders of frames with --names" if frames else ""
       yield (
@@ -147,7 +168,7 @@ class _Walk:
       )
 
   def _below(self, link: str) -> bool:
-    """Whether a link may be followed: not to a folder above."""
+    """Returns whether a link may be followed: not to a folder above."""
     target = os.path.realpath(link)
     if os.path.commonpath([target, self._real]) != target:
       return True
@@ -156,6 +177,12 @@ class _Walk:
     return False
 
   def _file(self, path: pathlib.Path, real: str) -> Iterator[str]:
+    """Yields a file's name if it is a video.
+
+    Args:
+      path: the file.
+      real: path of its folder without links.
+    """
     name = path.relative_to(self._folder).as_posix()
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -169,6 +196,7 @@ class _Walk:
 
 
 def _listed(path: str | os.PathLike) -> list[str]:
+  """Reads the names in a file, one a line."""
   try:
     lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
   except (OSError, UnicodeDecodeError) as error:

@@ -1,8 +1,9 @@
-"""Videos to stored tower features: one process's share, with its ledger."""
+"""Extraction in one worker process: its videos, its index, its report."""
 
 import os
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,12 +14,12 @@ from hourjax.data.media.video import MIN_SHARE
 from hourjax.data.records.record import Skipped
 from hourjax.data.store.features import FeatureStore
 from hourjax.extraction.encoder import Encoder
-from hourjax.extraction.streaming import Outcome, Stream
+from hourjax.extraction.streaming import Outcome, StreamingExtractor
 from hourjax.extraction.video_list import find_videos, worker_slice
 from hourjax.jsonl import JsonlWriter
 from hourjax.models.config import ModelConfig
 
-_MOST_THREADS = 64
+_MAX_THREADS = 64
 
 
 def extract_videos(
@@ -33,98 +34,111 @@ def extract_videos(
   names: str | os.PathLike | None = None,
   min_share: float = MIN_SHARE,
 ) -> list[Skipped]:
-  """Encodes every video of a folder that the store does not hold yet.
+  """Extracts the features of all videos that the store does not hold yet.
 
-  Of the sorted names, process i of n takes i, i + n, ... A killed run loses
-  the videos in hand: those being decoded, one a thread, or waiting up to two
-  seconds for their batch to fill.
+  Of the sorted names, worker i of n takes number i, i + n, i + 2n, ... A run
+  that is killed loses the videos in work: those that are being decoded, one a
+  thread, and those that wait up to two seconds for their batch to fill.
 
   Args:
-    params: of the model; only the tower is used.
-    config: of the model.
+    params: parameters by path; those of the tower are used.
+    config: configuration of the model.
     videos: folder, searched with its subfolders.
     out: root of the feature store, a folder or URL.
-    batch_frames: frames encoded at a time over all devices of this process;
-      32 a device if not given.
-    threads: videos decoded at a time; one a core if not given, 64 at most.
-    worker: (i, n); as in the JAX cluster if not given.
-    names: file with one name a line; only these are taken.
-    min_share: of a damaged video's frames, that must be read for it to be
-      stored, from 0 to 1.
+    batch_frames: frames that are encoded at a time, over all devices of this
+      process. By default 32 a device.
+    threads: videos that are decoded at a time. By default one a core, at most
+      64.
+    worker: (i, n). By default the process's index in the JAX cluster.
+    names: file with one name a line; only these videos are taken.
+    min_share: fraction of a damaged video's frames that must be decoded for it
+      to be stored, from 0 to 1.
 
   Returns:
-    Videos that could not be read, with the reason; they are also in the
-    store's `failures-<i>.jsonl`, and are tried again by the next run. Those
-    that were read in part are there too, and with their share in the index.
+    Videos that failed, with the reason. They are also in the store's
+    `failures-<i>.jsonl`, and the next run tries them again. Videos that were
+    decoded in part are in that file too, and in the index with the fraction.
 
   Raises:
-    UserError: no videos, or a store of another tower.
+    UserError: there are no videos, or the store has another tower's features.
     OSError: the store cannot be written, e.g. the disk is full.
   """
   index, count = worker or (jax.process_index(), jax.process_count())
   with progress.step("looking for videos"):
-    share = worker_slice(find_videos(videos, names), index, count)
+    own = worker_slice(find_videos(videos, names), index, count)
   store = FeatureStore(out, create=True, worker=index)
   with store.temp_files.locked():
     failures = JsonlWriter(store.storage, f"failures-{index:05d}.jsonl", [])
     failures.open()
-    todo = [name for name in share if name not in store]
+    todo = [name for name in own if name not in store]
     if not todo:
-      print(f"all {len(share)} videos are in {store.root}")
+      print(f"all {len(own)} videos are in {store.root}")
       return []
     encoder = Encoder(params, config, batch_frames=batch_frames)
     store.claim(encoder.fingerprint, encoder.shape)
-    report = _Report(len(share), len(todo), store, failures)
-    stream = Stream(
+    report = _Report(len(own), len(todo), store, failures)
+    extractor = StreamingExtractor(
       todo,
       root=videos,
       store=store,
       encoder=encoder,
-      done=report.done,
-      threads=threads or min(_MOST_THREADS, os.cpu_count() or 1),
+      on_outcome=report.add,
+      threads=threads or min(_MAX_THREADS, os.cpu_count() or 1),
       min_share=min_share,
     )
-    report.watch(stream)
+    report.run(extractor)
     return report.failed
 
 
 class _Report:
-  """Index, ledger, bar and last words of one run."""
+  """Records the outcomes of a run, and reports them while it goes on.
+
+  Attributes:
+    failed: videos that failed so far, with the reason.
+  """
 
   def __init__(
-    self, share: int, todo: int, store: FeatureStore, failures: JsonlWriter
+    self, videos: int, todo: int, store: FeatureStore, failures: Lines
   ):
+    """Starts a report.
+
+    Args:
+      videos: number of this worker's videos.
+      todo: number of those that are not stored yet.
+      store: the feature store, whose index is written.
+      failures: the file of failed and damaged videos.
+    """
     self.failed: list[Skipped] = []
-    self._parts: dict[str, float] = {}  # videos read in part, their shares
-    self._share, self._todo = share, todo
+    self._shares: dict[str, float] = {}  # of videos that are damaged in part
+    self._videos, self._todo = videos, todo
     self._store, self._failures = store, failures
-    self._stored, self._seconds = 0, 0.0
+    self._stored, self._video_seconds = 0, 0.0
     self._start = time.monotonic()
 
-  def watch(self, stream: Stream) -> None:
-    """Runs the stream; however it ends, says how far it came."""
-    self._stream = stream
+  def run(self, extractor: StreamingExtractor) -> None:
+    """Runs the extraction, and prints a summary however it ends."""
+    self._extractor = extractor
     with progress.bar(self._todo, unit="video", desc="extract") as self._bar:
       try:
-        stream.run()
+        extractor.run()
       finally:
         self._bar.close()
         print(self._summary(), flush=True)
-        for name, share in self._parts.items():
+        for name, share in self._shares.items():
           print(f"  read in part {_printable(name)}: {share:.2%} of its frames")
         for item in self.failed:
           print(f"  failed {_printable(item.id)}: {_printable(item.reason)}")
 
-  def done(self, outcome: Outcome) -> None:
-    """Makes a stored video count, or enters the reason into the ledger."""
+  def add(self, outcome: Outcome) -> None:
+    """Enters a stored video into the index, or a failed one's reason."""
     if outcome.stored:
-      part = (outcome.share,) if outcome.share < 1 else ()
-      self._store.record(outcome.name, outcome.stored, *part)
+      damaged = (outcome.share,) if outcome.share < 1 else ()
+      self._store.record(outcome.name, outcome.stored, *damaged)
       self._stored += 1
-      self._seconds += outcome.stored.duration
+      self._video_seconds += outcome.stored.duration
       if outcome.share < 1:
-        self._parts[outcome.name] = outcome.share
-        self._failures.add(part_row(outcome))
+        self._shares[outcome.name] = outcome.share
+        self._failures.add(damaged_row(outcome))
     else:
       self._failures.add({"file": outcome.name, "reason": outcome.reason})
       self.failed.append(Skipped(outcome.name, outcome.reason))
@@ -136,44 +150,48 @@ class _Report:
     self._bar.update()
 
   def _summary(self) -> str:
-    there = self._share - self._todo
-    parts = f" {len(self._parts)} read in part," if self._parts else ""
+    before = self._videos - self._todo
+    parts = f" {len(self._shares)} read in part," if self._shares else ""
     return (
-      f"{there + self._stored} of {self._share} videos in {self._store.root}"
-      f" ({there} were there),{parts} {len(self.failed)} failed;"
+      f"{before + self._stored} of {self._videos} videos in {self._store.root}"
+      f" ({before} were there),{parts} {len(self.failed)} failed;"
       f" {self._hours()} of"
-      f" video, {self._stream.frames} frames, {self._rate()}; the limit was"
+      f" video, {self._extractor.frames} frames, {self._rate()}; the limit was"
       f" {self._limit()}"
     )
 
   def _hours(self) -> str:
-    return f"{self._seconds / 3600:.2f} h"
+    return f"{self._video_seconds / 3600:.2f} h"
 
   def _rate(self) -> str:
     spent = max(time.monotonic() - self._start, 1e-9)
-    return f"{self._stream.frames / spent:.0f} frames/s"
+    return f"{self._extractor.frames / spent:.0f} frames/s"
 
   def _limit(self) -> str:
-    """The stage that others waited for, and their share of the time."""
+    """Returns the slowest stage, and how long the others waited for it."""
     spent = max(time.monotonic() - self._start, 1e-9)
     waits = {
-      "decode": self._stream.starved,
-      "encode": self._stream.encoding,
-      "write": self._stream.writing,
+      "decode": self._extractor.decoding_seconds,
+      "encode": self._extractor.encoding_seconds,
+      "write": self._extractor.writing_seconds,
     }
     stage = max(waits, key=waits.__getitem__)
     return f"{stage} ({min(1.0, waits[stage] / spent):.0%})"
 
 
-def part_row(outcome: Outcome) -> dict:
-  """The ledger's line of a stored video of which some frames are damaged."""
+def damaged_row(outcome: Outcome) -> dict[str, Any]:
+  """Returns the row of the failures file for a video that is damaged in part.
+
+  Args:
+    outcome: outcome of a video that is stored.
+  """
   reason = (
     f"stored, but only {outcome.share:.2%} of its frames could be read; the"
-    " nearest pictures stand in for the others"
+    " nearest frames stand in for the others"
   )
   return {"file": outcome.name, "share": outcome.share, "reason": reason}
 
 
 def _printable(text: str) -> str:
-  # Names on a disk need not be UTF-8.
+  """Returns a text that can be printed: names on a disk need not be UTF-8."""
   return text.encode(errors="backslashreplace").decode()

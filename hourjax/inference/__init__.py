@@ -1,1 +1,1 @@
-"""From videos to features and from questions to answers."""
+"""Asking a model: encode a memory, read prompts, decode answers."""

@@ -1,17 +1,18 @@
-"""Rows of memories and prompts on the devices, in few different shapes."""
+"""The engine: a model on a mesh that encodes memories and decodes answers."""
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 from jaxtyping import Float32, Int
+from tqdm import tqdm
 
 from hourjax import progress
+from hourjax.batch import Batch
 from hourjax.data.layout import Layout
 from hourjax.data.repository import Repository
 from hourjax.data.rows import (
@@ -25,7 +26,7 @@ from hourjax.data.rows import (
 from hourjax.data.sequence_sharding import deal
 from hourjax.errors import UserError
 from hourjax.inference import steps
-from hourjax.inference.sampling import Draw
+from hourjax.inference.sampling import RowSampling
 from hourjax.models.attention import KeysValues
 from hourjax.models.config import ModelConfig
 from hourjax.models.params import (
@@ -37,47 +38,54 @@ from hourjax.models.params import (
 from hourjax.parallel.rules import param_shardings
 from hourjax.training.batch_sharding import BatchSharding
 
-_SLOW = 10**9  # parameters on a CPU
-_LEAST = 128  # of every capacity: whole tiles, and divided by many meshes
+# On a CPU, a model of this many parameters takes seconds a layer.
+_SLOW_PARAMETERS = 10**9
+# Capacities are multiples of this: whole tiles that many meshes divide.
+_CAPACITY_STEP = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedMemory:
-  """A memory that prompts can be asked about.
+  """Holds a memory cache, and which memory tokens lie where in it.
+
+  Without arguments: the memory of a prompt of text alone, which has no tokens.
 
   Attributes:
-    arrays: on the devices; None where there is nothing to see.
-    kept: memory tokens of `arrays.kept`, in that order.
-    room: capacity of `arrays.kept`.
-    places: for each place of `arrays.segment` its token's number in the
-      memory; -1 is padding.
+    cache: arrays on the devices; None for an empty memory.
+    kept: indices of the memory tokens of `cache.kept`, in its order.
+    kept_capacity: length of `cache.kept`, padding included.
+    token_index: index of the memory token at each place of `cache.segment`,
+      which sequence sharding reorders; -1 is padding.
   """
 
-  arrays: steps.MemoryCache | None = None
+  cache: steps.MemoryCache | None = None
   kept: np.ndarray = dataclasses.field(
     default_factory=lambda: np.zeros(0, np.int32)
   )
-  room: int = 0
-  places: np.ndarray = dataclasses.field(
+  kept_capacity: int = 0
+  token_index: np.ndarray = dataclasses.field(
     default_factory=lambda: np.zeros(0, np.int32)
   )
 
 
-class _Layers:
-  """A bar over layers that have read a prompt.
+class _LayerProgress:
+  """Shows a bar over the layers that have read a prompt.
 
-  One for the process, as compiled programs know whom they call.
+  There is one object for the process, since a compiled program keeps the
+  callback that it was traced with.
   """
 
-  def __init__(self):
-    self._bar = None
+  def __init__(self) -> None:
+    self._bar: tqdm | None = None
 
   def __call__(self) -> None:
+    """Counts one layer."""
     if self._bar is not None:
       self._bar.update(1)
 
   @contextlib.contextmanager
-  def shown(self, layers: int) -> Iterator[None]:
+  def over(self, layers: int) -> Iterator[None]:
+    """Shows the bar, over so many layers, while the context lasts."""
     with progress.bar(
       layers, unit="layer", desc="reading the question"
     ) as self._bar:
@@ -87,19 +95,21 @@ class _Layers:
         self._bar = None
 
 
-_LAYERS = _Layers()
+_LAYER_PROGRESS = _LayerProgress()
 
 
 class Engine:
-  """A model on the devices of a mesh.
+  """Runs a model on a mesh: memories are encoded, prompts read and answered.
+
+  Lengths are rounded up to few capacities, so that few shapes are compiled.
 
   Attributes:
-    config: of the model.
-    params: by path; what products use is in the compute dtype. The CPU is
-      given the same memory as bits (`models.params.as_bits`).
-    mesh: memory is split over `seq` and heads over `tensor`.
-    slow: a layer takes seconds: progress is told layer by layer, and words one
-      by one.
+    config: configuration of the model.
+    params: parameters by path; kernels are in the compute dtype. On a CPU the
+      compiled steps get the same buffers as bits (`models.params.as_bits`).
+    mesh: memory is split over `seq`, heads over `tensor`.
+    slow: True where one layer takes seconds. Progress is then shown layer by
+      layer, and an answer is streamed token by token.
   """
 
   def __init__(
@@ -111,20 +121,20 @@ class Engine:
     """Puts the parameters on the mesh.
 
     Raises:
-      UserError: a mesh with `data` or `fsdp`, or one that divides no sizes.
+      UserError: the mesh has `data` or `fsdp`, or does not divide the heads.
     """
     check_mesh(mesh, config)
     self.config, self.mesh = config, mesh
     shardings = param_shardings(mesh, param_shapes(config), param_axes(config))
     self.params = {
-      path: _put(value, narrow_dtype(path, config), shardings[path])
+      path: _place(value, narrow_dtype(path, config), shardings[path])
       for path, value in params.items()
     }
-    self._given = as_bits(self.params, config)
-    self._compiled: set[tuple] = set()
-    numbers = sum(value.size for value in self.params.values())
-    cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    self.slow = cpu and numbers >= _SLOW
+    self._step_params = as_bits(self.params, config)
+    self._compiled: set[Hashable] = set()
+    count = sum(value.size for value in self.params.values())
+    on_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    self.slow = on_cpu and count >= _SLOW_PARAMETERS
 
   def encode_memory(
     self,
@@ -133,205 +143,226 @@ class Engine:
     visual: np.ndarray,
     kept: Int[np.ndarray, "X"],
   ) -> EncodedMemory:
-    """Projects a memory, and what MemAug reads of it.
+    """Projects a memory to the keys and values that MemAug reads.
 
     Args:
-      repository: where memory tokens come from.
-      kind: of the visual input.
-      visual: as in `Sample`.
-      kept: memory tokens that prompts will show the decoder.
+      repository: where each memory token comes from.
+      kind: kind of the visual input, as in `Sample`.
+      visual: the visual input, as in `Sample`.
+      kept: indices of the memory tokens that forgetting keeps.
     """
-    none = np.zeros(0, np.int32)
+    empty = np.zeros(0, np.int32)
     minus = np.full(len(kept), -1, np.int32)
-    layout = Layout(repository, minus, kept, minus, none, none, none)
+    layout = Layout(repository, minus, kept, minus, empty, empty, empty)
     sample = Sample("memory", layout, kind, visual)
     size = sample.size
-    images = {kind: _rounded_frames(size, kind, self._frame_tokens)}
-    spec = self._spec(
+    visual_size = {kind: _rounded_visual(size, kind, self.config.pool_side**2)}
+    spec = row_spec(
+      self.config,
       Size(
-        **images,
+        **visual_size,
         blends=rounded(size.blends),
         memory=rounded(size.memory),
         queries=rounded(size.queries),
-      )
+      ),
     )
     batch = stack_rows([build_row([sample], spec)])
     with jax.set_mesh(self.mesh), self._compiling("the memory", spec):
-      arrays = steps.encode_memory(
-        self._given, self._placed(batch, spec), config=self.config
+      cache = steps.encode_memory(
+        self._step_params, self._on_devices(batch, spec), config=self.config
       )
-    numbers = np.arange(size.memory, dtype=np.int32)
+    # Sequence sharding reorders memory positions too: with the tokens' indices
+    # in their place it tells which token lies where.
+    index = np.arange(size.memory, dtype=np.int32)
     padding = np.full(spec.capacity.memory - size.memory, -1, np.int32)
-    numbered = batch._replace(memory_position=np.append(numbers, padding)[None])
-    places = deal(numbered, spec, self._devices).memory_position[0]
+    indexed = batch._replace(memory_position=np.append(index, padding)[None])
+    token_index = deal(indexed, spec, self.mesh.shape["seq"]).memory_position[0]
     return EncodedMemory(
-      arrays, np.asarray(kept), spec.capacity.queries, places
+      cache, np.asarray(kept), spec.capacity.queries, token_index
     )
 
-  def begin(
+  def prefill(
     self,
-    known: EncodedMemory,
+    memory: EncodedMemory,
     layouts: Sequence[Layout],
     *,
-    room: int,
-    watched: Int[np.ndarray, "W"] | None = None,
+    max_tokens: int,
+    probe_queries: Int[np.ndarray, "W"] | None = None,
   ) -> tuple[steps.DecodeState, Float32[np.ndarray, "blocks S"] | None]:
-    """Reads prompts about one memory; answers can then be written.
+    """Reads prompts about one memory, so that answers can be decoded.
 
     Args:
-      known: the memory.
-      layouts: of prompts; queries and decoder positions are used.
-      room: tokens that an answer may have.
-      watched: queries of the first prompt whose attention is looked at.
+      memory: the memory that all prompts ask about.
+      layouts: layouts of the prompts. Their queries and decoder positions are
+        used.
+      max_tokens: longest answer that the KV cache has room for.
+      probe_queries: indices of the queries of the first prompt whose attention
+        is returned.
 
     Returns:
-      Answers to be written, in rows rounded up to a power of two, and the
-      attention of the watched queries by block and place of the memory.
+      The state of the answers, its rows rounded up to a power of two; and the
+      attention that each place of the memory cache gets from the probe queries
+      in each block (None without probe queries).
     """
     samples = [
-      Sample(f"prompt {n}", _of_kept(layout, known.kept), shares=True)
+      Sample(f"prompt {n}", _count_kept(layout, memory.kept), shares=True)
       for n, layout in enumerate(layouts)
     ]
     lengths = [len(layout.decoder_token) for layout in layouts]
     total = sum((sample.size for sample in samples), Size())
-    spec = self._spec(
+    spec = row_spec(
+      self.config,
       Size(
-        memory=known.room,  # stands for the kept tokens, dealt as they are
+        # The row's memory stands for the kept tokens, in the order in which
+        # the cache has them.
+        memory=memory.kept_capacity,
         queries=rounded(total.queries),
         decoder=rounded(total.decoder),
-      )
+      ),
     )
-    placed = self._placed(stack_rows([build_row(samples, spec)]), spec)
+    batch = self._on_devices(stack_rows([build_row(samples, spec)]), spec)
     rows = padded_rows(len(layouts))
     last, start, length = (np.zeros(rows, np.int32) for _ in range(3))
     start[: len(layouts)] = np.cumsum([0, *lengths[:-1]])
     length[: len(layouts)] = lengths
     last[: len(layouts)] = [layout.decoder_token[-1] for layout in layouts]
-    told = _LAYERS if self.slow else None
-    with jax.set_mesh(self.mesh), self._layers(known.arrays is not None, spec):
-      augmented, shares = None, None
-      if known.arrays is not None:
-        augmented, shares = steps.read_memory(
-          self._given,
-          known.arrays,
-          placed,
-          None if watched is None else self._watched(watched, spec),
+    on_layer = _LAYER_PROGRESS if self.slow else None
+    layers = self.config.decoder.layers
+    if memory.cache is not None:
+      layers += self.config.memaug_layers
+    with jax.set_mesh(self.mesh), self._reading(layers, spec):
+      augmented, attention = None, None
+      if memory.cache is not None:
+        probes = None
+        if probe_queries is not None:
+          probes = self._sharded_queries(probe_queries, spec)
+        augmented, attention = steps.read_memory(
+          self._step_params,
+          memory.cache,
+          batch,
+          probes,
           config=self.config,
-          told=told,
+          on_layer=on_layer,
         )
       cache = steps.prefill(
-        self._given,
+        self._step_params,
         augmented,
-        placed,
+        batch,
         jnp.asarray(start),
         config=self.config,
-        capacity=rounded(max(lengths) + room),
-        told=told,
+        capacity=rounded(max(lengths) + max_tokens),
+        on_layer=on_layer,
       )
-      if told is not None:
+      if on_layer is not None:
         jax.block_until_ready(cache)
         jax.effects_barrier()
-    # The last token of a prompt is written once more, which tells what
-    # comes after it.
-    writing = steps.DecodeState(
+    # The last token of a prompt is decoded once more: that gives the logits of
+    # the first token of the answer, so `prefill` needs to compute none.
+    state = steps.DecodeState(
       cache=cache,
       length=jnp.asarray(np.maximum(length - 1, 0)),
-      token=jnp.asarray(last),
-      written=jnp.full((rows, rounded(room, 16)), -1, jnp.int32),
+      last_token=jnp.asarray(last),
+      answer=jnp.full((rows, rounded(max_tokens, 16)), -1, jnp.int32),
       count=jnp.zeros(rows, jnp.int32),
       done=jnp.arange(rows) >= len(layouts),
     )
-    return writing, None if shares is None else np.asarray(shares)[:, 0]
+    return state, None if attention is None else np.asarray(attention)[:, 0]
 
-  def write(
+  def decode(
     self,
-    writing: steps.DecodeState,
-    how: Draw,
+    state: steps.DecodeState,
+    sampling: RowSampling,
     *,
-    stop: Sequence[int],
-    limit: int,
-    tokens: int,
+    stop_tokens: Sequence[int],
+    max_tokens: int,
+    num_steps: int,
   ) -> steps.DecodeState:
-    """Up to so many tokens more; see `steps.write`."""
-    shapes = writing.cache.k.shape, writing.written.shape
+    """Decodes up to `num_steps` tokens more of each answer.
+
+    Args:
+      state: answers so far; used up.
+      sampling: how tokens are chosen.
+      stop_tokens: tokens that end an answer.
+      max_tokens: longest answer.
+      num_steps: most tokens that this call decodes.
+    """
+    shapes = state.cache.k.shape, state.answer.shape
     with jax.set_mesh(self.mesh), self._compiling("the answer", shapes):
-      return steps.write(
-        self._given,
-        writing,
-        how,
-        jnp.asarray(stop, jnp.int32),
-        jnp.int32(limit),
-        jnp.int32(tokens),
+      return steps.decode(
+        self._step_params,
+        state,
+        sampling,
+        jnp.asarray(stop_tokens, jnp.int32),
+        jnp.int32(max_tokens),
+        jnp.int32(num_steps),
         config=self.config,
       )
 
   def extend(
-    self, writing: steps.DecodeState, tokens: Sequence[int], *, room: int
+    self, state: steps.DecodeState, tokens: Sequence[int], *, max_tokens: int
   ) -> steps.DecodeState:
-    """The next turn of the one answer being written.
+    """Appends the next turn to the one conversation that is decoded.
 
     Args:
-      writing: of one row; used up.
-      tokens: of the turn, after what is cached.
-      room: tokens that the next answer may have.
+      state: state of one row; used up.
+      tokens: tokens of the turn, after what is in the KV cache.
+      max_tokens: longest answer that the KV cache has room for.
     """
-    needed = int(writing.length[0]) + len(tokens) + room
-    writing = _grown(writing, rounded(needed), rounded(room, 16))
+    needed = int(state.length[0]) + len(tokens) + max_tokens
+    state = _enlarged(state, rounded(needed), rounded(max_tokens, 16))
     padded = np.zeros((1, rounded(len(tokens), 32)), np.int32)
     padded[0, : len(tokens)] = tokens
-    shapes = writing.cache.k.shape, padded.shape
+    shapes = state.cache.k.shape, padded.shape
     with jax.set_mesh(self.mesh), self._compiling("the next turn", shapes):
       return steps.extend(
-        self._given,
-        writing,
+        self._step_params,
+        state,
         jnp.asarray(padded),
         jnp.asarray([len(tokens)], jnp.int32),
         config=self.config,
       )
 
-  def _compiling(self, what: str, shapes: Any):
-    """Says so if it takes long; what has run once does not compile again."""
+  def _compiling(
+    self, what: str, shapes: Hashable
+  ) -> contextlib.AbstractContextManager[None]:
+    """Reports a slow compilation, at the first call with these shapes."""
     if (what, shapes) in self._compiled:
       return contextlib.nullcontext()
     self._compiled.add((what, shapes))
     return progress.step(f"compiling the model for {what}")
 
-  def _layers(self, memory: bool, spec: RowSpec):
-    """Tells of the layers of a prompt, or only that they are compiled."""
-    if not self.slow:
-      return self._compiling("the question", spec)
-    config = self.config
-    return _LAYERS.shown(config.decoder.layers + memory * config.memaug_layers)
+  def _reading(
+    self, layers: int, spec: RowSpec
+  ) -> contextlib.AbstractContextManager[None]:
+    """Shows the layers of a slow model, or reports that it is compiled."""
+    if self.slow:
+      return _LAYER_PROGRESS.over(layers)
+    return self._compiling("the question", spec)
 
-  @property
-  def _frame_tokens(self) -> int:
-    return self.config.pool_side**2
-
-  @property
-  def _devices(self) -> int:
-    return self.mesh.shape["seq"]
-
-  def _spec(self, capacity: Size) -> RowSpec:
-    return row_spec(self.config, capacity)
-
-  def _placed(self, batch, spec):
+  def _on_devices(self, batch: Batch, spec: RowSpec) -> Batch:
     return BatchSharding(self.mesh, spec, 1)(batch)
 
-  def _watched(self, queries, spec):
-    """Queries in the order in which the devices hold them, padded."""
-    each = spec.capacity.queries // self._devices
+  def _sharded_queries(
+    self, queries: Int[np.ndarray, "W"], spec: RowSpec
+  ) -> Int[jax.Array, "1 w"]:
+    """Returns where sequence sharding puts these queries of a row, padded.
+
+    Of n devices, query t lies on device t % n, there at place t // n.
+    """
+    devices = self.mesh.shape["seq"]
+    each = spec.capacity.queries // devices
     queries = np.asarray(queries)
-    places = queries % self._devices * each + queries // self._devices
+    places = queries % devices * each + queries // devices
     padded = np.full((1, rounded(len(queries))), -1, np.int32)
     padded[0, : len(queries)] = places
     return jnp.asarray(padded)
 
 
 def check_mesh(mesh: Mesh, config: ModelConfig) -> None:
-  """Refuses a mesh that an engine cannot use.
+  """Checks that an engine can use a mesh.
 
   Raises:
-    UserError: it has `data` or `fsdp`, or divides no sizes.
+    UserError: the mesh has `data` or `fsdp`, or does not divide the heads.
   """
   heads, tensor = config.decoder.kv_heads, mesh.shape["tensor"]
   if heads % tensor:
@@ -349,7 +380,7 @@ def check_mesh(mesh: Mesh, config: ModelConfig) -> None:
 
 
 def row_spec(config: ModelConfig, capacity: Size) -> RowSpec:
-  """Static shapes of rows of a model."""
+  """Returns the static shapes of a model's rows with this capacity."""
   return RowSpec(
     capacity=capacity,
     frame_tokens=config.pool_side**2,
@@ -360,14 +391,15 @@ def row_spec(config: ModelConfig, capacity: Size) -> RowSpec:
 
 
 def padded_rows(rows: int) -> int:
-  """The next power of two, so that few batches have to be compiled."""
+  """Returns the next power of two, so that few batch sizes are compiled."""
   return 1 << (rows - 1).bit_length()
 
 
-def rounded(length: int, least: int = _LEAST) -> int:
-  """The next of 1, 2, 3, 4, 6, 8, 12, ... times `least`; 0 stays 0.
+def rounded(length: int, least: int = _CAPACITY_STEP) -> int:
+  """Rounds a length up to a capacity, so that few shapes are compiled.
 
-  So that few shapes have to be compiled.
+  Capacities are 1, 2, 3, 4, 6, 8, 12, ... times `least`; 0 stays 0. With
+  `least` 128: 100 -> 128, 300 -> 384, 1100 -> 1536.
   """
   if not length:
     return 0
@@ -379,15 +411,19 @@ def rounded(length: int, least: int = _LEAST) -> int:
   return size
 
 
-def _rounded_frames(size: Size, kind: Visual, tokens: int) -> int:
+def _rounded_visual(size: Size, kind: Visual, frame_tokens: int) -> int:
+  """Returns the capacity for a sample's visual input."""
   count = getattr(size, kind)
   if kind == "features":
-    return rounded(count // tokens) * tokens
+    return rounded(count // frame_tokens) * frame_tokens
   return rounded(count, 1)
 
 
-def _of_kept(layout: Layout, kept: np.ndarray) -> Layout:
-  """Query sources as numbers among the kept tokens."""
+def _count_kept(layout: Layout, kept: np.ndarray) -> Layout:
+  """Returns a layout whose query sources count the kept tokens.
+
+  With kept 20 30 10, sources -1 30 10 20 become -1 1 2 0.
+  """
   if not len(kept):
     return layout
   order = np.argsort(kept, kind="stable")
@@ -398,18 +434,22 @@ def _of_kept(layout: Layout, kept: np.ndarray) -> Layout:
   )
 
 
-def _put(value, dtype: np.dtype, sharding) -> jax.Array:
-  """Where it shall lie, in its dtype; as it is, if that is so already."""
+def _place(
+  value: jax.Array | np.ndarray, dtype: np.dtype, sharding: Sharding
+) -> jax.Array:
+  """Puts an array on the devices in a dtype; copies nothing needlessly."""
   if not isinstance(value, jax.Array) or value.dtype != dtype:
     value = np.asarray(value).astype(dtype, copy=False)
   return jax.device_put(value, sharding)
 
 
-def _grown(writing, capacity: int, room: int):
-  """With at least that much room in the cache and for the answer."""
-  extra = max(0, capacity - writing.cache.k.shape[2])
+def _enlarged(
+  state: steps.DecodeState, capacity: int, answer: int
+) -> steps.DecodeState:
+  """Returns a state with at least this KV cache, and an empty answer."""
+  extra = max(0, capacity - state.cache.k.shape[2])
   width = ((0, 0), (0, 0), (0, extra), (0, 0), (0, 0))
-  cache = KeysValues(*(jnp.pad(x, width) for x in writing.cache))
-  room = max(room, writing.written.shape[1])
-  written = jnp.full((len(writing.length), room), -1, jnp.int32)
-  return writing._replace(cache=cache, written=written)
+  cache = KeysValues(*(jnp.pad(x, width) for x in state.cache))
+  answer = max(answer, state.answer.shape[1])
+  empty = jnp.full((len(state.length), answer), -1, jnp.int32)
+  return state._replace(cache=cache, answer=empty)

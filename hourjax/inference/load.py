@@ -1,13 +1,14 @@
-"""Models from disk: workdirs of training runs, and published folders."""
+"""Loading a model from the workdir of a training run or a published folder."""
 
 import hashlib
 import os
 import pathlib
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from hourjax.data.forgetting import Forgetting
 from hourjax.data.tokenizer import Tokenizer
@@ -26,8 +27,21 @@ from hourjax.weights import config as published
 from hourjax.weights.checkpoint import load_params
 from hourjax.weights.folder import weight_files
 
-_SAMPLE = 1 << 16  # bytes
-_SAMPLES = 64  # of a file of weights, evenly over it
+# A fingerprint of weights takes this many pieces of a file, evenly spread.
+_PIECES = 64
+_PIECE_BYTES = 1 << 16
+
+# Reads the parameters onto a mesh: by path, and the name of the model.
+_Read = Callable[[ModelConfig, Mesh], tuple[Mapping[str, jax.Array], str]]
+
+
+class _Source(NamedTuple):
+  """Describes a model on disk, before its parameters are read."""
+
+  config: ModelConfig
+  rules: Rules
+  tokenizer: pathlib.Path
+  read: _Read
 
 
 def load(
@@ -39,13 +53,13 @@ def load(
   """Reads a model and puts it on the devices of this process.
 
   Args:
-    folder: workdir of a training run, of which the newest sound checkpoint is
-      taken; or a folder with official names (`config.json`, safetensors and
-      the tokenizer's files).
-    tokenizer: its folder, if it is not the one the run was trained with or
-      lies elsewhere than in a published folder.
-    mesh: over the devices of this process; by default memory is split over
-      all of them if they divide a frame's tokens, else one is used.
+    folder: workdir of a training run, whose newest sound checkpoint is read;
+      or a published folder (`config.json`, safetensors and the tokenizer's
+      files).
+    tokenizer: folder of the tokenizer. By default that of the training run, or
+      the published folder.
+    mesh: mesh over the devices of this process. By default memory is split
+      over all of them if they divide a frame's tokens; otherwise one is used.
 
   Raises:
     UserError: there is no model, or it does not fit its configuration.
@@ -56,23 +70,31 @@ def load(
       f"model folder {folder} does not exist; give the workdir of a training"
       " run or a folder with config.json and safetensors"
     )
-  # What is quick to be found wrong comes before the weights.
+  # Quick checks come before the weights are read.
   describe = _of_run if (folder / "checkpoints").is_dir() else _of_published
-  config, rules, own_tokenizer, read = describe(folder)
-  words = pathlib.Path(tokenizer) if tokenizer else own_tokenizer
+  source = describe(folder)
+  words = pathlib.Path(tokenizer) if tokenizer else source.tokenizer
   if not words.is_dir():
     raise UserError(
       f"the tokenizer of {folder}, {words}, does not exist; start where the"
       " training was started, or give its folder as tokenizer"
     )
   vocabulary = Tokenizer.from_folder(words)
-  on = _mesh(mesh, config)
-  check_mesh(on, config)
-  params, name = read(config, on)
-  return Model(params, config, vocabulary, name=name, rules=rules, mesh=on)
+  placed = _mesh(mesh, source.config)
+  check_mesh(placed, source.config)
+  params, name = source.read(source.config, placed)
+  return Model(
+    params,
+    source.config,
+    vocabulary,
+    name=name,
+    rules=source.rules,
+    mesh=placed,
+  )
 
 
-def _of_run(folder: pathlib.Path):
+def _of_run(folder: pathlib.Path) -> _Source:
+  """Describes the model of a training run."""
   experiment = build_experiment(read_config(folder))
   rules = Rules(
     experiment.forgetting,
@@ -82,10 +104,14 @@ def _of_run(folder: pathlib.Path):
   )
   words = pathlib.Path(experiment.data.tokenizer)
 
-  def read(config, mesh):
+  def read(
+    config: ModelConfig, mesh: Mesh
+  ) -> tuple[Mapping[str, jax.Array], str]:
+    """Restores the newest sound checkpoint."""
     shapes, shardings = param_shapes(config), _shardings(config, mesh)
 
-    def place(path, value):
+    def place(path: str, value: Any) -> jax.Array:
+      """Checks one parameter and puts it on the mesh."""
       if tuple(value.shape) != shapes.get(path):
         _misfit(folder, path, value.shape, shapes.get(path))
       value = np.asarray(value)
@@ -101,24 +127,35 @@ def _of_run(folder: pathlib.Path):
     for path in shapes.keys() - found.params.keys():
       _misfit(folder, path, None, shapes[path])
     arrays = sorted(found.arrays.items())
-    mark = hashlib.sha256(repr(arrays).encode()).hexdigest()
-    name = f"{_named(folder)} step {found.step} {mark[:12]}"
+    digest = hashlib.sha256(repr(arrays).encode()).hexdigest()
+    name = f"{_short_name(folder)} step {found.step} {digest[:12]}"
     return found.params, name
 
-  return experiment.model, rules, words, read
+  return _Source(experiment.model, rules, words, read)
 
 
-def _misfit(folder, path, found, wanted) -> NoReturn:
-  shown = [tuple(shape) if shape else "nothing" for shape in (found, wanted)]
+def _misfit(
+  folder: pathlib.Path,
+  path: str,
+  found: tuple[int, ...] | None,
+  wanted: tuple[int, ...] | None,
+) -> NoReturn:
+  """Raises an error that names both shapes of a parameter."""
+  both = [tuple(shape) if shape else "nothing" for shape in (found, wanted)]
   raise UserError(
-    f"{path} is {shown[0]} in the newest checkpoint of {folder} and {shown[1]}"
+    f"{path} is {both[0]} in the newest checkpoint of {folder} and {both[1]}"
     f" in the model that {folder}/config.json describes; use the config.json of"
     " that training"
   )
 
 
-def _of_published(folder: pathlib.Path):
-  def read(config, mesh):
+def _of_published(folder: pathlib.Path) -> _Source:
+  """Describes the model of a published folder."""
+
+  def read(
+    config: ModelConfig, mesh: Mesh
+  ) -> tuple[Mapping[str, jax.Array], str]:
+    """Reads the safetensors."""
     shapes = param_shapes(config)
     params = load_params(
       folder,
@@ -129,48 +166,58 @@ def _of_published(folder: pathlib.Path):
     )
     digest = hashlib.sha256()
     for path in weight_files(folder):
-      _sample(path, digest)
-    return params, f"{_named(folder)} {digest.hexdigest()[:12]}"
+      for part in _excerpt(path):
+        digest.update(part)
+    return params, f"{_short_name(folder)} {digest.hexdigest()[:12]}"
 
   rules = Rules(Forgetting(spatial=published.read_spatial(folder)))
-  return published.read_config(folder), rules, folder, read
+  return _Source(published.read_config(folder), rules, folder, read)
 
 
-def _shardings(config: ModelConfig, mesh: Mesh):
+def _shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
   return param_shardings(mesh, param_shapes(config), param_axes(config))
 
 
 def _finite(value: np.ndarray) -> bool:
-  """A layer at a time: the comparison takes a byte for each number."""
+  """Returns whether all numbers are finite.
+
+  Stacks of layers are checked a layer at a time, since the comparison takes a
+  byte for each number.
+  """
   parts = value if value.ndim > 2 else [value]
   return all(bool(np.isfinite(part).all()) for part in parts)
 
 
-def _sample(path: pathlib.Path, digest) -> None:
-  """Of a file that is too large to be read for its name."""
+def _excerpt(path: pathlib.Path) -> Iterator[bytes]:
+  """Yields the name, the size and pieces of a file, for a fingerprint."""
   size = path.stat().st_size
-  digest.update(f"{path.name} {size}".encode())
+  yield f"{path.name} {size}".encode()
+  last = max(0, size - _PIECE_BYTES)
   with path.open("rb") as file:
-    for start in np.linspace(0, max(0, size - _SAMPLE), _SAMPLES).astype(int):
+    for start in np.linspace(0, last, _PIECES).astype(int):
       file.seek(int(start))
-      digest.update(file.read(_SAMPLE))
+      yield file.read(_PIECE_BYTES)
 
 
-def _named(folder: pathlib.Path) -> str:
-  """The last two names of its path: "memaug/stage2"."""
+def _short_name(folder: pathlib.Path) -> str:
+  """Returns the last two names of a folder's path: "memaug/stage2"."""
   return "/".join(folder.absolute().parts[-2:])
 
 
-def _host():
-  """The host's memory, where whole arrays fit; else the first device."""
+def _host() -> SingleDeviceSharding:
+  """Returns the host's memory, where whole arrays fit.
+
+  Without a CPU backend it is the first device.
+  """
   try:
     device = jax.local_devices(backend="cpu")[0]
   except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
     device = jax.local_devices()[0]
-  return jax.sharding.SingleDeviceSharding(device)
+  return SingleDeviceSharding(device)
 
 
-def _mesh(mesh: MeshConfig | None, config: ModelConfig):
+def _mesh(mesh: MeshConfig | None, config: ModelConfig) -> Mesh:
+  """Returns the mesh of a configuration, by default over all devices."""
   devices = jax.local_devices()
   if mesh is None:
     count = len(devices) if config.pool_side**2 % len(devices) == 0 else 1

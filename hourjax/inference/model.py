@@ -1,7 +1,7 @@
-"""A model to ask: load it, let it encode_memory a video, ask.
+"""A model with its tokenizer, which encodes the memories of videos.
 
 model = hourjax.load("work/memaug/stage2")
-memory = model.encode_memory("film.mp4")
+memory = model.encode_memory("video.mp4")
 print(memory.ask("What happens at the end?").text)
 """
 
@@ -21,11 +21,12 @@ from hourjax.data.media.frame_rules import (
   stored_feature_frames,
 )
 from hourjax.data.repository import (
+  Repository,
   empty_repository,
   repeated_frames,
   video_repository,
 )
-from hourjax.data.rows import Size
+from hourjax.data.rows import Size, Visual
 from hourjax.data.sample_sizes import stored_frames
 from hourjax.data.store.array_file import is_finite
 from hourjax.data.store.features import FeatureStore
@@ -33,6 +34,7 @@ from hourjax.data.tokenizer import Tokenizer
 from hourjax.data.visual_input import images_shown, read_images
 from hourjax.errors import UserError
 from hourjax.extraction.encoder import Encoder
+from hourjax.inference.answering import Answering
 from hourjax.inference.engine import EncodedMemory, Engine, row_spec
 from hourjax.inference.memory import Memory
 from hourjax.inference.prompts import Prompts, Rules
@@ -47,18 +49,21 @@ from hourjax.inference.video_features import (
 )
 from hourjax.models.config import ModelConfig
 
-_LONGEST = 30 * 24 * 3600  # seconds; an hour in milliseconds is more
-_BLOCK = 16  # frames that are looked through at a time
+# Seconds. An hour that is given in milliseconds is more than this.
+_MAX_DURATION = 30 * 24 * 3600
+_CHECKED_FRAMES = 16  # frames that are checked at a time
 
 
 class Model:
-  """Hour-LLaVA with its tokenizer, on the devices of this process.
+  """Holds Hour-LLaVA with its tokenizer, on the devices of this process.
 
   Attributes:
-    name: of folder and weights, for records of what was asked.
-    config: of the model.
-    tokenizer: of its text.
-    rules: see there.
+    name: name of the folder and a fingerprint of the weights. Records of an
+      evaluation carry it.
+    config: configuration of the model.
+    tokenizer: tokenizer of the model.
+    rules: settings of the training that also decide answers.
+    engine: the model on the devices.
   """
 
   def __init__(
@@ -71,7 +76,11 @@ class Model:
     rules: Rules | None = None,
     mesh: Mesh,
   ):
-    """Puts the parameters on the mesh; `hourjax.load` reads them first."""
+    """Puts the parameters on the mesh; `hourjax.load` reads them.
+
+    Raises:
+      UserError: the tokenizer has more tokens than the model.
+    """
     if tokenizer.vocab_size > config.decoder.vocab:
       raise UserError(
         f"the tokenizer has {tokenizer.vocab_size} tokens and {name} knows"
@@ -89,16 +98,17 @@ class Model:
     duration: float | None = None,
     progress: Progress = lambda done, total: None,
   ) -> Memory:
-    """A video, to be asked about as often as one likes.
+    """Encodes the memory of a video, for any number of questions.
 
     Args:
       source: a video file, a `.npy` file of features, or features [F, Q, V].
-      duration: of features, in seconds; by default as the store has it that a
-        file lies in, else one frame is a second.
-      progress: told of frames that are read and encoded.
+      duration: length of the video in seconds, for features. By default as the
+        feature store has it in which the file lies; without a store, a frame
+        is a second.
+      progress: gets the number of encoded frames, and of all frames.
 
     Raises:
-      UserError: it cannot be read, or has features of another shape.
+      UserError: the video cannot be read, or its features have another shape.
     """
     if isinstance(source, np.ndarray):
       features = as_floats(source, "the array of features")
@@ -109,27 +119,39 @@ class Model:
       if duration is None:
         duration = stored_duration(path, len(features))
       return self._features(features, duration, str(path))
-    film = self.read_video_features(path, progress)
-    _check_finite(film.features, str(path))
-    return self._video(film.features, film.duration, film.note)
+    video = self.read_video_features(path, progress)
+    _check_finite(video.features, str(path))
+    return self._video(video.features, video.duration, video.note)
 
   def read_video_features(
     self,
     path: str | os.PathLike,
     progress: Progress = lambda done, total: None,
   ) -> VideoFeatures:
-    """Encodes the frames of a video file that are shown.
+    """Runs the vision tower over the frames of a video file.
 
-    From 128 seconds on they are not those that extraction stores: see
-    `frame_rules`.
+    From 128 seconds on they are not the frames that extraction stores: see
+    `data.media.frame_rules`.
+
+    Args:
+      path: the video file.
+      progress: gets the number of encoded frames, and of all frames.
+
+    Raises:
+      UserError: the video cannot be read, or too little of it.
     """
     return read_video_features(path, self._encoder, progress)
 
   def encode_stored_memory(self, store: FeatureStore, name: str) -> Memory:
-    """A video whose features are stored.
+    """Encodes the memory of a video whose features are stored.
+
+    Args:
+      store: the feature store.
+      name: name of the video in it.
 
     Raises:
-      UserError: it is not there, or cannot be used.
+      UserError: the video is not in the store, or its features do not fit the
+        model.
     """
     duration, frames = stored_frames(store, name)
     shape = (self.config.pool_side**2, self.config.vision.width)
@@ -138,13 +160,22 @@ class Model:
     notes = part_note(store.share(name)), sparse_note(int(sparse))
     return self._video(features, duration, " ".join(filter(None, notes)))
 
-  def see(self, images: Sequence[str | os.PathLike]) -> Memory:
-    """One or more images.
+  def encode_images(self, images: Sequence[str | os.PathLike]) -> Memory:
+    """Encodes the memory of one or more images.
 
-    Questions have one <image> for each, or they come first.
+    A question may place them by one `<image>` each; otherwise they come before
+    its text.
+
+    Args:
+      images: image files.
+
+    Raises:
+      UserError: there is no image, or one cannot be read.
     """
     if not images:
-      raise UserError("no images to see; name at least one, or use read()")
+      raise UserError(
+        "no images to encode; name at least one, or use empty_memory()"
+      )
     paths = [pathlib.Path(image) for image in images]
     spec = row_spec(self.config, Size())
     single = self.rules.single_image
@@ -152,17 +183,22 @@ class Model:
     pixels = read_images(paths, spec, single)
     return self._memory(repository, "tiles", pixels)
 
-  def read(self) -> Memory:
-    """Nothing to see: questions are about text alone."""
+  def empty_memory(self) -> Memory:
+    """Returns a memory without visual input, for questions on text alone."""
     return Memory(
-      self.engine, self._prompts, EncodedMemory(), empty_repository(), []
+      Answering(
+        self.engine, self._prompts, EncodedMemory(), empty_repository(), []
+      )
     )
 
   @functools.cached_property
   def _encoder(self) -> Encoder:
     return Encoder(self.engine.params, self.config)
 
-  def _features(self, features, duration, name):
+  def _features(
+    self, features: np.ndarray, duration: float | None, name: str
+  ) -> Memory:
+    """Encodes the memory of given features, after checking them."""
     shape = (self.config.pool_side**2, self.config.vision.width)
     if features.ndim != 3 or features.shape[1:] != shape:
       raise UserError(
@@ -172,43 +208,53 @@ class Model:
     if not len(features):
       raise UserError(f"{name} has 0 frames of features; give 1 or more")
     duration = float(len(features)) if duration is None else float(duration)
-    if not 0 < duration <= _LONGEST:
+    if not 0 < duration <= _MAX_DURATION:
       raise UserError(
         f"{name}: the duration is {duration:g}, expected seconds, at most"
-        f" {_LONGEST} (30 days)"
+        f" {_MAX_DURATION} (30 days)"
       )
     sparse = is_sparse(len(features), duration)
     features = features[stored_feature_frames(len(features), duration)]
     _check_finite(features, name)
     return self._video(features, duration, sparse_note(int(sparse)))
 
-  def _video(self, features, duration, note=""):
-    side = self.config.pool_side
-    repository = video_repository(len(features), side)
+  def _video(
+    self, features: np.ndarray, duration: float, note: str = ""
+  ) -> Memory:
+    repository = video_repository(len(features), self.config.pool_side)
     return self._memory(repository, "features", features, duration, note)
 
-  def _memory(self, repository, kind, visual, duration=None, note="") -> Memory:
+  def _memory(
+    self,
+    repository: Repository,
+    kind: Visual,
+    visual: np.ndarray,
+    duration: float | None = None,
+    note: str = "",
+  ) -> Memory:
+    """Encodes a memory, and chooses the tokens that the decoder sees."""
     rule, means = self.rules.forgetting, None
     if rule.temporal == "keyframe" and kind == "features":
-      shown = repeated_frames(len(visual))
-      means = visual.astype(np.float32).mean(axis=1)[shown]
+      frames = repeated_frames(len(visual))
+      means = visual.astype(np.float32).mean(axis=1)[frames]
     rng = np.random.default_rng(self.rules.seed)
     kept = kept_tokens(repository, rule, rng, frame_features=means)
-    known = self.engine.encode_memory(
+    encoded = self.engine.encode_memory(
       repository, kind, visual, np.concatenate(kept)
     )
     video = None if duration is None else (float(duration), len(visual))
-    return Memory(
-      self.engine, self._prompts, known, repository, kept, video, note
+    answering = Answering(
+      self.engine, self._prompts, encoded, repository, kept, video
     )
+    return Memory(answering, note)
 
 
 def _check_finite(features: np.ndarray, name: str) -> None:
-  """Raises where the model would read one that is not; few at a time."""
+  """Raises UserError if features are not finite in bfloat16."""
   with np.errstate(over="ignore"):
     blocks = (
-      features[at : at + _BLOCK].astype(jax.numpy.bfloat16)
-      for at in range(0, len(features), _BLOCK)
+      features[at : at + _CHECKED_FRAMES].astype(jax.numpy.bfloat16)
+      for at in range(0, len(features), _CHECKED_FRAMES)
     )
     if not all(is_finite(block.view(np.uint16)) for block in blocks):
       raise UserError(

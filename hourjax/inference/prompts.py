@@ -1,4 +1,4 @@
-"""Conversations about a memory, laid out as training lays them out."""
+"""Prompts: conversations about a memory, laid out as in training."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from hourjax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """What of the training's configuration decides answers too.
+  """Holds the settings of the training that also decide answers.
 
   Attributes:
     forgetting: which memory tokens the decoder sees.
-    max_length: of a conversation in the decoder.
-    single_image: "tiled" or "plain".
-    seed: of what forgetting draws; the same for every question.
+    max_length: most tokens of a conversation in the decoder.
+    single_image: "tiled" or "plain", for a single image.
+    seed: seed of random forgetting; every memory uses the same.
   """
 
   forgetting: Forgetting = dataclasses.field(default_factory=Forgetting)
@@ -34,11 +34,11 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-  """Turns questions into layouts.
+  """Turns conversations into layouts.
 
   Attributes:
-    tokenizer: of the model.
-    rules: see there.
+    tokenizer: tokenizer of the model.
+    rules: settings of the training.
   """
 
   tokenizer: Tokenizer
@@ -50,28 +50,30 @@ class Prompts:
     repository: Repository,
     kept: list[np.ndarray],
     video: tuple[float, int] | None,
-    room: int,
+    max_tokens: int,
   ) -> Layout:
-    """A conversation up to a question, as queries and decoder positions.
+    """Lays out a conversation up to a question.
 
     Args:
-      turns: of which the last one asks.
-      repository: the memory.
-      kept: of its tokens, by visual slot.
-      video: duration in seconds and frames, if it is a video.
-      room: tokens that the answer may have.
+      turns: questions and answers in order; the last one asks.
+      repository: where the tokens of the memory come from.
+      kept: indices of the memory tokens that the decoder sees, by visual slot.
+      video: duration in seconds and number of frames; None if the memory is
+        not that of a video.
+      max_tokens: longest answer.
 
     Raises:
-      UserError: an empty question, or more tokens than the decoder takes.
+      UserError: the question is empty or holds markup, or prompt and answer
+        are more tokens than the decoder takes.
     """
     asked, images = turns[-1].text, 0
     if video is not None:
-      # As records begin; elsewhere it would get lost.
+      # Records begin with the marker, so a question may too.
       asked = asked.removeprefix(MARKER)
     elif len(turns) == 1:
       images = len(repository.slots)
     check_question(asked, self.tokenizer, images)
-    # What the model said stands for no image.
+    # A marker in the model's own words stands for no image.
     turns = [
       Turn(t.role, t.text.replace(MARKER, "")) if t.role == "gpt" else t
       for t in turns
@@ -79,7 +81,8 @@ class Prompts:
     first = turns[0].text
     missing = len(repository.slots) - sum(t.text.count(MARKER) for t in turns)
     if missing > 0:
-      # As records have it; of a video only the line break remains.
+      # Images and videos that the text does not place come first, on lines of
+      # their own, as in the records.
       first = f"{MARKER}\n" * missing + first
     prompt = encode_conversation(
       [Turn("human", first), *turns[1:]],
@@ -89,25 +92,26 @@ class Prompts:
     )
     layout = build_layout(prompt, repository, kept, name="the question")
     length = len(layout.decoder_token)
-    if length + room > self.rules.max_length:
+    if length + max_tokens > self.rules.max_length:
       raise UserError(
-        f"prompt and answer take {length} + {room} tokens and the model reads"
-        f" {self.rules.max_length}; ask with less text or fewer tokens"
+        f"prompt and answer take {length} + {max_tokens} tokens and the model"
+        f" reads {self.rules.max_length}; ask with less text or fewer tokens"
       )
     return layout
 
 
 def check_question(text: str, tokenizer: Tokenizer, images: int = 0) -> None:
-  """Refuses what would read as something else than a question.
+  """Checks that a text is a question and nothing else.
 
   Args:
-    text: of the question.
-    tokenizer: of the model.
-    images: how many it may say the place of. A video's is before the text.
+    text: the question.
+    tokenizer: tokenizer of the model.
+    images: number of image markers that the text may hold. A video comes
+      before the text, without a marker.
 
   Raises:
-    UserError: nothing is asked, it is no text, or it holds the markup of turns
-      or of images that are not there.
+    UserError: the question is empty, is not UTF-8, or holds the markup of
+      turns or of images that are not there.
   """
   if not text.replace(MARKER, "").strip():
     raise UserError("the question is empty; ask something")

@@ -1,14 +1,14 @@
-"""The steps of an answer, compiled: encode_memory, read_memory, prefill, write, extend.
+"""The compiled steps of an answer: encode_memory, read_memory, prefill, decode.
 
-    features -> encode_memory -> [keys and values of the memory, kept tokens]
-    prompts  -> read_memory   -> visual tokens that have read the memory
-             -> prefill  -> [keys and values of the prompts], one row a prompt
-             -> write    -> tokens, one after the other
-    the next turn of a conversation -> extend -> write
+    features  -> encode_memory -> MemoryCache
+    prompts   -> read_memory   -> visual tokens that have read the memory
+              -> prefill       -> KV cache, one row a prompt
+              -> decode        -> answer tokens, one after the other
+    next turn -> extend        -> decode
 
-What `encode_memory` gives does not depend on what is asked. Several prompts about
-one memory lie in one row, told apart by segments; from `prefill` on each has a
-row of its own.
+`encode_memory` does not depend on the question, so its result serves all
+questions about a memory. Several prompts about one memory lie in one packed
+row, told apart by segment ids; from `prefill` on each has a row of its own.
 """
 
 import functools
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hourjax.batch import Batch
-from hourjax.inference.sampling import Draw, draw
+from hourjax.inference.sampling import RowSampling, sample
 from hourjax.models.attention import KeysValues
 from hourjax.models.config import ModelConfig
 from hourjax.models.layers import layers_told
@@ -31,36 +31,38 @@ Params = Mapping[str, jax.Array]
 
 
 class MemoryCache(NamedTuple):
-  """A memory on the devices.
+  """Holds what all questions about a memory share, on the devices.
 
   Attributes:
-    known: keys and values [blocks, 1, S, K, C] that MemAug reads, or None
-      without MemAug.
-    kept: memory tokens that queries start from.
-    segment: 1 where there is a memory token, 0 where the row is padded.
+    keys_values: keys and values [blocks, 1, S, K, C] of the memory tokens, for
+      the cross-attention of each MemAug block; None for a model without
+      MemAug.
+    kept: projected memory tokens that forgetting keeps. Queries start from
+      them.
+    segment: 1 at a memory token, 0 at padding.
   """
 
-  known: KeysValues | None
+  keys_values: KeysValues | None
   kept: Float[Array, "1 X D"]
   segment: Int[Array, "1 S"]
 
 
 class DecodeState(NamedTuple):
-  """N answers being written.
+  """Holds N answers while they are decoded, on the devices.
 
   Attributes:
-    cache: the decoder's keys and values [layers, N, M, K, C].
-    length: tokens of each row in the cache.
-    token: the newest token of each row, which is not in the cache yet.
-    written: tokens of the present turn so far; -1 where none is yet.
-    count: how many they are.
-    done: rows that have ended, by a stop token or by the turn's limit.
+    cache: KV cache of the decoder [layers, N, M, K, C].
+    length: number of tokens of each row in the cache.
+    last_token: newest token of each row; it is not in the cache yet.
+    answer: tokens of the answer so far; -1 where there is none yet.
+    count: number of tokens in each row of `answer`.
+    done: True for rows that have ended, by a stop token or by the limit.
   """
 
   cache: KeysValues
   length: Int[Array, "N"]
-  token: Int[Array, "N"]
-  written: Int[Array, "N n"]
+  last_token: Int[Array, "N"]
+  answer: Int[Array, "N n"]
   count: Int[Array, "N"]
   done: Bool[Array, "N"]
 
@@ -69,43 +71,54 @@ class DecodeState(NamedTuple):
 def encode_memory(
   params: Params, batch: Batch, *, config: ModelConfig
 ) -> MemoryCache:
-  """The memory of one row; its queries say which tokens are kept."""
+  """Projects the memory of one row to the keys and values that MemAug reads.
+
+  Args:
+    params: parameters by path.
+    batch: one row with a memory; its `query_source` names the kept tokens.
+    config: configuration of the model.
+  """
   model = with_params(config, params)
-  known, kept = model.encode_memory(batch, batch.query_source)
-  return MemoryCache(known, kept, batch.memory_segment)
+  keys_values, kept = model.encode_memory(batch, batch.query_source)
+  return MemoryCache(keys_values, kept, batch.memory_segment)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "told"))
+@functools.partial(jax.jit, static_argnames=("config", "on_layer"))
 def read_memory(
   params: Params,
   memory: MemoryCache,
   batch: Batch,
-  watched: Int[Array, "1 W"] | None,
+  probe_queries: Int[Array, "1 W"] | None,
   *,
   config: ModelConfig,
-  told: Callable[[], None] | None = None,
+  on_layer: Callable[[], None] | None = None,
 ) -> tuple[Float[Array, "1 T D"], Float[Array, "blocks 1 S"] | None]:
-  """The prompts' queries after MemAug.
+  """Lets the queries of prompts read a memory through MemAug.
 
   Args:
-    params: of the model.
-    memory: what they are about.
-    batch: a row of prompts whose queries count what is kept.
-    watched: queries whose attention is looked at; -1 is none.
-    config: of the model.
-    told: called on the host after each layer (`layers.layers_told`).
+    params: parameters by path.
+    memory: cache of the memory that all prompts ask about.
+    batch: one row of prompts; its `query_source` counts the kept tokens.
+    probe_queries: indices of the queries whose attention is returned; -1 is
+      padding.
+    config: configuration of the model.
+    on_layer: called on the host after each layer.
 
   Returns:
-    Queries, and the attention that each memory token gets in each block.
+    The queries after MemAug, and the attention that each memory token gets
+    from the probe queries in each block (None without probe queries).
   """
-  reads = jnp.minimum(batch.query_segment, 1)  # all prompts, the one memory
+  # The segments of the prompts are 1, 2, ...; that of the memory is 1.
+  reads = jnp.minimum(batch.query_segment, 1)
   batch = batch._replace(memory_segment=memory.segment, query_reads=reads)
   model = with_params(config, params)
-  with layers_told(told):
-    return model.read_memory(memory.known, memory.kept, batch, watched)
+  with layers_told(on_layer):
+    return model.read_memory(
+      memory.keys_values, memory.kept, batch, probe_queries
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "capacity", "told"))
+@functools.partial(jax.jit, static_argnames=("config", "capacity", "on_layer"))
 def prefill(
   params: Params,
   augmented: Float[Array, "1 T D"] | None,
@@ -114,129 +127,149 @@ def prefill(
   *,
   config: ModelConfig,
   capacity: int,
-  told: Callable[[], None] | None = None,
+  on_layer: Callable[[], None] | None = None,
 ) -> KeysValues:
-  """A cache [layers, N, capacity, K, C] of the prompts in a row.
+  """Fills the decoder's KV cache with the prompts of a packed row.
 
   Args:
-    params: of the model.
-    augmented: of `read_memory`; None for prompts of text alone.
-    batch: the row of prompts.
-    start: where in the row each prompt begins.
-    config: of the model.
-    capacity: of the cache; beyond a prompt its content means nothing.
-    told: called on the host after each layer.
+    params: parameters by path.
+    augmented: queries as `read_memory` returns them; None for prompts of text
+      alone.
+    batch: one row of prompts.
+    start: position in the row at which each prompt begins.
+    config: configuration of the model.
+    capacity: length of the cache. What it holds beyond a prompt is undefined.
+    on_layer: called on the host after each layer.
+
+  Returns:
+    KV cache [layers, N, capacity, K, C], one row a prompt.
   """
   model = with_params(config, params)
-  with layers_told(told):
-    known = model.prefill(augmented, batch)
+  with layers_told(on_layer):
+    packed = model.prefill(augmented, batch)
   index = start[:, None] + jnp.arange(capacity)[None]
 
-  def unpacked(values):
+  def unpacked(values: Array) -> Array:
+    """Copies [layers, 1, L, K, C] to one row a prompt."""
     values = values[:, 0].at[:, index].get(mode="clip")
-    return _split(values)
+    return _constrain_cache(values)
 
-  return KeysValues(*map(unpacked, known))
+  return KeysValues(*map(unpacked, packed))
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="writing")
-def write(
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def decode(
   params: Params,
-  writing: DecodeState,
-  how: Draw,
-  stop: Int[Array, "e"],
-  limit: Int[Array, ""],
-  steps: Int[Array, ""],
+  state: DecodeState,
+  sampling: RowSampling,
+  stop_tokens: Int[Array, "e"],
+  max_tokens: Int[Array, ""],
+  num_steps: Int[Array, ""],
   *,
   config: ModelConfig,
 ) -> DecodeState:
-  """Up to `steps` tokens more for each row.
+  """Decodes up to `num_steps` tokens more for each row.
 
   Args:
-    params: of the model.
-    writing: used up.
-    how: to choose tokens.
-    stop: tokens that end an answer; they are written too.
-    limit: tokens of a turn, at most the width of `written`.
-    steps: tokens of this call.
-    config: of the model.
+    params: parameters by path.
+    state: answers so far; its buffers are donated.
+    sampling: how tokens are chosen.
+    stop_tokens: tokens that end an answer; they become part of it.
+    max_tokens: longest answer, at most the width of `state.answer`.
+    num_steps: most tokens that this call decodes.
+    config: configuration of the model.
   """
   model = with_params(config, params)
 
-  def step(state):
-    now, done_steps = state
+  def step(carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
+    """Decodes one token of every row that has not ended."""
+    now, steps_done = carry
     hidden, new = model.decoder.extend(
-      model.decoder.embed_few(now.token[:, None]), now.cache, now.length
+      model.decoder.embed_few(now.last_token[:, None]), now.cache, now.length
     )
     logits = constrain(model.logits(hidden[:, 0]), "rows", None)
-    token = draw(logits, how, now.count)
-    at = jnp.where(now.done, now.written.shape[1], now.count)
-    ended = (token[:, None] == stop[None]).any(1) | (now.count + 1 >= limit)
-    rows = jnp.arange(len(at))
-    going = (~now.done).astype(jnp.int32)
+    token = sample(logits, sampling, now.count)
+    # Rows that have ended write out of bounds, which mode="drop" ignores.
+    index = jnp.where(now.done, now.answer.shape[1], now.count)
+    stops = (token[:, None] == stop_tokens[None]).any(1)
+    ended = stops | (now.count + 1 >= max_tokens)
+    rows = jnp.arange(len(index))
+    added = (~now.done).astype(jnp.int32)
     return DecodeState(
-      cache=_cached(now.cache, new, now.length, going),
-      length=now.length + going,
-      token=jnp.where(now.done, now.token, token),
-      written=now.written.at[rows, at].set(token, mode="drop"),
-      count=now.count + going,
+      cache=_insert(now.cache, new, now.length, added),
+      length=now.length + added,
+      last_token=jnp.where(now.done, now.last_token, token),
+      answer=now.answer.at[rows, index].set(token, mode="drop"),
+      count=now.count + added,
       done=now.done | ended,
-    ), done_steps + 1
+    ), steps_done + 1
 
-  def more(state):
-    now, done_steps = state
-    return (done_steps < steps) & ~now.done.all()
+  def is_unfinished(carry: tuple[DecodeState, Array]) -> Array:
+    """Returns whether there is a step left and a row that has not ended."""
+    now, steps_done = carry
+    return (steps_done < num_steps) & ~now.done.all()
 
-  return jax.lax.while_loop(more, step, (writing, 0))[0]
+  return jax.lax.while_loop(is_unfinished, step, (state, jnp.int32(0)))[0]
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="writing")
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def extend(
   params: Params,
-  writing: DecodeState,
+  state: DecodeState,
   tokens: Int[Array, "N n"],
   count: Int[Array, "N"],
   *,
   config: ModelConfig,
 ) -> DecodeState:
-  """The next turn of each row, after which `write` goes on.
+  """Appends the next turn's tokens to the KV cache; `decode` then answers it.
 
   Args:
-    params: of the model.
-    writing: used up; its `token` is not cached, so it has to come first in
-      `tokens`.
-    tokens: padded at the end; the last one that counts will not be cached.
-    count: tokens of each row that count, at least 1.
-    config: of the model.
+    params: parameters by path.
+    state: answers so far; its buffers are donated. Its `last_token` is not in
+      the cache, so `tokens` has to begin with it.
+    tokens: tokens to append, padded at the end. The last one that counts
+      becomes `last_token`, and is not put into the cache.
+    count: number of tokens of each row that count, at least 1.
+    config: configuration of the model.
   """
   model = with_params(config, params)
   embedded = model.decoder.embed_few(tokens)
-  _, new = model.decoder.extend(embedded, writing.cache, writing.length)
+  _, new = model.decoder.extend(embedded, state.cache, state.length)
   last = jnp.take_along_axis(tokens, count[:, None] - 1, axis=1)[:, 0]
   return DecodeState(
-    cache=_cached(writing.cache, new, writing.length, count - 1),
-    length=writing.length + count - 1,
-    token=last,
-    written=jnp.full_like(writing.written, -1),
-    count=jnp.zeros_like(writing.count),
-    done=jnp.zeros_like(writing.done),
+    cache=_insert(state.cache, new, state.length, count - 1),
+    length=state.length + count - 1,
+    last_token=last,
+    answer=jnp.full_like(state.answer, -1),
+    count=jnp.zeros_like(state.count),
+    done=jnp.zeros_like(state.done),
   )
 
 
-def _cached(cache, new, length, count):
-  """The cache with the first `count` of the new tokens after `length`."""
-  # Every place looks up what it gets, instead of tokens being sent to places:
-  # so each device fills its own part of a cache that is split by place.
+def _insert(
+  cache: KeysValues,
+  new: KeysValues,
+  length: Int[Array, "N"],
+  count: Int[Array, "N"],
+) -> KeysValues:
+  """Writes the first `count` new tokens of each row behind its `length`.
+
+  Row with length 2, count 2 and new tokens x y z: a b . . . -> a b x y .
+  """
+  # Every place of the cache looks up what it gets, instead of new tokens being
+  # sent to places: so each device fills its own part of a cache that is split
+  # by position, and nothing of the cache travels.
   place = jnp.arange(cache.k.shape[2])[None] - length[:, None]
   fresh = ((place >= 0) & (place < count[:, None]))[None, :, :, None, None]
   place = jnp.clip(place, 0, new.k.shape[2] - 1)[None, :, :, None, None]
 
-  def put(old, values):
+  def inserted(old: Array, values: Array) -> Array:
     found = jnp.take_along_axis(values, place, axis=2)
-    return _split(jnp.where(fresh, found, old))
+    return _constrain_cache(jnp.where(fresh, found, old))
 
-  return KeysValues(*map(put, cache, new))
+  return KeysValues(*map(inserted, cache, new))
 
 
-def _split(values):
+def _constrain_cache(values: Array) -> Array:
+  """Splits a cache [layers, N, M, K, C] over the mesh."""
   return constrain(values, None, "rows", "positions", "heads", None)

@@ -1,6 +1,4 @@
-"""Mistakes in what is asked that show before a model is loaded."""
-# MERGED hourjax.inference.terminal:
-# A conversation on a terminal, with where the model looked.
+"""Asking on a terminal: options are checked, answers printed and drawn."""
 
 import contextlib
 import dataclasses
@@ -12,22 +10,26 @@ from typing import TextIO
 
 from hourjax import progress
 from hourjax.errors import UserError
-from hourjax.inference.attention_map import check_picture, save_attention_figure
-from hourjax.inference.memory import Answer, Conversation
+from hourjax.inference.answering import Answer
+from hourjax.inference.attention_map import (
+  check_figure_path,
+  save_attention_figure,
+)
+from hourjax.inference.chat_session import ChatSession
 from hourjax.inference.sampling import GREEDY, Sampling
 from hourjax.inference.video_features import Progress
 
 
 def image_paths(values: Sequence[str]) -> list[str]:
-  """The files that --images names: one, or several with commas between.
+  """Returns the files that --images names: one, or several with commas between.
 
-  A comma may be part of a name: it is where a file of the longer name exists.
+  A comma may be part of a name, where a file of the longer name exists:
 
     a.jpg,b.jpg      a.jpg and b.jpg
     a,b.jpg,c.jpg    a,b.jpg and c.jpg, if there is a file "a,b.jpg"
 
   Args:
-    values: as given, one for each time that the option is.
+    values: the values of all --images options.
   """
   paths = []
   for value in values:
@@ -51,17 +53,19 @@ def check_options(
   sampling: Sampling,
   picture: str,
 ) -> None:
-  """Checks the options of `python -m hourjax.ask`.
+  """Checks the options of `python -m hourjax.ask` before a model is loaded.
 
   Args:
-    questions: what stands behind the options: one, or none.
-    video, features, images: to ask about; one of them is given.
-    duration: of the features.
+    questions: arguments behind the options: one question, or none.
+    video: video file, if given.
+    features: file of features, if given.
+    images: image files.
+    duration: length of the video of `features` in seconds, if given.
     sampling: how tokens are chosen.
-    picture: file to be written, "" for none.
+    picture: file for the attention figure; "" for none.
 
   Raises:
-    UserError: naming the option and what it should be.
+    UserError: an option is wrong. The message names it and the remedy.
   """
   if len(questions) > 1:
     raise UserError(
@@ -92,20 +96,20 @@ def check_options(
     )
   if picture and images:
     raise UserError(
-      "--picture shows where in a video the model looked; leave it out with"
+      "--picture draws attention over the time of a video; leave it out with"
       " --images"
     )
   if picture:
-    check_picture(picture)
+    check_figure_path(picture)
 
 
 @contextlib.contextmanager
-def leaving() -> Iterator[None]:
-  """A command ends without a traceback.
+def clean_exit() -> Iterator[None]:
+  """Ends a command without a traceback where the user ends it.
 
-  With 130 on interrupt, with 141 when nobody reads the answers any more. What
-  a terminal cannot show is printed as "?"; what is typed that is no text is
-  left to the question's check.
+  The exit status is 130 on interrupt, and 141 when nobody reads the answers
+  any more. A character that the terminal cannot show is printed as "?". Typed
+  bytes that are not UTF-8 are passed on; the check of the question names them.
   """
   if isinstance(sys.stdin, io.TextIOWrapper):
     sys.stdin.reconfigure(errors="surrogateescape")
@@ -118,61 +122,70 @@ def leaving() -> Iterator[None]:
     print("\ninterrupted", file=sys.stderr)
     sys.exit(130)
   except BrokenPipeError:
-    # Python would complain once more when it flushes at the end.
+    # Python flushes stdout once more at its end, and would print the error.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(141)
 
 
 @contextlib.contextmanager
-def shown(desc: str, unit: str) -> Iterator[Progress]:
-  """Something to tell of progress; a bar appears with the first word of it."""
+def progress_bar(desc: str, unit: str) -> Iterator[Progress]:
+  """Gives a function that reports progress; its first call shows a bar.
+
+  Args:
+    desc: text before the bar.
+    unit: name of what is counted.
+  """
   with contextlib.ExitStack() as stack:
     bar = None
 
-    def show(done: int, total: int) -> None:
+    def report(done: int, total: int) -> None:
+      """Shows how many of all are done."""
       nonlocal bar
       if bar is None:
         bar = stack.enter_context(progress.bar(total, unit=unit, desc=desc))
       bar.update(done - bar.n)
 
-    yield show
+    yield report
 
 
 @dataclasses.dataclass(frozen=True)
 class TerminalChat:
-  """How questions are asked and answers shown.
+  """Prints a chat session on a terminal.
 
   Attributes:
-    conversation: that goes on.
-    max_tokens: of an answer.
+    session: the conversation.
+    max_tokens: longest answer, in tokens.
     sampling: how tokens are chosen.
-    picture: file for where the model looked, "" for none; a later turn's
+    picture: file for the attention figure, "" for none. A later turn's figure
       replaces it.
-    film: video file, of which the picture shows moments; "" for none.
+    video: video file whose frames are drawn in the figure; "" for none.
   """
 
-  conversation: Conversation
+  session: ChatSession
   max_tokens: int = 256
   sampling: Sampling = GREEDY
   picture: str = ""
-  film: str = ""
+  video: str = ""
 
   def ask(self, question: str) -> Answer:
-    """Prints the answer while it is written."""
-    shown, silent = "", contextlib.ExitStack()
+    """Asks a question, and prints the answer while it is decoded."""
+    printed = ""
+    before_text = contextlib.ExitStack()
 
     def stream(text: str) -> None:
-      nonlocal shown
-      silent.close()
-      text = text.rstrip("\ufffd")  # half a letter
-      print(text[len(shown) :], end="", flush=True)
-      shown = text
+      """Prints what is new in the text."""
+      nonlocal printed
+      before_text.close()
+      # A character whose bytes are not complete yet.
+      text = text.rstrip("\ufffd")
+      print(text[len(printed) :], end="", flush=True)
+      printed = text
 
-    with silent:
-      silent.enter_context(
+    with before_text:
+      before_text.enter_context(
         progress.step("reading the memory; what is new is compiled first")
       )
-      answer = self.conversation.ask(
+      answer = self.session.ask(
         question,
         max_tokens=self.max_tokens,
         sampling=self.sampling,
@@ -181,46 +194,45 @@ class TerminalChat:
     end = "" if answer.finished else f" [cut at {self.max_tokens} tokens]"
     if not answer.text:
       end = f"[no words]{end}"
-    print(answer.text[len(shown) :] + end)
-    if answer.looked:
-      print(f"\n{answer.looked.text()}")
-      self._draw(question, answer)
+    print(answer.text[len(printed) :] + end)
+    if answer.attention:
+      print(f"\n{answer.attention.text()}")
+      if self.picture:
+        save_attention_figure(
+          answer.attention,
+          self.picture,
+          question=question,
+          answer=answer.text,
+          video=self.video or None,
+        )
+        print(f"wrote {self.picture}")
     return answer
 
-  def listen(self, source: TextIO) -> int:
-    """Asks what is typed, or the lines of a file or pipe, to its end.
+  def ask_lines(self, source: TextIO) -> int:
+    """Asks each line that is typed, or that a file or pipe holds.
+
+    Args:
+      source: the terminal, file or pipe.
 
     Returns:
-      How many lines could not be asked.
+      Number of lines that could not be asked.
     """
-    typed, failed = source.isatty(), 0
+    is_typed, failed = source.isatty(), 0
     while True:
-      if typed:
+      if is_typed:
         print("\n> ", end="", flush=True)
       line = source.readline()
       if not line:
-        if typed:
-          print()  # the shell's next prompt has a line of its own
+        if is_typed:
+          print()  # so that the shell's next prompt has a line of its own
         return failed
       question = line.strip()
       if not question:
         continue
-      if not typed:
+      if not is_typed:
         print(f"\n> {question}")
       try:
         self.ask(question)
       except UserError as error:
         failed += 1
         print(f"error: {error}", file=sys.stderr)
-
-  def _draw(self, question: str, answer: Answer) -> None:
-    if not self.picture:
-      return
-    save_attention_figure(
-      answer.looked,
-      self.picture,
-      question=question,
-      answer=answer.text,
-      film=self.film or None,
-    )
-    print(f"wrote {self.picture}")

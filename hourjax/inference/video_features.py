@@ -1,10 +1,11 @@
-"""A video in memory as features: its frames encoded, or a file of features."""
+"""Features of one video: its frames encoded, or read from a file."""
 
 import os
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -17,18 +18,18 @@ from hourjax.data.store.features import TOWER_FILE, FeatureStore
 from hourjax.errors import UserError
 from hourjax.extraction.encoder import Encoder
 
-# Told how many frames are done, and of how many.
+# Gets the number of frames that are done, and of all frames.
 Progress = Callable[[int, int], None]
 
 
 class VideoFeatures(NamedTuple):
-  """A video file, encoded.
+  """Holds the tower's features of a video file.
 
   Attributes:
-    features: of its frames, in bfloat16.
-    duration: in seconds.
-    share: of the frames, that could be read, from 0 to 1; the nearest pictures
-      without damage stand in for the others.
+    features: features of the frames, in bfloat16.
+    duration: length of the video in seconds.
+    share: fraction of the frames that could be decoded, from 0 to 1. In place
+      of a damaged frame the nearest sound one is encoded.
   """
 
   features: Shaped[np.ndarray, "F Q V"]
@@ -37,16 +38,20 @@ class VideoFeatures(NamedTuple):
 
   @property
   def note(self) -> str:
-    """What is to be said of a file that was read in part, "" of others."""
+    """Returns a note on a file that was decoded in part, else ""."""
     return part_note(self.share)
 
 
 def part_note(share: float) -> str:
-  """What is to be said of such a share of frames read, "" where all were."""
+  """Returns a note on a video of which this fraction was decoded.
+
+  Returns:
+    The note; "" if all frames were decoded.
+  """
   if share == 1:
     return ""
   return (
-    f"{share:.1%} of the frames wanted can be read; the nearest picture"
+    f"{share:.1%} of the frames wanted can be read; the nearest frame"
     " is shown for the others, which are damaged or missing."
   )
 
@@ -54,11 +59,16 @@ def part_note(share: float) -> str:
 def read_video_features(
   path: str | os.PathLike, encoder: Encoder, progress: Progress
 ) -> VideoFeatures:
-  """Encodes a video file.
+  """Encodes the frames of a video file.
 
-  Frames are those that training on video files shows; below 128 seconds they
-  are also those that extraction stores. While the devices encode a batch, the
-  next one is decoded.
+  They are the frames that training on video files uses; below 128 seconds also
+  those that extraction stores. While the devices encode a batch, the next one
+  is decoded.
+
+  Args:
+    path: the video file.
+    encoder: the vision tower.
+    progress: gets the number of encoded frames, and of all frames.
 
   Raises:
     UserError: the video cannot be read, or too little of it.
@@ -66,9 +76,11 @@ def read_video_features(
   info = probe(path)
   indices = shown_frames(info.frames, info.duration)
   features = np.empty((len(indices), *encoder.shape), ml_dtypes.bfloat16)
-  waiting, done = [], 0
+  waiting: list[tuple[jax.Array, int]] = []
+  done = 0
 
   def collect() -> None:
+    """Copies the oldest batch from the devices."""
     nonlocal done
     encoded, count = waiting.pop(0)
     features[done : done + count] = np.asarray(encoded)[:count]
@@ -96,16 +108,19 @@ def read_video_features(
 
 
 def load_features(path: pathlib.Path) -> Shaped[np.ndarray, "..."]:
-  """A .npy file of features; read where they are used.
+  """Opens a .npy file of features; frames are read when they are used.
+
+  Args:
+    path: the file.
 
   Raises:
-    UserError: it cannot be read, or does not hold floats.
+    UserError: the file cannot be read, or does not hold floats.
   """
   if path.exists():
     schema.check_file(path, remedy="give a .npy file of features")
   try:
     features = np.load(path, mmap_mode="r")
-  except Exception as error:  # numpy evaluates a header: of many types
+  except Exception as error:  # numpy evaluates the header: many types
     raise UserError(
       f"cannot read features {path}: {getattr(error, 'strerror', 0) or error};"
       " give a .npy file of an array (frames, tokens, width)"
@@ -118,13 +133,18 @@ def load_features(path: pathlib.Path) -> Shaped[np.ndarray, "..."]:
 def as_floats(
   features: Shaped[np.ndarray, "..."], name: str
 ) -> Shaped[np.ndarray, "..."]:
-  """Features as floats: numpy reads stored bfloat16 as two bytes without type.
+  """Returns features as floats.
+
+  Args:
+    features: an array as numpy reads it: bfloat16 comes as two bytes without a
+      type.
+    name: name of the array, for the error.
 
   Raises:
-    UserError: they are no floats.
+    UserError: they are not floats.
   """
   if features.dtype.kind == "V" and features.dtype.itemsize == 2:
-    return features.view(ml_dtypes.bfloat16)  # as numpy stores it
+    return features.view(ml_dtypes.bfloat16)
   if not jnp.issubdtype(features.dtype, jnp.floating):
     raise UserError(
       f"{name} holds {features.dtype}, features are bfloat16 or floats"
@@ -133,13 +153,18 @@ def as_floats(
 
 
 def stored_duration(path: pathlib.Path, frames: int) -> float:
-  """Seconds of a video, given a file of its features.
+  """Returns the duration in seconds of a video, given a file of its features.
 
-  As the store knows that the file lies in, else a frame is a second.
+  The feature store in which the file lies knows it; without a store a frame is
+  a second.
+
+  Args:
+    path: the file of features.
+    frames: number of its frames.
 
   Raises:
-    UserError: no store knows it, and every video of up to 129 seconds has so
-      many frames.
+    UserError: no store knows the duration, and there are 128 frames, as of
+      every video that is shorter than 129 seconds.
   """
   path = path.absolute()
   for folder in path.parents:
@@ -157,7 +182,7 @@ def stored_duration(path: pathlib.Path, frames: int) -> float:
 
 
 def _store(folder: pathlib.Path) -> FeatureStore | None:
-  """The store in a folder, if there is one."""
+  """Returns the feature store in a folder, if there is one."""
   if not next(folder.glob("index*.jsonl"), None):
     return None
   try:
@@ -165,4 +190,4 @@ def _store(folder: pathlib.Path) -> FeatureStore | None:
   except UserError:
     if (folder / TOWER_FILE).exists():
       raise
-    return None  # an index of something else
+    return None  # the index of something else

@@ -58,11 +58,11 @@ class FakeModel:
   def encode_memory(self, video):
     return self._memory("video", video)
 
-  def see(self, images):
+  def encode_images(self, images):
     shown = [np.asarray(Image.open(path))[0, 0].tolist() for path in images]
     return self._memory("images", shown)
 
-  def read(self):
+  def empty_memory(self):
     return self._memory("text", None)
 
   def _memory(self, kind, shown):
@@ -397,8 +397,10 @@ def test_the_lmms_eval_command(tmp_path):
   texts = [question for *_, question in QUESTIONS]
   answers = [
     *model.encode_memory(tmp_path / "film.mp4").answer(texts[:2], max_tokens=6),
-    *model.see([tmp_path / "picture.png"]).answer(texts[2:3], max_tokens=6),
-    *model.read().answer(texts[3:], max_tokens=6),
+    *model.encode_images([tmp_path / "picture.png"]).answer(
+      texts[2:3], max_tokens=6
+    ),
+    *model.empty_memory().answer(texts[3:], max_tokens=6),
   ]
   answers = [answer.text for answer in answers]
   assert len({*answers, ""}) > 3, "answers so alike prove nothing"

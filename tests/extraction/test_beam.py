@@ -19,7 +19,7 @@ IN_MEMORY = "--direct_running_mode=in_memory --direct_num_workers=1"
 
 
 @pytest.fixture
-def work(tmp_path):
+def job(tmp_path):
   folder = tmp_path / "videos"
   for i in range(4):
     videos.write(folder / f"é {i}.mp4", 20 + i)
@@ -27,20 +27,20 @@ def work(tmp_path):
   parts = ("forgetting", "data", "rows", "optimizer", "read")
   model = {"model": dataclasses.asdict(towers.MODEL)}
   experiment = build_experiment(model | {name: {} for name in parts})
-  return beam.Work(
+  return beam.ExtractionJob(
     experiment, None, str(folder), str(tmp_path / "store"), batch_frames=8
   )
 
 
-def _same_as_in_one_process(work, tmp_path):
+def _same_as_in_one_process(job, tmp_path):
   worker.extract_videos(
     towers.params(),
     towers.MODEL,
-    videos=work.videos,
+    videos=job.videos,
     out=tmp_path / "one",
     batch_frames=8,
   )
-  one, many = FeatureStore(tmp_path / "one"), FeatureStore(work.out)
+  one, many = FeatureStore(tmp_path / "one"), FeatureStore(job.out)
   assert sorted(one.videos()) == sorted(many.videos())
   for name in one.videos():
     assert one.stored(name) == many.stored(name)
@@ -51,33 +51,34 @@ def _same_as_in_one_process(work, tmp_path):
     )
 
 
-def test_work_goes_to_other_processes(work):
-  again = pickle.loads(pickle.dumps(work))
-  assert again == work and hash(again) == hash(work)
-  assert beam.Work(work.experiment, None, "a", "b").run != work.run
+def test_a_job_goes_to_other_processes(job):
+  again = pickle.loads(pickle.dumps(job))
+  assert again == job and hash(again) == hash(job)
+  assert beam.ExtractionJob(job.experiment, None, "a", "b").run != job.run
 
 
-def test_rows_of_the_function(work):
-  row = beam.extract_video("é 1.mp4", work)
+def test_rows_of_the_function(job):
+  row = beam.extract_video("é 1.mp4", job)
   assert row == {"video": "é 1.mp4", "frames": 21, "duration": 0.7}
-  row = beam.extract_video("bad.mp4", work)
+  row = beam.extract_video("bad.mp4", job)
   assert row["file"] == "bad.mp4" and "has 0 bytes" in row["reason"]
-  assert beam._process(work) is beam._process(work)  # the tower loads once
-  beam._process(work).close()
+  worker_process = beam._worker_process(job)
+  assert beam._worker_process(job) is worker_process  # the tower loads once
+  worker_process.close()
 
 
 @pytest.mark.slow
-def test_a_pipeline_of_several_processes(work, tmp_path, capsys):
+def test_a_pipeline_of_several_processes(job, tmp_path, capsys):
   pytest.importorskip("apache_beam")
-  failed = beam.extract_videos(work, runner="DirectRunner", options=SEVERAL)
+  failed = beam.extract_videos(job, runner="DirectRunner", options=SEVERAL)
   assert "4 of 5 videos" in capsys.readouterr().out
   assert [item.id for item in failed] == ["bad.mp4"]
   assert "has 0 bytes" in failed[0].reason
-  _same_as_in_one_process(work, tmp_path)
-  store = FeatureStore(work.out)
+  _same_as_in_one_process(job, tmp_path)
+  store = FeatureStore(job.out)
   indices = store.storage.list("index-beam-")
   assert len(indices) == 2  # two processes, none of which is this one
-  ledgers = store.storage.list(f"failures-beam-{work.run}-")
+  ledgers = store.storage.list(f"failures-beam-{job.run}-")
   (row,) = [
     json.loads(line)
     for key in ledgers
@@ -85,26 +86,26 @@ def test_a_pipeline_of_several_processes(work, tmp_path, capsys):
   ]
   assert row["file"] == "bad.mp4"
   # A second start tries only what failed.
-  again = dataclasses.replace(work, run="again")
+  again = dataclasses.replace(job, run="again")
   failed = beam.extract_videos(again, runner="DirectRunner", options=IN_MEMORY)
-  beam._process(again).close()
+  beam._worker_process(again).close()
   assert [item.id for item in failed] == ["bad.mp4"]
   assert "(4 were there), 1 failed" in capsys.readouterr().out
 
 
-def test_videos_without_a_row_are_told(work, monkeypatch):
+def test_videos_without_a_row_are_an_error(job, monkeypatch):
   pytest.importorskip("apache_beam")
   monkeypatch.setattr(beam, "extract_video", _nothing)
   with pytest.raises(UserError, match=r"5 videos have no row, e.g. bad.mp4"):
-    beam.extract_videos(work, runner="DirectRunner", options=IN_MEMORY)
+    beam.extract_videos(job, runner="DirectRunner", options=IN_MEMORY)
 
 
-def _nothing(name, work):
+def _nothing(name, job):
   return {}
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_pipeline(work, monkeypatch):
+def test_a_full_disk_ends_the_pipeline(job, monkeypatch):
   pytest.importorskip("apache_beam")
 
   def full(self):
@@ -112,12 +113,12 @@ def test_a_full_disk_ends_the_pipeline(work, monkeypatch):
 
   monkeypatch.setattr(FeatureWriter, "finish", full)
   with pytest.raises(Exception, match="No space left on device"):
-    beam.extract_videos(work, runner="DirectRunner", options=IN_MEMORY)
-  beam._process(work).close()
-  assert len(FeatureStore(work.out, create=True)) == 0
+    beam.extract_videos(job, runner="DirectRunner", options=IN_MEMORY)
+  beam._worker_process(job).close()
+  assert len(FeatureStore(job.out, create=True)) == 0
 
 
-def test_beam_is_not_installed(work, monkeypatch):
+def test_beam_is_not_installed(job, monkeypatch):
   monkeypatch.setitem(sys.modules, "apache_beam", None)
   with pytest.raises(UserError, match=r"pip install -e '\.\[prep\]'"):
-    beam.extract_videos(work, runner="DirectRunner")
+    beam.extract_videos(job, runner="DirectRunner")

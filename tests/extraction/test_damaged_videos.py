@@ -95,13 +95,13 @@ def test_the_share_is_an_option(folder, tmp_path):
   assert 0.6 < FeatureStore(out).share("cut.mkv") < 0.7
 
 
-def test_a_film_says_what_of_it_was_read(folder):
+def test_a_video_notes_damaged_frames(folder):
   encoder = Encoder(towers.params(), towers.MODEL, batch_frames=16)
-  film = read_video_features(
+  video = read_video_features(
     folder / "part.mkv", encoder, lambda done, total: None
   )
-  assert 0.95 <= film.share < 1
-  assert film.note.startswith(f"{film.share:.1%} of the frames wanted can be")
+  assert 0.95 <= video.share < 1
+  assert video.note.startswith(f"{video.share:.1%} of the frames wanted can be")
   whole = read_video_features(
     folder / "plain.mp4", encoder, lambda done, total: None
   )
@@ -114,14 +114,14 @@ def test_a_worker_of_a_pipeline(folder, tmp_path):
   spec = {}
   exec(config.read_text(), spec)
   experiment = build_experiment(spec["get_config"]().to_dict())
-  work = beam.Work(
+  job = beam.ExtractionJob(
     experiment, None, str(folder), str(tmp_path / "store"), batch_frames=8
   )
-  row = beam.extract_video("part.mkv", work)
+  row = beam.extract_video("part.mkv", job)
   assert row["frames"] == 128 and 0.95 <= row["share"] < 1
-  assert "share" not in beam.extract_video("plain.mp4", work)
-  assert "codec" in beam.extract_video("codec.mp4", work)["reason"]
-  beam._process(work).close()
+  assert "share" not in beam.extract_video("plain.mp4", job)
+  assert "codec" in beam.extract_video("codec.mp4", job)["reason"]
+  beam._worker_process(job).close()
 
 
 def test_prepare(folder):
@@ -150,8 +150,8 @@ def test_an_evaluation_and_its_restart(folder, tmp_path):
   names = sorted(GOOD | BAD | {"part.mkv"})
   asked = [fakes.question(n, video=name) for n, name in enumerate(names)]
   for _ in range(2):
-    exam = fakes.exam(asked, videos=folder)
-    report = evaluate(_Model(), exam, tmp_path)
+    task = fakes.exam(asked, videos=folder)
+    report = evaluate(_Model(), task, tmp_path)
     assert report.data["count"] == 3
     lost = Records(tmp_path).left_out()
     assert {row["video"] for row in lost.values()} == BAD

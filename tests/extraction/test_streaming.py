@@ -1,6 +1,7 @@
-"""What becomes of a run that is disturbed."""
+"""The bounded queue, and extractions that are disturbed."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -8,8 +9,70 @@ import pytest
 from hourjax.data.store.features import FeatureStore
 from hourjax.errors import UserError
 from hourjax.extraction import streaming
+from hourjax.extraction.streaming import BoundedQueue, QueueClosedError
 from tests import videos
 from tests.extraction import towers
+
+# --- the queue ---------------------------------------------------------------
+
+
+def _thread(work):
+  thread = threading.Thread(target=work, daemon=True)
+  thread.start()
+  return thread
+
+
+def test_items_come_in_order_and_never_more_than_the_capacity():
+  queue, held = BoundedQueue(3), []
+
+  def put():
+    for i in range(50):
+      queue.put(i)
+
+  thread = _thread(put)
+  for i in range(50):
+    held.append(len(queue._items))
+    assert queue.get() == i
+  thread.join(5)
+  assert max(held) <= 3
+
+
+def test_waiting_is_measured():
+  queue = BoundedQueue(1)
+  _thread(lambda: (time.sleep(0.2), queue.put("late")))
+  assert queue.get() == "late"
+  assert 0.15 < queue.waited < 2
+
+
+def test_a_deadline():
+  queue = BoundedQueue(1)
+  with pytest.raises(TimeoutError):
+    queue.get(time.monotonic() + 0.05)
+  queue.put("there")
+  assert queue.get(time.monotonic() - 1) == "there"
+
+
+@pytest.mark.parametrize("work", ["get", "put"])
+def test_closing_wakes_whoever_waits(work):
+  queue, woken = BoundedQueue(1), []
+  if work == "put":
+    queue.put(0)
+
+  def wait():
+    with pytest.raises(QueueClosedError):
+      queue.get() if work == "get" else queue.put(1)
+    woken.append(True)
+
+  thread = _thread(wait)
+  time.sleep(0.05)
+  queue.close()
+  thread.join(5)
+  assert woken
+  with pytest.raises(QueueClosedError):
+    queue.get()
+
+
+# --- runs that are disturbed -------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -114,16 +177,16 @@ def test_a_failed_video_leaves_no_file_behind_while_others_run(
   store = FeatureStore(tmp_path / "store", create=True)
   left = {}
 
-  def done(outcome):
+  def on_outcome(outcome):
     # The folder is made with the first file in it.
     left[outcome.name] = len(list(store.temp_files.folder.glob("*")))
 
-  streaming.Stream(
+  streaming.StreamingExtractor(
     ["cut.mp4", "zero.mp4", "plain.mp4"],
     root=root,
     store=store,
     encoder=streaming.Encoder(params, towers.MODEL, batch_frames=8),
-    done=done,
+    on_outcome=on_outcome,
   ).run()
   assert left == {"cut.mp4": 0, "zero.mp4": 0, "plain.mp4": 0}
 
@@ -142,7 +205,7 @@ def test_a_finished_video_does_not_wait_for_the_batch(
 ):
   """One decoding thread that stalls: the first video is stored meanwhile."""
   root, out = three
-  monkeypatch.setattr(streaming, "_PATIENCE", 0.2)
+  monkeypatch.setattr(streaming, "_BATCH_SECONDS", 0.2)
   decode, stored = streaming.decode_frames, threading.Event()
   record = FeatureStore.record
 

@@ -3,8 +3,8 @@
   python -m tests.inference.compile_for_tpu 3b v5e:2x2 3600
 
 prints, as JSON, what each step of a question about so many frames takes of a
-chip (GiB, parameters included), how often it calls the attention kernels, and
-the largest collective in bytes.
+chip (GiB, parameters included), which attention kernels it calls, and the
+largest collective in bytes.
 """
 
 import functools
@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from hourjax.data.rows import Size
 from hourjax.inference import steps
 from hourjax.inference.engine import narrow_dtype, rounded, row_spec
-from hourjax.inference.sampling import Draw
+from hourjax.inference.sampling import RowSampling
 from hourjax.models.config import SIZES
 from hourjax.models.params import param_axes, param_shapes
 from hourjax.parallel.mesh import MeshConfig, make_mesh
@@ -71,22 +71,22 @@ def _lowered(params, config, mesh, frames):
   encode_memory = functools.partial(steps.encode_memory.lower, config=config)
   batch = abstract_batch(row_spec(config, memory), 1, mesh)
   yield "encode_memory", encode_memory(params, batch)
-  remembered = jax.eval_shape(
+  cache = jax.eval_shape(
     functools.partial(steps.encode_memory, config=config), params, batch
   )
-  remembered = steps.MemoryCache(
-    known=jax.tree.map(
-      lambda x: abstract(x, None, None, "seq"), remembered.known
+  cache = steps.MemoryCache(
+    keys_values=jax.tree.map(
+      lambda x: abstract(x, None, None, "seq"), cache.keys_values
     ),
-    kept=abstract(remembered.kept, None, "seq"),
-    segment=abstract(remembered.segment, None, "seq"),
+    kept=abstract(cache.kept, None, "seq"),
+    segment=abstract(cache.segment, None, "seq"),
   )
   prompt = Size(memory=kept, queries=queries, decoder=decoder)
   batch = abstract_batch(row_spec(config, prompt), 1, mesh)
-  watched = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+  probes = jax.ShapeDtypeStruct((1, 512), jnp.int32)
   yield (
     "read_memory",
-    steps.read_memory.lower(params, remembered, batch, watched, config=config),
+    steps.read_memory.lower(params, cache, batch, probes, config=config),
   )
   augmented = abstract(
     jax.ShapeDtypeStruct((1, queries, config.decoder.width), config.dtype),
@@ -101,23 +101,21 @@ def _lowered(params, config, mesh, frames):
     functools.partial(steps.prefill, **more), params, augmented, batch, start
   )
   number = jax.ShapeDtypeStruct((1,), jnp.int32)
-  writing = steps.DecodeState(
+  state = steps.DecodeState(
     cache=jax.tree.map(lambda x: abstract(x, None, None, "seq"), cache),
     length=number,
-    token=number,
-    written=jax.ShapeDtypeStruct((1, ROOM), jnp.int32),
+    last_token=number,
+    answer=jax.ShapeDtypeStruct((1, ROOM), jnp.int32),
     count=number,
     done=jax.ShapeDtypeStruct((1,), jnp.bool_),
   )
   scalar = jax.ShapeDtypeStruct((), jnp.float32)
-  how = Draw(scalar, scalar, jax.eval_shape(lambda: jax.random.split(
-    jax.random.key(0), 1)))  # fmt: skip
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+  sampling = RowSampling(scalar, scalar, keys)
   whole = jax.ShapeDtypeStruct((), jnp.int32)
   stop = jax.ShapeDtypeStruct((2,), jnp.int32)
-  yield (
-    "write",
-    steps.write.lower(params, writing, how, stop, whole, whole, config=config),
-  )
+  args = params, state, sampling, stop, whole, whole
+  yield "decode", steps.decode.lower(*args, config=config)
 
 
 def _abstract(mesh, x, *axes):

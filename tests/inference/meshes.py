@@ -3,7 +3,7 @@
   python -m tests.inference.meshes '[{"seq": 4}, ...]'
 
 prints, for each mesh, the answers, the next turn's, logits after the prompts,
-and shares of attention by second, as JSON.
+and attention by second, as JSON.
 """
 
 import json
@@ -16,7 +16,6 @@ if __name__ == "__main__":
   os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
-import numpy as np
 
 from hourjax.data.records.record import Turn
 from hourjax.parallel.mesh import MeshConfig
@@ -26,7 +25,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def answers(mesh: dict, folder: pathlib.Path) -> dict:
-  """What a mesh makes of the questions."""
+  """Answers the questions on a mesh."""
   model = models.tiny(folder, MeshConfig(fsdp=1, **mesh))
   memory = model.encode_memory(models.features())
   # At all of these the likeliest word leads by 0.03 or more, and meshes round
@@ -36,16 +35,16 @@ def answers(mesh: dict, folder: pathlib.Path) -> dict:
     models.layout_of(memory, [Turn("human", question)])
     for question in models.QUESTIONS
   ]
-  writing, _ = model.engine.begin(memory._known, layouts, room=1)
-  conversation = memory.chat()
-  looked = conversation.ask(models.QUESTIONS[1], max_tokens=4).looked
-  after = conversation.ask(models.QUESTIONS[2], max_tokens=8)
+  state = memory._answering.prefill(layouts, 1)
+  session = memory.chat()
+  attention = session.ask(models.QUESTIONS[1], max_tokens=4).attention
+  after = session.ask(models.QUESTIONS[2], max_tokens=8)
   return {
     "answers": [answer.text for answer in written],
     "after": after.text,
-    "logits": models.next_logits(model, writing)[:3].tolist(),
-    "looked": np.asarray(looked.share).tolist(),
-    "text": model.read().ask("Who?", max_tokens=8).text,
+    "logits": models.next_logits(model, state)[:3].tolist(),
+    "attention": attention.attention.tolist(),
+    "text": model.empty_memory().ask("Who?", max_tokens=8).text,
   }
 
 

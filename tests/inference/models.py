@@ -1,4 +1,4 @@
-"""A small model with weights as they are drawn, and the slow way to answer."""
+"""A tiny model with random weights, and its answers without caches."""
 
 import dataclasses
 import functools
@@ -13,7 +13,9 @@ from hourjax.data.layout import Layout
 from hourjax.data.records.record import Turn
 from hourjax.data.rows import Sample, Visual, build_row, stack_rows
 from hourjax.data.tokenizer import Tokenizer
+from hourjax.inference.chat_session import ChatSession
 from hourjax.inference.engine import row_spec
+from hourjax.inference.memory import Memory
 from hourjax.inference.model import Model
 from hourjax.inference.prompts import Rules
 from hourjax.inference.steps import DecodeState
@@ -34,7 +36,7 @@ QUESTIONS = ["Who?", "What is shown on the card in the garden?", "Why so late?"]
 
 
 def tokenizer(folder: pathlib.Path) -> Tokenizer:
-  """Of few words."""
+  """Writes and reads a tokenizer of few words."""
   write_tokenizer(folder, [*MARKUP, *QUESTIONS])
   return Tokenizer.from_folder(folder)
 
@@ -45,7 +47,11 @@ def tiny(
   config: ModelConfig = CONFIG,
   **rules,
 ) -> Model:
-  """Weights are larger than drawn, so that answers depend on what is asked."""
+  """Makes a tiny model.
+
+  Its weights are larger than training draws them, so that answers depend on
+  the question.
+  """
   params = init_params(config, 3)
   params = {
     path: np.asarray(value) * (3 if path.endswith("kernel") else 1)
@@ -64,14 +70,14 @@ def tiny(
 
 
 def features(frames: int = 150, seed: int = 0) -> np.ndarray:
-  """[F, Q, V]."""
+  """Draws features [F, Q, V]."""
   drawn = np.random.default_rng(seed).normal(size=(frames, *SHAPE))
   return drawn.astype(ml_dtypes.bfloat16)
 
 
-def layout_of(memory, turns: list[Turn]) -> Layout:
-  """Of a prompt about a memory."""
-  return memory._layout(turns, 1)
+def layout_of(memory: Memory, turns: list[Turn]) -> Layout:
+  """Lays out a prompt about a memory."""
+  return memory._answering.layout(turns, 1)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -87,9 +93,9 @@ def slow_logits(
   answer: list[int],
   kind: Visual = "features",
 ) -> np.ndarray:
-  """Logits [n + 1, N] at the end of a prompt and after each answer token.
+  """Computes logits [n + 1, N] after a prompt and after each answer token.
 
-  The whole row runs through the model that training runs: nothing is kept.
+  The whole row runs through the model as in training, without caches.
   """
   answer = np.asarray(answer, np.int32)
   minus = np.full(len(answer), -1, np.int32)
@@ -100,23 +106,27 @@ def slow_logits(
     labels=np.append(layout.labels, minus),
   )
   sample = Sample("slow", layout, kind, visual)
-  batch: Batch = stack_rows(
-    [build_row([sample], row_spec(CONFIG, sample.size))]
-  )
+  batch = stack_rows([build_row([sample], row_spec(CONFIG, sample.size))])
   logits = _logits(model.engine.params, batch, config=model.config)
   return np.asarray(logits)[0, -len(answer) - 1 :]
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _next_logits(params, writing, config):
+def _next_logits(params, state, config):
   model = with_params(config, params)
-  token = model.decoder.embed_few(writing.token[:, None])
-  hidden, _ = model.decoder.extend(token, writing.cache, writing.length)
+  token = model.decoder.embed_few(state.last_token[:, None])
+  hidden, _ = model.decoder.extend(token, state.cache, state.length)
   return model.logits(hidden[:, 0])
 
 
-def next_logits(model: Model, writing: DecodeState) -> np.ndarray:
-  """Logits [rows, N] of what comes after each row's newest token."""
+def next_logits(model: Model, state: DecodeState) -> np.ndarray:
+  """Computes logits [rows, N] of the token after each row's newest one."""
   return np.asarray(
-    _next_logits(model.engine.params, writing, config=model.config)
+    _next_logits(model.engine.params, state, config=model.config)
   )
+
+
+def answer_ids(session: ChatSession) -> list[int]:
+  """Returns the tokens of a session's last answer."""
+  count = int(session._state.count[0])
+  return np.asarray(session._state.answer[0, :count]).tolist()

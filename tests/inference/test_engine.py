@@ -19,26 +19,18 @@ from hourjax.data.rows import Size
 from hourjax.data.visual_input import read_images
 from hourjax.errors import UserError
 from hourjax.inference import engine
+from hourjax.inference.answering import Answering
 from hourjax.inference.engine import rounded, row_spec
-from hourjax.inference.memory import _groups
-from hourjax.inference.sampling import GREEDY, Sampling, draw, draws
+from hourjax.inference.memory import Memory, _batch_sizes
+from hourjax.inference.sampling import GREEDY, Sampling, row_sampling, sample
 from hourjax.models.params import with_params
 from hourjax.parallel.mesh import AXES
 from tests.inference import models
+from tests.inference.models import answer_ids
 
 HOT = Sampling(2.0, 0.9, seed=4)
 NEAR = {"rtol": 0, "atol": 1e-2}  # of logits that spread by 3; sharp softmax
 WHY = "Why? "
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-  return models.tiny(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def memory(model):
-  return model.encode_memory(models.features())
 
 
 def _layout(memory, *texts) -> Layout:
@@ -46,12 +38,6 @@ def _layout(memory, *texts) -> Layout:
   return models.layout_of(
     memory, [Turn(role, text) for role, text in zip(roles, texts)]
   )
-
-
-def _ids(conversation) -> list[int]:
-  """Tokens that were written last."""
-  count = int(conversation._writing.count[0])
-  return np.asarray(conversation._writing.written[0, :count]).tolist()
 
 
 def _long(memory, length: int) -> str:
@@ -62,11 +48,11 @@ def _long(memory, length: int) -> str:
   return question
 
 
-def _chosen(logits, how, count: int) -> list[int]:
-  """The first `count` tokens of a turn with these logits."""
-  how = how._replace(keys=jnp.repeat(how.keys, count))
-  number = jnp.arange(count)
-  return jax.jit(draw)(jnp.asarray(logits[:count]), how, number).tolist()
+def _sampled(logits, sampling, count: int) -> list[int]:
+  """Samples the first `count` tokens of a turn with these logits."""
+  sampling = sampling._replace(keys=jnp.repeat(sampling.keys, count))
+  index = jnp.arange(count)
+  return jax.jit(sample)(jnp.asarray(logits[:count]), sampling, index).tolist()
 
 
 def _between(model, first, question):
@@ -75,19 +61,19 @@ def _between(model, first, question):
   return [*end, *follow_up(question, model.tokenizer)]
 
 
-# --- a conversation ---------------------------------------------------------
+# --- a session ---------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("error:Some donated buffers")
-@pytest.mark.parametrize("how", [GREEDY, HOT], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("sampling", [GREEDY, HOT], ids=["greedy", "drawn"])
 @pytest.mark.slow
-def test_answers_that_cross_capacities(model, how):
+def test_answers_that_cross_capacities(model, sampling):
   """Both answers begin in one capacity of the cache and end in the next."""
-  memory = model.read()
+  memory = model.empty_memory()
   first_question, later = _long(memory, 120), WHY
-  conversation = memory.chat()
-  conversation.ask(first_question, max_tokens=20, sampling=how)
-  first = _ids(conversation)
+  session = memory.chat()
+  session.ask(first_question, max_tokens=20, sampling=sampling)
+  first = answer_ids(session)
   layout = _layout(memory, first_question)
   prompt = len(layout.decoder_token)
   assert rounded(prompt) < rounded(prompt + 20)
@@ -97,54 +83,58 @@ def test_answers_that_cross_capacities(model, how):
     between = _between(model, first, later)
     before = prompt + len(first) + len(between)
   # A longer answer than the first one had room for.
-  conversation.ask(later, max_tokens=40, sampling=how)
-  second = _ids(conversation)
+  session.ask(later, max_tokens=40, sampling=sampling)
+  second = answer_ids(session)
   assert (len(first), len(second)) == (20, 40)
 
   words = [*first, *between, *second]
   logits = models.slow_logits(model, layout, None, words)
-  assert int(conversation._writing.length[0]) == before + 40 - 1
+  assert int(session._state.length[0]) == before + 40 - 1
   np.testing.assert_allclose(
-    models.next_logits(model, conversation._writing), logits[-1:], **NEAR
+    models.next_logits(model, session._state), logits[-1:], **NEAR
   )
   # Draws differ by turn and by token.
   for turn, start, ids in [(0, 0, first), (2, 20 + len(between), second)]:
-    assert _chosen(logits[start:], draws(how, turn, 1), len(ids)) == ids
+    rows = row_sampling(sampling, turn, 1)
+    assert _sampled(logits[start:], rows, len(ids)) == ids
 
 
 @pytest.mark.parametrize("end", ["im_end", "pad"])
 def test_a_turn_after_one_that_ended_by_itself(model, monkeypatch, end):
-  memory = model.read()
+  memory = model.empty_memory()
   free = memory.chat()
   free.ask("Who?", max_tokens=6)
-  ids = _ids(free)
+  ids = answer_ids(free)
   stop = ids[2]
   monkeypatch.setattr(model.tokenizer, end, stop)
-  assert memory._stop == [model.tokenizer.im_end, model.tokenizer.pad]
-  conversation = memory.chat()
-  answer = conversation.ask("Who?", max_tokens=6)
+  assert memory._answering.stop_tokens == [
+    model.tokenizer.im_end,
+    model.tokenizer.pad,
+  ]
+  session = memory.chat()
+  answer = session.ask("Who?", max_tokens=6)
   first = ids[: ids.index(stop) + 1]
-  assert answer.finished and _ids(conversation) == first
-  again = conversation.ask("Why?", max_tokens=1)
+  assert answer.finished and answer_ids(session) == first
+  again = session.ask("Why?", max_tokens=1)
   assert again.tokens == 1
   # The end of the answer is read once, as the end of a turn.
   words = [*first, *follow_up("Why?", model.tokenizer)]
   prompt = len(_layout(memory, "Who?").decoder_token)
-  assert int(conversation._writing.length[0]) == prompt + len(words)
+  assert int(session._state.length[0]) == prompt + len(words)
 
 
 def test_stop_on_the_first_token(memory, monkeypatch):
-  conversation = memory.chat()
-  conversation.ask("Who?", max_tokens=1)
+  session = memory.chat()
+  session.ask("Who?", max_tokens=1)
   monkeypatch.setattr(
-    type(memory), "_stop", [10**6, *_ids(conversation), 10**6 + 1]
+    Answering, "stop_tokens", [10**6, *answer_ids(session), 10**6 + 1]
   )
   for answer in [memory.ask("Who?"), *memory.answer(["Who?", "Who?"])]:
     assert (answer.text, answer.tokens, answer.finished) == ("", 1, True)
 
 
 def test_no_room_for_an_answer(model):
-  memory = model.read()
+  memory = model.empty_memory()
   for ask in (memory.ask, lambda *a, **o: memory.answer([*a], **o)):
     with pytest.raises(UserError, match="max_tokens is 0; an answer has at"):
       ask("Who?", max_tokens=0)
@@ -152,25 +142,25 @@ def test_no_room_for_an_answer(model):
 
 def test_rules_bound_prompt_and_answer_exactly(model):
   def reading(most):
-    memory = model.read()
+    answering = model.empty_memory()._answering
     rules = dataclasses.replace(model.rules, max_length=most)
-    memory._prompts = dataclasses.replace(memory._prompts, rules=rules)
-    return memory
+    prompts = dataclasses.replace(answering.prompts, rules=rules)
+    return Memory(dataclasses.replace(answering, prompts=prompts))
 
-  length = len(_layout(model.read(), "Who?").decoder_token)
+  length = len(_layout(model.empty_memory(), "Who?").decoder_token)
   assert reading(length + 3).ask("Who?", max_tokens=3).tokens == 3
   with pytest.raises(UserError, match=f"take {length} \\+ 3 tokens"):
     reading(length + 2).ask("Who?", max_tokens=3)
   words = 3 + 1 + len(follow_up("Why?", model.tokenizer))
   whole = length + words
   for most in (whole + 2, whole + 1):
-    conversation = reading(most).chat()
-    conversation.ask("Who?", max_tokens=3)
+    session = reading(most).chat()
+    session.ask("Who?", max_tokens=3)
     if most == whole + 2:
-      assert conversation.ask("Why?", max_tokens=2).tokens == 2
+      assert session.ask("Why?", max_tokens=2).tokens == 2
       continue
     with pytest.raises(UserError, match=f"take {whole} \\+ 2 tokens"):
-      conversation.ask("Why?", max_tokens=2)
+      session.ask("Why?", max_tokens=2)
 
 
 # --- batches ----------------------------------------------------------------
@@ -182,9 +172,11 @@ def test_nine_questions_of_unequal_length(model, memory):
   texts = ["Who?", WHY * 90, "What is shown on the card in the garden?"]
   texts = [texts[n % 3] for n in range(9)]
   layouts = [_layout(memory, text) for text in texts]
-  writing, shares = model.engine.begin(memory._known, layouts, room=4)
-  assert shares is None and writing.done.tolist() == [False] * 9 + [True] * 7
-  found = models.next_logits(model, writing)
+  state, attention = model.engine.prefill(
+    memory._answering.memory, layouts, max_tokens=4
+  )
+  assert attention is None and state.done.tolist() == [False] * 9 + [True] * 7
+  found = models.next_logits(model, state)
   for n in range(3):
     expected = models.slow_logits(model, layouts[n], models.features(), [])
     np.testing.assert_allclose(
@@ -192,8 +184,8 @@ def test_nine_questions_of_unequal_length(model, memory):
     )
 
 
-def test_draws_do_not_depend_on_groups(model, monkeypatch):
-  memory = model.read()
+def test_draws_do_not_depend_on_batch_sizes(model, monkeypatch):
+  memory = model.empty_memory()
 
   def drawn():
     answers = memory.answer(["Who?"] * 3, max_tokens=8, sampling=HOT)
@@ -201,80 +193,81 @@ def test_draws_do_not_depend_on_groups(model, monkeypatch):
 
   together = drawn()
   assert len(set(together)) == 3
-  monkeypatch.setattr("hourjax.inference.memory._QUERIES", 1)
+  monkeypatch.setattr("hourjax.inference.memory._BATCH_QUERIES", 1)
   assert drawn() == together
 
 
 def test_text_is_read_in_groups_too(model, monkeypatch):
-  memory, seen = model.read(), []
-  begin = memory._engine.begin
+  memory, seen = model.empty_memory(), []
+  prefill = model.engine.prefill
 
-  def watched(known, layouts, **options):
+  def counting(memory, layouts, **options):
     seen.append(len(layouts))
-    return begin(known, layouts, **options)
+    return prefill(memory, layouts, **options)
 
-  monkeypatch.setattr(memory._engine, "begin", watched)
+  monkeypatch.setattr(model.engine, "prefill", counting)
   length = len(_layout(memory, "Who?").decoder_token)
-  monkeypatch.setattr("hourjax.inference.memory._QUERIES", 2 * length)
+  monkeypatch.setattr("hourjax.inference.memory._BATCH_QUERIES", 2 * length)
   memory.answer(["Who?"] * 3, max_tokens=1)
   assert seen == [2, 1]
   memory.answer([], max_tokens=1)
 
 
 def test_prompts_that_are_read_together(monkeypatch):
-  monkeypatch.setattr("hourjax.inference.memory._QUERIES", 10)
-  assert list(_groups([], 1)) == []
-  assert list(_groups([5, 5, 5], 1)) == [2, 1]
-  assert list(_groups([11, 1, 9, 10, 1], 1)) == [1, 2, 1, 1]
+  monkeypatch.setattr("hourjax.inference.memory._BATCH_QUERIES", 10)
+  assert list(_batch_sizes([], 1)) == []
+  assert list(_batch_sizes([5, 5, 5], 1)) == [2, 1]
+  assert list(_batch_sizes([11, 1, 9, 10, 1], 1)) == [1, 2, 1, 1]
 
 
 def test_caches_of_short_prompts_are_padded(monkeypatch):
   """Rows to a power of two, each to the longest prompt and its answer."""
-  monkeypatch.setattr("hourjax.inference.memory._CACHED", 4 * 1024)
-  assert list(_groups([9] * 6, 1000)) == [4, 2]
-  assert list(_groups([9] * 6, 1500)) == [2, 2, 2]  # 1500 are 1536
-  assert list(_groups([2000, 9, 9, 9, 9, 9], 20)) == [2, 4]
-  assert list(_groups([9, 9, 9, 9, 9, 2000], 20)) == [5, 1]
-  assert list(_groups([9000, 9], 20)) == [1, 1]
+  monkeypatch.setattr("hourjax.inference.memory._BATCH_CACHE", 4 * 1024)
+  assert list(_batch_sizes([9] * 6, 1000)) == [4, 2]
+  assert list(_batch_sizes([9] * 6, 1500)) == [2, 2, 2]  # 1500 are 1536
+  assert list(_batch_sizes([2000, 9, 9, 9, 9, 9], 20)) == [2, 4]
+  assert list(_batch_sizes([9, 9, 9, 9, 9, 2000], 20)) == [5, 1]
+  assert list(_batch_sizes([9000, 9], 20)) == [1, 1]
 
 
 # --- what there is to see ---------------------------------------------------
 
 
 @pytest.mark.slow
-def test_shares_are_the_weights_of_the_watched(model, memory):
+def test_attention_is_the_softmax_of_the_probe_queries(model, memory):
   """Against float64 softmax in each block, of another prompt beside it."""
   layouts = [_layout(memory, text) for text in ("Who?", "Why so late?")]
-  watched = np.flatnonzero(layouts[0].query_token < 0)[5:40:3]
-  _, shares = model.engine.begin(
-    memory._known, layouts, room=1, watched=watched
+  probes = np.flatnonzero(layouts[0].query_token < 0)[5:40:3]
+  encoded = memory._answering.memory
+  _, attention = model.engine.prefill(
+    encoded, layouts, max_tokens=1, probe_queries=probes
   )
-  known, kept = memory._known.arrays.known, memory._known.arrays.kept
+  stored, kept = encoded.cache.keys_values, encoded.cache.kept
   layout = layouts[0]
   whole = with_params(model.config, model.engine.params)
-  at = engine._of_kept(layout, memory._known.kept).query_source
+  at = engine._count_kept(layout, encoded.kept).query_source
   words = whole.decoder.embed(jnp.asarray(layout.query_token)[None])
   x = jnp.where(layout.query_token[None, :, None] >= 0, words, kept[:, at])
   position = jnp.asarray(layout.query_position)[None]
   one = jnp.ones_like(position)
-  segment = memory._known.arrays.segment
+  segment = encoded.cache.segment
   assert int(segment.sum()) == 150 * (model.config.pool_side**2 + 1)
   for n in range(model.config.memaug_layers):
     block = whole.memaug.layer(n)
     inner = block.norm1(x + block.self_attn(x, position, one))
     q = np.asarray(block.cross_attn.queries(inner, position), np.float64)
-    q, k = q[0, watched], np.asarray(known.k[n, 0], np.float64)
+    q, k = q[0, probes], np.asarray(stored.k[n, 0], np.float64)
     k = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
     score = np.einsum("nhc,shc->nhs", q, k) * q.shape[-1] ** -0.5
     score = np.where(np.asarray(segment[0]) == 1, score, -np.inf)
     weight = np.exp(score - score.max(-1, keepdims=True))
     expected = (weight / weight.sum(-1, keepdims=True)).sum((0, 1))
-    np.testing.assert_allclose(shares[n], expected, rtol=0, atol=2e-3)
+    np.testing.assert_allclose(attention[n], expected, rtol=0, atol=2e-3)
     read = block.cross_attn.read(
       inner,
       position,
       one,
-      type(known)(known.k[n], known.v[n]),
+      type(stored)(stored.k[n], stored.v[n]),
       segment,
       kind="cross",
     )
@@ -285,21 +278,17 @@ def test_shares_are_the_weights_of_the_watched(model, memory):
 @pytest.mark.slow
 @pytest.mark.parametrize("frames, duration", [(1, 1.0), (150, 97.9)])
 def test_videos_that_are_short(model, frames, duration):
-  """Few frames repeat in the memory; the model is told how many there are."""
+  """Few frames repeat in the memory; the prompt says how many there are."""
   visual = models.features(frames)
   memory = model.encode_memory(visual, duration=duration)
   chosen = visual[stored_feature_frames(frames, duration)]
-  assert memory.frames == len(chosen) == min(frames, 128)
-  writing, _ = model.engine.begin(
-    memory._known, [_layout(memory, "Who?")], room=1
-  )
+  assert memory.num_frames == len(chosen) == min(frames, 128)
+  state = memory._answering.prefill([_layout(memory, "Who?")], 1)
   layout = _layout(memory, "Who?")
   text = model.tokenizer.decode([int(i) for i in layout.query_token if i >= 0])
   assert f"{duration:.2f} seconds, and {len(chosen)} frames" in text
   expected = models.slow_logits(model, layout, chosen, [])
-  np.testing.assert_allclose(
-    models.next_logits(model, writing), expected, **NEAR
-  )
+  np.testing.assert_allclose(models.next_logits(model, state), expected, **NEAR)
 
 
 @pytest.mark.slow
@@ -310,16 +299,16 @@ def test_images_with_text_between(model, tmp_path):
     pixels = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(path)
   both = "Here <image> and there <image>: who?"
-  for shown, text in [(paths, both), (paths[1:], "Who is <image>?")]:
-    memory = model.see(shown)
+  for images, text in [(paths, both), (paths[1:], "Who is <image>?")]:
+    memory = model.encode_images(images)
     spec = row_spec(model.config, Size())
-    tiles = read_images(shown, spec, "tiled")
+    tiles = read_images(images, spec, "tiled")
     layout = _layout(memory, text)
     slots = np.flatnonzero(np.diff(layout.decoder_token < 0))
-    assert len(slots) == 2 * len(shown)
-    writing, _ = model.engine.begin(memory._known, [layout], room=1)
+    assert len(slots) == 2 * len(images)
+    state = memory._answering.prefill([layout], 1)
     np.testing.assert_allclose(
-      models.next_logits(model, writing),
+      models.next_logits(model, state),
       models.slow_logits(model, layout, tiles, [], "tiles"),
       **NEAR,
     )
@@ -327,11 +316,13 @@ def test_images_with_text_between(model, tmp_path):
       memory.ask(f"{both} <image>")
 
 
-@pytest.mark.parametrize("shown", [False, True])
-def test_an_answer_shows_no_image(model, tmp_path, shown):
+@pytest.mark.parametrize("with_image", [False, True])
+def test_a_marker_in_an_answer_is_no_image(model, tmp_path, with_image):
   """What the model said may hold the marker, e.g. of a feed's items."""
   Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "a.png")
-  memory = model.see([tmp_path / "a.png"]) if shown else model.read()
+  memory = model.empty_memory()
+  if with_image:
+    memory = model.encode_images([tmp_path / "a.png"])
 
   def laid_out(said):
     turns = [Turn("human", "Who?"), Turn("gpt", said), Turn("human", "Why?")]
@@ -346,26 +337,27 @@ def test_kept_tokens_are_found_in_any_order():
   source = np.array([-1, 30, 10, -1, 20, 30], np.int32)
   empty = np.zeros(0, np.int32)
   layout = Layout(empty_repository(), empty, source, *[empty] * 4)
-  found = engine._of_kept(layout, np.array([20, 30, 10], np.int32))
+  found = engine._count_kept(layout, np.array([20, 30, 10], np.int32))
   assert found.query_source.tolist() == [-1, 1, 2, -1, 0, 1]
 
 
 @pytest.mark.slow
 def test_forgetting_is_as_the_rules_say(model, memory, tmp_path):
   visual = models.features()
-  again, other = model.encode_memory(visual)._kept, memory._kept
+  again = model.encode_memory(visual)._answering.kept
+  other = memory._answering.kept
   np.testing.assert_array_equal(again[0], other[0])
-  seeded = models.tiny(tmp_path, seed=1).encode_memory(visual)._kept
+  seeded = models.tiny(tmp_path, seed=1).encode_memory(visual)._answering.kept
   assert len(seeded[0]) == len(again[0]) and (seeded[0] != again[0]).any()
   rule = Forgetting(temporal="keyframe", ratio=4)
   chosen = models.tiny(tmp_path, forgetting=rule)
   # Three frames repeated to 128, of which a quarter is kept.
   visual = models.features(3)
   short = chosen.encode_memory(visual)
-  assert len(np.unique(short._kept[0] // 17)) == 128 // 4
+  assert len(np.unique(short._answering.kept[0] // 17)) == 128 // 4
   visual = models.features()
   visual[40:100] = visual[40]  # alike: of no interest, but for the ends
-  kept = np.unique(chosen.encode_memory(visual)._kept[0] // 17)
+  kept = np.unique(chosen.encode_memory(visual)._answering.kept[0] // 17)
   assert len(kept) == 150 // 4 and not ((kept > 45) & (kept < 94)).any()
 
 
@@ -384,15 +376,15 @@ def test_without_memaug_and_with_tied_words(tmp_path):
   model = models.tiny(tmp_path, config=_other(memaug_layers=0, tied=True))
   visual = models.features()
   memory = model.encode_memory(visual)
-  conversation = memory.chat()
-  assert conversation.ask("Who?", max_tokens=3).looked is None
-  first = _ids(conversation)
-  conversation.ask("Why?", max_tokens=3)
-  second = _ids(conversation)
+  session = memory.chat()
+  assert session.ask("Who?", max_tokens=3).attention is None
+  first = answer_ids(session)
+  session.ask("Why?", max_tokens=3)
+  second = answer_ids(session)
   words = [*first, *_between(model, first, "Why?"), *second]
   logits = models.slow_logits(model, _layout(memory, "Who?"), visual, words)
   np.testing.assert_allclose(
-    models.next_logits(model, conversation._writing), logits[-1:], **NEAR
+    models.next_logits(model, session._state), logits[-1:], **NEAR
   )
   together = memory.answer(["Who?", "Why?"], max_tokens=3)
   assert together[0].text == memory.ask("Who?", max_tokens=3).text
@@ -408,20 +400,20 @@ def test_bfloat16(tmp_path):
   assert kinds["decoder/layers/layers/norm1/scale"] == jnp.float32
   visual = models.features()
   memory = model.encode_memory(visual)
-  conversation = memory.chat()
-  looked = conversation.ask("Who?", max_tokens=6).looked
-  words = _ids(conversation)
-  writing = conversation._writing
-  assert writing.cache.k.dtype == jnp.bfloat16
+  session = memory.chat()
+  attention = session.ask("Who?", max_tokens=6).attention
+  words = answer_ids(session)
+  state = session._state
+  assert state.cache.k.dtype == jnp.bfloat16
   layout = _layout(memory, "Who?")
-  cached = models.next_logits(model, writing)[0]
+  cached = models.next_logits(model, state)[0]
   slow = models.slow_logits(model, layout, visual, words)[-1]
   true = models.slow_logits(exact, layout, visual, words)[-1]
   rounding = np.abs(slow - true).mean()
   assert np.abs(cached - true).mean() < 1.5 * rounding
   assert np.abs(cached - slow).mean() < 1.5 * rounding
-  there = exact.encode_memory(visual).ask("Who?", max_tokens=6).looked
-  assert np.abs(looked.share - there.share).sum() / 2 < 0.1
+  there = exact.encode_memory(visual).ask("Who?", max_tokens=6).attention
+  assert np.abs(attention.attention - there.attention).sum() / 2 < 0.1
 
 
 # --- memory and shapes ------------------------------------------------------

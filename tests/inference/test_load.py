@@ -43,8 +43,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def film(tmp_path_factory):
-  path = tmp_path_factory.mktemp("films") / "film.mp4"
+def video(tmp_path_factory):
+  path = tmp_path_factory.mktemp("videos") / "video.mp4"
   videos.write(path, 300, rate=5, size=(32, 24))
   return path
 
@@ -58,7 +58,7 @@ def test_a_published_folder(folder, model):
   assert model.config.decoder == models.CONFIG.decoder
   assert model.name.startswith("/".join(folder.parts[-2:]) + " ")
   assert hourjax.load(folder).name == model.name
-  text = model.read().ask(QUESTION, max_tokens=4).text
+  text = model.empty_memory().ask(QUESTION, max_tokens=4).text
   assert isinstance(text, str)
 
 
@@ -74,7 +74,7 @@ def test_a_published_folder_is_read_once_as_it_is_used(folder, model):
     np.testing.assert_array_equal(model.engine.params[path], narrow)
 
 
-def test_mistakes_are_told_before_weights_are_read(folder, tmp_path):
+def test_mistakes_are_found_before_weights_are_read(folder, tmp_path):
   shutil.copytree(folder, tmp_path / "model")
   (weights,) = (tmp_path / "model").glob("*.safetensors")
   weights.write_text("damaged")
@@ -132,23 +132,23 @@ def test_the_name_tells_weights_apart(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_film_is_its_stored_features(model, film, tmp_path):
-  """What extraction stores of a short film gives the answers of the film.
+def test_a_video_is_its_stored_features(model, video, tmp_path):
+  """What extraction stores of a short video gives the answers of the video.
 
-  Of films of 128 seconds and more it stores other frames (`frame_rules`).
+  Of videos of 128 seconds and more it stores other frames (`frame_rules`).
   """
   seen = []
-  memory = model.encode_memory(film, progress=lambda *done: seen.append(done))
-  info = probe(film)
+  memory = model.encode_memory(video, progress=lambda *done: seen.append(done))
+  info = probe(video)
   indices, duration = extraction_frames(info.frames, info.fps)
   assert indices.tolist() == shown_frames(300, 60.0).tolist()
   assert (memory.duration, memory.frames) == (60.0, 128)
   assert seen[0] == (0, len(indices)) and seen[-1] == (128, 128)
-  features = model.read_video_features(film).features
+  features = model.read_video_features(video).features
   assert features.dtype == ml_dtypes.bfloat16
   store = FeatureStore(tmp_path / "store", create=True)
-  store.write("film.mp4", features, duration)
-  stored = model.encode_stored_memory(store, "film.mp4")
+  store.write("video.mp4", features, duration)
+  stored = model.encode_stored_memory(store, "video.mp4")
   np.save(tmp_path / "x.npy", features)
   copied = model.encode_memory(tmp_path / "x.npy", duration=duration)
   mapped = np.load(tmp_path / "x.npy")  # two bytes without a type
@@ -183,15 +183,15 @@ def test_images(model, tmp_path):
     paths.append(tmp_path / f"{n}.png")
     Image.fromarray(pixels).save(paths[-1])
   texts = [
-    model.see(shown).ask("What differs?", max_tokens=8).text
-    for shown in (paths[:1], paths[1:], paths)
+    model.encode_images(images).ask("What differs?", max_tokens=8).text
+    for images in (paths[:1], paths[1:], paths)
   ]
   assert len(set(texts)) > 1
-  both = model.see(paths)
+  both = model.encode_images(paths)
   marked = both.ask("<image>\n<image>\nWhat differs?", max_tokens=8)
-  assert marked.text == texts[2] and marked.looked is None
-  with pytest.raises(UserError, match="no images to see"):
-    model.see([])
+  assert marked.text == texts[2] and marked.attention is None
+  with pytest.raises(UserError, match="no images to encode"):
+    model.encode_images([])
 
 
 def _bad_sources(tmp_path):
@@ -230,7 +230,7 @@ def _bad_sources(tmp_path):
   }
 
 
-def test_what_cannot_be_remembered(model, tmp_path):
+def test_sources_that_cannot_be_encoded(model, tmp_path):
   for name, message in _bad_sources(tmp_path).items():
     with pytest.raises(UserError, match=message):
       model.encode_memory(tmp_path / name)
@@ -272,15 +272,15 @@ def test_a_workdir_of_a_run(tmp_path):
     f"--model={tmp_path}/run",
     f"--video={data}/videos/{video}",
     "--max_tokens=5",
-    f"--picture={tmp_path}/look.png",
+    f"--picture={tmp_path}/attention.png",
     QUESTION,
   )
   lines = done.stdout.splitlines()
   assert not done.returncode, done.stderr
   assert lines[0].startswith(expected.text)
-  assert lines[-2].startswith("looked most at ")
-  assert lines[-1] == f"wrote {tmp_path}/look.png"
-  assert (tmp_path / "look.png").exists()
+  assert lines[-2].startswith("most attention at ")
+  assert lines[-1] == f"wrote {tmp_path}/attention.png"
+  assert (tmp_path / "attention.png").exists()
 
 
 def _ask(*options, given=""):
@@ -306,7 +306,7 @@ def test_a_conversation_through_a_pipe(folder, tmp_path):
   )
   assert not done.returncode, done.stderr
   assert done.stdout.count("\n> ") == 2
-  assert done.stdout.count("looked most at") == 1  # the second reads a cache
+  assert done.stdout.count("most attention at") == 1  # the second reads a cache
   assert "[cut at 3 tokens]" in done.stdout
 
 

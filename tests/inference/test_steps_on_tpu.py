@@ -30,6 +30,6 @@ def test_3b_on_four_chips_of_v5e():
   assert all(figures["gib"] < 4 for figures in found.values())
   assert "attention_forward" in found["read_memory"]["calls"]
   assert any("splash" in name for name in found["prefill"]["calls"])
-  # A word sends its logits and less: neither weights nor the cache travel.
+  # A token sends its logits and less: neither weights nor the cache travel.
   logits = 4 * 151_936
-  assert 0 < found["write"]["largest_collective"] <= logits
+  assert 0 < found["decode"]["largest_collective"] <= logits

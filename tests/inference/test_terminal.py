@@ -1,20 +1,22 @@
-"""A conversation as it is printed, and mistakes found before it begins."""
+"""A session as it is printed, and mistakes found before it begins."""
 
 import pytest
 
 from hourjax.errors import UserError
-from hourjax.inference.memory import Answer, Conversation
+from hourjax.inference.answering import Answer
+from hourjax.inference.chat_session import ChatSession
 from hourjax.inference.sampling import GREEDY, Sampling
 from hourjax.inference.terminal import (
   TerminalChat,
   check_options,
-  leaving,
-  shown,
+  clean_exit,
+  image_paths,
+  progress_bar,
 )
 
 
-class Says(Conversation):
-  """Gives one answer, told in the parts given."""
+class Says(ChatSession):
+  """Gives one answer, streamed in the parts given."""
 
   def __init__(self, parts: list[str], finished: bool = True):
     self.parts, self.finished = parts, finished
@@ -41,7 +43,7 @@ def test_nothing_and_too_much(capsys):
 def test_lines_of_a_pipe(capsys, tmp_path):
   (tmp_path / "asked").write_text("Who?\n\nbad\nWhy?")
   with (tmp_path / "asked").open() as source:
-    failed = TerminalChat(Says(["yes"])).listen(source)
+    failed = TerminalChat(Says(["yes"])).ask_lines(source)
   said = capsys.readouterr()
   assert failed == 1
   assert said.out == "\n> Who?\nyes\n\n> bad\n\n> Why?\nyes\n"
@@ -54,7 +56,7 @@ def test_lines_of_a_pipe(capsys, tmp_path):
 def test_how_it_ends(monkeypatch, tmp_path, error, status):
   with (tmp_path / "out").open("w") as out:
     monkeypatch.setattr("sys.stdout", out)
-    with pytest.raises(SystemExit) as ended, leaving():
+    with pytest.raises(SystemExit) as ended, clean_exit():
       raise error
   assert ended.value.code == status
 
@@ -64,17 +66,17 @@ def test_typed_bytes_that_are_no_text(monkeypatch, tmp_path):
   (tmp_path / "asked").write_bytes(b"caf\xe9?\n")
   with (tmp_path / "asked").open(encoding="utf-8") as typed:
     monkeypatch.setattr("sys.stdin", typed)
-    with leaving():
+    with clean_exit():
       assert typed.readline() == "caf\udce9?\n"
 
 
 def test_no_bar_where_nothing_takes_time(capsys):
-  with shown("read", "frame"):
+  with progress_bar("read", "frame"):
     pass
   assert not capsys.readouterr().err
-  with shown("read", "frame") as show:
-    show(0, 4)
-    show(4, 4)
+  with progress_bar("read", "frame") as report:
+    report(0, 4)
+    report(4, 4)
   assert "4/4" in capsys.readouterr().err
 
 
@@ -86,7 +88,7 @@ def test_options(tmp_path):
     "images": [],
     "duration": None,
     "sampling": GREEDY,
-    "picture": str(tmp_path / "look.png"),
+    "picture": str(tmp_path / "attention.png"),
   }
   check_options(**good)
   none = {"video": None, "picture": ""}
@@ -105,3 +107,26 @@ def test_options(tmp_path):
   ):
     with pytest.raises(UserError, match=message):
       check_options(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+  "values, expected",
+  [
+    ([], []),
+    (["a.png"], ["a.png"]),
+    (["a.png", "none.png"], ["a.png", "none.png"]),
+    (["a.png,b.png"], ["a.png", "b.png"]),
+    (["a.png, b.png"], ["a.png", "b.png"]),
+    (["x,y.png"], ["x,y.png"]),
+    (["x,y.png,a.png"], ["x,y.png", "a.png"]),
+    (["a.png,x,y.png", "b.png"], ["a.png", "x,y.png", "b.png"]),
+    (["none,y.png"], ["none", "y.png"]),
+    (["a.png,"], ["a.png", ""]),  # which `check_options` refuses
+    ([""], [""]),
+  ],
+)
+def test_names_with_commas(tmp_path, monkeypatch, values, expected):
+  monkeypatch.chdir(tmp_path)
+  for name in ("a.png", "b.png", "x,y.png"):
+    (tmp_path / name).touch()
+  assert image_paths(values) == expected

@@ -1,4 +1,6 @@
-"""Training, extraction, asking and evaluating show the same of a file."""
+"""Training, extraction, asking and evaluating use the same frames of a file."""
+
+import dataclasses
 
 import jax
 import numpy as np
@@ -100,8 +102,8 @@ def store(model, folder, tmp_path_factory):
   return made
 
 
-def _told(token, tokenizer) -> str:
-  """What a prompt says of the video, in its words."""
+def _sentence(token, tokenizer) -> str:
+  """Returns what a prompt says of the video."""
   text = tokenizer.decode([int(i) for i in token if i >= 0])
   return text[text.index("lasts for ") : text.index(" frames are")]
 
@@ -112,7 +114,7 @@ def _words(seconds: str, frames: int) -> str:
 
 def _of_memory(memory, tokenizer) -> str:
   layout = models.layout_of(memory, [Turn("human", "Who?")])
-  return _told(layout.query_token, tokenizer)
+  return _sentence(layout.query_token, tokenizer)
 
 
 def _dataset(model, folder, names, features=None):
@@ -140,8 +142,8 @@ def test_training_on_files(model, folder, reading):
     sample = made.sample(n)
     assert reading.frames[-1] == case.indices
     assert len(sample.visual) == made.sizes[n][1] == case.shown
-    told = _told(sample.layout.query_token, model.tokenizer)
-    assert told == _words(case.seconds, case.shown)
+    sentence = _sentence(sample.layout.query_token, model.tokenizer)
+    assert sentence == _words(case.seconds, case.shown)
 
 
 def test_training_on_features(model, folder, store):
@@ -149,8 +151,8 @@ def test_training_on_features(model, folder, store):
   for n, case in enumerate(FILES.values()):
     sample = made.sample(n)
     assert len(sample.visual) == case.kept
-    told = _told(sample.layout.query_token, model.tokenizer)
-    assert told == _words(case.seconds, case.kept)
+    sentence = _sentence(sample.layout.query_token, model.tokenizer)
+    assert sentence == _words(case.seconds, case.kept)
   assert made.sparse == [SPARSE]
 
 
@@ -158,40 +160,38 @@ def test_asking(model, folder, store, reading):
   for name, case in FILES.items():
     memory = model.encode_memory(folder / name)
     assert reading.frames[-1] == case.indices and not memory.note
-    told = _of_memory(memory, model.tokenizer)
-    assert told == _words(case.seconds, case.shown)
+    sentence = _of_memory(memory, model.tokenizer)
+    assert sentence == _words(case.seconds, case.shown)
     assert _of_memory(
       model.encode_memory(store.path(name)), model.tokenizer
     ) == (_words(case.seconds, case.kept))
 
 
-def test_attention_to_repeated_frames_is_that_of_the_frame(model):
+def test_attention_to_repeated_frames_is_that_of_the_frame(model, monkeypatch):
   """Two frames fill a memory of 128: the first 127 times, the second once."""
   memory = model.encode_memory(models.features(2), duration=2.0)
   tokens = model.config.pool_side**2 + 1
-  places = np.arange(128 * tokens + 5)
-  places[-5:] = -1  # padding
-  weights = np.where(places >= 127 * tokens, 3.0, 0.0)[None]
+  index = np.arange(128 * tokens + 5)
+  index[-5:] = -1  # padding
+  weights = np.where(index >= 127 * tokens, 3.0, 0.0)[None]
   weights[0, 0] = tokens
 
-  class Engine:
-    config = model.config
-
-    def begin(self, *args, **options):
-      return None, weights
-
-  memory._engine = Engine()
-  memory._known = EncodedMemory(places=places)
-  _, looked = memory.chat()._begin([Turn("human", "Who?")], 1)
-  np.testing.assert_allclose(looked.share, [0.25, 0.75])
-  np.testing.assert_allclose(looked.edges, [0.0, 1.0, 2.0])
+  monkeypatch.setattr(
+    model.engine, "prefill", lambda *args, **options: (None, weights)
+  )
+  encoded = EncodedMemory(token_index=index)
+  answering = dataclasses.replace(memory._answering, memory=encoded)
+  layout = answering.layout([Turn("human", "Who?")], 1)
+  _, attention = answering.prefill_with_attention(layout, 1)
+  np.testing.assert_allclose(attention.attention, [0.25, 0.75])
+  np.testing.assert_allclose(attention.edges, [0.0, 1.0, 2.0])
 
 
-class Watching:
+class RecordingModel:
   """A model that keeps its memories, which answer without a model."""
 
   def __init__(self, model):
-    self.name, self._model, self.made = "watching", model, []
+    self.name, self._model, self.made = "recording", model, []
 
   def encode_memory(self, video):
     self.made.append(self._model.encode_memory(video))
@@ -206,30 +206,30 @@ def test_evaluating(model, folder, store, reading, tmp_path):
   names = [*FILES, SPARSE]
   for features in (None, store):
     asked = names if features else names[:-1]
-    exam = fakes.exam(
+    task = fakes.exam(
       [fakes.question(n, name) for n, name in enumerate(asked)],
       videos=folder,
       features=features,
     )
-    watching = Watching(model)
+    recording = RecordingModel(model)
     out = tmp_path / ("features" if features else "files")
-    report = run.evaluate(watching, exam, out)
-    for memory, case in zip(watching.made, FILES.values()):
-      told = _of_memory(memory, model.tokenizer)
+    report = run.evaluate(recording, task, out)
+    for memory, case in zip(recording.made, FILES.values()):
+      sentence = _of_memory(memory, model.tokenizer)
       frames = case.kept if features else case.shown
-      assert told == _words(case.seconds, frames)
+      assert sentence == _words(case.seconds, frames)
     if not features:
-      assert reading.frames == [case.indices for case in FILES.values()]
+      assert reading.num_frames == [case.indices for case in FILES.values()]
     (name,) = report.data["runs"]
     notes = report.data["runs"][name]["notes"]
     expected = [frame_rules.sparse_note(1)] if features else []
     assert notes == expected
-    again = run.gather(fakes.exam(exam.questions), out)  # without the store
+    again = run.gather(fakes.exam(task.questions), out)  # without the store
     assert again.about["notes"] == expected
-  assert watching.made[-1].frames == 20
+  assert recording.made[-1].num_frames == 20
 
 
-def test_a_memory_says_what_is_not_shown(model, store):
+def test_a_memory_notes_sparse_features(model, store):
   for name in (SPARSE, next(iter(FILES))):
     note = frame_rules.sparse_note(1) if name == SPARSE else ""
     assert model.encode_memory(store.path(name)).note == note

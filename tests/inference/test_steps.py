@@ -1,4 +1,4 @@
-"""On a CPU stacks of bfloat16 are given as bits, and stay as small as that."""
+"""On a CPU the steps get stacks of bfloat16 as bits, which stay in bfloat16."""
 
 import dataclasses
 import functools
@@ -84,8 +84,10 @@ def test_bits_compute_the_same(params):
   )
   start, seen = jnp.zeros(1, jnp.int32), []
   plain = _prefill(params, batch, start, CONFIG)
-  told = functools.partial(seen.append, 1)
-  bits = _prefill(as_bits(params, CONFIG), batch, start, CONFIG, told=told)
+  on_layer = functools.partial(seen.append, 1)
+  bits = _prefill(
+    as_bits(params, CONFIG), batch, start, CONFIG, on_layer=on_layer
+  )
   jax.block_until_ready(bits)
   jax.effects_barrier()
   assert len(seen) == CONFIG.decoder.layers
@@ -133,7 +135,7 @@ def test_the_tower_alone(params):
   assert one.fingerprint != two.fingerprint  # of what was given
 
 
-def test_nobody_is_told_by_default():
+def test_no_callback_by_default():
   with layers_told(None):
     text = jax.jit(lambda x: x + 1).lower(jnp.zeros(3)).as_text()
   assert "callback" not in text

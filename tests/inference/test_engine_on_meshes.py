@@ -36,4 +36,4 @@ def test_meshes(found, number):
   np.testing.assert_allclose(
     split["logits"], alone["logits"], rtol=0, atol=1e-2
   )
-  np.testing.assert_allclose(split["looked"], alone["looked"], rtol=5e-3)
+  np.testing.assert_allclose(split["attention"], alone["attention"], rtol=5e-3)
