@@ -72,6 +72,58 @@ def test_closing_wakes_whoever_waits(work):
     queue.get()
 
 
+# --- memory -----------------------------------------------------------------
+
+
+def _settled(count) -> int:
+  """Waits until a list no longer grows; returns its length."""
+  length = -1
+  while length != len(count):
+    length = len(count)
+    time.sleep(0.3)
+  return length
+
+
+@pytest.mark.parametrize("stalled", ["encoder", "writer"])
+def test_frames_in_flight_are_bounded(params, tmp_path, monkeypatch, stalled):
+  """Other stages stop when one does; how long the video is does not matter."""
+  batch, chunks, frame_bytes = 8, 3, 32 * 32 * 3
+  monkeypatch.setattr(streaming, "_QUEUE_BYTES", chunks * batch * frame_bytes)
+  decode, encode = streaming.decode_frames, streaming.Encoder.__call__
+  add = streaming.FeatureWriter.add
+  decoded, encoded, in_flight = [], [], []
+
+  def counting_decode(*args, **options):
+    for chunk in decode(*args, **options):
+      decoded.extend([1] * len(chunk))
+      yield chunk
+
+  def counting_encode(self, pixels):
+    if stalled == "encoder" and not in_flight:
+      in_flight.append(_settled(decoded))
+    encoded.extend([1] * len(pixels))
+    return encode(self, pixels)
+
+  def stalled_add(self, features):
+    if stalled == "writer" and not in_flight:
+      in_flight.append(_settled(encoded))
+    add(self, features)
+
+  monkeypatch.setattr(streaming, "decode_frames", counting_decode)
+  monkeypatch.setattr(streaming.Encoder, "__call__", counting_encode)
+  monkeypatch.setattr(streaming.FeatureWriter, "add", stalled_add)
+  root, out = tmp_path / "videos", tmp_path / "store"
+  videos.write(root / "long.mp4", 128)
+  assert towers.extract(params, root, out, batch_frames=batch, threads=1) == []
+  assert len(decoded) == len(encoded) == 128
+  if stalled == "encoder":
+    # In the encoder, in the queue, and in the hands of the decoding thread.
+    assert in_flight[0] == batch + chunks * batch + batch
+  else:
+    # With the writer, in the queue, and the batch that waits for room.
+    assert in_flight[0] == batch + streaming._ENCODED_BATCHES * batch + batch
+
+
 # --- runs that are disturbed -------------------------------------------------
 
 

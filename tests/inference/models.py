@@ -11,10 +11,17 @@ import numpy as np
 from hourjax.data.demo.tokenizer import MARKUP, write_tokenizer
 from hourjax.data.layout import Layout
 from hourjax.data.records.record import Turn
-from hourjax.data.rows import Sample, Visual, build_row, stack_rows
+from hourjax.data.rows import (
+  RowSpec,
+  Sample,
+  Size,
+  Visual,
+  build_row,
+  stack_rows,
+)
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.inference.chat_session import ChatSession
-from hourjax.inference.engine import row_spec
+from hourjax.inference.engine import rounded, row_spec
 from hourjax.inference.memory import Memory
 from hourjax.inference.model import Model
 from hourjax.inference.prompts import Rules
@@ -95,7 +102,7 @@ def slow_logits(
 ) -> np.ndarray:
   """Computes logits [n + 1, N] after a prompt and after each answer token.
 
-  The whole row runs through the model as in training, without caches.
+  The row runs through the model as in training, without caches.
   """
   answer = np.asarray(answer, np.int32)
   minus = np.full(len(answer), -1, np.int32)
@@ -106,9 +113,20 @@ def slow_logits(
     labels=np.append(layout.labels, minus),
   )
   sample = Sample("slow", layout, kind, visual)
-  batch = stack_rows([build_row([sample], row_spec(CONFIG, sample.size))])
+  length = len(layout.decoder_token)
+  batch = stack_rows([build_row([sample], _padded_spec(sample.size))])
   logits = _logits(model.engine.params, batch, config=model.config)
-  return np.asarray(logits)[0, -len(answer) - 1 :]
+  return np.asarray(logits)[0, length - len(answer) - 1 : length]
+
+
+def _padded_spec(size: Size) -> RowSpec:
+  """Returns capacities of which there are few, so that few are compiled."""
+  capacity = {
+    name: rounded(count, 1 if name in ("frames", "tiles") else 128)
+    for name, count in dataclasses.asdict(size).items()
+  }
+  capacity["features"] = rounded(size.features // SHAPE[0]) * SHAPE[0]
+  return row_spec(CONFIG, Size(**capacity))
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-_MESHES = [{}, {"seq": 4}, {"seq": 2, "tensor": 2}, {"seq": 8}, {"tensor": 2}]
+_MESHES = [{}, {"seq": 4}, {"seq": 2, "tensor": 2}]
 
 
 @pytest.fixture(scope="module")
