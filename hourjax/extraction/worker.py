@@ -98,7 +98,7 @@ class _Report:
   """
 
   def __init__(
-    self, videos: int, todo: int, store: FeatureStore, failures: Lines
+    self, videos: int, todo: int, store: FeatureStore, failures: JsonlWriter
   ):
     """Starts a report.
 

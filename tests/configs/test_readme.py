@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from configs import hourllava
-from hourjax.training.experiment import build_experiment
+from hourjax.training.config import build_experiment
 
 README = pathlib.Path(__file__).parents[2] / "configs" / "README.md"
 VARIANTS = [f"size={s},stage={n}" for s in ("3b", "7b") for n in (1, 2, 3)]

@@ -127,8 +127,8 @@ def test_dry_run_is_a_script(cloud):
 
 
 def documented():
-  """Command lines of launch/tpu_vm.py in WORKSPACE.md."""
-  text = (ROOT / "WORKSPACE.md").read_text().replace("\\\n", " ")
+  """Command lines of launch/tpu_vm.py in launch/README.md."""
+  text = (ROOT / "launch" / "README.md").read_text().replace("\\\n", " ")
   return [line.strip() for line in text.splitlines()
           if line.strip().startswith("python3 launch/tpu_vm.py ")]  # fmt: skip
 

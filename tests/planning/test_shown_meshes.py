@@ -19,7 +19,7 @@ from tests.planning import examples
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = (
-  "README.md", "WORKSPACE.md", "hourjax/**/*.py", "configs/*.py",
+  "*.md", "configs/*.md", "launch/*.md", "hourjax/**/*.py", "configs/*.py",
   "launch/**/*.py", "launch/**/*.sh", "hourjax/**/README.md",
 )  # fmt: skip
 CONFIGS = {"configs/hourllava.py": hourllava, "configs/demo.py": demo}
@@ -107,7 +107,7 @@ def _devices(options, mesh):
 
 def test_they_are_found():
   places = {place.partition(":")[0] for place, _ in SHOWN}
-  assert places >= {"README.md", "WORKSPACE.md", "hourjax/plan.py"}
+  assert places >= {"configs/README.md", "launch/README.md", "hourjax/plan.py"}
 
 
 @pytest.mark.parametrize("options", [x for _, x in SHOWN],
