@@ -128,7 +128,7 @@ def test_every_folder_says_what_lives_there(folder):
 
 
 def test_lengths():
-  """The first pages that a stranger reads stay short."""
+  """The first pages that a newcomer reads stay short."""
   limits = {"README.md": 150, "WORKSPACE.md": 120}
   for name, most in limits.items():
     assert len((ROOT / name).read_text().splitlines()) <= most, name

@@ -80,7 +80,7 @@ def arrow(*points: tuple[float, float], colour: str = INK) -> str:
 
 
 def frames(x: float, y: float) -> Iterator[str]:
-  """Yields a film of frames: a ball that crosses a field."""
+  """Yields a stack of frames, the nearest of which shows a ball on a field."""
   width, height, step = 62, 44, 12
   for i in reversed(range(5)):
     left, top = x + step * i, y + step * i
