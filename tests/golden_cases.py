@@ -368,15 +368,15 @@ def _kept(memory, arrays, call):
     for g, grid in enumerate(slot):
       frames = np.arange(grid.index.shape[0])
       if grid.temporal:
-        frames = forgetting.kept_frames(len(frames), rule, _unused_rng())
+        frames = rule.kept_frames(len(frames), _unused_rng())
       key = f"sampling.{call + (0 if several else g)}.indices"
       if key in arrays:
         drawn = arrays[key].astype(int)
         cells = drawn[n : n + 1] if several else drawn[frames]
       else:
         uniform = forgetting.Forgetting(spatial="uniform")
-        cells = forgetting.kept_cells(grid, len(frames), uniform, _unused_rng())
-      grids.append(forgetting.keep(grid, frames, cells))
+        cells = uniform.kept_cells(grid, len(frames), _unused_rng())
+      grids.append(forgetting.memory_indices(grid, frames, cells))
     kept.append(np.concatenate(grids))
   return kept, 1 if several or not memory.slots else len(memory.slots[0])
 

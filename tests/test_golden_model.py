@@ -147,7 +147,7 @@ def test_frames(case):
       ours = repository.repeated_frames(last + 1)
     else:
       rule = forgetting.Forgetting()
-      ours = forgetting.kept_frames(last + 1, rule, np.random.default_rng(0))
+      ours = rule.kept_frames(last + 1, np.random.default_rng(0))
     assert len(ours) == count
     np.testing.assert_array_equal(ours, case.arrays[f"linspace.{n}.result"])
 

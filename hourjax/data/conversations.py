@@ -110,6 +110,22 @@ def follow_up(question: str, tokenizer: Tokenizer) -> list[int]:
   ]
 
 
+def question_ids(
+  turns: Sequence[Turn], tokenizer: Tokenizer
+) -> Int32[np.ndarray, "n"]:
+  """Returns the word ids of everything that the human turns say.
+
+  This is the question of question-guided forgetting: no markup of turns, no
+  system prompt, no time instruction and no visual slots. Turns are encoded one
+  by one, so that a turn has the same ids whatever surrounds it.
+  """
+  said = [
+    t.text.replace(MARKER, "").strip() for t in turns if t.role == "human"
+  ]
+  ids = [i for text in said for i in tokenizer.encode(text)]
+  return np.array(ids, np.int32)
+
+
 def _check(turns: list[Turn], prompt_only: bool) -> None:
   for i, turn in enumerate(turns):
     expected = ("human", "gpt")[i % 2]

@@ -3,21 +3,24 @@
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int64
 
 from hourjax.data.columns import Columns, ColumnsBuilder, measure_record
-from hourjax.data.conversations import Conversation, encode_conversation
-from hourjax.data.forgetting import Forgetting, kept_tokens
-from hourjax.data.layout import Layout, build_layout
+from hourjax.data.conversations import (
+  Conversation,
+  encode_conversation,
+  question_ids,
+)
+from hourjax.data.forgetting import Embedder, Forgetting
+from hourjax.data.layout import build_layout
 from hourjax.data.media import video
 from hourjax.data.records.record import Record, Skipped, Turn
 from hourjax.data.repository import (
   Repository,
   empty_repository,
-  repeated_frames,
   video_repository,
 )
 from hourjax.data.rows import RowSpec, Sample, Visual
@@ -88,6 +91,8 @@ class Dataset:
     usable: indices of the records that can be used, ascending.
     skipped: the other records with the reason; never replaced.
     sparse: videos whose features are too few for the rule of short videos.
+    embedder: compares frames with words, for question-guided forgetting; set
+      before the first sample is read if `forgetting.needs_question`.
   """
 
   columns: Columns
@@ -95,6 +100,7 @@ class Dataset:
   usable: Int64[np.ndarray, "n"]
   skipped: list[Skipped]
   sparse: list[str]
+  embedder: Embedder | None
 
   def __init__(
     self,
@@ -121,6 +127,7 @@ class Dataset:
     self._records, self.columns = records, columns
     self._tokenizer, self._spec, self._options = tokenizer, spec, options
     self._media, self._features = pathlib.Path(media_root), features
+    self.embedder = None
     self.sizes, problems = sample_sizes(
       columns,
       shown_videos(columns, features),
@@ -203,7 +210,10 @@ class Dataset:
       UserError: its files cannot be read.
     """
     plan = self._plan(self._records[index])
-    return self._lay_out(plan, self._read(plan, None), index, epoch)
+    visual = self._read(plan, None)
+    return self._lay_out(
+      plan, visual, self._summary(plan, visual), index, epoch
+    )
 
   def samples(
     self, indices: Sequence[int], epoch: int, room: np.ndarray | None = None
@@ -220,7 +230,7 @@ class Dataset:
       not be read.
     """
     done: list[Sample] = []
-    failed, visual = [], None
+    failed, visual, summary = [], None, None
     for index in indices:
       name = ""
       try:
@@ -229,7 +239,8 @@ class Dataset:
         plan = self._plan(record)
         if not done:
           visual = self._read(plan, room)
-        sample = self._lay_out(plan, visual, index, epoch)
+          summary = self._summary(plan, visual)
+        sample = self._lay_out(plan, visual, summary, index, epoch)
         done.append(dataclasses.replace(sample, shares=bool(done)))
       except UserError as error:
         failed.append(Unread(name, error.kind, str(error)))
@@ -237,30 +248,38 @@ class Dataset:
         failed.append(Unread(name, "unreachable", f"record {name}: {error}"))
     return done, failed
 
-  def _lay_out(self, plan: _Planned, visual, index: int, epoch: int) -> Sample:
-    rng = np.random.default_rng([self._options.seed, epoch, index])
-    layout = self._layout(plan, rng, visual)
-    return Sample(plan.record.id, layout, plan.kind, visual)
+  def _summary(self, plan: _Planned, visual: np.ndarray | None) -> Any:
+    """What forgetting needs to know of a video's stored features."""
+    features = visual if plan.kind == "features" else None
+    return self._options.forgetting.summarise_frames(features, self.embedder)
 
-  def _layout(self, plan: _Planned, rng, visual) -> Layout:
-    rule = self._options.forgetting
-    means = None
-    if rule.temporal == "keyframe" and plan.frames is not None:
-      if plan.kind != "features":
-        raise UserError(
-          f"record {plan.record.id}: forgetting.temporal=keyframe needs stored"
-          " features; extract them, or choose uniform"
-        )
-      shown = repeated_frames(plan.images // self._spec.frame_tokens)
-      means = visual.astype(np.float32).mean(axis=1)[shown]
-    kept = kept_tokens(plan.repository, rule, rng, frame_features=means)
-    return build_layout(
+  def _lay_out(
+    self,
+    plan: _Planned,
+    visual: np.ndarray | None,
+    summary: Any,
+    index: int,
+    epoch: int,
+  ) -> Sample:
+    name, rule = f"record {plan.record.id}", self._options.forgetting
+    rng = np.random.default_rng([self._options.seed, epoch, index])
+    question = None
+    if rule.needs_question:
+      question = question_ids(plan.record.turns, self._tokenizer)
+    try:
+      kept = rule.kept_tokens(
+        plan.repository, rng, summary=summary, question=question
+      )
+    except UserError as error:
+      raise UserError(f"{name}: {error}") from None
+    layout = build_layout(
       plan.conversation,
       plan.repository,
       kept,
       max_length=self._options.max_length,
-      name=f"record {plan.record.id}",
+      name=name,
     )
+    return Sample(plan.record.id, layout, plan.kind, visual)
 
   def _plan(self, record: Record) -> _Planned:
     if record.modality == "video":

@@ -1,32 +1,200 @@
-"""Forgetting: which memory tokens the decoder gets to see (SPEC section 1).
+"""Forgetting: which memory tokens MemAug's queries start from.
 
-Each function maps a grid of memory tokens to kept indices; nothing else in
-the system knows about forgetting. Randomness comes from a generator that the
-caller seeds with (seed, epoch, sample).
+Everything about it is asked of one object, `Forgetting`, the configuration's
+`forgetting` section. It says
+
+    how many tokens it keeps   frame_count, cell_count: numbers alone, so that
+                               rows are planned before any file is opened
+    what it needs              summarise_frames, needs_question
+    what it keeps              kept_tokens: indices into the memory
+
+A temporal strategy is one entry of TEMPORAL_STRATEGIES. A new one is written
+here, and its name is added to `Temporal`; no other file has to know it.
+Randomness comes from a generator that the caller seeds with
+(seed, epoch, sample). See hourjax/README.md, Forgetting.
 """
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Float32, Int, Int32, Num
+from scipy import special
 
-from hourjax.data.repository import Grid, Repository
+from hourjax.data.repository import Grid, Repository, repeated_frames
 from hourjax.errors import UserError
 
 Spatial = Literal["random", "uniform"]
-Temporal = Literal["uniform", "random", "keyframe"]
+Temporal = Literal["uniform", "random", "keyframe", "question"]
+
+# Paths of the parameters that compare frames with words (`models.params`).
+EMBEDDER_PARAMS = (
+  "projector/fc1/kernel",
+  "projector/fc1/bias",
+  "projector/fc2/kernel",
+  "projector/fc2/bias",
+  "decoder/embedding",
+)
+_BLOCK = 16  # frames projected at a time: 8 MB of a 3B model's hidden units
+
+
+class Embedder:
+  """Maps frames and words to vectors of the decoder's width, on the host.
+
+  Computes in float32 with numpy, so that threads that fill rows can use it
+  while the devices are busy. Frames of an hour-long video cost a 3B model's
+  host about 10**12 floating-point operations.
+  """
+
+  def __init__(self, params: Mapping[str, Num[np.ndarray, "..."]]):
+    """Takes the projector and the word embeddings out of a model.
+
+    Args:
+      params: by path; those of EMBEDDER_PARAMS are used. Kernels are [V, D]
+        and [D, D], the embedding is [N, D].
+    """
+    names = EMBEDDER_PARAMS[:4]
+    layers = (np.asarray(params[name], np.float32) for name in names)
+    self._kernel1, self._bias1, self._kernel2, self._bias2 = layers
+    self._words = np.asarray(params[EMBEDDER_PARAMS[4]])
+
+  def mean_projected(
+    self, features: Num[np.ndarray, "F Q V"]
+  ) -> Float32[np.ndarray, "F D"]:
+    """Returns the mean of each frame's projected tokens.
+
+    The projector's last layer is linear, so the mean is taken before it:
+    mean(gelu(x W1 + b1) W2 + b2) = mean(gelu(x W1 + b1)) W2 + b2.
+    """
+    hidden = np.empty((len(features), len(self._bias1)), np.float32)
+    for start in range(0, len(features), _BLOCK):
+      block = np.asarray(features[start : start + _BLOCK], np.float32)
+      x = block @ self._kernel1 + self._bias1
+      x *= special.ndtr(x)  # the exact GELU
+      hidden[start : start + _BLOCK] = x.mean(axis=1)
+    return hidden @ self._kernel2 + self._bias2
+
+  def mean_word(self, ids: Int[np.ndarray, "n"]) -> Float32[np.ndarray, "D"]:
+    """Returns the mean embedding of words (n > 0)."""
+    return self._words[ids].astype(np.float32).mean(axis=0)
+
+
+class _Seen(NamedTuple):
+  """Holds what a temporal strategy may look at.
+
+  Attributes:
+    rng: used by strategies that draw.
+    summary: what the strategy's `summarise` returned.
+    question: word ids of the question.
+  """
+
+  rng: np.random.Generator
+  summary: Any = None
+  question: Int[np.ndarray, "q"] | None = None
+
+
+class TemporalStrategy(NamedTuple):
+  """Describes how whole frames are forgotten.
+
+  Attributes:
+    choose: (F, n, seen) -> n of the frames 0..F-1, ascending.
+    summarise: (features [F', Q, V], embedder) -> what `choose` needs to know
+      of the F' frames before their repetition, computed once for a video;
+      None if it needs no features.
+    needs_question: whether the choice depends on the question, and `summarise`
+      needs the embedder.
+  """
+
+  choose: Callable[[int, int, _Seen], Int[np.ndarray, "n"]]
+  summarise: Callable[[np.ndarray, Embedder | None], Any] | None = None
+  needs_question: bool = False
+
+
+def _evenly_spaced(frames: int, count: int, _: _Seen) -> Int[np.ndarray, "n"]:
+  """Cuts linspace to int, as the official code does: 16, 4 -> 0 5 10 15."""
+  return np.linspace(0, frames - 1, count).astype(int)
+
+
+def _drawn(frames: int, count: int, seen: _Seen) -> Int[np.ndarray, "n"]:
+  """Draws frames without replacement."""
+  return np.sort(seen.rng.choice(frames, count, replace=False))
+
+
+def _least_similar(
+  frames: int, count: int, seen: _Seen
+) -> Int[np.ndarray, "n"]:
+  """Keeps the frames that differ most from their neighbours.
+
+  Similarity is taken after the repetition of short videos, as the frames
+  that are chosen are counted after it.
+  """
+  means = seen.summary[repeated_frames(len(seen.summary))]
+  similarity = neighbour_similarity(means)
+  # A stable sort: of equal frames the earlier one is kept, on every machine.
+  return np.sort(np.argsort(similarity, kind="stable")[:count])
+
+
+def _mean_features(
+  features: Num[np.ndarray, "F Q V"], _: Embedder | None
+) -> Float32[np.ndarray, "F V"]:
+  return features.astype(np.float32).mean(axis=1)
+
+
+def _nearest_to_question(
+  frames: int, count: int, seen: _Seen
+) -> Int[np.ndarray, "n"]:
+  """Keeps the frames whose mean projected token is nearest to the question.
+
+  Nearness is the cosine to the mean word embedding. Without any word there is
+  nothing to be near to, and frames are kept evenly spaced.
+  """
+  if seen.question is None:
+    raise UserError(
+      "forgetting.temporal=question needs a question; choose uniform where"
+      " there is none"
+    )
+  if not len(seen.question):
+    return _evenly_spaced(frames, count, seen)
+  means, embedder = seen.summary
+  word = _unit(embedder.mean_word(seen.question)[None])[0]
+  # Repeated frames have equal cosines, bit for bit, and stay in order.
+  cosine = (_unit(means) @ word)[repeated_frames(len(means))]
+  return np.sort(np.argsort(-cosine, kind="stable")[:count])
+
+
+def _mean_projected(
+  features: Num[np.ndarray, "F Q V"], embedder: Embedder | None
+) -> tuple[Float32[np.ndarray, "F D"], Embedder]:
+  if embedder is None:
+    raise UserError(
+      "forgetting.temporal=question needs the model's projector and word"
+      " embeddings, which are not given here; choose uniform"
+    )
+  return embedder.mean_projected(features), embedder
+
+
+TEMPORAL_STRATEGIES: dict[str, TemporalStrategy] = {
+  "uniform": TemporalStrategy(_evenly_spaced),
+  "random": TemporalStrategy(_drawn),
+  "keyframe": TemporalStrategy(_least_similar, _mean_features),
+  "question": TemporalStrategy(_nearest_to_question, _mean_projected, True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Forgetting:
-  """How much is kept: 1 of `ratio` tokens of a frame and of the frames.
+  """Describes how much is kept, and answers all questions about it.
+
+  One of `ratio` tokens of a frame is kept, and one of `ratio` frames.
 
   Attributes:
     spatial: "random" draws tokens without replacement; "uniform" keeps every
       second row and column.
     temporal: "uniform" keeps evenly spaced frames, "random" draws them,
-      "keyframe" keeps those that differ most from their neighbours.
+      "keyframe" keeps those that differ most from their neighbours, and
+      "question" those that are nearest to the question.
     ratio: kept share, as its inverse.
     max_frames: at most so many frames are kept.
   """
@@ -39,7 +207,7 @@ class Forgetting:
   def __post_init__(self):
     for name, options in [
       ("spatial", ("random", "uniform")),
-      ("temporal", ("uniform", "random", "keyframe")),
+      ("temporal", tuple(TEMPORAL_STRATEGIES)),
     ]:
       value = getattr(self, name)
       if value not in options:
@@ -47,43 +215,133 @@ class Forgetting:
           f"forgetting.{name} is {value!r}; choose one of {', '.join(options)}"
         )
 
+  @property
+  def needs_question(self) -> bool:
+    """Whether each question about a memory keeps tokens of its own."""
+    return TEMPORAL_STRATEGIES[self.temporal].needs_question
 
-def kept_tokens(
-  repository: Repository,
-  rule: Forgetting,
-  rng: np.random.Generator,
-  *,
-  frame_features: np.ndarray | None = None,
-) -> list[np.ndarray]:
-  """Kept memory indices for each slot, ascending within each grid, int32.
+  def frame_count(self, frames: Any) -> Any:
+    """Returns how many of so many frames are kept, an int or an array.
 
-  Args:
-    repository: the memory of one sample.
-    rule: what to keep.
-    rng: used only by the random rules.
-    frame_features: float [F, V], mean tower feature of each shown frame;
-      needed by "keyframe".
-  """
-  kept = []
-  for slot in repository.slots:
-    grids = []
-    for grid in slot:
-      frames = np.arange(grid.index.shape[0])
-      if grid.temporal:
-        frames = kept_frames(len(frames), rule, rng, frame_features)
-      cells = kept_cells(grid, len(frames), rule, rng)
-      grids.append(keep(grid, frames, cells))
-    kept.append(np.concatenate(grids))
-  return kept
+    With ratio 4, 16 frames keep 4; at least one is kept.
+    """
+    return np.maximum(1, np.minimum(self.max_frames, frames // self.ratio))
+
+  def cell_count(self, high: int, wide: int) -> int:
+    """Returns how many tokens of a grid of high x wide are kept.
+
+    This is ceil(high * wide / ratio), or for "uniform"
+    ceil(high / 2) * ceil(wide / 2).
+    """
+    if self.spatial == "uniform":
+      return math.ceil(high / 2) * math.ceil(wide / 2)
+    return math.ceil(high * wide / self.ratio)
+
+  def summarise_frames(
+    self,
+    features: Num[np.ndarray, "F Q V"] | None,
+    embedder: Embedder | None = None,
+  ) -> Any:
+    """Computes what the temporal strategy needs to know of a video.
+
+    Several conversations about one video can share the result.
+
+    Args:
+      features: of the frames before their repetition; None where there are
+        none, as of images and of videos whose pixels are read.
+      embedder: of the model; used if `needs_question`.
+
+    Returns:
+      The argument of `kept_tokens`; None where nothing is needed or there are
+      no features.
+    """
+    summarise = TEMPORAL_STRATEGIES[self.temporal].summarise
+    if summarise is None or features is None:
+      return None
+    return summarise(features, embedder)
+
+  def kept_tokens(
+    self,
+    repository: Repository,
+    rng: np.random.Generator,
+    *,
+    summary: Any = None,
+    question: Int[np.ndarray, "q"] | None = None,
+  ) -> list[Int32[np.ndarray, "n"]]:
+    """Returns the memory indices kept for each slot, ascending in each grid.
+
+    Args:
+      repository: the memory of one sample.
+      rng: used only by what is drawn.
+      summary: what `summarise_frames` returned.
+      question: word ids; used if `needs_question`.
+
+    Raises:
+      UserError: the strategy needs something that is None.
+    """
+    kept = []
+    for slot in repository.slots:
+      grids = []
+      for grid in slot:
+        chosen = np.arange(grid.index.shape[0])
+        if grid.temporal:
+          chosen = self.kept_frames(len(chosen), rng, summary, question)
+        cells = self.kept_cells(grid, len(chosen), rng)
+        grids.append(memory_indices(grid, chosen, cells))
+      kept.append(np.concatenate(grids))
+    return kept
+
+  def kept_frames(
+    self,
+    frames: int,
+    rng: np.random.Generator,
+    summary: Any = None,
+    question: Int[np.ndarray, "q"] | None = None,
+  ) -> Int[np.ndarray, "n"]:
+    """Returns the frames that temporal forgetting keeps, in ascending order.
+
+    See `kept_tokens` for the arguments; `frames` is their number after the
+    repetition of short videos.
+    """
+    strategy = TEMPORAL_STRATEGIES[self.temporal]
+    if strategy.summarise is not None and summary is None:
+      raise UserError(
+        f"forgetting.temporal={self.temporal} needs stored features; extract"
+        " the videos first or choose uniform"
+      )
+    count = int(self.frame_count(frames))
+    seen = _Seen(rng, summary, question)
+    return strategy.choose(frames, count, seen)
+
+  def kept_cells(
+    self, grid: Grid, frames: int, rng: np.random.Generator
+  ) -> Int[np.ndarray, "frames m"]:
+    """Returns the kept cells of each of `frames` kept frames, ascending.
+
+    Cells are numbered row by row; m is `cell_count`. With "uniform" a grid of
+    4 x 4 keeps [0 2 8 10].
+    """
+    _, high, wide = grid.index.shape
+    if self.spatial == "uniform":
+      cells = np.arange(high * wide).reshape(high, wide)[::2, ::2].reshape(-1)
+      return np.broadcast_to(cells, (frames, cells.size))
+    # The first m of a random order are a draw without replacement.
+    order = np.argsort(rng.random((frames, high * wide)), axis=1)
+    return np.sort(order[:, : self.cell_count(high, wide)], axis=1)
 
 
-def keep(grid: Grid, frames: np.ndarray, cells: np.ndarray) -> np.ndarray:
-  """Memory indices of chosen cells and the newlines of chosen frames.
+def memory_indices(
+  grid: Grid, frames: Int[np.ndarray, "n"], cells: Int[np.ndarray, "n m"]
+) -> Int32[np.ndarray, "k"]:
+  """Returns the memory indices of chosen cells and of their frames' newlines.
+
+  Two frames of 1 x 2 cells and a newline are memory tokens 0 1 2 | 3 4 5.
+  Frames [0 1] and cells [[1] [0]] give [1 2 3 5].
 
   Args:
     grid: F frames of h x w cells.
-    frames: int [n] kept frames, ascending.
-    cells: int [n, m] kept cells of each kept frame, in row-major numbering.
+    frames: kept frames, ascending.
+    cells: kept cells of each kept frame, numbered row by row.
   """
   flat = grid.index.reshape(grid.index.shape[0], -1)
   tokens = np.take_along_axis(flat[frames], cells, axis=1)
@@ -91,49 +349,21 @@ def keep(grid: Grid, frames: np.ndarray, cells: np.ndarray) -> np.ndarray:
   return np.sort(both, axis=1).reshape(-1).astype(np.int32)
 
 
-def kept_frames(
-  frames: int,
-  rule: Forgetting,
-  rng: np.random.Generator,
-  frame_features: np.ndarray | None = None,
-) -> np.ndarray:
-  """Frames that temporal forgetting keeps, ascending.
-
-  For 16 frames and ratio 4, "uniform" keeps linspace(0, 15, 4) cut to int:
-  [0 5 10 15].
-  """
-  count = max(1, min(rule.max_frames, frames // rule.ratio))
-  if rule.temporal == "random":
-    return np.sort(rng.choice(frames, count, replace=False))
-  if rule.temporal == "keyframe":
-    if frame_features is None:
-      raise UserError(
-        "forgetting.temporal=keyframe needs stored features; extract the"
-        " videos first or choose uniform"
-      )
-    likeness = neighbour_similarity(frame_features)
-    return np.sort(np.argsort(likeness, kind="stable")[:count])
-  return np.linspace(0, frames - 1, count).astype(int)
-
-
 def neighbour_similarity(
-  features: np.ndarray, neighbours: int = 8
-) -> np.ndarray:
-  """Mean cosine similarity of each frame to its `neighbours` nearest frames.
+  features: Num[np.ndarray, "F V"], neighbours: int = 8
+) -> Float32[np.ndarray, "F"]:
+  """Returns each frame's mean cosine similarity to its nearest frames.
 
   Args:
-    features: float [F, V].
+    features: one vector a frame.
     neighbours: half of them before and half after; fewer at the ends.
-
-  Returns:
-    float32 [F].
   """
-  x = np.asarray(features, np.float32)
-  x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+  x = _unit(np.asarray(features, np.float32))
   total, count = np.zeros(len(x), np.float32), np.zeros(len(x), np.float32)
   for gap in range(1, neighbours // 2 + 1):
     if gap >= len(x):
       break
+    # The pair (i, i + gap) counts for both of its frames.
     cosine = np.sum(x[gap:] * x[:-gap], axis=1)
     total[gap:] += cosine
     total[:-gap] += cosine
@@ -142,17 +372,6 @@ def neighbour_similarity(
   return total / np.maximum(count, 1)
 
 
-def kept_cells(
-  grid: Grid, frames: int, rule: Forgetting, rng: np.random.Generator
-) -> np.ndarray:
-  """Kept cells of each of `frames` kept frames, ascending, int [frames, m].
-
-  m is ceil(h * w / ratio), or ceil(h / 2) * ceil(w / 2) for "uniform".
-  """
-  _, high, wide = grid.index.shape
-  if rule.spatial == "uniform":
-    cells = np.arange(high * wide).reshape(high, wide)[::2, ::2].reshape(-1)
-    return np.broadcast_to(cells, (frames, cells.size))
-  count = math.ceil(high * wide / rule.ratio)
-  order = np.argsort(rng.random((frames, high * wide)), axis=1)
-  return np.sort(order[:, :count], axis=1)
+def _unit(x: Float32[np.ndarray, "F V"]) -> Float32[np.ndarray, "F V"]:
+  """Scales vectors to length 1; a vector of zeros stays as it is."""
+  return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

@@ -224,15 +224,7 @@ def video_sizes(
   else:
     sizes[at, _AT["frames"]] = frames
   side = round(tokens**0.5)
-  left = np.minimum(rule.max_frames, repeated // rule.ratio)
-  return np.maximum(left, 1) * (cells_kept(side, side, rule) + 1)
-
-
-def cells_kept(high: int, wide: int, rule: Forgetting) -> int:
-  """Tokens that spatial forgetting keeps of a grid."""
-  if rule.spatial == "uniform":
-    return -(-high // 2) * -(-wide // 2)
-  return math.ceil(high * wide / rule.ratio)
+  return rule.frame_count(repeated) * (rule.cell_count(side, side) + 1)
 
 
 def _image_sizes(
@@ -247,7 +239,7 @@ def _image_sizes(
     count = int(columns.images[i])
     if count > 1 or single == "plain":
       size = Size(tiles=count, memory=count * (tokens + 1))
-      kept = count * (cells_kept(side, side, rule) + 1)
+      kept = count * (rule.cell_count(side, side) + 1)
       yield i, size.astuple(), kept
       continue
     shape = int(columns.width[i]), int(columns.height[i])
@@ -273,5 +265,5 @@ def _tiled_size(width: int, height: int, spec: RowSpec, side: int, rule):
     blends=high * wide if scaled else 0,
     memory=side * side + high * (wide + 1),
   )
-  kept = cells_kept(side, side, rule) + cells_kept(high, wide, rule) + high
+  kept = rule.cell_count(side, side) + rule.cell_count(high, wide) + high
   return size.astuple(), kept

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hourjax.data.conversations import question_ids
 from hourjax.data.dataset import Dataset, SampleOptions
 from hourjax.data.demo.tokenizer import train_tokenizer
-from hourjax.data.forgetting import Forgetting, kept_frames
+from hourjax.data.forgetting import Embedder, Forgetting
 from hourjax.data.records.record import Record, Turn, parse_record
 from hourjax.data.repository import repeated_frames
 from hourjax.data.rows import RowSpec, Size, build_row, stack_rows
@@ -197,15 +198,96 @@ def test_keyframes_are_kept_by_their_features(media):
   dataset = _dataset([record], media, stored=True, forgetting=rule)
   sample = dataset.sample(0)
   means = sample.visual.astype(np.float32).mean(axis=1)
-  expected = kept_frames(
-    128, rule, np.random.default_rng(0), means[repeated_frames(SECONDS)]
-  )
+  expected = rule.kept_frames(128, np.random.default_rng(0), means)
   source = sample.layout.query_source
   assert sorted(set(source[source >= 0] // 5)) == expected.tolist()
   assert len(expected) == 32
-  uniform = kept_frames(128, Forgetting(), np.random.default_rng(0))
+  uniform = Forgetting().kept_frames(128, np.random.default_rng(0))
   assert expected.tolist() != uniform.tolist()
   assert sample.size == _size(dataset)
+
+
+SCENES = 40
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+  """A stored video of two scenes, and what tells red frames by the word."""
+  folder = tmp_path_factory.mktemp("scenes")
+  width = CONFIG.vision.width
+  features = np.random.default_rng(0).normal(size=(SCENES, 4, width)) * 0.1
+  features[: SCENES // 2, :, 0] += 1
+  features[SCENES // 2 :, :, 1] += 1
+  store = FeatureStore(folder / "features", create=True)
+  store.write("two.mp4", features, SCENES)
+  words = np.zeros((TOKENIZER.vocab_size, 2))
+  words[question_ids((Turn("human", "red"),), TOKENIZER), 0] = 1
+  words[question_ids((Turn("human", "blue"),), TOKENIZER), 1] = 1
+  return folder, Embedder(
+    {
+      "projector/fc1/kernel": np.eye(width, 2) * 9,
+      "projector/fc1/bias": np.zeros(2),
+      "projector/fc2/kernel": np.eye(2),
+      "projector/fc2/bias": np.zeros(2),
+      "decoder/embedding": words,
+    }
+  )
+
+
+def _guided(scenes, *questions):
+  """One conversation about the video for each tuple of questions."""
+  folder, embedder = scenes
+  records = []
+  for n, asked in enumerate(questions):
+    turns = [
+      turn for text in asked for turn in (Turn("human", text), Turn("gpt", "a"))
+    ]
+    records.append(Record(f"{n}", "video", ("two.mp4",), tuple(turns), "", {}))
+  rule = Forgetting(temporal="question")
+  dataset = _dataset(records, folder, stored=True, forgetting=rule)
+  dataset.embedder = embedder
+  return dataset
+
+
+def _kept_frames(sample):
+  source = sample.layout.query_source
+  return repeated_frames(SCENES)[np.unique(source[source >= 0] // 5)]
+
+
+def test_the_scene_that_the_human_turns_name_is_kept(scenes):
+  dataset = _guided(
+    scenes, ("red",), ("blue",), ("blue", "blue", "red"), ("<image>\n",)
+  )
+  red, blue, both, none = (dataset.sample(i) for i in range(4))
+  assert (_kept_frames(red) < SCENES // 2).all()
+  assert (_kept_frames(blue) >= SCENES // 2).all()
+  # Two of three turns say blue, and no frame shows both.
+  assert (_kept_frames(both) >= SCENES // 2).all()
+  uniform = Forgetting().kept_frames(128, np.random.default_rng(0))
+  np.testing.assert_array_equal(
+    _kept_frames(none), repeated_frames(SCENES)[uniform]
+  )
+  for index, sample in enumerate((red, blue, both, none)):
+    assert sample.size == _size(dataset, index)
+
+
+def test_samples_that_share_a_memory_keep_what_they_keep_alone(scenes):
+  dataset = _guided(scenes, ("red",), ("blue",))
+  together, failed = dataset.samples((0, 1), 3)
+  assert not failed and [s.shares for s in together] == [False, True]
+  for index, sample in enumerate(together):
+    alone = dataset.sample(index, 3).layout
+    for name in ("query_token", "query_source", "query_position"):
+      np.testing.assert_array_equal(
+        getattr(sample.layout, name), getattr(alone, name)
+      )
+
+
+def test_a_model_is_needed_to_be_guided_by_questions(scenes):
+  dataset = _guided(scenes, ("red",))
+  dataset.embedder = None
+  made, (failure,) = dataset.samples((0,), 0)
+  assert not made and "needs the model's projector" in failure.reason
 
 
 def _only_reason(dataset, name):

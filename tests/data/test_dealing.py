@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hourjax.batch import IGNORE
 from hourjax.data import repository, rows
 from hourjax.data.conversations import IMAGE, Conversation
-from hourjax.data.forgetting import Forgetting, kept_tokens
+from hourjax.data.forgetting import Forgetting
 from hourjax.data.layout import build_layout
 from hourjax.data.sequence_sharding import (
   check_sequence_sharding,
@@ -51,7 +51,7 @@ def _sample(kind, count, seed):
       visual = _pixels(rng, count)
   labels = np.where(np.arange(14) < 8, np.int32(IGNORE), words)
   layout = build_layout(
-    Conversation(words, labels), memory, kept_tokens(memory, Forgetting(), rng)
+    Conversation(words, labels), memory, Forgetting().kept_tokens(memory, rng)
   )
   return rows.Sample(f"{kind} {seed}", layout, kind, visual)
 

@@ -35,10 +35,10 @@ def test_videos_of_many_lengths(frames):
   ((grid,),) = memory.slots
   rng = np.random.default_rng(0)
   rule = forgetting.Forgetting()
-  shown = forgetting.kept_frames(meta["frames_after"], rule, rng)
+  shown = rule.kept_frames(meta["frames_after"], rng)
   drawn = SWEEP.get(f"T{frames}.indices")
   if drawn is None:  # long ones keep hashes and lengths only
-    cells = forgetting.kept_cells(grid, len(shown), rule, rng)
+    cells = rule.kept_cells(grid, len(shown), rng)
     visual = len(shown) * (cells.shape[1] + 1)
     prompts = meta["q_len"] - visual
     answers = meta["final_len"] - meta["q_len"]
@@ -48,7 +48,7 @@ def test_videos_of_many_lengths(frames):
     assert _sha(drawn) == meta["sha256_indices_int64"]
     cells = drawn[shown].astype(int)
     ids, labels = (SWEEP[f"T{frames}.{k}"][0] for k in ("input_ids", "labels"))
-  kept = [forgetting.keep(grid, shown, cells)]
+  kept = [forgetting.memory_indices(grid, shown, cells)]
   layout = build_layout(_conversation(ids, labels), memory, kept)
   assert len(layout.query_token) == meta["q_len"]
   assert len(layout.labels) == meta["final_len"]
@@ -125,7 +125,7 @@ def test_any_conversation(case, cut, seed):
   if slots:
     memory = repository.images_repository(slots, 3)
   rng = np.random.default_rng(seed)
-  kept = forgetting.kept_tokens(memory, forgetting.Forgetting(), rng)
+  kept = forgetting.Forgetting().kept_tokens(memory, rng)
   layout = build_layout(
     _conversation(ids, labels), memory, kept, max_length=cut
   )

@@ -44,7 +44,7 @@ def _sample(kind, number):
     memory, slots = repository.empty_repository(), 0
   ids = [tag, *[IMAGE] * slots, tag + 1, tag + 2, tag + 3]
   labels = [IGNORE] * (slots + 2) + ids[-2:]
-  kept = forgetting.kept_tokens(memory, forgetting.Forgetting(), rng)
+  kept = forgetting.Forgetting().kept_tokens(memory, rng)
   layout = build_layout(
     Conversation(np.array(ids, np.int32), np.array(labels, np.int32)),
     memory,

@@ -23,7 +23,7 @@ import numpy as np
 from hourjax.batch import IGNORE, Batch
 from hourjax.data import repository, rows
 from hourjax.data.conversations import IMAGE, Conversation
-from hourjax.data.forgetting import Forgetting, kept_tokens
+from hourjax.data.forgetting import Forgetting
 from hourjax.data.layout import build_layout
 from hourjax.data.media.images import anyres_geometry
 from hourjax.models.config import TINY, DecoderConfig, VisionConfig
@@ -179,7 +179,7 @@ def _sample(kind: str, seed: int) -> rows.Sample:
   words[3 : 3 + slots] = IMAGE
   labels = np.where(np.arange(24) < 12, np.int32(IGNORE), words)
   layout = build_layout(
-    Conversation(words, labels), memory, kept_tokens(memory, Forgetting(), rng)
+    Conversation(words, labels), memory, Forgetting().kept_tokens(memory, rng)
   )
   return rows.Sample(f"{kind} {seed}", layout, source, visual)
 

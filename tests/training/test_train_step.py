@@ -10,7 +10,7 @@ import pytest
 from hourjax.batch import IGNORE, Batch
 from hourjax.data import repository, rows
 from hourjax.data.conversations import IMAGE, Conversation
-from hourjax.data.forgetting import Forgetting, kept_tokens
+from hourjax.data.forgetting import Forgetting
 from hourjax.data.layout import build_layout
 from hourjax.models.config import TINY
 from hourjax.models.params import init_params, with_params
@@ -56,7 +56,7 @@ def _sample(kind, labelled, seed, frames=4):
   first = len(words) - labelled
   labels = np.where(np.arange(len(words)) < first, np.int32(IGNORE), words)
   layout = build_layout(
-    Conversation(words, labels), memory, kept_tokens(memory, Forgetting(), rng)
+    Conversation(words, labels), memory, Forgetting().kept_tokens(memory, rng)
   )
   return rows.Sample(f"{kind} {seed}", layout, source, visual)
 

@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 
 from hourjax.data.demo import world
+from hourjax.data.forgetting import Forgetting
 from hourjax.errors import UserError
 
 SPLITS = ("train", "test")
@@ -89,7 +90,8 @@ def kept_frames(frames: int) -> np.ndarray:
   Returns:
     int64[min(MAX_KEPT, F // 4)], ascending.
   """
-  return np.linspace(0, frames - 1, min(MAX_KEPT, frames // 4)).astype(int)
+  rule = Forgetting(max_frames=MAX_KEPT)
+  return rule.kept_frames(frames, np.random.default_rng(0))  # draws nothing
 
 
 def make_script(

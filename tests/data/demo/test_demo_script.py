@@ -5,7 +5,7 @@ import pytest
 
 from configs.demo import get_config
 from hourjax.data.demo import drawing, script, world
-from hourjax.data.forgetting import Forgetting, kept_frames
+from hourjax.data.forgetting import Forgetting
 from hourjax.errors import UserError
 
 
@@ -66,7 +66,7 @@ def test_kept_frames_are_those_of_the_demo_model():
   for frames in (180, 257, 3600):
     np.testing.assert_array_equal(
       script.kept_frames(frames),
-      kept_frames(frames, rule, np.random.default_rng(0)),
+      rule.kept_frames(frames, np.random.default_rng(0)),
     )
 
 
