@@ -330,6 +330,61 @@ class Forgetting:
     return np.sort(order[:, : self.cell_count(high, wide)], axis=1)
 
 
+class KeptTokens:
+  """Holds what is kept of one memory, whatever is asked about it.
+
+  Attributes:
+    candidates: int32, memory indices that some question may keep: all tokens
+      if the strategy asks for the question, else those that are kept.
+  """
+
+  candidates: Int32[np.ndarray, "n"]
+
+  def __init__(
+    self,
+    rule: Forgetting,
+    repository: Repository,
+    seed: int,
+    features: Num[np.ndarray, "F Q V"] | None = None,
+    embedder: Embedder | None = None,
+  ):
+    """Prepares to answer for all questions; see `Forgetting`.
+
+    Args:
+      rule: what to keep.
+      repository: the memory.
+      seed: of what is drawn, the same for every question.
+      features: as in `Forgetting.summarise_frames`.
+      embedder: likewise.
+    """
+    self._rule, self._repository, self._seed = rule, repository, seed
+    self._summary = rule.summarise_frames(features, embedder)
+    self._fixed: list[np.ndarray] | None = None
+    if rule.needs_question:
+      self.candidates = np.arange(len(repository.source), dtype=np.int32)
+    else:
+      self._fixed = self._kept(None)
+      self.candidates = np.concatenate([np.zeros(0, np.int32), *self._fixed])
+
+  def of_question(
+    self, question: Int[np.ndarray, "q"] | None = None
+  ) -> list[np.ndarray]:
+    """Returns the memory indices kept for each slot, as `kept_tokens` does.
+
+    Args:
+      question: word ids, see `conversations.question_ids`.
+    """
+    return self._kept(question) if self._fixed is None else self._fixed
+
+  def _kept(self, question: np.ndarray | None) -> list[np.ndarray]:
+    return self._rule.kept_tokens(
+      self._repository,
+      np.random.default_rng(self._seed),
+      summary=self._summary,
+      question=question,
+    )
+
+
 def memory_indices(
   grid: Grid, frames: Int[np.ndarray, "n"], cells: Int[np.ndarray, "n m"]
 ) -> Int32[np.ndarray, "k"]:

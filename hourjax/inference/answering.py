@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from hourjax.data.forgetting import KeptTokens
 from hourjax.data.layout import Layout
 from hourjax.data.records.record import Turn
 from hourjax.data.repository import Repository, repeated_frames
@@ -47,7 +48,7 @@ class Answering:
     prompts: turns conversations into layouts.
     memory: the encoded memory.
     repository: where the tokens of the memory come from.
-    kept: indices of the memory tokens that the decoder sees, by visual slot.
+    kept: which memory tokens forgetting keeps, for any question.
     video: duration in seconds and number of frames; None if the memory is not
       that of a video.
   """
@@ -56,7 +57,7 @@ class Answering:
   prompts: Prompts
   memory: EncodedMemory
   repository: Repository
-  kept: list[np.ndarray]
+  kept: KeptTokens
   video: tuple[float, int] | None = None
 
   @property

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from hourjax.data.forgetting import kept_tokens
+from hourjax.data.forgetting import EMBEDDER_PARAMS, Embedder, KeptTokens
 from hourjax.data.media.frame_rules import (
   is_sparse,
   sparse_note,
@@ -23,7 +23,6 @@ from hourjax.data.media.frame_rules import (
 from hourjax.data.repository import (
   Repository,
   empty_repository,
-  repeated_frames,
   video_repository,
 )
 from hourjax.data.rows import Size, Visual
@@ -185,15 +184,34 @@ class Model:
 
   def empty_memory(self) -> Memory:
     """Returns a memory without visual input, for questions on text alone."""
+    empty = empty_repository()
     return Memory(
       Answering(
-        self.engine, self._prompts, EncodedMemory(), empty_repository(), []
+        self.engine, self._prompts, EncodedMemory(), empty, self._kept(empty)
       )
     )
 
   @functools.cached_property
   def _encoder(self) -> Encoder:
     return Encoder(self.engine.params, self.config)
+
+  @functools.cached_property
+  def _embedder(self) -> Embedder:
+    """Word embeddings and projector on the host, for the forgetting rule."""
+    params = self.engine.params
+    return Embedder(
+      {path: np.asarray(params[path]) for path in EMBEDDER_PARAMS}
+    )
+
+  def _kept(
+    self, repository: Repository, features: np.ndarray | None = None
+  ) -> KeptTokens:
+    """Returns what forgetting keeps of a memory, for any question."""
+    rules = self.rules
+    embedder = self._embedder if rules.forgetting.needs_question else None
+    return KeptTokens(
+      rules.forgetting, repository, rules.seed, features, embedder
+    )
 
   def _features(
     self, features: np.ndarray, duration: float | None, name: str
@@ -232,15 +250,10 @@ class Model:
     duration: float | None = None,
     note: str = "",
   ) -> Memory:
-    """Encodes a memory, and chooses the tokens that the decoder sees."""
-    rule, means = self.rules.forgetting, None
-    if rule.temporal == "keyframe" and kind == "features":
-      frames = repeated_frames(len(visual))
-      means = visual.astype(np.float32).mean(axis=1)[frames]
-    rng = np.random.default_rng(self.rules.seed)
-    kept = kept_tokens(repository, rule, rng, frame_features=means)
+    """Encodes a memory, with the tokens that any question may keep."""
+    kept = self._kept(repository, visual if kind == "features" else None)
     encoded = self.engine.encode_memory(
-      repository, kind, visual, np.concatenate(kept)
+      repository, kind, visual, kept.candidates
     )
     video = None if duration is None else (float(duration), len(visual))
     answering = Answering(

@@ -3,10 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
-
-from hourjax.data.conversations import encode_conversation
-from hourjax.data.forgetting import Forgetting
+from hourjax.data.conversations import encode_conversation, question_ids
+from hourjax.data.forgetting import Forgetting, KeptTokens
 from hourjax.data.layout import Layout, build_layout
 from hourjax.data.records.record import MARKER, Turn
 from hourjax.data.repository import Repository
@@ -48,7 +46,7 @@ class Prompts:
     self,
     turns: Sequence[Turn],
     repository: Repository,
-    kept: list[np.ndarray],
+    kept: KeptTokens,
     video: tuple[float, int] | None,
     max_tokens: int,
   ) -> Layout:
@@ -57,7 +55,7 @@ class Prompts:
     Args:
       turns: questions and answers in order; the last one asks.
       repository: where the tokens of the memory come from.
-      kept: indices of the memory tokens that the decoder sees, by visual slot.
+      kept: which memory tokens forgetting keeps.
       video: duration in seconds and number of frames; None if the memory is
         not that of a video.
       max_tokens: longest answer.
@@ -78,6 +76,7 @@ class Prompts:
       Turn(t.role, t.text.replace(MARKER, "")) if t.role == "gpt" else t
       for t in turns
     ]
+    shown = kept.of_question(question_ids(turns, self.tokenizer))
     first = turns[0].text
     missing = len(repository.slots) - sum(t.text.count(MARKER) for t in turns)
     if missing > 0:
@@ -90,7 +89,7 @@ class Prompts:
       video=video,
       prompt_only=True,
     )
-    layout = build_layout(prompt, repository, kept, name="the question")
+    layout = build_layout(prompt, repository, shown, name="the question")
     length = len(layout.decoder_token)
     if length + max_tokens > self.rules.max_length:
       raise UserError(

@@ -341,24 +341,82 @@ def test_kept_tokens_are_found_in_any_order():
   assert found.query_source.tolist() == [-1, 1, 2, -1, 0, 1]
 
 
+def _kept(model, visual):
+  """Memory indices that forgetting keeps of features."""
+  return model.encode_memory(visual)._answering.kept.candidates
+
+
 @pytest.mark.slow
 def test_forgetting_is_as_the_rules_say(model, memory, tmp_path):
   visual = models.features()
-  again = model.encode_memory(visual)._answering.kept
-  other = memory._answering.kept
-  np.testing.assert_array_equal(again[0], other[0])
-  seeded = models.tiny(tmp_path, seed=1).encode_memory(visual)._answering.kept
-  assert len(seeded[0]) == len(again[0]) and (seeded[0] != again[0]).any()
+  again, other = _kept(model, visual), memory._answering.kept.candidates
+  np.testing.assert_array_equal(again, other)
+  seeded = _kept(models.tiny(tmp_path, seed=1), visual)
+  assert len(seeded) == len(again) and (seeded != again).any()
   rule = Forgetting(temporal="keyframe", ratio=4)
   chosen = models.tiny(tmp_path, forgetting=rule)
   # Three frames repeated to 128, of which a quarter is kept.
   visual = models.features(3)
-  short = chosen.encode_memory(visual)
-  assert len(np.unique(short._answering.kept[0] // 17)) == 128 // 4
+  assert len(np.unique(_kept(chosen, visual) // 17)) == 128 // 4
   visual = models.features()
   visual[40:100] = visual[40]  # alike: of no interest, but for the ends
-  kept = np.unique(chosen.encode_memory(visual)._answering.kept[0] // 17)
+  kept = np.unique(_kept(chosen, visual) // 17)
   assert len(kept) == 150 // 4 and not ((kept > 45) & (kept < 94)).any()
+
+
+@pytest.fixture(scope="module")
+def guided(tmp_path_factory):
+  """A model whose forgetting is guided by the question."""
+  rule = Forgetting(temporal="question", ratio=4)
+  return models.tiny(tmp_path_factory.mktemp("guided"), forgetting=rule)
+
+
+def _seen_frames(memory, *questions):
+  """Frames that the decoder sees of a memory after these questions."""
+  layout = models.layout_of(memory, [Turn("human", q) for q in questions])
+  source = layout.query_source
+  return np.unique(source[source >= 0] // 17)
+
+
+def test_the_frames_kept_depend_on_the_question(guided):
+  visual = models.features()
+  memory = guided.encode_memory(visual)
+  who, card = (_seen_frames(memory, q) for q in models.QUESTIONS[:2])
+  assert len(who) == len(card) == 150 // 4
+  assert (who != card).any()
+  # By hand: the model's own projector and words.
+  params = guided.engine.params
+  model = with_params(models.CONFIG, params)
+  means = np.asarray(model.projector(jnp.asarray(visual, jnp.float32)))
+  means = means.astype(np.float32).mean(axis=1)
+  ids = guided.tokenizer.encode(models.QUESTIONS[1])
+  word = np.asarray(params["decoder/embedding"], np.float32)[ids].mean(axis=0)
+  cosine = means @ word / np.linalg.norm(means, axis=1)
+  expected = np.sort(np.argsort(-cosine, kind="stable")[: 150 // 4])
+  np.testing.assert_array_equal(card, expected)
+
+
+@pytest.mark.slow
+def test_questions_asked_together_keep_what_each_keeps_alone(guided):
+  memory = guided.encode_memory(models.features())
+  together = memory.answer(models.QUESTIONS, max_tokens=4)
+  alone = [memory.ask(q, max_tokens=4).text for q in models.QUESTIONS]
+  assert [answer.text for answer in together] == alone
+
+
+@pytest.mark.slow
+def test_a_prompt_guided_by_its_question_is_laid_out_as_in_training(guided):
+  """The whole row through the training's model gives the same logits."""
+  visual = models.features()
+  memory = guided.encode_memory(visual)
+  conversation = memory.chat()
+  conversation.ask(models.QUESTIONS[1], max_tokens=3)
+  words = _ids(conversation)
+  layout = _layout(memory, models.QUESTIONS[1])
+  logits = models.slow_logits(guided, layout, visual, words)
+  np.testing.assert_allclose(
+    models.next_logits(guided, conversation._writing), logits[-1:], **NEAR
+  )
 
 
 # --- other models -----------------------------------------------------------
