@@ -11,13 +11,13 @@
   python3 launch/tpu_vm.py status|logs|stop|delete --name=hour \
       --zone=us-west4-a
 
-`run --until_done`, with the options of `create`, does all of it: it rents,
+`run --until_done`, with the options of `create`, does all of it: it creates,
 sets up and starts, again after each preemption, until the training is done.
 Options after -- are the trainer's. --dry_run prints every command, ready for a
 shell, and runs none.
 
-Ends with 0, with 1 if the training failed for good, with 2 on a mistake or
-where Google refuses, 130 on interrupt; the training itself goes on.
+Exit status: 0; 1 if the training failed for good; 2 on a mistake, or where
+Google refuses; 130 on interrupt, after which the training itself goes on.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def parser() -> argparse.ArgumentParser:
-  """The command line; the trainer's part of it is cut off before."""
-  common = argparse.ArgumentParser(add_help=False)
+  """Returns the parser of all options before "--"."""
+  common = Parser(add_help=False)
   add = common.add_argument
   add("--name", required=True, help="of the TPU")
   add("--zone", required=True)
@@ -64,13 +64,13 @@ def parser() -> argparse.ArgumentParser:
     "--parallel",
     type=at_least(int, 1),
     default=16,
-    help="workers spoken to at a time",
+    help="connections at a time",
   )
   add(
     "--attempts",
     type=at_least(int, 1),
     default=4,
-    help="where a connection is lost",
+    help="to connect",
   )
   add(
     "--retry_seconds",
@@ -82,10 +82,10 @@ def parser() -> argparse.ArgumentParser:
     "--poll_seconds",
     type=at_least(float, 0),
     default=60,
-    help="between two looks",
+    help="between two checks of the state",
   )
 
-  order = argparse.ArgumentParser(add_help=False)
+  order = Parser(add_help=False)
   add = order.add_argument
   add("--spot", action="store_true", help="cheaper, may be taken away")
   add("--reserved", action="store_true", help="from a reservation")
@@ -101,23 +101,23 @@ def parser() -> argparse.ArgumentParser:
   add("--no_wait", action="store_true", help="leave once it is asked for")
   verbs.add_parser("setup", parents=[common])
   add = verbs.add_parser("run", parents=[common, order]).add_argument
-  add("--until_done", action="store_true", help="through preemptions")
+  add("--until_done", action="store_true", help="restart after preemptions")
   add(
     "--restarts",
     type=at_least(int, 0),
     default=3,
-    help="of a training that fails",
+    help="after failures",
   )
   add(
     "--grace_seconds",
     type=at_least(float, 0),
     default=120,
-    help="to believe an end",
+    help="before an end is taken as final",
   )
   add("--env", action="append", default=[], metavar="KEY=VALUE")
   add("--env_file", default="", help="lines KEY=VALUE, for what is secret")
-  add("--prepare", default="", metavar="COMMAND", help="a shell's line on each"
-      " worker before each start; has to bear repetition")  # fmt: skip
+  add("--prepare", default="", metavar="COMMAND", help="shell command on"
+      " each worker before each start; must be repeatable")  # fmt: skip
   add("--shared_path", default="", help="a mount that all workers share")
   verbs.add_parser("status", parents=[common])
   add = verbs.add_parser("logs", parents=[common]).add_argument
@@ -135,8 +135,12 @@ def parser() -> argparse.ArgumentParser:
   return root
 
 
-def order_of(flags) -> slices.Order:
-  """What the flags ask for; None where no type is given."""
+def order_of(flags: argparse.Namespace) -> slices.Order | None:
+  """Returns the TPU that the options describe, None without --accelerator.
+
+  Raises:
+    LaunchError: the options need a type, or have an invalid value.
+  """
   if not flags.accelerator:
     if flags.verb == "create" or getattr(flags, "until_done", False):
       raise LaunchError("give --accelerator, e.g. --accelerator=v5litepod-16")
@@ -159,9 +163,9 @@ def order_of(flags) -> slices.Order:
 
 
 class Commands:
-  """One method a verb; each gives the exit status."""
+  """Runs the verbs: one method each, which returns the exit status."""
 
-  def __init__(self, flags, arguments):
+  def __init__(self, flags: argparse.Namespace, arguments: list[str]):
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?", flags.name):
       raise LaunchError(
         f"--name={flags.name}: lower-case letters, digits and -, at most 50"
@@ -185,16 +189,20 @@ class Commands:
     )  # fmt: skip
 
   def create(self) -> int:
+    """Requests a TPU and waits until it is ready."""
+    assert self.order is not None  # `order_of` refuses `create` without a type
     slices.create(self.gcloud, self.order)
     if not self.flags.no_wait:
       slices.wait(self.gcloud, self.order, self.flags.poll_seconds)
     return 0
 
   def setup(self) -> int:
+    """Installs this checkout on all workers."""
     self._workers().setup(self.tarball)
     return 0
 
   def run(self) -> int:
+    """Starts the trainer on all workers; with --until_done, supervises it."""
     flags = self.flags
     command = training.train_command(self.arguments, flags.env)
     job = Job(command, flags.env_file, flags.prepare)
@@ -207,8 +215,9 @@ class Commands:
         shared=flags.shared_path,
       )  # fmt: skip
 
-    check(1)  # before anything is rented or asked
+    check(1)  # before anything is created or contacted
     if flags.until_done:
+      assert self.order is not None  # `order_of` refuses it without a type
       patience = Patience(
         flags.poll_seconds, flags.grace_seconds, flags.restarts
       )
@@ -228,6 +237,7 @@ class Commands:
     return 0
 
   def status(self) -> int:
+    """Prints the states of the TPU and of its workers."""
     tpu = slices.find(self.gcloud, self.order, self.flags.name)
     states = {}
     if tpu.phase == "ready":
@@ -246,6 +256,7 @@ class Commands:
     return 0
 
   def logs(self) -> int:
+    """Fetches the logs of all workers, or follows them."""
     workers = self._workers()
     if self.flags.follow:
       return following.follow(workers, self.gcloud, self.flags.retry_seconds)
@@ -255,6 +266,7 @@ class Commands:
     return 0
 
   def stop(self) -> int:
+    """Stops the run on all workers, after a checkpoint."""
     workers = self._workers()
     states = workers.stop(self.flags.seconds, self.flags.kill)
     left = [worker for worker, x in states.items() if x.what == "running"]
@@ -270,6 +282,7 @@ class Commands:
     return 0
 
   def delete(self) -> int:
+    """Deletes the TPU."""
     name = self.flags.name
     if self.flags.dry_run:
       tpu = slices.find(self.gcloud, self.order, name)
@@ -285,6 +298,7 @@ class Commands:
     return 0
 
   def _workers(self) -> Workers:
+    """Returns the workers of a TPU that is ready."""
     tpu = slices.find(self.gcloud, self.order, self.flags.name)
     if tpu.phase == "waiting":
       raise LaunchError(
@@ -295,7 +309,7 @@ class Commands:
     return Workers(self.gcloud, tpu, self.flags.parallel)
 
   def _free(self, workers: Workers) -> None:
-    """Refuses to start beside another run, or without code."""
+    """Refuses to start beside another run, or before `setup`."""
     states = workers.states()
     running = {x.run for x in states.values() if x.what == "running"}
     if running:
@@ -312,11 +326,12 @@ class Commands:
 
 
 def main(argv: list[str]) -> int:
-  """Exit status of a command line."""
+  """Runs a command line; returns the exit status."""
   cut = argv.index("--") if "--" in argv else len(argv)
   flags, arguments = parser().parse_args(argv[:cut]), argv[cut + 1 :]
   for number in (signal.SIGTERM, signal.SIGHUP):
-    # So that what was started here ends too; but under nohup it goes on.
+    # Exit in the normal way, which ends what was started here; a signal that
+    # nohup ignores stays ignored.
     if signal.getsignal(number) != signal.SIG_IGN:
       signal.signal(number, lambda number, _: sys.exit(128 + number))
   try:

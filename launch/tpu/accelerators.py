@@ -11,15 +11,15 @@ _SIZES = (1, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Family(NamedTuple):
-  """Types of one generation, PREFIX-N.
+  """Describes the accelerator types of one generation, PREFIX-N.
 
   Attributes:
-    runtime: software version that Google names for it.
-    sizes: every N there is.
-    cores: what N counts per chip.
+    runtime: software version that Google recommends for it.
+    sizes: all values of N that exist.
+    cores: what one chip adds to N.
     one_host: largest number of chips on a single host; larger slices have
       hosts of four chips.
-    says: the sizes in words.
+    says: the sizes in words, for messages.
   """
 
   runtime: str
@@ -46,7 +46,7 @@ FAMILIES = {
 
 
 class Accelerator(NamedTuple):
-  """A type, its software version and the number of its hosts."""
+  """Names an accelerator type, its software version and its number of hosts."""
 
   type: str
   runtime: str
@@ -54,14 +54,14 @@ class Accelerator(NamedTuple):
 
 
 def parse(text: str) -> Accelerator:
-  """Looks a type up.
+  """Parses an accelerator type, such as "v5litepod-16".
 
   Raises:
-    LaunchError: for an unknown one, with those that are known.
+    LaunchError: the type is unknown; the message lists those that are known.
   """
   match = re.fullmatch(r"([a-z0-9]+)-([1-9][0-9]*)", text)
   family = match and FAMILIES.get(match[1])
-  if not family or int(match[2]) not in family.sizes:
+  if not match or not family or int(match[2]) not in family.sizes:
     known = "; ".join(family.says for family in FAMILIES.values())
     hint = ""
     if text.startswith("v5e"):

@@ -1,13 +1,14 @@
-"""What launch/tpu_vm.py tells instead of a traceback."""
+"""Errors that launch/tpu_vm.py prints in one line instead of a traceback."""
 
 
 class LaunchError(Exception):
-  """A sentence with the thing and the remedy.
+  """Reports a mistake or a refusal, with the thing and the remedy.
 
   Attributes:
-    kind: what it is about, for those who handle it: "lost", "missing",
-      "exists", "capacity", "quota", "busy", "passing" or "other".
-    line: gcloud's own words, "" if it said none.
+    kind: category for the code that handles it: "lost" (no connection),
+      "missing", "exists", "capacity", "quota", "busy", "passing" (try again
+      soon) or "other".
+    line: gcloud's own message, "" if there was none.
   """
 
   def __init__(self, message: str, *, kind: str = "other", line: str = ""):

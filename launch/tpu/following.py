@@ -1,4 +1,4 @@
-"""Logs of all workers as they grow."""
+"""Logs of all workers, printed while they grow."""
 
 import subprocess
 import sys
@@ -10,15 +10,24 @@ from tpu.workers import Worker, Workers
 
 
 def follow(workers: Workers, gcloud: Gcloud, retry_seconds: float) -> int:
-  """Prints every worker's lines, after its name, until all runs have ended.
+  """Prints the log lines of all workers, each with its name, until all ended.
 
-  A connection that is lost is made again, from the line where it broke.
-  Returns 0, or 2 if some worker could not be followed to its end.
+  A lost connection is opened again and continues at the line where it broke.
+
+  Args:
+    workers: whose logs are printed.
+    gcloud: opens the connections.
+    retry_seconds: between two attempts to connect.
+
+  Returns:
+    Exit status: 0, or 2 if a worker could not be followed to its end.
   """
   if gcloud.dry_run:
     workers.each(lambda x: gcloud.ssh(x.node, x.index, _command(workers, x)))
     return 0
-  lock, failed, running = threading.Lock(), [], set()
+  lock = threading.Lock()
+  failed: list[Worker] = []
+  running: set[subprocess.Popen[str]] = set()
 
   def one(worker: Worker) -> None:
     line, lost = 1, 0
@@ -30,6 +39,7 @@ def follow(workers: Workers, gcloud: Gcloud, retry_seconds: float) -> int:
       )  # fmt: skip
       running.add(process)
       with process:
+        assert process.stdout and process.stderr  # both are pipes
         errors = threading.Thread(target=process.stderr.read, daemon=True)
         errors.start()
         for text in process.stdout:
@@ -52,7 +62,7 @@ def follow(workers: Workers, gcloud: Gcloud, retry_seconds: float) -> int:
   try:
     for thread in threads:
       thread.join()
-  finally:  # also where a signal ends this
+  finally:  # also when a signal ends this process
     for process in list(running):
       process.terminate()
   for worker in failed:
@@ -61,4 +71,5 @@ def follow(workers: Workers, gcloud: Gcloud, retry_seconds: float) -> int:
 
 
 def _command(workers: Workers, worker: Worker) -> str:
+  """Returns the remote part of the command, for a dry run."""
   return workers.follow_command(worker, 1)[-1]

@@ -1,4 +1,4 @@
-"""Runs gcloud: retries what a network loses, explains what it refuses."""
+"""The gcloud command: retries lost connections, explains refusals."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import time
 
 from tpu.errors import LaunchError
 
-# A dead connection is noticed in a minute instead of hours.
+# With these a dead connection is noticed in a minute instead of hours.
 _SSH_OPTIONS = (
   "ConnectTimeout=20",
   "ServerAliveInterval=15",
   "ServerAliveCountMax=4",
 )
 
-# What gcloud says -> kind of error, what it means and what to do. {zone} and
-# {project} are those of the command.
+# Pattern in gcloud's message, kind of error, explanation with the remedy.
+# {zone} and {project} are those of the command.
 _MEANINGS = (
   (
     r"(?i)quota\b.*\b(exhausted|exceeded)|exceeded.*\bquota",
@@ -93,12 +93,12 @@ _LOST = re.compile(
   r"|name resolution|Max retries exceeded|HTTPError 50[0234]"
 )
 
-# What gcloud itself says while a remote command runs.
+# Lines that gcloud itself prints while a remote command runs.
 _CHATTER = ("SSH: ", "SCP: ", "Using ", "Warning: ", "#####", "Updating ")
 
 
 def own_line(stderr: str) -> str:
-  """gcloud's error message on one line, at most 400 characters."""
+  """Returns gcloud's error message on one line, at most 400 characters."""
   _, found, text = stderr.rpartition("ERROR: ")
   message = re.search(r'"message": "((?:[^"\\]|\\.)*)"', text)
   if found and message:
@@ -109,11 +109,11 @@ def own_line(stderr: str) -> str:
 
 
 class Gcloud:
-  """gcloud with a project and a zone; or, dry, a printer of commands.
+  """Runs gcloud commands in one project and zone.
 
   Attributes:
-    dry_run: prints each command, ready for a shell, and runs none.
-    zone: of every command.
+    dry_run: print each command, ready for a shell, and run none.
+    zone: zone of every command.
   """
 
   def __init__(
@@ -133,26 +133,26 @@ class Gcloud:
     self._iap, self._internal_ip = iap, internal_ip
 
   def __call__(self, group: str, verb: str, name: str, *flags: str) -> str:
-    """Runs `gcloud compute tpus GROUP VERB NAME` and gives its stdout.
+    """Runs `gcloud compute tpus GROUP VERB NAME`; returns its stdout.
 
     Raises:
-      LaunchError: what went wrong and the remedy; kind "lost" if the network
-        failed in every attempt, "missing" if there is no such thing.
+      LaunchError: the command failed; kind "lost" if the network failed in
+        every attempt, "missing" if the resource does not exist.
     """
     command = self._command("compute", group, verb, name, *flags)
     return self._attempt(command)
 
   def ssh(self, node: str, worker: int, command: str) -> str:
-    """stdout of a command on one worker.
+    """Runs a shell command on one worker; returns its stdout.
 
     Raises:
-      LaunchError: also for a command that fails there, with its last line;
-        kind "busy" for its status 75.
+      LaunchError: as `__call__`, or the command failed there (the message
+        holds its last line); kind "busy" for exit status 75.
     """
     return self._attempt(self.ssh_command(node, worker, command))
 
   def ssh_command(self, node: str, worker: int, command: str) -> list[str]:
-    """The command line behind `ssh`."""
+    """Returns the command line that `ssh` runs."""
     options = [f"--ssh-flag=-o{option}" for option in _SSH_OPTIONS]
     return self._command(
       self._track(), "tpu-vm", "ssh", node, f"--worker={worker}",
@@ -160,7 +160,7 @@ class Gcloud:
     )  # fmt: skip
 
   def copy(self, file: str, node: str, worker: int, to: str) -> None:
-    """Copies a local file to one worker, `to` being below its home."""
+    """Copies a local file to the path `to` below a worker's home."""
     options = [f"--scp-flag=-o{option}" for option in _SSH_OPTIONS]
     command = self._command(
       self._track(), "tpu-vm", "scp", file, f"{node}:{to}",
@@ -169,10 +169,10 @@ class Gcloud:
     self._attempt(command)
 
   def local(self, command: list[str]) -> None:
-    """Runs another program here.
+    """Runs another program on this machine.
 
     Raises:
-      LaunchError: if it fails, with what it said.
+      LaunchError: it failed; the message holds its stderr.
     """
     if self.dry_run:
       print(shlex.join(command))
@@ -182,19 +182,21 @@ class Gcloud:
       raise LaunchError(f"{shlex.join(command)} failed: {done.stderr.strip()}")
 
   def say(self, text: str) -> None:
-    """A line for the person who waits, with the time of day."""
+    """Prints a line on stderr with the time of day, except in a dry run."""
     if not self.dry_run:
       print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
   def _track(self) -> str:
-    # Only the alpha commands know the tunnel.
+    # Only the alpha commands can tunnel.
     return "alpha compute" if self._iap else "compute"
 
   def _route(self) -> list[str]:
     route = ["--tunnel-through-iap"] if self._iap else []
     return route + (["--internal-ip"] if self._internal_ip else [])
 
-  def _command(self, track, group, verb, name, *flags) -> list[str]:
+  def _command(
+    self, track: str, group: str, verb: str, name: str, *flags: str
+  ) -> list[str]:
     project = [f"--project={self._project}"] if self._project else []
     return [
       "gcloud", *track.split(), "tpus", group, verb, name, *flags,
@@ -202,6 +204,7 @@ class Gcloud:
     ]  # fmt: skip
 
   def _attempt(self, command: list[str]) -> str:
+    """Runs a command, again while the network fails; returns its stdout."""
     if self.dry_run:
       print(shlex.join(command))
       return ""
@@ -217,8 +220,10 @@ class Gcloud:
       time.sleep(wait)
     raise AssertionError("at least one attempt is made")
 
-  def _error(self, command, done) -> LaunchError:
-    """What a failed command means."""
+  def _error(
+    self, command: list[str], done: subprocess.CompletedProcess
+  ) -> LaunchError:
+    """Returns the explanation of a failed command."""
     remote = "ssh" in command or "scp" in command
     project = self._project or "the current project"
     line = own_line(done.stderr)
@@ -236,7 +241,7 @@ class Gcloud:
         f" {advice}, and start again"
       )
       return LaunchError(message, kind="lost", line=line)
-    if not own:  # gcloud ends with the status of a remote command
+    if not own:  # gcloud passes on the exit status of the remote command
       kind = "busy" if done.returncode == 75 else "other"
       message = f"{what}: {_reason(done)} (exit status {done.returncode})"
       return LaunchError(message, kind=kind)
@@ -251,8 +256,8 @@ class Gcloud:
     )
 
 
-def _reason(done) -> str:
-  """The last thing that a remote command said."""
+def _reason(done: subprocess.CompletedProcess) -> str:
+  """Returns the last line that a remote command printed."""
   lines = (done.stdout + done.stderr).splitlines()
   said = [x.strip() for x in lines if x.strip() and not x.startswith(_CHATTER)]
   said = [x for x in said if x.startswith("worker: ")] or said or ["no word"]
@@ -260,7 +265,7 @@ def _reason(done) -> str:
 
 
 def target(command: list[str]) -> str:
-  """What a gcloud command is about: a name, and the worker if there is one."""
+  """Returns the resource that a gcloud command names, with its worker."""
   words = command[command.index("tpus") + 3 :]
   names = [word for word in words if not word.startswith("--")]
   worker = [word[9:] for word in words if word.startswith("--worker=")]
@@ -269,10 +274,10 @@ def target(command: list[str]) -> str:
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess:
-  """Runs a command with nothing to read; its output as text.
+  """Runs a command with empty stdin; captures its output as text.
 
   Raises:
-    LaunchError: if there is no such program.
+    LaunchError: there is no such program.
   """
   try:
     return subprocess.run(

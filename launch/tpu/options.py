@@ -1,4 +1,4 @@
-"""Options of launch/tpu_vm.py: mistakes in one line, numbers in their range."""
+"""Options of launch/tpu_vm.py: one-line messages, ranges of numbers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import argparse
 import difflib
 import math
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-  """Tells a mistake in one line, with the nearest right name."""
+  """Parses options; reports a mistake in one line with the closest name."""
 
-  def error(self, message: str):
+  def error(self, message: str) -> NoReturn:
+    """Prints the mistake and exits with status 2."""
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     known = self._names()
     for word in sys.argv[1:cut]:
@@ -28,8 +31,8 @@ class Parser(argparse.ArgumentParser):
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
-  def _names(self):
-    """All options of this parser and of those of the verbs that are given."""
+  def _names(self) -> list[str]:
+    """Returns all options of this parser and of the given verbs."""
     names = list(self._option_string_actions)
     for action in self._actions:
       if isinstance(action, argparse._SubParsersAction):
@@ -38,10 +41,10 @@ class Parser(argparse.ArgumentParser):
     return names
 
 
-def at_least(kind, least):
-  """A type of options: a number that is not below `least`."""
+def at_least(kind: type, least: float) -> Callable[[str], float]:
+  """Returns an argparse type: a number of this kind, at least `least`."""
 
-  def read(text: str):
+  def read(text: str) -> float:
     value = kind(text)
     if not least <= value < math.inf:
       raise argparse.ArgumentTypeError(f"{text} is not at least {least}")

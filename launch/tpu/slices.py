@@ -1,4 +1,4 @@
-"""TPU slices: what there is of them, asking for them, deleting them."""
+"""TPU slices: looked up, created, waited for and deleted."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from tpu.accelerators import Accelerator
 from tpu.errors import LaunchError
 from tpu.gcloud import Gcloud
 
-# States of requests and of nodes that no longer hold, or will not give, a TPU.
+# States of requests and nodes that hold no TPU (any more).
 _GONE = ("SUSPENDED", "PREEMPTED", "TERMINATED", "STOPPED", "MISSING")
 _READY = ("ACTIVE", "READY")
 
 
 class Order(NamedTuple):
-  """What to rent.
+  """Describes the TPU to create.
 
   Attributes:
-    slices: their number, more than 1 for multi-slice.
-    queued: wait in line instead of failing where nothing is free.
-    flags: further flags for gcloud's create.
+    name: of the TPU.
+    accelerator: its type.
+    slices: number of slices, more than 1 for multi-slice.
+    queued: wait in the queue instead of failing if no TPU is free.
+    spot: take a spot TPU, which may be preempted.
+    reserved: take it from a reservation.
+    flags: further flags of gcloud's create command.
   """
 
   name: str
@@ -34,7 +38,7 @@ class Order(NamedTuple):
 
 
 class Slice(NamedTuple):
-  """One node of Cloud TPU and the number of its hosts."""
+  """Names one node of Cloud TPU, its state and its number of hosts."""
 
   node: str
   state: str
@@ -42,14 +46,14 @@ class Slice(NamedTuple):
 
 
 class Tpu(NamedTuple):
-  """What exists under a name.
+  """Describes the TPU that exists under a name.
 
   Attributes:
-    queued: it was asked for as a queued resource.
+    queued: it was requested as a queued resource.
     state: of the request, or of the node if it was not queued.
-    why: what Google says of a failure, else "".
+    why: Google's reason for a failure, else "".
     type: accelerator type.
-    slices: known once the request is granted.
+    slices: its slices; empty until the request is granted.
   """
 
   queued: bool
@@ -60,7 +64,7 @@ class Tpu(NamedTuple):
 
   @property
   def phase(self) -> str:
-    """Of "waiting", "ready", "gone" and "failed"."""
+    """Returns "waiting", "ready", "gone" (preempted) or "failed"."""
     states = [self.state, *(piece.state for piece in self.slices)]
     if self.state == "FAILED":
       return "failed"
@@ -70,7 +74,7 @@ class Tpu(NamedTuple):
 
 
 def look(gcloud: Gcloud, name: str) -> Tpu | None:
-  """What there is under a name, None if there is nothing."""
+  """Returns the TPU of a name, None if there is none."""
   request = _describe(gcloud, "queued-resources", name)
   if request is None:
     node = _describe(gcloud, "tpu-vm", name)
@@ -93,7 +97,7 @@ def look(gcloud: Gcloud, name: str) -> Tpu | None:
 
 
 def _assumed(gcloud: Gcloud, order: Order) -> Tpu:
-  """What `create` leaves, for dry runs; prints how `look` looks."""
+  """Returns the TPU that `create` would make; prints the commands of `look`."""
   names = [order.name]
   if order.slices > 1:
     names = [f"{order.name}-{i}" for i in range(order.slices)]
@@ -106,10 +110,10 @@ def _assumed(gcloud: Gcloud, order: Order) -> Tpu:
 
 
 def find(gcloud: Gcloud, order: Order | None, name: str) -> Tpu:
-  """What there is under a name; of a dry run, what was ordered.
+  """Returns the TPU of a name; in a dry run, the one that was ordered.
 
   Raises:
-    LaunchError: if there is nothing, or a dry run does not know the type.
+    LaunchError: there is none, or a dry run does not know its type.
   """
   if gcloud.dry_run:
     if order is None:
@@ -126,13 +130,13 @@ def find(gcloud: Gcloud, order: Order | None, name: str) -> Tpu:
 
 
 def create(gcloud: Gcloud, order: Order) -> None:
-  """Asks for slices, unless they exist.
+  """Requests slices unless they exist.
 
-  Requests that failed and slices that were taken away are deleted first: they
-  hold a name and quota, but no TPU.
+  Failed requests and preempted slices are deleted first: they hold a name and
+  quota, but no TPU.
 
   Raises:
-    LaunchError: if it is refused, or the name belongs to another type.
+    LaunchError: the request is refused, or the name has another type.
   """
   tpu = look(gcloud, order.name)
   if tpu and tpu.phase in ("gone", "failed"):
@@ -156,10 +160,10 @@ def create(gcloud: Gcloud, order: Order) -> None:
 
 
 def wait(gcloud: Gcloud, order: Order, seconds: float) -> Tpu:
-  """Waits until slices are ready, looking every so many seconds.
+  """Waits until slices are ready; looks every `seconds` seconds.
 
   Raises:
-    LaunchError: if the request fails or they are taken away.
+    LaunchError: the request fails, or the slices are preempted.
   """
   name, said = order.name, None
   while True:
@@ -176,7 +180,7 @@ def wait(gcloud: Gcloud, order: Order, seconds: float) -> Tpu:
 
 
 def refusal(name: str, tpu: Tpu) -> str:
-  """What to do about a request that gives no TPU (any more)."""
+  """Words the remedy for a failed request or a preempted TPU."""
   if tpu.phase == "failed":
     return (
       f"the request for {name} failed: {tpu.why or 'Google says no more'};"
@@ -202,6 +206,7 @@ def delete(gcloud: Gcloud, name: str, tpu: Tpu) -> None:
 
 
 def _ask(gcloud: Gcloud, order: Order) -> None:
+  """Runs gcloud's create command."""
   flags = [f"--accelerator-type={order.accelerator.type}"]
   if order.queued:
     flags.append(f"--runtime-version={order.accelerator.runtime}")
@@ -220,7 +225,7 @@ def _ask(gcloud: Gcloud, order: Order) -> None:
 
 
 def _nodes(name: str, spec: dict) -> list[str]:
-  """Names of a request's nodes."""
+  """Returns the names of a request's nodes."""
   many = spec.get("multisliceParams") or spec.get("multiNodeParams")
   if not many:
     return [spec.get("nodeId", name)]
@@ -229,6 +234,7 @@ def _nodes(name: str, spec: dict) -> list[str]:
 
 
 def _slice(name: str, node: dict | None) -> Slice:
+  """Reads gcloud's description of a node."""
   if node is None:
     return Slice(name, "MISSING", 0)
   workers = len(node.get("networkEndpoints", ()))
@@ -236,6 +242,7 @@ def _slice(name: str, node: dict | None) -> Slice:
 
 
 def _describe(gcloud: Gcloud, group: str, name: str) -> dict | None:
+  """Returns gcloud's description of a resource, None if it is missing."""
   try:
     text = gcloud(group, "describe", name, "--format=json")
     return json.loads(text) if text else None  # nothing in a dry run

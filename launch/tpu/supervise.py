@@ -1,4 +1,4 @@
-"""Keeps a training going through preemptions until it is done."""
+"""Supervision of a training run: started again after each preemption."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from tpu.training import job_of, run_id
 from tpu.workers import Job, State, Worker, Workers
 
 _TAIL = 20  # lines of a failed worker's log that are shown
-_UNANSWERED = 20  # looks in a row without an answer, before giving up
-# Errors that another look may not meet. "missing": taken away since the look.
+_UNANSWERED = 20  # failed looks in a row after which it gives up
+# Errors that may be gone at the next look. "missing": preempted meanwhile.
 _PASSING = ("lost", "missing", "passing")
 _HEALTHY = 3600  # seconds of training after which failures are forgotten
-# Exit status of a mistake in the options: a restart would meet it again.
+# Exit status of a mistake in the options, which a restart would not mend.
 _USER_ERROR = 2
 
 
 class Patience(NamedTuple):
-  """How long to wait for what, in seconds, and how often to try again.
+  """Holds waiting times in seconds and the number of restarts.
 
   Attributes:
-    poll: between two looks.
-    grace: before an end is believed: a preempted training also ends with 0,
-      and a machine's state tells of the preemption only some time later.
-    restarts: of a training that failed, or of a request that did.
+    poll: time between two looks.
+    grace: time for which an end must stay unchanged: a preempted run also ends
+      with status 0, and the machine's state shows the preemption only later.
+    restarts: largest number of restarts after failures.
   """
 
   poll: float = 60
@@ -37,7 +37,11 @@ class Patience(NamedTuple):
 
 
 def verdict(states: dict[Worker, State], job: str) -> str:
-  """What the workers do, taken together, as seen by a job.
+  """Summarises the states of all workers for one job.
+
+  Args:
+    states: of all workers.
+    job: short name of the job's command line, see `training.job_of`.
 
   Returns:
     "absent" (some are not set up), "other" (another job runs), "none",
@@ -66,7 +70,7 @@ def verdict(states: dict[Worker, State], job: str) -> str:
 
 
 class Supervisor:
-  """One training, on as many TPUs after each other as it takes."""
+  """Runs one training on as many TPUs, one after another, as it takes."""
 
   def __init__(
     self,
@@ -82,16 +86,21 @@ class Supervisor:
     self._workers, self._tarball = workers, tarball
     self._job, self._name = job, job_of(job.command)
     self._failed = self._refused = self._unanswered = 0
-    self._began = time.monotonic()  # of the newest run, as far as known
-    self._started = False  # by this process: an older end does not count
-    self._seen, self._since = None, 0.0  # the last ending, and since when
-    self._said = None
+    self._began = time.monotonic()  # start of the newest run, as far as known
+    self._started = False  # by this process; ends of earlier runs do not count
+    # The last ending that was seen, and since when.
+    self._seen: tuple[str, tuple[State, ...]] | None = None
+    self._since = 0.0
+    self._said: str | None = None
 
   def run(self) -> int:
-    """Exit status: 0 when the training is done, 1 when it fails for good.
+    """Supervises until the training is done or has failed for good.
+
+    Returns:
+      Exit status: 0 if it is done or was stopped, 1 if it failed too often.
 
     Raises:
-      LaunchError: if no TPU can be had, or nobody answers any more.
+      LaunchError: no TPU can be had, or the workers do not answer any more.
     """
     if self._gcloud.dry_run:
       return self._dry_run()
@@ -111,6 +120,7 @@ class Supervisor:
       time.sleep(self._patience.poll)
 
   def _dry_run(self) -> int:
+    """Prints the commands of one start."""
     slices.create(self._gcloud, self._order)
     tpu = slices.wait(self._gcloud, self._order, 0)
     workers = self._workers(tpu)
@@ -120,11 +130,12 @@ class Supervisor:
     return 0
 
   def _step(self) -> int | None:
-    """One look and what follows from it; an exit status at the end."""
+    """Looks once and acts; returns the exit status when it is over."""
     tpu = slices.look(self._gcloud, self._order.name)
     phase = tpu.phase if tpu else "none"
-    if phase in ("none", "gone", "failed"):
-      return self._ask_again(tpu, phase)
+    if tpu is None or phase in ("gone", "failed"):
+      self._ask_again(tpu, phase)
+      return None
     if phase == "waiting":
       self._say(f"{self._order.name}: {tpu.state}")
       return None
@@ -144,11 +155,13 @@ class Supervisor:
       self._say(f"training on {len(states)} workers")
       return None
     if what in ("absent", "none"):
-      return self._start(workers, what)
+      self._start(workers, what)
+      return None
     return self._ended(workers, states, what)
 
-  def _ask_again(self, tpu, phase) -> None:
-    if phase == "failed":
+  def _ask_again(self, tpu: slices.Tpu | None, phase: str) -> None:
+    """Requests a TPU, after a failed request only a few times."""
+    if tpu is not None and phase == "failed":
       self._refused += 1
       if self._refused > self._patience.restarts:
         raise LaunchError(slices.refusal(self._order.name, tpu))
@@ -158,7 +171,8 @@ class Supervisor:
     self._seen = None
     slices.create(self._gcloud, self._order)
 
-  def _start(self, workers, what) -> None:
+  def _start(self, workers: Workers, what: str) -> None:
+    """Sets workers up if they are "absent", and starts the job on them."""
     run = run_id(self._job.command)
     try:
       if what == "absent":
@@ -174,12 +188,15 @@ class Supervisor:
     self._began = time.monotonic()
     self._started, self._seen, self._said = True, None, None
 
-  def _ended(self, workers, states, what) -> int | None:
-    """Judges an end once it has stayed the same for the time of grace."""
+  def _ended(
+    self, workers: Workers, states: dict[Worker, State], what: str
+  ) -> int | None:
+    """Acts on an end that has stayed unchanged for the time of grace."""
     if what in ("stopped", "failed", "mixed") and not self._started:
-      # Of an earlier command.
+      # The end of an earlier command's run.
       self._stop_rest(workers, states)
-      return self._start(workers, "none")
+      self._start(workers, "none")
+      return None
     seen = (what, tuple(states.values()))
     now = time.monotonic()
     if seen != self._seen:
@@ -199,7 +216,8 @@ class Supervisor:
       return 0
     if all(x.what == "ended" and not x.code for x in states.values()):
       self._gcloud.say("a machine shut down beneath the training; starting it")
-      return self._start(workers, "none")
+      self._start(workers, "none")
+      return None
     if now - self._began > _HEALTHY:
       self._failed = 0
     self._failed += 1
@@ -212,14 +230,16 @@ class Supervisor:
       )
       return 1
     self._gcloud.say(f"restart {self._failed} of {self._patience.restarts}")
-    return self._start(workers, "none")
+    self._start(workers, "none")
+    return None
 
-  def _stop_rest(self, workers, states) -> None:
-    """Ends those who would wait for a dead one forever."""
+  def _stop_rest(self, workers: Workers, states: dict[Worker, State]) -> None:
+    """Stops the processes that would wait for a dead one forever."""
     if any(x.what == "running" for x in states.values()):
       workers.stop(60, kill=True)
 
-  def _show(self, workers, states) -> None:
+  def _show(self, workers: Workers, states: dict[Worker, State]) -> None:
+    """Prints the last lines of a failed worker's log."""
     bad = [
       worker
       for worker, state in states.items()
@@ -232,7 +252,7 @@ class Supervisor:
       print(workers.tail(worker, _TAIL), flush=True)
 
   def _say(self, text: str) -> None:
-    """Says a thing once, not at every look."""
+    """Prints a message once, not at every look."""
     if text != self._said:
       self._gcloud.say(text)
     self._said = text

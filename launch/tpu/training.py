@@ -1,4 +1,4 @@
-"""The command line that every worker runs."""
+"""The trainer's command line, as every worker runs it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _ODD = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
 
 
 def train_command(arguments: list[str], env: list[str]) -> list[str]:
-  """`python -m hourjax.train` with its options, and variables before it.
+  """Returns the command `env KEY=VALUE ... python -m hourjax.train ...`.
 
   Args:
     arguments: options of the trainer.
-    env: KEY=VALUE each.
+    env: environment variables, KEY=VALUE each.
 
   Raises:
-    LaunchError: for a variable without a value or with an odd name, or a
-      character that would not arrive as it is.
+    LaunchError: a variable has no value or an invalid name, or a character
+      would be changed on the way to the workers.
   """
   for pair in env:
     if not re.match(r"[A-Za-z_][A-Za-z0-9_]*=", pair):
@@ -34,10 +34,10 @@ def train_command(arguments: list[str], env: list[str]) -> list[str]:
 
 
 def _check_characters(what: str, text: str) -> None:
-  """Refuses what shells, terminals or ssh would split or change.
+  """Refuses characters that shells, terminals or ssh would split or change.
 
-  These are control characters, all that end a line (U+2028 among them), and
-  bytes that are no UTF-8.
+  These are control characters, all line separators (U+2028 among them), and
+  bytes that are not UTF-8.
   """
   odd = _ODD.search(text)
   if odd:
@@ -48,14 +48,14 @@ def _check_characters(what: str, text: str) -> None:
 
 
 def check_env_file(path: str) -> None:
-  """Refuses a file that the workers could not read.
+  """Refuses a file of variables that the workers could not read.
 
   Raises:
-    LaunchError: naming the line.
+    LaunchError: a line is not KEY=VALUE; the message gives its number.
   """
   try:
     with open(path, encoding="utf-8", newline="") as file:
-      # As the workers read it: other characters end no line there.
+      # Split as the workers' shell does, at "\n" only.
       lines = file.read().split("\n")
   except OSError as error:
     raise LaunchError(f"--env_file={path}: {error.strerror}") from None
@@ -74,7 +74,7 @@ def check_env_file(path: str) -> None:
 
 
 def workdir_of(arguments: list[str]) -> str | None:
-  """The last --workdir among options, None if there is none."""
+  """Returns the last --workdir among options, None if there is none."""
   found = None
   for option, following in zip(arguments, [*arguments[1:], None]):
     if option in ("--workdir", "-workdir"):
@@ -87,16 +87,17 @@ def workdir_of(arguments: list[str]) -> str | None:
 def check_workdir(
   arguments: list[str], *, workers: int, until_done: bool, shared: str
 ) -> None:
-  """Refuses a workdir that some worker, or the next TPU, would not see.
+  """Refuses a workdir that some worker, or the next TPU, could not read.
 
   Args:
-    workers: that train together.
-    until_done: the run goes on on another TPU if this one is taken away.
+    arguments: options of the trainer.
+    workers: number of workers that train together.
+    until_done: whether the run continues on another TPU after a preemption.
     shared: folder that is the same storage on all workers and outlives them,
       "" if there is none.
 
   Raises:
-    LaunchError: if the run could not be resumed from there.
+    LaunchError: the run could not be resumed from there.
   """
   workdir = workdir_of(arguments)
   if not workdir:
@@ -144,12 +145,12 @@ def check_workdir(
 
 
 def job_of(command: list[str]) -> str:
-  """Short name of a command line, by which a run is known again."""
+  """Returns the short name of a command line, a digest that marks its runs."""
   return hashlib.sha256(shlex.join(command).encode()).hexdigest()[:8]
 
 
 def run_id(command: list[str]) -> str:
-  """Name of a new run of a command: job, date, time and milliseconds."""
+  """Returns the name of a new run: job, date, time and milliseconds."""
   now = time.time()
   clock = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
   return f"{job_of(command)}-{clock}-{int(now * 1000) % 1000:03d}"

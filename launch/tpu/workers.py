@@ -1,7 +1,8 @@
-"""The hosts of a TPU: code onto them, a run on all of them, what became of it.
+"""The hosts of a TPU: set up, started, stopped, and their states and logs.
 
-Each worker is spoken to alone, some at a time: so every answer, error and retry
-belongs to one of them, which `--worker=all` does not give.
+Each worker has a connection of its own, several at a time, so that every
+answer, error and retry belongs to one worker; gcloud's `--worker=all` does not
+keep them apart.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import os
 import shlex
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tpu.errors import LaunchError
 from tpu.gcloud import Gcloud
@@ -24,7 +25,7 @@ _ENV = "hourjax-env"
 
 
 class Worker(NamedTuple):
-  """One host: a slice's node, and the host's number in it."""
+  """Names one host: a slice's node, and the host's number in it."""
 
   node: str
   index: int
@@ -34,11 +35,13 @@ class Worker(NamedTuple):
 
 
 class Job(NamedTuple):
-  """What every worker shall run.
+  """Describes what every worker runs.
 
   Attributes:
+    command: the command line.
     env_file: local file of lines KEY=VALUE for its environment, "" for none.
-    prepare: a shell's line before it, "" for none; has to bear repetition.
+    prepare: shell command to run before it, "" for none; it must be
+      repeatable.
   """
 
   command: list[str]
@@ -47,12 +50,12 @@ class Job(NamedTuple):
 
 
 class State(NamedTuple):
-  """What a worker does.
+  """Describes what a worker is doing.
 
   Attributes:
     what: absent (not set up), none, running, ended or lost (died silently).
-    run: id of its newest run, "" if it had none.
-    code: exit status once it ended.
+    run: id of its newest run, "" if there was none.
+    code: exit status once it has ended.
     note: "stopped" by `stop`, "signalled" by a machine that shut down, or "".
   """
 
@@ -63,10 +66,10 @@ class State(NamedTuple):
 
 
 def parse_state(text: str) -> State:
-  """Reads the line of worker.sh's `state`, wherever it stands.
+  """Parses the line that `worker.sh state` prints among other output.
 
   Raises:
-    LaunchError: if there is none.
+    LaunchError: there is no such line.
   """
   for line in text.splitlines():
     if line.startswith(_MARK):
@@ -78,7 +81,7 @@ def parse_state(text: str) -> State:
 
 
 class Workers:
-  """All hosts of a TPU."""
+  """Controls all hosts of a TPU."""
 
   def __init__(self, gcloud: Gcloud, tpu: Tpu, parallel: int):
     self.all = [
@@ -89,10 +92,13 @@ class Workers:
     self._gcloud, self._parallel = gcloud, parallel
 
   def setup(self, tarball: str) -> None:
-    """Code and .venv onto every worker.
+    """Copies the code to every worker and installs it in .venv.
+
+    Args:
+      tarball: local path at which the packed code is written.
 
     Raises:
-      LaunchError: if it fails on one, or one is training.
+      LaunchError: a worker failed, or is training.
     """
     self._gcloud.local(["bash", _here("pack.sh"), tarball])
 
@@ -105,8 +111,8 @@ class Workers:
         " bash hourjax/next/launch/tpu/worker.sh install",
       )
 
-    # The first connection of all may have to make and register an ssh key,
-    # which several at a time would do against each other.
+    # The very first connection may create and register an ssh key; several at
+    # once would overwrite one another's.
     self._gcloud.say(f"setting up {self.all[0]}, some minutes the first time")
     one(self.all[0])
     if self.all[1:]:
@@ -114,7 +120,7 @@ class Workers:
       self.each(one, self.all[1:])
 
   def states(self) -> dict[Worker, State]:
-    """What every worker does."""
+    """Returns the state of every worker."""
     command = (
       f"if [ -e {_SCRIPT} ]; then bash {_SCRIPT} state;"
       f" else echo {_MARK}absent; fi"
@@ -124,9 +130,13 @@ class Workers:
   def start(self, run: str, job: Job) -> None:
     """Starts a job on every worker, detached, under the name of a run.
 
+    Args:
+      run: name of the run.
+      job: what to run.
+
     Raises:
-      LaunchError: if a worker is not set up or runs already; then none is
-        left running.
+      LaunchError: a worker is not set up or already runs; the workers that
+        were started are then stopped again.
     """
     prefix = []
     if job.prepare:
@@ -143,19 +153,27 @@ class Workers:
     try:
       self._answers(f"bash {_SCRIPT} start {run} {words}")
     except LaunchError:
-      with contextlib.suppress(LaunchError):  # the first error counts
+      with contextlib.suppress(LaunchError):  # the first error is reported
         states = self.states()
         mine = [x for x in self.all if states[x] == State("running", run)]
         self._answers(f"bash {_SCRIPT} stop 20 kill", mine)
       raise
 
   def stop(self, seconds: int, kill: bool) -> dict[Worker, State]:
-    """SIGTERM to every run; waits for their end, at most so many seconds."""
+    """Sends SIGTERM to every run and waits for its end.
+
+    Args:
+      seconds: longest time to wait.
+      kill: send SIGKILL afterwards.
+
+    Returns:
+      The state of every worker.
+    """
     force = " kill" if kill else ""
     return self._answers(f"bash {_SCRIPT} stop {seconds}{force}", self.all)
 
   def logs(self, folder: str) -> list[str]:
-    """Writes each worker's log into a folder; their paths."""
+    """Writes each worker's log into a folder; returns the paths."""
 
     def one(worker: Worker) -> str:
       text = self._ssh(worker, f"bash {_SCRIPT} log 1")
@@ -170,20 +188,31 @@ class Workers:
     return list(self.each(one).values())
 
   def tail(self, worker: Worker, lines: int) -> str:
-    """The last lines of a worker's log."""
+    """Returns the last lines of a worker's log."""
     text = self._ssh(worker, f"bash {_SCRIPT} log 1 | tail -n {lines}")
     return text.rstrip()
 
   def follow_command(self, worker: Worker, line: int) -> list[str]:
-    """The command that prints a worker's log from a line on until it ends."""
+    """Returns the command that prints a log from a line until the run ends."""
     command = f"bash {_SCRIPT} follow {line}"
     return self._gcloud.ssh_command(worker.node, worker.index, command)
 
-  def each(self, function: Callable, workers=None) -> dict:
-    """function(worker) for every worker, some at a time.
+  def each(
+    self,
+    function: Callable[[Worker], Any],
+    workers: list[Worker] | None = None,
+  ) -> dict[Worker, Any]:
+    """Calls `function` for every worker, several at a time.
+
+    Args:
+      function: what to call.
+      workers: some of the workers; all if None.
+
+    Returns:
+      The results by worker.
 
     Raises:
-      LaunchError: after all have ended, the first one's error; its message
+      LaunchError: after all calls have ended, the first error; its message
         says how many failed.
     """
     workers = self.all if workers is None else workers
@@ -192,9 +221,12 @@ class Workers:
     pool = concurrent.futures.ThreadPoolExecutor(self._parallel)
     with pool:
       futures = {worker: pool.submit(function, worker) for worker in workers}
-    failed = [x.exception() for x in futures.values() if x.exception()]
-    for error in failed:
-      if not isinstance(error, LaunchError):
+    failed: list[LaunchError] = []
+    for future in futures.values():
+      error = future.exception()
+      if isinstance(error, LaunchError):
+        failed.append(error)
+      elif error is not None:
         raise error
     if failed:
       first = failed[0]
@@ -204,7 +236,11 @@ class Workers:
       raise LaunchError(message, kind=first.kind, line=first.line)
     return {worker: future.result() for worker, future in futures.items()}
 
-  def _answers(self, command, workers=None) -> dict[Worker, State]:
+  def _answers(
+    self, command: str, workers: list[Worker] | None = None
+  ) -> dict[Worker, State]:
+    """Runs a command of worker.sh on workers; returns their states."""
+
     def one(worker: Worker) -> State:
       text = self._ssh(worker, command)
       return State("none") if self._gcloud.dry_run else parse_state(text)
