@@ -1,12 +1,14 @@
-"""VideoMarathon records: questions in their formats, balanced over a split."""
-# MERGED hourjax.data.demo.build:
-# Writes the whole demo data set into a folder, or finds it there.
+"""The demo data set: videos, records in VideoMarathon's format, a tokenizer.
+
+`build` writes it into a folder, or reuses what an earlier run wrote there.
+"""
 
 import collections
 import concurrent.futures
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -15,67 +17,73 @@ import pydantic
 from hourjax import progress, schema
 from hourjax.atomic_file import write_file
 from hourjax.data.demo import drawing, questions, script, tokenizer, world
-from hourjax.data.demo.questions import ASKERS, Ask
+from hourjax.data.demo.questions import QUESTION_MAKERS, DemoQuestion
 from hourjax.data.demo.script import SPLITS, Script
 from hourjax.errors import UserError
 
 LETTERS = "ABCD"
 FORMATS = ("open", "multiple_choice")
 INSTRUCTION = "Answer with the letter."
-TURNS = (1, 2, 1, 5)  # questions in a video's training conversations
-TEST_OTHERS = 12  # questions about a test video besides the one for its needle
+TURNS = (1, 2, 1, 5)  # questions in each training conversation of a video
+TEST_OTHERS = (
+  12  # questions about a test video besides the one about its needle
+)
+Turn = tuple[str, str, dict[str, Any]]  # question, answer, facts about both
 
 
-class Writer:
+class RecordWriter:
   """Writes the records of one split's videos, in the order of the calls.
 
-  Right letters, yes and no, tasks and formats are balanced over all calls,
-  so a writer's output depends on the seed and on the calls before. A record
-  is SPEC section 2's, with `questions`: what is known about each human turn.
+  Right letters, yes and no, tasks and formats are balanced over all calls, so
+  the output depends on the seed and on earlier calls. A record has the format
+  of VideoMarathon (see hourjax/README.md, Conversations) and one more key,
+  `questions`, with facts about each human turn.
   """
 
   def __init__(self, seed: int, split: str):
+    """Starts the random numbers of a split."""
     code = SPLITS.index(split)
     self._rng = np.random.default_rng([seed, code, 0, 1])
     self._decks: dict[str, list[str]] = collections.defaultdict(list)
     self._used: collections.Counter = collections.Counter()
 
   def train(self, script: Script, conversations: int) -> list[dict]:
-    """Conversations of one to five questions, one of them for the needle.
+    """Writes conversations of one to five questions about a training video.
 
-    No two questions of a conversation share a task, so that no answer gives
-    another one away.
+    One of the questions is about the needle. No two questions of a
+    conversation share a task, so that no answer reveals another one.
     """
     records = []
     for number in range(conversations):
-      turns = [self._turn(questions.needle_ask(script.needle), "open")]
+      turns = [self._turn(questions.needle_question(script.needle), "open")]
       turns += self._others(script, TURNS[number % len(TURNS)] - 1)
       turns = [turns[i] for i in self._rng.permutation(len(turns))]
       records.append(_record(script, number, turns))
     return records
 
   def test(self, script: Script) -> list[dict]:
-    """One question a record: for the needle, and for others."""
-    turns = [self._turn(questions.needle_ask(script.needle), "open")]
+    """Writes records of one question each about a test video."""
+    turns = [self._turn(questions.needle_question(script.needle), "open")]
     turns += self._others(script, TEST_OTHERS)
     return [_record(script, i, [turn]) for i, turn in enumerate(turns)]
 
-  def _deal(self, deck: str, cards, keep: bool = False) -> str:
-    """The next of the shuffled cards; all come before one comes again.
+  def _draw(self, deck: str, cards: Sequence[str], keep: bool = False) -> str:
+    """Returns the next of the shuffled cards; each comes once before any again.
 
     A plain cycle would give each video's first question the same letter.
+    With `keep` the card stays the next one.
     """
     pile = self._decks[deck]
     if not pile:
       pile.extend(cards[i] for i in self._rng.permutation(len(cards)))
     return pile[-1] if keep else pile.pop()
 
-  def _others(self, script: Script, count: int) -> list[tuple]:
-    """Questions of different tasks, those asked least so far first."""
+  def _others(self, script: Script, count: int) -> list[Turn]:
+    """Asks questions of different tasks, those asked least so far first."""
     pairs = [(task, form) for task in world.TASKS for form in FORMATS]
     pairs = [pairs[i] for i in self._rng.permutation(len(pairs))]
     pairs.sort(key=self._used.__getitem__)
-    turns: dict[str, tuple] = {}
+    turns: dict[str, Turn] = {}
     for task, form in pairs:
       if len(turns) == count:
         break
@@ -85,19 +93,19 @@ class Writer:
         turns[task] = self._turn(found, form)
     return list(turns.values())
 
-  def _find(self, script: Script, task: str, form: str) -> Ask | None:
-    """A question of this task and format, if some tries find one."""
-    yes = self._deal(f"{task} yes", ("yes", "no"), keep=True) == "yes"
-    for asker in ASKERS[task] * 3:
-      found = asker(script, self._rng, yes)
+  def _find(self, script: Script, task: str, form: str) -> DemoQuestion | None:
+    """Returns a question of this task and format, None if no try finds one."""
+    yes = self._draw(f"{task} yes", ("yes", "no"), keep=True) == "yes"
+    for make in QUESTION_MAKERS[task] * 3:
+      found = make(script, self._rng, yes)
       if found is not None and form in found.formats:
         return found
     return None
 
-  def _turn(self, found: Ask, form: str) -> tuple[str, str, dict]:
-    """The human's text, the assistant's text and what is known about it."""
+  def _turn(self, found: DemoQuestion, form: str) -> Turn:
+    """Writes a question in a format."""
     if found.answer in ("yes", "no"):
-      self._deal(f"{found.task} yes", ("yes", "no"))
+      self._draw(f"{found.task} yes", ("yes", "no"))
     needle = found.needle
     facts = {
       "topic": world.TASKS[found.task][0],
@@ -114,31 +122,32 @@ class Writer:
       return found.text, found.answer, {**facts, "chance": found.chance}
     wrong = self._rng.permutation(len(found.wrong))[: len(LETTERS) - 1]
     options = [found.wrong[i] for i in wrong]
-    letter = self._deal(f"{found.task} letter", LETTERS)
+    letter = self._draw(f"{found.task} letter", LETTERS)
     options.insert(LETTERS.index(letter), found.answer)
     lines = [f"{name}. {text}" for name, text in zip(LETTERS, options)]
     facts |= {"options": options, "letter": letter, "chance": 1 / len(options)}
     return "\n".join([found.text, *lines, INSTRUCTION]), letter, facts
 
 
-def _record(script: Script, number: int, turns: list[tuple]) -> dict:
-  talk = []
+def _record(script: Script, number: int, turns: list[Turn]) -> dict:
+  """Joins turns into one record."""
+  turns_of_record = []
   for i, (question, answer, _) in enumerate(turns):
     mark = "<image>\n" if i == 0 else ""
-    talk.append({"from": "human", "value": mark + question})
-    talk.append({"from": "gpt", "value": answer})
+    turns_of_record.append({"from": "human", "value": mark + question})
+    turns_of_record.append({"from": "gpt", "value": answer})
   return {
     "id": f"{script.name}-{number:02d}",
     "video": f"{script.name}.mp4",
     "data_source": "demo",
     "duration": float(script.duration),
-    "conversations": talk,
+    "conversations": turns_of_record,
     "questions": [facts for _, _, facts in turns],
   }
 
 
 TRAIN_SECONDS = (180, 240)
-# Test videos at test_scale 1: how many of which duration in seconds.
+# Test videos at test_scale 1: their number, shortest and longest duration in s.
 TEST_SECONDS = (
   (24, (180, 300)),
   (16, (600, 600)),
@@ -147,22 +156,22 @@ TEST_SECONDS = (
   (8, (3600, 3600)),
 )
 FILES = ("train_stage1", "train", "test")
-# Part of the summary, so that a data set of older code is written anew.
+# Part of the summary, so that a data set of older code is written again.
 VERSION = 2
-# Encoding runs outside Python's lock and each video uses one core.
+# Encoding releases the GIL, and each video is encoded on one core.
 THREADS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What makes one demo data set differ from another.
+  """Holds the options that determine a demo data set.
 
   Attributes:
-    seed: of all that is random.
+    seed: seed of everything random.
     train_videos: number of training videos, of 180 to 240 s.
     test_scale: number of test videos per duration, as a multiple of
       TEST_SECONDS' counts, rounded; at least one video of the shortest.
-    conversations: about each training video.
+    conversations: number of conversations about each training video.
 
   Raises:
     UserError: an option is out of range.
@@ -173,7 +182,7 @@ class Options:
   test_scale: float = 1.0
   conversations: int = 4
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     lowest = {"seed": 0, "train_videos": 1, "conversations": 1}
     for name, low in lowest.items():
       if getattr(self, name) < low:
@@ -187,7 +196,7 @@ class Options:
 
   @property
   def seconds(self) -> dict[str, list[tuple[int, int]]]:
-    """For each split, the range of every video's duration."""
+    """Returns (shortest, longest) duration of every video, by split."""
     counts = [int(n * self.test_scale + 0.5) for n, _ in TEST_SECONDS]
     counts[0] = max(counts[0], 1)
     test = [
@@ -196,7 +205,7 @@ class Options:
     return {"train": [TRAIN_SECONDS] * self.train_videos, "test": test}
 
   def scripts(self) -> dict[str, list[Script]]:
-    """For each split, what its videos show."""
+    """Makes the scripts of all videos, by split."""
     return {
       split: [
         script.make_script(self.seed, split, index, span)
@@ -210,15 +219,15 @@ def build(folder: pathlib.Path, options: Options) -> tuple[dict, bool]:
   """Writes videos, records, tokenizer and summary where they are missing.
 
   The summary demo.json is written first as incomplete and last as complete:
-  a stopped run goes on where it stopped if the options are the same, and
-  with other options the old files are replaced.
+  an interrupted run continues if the options are the same, and with other
+  options the old files are replaced.
 
   Args:
     folder: gets videos/, FILES, tokenizer/ and demo.json.
     options: of the data set.
 
   Returns:
-    The summary, and whether all was there already.
+    The summary, and whether everything was there already.
 
   Raises:
     UserError: the folder cannot be written to or holds a foreign demo.json.
@@ -253,7 +262,8 @@ def build(folder: pathlib.Path, options: Options) -> tuple[dict, bool]:
   return summary, False
 
 
-def _read_summary(folder: pathlib.Path) -> dict:
+def _read_summary(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns the content of demo.json, {} if there is none."""
   path = folder / "demo.json"
   if not path.exists():
     return {}
@@ -267,15 +277,16 @@ def _read_summary(folder: pathlib.Path) -> dict:
 
 
 class _Summary(schema.Schema):
-  """What is read back of demo.json."""
+  """Describes the keys of demo.json that are read again."""
 
   options: dict[str, Any]
   complete: bool
-  # Names in the folder of videos: those of other options are deleted.
+  # File names: those of a data set of other options are deleted.
   videos: list[Annotated[str, pydantic.Field(pattern=r"^[\w-]+\.mp4$")]]
 
 
-def _all_there(folder: pathlib.Path, summary: dict) -> bool:
+def _all_there(folder: pathlib.Path, summary: dict[str, Any]) -> bool:
+  """Returns whether all files of a data set exist."""
   paths = [folder / "videos" / name for name in summary["videos"]]
   paths += [folder / f"{name}.json" for name in FILES]
   paths += [folder / "tokenizer" / "tokenizer.json"]
@@ -283,11 +294,14 @@ def _all_there(folder: pathlib.Path, summary: dict) -> bool:
   return all(path.is_file() for path in paths)
 
 
-def _write_json(path: pathlib.Path, content) -> None:
+def _write_json(path: pathlib.Path, content: Any) -> None:
   write_file(path, json.dumps(content, indent=1), several_writers=True)
 
 
-def _write_videos(folder: pathlib.Path, scripts, reuse: bool) -> None:
+def _write_videos(
+  folder: pathlib.Path, scripts: dict[str, list[Script]], reuse: bool
+) -> None:
+  """Renders and encodes videos, longest first; keeps old ones if `reuse`."""
   todo = [s for group in scripts.values() for s in group]
   if reuse:
     todo = [s for s in todo if not (folder / f"{s.name}.mp4").is_file()]
@@ -311,8 +325,11 @@ def _write_videos(folder: pathlib.Path, scripts, reuse: bool) -> None:
       raise
 
 
-def _write_records(folder, scripts, options: Options) -> dict[str, list]:
-  train, test = (Writer(options.seed, s) for s in script.SPLITS)
+def _write_records(
+  folder: pathlib.Path, scripts: dict[str, list[Script]], options: Options
+) -> dict[str, list]:
+  """Writes the records of both splits and the tokenizer."""
+  train, test = (RecordWriter(options.seed, s) for s in script.SPLITS)
   written = {
     "train": [
       record
@@ -334,7 +351,7 @@ def _write_records(folder, scripts, options: Options) -> dict[str, list]:
 
 
 def _count(scripts: list[Script], items: list[dict]) -> dict:
-  """One split's numbers; durations count videos, the rest questions."""
+  """Returns the numbers of a split for the summary."""
   questions = [q for record in items for q in record["questions"]]
   needles = [s.needle for s in scripts]
   minutes = collections.Counter(-(-s.duration // 60) for s in scripts)

@@ -1,17 +1,15 @@
-"""Places, actors and needle cards as drawing lists.
+"""Frames of the demo's videos, drawn from a script and written as .mp4 files.
 
-A drawing list is a sequence of (form, coordinates, fill) in a unit square,
-x to the right and y down. The fill "body" stands for the colour of the actor
-or needle. Kinds differ by where their dark and light fields lie rather than
-by fine outline, since the demo's encoder sees 64-pixel frames only.
+Places, actors and needle cards are lists of shapes (form, coordinates, fill) in
+a unit square, x to the right and y down. The fill "body" stands for the colour
+of the actor or needle. Kinds differ by the position of their dark and light
+areas rather than by fine outlines, since the demo's encoder sees frames of 64
+pixels a side only.
 """
-# MERGED hourjax.data.demo.draw:
-# Draws a script: one 96 x 96 RGB frame for each second.
-# MERGED hourjax.data.demo.video:
-# Writes a script's frames as a real .mp4 file.
 
 import functools
 import pathlib
+from collections.abc import Sequence
 from fractions import Fraction
 
 import av
@@ -21,6 +19,9 @@ from PIL import Image, ImageDraw, ImageOps
 from hourjax.atomic_file import replace_file
 from hourjax.data.demo import world
 from hourjax.data.demo.script import Scene, Script
+
+Colour = tuple[int, int, int]
+Shape = tuple[str, tuple[float, ...], Colour | str]
 
 DARK = (28, 28, 36)
 LIGHT = (246, 244, 236)
@@ -106,8 +107,8 @@ NEEDLES = {
   ),
 }
 
-# Cards' patterns: (field, second colour, pattern). Pure white, pure black,
-# magenta and cyan fields occur on no place and on no actor.
+# Backgrounds of cards: (colour, second colour, pattern). Plain white, plain
+# black, magenta and cyan occur in no place and on no actor.
 CARDS = {
   "flag": ((255, 255, 255), (255, 255, 255), "plain"),
   "balloon": ((0, 0, 0), (0, 0, 0), "plain"),
@@ -116,8 +117,14 @@ CARDS = {
 }
 
 
-def _grid(xs, ys, width, height, fills) -> list:
-  """Rectangles at every (x, y); fills are taken in turn."""
+def _grid(
+  xs: Sequence[float],
+  ys: Sequence[float],
+  width: float,
+  height: float,
+  fills: Sequence[Colour],
+) -> list[Shape]:
+  """Returns rectangles at every (x, y), with the fills in turn."""
   spots = [(x, y) for y in ys for x in xs]
   return [
     ("rectangle", (x, y, x + width, y + height), fills[i % len(fills)])
@@ -126,10 +133,11 @@ def _grid(xs, ys, width, height, fills) -> list:
 
 
 def _steps(start: float, stop: float, count: int) -> list[float]:
+  """Returns `count` evenly spaced values from `start`, without `stop`."""
   return [start + (stop - start) * i / count for i in range(count)]
 
 
-def _kitchen() -> list:
+def _kitchen() -> list[Shape]:
   tiles = _grid(
     _steps(0, 1.05, 7),
     _steps(0, 0.6, 4),
@@ -148,7 +156,7 @@ def _kitchen() -> list:
   ]
 
 
-def _forest() -> list:
+def _forest() -> list[Shape]:
   trunks = _grid(_steps(0.06, 1.06, 4), (0.1,), 0.1, 0.8, ((104, 68, 40),))
   crowns = [
     ("ellipse", (x - 0.1, y, x + 0.26, y + 0.3), fill)
@@ -166,7 +174,7 @@ def _forest() -> list:
   ]
 
 
-def _beach() -> list:
+def _beach() -> list[Shape]:
   waves = _grid(_steps(0, 1, 4), (0.46, 0.54), 0.13, 0.02, ((150, 214, 240),))
   return [
     ("rectangle", (0, 0, 1, 0.42), (138, 204, 246)),
@@ -178,7 +186,7 @@ def _beach() -> list:
   ]
 
 
-def _street() -> list:
+def _street() -> list[Shape]:
   houses = _grid(
     _steps(0, 1, 3),
     (0,),
@@ -202,7 +210,7 @@ def _street() -> list:
   ]
 
 
-def _office() -> list:
+def _office() -> list[Shape]:
   return [
     ("rectangle", (0, 0, 1, 1), (198, 214, 226)),
     ("rectangle", (0.08, 0.06, 0.92, 0.54), (120, 146, 176)),
@@ -214,7 +222,7 @@ def _office() -> list:
   ]
 
 
-def _garden() -> list:
+def _garden() -> list[Shape]:
   petals = ((240, 120, 170), (250, 236, 140), (176, 130, 220))
   flowers = [
     ("ellipse", (x, y, x + 0.09, y + 0.09), petals[(i + j) % 3])
@@ -233,7 +241,7 @@ def _garden() -> list:
   ]
 
 
-def _garage() -> list:
+def _garage() -> list[Shape]:
   hazard = [
     (
       "polygon",
@@ -250,7 +258,7 @@ def _garage() -> list:
   ]
 
 
-def _library() -> list:
+def _library() -> list[Shape]:
   books = ((150, 58, 52), (62, 92, 126), (176, 146, 76), (72, 110, 86))
   rows = [
     book
@@ -276,7 +284,8 @@ PLACES = {name: draw() for name, draw in zip(world.PLACES, _DRAWINGS)}
 
 
 SIDE = 96
-# An actor's side and its centre's distance from the nearest frame edges.
+# Side of an actor, and the distance of its centre from the nearest two edges of
+# the frame, in pixels.
 ACTOR_SIDE = 44
 MARGIN = 30
 # Shapes are drawn enlarged and scaled down, which smooths their edges.
@@ -295,14 +304,14 @@ _CYCLES = {
 
 
 def frame(script: Script, second: int) -> np.ndarray:
-  """The picture shown at a second.
+  """Draws the frame of a second.
 
   Args:
-    script: what the video shows.
+    script: of the video.
     second: 0 <= second < script.duration.
 
   Returns:
-    uint8[96, 96, 3], RGB; shared between calls, so not to be written to.
+    uint8[96, 96, 3], RGB. The array is cached and must not be changed.
   """
   needle = script.needle
   if needle.shown_at(second):
@@ -314,13 +323,14 @@ def frame(script: Script, second: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def _scene_frame(scene: Scene, phase: int) -> np.ndarray:
+  """Draws an actor over its place, at one step of its action's cycle."""
   dx, dy, degrees, scale, opacity = _CYCLES[scene.action][phase]
   sprite = _sprite(scene.kind, scene.colour, degrees, scale)
   side = sprite.shape[0]
   far = SIDE - MARGIN
   x = (MARGIN if scene.side == "left" else far) + dx - side // 2
   y = (MARGIN if scene.level == "top" else far) + dy - side // 2
-  # The sprite may stick out of the frame: both are cut to the common part.
+  # Where the sprite reaches beyond the frame, both are cut to the common part.
   x0, y0, x1, y1 = (
     max(x, 0),
     max(y, 0),
@@ -336,8 +346,10 @@ def _scene_frame(scene: Scene, phase: int) -> np.ndarray:
   return out
 
 
-def _paint(image: Image.Image, drawing, body) -> None:
-  """Draws a drawing list over the whole image."""
+def _paint(
+  image: Image.Image, drawing: Sequence[Shape], body: Colour | None
+) -> None:
+  """Draws shapes over the whole image, with `body` as the colour BODY."""
   pen = ImageDraw.Draw(image)
   size = image.width - 1
   for form, coordinates, fill in drawing:
@@ -351,19 +363,20 @@ def _paint(image: Image.Image, drawing, body) -> None:
 
 @functools.cache
 def _background(place: str) -> np.ndarray:
+  """Draws a place, uint8[96, 96, 3]."""
   image = Image.new("RGB", (SIDE * _ZOOM, SIDE * _ZOOM))
   _paint(image, PLACES[place], None)
   return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
 @functools.lru_cache(maxsize=1024)
-def _sprite(kind: str, colour: str, degrees: float, scale: float):
-  """An actor with its opacity: float32[side, side, 4], 0 to 255."""
+def _sprite(kind: str, colour: str, degrees: float, scale: float) -> np.ndarray:
+  """Draws an actor with its opacity: float32[side, side, 4], 0 to 255."""
   big = ACTOR_SIDE * _ZOOM
   image = Image.new("RGBA", (big, big))
   _paint(image, ACTORS[kind], world.COLOURS[colour])
   if degrees:
-    # A turned square needs sqrt(2) times its side to keep its corners.
+    # A rotated square needs sqrt(2) times its side to keep its corners.
     scale, rim = scale * 1.5, big // 4
     image = ImageOps.expand(image, rim).rotate(
       -degrees, Image.Resampling.BICUBIC
@@ -375,6 +388,7 @@ def _sprite(kind: str, colour: str, degrees: float, scale: float):
 
 @functools.cache
 def _card(kind: str, colour: str) -> np.ndarray:
+  """Draws the card of a needle, uint8[96, 96, 3]."""
   first, second, pattern = CARDS[kind]
   big = SIDE * _ZOOM
   y, x = np.mgrid[:big, :big] // (8 * _ZOOM)
@@ -397,18 +411,18 @@ _CODEC = {"preset": "ultrafast", "crf": "20", "g": "60"}
 def write_video(path: pathlib.Path, script: Script) -> None:
   """Writes one frame a second as H.264, 96 x 96 pixels, yuv420p.
 
-  The file gets its name only when it is complete: a stopped run leaves at
-  most a file that starts with a dot and ends in ".partial".
+  The file gets its name only when it is complete.
 
   Args:
     path: of the video, in an existing folder.
-    script: what it shows.
+    script: of the video.
   """
   with replace_file(path, several_writers=True) as partial:
     _encode(partial, script)
 
 
 def _encode(path: pathlib.Path, script: Script) -> None:
+  """Encodes all frames into a file."""
   with av.open(str(path), "w", format="mp4") as container:
     stream = container.add_stream("libx264", rate=1, options=_CODEC)
     stream.width = stream.height = SIDE

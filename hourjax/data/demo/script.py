@@ -1,7 +1,8 @@
-"""Timelines: which scene and which needle a video shows at which second."""
+"""Scripts of demo videos: the scene and the needle at every second."""
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,20 +11,21 @@ from hourjax.data.forgetting import Forgetting
 from hourjax.errors import UserError
 
 SPLITS = ("train", "test")
-# Share of the needles placed where temporal forgetting drops every frame.
+# Share of the needles that lie where temporal forgetting drops every frame.
 HIDDEN_SHARE = 0.9
-# Seconds between two needles, and between a needle and the video's ends.
+# Least number of seconds between two needles, and between a needle and the
+# first or last second of the video.
 NEEDLE_GAP = 3
 MIN_SECONDS = 180
-# How many frames the demo's model keeps at most (`configs/demo.py`).
+# Most frames that the demo's model keeps (see configs/demo.py).
 MAX_KEPT = 64
-# How often a training video shows a card; a test video shows it once.
+# Possible numbers of times that a video shows its needle's card.
 SHOWINGS = {"train": (1, 2, 4, 6), "test": (1,)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """One actor doing one thing in one place, seconds start <= t < end."""
+  """Describes one actor doing one thing in one place, for start <= t < end."""
 
   start: int
   end: int
@@ -36,27 +38,30 @@ class Scene:
 
   @property
   def actor(self) -> str:
+    """Returns e.g. "red robot"."""
     return f"{self.colour} {self.kind}"
 
   @property
   def spot(self) -> str:
+    """Returns the corner, e.g. "top left"."""
     return f"{self.level} {self.side}"
 
   @property
   def title(self) -> str:
+    """Returns e.g. "the red robot spins in the kitchen"."""
     return f"the {self.actor} {self.action} in the {self.place}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Needle:
-  """A card of one kind and colour, shown for 1 or 2 s at a time.
+  """Describes a card of one kind and colour, shown for 1 or 2 s at a time.
 
   Attributes:
-    spans: (start, end) of each showing, seconds start <= t < end, in order.
-      Test videos show a card once; training videos also show some more often,
-      which is where a model learns what to look for.
-    kind: of the card.
-    colour: that questions ask for.
+    spans: (start, end) in seconds of each showing, start <= t < end, in order.
+      A test video shows its card once. Some training videos show theirs more
+      often, which makes the look-up easier to learn.
+    kind: of the card, one of `world.NEEDLES`.
+    colour: of the card, which questions ask for.
     dropped: whether temporal forgetting drops every frame that shows it.
   """
 
@@ -66,12 +71,13 @@ class Needle:
   dropped: bool
 
   def shown_at(self, second: int) -> bool:
+    """Returns whether the card is visible at a second."""
     return any(start <= second < end for start, end in self.spans)
 
 
 @dataclasses.dataclass(frozen=True)
 class Script:
-  """A whole video; it has one frame a second, so `duration` frames."""
+  """Describes a whole video of `duration` seconds, with one frame a second."""
 
   name: str
   duration: int
@@ -80,7 +86,7 @@ class Script:
 
 
 def kept_frames(frames: int) -> np.ndarray:
-  """Frames that temporal forgetting keeps (paper, section 3.2).
+  """Returns the frames that temporal forgetting keeps (paper, section 3.2).
 
   Eight frames keep `linspace(0, 7, 2)` = [0, 7]; 3,600 frames keep MAX_KEPT.
 
@@ -97,16 +103,16 @@ def kept_frames(frames: int) -> np.ndarray:
 def make_script(
   seed: int, split: str, index: int, seconds: tuple[int, int]
 ) -> Script:
-  """Draws the timeline of one video; the same arguments give the same one.
+  """Draws the script of one video; the same arguments give the same script.
 
   Args:
-    seed: of the data set.
-    split: "train" or "test"; the two never share a random stream.
-    index: of the video within its split, from 1.
+    seed: seed of the data set.
+    split: "train" or "test"; the two never share random numbers.
+    index: number of the video within its split, from 1.
     seconds: shortest and longest duration, both included.
 
   Raises:
-    UserError: a video shorter than MIN_SECONDS is asked for.
+    UserError: the shortest duration is below MIN_SECONDS.
   """
   if seconds[0] < MIN_SECONDS:
     raise UserError(
@@ -123,24 +129,30 @@ def make_script(
       rng,
       duration,
       showings=SHOWINGS[split],
-      # Dealt in turn, so that no colour is the better guess.
+      # In turn, so that all colours are equally frequent.
       colour=world.NEEDLE_COLOURS[index % len(world.NEEDLE_COLOURS)],
     ),
   )
 
 
-def _pick(rng: np.random.Generator, items) -> str:
-  return str(items[rng.integers(len(items))])
+def _pick(rng: np.random.Generator, items: Sequence[str]) -> str:
+  return items[int(rng.integers(len(items)))]
 
 
-def _pick_fresh(rng, items, used: list[str], rate: float, ban=None) -> str:
-  """Picks with weight rate**-uses, so that repeats stay rare."""
+def _pick_fresh(
+  rng: np.random.Generator,
+  items: Sequence[str],
+  used: list[str],
+  rate: float,
+  ban: str | None = None,
+) -> str:
+  """Draws with weight rate**-(times used), so that repeats are rare."""
   weights = np.array([rate ** -used.count(i) * (i != ban) for i in items])
   return str(rng.choice(items, p=weights / weights.sum()))
 
 
 def _cuts(rng: np.random.Generator, duration: int) -> np.ndarray:
-  """Scene boundaries, int[scenes + 1], from 0 to the duration."""
+  """Returns scene boundaries in seconds, int[scenes + 1], 0 to the duration."""
   low = round(float(np.interp(duration, [360, 3600], [4, 10])))
   high = round(float(np.interp(duration, [360, 3600], [6, 16])))
   lengths = rng.uniform(0.5, 1.8, size=int(rng.integers(low, high + 1)))
@@ -149,6 +161,7 @@ def _cuts(rng: np.random.Generator, duration: int) -> np.ndarray:
 
 
 def _scenes(rng: np.random.Generator, duration: int) -> tuple[Scene, ...]:
+  """Draws the scenes of a video, one after another."""
   cuts = _cuts(rng, duration).tolist()
   scenes: list[Scene] = []
   for start, end in itertools.pairwise(cuts):
@@ -159,7 +172,7 @@ def _scenes(rng: np.random.Generator, duration: int) -> tuple[Scene, ...]:
     kind = _pick_fresh(rng, world.KINDS, [s.kind for s in scenes], 2.0)
     colour = _pick(rng, tuple(world.COLOURS))
     if scenes and rng.random() < 0.3:
-      # An old acquaintance returns, which object permanence asks about.
+      # An earlier actor returns, which questions on object permanence need.
       old = scenes[int(rng.integers(len(scenes)))]
       kind, colour = old.kind, old.colour
     action = _pick(rng, tuple(world.ACTIONS))
@@ -175,6 +188,7 @@ def _needle(
   showings: tuple[int, ...],
   colour: str,
 ) -> Needle:
+  """Draws where a video shows its needle."""
   kept = np.zeros(duration, dtype=bool)
   kept[kept_frames(duration)] = True
   free = np.ones(duration, dtype=bool)
@@ -192,11 +206,13 @@ def _needle(
   )
 
 
-def _span(rng, free: np.ndarray, banned: np.ndarray) -> tuple[int, int]:
-  """A free place for 1 or 2 s that avoids the banned; takes it from `free`."""
+def _span(
+  rng: np.random.Generator, free: np.ndarray, banned: np.ndarray
+) -> tuple[int, int]:
+  """Draws 1 or 2 free seconds outside the banned; marks them in `free`."""
   length = int(rng.integers(1, 3))
-  # A start is right when the whole card fits: [1, 1, 0, 1] and length 2 give
-  # [1, 0, 0].
+  # A start is allowed if all seconds of the card are: allowed [1, 1, 0, 1] and
+  # length 2 give starts [1, 0, 0].
   allowed = free & ~banned
   starts = np.lib.stride_tricks.sliding_window_view(allowed, length)
   start = int(rng.choice(np.flatnonzero(starts.all(axis=1))))

@@ -9,7 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 VOCABULARY = 1024
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-# Text that surrounds the questions, so that it gets short too.
+# Text around the questions, which is trained on so that it takes few tokens.
 MARKUP = (
   "You are a helpful assistant.",
   "system",
@@ -18,8 +18,8 @@ MARKUP = (
   "The video lasts for 214.00 seconds, and 214 frames are uniformly sampled"
   " from it. Please answer the following questions related to this video.",
 )
-# Qwen's pattern, but a line break joins nothing except another one: labels
-# single out the token "\n", and punctuation must not swallow it.
+# Qwen's pattern, except that a line break joins only another line break: the
+# token "\n" is labelled everywhere, so it must not be part of another token.
 PATTERN = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
   r"|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -32,13 +32,13 @@ PATTERN = (
 
 
 def train_tokenizer(texts: Iterable[str]) -> tokenizers.Tokenizer:
-  """Trains the tokenizer.
+  r"""Trains the tokenizer.
 
   The special tokens follow the learned ones, as in Qwen's vocabulary, which
-  gives every single byte the id it has there: "\\n" is 198.
+  gives every single byte the id it has there: "\n" is 198.
 
   Args:
-    texts: what the tokenizer is to shorten.
+    texts: text to train on.
 
   Returns:
     A tokenizer with at most VOCABULARY tokens that encodes any text.
@@ -57,7 +57,7 @@ def train_tokenizer(texts: Iterable[str]) -> tokenizers.Tokenizer:
     initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     show_progress=False,
   )
-  # Twice, since a pair seen once is not merged.
+  # Twice, since a pair that occurs once is not merged.
   tokenizer.train_from_iterator([*texts, *MARKUP, *MARKUP], trainer)
   tokenizer.add_special_tokens(
     [tokenizers.AddedToken(name, special=True) for name in SPECIAL]
@@ -66,7 +66,7 @@ def train_tokenizer(texts: Iterable[str]) -> tokenizers.Tokenizer:
 
 
 def write_tokenizer(folder: pathlib.Path, texts: Iterable[str]) -> None:
-  """Trains and writes tokenizer.json and tokenizer_config.json."""
+  """Trains the tokenizer; writes tokenizer.json and tokenizer_config.json."""
   folder.mkdir(parents=True, exist_ok=True)
   train_tokenizer(texts).save(str(folder / "tokenizer.json"))
   config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}

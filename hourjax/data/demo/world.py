@@ -1,4 +1,4 @@
-"""What the demo's videos may show and what may be asked, as data."""
+"""The demo's world: places, objects, colours and the tasks of questions."""
 
 PLACES = (
   "kitchen",

@@ -100,14 +100,14 @@ def test_stopped_run_leaves_no_half_video_and_goes_on(
       raise KeyboardInterrupt
     return whole(s, second)
 
-  monkeypatch.setattr(drawing.draw, "frame", stop)
+  monkeypatch.setattr(drawing, "frame", stop)
   with pytest.raises(KeyboardInterrupt):
     build.build(tmp_path, small)
   done = {p.name: p.stat().st_mtime_ns for p in tmp_path.rglob("*.mp4")}
   assert "train_0002.mp4" not in done
   assert not list(tmp_path.rglob("*.part*"))
   assert not json.loads((tmp_path / "demo.json").read_text())["complete"]
-  monkeypatch.setattr(drawing.draw, "frame", whole)
+  monkeypatch.setattr(drawing, "frame", whole)
   _, reused = build.build(tmp_path, small)
   assert not reused
   for s in small.scripts()["train"]:

@@ -11,7 +11,7 @@ from hourjax.data.demo import build, script, world
 @pytest.fixture(scope="module")
 def asked():
   """(script, question text, facts) of 60 videos of all durations."""
-  writer = build.Writer(1, "test")
+  writer = build.RecordWriter(1, "test")
   out = []
   for i in range(1, 61):
     video = script.make_script(1, "test", i, ((180, 360), (600, 3600))[i % 2])
@@ -145,7 +145,7 @@ def test_every_test_video_has_one_needle_question(asked):
 
 
 def test_training_conversations():
-  writer = build.Writer(0, "train")
+  writer = build.RecordWriter(0, "train")
   for i in range(1, 21):
     video = script.make_script(0, "train", i, (180, 240))
     for number, record in enumerate(writer.train(video, 8)):
@@ -165,7 +165,7 @@ def test_training_conversations():
 
 
 def test_multiple_choice_text():
-  writer = build.Writer(0, "test")
+  writer = build.RecordWriter(0, "test")
   video = script.make_script(0, "test", 1, (180, 300))
   record = next(
     r
