@@ -66,7 +66,7 @@ def _items() -> tuple[lists.Item, ...]:
     items.append(lists.Item.of_files(_QUESTIONS.value, "questions", prefix))
   for path in _MIX.value:
     found = lists.read_list(path, media=_MEDIA.value, media_prefix=prefix)
-    lists.tell_elsewhere(path, found)
+    lists.report_elsewhere(path, found)
     items += found
   if not items:
     raise UserError("nothing to prepare; give --records, --questions or --mix")

@@ -1,6 +1,8 @@
-"""What a dataset is made of, and whether an existing one is made of it."""
-# MERGED hourjax.data.prepare.build:
-# From files to a prepared dataset, in memory that does not grow with them.
+"""From files of records to a prepared dataset, in bounded memory.
+
+A dataset records what it was made of, so that the same files and options find
+it again instead of preparing it twice.
+"""
 
 import collections
 import concurrent.futures
@@ -15,7 +17,6 @@ from typing import Any
 import pydantic
 
 from hourjax import processes, progress, schema
-from hourjax.data.prepare import report as pictures
 from hourjax.data.prepare.convert import (
   Converter,
   Dropped,
@@ -26,8 +27,13 @@ from hourjax.data.prepare.convert import (
 )
 from hourjax.data.prepare.inputs import Names, jobs, open_inputs
 from hourjax.data.prepare.lists import Options
-from hourjax.data.prepare.parquet import Pictures
-from hourjax.data.prepare.report import REPAIRED, SKIPPED, Report
+from hourjax.data.prepare.parquet import EmbeddedImages
+from hourjax.data.prepare.report import (
+  REPAIRED,
+  SKIPPED,
+  Report,
+  draw_plots,
+)
 from hourjax.data.prepared import Prepared, PreparedWriter
 from hourjax.data.records.record import check_root
 from hourjax.data.store.features import FeatureStore
@@ -38,6 +44,8 @@ _SUMMARY = "summary.json"
 
 
 class _Count(schema.Schema):
+  """Describes the numbers of a source, a stream or the whole."""
+
   conversations: int
   questions: int
   videos: int
@@ -46,14 +54,14 @@ class _Count(schema.Schema):
 
 
 class _Kind(schema.Schema):
-  """How many were dropped or repaired for one reason, and some of them."""
+  """Describes how many records have one reason, with some examples."""
 
   count: int
   examples: list[str] = pydantic.Field(min_length=1)
 
 
 class _Summary(schema.Schema):
-  """What is printed of a summary."""
+  """Describes the keys of a summary that are printed."""
 
   kept: _Count
   sources: dict[str, _Count]
@@ -67,21 +75,21 @@ class _Summary(schema.Schema):
 def describe(
   options: Options, tokenizer: Tokenizer, store: FeatureStore | None
 ) -> dict[str, Any]:
-  """What the dataset depends on, JSON values only.
+  """Returns everything that the dataset depends on, as JSON values.
 
-  Files are told apart by size and time of change, a feature store by the
-  number of its videos.
+  A file is identified by its size and time of change, a feature store by its
+  number of videos.
 
   Args:
     options: of the dataset.
-    tokenizer: that counts.
-    store: that durations come from.
+    tokenizer: counts tokens.
+    store: feature store that durations are taken from, or None.
 
   Raises:
     UserError: a file is missing.
   """
   stored = None if store is None else [options.features, len(store)]
-  described = {
+  described: dict[str, Any] = {
     "tokenizer": tokenizer.fingerprint,
     "media": options.media,
     "features": stored,
@@ -107,14 +115,19 @@ def describe(
 def find(
   folder: pathlib.Path, wanted: dict[str, Any], overwrite: bool
 ) -> dict | None:
-  """The summary of a dataset that is made of what is wanted.
+  """Looks for a dataset that was made of the same files and options.
+
+  Args:
+    folder: of the dataset.
+    wanted: result of `describe`.
+    overwrite: whether another dataset may be replaced.
 
   Returns:
-    None where a dataset may be written.
+    Its summary; None if a dataset must be written.
 
   Raises:
-    UserError: the folder holds another dataset, which may not be
-      overwritten, or something that is no dataset.
+    UserError: the folder holds another dataset that may not be replaced, or
+      something that is not a dataset.
   """
   if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
     return None
@@ -149,19 +162,20 @@ def write_summary(folder: pathlib.Path, summary: dict) -> None:
 
 
 def _stat(path: pathlib.Path, here: pathlib.Path) -> list[int]:
+  """Returns size and time of change of a file."""
   try:
     stat = os.stat(path)
   except (OSError, ValueError) as error:  # ValueError: a NUL in the name
     reason = getattr(error, "strerror", None) or error
-    # A list's path was looked for from the working directory too.
+    # The path of a list was looked for in the working directory as well.
     nor = "" if here == path.absolute() else f", nor is there {here}"
     raise UserError(f"cannot read {path}: {reason}{nor}") from error
   return [stat.st_size, stat.st_mtime_ns]
 
 
 CHUNK = 64  # records that one process converts at a time
-AHEAD = 32  # chunks whose videos are looked up ahead
-# Below so many records a process, starting one takes longer than its work.
+AHEAD = 32  # chunks whose videos are looked up in advance
+# With fewer records a process, starting it takes longer than its work.
 WORTH_A_PROCESS = 4000
 
 
@@ -172,20 +186,20 @@ def build(
   overwrite: bool = False,
   workers: int | None = None,
 ) -> tuple[dict, bool]:
-  """Writes a prepared dataset, or finds it there.
+  """Writes a prepared dataset, or reuses one of the same files and options.
 
   Args:
     folder: of the dataset.
     options: of the dataset.
     overwrite: whether a dataset of other options may be replaced.
-    workers: processes; as many as there are cores if None.
+    workers: number of processes; as many as there are cores if None.
 
   Returns:
-    The summary, and whether all was there already.
+    The summary, and whether the dataset was there already.
 
   Raises:
-    UserError: an input is missing or broken as a whole, nothing is left, or
-      the folder holds something else.
+    UserError: an input is missing or cannot be read at all, no conversation is
+      left, or the folder holds something else.
   """
   _check_names(os.fspath(folder), options)
   folder = pathlib.Path(folder)
@@ -202,7 +216,7 @@ def build(
   writer = PreparedWriter(
     folder, tokenizer_id=tokenizer.fingerprint, about={"options": wanted}
   )
-  names = Names(media, store, Pictures(media, options.parquet_images))
+  names = Names(media, store, EmbeddedImages(media, options.parquet_images))
   with writer, contextlib.closing(videos):
     with (
       open(writer.partial / SKIPPED, "w", encoding="utf-8") as skipped,
@@ -214,20 +228,26 @@ def build(
       found = jobs(files, names)
       total = sum(int(file.chosen.sum()) for file in files)
       _convert_all(found, total, convert, videos, writer, report, workers)
-    with progress.step("writing columns, summary and pictures"):
+    with progress.step("writing columns, summary and plots"):
       summary = _finish(writer, report, videos.unstored if store else None)
   return summary, False
 
 
 def _check_names(folder: str, options: Options) -> None:
-  """Refuses paths that no file system or no JSON file can hold."""
-  given = {"--out": folder, "--tokenizer": options.tokenizer}
-  given |= {"--media": options.media, "--features": options.features}
+  """Refuses paths that the file system or a JSON file cannot hold."""
+  given: dict[str, str | None] = {
+    "--out": folder,
+    "--tokenizer": options.tokenizer,
+    "--media": options.media,
+    "--features": options.features,
+  }
   for name, path in given.items():
     if path == "":
       raise UserError(f"{name} is empty; name a folder, or leave it out")
   paths = [str(path) for item in options.items for path in item.paths]
-  for path in filter(None, [*given.values(), *paths]):
+  for path in [*given.values(), *paths]:
+    if path is None:
+      continue
     try:
       path.encode()
       os.lstat(path)
@@ -236,7 +256,7 @@ def _check_names(folder: str, options: Options) -> None:
         f"{path.encode(errors='surrogateescape')!r} is no UTF-8 name; rename it"
       ) from None
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-      pass  # told where the path is used, with a remedy
+      pass  # reported where the path is used, with a remedy
     except (OSError, ValueError) as error:  # ValueError: a NUL
       reason = getattr(error, "strerror", None) or error
       raise UserError(
@@ -245,9 +265,16 @@ def _check_names(folder: str, options: Options) -> None:
 
 
 def _convert_all(
-  found, total, convert, videos, writer, report, workers
+  found: Iterator[Job],
+  total: int,
+  convert: Converter,
+  videos: Videos,
+  writer: PreparedWriter,
+  report: Report,
+  workers: int | None,
 ) -> None:
-  workers = min(workers or os.cpu_count(), total // WORTH_A_PROCESS)
+  """Converts `total` records and writes what is kept."""
+  workers = min(workers or os.cpu_count() or 1, total // WORTH_A_PROCESS)
   chunks = _with_facts(found, videos)
   with progress.bar(total, unit="conversation", desc="prepare") as bar:
     for results in _converted(convert, chunks, workers):
@@ -256,7 +283,7 @@ def _convert_all(
 
 
 def _with_facts(found: Iterator[Job], videos: Videos) -> Iterator[list[Job]]:
-  """Chunks of jobs that know their videos, which are looked up ahead."""
+  """Yields chunks of jobs with facts of their videos, looked up in advance."""
   waiting: collections.deque[list[Job]] = collections.deque()
 
   def ready() -> list[Job]:
@@ -280,7 +307,7 @@ def _with_facts(found: Iterator[Job], videos: Videos) -> Iterator[list[Job]]:
 def _converted(
   convert: Converter, chunks: Iterator[list[Job]], workers: int
 ) -> Iterator[list[Kept | Dropped]]:
-  """The chunks converted, in order, some of them ahead."""
+  """Yields the converted chunks, in order, some of them in advance."""
   if workers < 2:
     yield from map(convert, chunks)
     return
@@ -302,23 +329,27 @@ def _converted(
     pool.shutdown(wait=True, cancel_futures=True)
 
 
-_convert: Converter | None = None  # of this process
+_convert: Converter | None = None  # the converter of a worker process
 
 
 def _start(convert: Converter) -> None:
+  """Prepares a worker process."""
   global _convert
   _convert = convert
-  # One process a core is enough.
+  # There is a process for each core already.
   os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _run(chunk: list[Job]) -> list[Kept | Dropped]:
+  """Converts a chunk in a worker process."""
+  assert _convert is not None  # `_start` has run
   return _convert(chunk)
 
 
 def _write(
   results: list[Kept | Dropped], writer: PreparedWriter, report: Report
 ) -> None:
+  """Counts results and writes what is kept."""
   for item in results:
     if isinstance(item, Dropped):
       report.drop(item)
@@ -330,19 +361,20 @@ def _write(
         item.stream,
         item.video,
         item.duration,
-        item.pictures,
+        item.num_frames,
       )
 
 
 def _finish(
   writer: PreparedWriter, report: Report, unstored: set[str] | None
 ) -> dict:
+  """Writes summary and plots; returns the summary."""
   columns = writer.columns()
   if not len(columns):
     reasons = [r for k in report.dropped.values() for r in k["examples"]]
     lines = "\n  ".join(reasons) or "the files hold no records"
     raise UserError(f"no conversation is left of these files:\n  {lines}")
   summary = report.summary(columns, unstored)
-  summary["pictures"] = pictures.draw(writer.partial, summary)
+  summary["pictures"] = draw_plots(writer.partial, summary)
   write_summary(writer.partial, summary)
   return summary

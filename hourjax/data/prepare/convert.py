@@ -1,6 +1,8 @@
-"""Facts about videos, each found once: duration and pictures in the file."""
-# MERGED hourjax.data.prepare.convert:
-# One raw record to what is stored of it; runs in several processes.
+"""Conversion of one raw record to what is stored; runs in several processes.
+
+It needs the duration and number of frames of the record's video, which are
+found once for each video.
+"""
 
 import concurrent.futures
 import dataclasses
@@ -19,36 +21,37 @@ from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 
-THREADS = 8  # reading headers is waiting for the disk
+THREADS = 8  # more than cores, since reading headers waits for the disk
+FACTS = ("topic", "task", "format")
 
 
 class VideoFact(NamedTuple):
-  """What is known of a video.
+  """Holds what is known about a video.
 
   Attributes:
-    duration: in seconds, None where it is not known.
-    pictures: in the file, 0 where they are not known.
+    duration: in seconds, None if it is not known.
+    num_frames: frames in the file, 0 if they are not known.
     problem: (kind, reason) why its records must be left out, or None.
   """
 
   duration: float | None = None
-  pictures: int = 0
+  num_frames: int = 0
   problem: tuple[str, str] | None = None
 
 
 class Videos:
-  """Looks videos up in the feature store, or else in their files.
+  """Looks videos up in the feature store, or else opens their files.
 
   Attributes:
-    unstored: names asked for that the feature store does not have.
+    unstored: requested names that the feature store does not have.
   """
 
   def __init__(self, media: pathlib.Path | None, store: FeatureStore | None):
     """Opens nothing yet.
 
     Args:
-      media: folder whose files are read, or None to read none.
-      store: where durations come from first, or None.
+      media: folder of the files, or None to open no file.
+      store: feature store that durations are taken from first, or None.
     """
     self._media, self._store = media, store
     self._facts: dict[str, VideoFact | concurrent.futures.Future] = {}
@@ -56,7 +59,7 @@ class Videos:
     self.unstored: set[str] = set()
 
   def request(self, name: str) -> None:
-    """Starts to find out; `fact` waits for it."""
+    """Starts to look a video up; `fact` waits for the result."""
     if name in self._facts:
       return
     if self._store is not None and name in self._store:
@@ -70,17 +73,19 @@ class Videos:
       self._facts[name] = self._pool.submit(_probe, self._media, name)
 
   def fact(self, name: str) -> VideoFact:
-    """What is known of a video that was requested."""
+    """Returns what is known about a video that was requested."""
     found = self._facts[name]
     if isinstance(found, concurrent.futures.Future):
       found = self._facts[name] = found.result()
     return found
 
   def close(self) -> None:
+    """Ends the threads."""
     self._pool.shutdown(cancel_futures=True)
 
 
 def _probe(media: pathlib.Path, name: str) -> VideoFact:
+  """Opens a video file for its duration and number of frames."""
   problem = media_problem(media, name)
   if problem:
     return VideoFact(problem=("missing file", problem))
@@ -92,18 +97,15 @@ def _probe(media: pathlib.Path, name: str) -> VideoFact:
   return VideoFact(info.duration, info.frames)
 
 
-FACTS = ("topic", "task", "format")
-
-
 class Job(NamedTuple):
-  """A raw record, where it stood, and what is known of its video.
+  """Holds a raw record, its place, and what is known about its video.
 
   Attributes:
-    where: file and place.
-    raw: as read.
-    stream: whose rows it belongs to.
-    fact: of its video.
-    repairs: of its names.
+    where: file and place in it.
+    raw: the record as it was read.
+    stream: stream that the record belongs to.
+    fact: facts about its video.
+    repairs: how its names were repaired.
   """
 
   where: str
@@ -114,21 +116,21 @@ class Job(NamedTuple):
 
 
 class Kept(NamedTuple):
-  """A conversation ready to be written.
+  """Holds a conversation that is ready to be written.
 
   Attributes:
-    where: file and place.
-    id: of the record.
-    encoded: by `encode_record`.
-    measures: its numbers.
-    source: of the record.
-    stream: whose rows it belongs to.
+    where: file and place in it.
+    id: id of the record.
+    encoded: result of `encode_record`.
+    measures: the conversation's numbers.
+    source: source of the record.
+    stream: stream that the record belongs to.
     video: name of its video, or None.
-    duration: of the video in seconds, None where it is not known.
-    pictures: in the video's file, 0 where they are not known.
-    content: number that equal records share.
-    questions: (topic, task, format) of each, "" where not known.
-    repairs: in what the record is read otherwise than it is written.
+    duration: duration of the video in seconds, None if it is not known.
+    num_frames: frames in the video's file, 0 if they are not known.
+    content: digest, the same for equal records.
+    questions: (topic, task, format) of each question, "" if not known.
+    repairs: repairs that reading the record took.
   """
 
   where: str
@@ -139,14 +141,14 @@ class Kept(NamedTuple):
   stream: str
   video: str | None
   duration: float | None
-  pictures: int
+  num_frames: int
   content: int
   questions: list[tuple[str, ...]]
   repairs: tuple[str, ...] = ()
 
 
 class Dropped(NamedTuple):
-  """A record or row that is left out, and why."""
+  """Names a record or row that is left out, and the reason."""
 
   where: str
   id: str | None
@@ -161,7 +163,7 @@ class Converter:
   Attributes:
     tokenizer: counts tokens.
     media: folder of images, or None.
-    check_media: whether all of a record's images must be there.
+    check_media: whether all images of a record must exist.
   """
 
   tokenizer: Tokenizer
@@ -169,10 +171,11 @@ class Converter:
   check_media: bool
 
   def __call__(self, jobs: Sequence[Job]) -> list[Kept | Dropped]:
-    """Converts records, in order; a bad one gives its reason."""
+    """Converts records, in order; an invalid one becomes `Dropped`."""
     return [self._convert(job) for job in jobs]
 
   def _convert(self, job: Job) -> Kept | Dropped:
+    """Converts one record, or says why it is left out."""
     try:
       return self._keep(job)
     except UserError as error:
@@ -181,6 +184,11 @@ class Converter:
       return Dropped(job.where, name, error.kind, str(error))
 
   def _keep(self, job: Job) -> Kept:
+    """Converts one record.
+
+    Raises:
+      UserError: the record is left out; `kind` counts the reason.
+    """
     record = _checked(job)
     fact = job.fact or VideoFact()
     if fact.problem:
@@ -190,25 +198,29 @@ class Converter:
     if duration is None:
       duration = _own_duration(record)
     measures = self._measure(record)
-    known = {
-      "stream": job.stream,
-      "duration": duration,
-      "pictures": fact.pictures,
-    }
     return Kept(
       where=job.where,
       id=record.id,
-      encoded=encode_record(record, measures, **known),
+      encoded=encode_record(
+        record,
+        measures,
+        stream=job.stream,
+        duration=duration,
+        pictures=fact.num_frames,
+      ),
       measures=measures,
       source=record.source,
       video=record.media[0] if record.modality == "video" else None,
       content=_content(record),
       questions=_questions(record),
       repairs=(*job.repairs, *record.repairs),
-      **known,
+      stream=job.stream,
+      duration=duration,
+      num_frames=fact.num_frames,
     )
 
   def _measure(self, record: Record) -> Measures:
+    """Counts a record's tokens, after looking for its images."""
     if record.modality == "image":
       if self.media is None:
         raise UserError(
@@ -227,18 +239,23 @@ class Converter:
 
 
 def video_of(raw: Any) -> str | None:
-  """The video that a raw record names, if it names one properly."""
+  """Returns the video that a raw record names, None if there is none."""
   if not isinstance(raw, dict):
     return None
   try:
     key = media_key(raw, "")
     kind, paths = read_media(raw, key, "") if key else ("text", ())
-  except UserError:  # `parse_record` will tell
+  except UserError:  # `parse_record` reports it
     return None
   return paths[0] if kind == "video" else None
 
 
 def _checked(job: Job) -> Record:
+  """Parses a raw record.
+
+  Raises:
+    UserError: the record is malformed.
+  """
   if isinstance(job.raw, json.JSONDecodeError):
     raise UserError(f"{job.where}: not JSON ({job.raw})", kind="broken line")
   try:
@@ -255,28 +272,30 @@ def _checked(job: Job) -> Record:
 
 
 def _own_duration(record: Record) -> float | None:
+  """Returns the duration that the record itself states, if it is plausible."""
   value = record.extra.get("duration")
   if isinstance(value, bool) or not isinstance(value, int | float):
     return None
-  # One that is longer, as milliseconds are, is not known.
+  # A larger number is probably in milliseconds, and taken as unknown.
   return float(value) if 0 < value <= LONGEST else None
 
 
 def _content(record: Record) -> int:
-  talk = [(turn.role, turn.text) for turn in record.turns]
-  text = json.dumps([record.id, record.modality, record.media, talk])
+  """Returns a digest of id, media and turns."""
+  turns = [(turn.role, turn.text) for turn in record.turns]
+  text = json.dumps([record.id, record.modality, record.media, turns])
   digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
   return int.from_bytes(digest)
 
 
 def _questions(record: Record) -> list[tuple[str, ...]]:
-  """What `extra` says about each question: a list, or one for all."""
+  """Returns the facts about each question, one by one or the same for all."""
   count = sum(turn.role == "gpt" for turn in record.turns)
   found = record.extra.get("questions")
   if not isinstance(found, list) or len(found) != count:
     found = [record.extra] * count
 
-  def text(facts, name: str) -> str:
+  def text(facts: Any, name: str) -> str:
     value = facts.get(name) if isinstance(facts, dict) else None
     return value if isinstance(value, str) else ""
 

@@ -6,7 +6,7 @@ import itertools
 import pathlib
 import posixpath
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,11 @@ from jaxtyping import Bool
 from hourjax import progress
 from hourjax.data.prepare.convert import Dropped, Job
 from hourjax.data.prepare.lists import PARQUET, Item, Options
-from hourjax.data.prepare.parquet import Embedded, ParquetRecords, Pictures
+from hourjax.data.prepare.parquet import (
+  Embedded,
+  EmbeddedImages,
+  ParquetRecords,
+)
 from hourjax.data.prepare.question_tables import QuestionTable
 from hourjax.data.prepare.report import Report
 from hourjax.data.records.files import stream_records
@@ -26,9 +30,10 @@ from hourjax.errors import UserError
 
 
 class RecordFile:
-  """The records of one file."""
+  """Reads the records of one file."""
 
   def __init__(self, path: pathlib.Path, step: Callable[[int], Any]):
+    """Counts the records; calls `step(1)` for each."""
     self._path, self._length = path, 0
     for _ in stream_records(path):
       self._length += 1
@@ -41,12 +46,12 @@ class RecordFile:
     return stream_records(self._path)
 
   def close(self) -> None:
-    pass
+    """Does nothing: there are no temporary files."""
 
 
 @dataclasses.dataclass
 class Input:
-  """A file and which of its N conversations are taken."""
+  """Holds a source and which of its N conversations are taken."""
 
   item: Item
   source: RecordFile | ParquetRecords | QuestionTable
@@ -56,15 +61,15 @@ class Input:
 def open_inputs(
   options: Options, scratch: pathlib.Path, report: Report
 ) -> list[Input]:
-  """Reads all files once: mistakes show early, and all counts are known.
+  """Reads all files once, to find mistakes early and to count conversations.
 
   Args:
     options: of the dataset.
-    scratch: existing folder for what is put aside; `jobs` empties it.
-    report: gets the rows that are left out.
+    scratch: existing folder for temporary files, which `jobs` removes.
+    report: counts the rows that are left out.
 
   Raises:
-    UserError: a file is missing or broken as a whole.
+    UserError: a file is missing or cannot be read at all.
   """
 
   def skip(where: str, error: UserError) -> None:
@@ -85,40 +90,44 @@ def open_inputs(
   return files
 
 
-def _records(paths, step) -> RecordFile | ParquetRecords:
+def _records(
+  paths: Sequence[pathlib.Path], step: Callable[[int], Any]
+) -> RecordFile | ParquetRecords:
+  """Opens the files of one item by their format."""
   if paths[0].name.lower().endswith(PARQUET):
     return ParquetRecords(paths, step)
   return RecordFile(paths[0], step)
 
 
 class Names:
-  """Finds the names under which the media of records are on disk.
+  """Finds the names that the media of records have on disk.
 
   Attributes:
     media: the media folder, or None.
     store: the feature store, or None.
-    pictures: names images that are in parquet files.
+    images: names images that are in parquet files.
   """
 
   def __init__(
     self,
     media: pathlib.Path | None,
     store: FeatureStore | None,
-    pictures: Pictures,
+    images: EmbeddedImages,
   ):
-    """Keeps the arguments."""
-    self.media, self.store, self.pictures = media, store, pictures
+    """Opens nothing; see the attributes for the arguments."""
+    self.media, self.store, self.images = media, store, images
     self._found = functools.lru_cache(1 << 16)(self._other_form)
 
   def find(self, name: str) -> str:
-    """The name with its accents written as they are on disk.
+    """Returns the name in the Unicode form that the file has on disk.
 
-    Unicode has two ways to write é, which look alike: a name from a list made
-    on one system is often not that of the file on another.
+    Unicode can write é as one character or as two. They look alike, but a name
+    in a list made on one system is often not the name of the file on another.
     """
     return name if name.isascii() else self._found(name)
 
   def _other_form(self, name: str) -> str:
+    """As `find`, for a name that is not ASCII."""
     if self.store is not None and name not in self.store:
       forms = {unicodedata.normalize(form, name) for form in ("NFC", "NFD")}
       stored = [form for form in sorted(forms) if form in self.store]
@@ -130,11 +139,11 @@ class Names:
 
 
 def jobs(files: Iterable[Input], names: Names) -> Iterator[Job]:
-  """The chosen conversations of all files.
+  """Yields the chosen conversations of all files.
 
   Args:
-    files: by `open_inputs`.
-    names: finds their media.
+    files: as `open_inputs` returns them.
+    names: finds the names of their media.
 
   Raises:
     UserError: images of a parquet file cannot be unpacked.
@@ -150,23 +159,27 @@ def jobs(files: Iterable[Input], names: Names) -> Iterator[Job]:
 def _adapted(
   raw: Any, where: str, item: Item, names: Names
 ) -> tuple[Any, tuple[str, ...]]:
-  """The record with media names as on disk, and a source of some name."""
+  """Returns the record with its media's names on disk, and what was repaired.
+
+  A record without a source gets the name of its file as the source.
+  """
   if not isinstance(raw, dict):
     return raw, ()
   if raw.get("data_source") in (None, ""):
     raw["data_source"] = item.paths[0].name.split(".")[0]
   try:
     key = media_key(raw, where)
-  except UserError:  # of the record alone; `parse_record` will tell
+  except UserError:  # `parse_record` reports it
     return raw, ()
-  if key is None:
+  modality = modality_of(key) if key is not None else None
+  if key is None or modality is None:
     return raw, ()
-  prefix = item.prefix(modality_of(key), str(raw["data_source"]))
+  prefix = item.prefix(modality, str(raw["data_source"]))
   repairs = []
 
   def named(value: Any) -> Any:
     if isinstance(value, Embedded):
-      return names.pictures.name(value)
+      return names.images.name(value)
     if not isinstance(value, str) or not value:
       return value
     path = posixpath.join(prefix, value) if prefix else value

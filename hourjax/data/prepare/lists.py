@@ -1,24 +1,21 @@
-"""Which files a path given for records stands for."""
-# MERGED hourjax.data.prepare.lists:
-# Lists of files: which to read, how much of each, for which stream.
-#
-#     datasets:
-#       - json_path: llava/single.json
-#         sampling_strategy: first:10%
-#       - json_path: videomarathon.json
-#         stream: long
-#         media_prefix: "videomarathon/{data_source}"
-#       - json_path: ocr.json
-#         media_root: /data/ocr
-#
-# The form is LLaVA's; `stream`, `format`, `media_prefix` and the roots are
-# additions. A path is relative to the list's folder or, as in LLaVA's lists, t
-# the working directory. A prefix is a folder below --media, and may be
-# "{data_source}": VideoMarathon's videos lie in folders of that name, which it
-# records leave out. A root (`media_root`, or `image_folder` and `video_folder`
-# is a path of its own that lies below --media too, or a folder there.
-# MERGED hourjax.data.prepare.options:
-# What makes one prepared dataset differ from another.
+"""Lists of files to prepare: which, how much of each, for which stream.
+
+    datasets:
+      - json_path: llava/single.json
+        sampling_strategy: first:10%
+      - json_path: videomarathon.json
+        stream: long
+        media_prefix: "videomarathon/{data_source}"
+      - json_path: ocr.json
+        media_root: /data/ocr
+
+The format is LLaVA's, with `stream`, `format`, `media_prefix` and the roots in
+addition. A path is relative to the list's folder or, as in LLaVA's lists, to
+the working directory. A prefix is a folder below --media and may hold
+"{data_source}": the videos of VideoMarathon lie in folders of that name, which
+its records leave out. A root (`media_root`, or `image_folder` and
+`video_folder`) is a path below --media, or the name of a folder there.
+"""
 
 import dataclasses
 import fractions
@@ -42,28 +39,41 @@ PARQUET = ".parquet"
 # In a list of LLaVA's form, what names MosaicML shards instead of a file.
 SHARD_KEYS = ("shard_path", "local_path", "remote", "local", "choose")
 
-_HEAD = 1 << 16  # bytes of an index that are looked at
+_HEAD = 1 << 16  # bytes of a possible index of shards that are read
+
+STREAM = "default"
+SOURCE = "{data_source}"  # stands for the record's source in a prefix
+FORMATS = ("records", "questions")
+
+_ROOTS = ("media_root", "image_folder", "video_folder")
+_KEYS = (
+  *("json_path", "sampling_strategy", "stream", "media_prefix", "format"),
+  *_ROOTS,
+)
+_MOST_BYTES = 1 << 20  # of a list; the official ones have 9,000
+_MOST_VALUES = 100_000  # of a list, each alias counted as what it stands for
+_RULE = re.compile(r"(first|end|random):\s*(\d+(?:\.\d+)?)\s*(%?)")
 
 
 def expand(path: str | os.PathLike) -> list[pathlib.Path]:
-  """The files that a path stands for.
+  """Returns the files that a path given for records stands for.
 
-  A folder stands for all parquet files in it, at any depth, by name: the form
-  in which Hugging Face has LLaVA-OneVision.
+  A folder stands for all parquet files in it, at any depth, in order of their
+  names: the layout of LLaVA-OneVision on Hugging Face.
 
   Returns:
-    The path itself if it is no folder.
+    The files; the path itself if it is not a folder.
 
   Raises:
-    UserError: a folder without parquet files, or MosaicML shards.
+    UserError: the folder has no parquet files, or holds MosaicML shards.
   """
   path = pathlib.Path(path)
   if path.suffix == ".mds" or (path.is_file() and _is_index(path)):
-    raise UserError(shards(f"{path} is one of"))
+    raise UserError(shards_message(f"{path} is one of"))
   if not path.is_dir():
     return [path]
   if _is_index(path / "index.json"):
-    raise UserError(shards(f"{path} holds"))
+    raise UserError(shards_message(f"{path} holds"))
   found = sorted(
     file
     for file in path.rglob(f"*{PARQUET}")
@@ -72,7 +82,7 @@ def expand(path: str | os.PathLike) -> list[pathlib.Path]:
   if found:
     return found
   if next(path.rglob("*.mds"), None):
-    raise UserError(shards(f"{path} holds"))
+    raise UserError(shards_message(f"{path} holds"))
   others = sorted(path.glob("*.json*"))[:3]
   raise UserError(
     f"{path} is a folder without {PARQUET} files; give the records' file"
@@ -80,11 +90,11 @@ def expand(path: str | os.PathLike) -> list[pathlib.Path]:
   )
 
 
-def shards(found: str) -> str:
-  """What is told of MosaicML shards.
+def shards_message(found: str) -> str:
+  """Words the message about MosaicML shards.
 
   Args:
-    found: how they were met, as the first words.
+    found: first words of the message: what names or holds the shards.
   """
   return (
     f"{found} MosaicML shards, which are packed copies of records and their"
@@ -96,7 +106,7 @@ def shards(found: str) -> str:
 
 
 def _is_index(path: pathlib.Path) -> bool:
-  """Whether a file is the index of MosaicML shards."""
+  """Returns whether a file is the index of MosaicML shards."""
   if path.name != "index.json":
     return False
   try:
@@ -107,45 +117,31 @@ def _is_index(path: pathlib.Path) -> bool:
   return b'"shards"' in head and b'"mds"' in head
 
 
-STREAM = "default"
-SOURCE = "{data_source}"  # in a prefix: the record's
-FORMATS = ("records", "questions")
-
-_ROOTS = ("media_root", "image_folder", "video_folder")
-_KEYS = (
-  *("json_path", "sampling_strategy", "stream", "media_prefix", "format"),
-  *_ROOTS,
-)
-_MOST_BYTES = 1 << 20  # of a list; the official ones have 9,000
-_MOST_VALUES = 100_000  # in it, aliases counted as often as they stand for
-_RULE = re.compile(r"(first|end|random):\s*(\d+(?:\.\d+)?)\s*(%?)")
-
-
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """How much of a file is taken.
+  """Says how much of a file is taken (`sampling_strategy`).
 
   Attributes:
-    which: all of it, its first or last conversations, or random ones.
+    which: "all", "first", "end" (the last) or "random" conversations.
     amount: number of conversations, or percent of them, rounded up.
     percent: whether `amount` is in percent.
   """
 
-  which: Literal["all", "first", "end", "random"] = "all"
+  which: str = "all"
   amount: fractions.Fraction = fractions.Fraction(100)
   percent: bool = True
 
   def chosen(
     self, total: int, *, seed: int, name: str
   ) -> Bool[np.ndarray, "N"]:
-    """Which of `total` conversations are taken.
+    """Returns which of `total` conversations are taken.
 
-    first:10% of 25: the first 3.
+    For example, first:10% of 25 takes the first 3.
 
     Args:
-      total: conversations in the file.
-      seed: of random choices, together with `name`.
-      name: of the file, so that two files are not drawn from alike.
+      total: number of conversations in the file.
+      seed: seed of random choices, together with `name`.
+      name: name of the file, so that the choices in two files differ.
     """
     count = self.amount * total / 100 if self.percent else self.amount
     count = min(total, math.ceil(count))
@@ -164,19 +160,19 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """What one entry of a list, or one option of the command, asks for.
+  """Describes one entry of a list, or one option of the command.
 
   Attributes:
-    paths: files that belong together: of one question table, or the parquet
-      files of one folder.
-    format: records, or a table with one question a row.
-    rule: how much of it.
+    paths: files that belong together: those of one question table, or the
+      parquet files of one folder.
+    format: "records", or "questions" for a table with one question a row.
+    rule: how much of it is taken.
     stream: conversations of different streams share no row in training.
     media_prefix: folder put before the media paths, or ""; SOURCE in it is
       replaced.
-    name: of the item as the user wrote it.
-    image_prefix: instead of `media_prefix` for images, if not None.
-    video_prefix: likewise for videos.
+    name: the path as the user wrote it.
+    image_prefix: replaces `media_prefix` for images, if not None.
+    video_prefix: replaces `media_prefix` for videos, if not None.
   """
 
   paths: tuple[pathlib.Path, ...]
@@ -189,11 +185,11 @@ class Item:
   video_prefix: str | None = None
 
   def prefix(self, modality: str, source: str) -> str:
-    """What is put before the media paths of a record.
+    """Returns the folder that is put before the media paths of a record.
 
     Args:
-      modality: image or video.
-      source: the record's, which replaces SOURCE.
+      modality: "image" or "video".
+      source: source of the record, which replaces SOURCE.
     """
     own = self.image_prefix if modality == "image" else self.video_prefix
     prefix = self.media_prefix if own is None else own
@@ -206,10 +202,10 @@ class Item:
     format: Literal["records", "questions"] = "records",
     media_prefix: str = "",
   ) -> "Item":
-    """All of some files, as given on the command line.
+    """Makes an item of files given on the command line, taken whole.
 
     Raises:
-      UserError: a folder without records.
+      UserError: a folder has no records.
     """
     found = [file for path in paths for file in expand(path)]
     return cls(
@@ -221,10 +217,10 @@ class Item:
 
 
 def parse_rule(text: Any, where: str) -> Rule:
-  """Reads `all`, `first:N%`, `end:N%`, `random:N%` or a count for N%.
+  """Parses `all`, `first:N%`, `end:N%` or `random:N%`; N% may be a count.
 
   Raises:
-    UserError: anything else, naming `where`.
+    UserError: it is anything else; the message begins with `where`.
   """
   if text == "all":
     return Rule()
@@ -250,13 +246,13 @@ def read_list(
   """Reads a YAML list of files.
 
   Args:
-    path: of the list.
+    path: path of the list.
     media: the media folder, which roots must lie below.
-    media_prefix: of the entries that have none, nor a root.
+    media_prefix: prefix of the entries without a prefix or root of their own.
 
   Raises:
-    UserError: not readable, not YAML, unknown keys, bad values; the message
-      names the entry.
+    UserError: the file cannot be read, is not YAML, has unknown keys or wrong
+      values; the message names the entry.
   """
   path = pathlib.Path(path)
   content = _load(path)
@@ -278,8 +274,8 @@ def read_list(
   ]
 
 
-def tell_elsewhere(path: str | os.PathLike, items: Sequence[Item]) -> None:
-  """Prints which files of a list are those below the working directory."""
+def report_elsewhere(path: str | os.PathLike, items: Sequence[Item]) -> None:
+  """Prints how many files of a list were found in the working directory."""
   parent = pathlib.Path(path).parent
   here = [i for i in items if not (parent / i.name).exists()]
   here = [i for i in here if (pathlib.Path.cwd() / i.name).exists()]
@@ -292,6 +288,7 @@ def tell_elsewhere(path: str | os.PathLike, items: Sequence[Item]) -> None:
 
 
 def _load(path: pathlib.Path) -> Any:
+  """Reads a YAML file of bounded size."""
   try:
     os.stat(path)
   except (OSError, ValueError) as error:
@@ -305,7 +302,7 @@ def _load(path: pathlib.Path) -> Any:
     raise UserError(f"{path} is not valid YAML: {error}") from error
   except RecursionError:
     raise UserError(f"{path} is nested too deep; {remedy}") from None
-  # Aliases of aliases make a short text stand for more than memory holds.
+  # Aliases of aliases let a short text stand for more than memory can hold.
   if _values(content) > _MOST_VALUES:
     raise UserError(
       f"{path} stands for more than {_MOST_VALUES:,} values; write its entries"
@@ -315,7 +312,7 @@ def _load(path: pathlib.Path) -> Any:
 
 
 def _values(content: Any) -> int:
-  """Counts nested values, up to a little more than _MOST_VALUES."""
+  """Counts nested values; stops a little beyond _MOST_VALUES."""
   count, pending = 0, [content]
   while pending and count <= _MOST_VALUES:
     value = pending.pop()
@@ -327,13 +324,21 @@ def _values(content: Any) -> int:
   return count
 
 
-def _item(entry: Any, path: pathlib.Path, media, prefix: str, where) -> Item:
+def _item(
+  entry: Any,
+  path: pathlib.Path,
+  media: str | os.PathLike | None,
+  prefix: str,
+  where: str,
+) -> Item:
+  """Reads one entry of a list; `where` names it in messages."""
   if not isinstance(entry, dict):
     found = schema.shorten(entry, 80)
     raise UserError(f"{where}: expected keys and values, found {found}")
-  shards = [key for key in SHARD_KEYS if key in entry]
-  if shards:
-    raise UserError(f"{where}: {shards(f'{shards[0]} names')}")
+  shard_keys = [key for key in SHARD_KEYS if key in entry]
+  if shard_keys:
+    message = shards_message(f"{shard_keys[0]} names")
+    raise UserError(f"{where}: {message}")
   for key, value in entry.items():
     if key not in _KEYS:
       raise UserError(
@@ -374,9 +379,9 @@ def _item(entry: Any, path: pathlib.Path, media, prefix: str, where) -> Item:
 
 
 def _found(name: str, path: pathlib.Path, where: str) -> pathlib.Path:
-  """A path of a list: beside the list, or from the working directory.
+  """Finds a path of a list beside the list or in the working directory.
 
-  Where it is in neither place, the path beside the list.
+  If it is in neither place, the path beside the list is returned.
   """
   beside, here = path.parent / name, pathlib.Path.cwd() / name
   there = [p for p in (beside, here) if os.path.exists(p)]
@@ -388,8 +393,10 @@ def _found(name: str, path: pathlib.Path, where: str) -> pathlib.Path:
   return there[0] if there else beside
 
 
-def _below(name: str, path: pathlib.Path, media, where: str) -> str:
-  """A root as a prefix, relative to the media folder; SOURCE stays in it."""
+def _below(
+  name: str, path: pathlib.Path, media: str | os.PathLike | None, where: str
+) -> str:
+  """Returns a root relative to the media folder, with SOURCE unchanged."""
   if media is None:
     raise UserError(f"{where} {name!r} needs the media folder; give --media")
   head, source, tail = name.partition(SOURCE)
@@ -413,19 +420,19 @@ def _below(name: str, path: pathlib.Path, media, where: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Where a dataset comes from.
+  """Holds the options that determine a prepared dataset.
 
   Attributes:
     items: files to read.
-    tokenizer: folder of the tokenizer that counts.
+    tokenizer: folder of the tokenizer that counts tokens.
     media: folder of videos and images, or None.
-    features: the feature store that durations come from, or None.
-    check_media: whether the media of every record must be there; videos are
-      then opened for their duration.
-    columns: columns of question tables, role -> names.
-    seed: of `random:N%`.
-    parquet_images: whether images in parquet files are unpacked below `media`
-      or stay there.
+    features: feature store that durations are taken from, or None.
+    check_media: whether the media of every record must exist; videos are then
+      opened for their duration.
+    columns: names of the columns of question tables, by role.
+    seed: seed of `random:N%`.
+    parquet_images: "unpack" images in parquet files below `media`, or "keep"
+      them there.
   """
 
   items: tuple[Item, ...]

@@ -1,9 +1,9 @@
-"""Records in parquet files, with their images, as Hugging Face has them.
+"""Records in parquet files with their images, as on Hugging Face.
 
-Of LLaVA-OneVision: columns id, image (its bytes and a name), conversations and
-data_source, in a folder of parquet files for each part. The images are unpacked
-to files below the media folder, named by their content, or stay where they are
-and are read from there.
+LLaVA-OneVision has columns id, image (bytes and a name), conversations and
+data_source, and a folder of parquet files for each part. The images are
+unpacked to files below the media folder, named by their content, or stay in the
+parquet files and are read from there.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import decimal
 import hashlib
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -24,7 +24,7 @@ from hourjax.errors import UserError
 
 FOLDER = "unpacked"  # below the media folder
 
-_ROWS = 32  # read at a time, with their images
+_ROWS = 32  # rows that are read at a time, with their images
 _ENDINGS = {
   b"\xff\xd8\xff": ".jpg",
   b"\x89PNG": ".png",
@@ -36,7 +36,7 @@ _ENDINGS = {
 
 
 class Embedded(NamedTuple):
-  """An image inside a parquet file."""
+  """Holds an image inside a parquet file, and its place there."""
 
   content: bytes
   file: pathlib.Path
@@ -46,17 +46,17 @@ class Embedded(NamedTuple):
 
 
 class ParquetRecords:
-  """The records of parquet files that belong together, in their order."""
+  """Reads the records of parquet files that belong together, in order."""
 
   def __init__(self, paths: Sequence[pathlib.Path], step: Callable[[int], Any]):
-    """Reads what the files say of themselves.
+    """Reads the numbers of rows.
 
     Args:
-      paths: of the files.
-      step: called with a number of rows.
+      paths: the files.
+      step: called with the number of rows of each file.
 
     Raises:
-      UserError: a file is no parquet file.
+      UserError: a file is not a parquet file.
     """
     self._paths, self._length = paths, 0
     for path in paths:
@@ -72,7 +72,7 @@ class ParquetRecords:
     """Yields (place, raw record); images are `Embedded`."""
     for path in self._paths:
       row = 0
-      # With pre_buffer, all that has been read stays in memory.
+      # With pre_buffer, everything that was read stays in memory.
       with (
         _reading(path),
         pyarrow.parquet.ParquetFile(path, pre_buffer=False) as table,
@@ -83,42 +83,43 @@ class ParquetRecords:
             row += 1
 
   def close(self) -> None:
-    pass
+    """Does nothing: there are no temporary files."""
 
 
-class Pictures:
-  """Gives the images of records that are in parquet files their names."""
+class EmbeddedImages:
+  """Names the images of records in parquet files, and unpacks them."""
 
-  def __init__(
-    self, media: pathlib.Path | None, how: Literal["unpack", "keep"]
-  ):
-    """Touches nothing yet.
+  def __init__(self, media: pathlib.Path | None, how: str):
+    """Reads and writes nothing yet.
 
     Args:
       media: the media folder.
-      how: whether images are unpacked below it or stay where they are.
+      how: "unpack" images below it, or "keep" them in their files.
     """
     self._media, self._keep = media, how == "keep"
     self._checked: set[tuple] = set()
 
   def name(self, image: Embedded) -> str:
-    """The name of an image, relative to the media folder.
+    """Returns the name of an image relative to the media folder.
 
-    Unpacked files are named by their content: a second run finds them there,
-    and a file is whole or not there at all.
+    Unpacked files are named by their content and written at once, so that a
+    second run finds them complete.
 
     Raises:
-      UserError: no media folder, or it cannot be written.
+      UserError: there is no media folder, or it cannot be written.
     """
     if self._media is None:
       raise UserError(
         f"{image.file} holds images; give --media, the folder that they are"
         " unpacked to or, with --parquet_images=keep, that it lies in"
       )
-    return self._inside(image) if self._keep else self._unpacked(image)
+    if self._keep:
+      return self._inside(image, self._media.absolute())
+    return self._unpacked(image, self._media)
 
-  def _inside(self, image: Embedded) -> str:
-    media, file = self._media.absolute(), image.file.absolute()
+  def _inside(self, image: Embedded, media: pathlib.Path) -> str:
+    """Returns the name of an image that stays in its parquet file."""
+    file = image.file.absolute()
     if not file.is_relative_to(media):
       raise UserError(
         f"{file} lies outside the media folder {media}, so that its images"
@@ -134,10 +135,11 @@ class Pictures:
       image.position,
     )
 
-  def _unpacked(self, image: Embedded) -> str:
+  def _unpacked(self, image: Embedded, media: pathlib.Path) -> str:
+    """Writes an image to a file unless it is there; returns its name."""
     digest = hashlib.blake2b(image.content, digest_size=16).hexdigest()
     name = f"{FOLDER}/{digest[:2]}/{digest[2:]}{_ending(image.content)}"
-    path = self._media / name
+    path = media / name
     try:
       if not path.exists() or path.stat().st_size != len(image.content):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +154,7 @@ class Pictures:
 
 @contextlib.contextmanager
 def _reading(path: pathlib.Path) -> Iterator[None]:
-  """Turns what goes wrong with a file into a UserError that names it."""
+  """Translates errors of a parquet file into UserErrors that name it."""
   try:
     with open(path, "rb") as file:
       head = file.read(64)
@@ -170,6 +172,7 @@ def _reading(path: pathlib.Path) -> Iterator[None]:
 
 
 def _record(raw: dict, path: pathlib.Path, row: int) -> dict[str, Any]:
+  """Returns a row as a raw record, with `Embedded` images."""
   record = {}
   for key, value in raw.items():
     if modality_of(key) == "image":
@@ -177,17 +180,19 @@ def _record(raw: dict, path: pathlib.Path, row: int) -> dict[str, Any]:
     else:
       record[key] = _plain(value)
   if record.get("data_source") in (None, ""):
-    # train-00000-of-00001.parquet tells nothing, its folder does.
+    # The folder names the source; train-00000-of-00001.parquet does not.
     record["data_source"] = path.absolute().parent.name
   return record
 
 
 def _images(value: Any, path: pathlib.Path, column: str, row: int) -> Any:
+  """Returns the image or images of a cell."""
+
   def one(part: Any, position: int | None) -> Any:
     content = part.get("bytes") if isinstance(part, dict) else part
     if isinstance(content, bytes):
       return Embedded(content, path, column, row, position)
-    # No bytes: the name of a file beside.
+    # Without bytes it is the name of a file.
     return part.get("path") if isinstance(part, dict) else part
 
   if isinstance(value, list):
@@ -196,13 +201,13 @@ def _images(value: Any, path: pathlib.Path, column: str, row: int) -> Any:
 
 
 def _plain(value: Any) -> Any:
-  """A value as JSON has it."""
+  """Converts a value of parquet to one that JSON can hold."""
   if isinstance(value, dict):
     return {str(key): _plain(part) for key, part in value.items()}
   if isinstance(value, list | tuple):
     return [_plain(part) for part in value]
   if isinstance(value, bytes):
-    # Recognised by `check_unread` where it is a picture.
+    # The ending lets `check_unread` recognise an image in an unread column.
     return f"{len(value)} bytes{_ending(value)}"
   if isinstance(value, datetime.date | datetime.time | datetime.timedelta):
     return str(value)
@@ -214,6 +219,7 @@ def _plain(value: Any) -> Any:
 
 
 def _ending(content: bytes) -> str:
+  """Returns the file ending that the first bytes of an image imply."""
   if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
     return ".webp"
   found = (e for mark, e in _ENDINGS.items() if content.startswith(mark))

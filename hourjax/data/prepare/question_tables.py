@@ -1,16 +1,16 @@
-"""One row of a question table: its columns, and the turns it becomes."""
-# MERGED hourjax.data.prepare.tables:
-# A table of questions: up to five about one video become a conversation.
-#
-# Rows of one video are not adjacent, and the table does not fit in memory. So
-# rows are dealt into files by a hash of their video, and then one such file at
-# a time is grouped. Conversations come file by file; within one in the order i
-# which the table first names their video; questions keep the table's order:
-#
-#     rows      a1 b1 a2 c1 a3 a4 a5 a6      and a, c in one file, b in another
-#     result    (a1 a2 a3 a4 a5) (a6) (c1)   (b1)
-#
-# The result depends on the rows alone, not on how they are read.
+"""Question tables: up to five rows about one video become a conversation.
+
+Rows of one video are not adjacent, and the table does not fit in memory. So the
+rows are first distributed over temporary files by a hash of their video, and
+then grouped, one such file at a time. Conversations come file by file, within
+one in the order in which the table first names their video, and questions keep
+the order of the table:
+
+    rows      a1 b1 a2 c1 a3 a4 a5 a6      with a, c in one file, b in another
+    result    (a1 a2 a3 a4 a5) (a6) (c1)   (b1)
+
+The result depends on the rows alone, not on how they are read.
+"""
 
 import collections
 import contextlib
@@ -24,7 +24,7 @@ import re
 import string
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow
 import pyarrow.parquet
@@ -37,7 +37,7 @@ from hourjax.errors import UserError
 INSTRUCTION = "Answer with the letter."
 FORMATS = ("open", "multiple_choice")
 
-# What a column may be called where the user does not say; case is ignored.
+# Usual names of columns, by role; upper and lower case are the same.
 NAMES = {
   "video": "video video_id vid video_name video_path video_file video_uid",
   "question": "question query q prompt instruction",
@@ -58,10 +58,10 @@ Columns = Mapping[str, tuple[str, ...]]
 
 
 def parse_mapping(text: str) -> dict[str, tuple[str, ...]]:
-  """Reads --columns: "video=vid,options=A+B+C+D".
+  """Parses --columns, e.g. "video=vid,options=A+B+C+D".
 
   Raises:
-    UserError: not of this form, or an unknown role.
+    UserError: it has another form, or an unknown role.
   """
   mapping = {}
   for part in filter(None, (part.strip() for part in text.split(","))):
@@ -82,16 +82,19 @@ def parse_mapping(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def find_columns(found: Sequence[str], mapping: Columns, path: Any) -> Columns:
-  """Which columns of a table play which role.
+  """Finds the columns of a table that have each role.
 
   Args:
     found: names of the table's columns.
-    mapping: roles that the user has mapped.
-    path: of the table, for messages.
+    mapping: columns that the user has given, by role.
+    path: path of the table, for messages.
+
+  Returns:
+    Names of columns by role.
 
   Raises:
-    UserError: a mapped column is not there, or none is found for a required
-      role; it lists the columns and shows how to map them.
+    UserError: a given column is missing, or a required role has none; the
+      message lists the columns and shows how to map them.
   """
   listing = f"its columns are {', '.join(map(repr, found)) or 'none'}"
   missing = [n for names in mapping.values() for n in names if n not in found]
@@ -108,7 +111,7 @@ def find_columns(found: Sequence[str], mapping: Columns, path: Any) -> Columns:
   if "options" not in columns and all(c in lower for c in "abcd"):
     letters = tuple(lower[c] for c in "abcd")
     columns["options"] = letters
-    # A column "a" beside b, c, d is an option, not the answer.
+    # A column "a" beside b, c and d is an option, not the answer.
     if columns.get("answer") == letters[:1] and "answer" not in mapping:
       del columns["answer"]
   for role in REQUIRED:
@@ -121,15 +124,15 @@ def find_columns(found: Sequence[str], mapping: Columns, path: Any) -> Columns:
 
 
 def read_row(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
-  """The question of one row.
+  """Reads the question of one row.
 
   Returns:
-    {"video", "source", "duration", "human", "gpt", "facts"}: what both sides
-    say, and what is known about the question (as in the demo's records).
+    {"video", "source", "duration", "human", "gpt", "facts"}: the texts of both
+    turns, and facts about the question (as in the demo's records).
 
   Raises:
-    UserError: no video, question or answer; an answer that is none of the
-      options. Its `kind` tells which.
+    UserError: the row lacks a video, question or answer, or its answer is none
+      of its options; `kind` says which.
   """
 
   def cell(role: str) -> str:
@@ -163,12 +166,14 @@ def read_row(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
+  """Returns a cell as text, "" if it is empty."""
   if value is None or (isinstance(value, float) and math.isnan(value)):
     return ""
   return str(value).strip()
 
 
 def _number(text: str) -> float | None:
+  """Returns a positive number, None for anything else."""
   try:
     value = float(text)
   except ValueError:
@@ -177,7 +182,10 @@ def _number(text: str) -> float | None:
 
 
 def _options(cells: list[Any]) -> dict[str, str]:
-  """Letter -> text; of several columns, a list, a dict or JSON text of one."""
+  """Returns options by letter, from several columns or from one.
+
+  One column may hold a list, a dict, JSON text of either, or lines.
+  """
   value = cells[0] if len(cells) == 1 else [c for c in cells if _text(c)]
   if isinstance(value, str):
     try:
@@ -185,7 +193,7 @@ def _options(cells: list[Any]) -> dict[str, str]:
     except json.JSONDecodeError:
       value = value.splitlines()
   if isinstance(value, Mapping):
-    # Parquet gives every key of the column's type, absent ones as None.
+    # Parquet returns all keys of the column's type, absent ones as None.
     value = [value[key] for key in sorted(value)]
   if not isinstance(value, list):
     return {}
@@ -195,12 +203,12 @@ def _options(cells: list[Any]) -> dict[str, str]:
   if texts and all(
     m and m[1].upper() == letter for m, letter in zip(labels, letters)
   ):
-    texts = [text[m.end() :] for text, m in zip(texts, labels)]
+    texts = [_LABEL.sub("", text, count=1) for text in texts]
   return dict(zip(letters, texts))
 
 
 def _letter(answer: str, options: Mapping[str, str]) -> str:
-  """The letter of the right option: "B", "(b)", "B. a cat" or "a cat"."""
+  """Returns the letter that "B", "(b)", "B. a cat" or "a cat" means."""
   same = [
     letter
     for letter, text in options.items()
@@ -221,17 +229,17 @@ def _letter(answer: str, options: Mapping[str, str]) -> str:
   )
 
 
-TURNS = 5  # questions a conversation
-FILES = 128
-_ROWS = 4096  # of a parquet file, read at a time
+TURNS = 5  # most questions of a conversation
+FILES = 128  # temporary files that the rows are distributed over
+_ROWS = 4096  # rows of a parquet file that are read at a time
 _CSV = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
-_DELIMITERS = ",;\t|"  # of equals the first counts
+_DELIMITERS = ",;\t|"  # the first one wins a tie
 
 Skip = Callable[[str, UserError], None]
 
 
 class QuestionTable:
-  """The conversations of one question table in one or more files."""
+  """Makes conversations of one question table in one or more files."""
 
   def __init__(
     self,
@@ -242,16 +250,16 @@ class QuestionTable:
     skip: Skip,
     step: Callable[[int], Any],
   ):
-    """Deals all rows into files.
+    """Distributes all rows over temporary files.
 
     Args:
       paths: .parquet, .csv or .tsv, .jsonl, or a JSON list by any other name;
         text may be packed with gzip.
-      mapping: columns that the user has mapped.
-      scratch: folder that does not exist, for as many bytes as the questions
-        have; `close` removes it.
-      skip: called with the place of a row that is left out and the reason.
-      step: called with a number of rows that have been read.
+      mapping: columns that the user has given, by role.
+      scratch: folder to create, which takes as many bytes as the questions;
+        `close` removes it.
+      skip: called with the place of a row that is left out, and the reason.
+      step: called with the number of rows read since the last call.
 
     Raises:
       UserError: a file cannot be read or lacks columns, or there is no space.
@@ -266,7 +274,7 @@ class QuestionTable:
           for i in range(FILES)
         ]
         for path in paths:
-          self._deal(path, mapping, files, skip, step)
+          self._distribute(path, mapping, files, skip, step)
     except OSError as error:
       raise UserError(
         f"cannot write {scratch}: {error.strerror}; its disk needs as much"
@@ -279,7 +287,8 @@ class QuestionTable:
   def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (place, raw record)."""
     for number in range(FILES):
-      # Unparsed, a file takes a tenth of the memory.
+      # Rows stay text until they are used: parsed, they take ten times the
+      # memory.
       groups: dict[bytes, list[bytes]] = {}
       with open(self._file(number), "rb") as file:
         for line in file:
@@ -289,7 +298,7 @@ class QuestionTable:
         yield from _conversations([json.loads(row) for row in rows])
 
   def close(self) -> None:
-    """Removes the files."""
+    """Removes the temporary files."""
     for number in range(FILES):
       self._file(number).unlink(missing_ok=True)
     self._scratch.rmdir()
@@ -297,7 +306,15 @@ class QuestionTable:
   def _file(self, number: int) -> pathlib.Path:
     return self._scratch / f"{number:03}.jsonl"
 
-  def _deal(self, path, mapping, files, skip, step) -> None:
+  def _distribute(
+    self,
+    path: pathlib.Path,
+    mapping: Columns,
+    files: Sequence[TextIO],
+    skip: Skip,
+    step: Callable[[int], Any],
+  ) -> None:
+    """Writes the questions of one file into the temporary files."""
     columns = None
     for number, row in enumerate(read_rows(path), start=1):
       where = f"{path}, row {number}"
@@ -314,7 +331,7 @@ class QuestionTable:
         skip(where, error)
         continue
       self._counts[_video(question)] += 1
-      # Escaped, so that no odd character of a text can break a line.
+      # JSON escapes line breaks, so that one row stays one line.
       video = json.dumps(_video(question))
       line = json.dumps(question | {"where": where})
       files[_bucket(question)].write(f"{video}\t{line}\n")
@@ -323,7 +340,7 @@ class QuestionTable:
 def read_rows(path: pathlib.Path) -> Iterator[Any]:
   """Yields the rows of a table, each a dict of its columns.
 
-  A broken line of JSONL gives its error.
+  A broken line of JSONL yields its error.
 
   Raises:
     UserError: the file cannot be read.
@@ -331,7 +348,7 @@ def read_rows(path: pathlib.Path) -> Iterator[Any]:
   name = path.name.lower()
   try:
     if name.endswith(".parquet"):
-      # With pre_buffer, all that has been read stays in memory.
+      # With pre_buffer, everything that was read stays in memory.
       with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as table:
         for batch in table.iter_batches(_ROWS):
           yield from batch.to_pylist()
@@ -349,10 +366,11 @@ def read_rows(path: pathlib.Path) -> Iterator[Any]:
 
 
 def _csv_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+  """Yields the rows of a table in text, whatever its delimiter."""
   csv.field_size_limit(sys.maxsize)
   with opened_text(path) as packed:
     file = io.TextIOWrapper(packed, encoding="utf-8-sig", newline="")
-    number = 0
+    number, reader = 0, None  # number of the last line that could be read
     try:
       head = file.readline()
       named = re.fullmatch(r"(?i)sep=.[\r\n]*", head)
@@ -365,8 +383,9 @@ def _csv_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
         yield row
         number = reader.line_num
     except csv.Error as error:
+      line = reader.line_num if reader else 0
       raise UserError(
-        f"{path} is broken after line {reader.line_num} ({error}); repair it"
+        f"{path} is broken after line {line} ({error}); repair it"
       ) from error
     except UnicodeDecodeError as error:
       byte = error.object[error.start]
@@ -378,9 +397,9 @@ def _csv_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 
 def _delimiter(head: str) -> str:
-  """What parts a table's columns: the one that gives the most of them.
+  """Returns the delimiter that splits the head into the most columns.
 
-  Excel writes semicolons where the comma is for decimals.
+  Excel writes semicolons in countries where the comma marks decimals.
   """
 
   def columns(delimiter: str) -> int:
@@ -393,29 +412,37 @@ def _delimiter(head: str) -> str:
 
 
 def _video(question: dict[str, Any]) -> tuple[str, str]:
-  """What tells videos apart: two sources may use the same file name."""
+  """Returns source and name, since two sources may use the same name."""
   return question["source"], question["video"]
 
 
 def _bucket(question: dict[str, Any]) -> int:
+  """Returns the number of the temporary file of a question's video."""
   name = "/".join(_video(question)).encode("utf-8", "surrogatepass")
   return int.from_bytes(hashlib.blake2b(name).digest()[:4]) % FILES
 
 
-def _conversations(rows) -> Iterator[tuple[str, dict[str, Any]]]:
+def _conversations(
+  rows: Sequence[dict[str, Any]],
+) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields (place, raw record) of the conversations about one video."""
   source, video = _video(rows[0])
   name = f"{source}/{video}" if source else video
   duration = next((row["duration"] for row in rows if row["duration"]), None)
   for number in range(-(-len(rows) // TURNS)):
     part = rows[number * TURNS : (number + 1) * TURNS]
-    talk = []
+    turns = []
     for i, row in enumerate(part):
       mark = f"{MARKER}\n" if i == 0 else ""
-      talk.append({"from": "human", "value": mark + row["human"]})
-      talk.append({"from": "gpt", "value": row["gpt"]})
-    raw = {"id": f"{name}#{number}", "video": video, "data_source": source}
-    raw["conversations"] = talk
-    raw["questions"] = [row["facts"] for row in part]
+      turns.append({"from": "human", "value": mark + row["human"]})
+      turns.append({"from": "gpt", "value": row["gpt"]})
+    raw: dict[str, Any] = {
+      "id": f"{name}#{number}",
+      "video": video,
+      "data_source": source,
+      "conversations": turns,
+      "questions": [row["facts"] for row in part],
+    }
     if duration is not None:
       raw["duration"] = duration
     yield part[0]["where"], raw

@@ -1,6 +1,7 @@
-"""The dataset's four pictures: sources, topics, durations, tasks."""
-# MERGED hourjax.data.prepare.report:
-# What was kept, what was dropped and why: counted, listed, printed.
+"""Report on a prepared dataset: counts, dropped records, plots.
+
+The four plots show sources, topics, durations and tasks.
+"""
 
 import collections
 import hashlib
@@ -10,18 +11,28 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from hourjax.data.columns import Columns
 from hourjax.data.prepare.convert import FACTS, Dropped, Kept
 
-UNKNOWN = "not told"  # the label of a value that the records do not tell
-MOST = 40  # bars of a picture; the rest become one
+UNKNOWN = "not told"  # label of a value that the records do not state
+MOST = 40  # bars of a plot; the last one joins all that follow
+EXAMPLES = 3  # examples that are shown of each reason
+BIN = 5  # minutes of a bin of durations
+
+SKIPPED = "skipped.jsonl"
+REPAIRED = "repaired.jsonl"
+# Repairs that half of LLaVA's records need: counted, but not listed.
+_USUAL = {"marker moved to the front", "no marker: put in front"}
 
 _INK, _FAINT, _BAR = "#22303c", "#8895a0", "#3b78a8"
-# Told apart by people with colour-blindness too (Okabe and Ito's colours).
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 _COLOURS = (
   "#0072b2",
   "#e69f00",
@@ -33,15 +44,15 @@ _COLOURS = (
 )
 
 
-def draw(folder: pathlib.Path, summary: dict) -> dict[str, str]:
-  """Draws PNG files of what is known.
+def draw_plots(folder: pathlib.Path, summary: dict) -> dict[str, str]:
+  """Draws sources.png, topics.png, durations.png and tasks.png.
 
   Args:
-    folder: gets sources.png, topics.png, durations.png and tasks.png.
-    summary: `Report.summary`.
+    folder: gets the files.
+    summary: as `Report.summary` returns it.
 
   Returns:
-    File name -> "drawn", or why it is left out.
+    "drawn", or the reason why a plot is left out, by file name.
   """
   done = {"sources.png": "drawn"}
   _sources(summary).savefig(folder / "sources.png")
@@ -63,6 +74,7 @@ def draw(folder: pathlib.Path, summary: dict) -> dict[str, str]:
 
 
 def _sources(summary: dict) -> Figure:
+  """Plots videos by source, or conversations if there are no videos."""
   videos = {n: c["videos"] for n, c in summary["sources"].items()}
   kept = summary["kept"]
   if kept["videos"]:
@@ -73,6 +85,7 @@ def _sources(summary: dict) -> Figure:
 
 
 def _questions(summary: dict, kind: str, groups: Mapping[str, str]) -> Figure:
+  """Plots questions by topic or task; `groups` gives a task's topic."""
   counts = {n.replace("_", " "): c for n, c in summary[kind].items()}
   groups = {
     task.replace("_", " "): topic.replace("_", " ")
@@ -83,6 +96,7 @@ def _questions(summary: dict, kind: str, groups: Mapping[str, str]) -> Figure:
 
 
 def _durations(summary: dict) -> Figure:
+  """Plots a histogram of the videos' durations."""
   counts = summary["videos_per_5_minutes"]
   width = min(14, 5 + 0.45 * len(counts))
   figure, axes = _page(width, 4.8, "Videos by duration", _subtitle(summary))
@@ -106,7 +120,7 @@ def _durations(summary: dict) -> Figure:
   axes.set_xlabel("minutes", color=_FAINT)
   axes.set_ylabel("videos", color=_FAINT)
   axes.margins(y=0.1)
-  axes.yaxis.get_major_locator().set_params(integer=True)
+  axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
   axes.yaxis.set_major_formatter("{x:,.0f}")
   return figure
 
@@ -118,7 +132,7 @@ def _bars(
   unit: str,
   groups: Mapping[str, str] | None = None,
 ) -> Figure:
-  """Horizontal bars, the longest on top, each with count and share."""
+  """Plots horizontal bars, the longest on top, with count and share."""
   total = sum(counts.values())
   pairs = sorted(counts.items(), key=lambda pair: -pair[1])
   if len(pairs) > MOST:
@@ -131,7 +145,10 @@ def _bars(
   present = sorted({groups[n] for n in names if n in groups} if groups else ())
   colours = dict(zip(present, _COLOURS * len(present)))
   plain = _FAINT if present else _BAR
-  fill = [colours.get((groups or {}).get(n), plain) for n in names]
+  fill = [
+    colours[groups[name]] if groups and name in groups else plain
+    for name in names
+  ]
   lengths = [count for _, count in pairs]
   axes.barh(range(len(pairs)), lengths, color=fill, height=0.72)
   for i, count in enumerate(lengths):
@@ -145,7 +162,7 @@ def _bars(
       color=_INK,
       fontsize=9,
     )
-  # A dollar sign in a name is no formula.
+  # Without math text: a name may hold a dollar sign.
   axes.set_yticks(
     range(len(pairs)), [_short(name) for name in names], parse_math=False
   )
@@ -168,16 +185,19 @@ def _bars(
   return figure
 
 
-def _page(width: float, height: float, title: str, subtitle: str):
-  figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-  figure.get_layout_engine().set(
+def _page(
+  width: float, height: float, title: str, subtitle: str
+) -> tuple[Figure, Axes]:
+  """Makes a figure of a size in inches, with title and empty axes."""
+  layout = ConstrainedLayoutEngine(
     w_pad=0.2, h_pad=0.12, rect=(0, 0, 1, 1 - 0.72 / height)
   )
+  figure = Figure(figsize=(width, height), dpi=150, layout=layout)
   FigureCanvasAgg(figure)
 
-  def write(text: str, inches: float, **style) -> None:
-    at = (0.2 / width, 1 - inches / height)
-    figure.text(*at, text, va="top", ha="left", **style)
+  def write(text: str, inches: float, **style: Any) -> None:
+    x, y = 0.2 / width, 1 - inches / height
+    figure.text(x, y, text, va="top", ha="left", **style)
 
   write(title, 0.18, color=_INK, fontsize=15, fontweight="bold")
   write(subtitle, 0.5, color=_FAINT, fontsize=9.5)
@@ -190,6 +210,7 @@ def _page(width: float, height: float, title: str, subtitle: str):
 
 
 def _subtitle(summary: dict) -> str:
+  """Words the numbers of the whole dataset."""
   kept = summary["kept"]
   parts = [
     f"{kept['conversations']:,} conversations",
@@ -208,24 +229,15 @@ def _short(name: str) -> str:
   return name if len(name) <= 32 else f"{name[:31]}…"
 
 
-EXAMPLES = 3  # reasons shown of a kind
-BIN = 5  # minutes of a bin of durations
-
-SKIPPED = "skipped.jsonl"
-REPAIRED = "repaired.jsonl"
-# Half of LLaVA's lists, by intention: counted, but not listed.
-_USUAL = {"marker moved to the front", "no marker: put in front"}
-
-
 class Report:
-  """Collects numbers; every dropped record goes into skipped.jsonl at once."""
+  """Counts conversations; lists dropped and repaired records in files."""
 
   def __init__(self, file: TextIO, repaired: TextIO):
-    """Starts at nothing.
+    """Starts with empty counts.
 
     Args:
-      file: SKIPPED, open for writing.
-      repaired: REPAIRED, likewise.
+      file: the file SKIPPED, open for writing.
+      repaired: the file REPAIRED, open for writing.
     """
     self._file, self._repaired_file = file, repaired
     self._repaired: dict[str, dict[str, Any]] = {}
@@ -239,13 +251,13 @@ class Report:
     self._topic_of: dict[str, str] = {}
 
   def keep(self, item: Kept) -> bool:
-    """Counts a conversation; False if it was there before, word by word."""
+    """Counts a conversation; returns False if it repeats an earlier one."""
     if item.content in self._seen:
       reason = f"record {item.id}: {item.where} repeats an earlier one"
       self.drop(Dropped(item.where, item.id, "duplicate", reason))
       return False
     self._seen.add(item.content)
-    # The same id with another text is another conversation, and stays.
+    # The same id with another text is another conversation, which is kept.
     name = item.id.encode("utf-8", "surrogatepass")
     number = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest())
     self._repeated += number in self._ids
@@ -266,11 +278,11 @@ class Report:
     kind["count"] += 1
     if len(kind["examples"]) < EXAMPLES:
       kind["examples"].append(item.reason)
-    # Escaped: a reason may quote text that is no valid UTF-8.
+    # ASCII, since a reason may quote text that is not valid UTF-8.
     self._file.write(json.dumps(item._asdict()) + "\n")
 
   def _repair(self, item: Kept) -> None:
-    """Counts how a record is read otherwise than it is written."""
+    """Counts and lists the repairs of a record."""
     for name in item.repairs:
       kind = self._repaired.setdefault(name, {"count": 0, "examples": []})
       kind["count"] += 1
@@ -282,14 +294,14 @@ class Report:
 
   @property
   def dropped(self) -> dict[str, dict[str, Any]]:
-    """Kind -> {"count", "examples": some reasons}, most frequent first."""
+    """Returns {"count", "examples"} by reason, most frequent first."""
     return _frequent(self._dropped)
 
   def summary(self, columns: Columns, unstored: set[str] | None) -> dict:
-    """All numbers, JSON values only.
+    """Returns all numbers as JSON values.
 
     Args:
-      columns: of the conversations that were kept.
+      columns: columns of the conversations that were kept.
       unstored: videos that the feature store lacks; None without a store.
     """
     whole = np.ones(len(columns), bool)
@@ -325,7 +337,7 @@ class Report:
 
 
 def table(summary: dict) -> str:
-  """The summary as a few lines of text."""
+  """Formats a summary as a few lines of text."""
   head = ("", "conversations", "questions", "videos", "hours")
   rows = [head, ("all", *_cells(summary["kept"]))]
   for kind in ("sources", "streams"):
@@ -356,6 +368,7 @@ def table(summary: dict) -> str:
 
 
 def _repaired_lines(repaired: dict[str, dict]) -> list[str]:
+  """Formats the counts of repairs."""
   if not repaired:
     return []
   lines = [f"kept, and read otherwise than written, see {REPAIRED}:"]
@@ -366,11 +379,12 @@ def _repaired_lines(repaired: dict[str, dict]) -> list[str]:
 
 
 def _frequent(kinds: dict[str, dict]) -> dict[str, dict]:
-  """Kinds of things counted, the most frequent first."""
+  """Sorts counts by reason, the most frequent first."""
   return dict(sorted(kinds.items(), key=lambda pair: -pair[1]["count"]))
 
 
 def _dropped_lines(dropped: dict[str, dict]) -> list[str]:
+  """Formats the counts of dropped records."""
   if not dropped:
     return ["nothing was dropped"]
   total = sum(kind["count"] for kind in dropped.values())
@@ -387,6 +401,7 @@ def _cells(count: dict) -> tuple[str, ...]:
 
 
 def _count(columns: Columns, chosen: np.ndarray, questions: int) -> dict:
+  """Returns the numbers of the chosen conversations."""
   videos = np.unique(columns.video[chosen & (columns.video >= 0)])
   seconds = columns.duration[videos]
   return {

@@ -12,7 +12,7 @@ from hourjax.data.prepare.lists import (
   Rule,
   parse_rule,
   read_list,
-  tell_elsewhere,
+  report_elsewhere,
 )
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
@@ -163,7 +163,7 @@ def test_paths_from_the_working_directory(tmp_path, monkeypatch, capsys):
     (here / "data" / "a.json",),
     (lists / "b.json",),
   ]
-  tell_elsewhere(mix, items)
+  report_elsewhere(mix, items)
   told = capsys.readouterr().err
   assert "1 of 2 files are not beside the list" in told
   assert str(here / "data" / "a.json") in told

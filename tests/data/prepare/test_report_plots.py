@@ -26,7 +26,7 @@ def _summary(count=22, **more):
 
 
 def test_four_pictures(tmp_path):
-  done = report.draw(tmp_path, _summary())
+  done = report.draw_plots(tmp_path, _summary())
   assert done == dict.fromkeys(NAMES, "drawn")
   for name in NAMES:
     pixels = np.asarray(Image.open(tmp_path / name).convert("RGB"))
@@ -40,7 +40,7 @@ def test_four_pictures(tmp_path):
 
 def test_what_is_not_known_is_left_out_and_said(tmp_path):
   summary = _summary(topics={"": 99}, tasks={}, videos_per_5_minutes=[])
-  done = report.draw(tmp_path, summary)
+  done = report.draw_plots(tmp_path, summary)
   assert {path.name for path in tmp_path.iterdir()} == {"sources.png"}
   assert done["sources.png"] == "drawn"
   assert done["topics.png"].startswith("left out: no record tells the topics")
@@ -50,7 +50,7 @@ def test_what_is_not_known_is_left_out_and_said(tmp_path):
 
 @pytest.mark.parametrize("tasks", [1, 300])
 def test_any_number_of_bars(tmp_path, tasks):
-  report.draw(tmp_path, _summary(tasks, videos_per_5_minutes=[1] * 90))
+  report.draw_plots(tmp_path, _summary(tasks, videos_per_5_minutes=[1] * 90))
   with Image.open(tmp_path / "tasks.png") as picture:
     assert picture.height < 3000
 
@@ -59,4 +59,4 @@ def test_text_alone(tmp_path):
   kept = {"conversations": 9, "questions": 9, "videos": 0, "hours": 0.0}
   kept["videos_of_unknown_duration"] = 0
   sources = {"a": {"videos": 0, "conversations": 9}}
-  report.draw(tmp_path, _summary(kept=kept, sources=sources))
+  report.draw_plots(tmp_path, _summary(kept=kept, sources=sources))
