@@ -45,7 +45,12 @@ def dense(q, k, v, query_segment, key_segment, causal, d_out):
   return out, dq, grouped(d_keys), grouped(d_values)
 
 
-@functools.partial(jax.jit, static_argnames=("causal", "tiles"))
+# To compile takes longer than to run, so LLVM optimises nothing.
+@functools.partial(
+  jax.jit,
+  static_argnames=("causal", "tiles"),
+  compiler_options={"xla_backend_optimization_level": 0},
+)
 def _call(q, k, v, query_segment, key_segment, d_out, causal, tiles):
   """As `dense`. `tiles` is only a part of the cache's key."""
   del tiles

@@ -1,14 +1,21 @@
 """Attention to a cache, and attention by key, against float64."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hourjax.kernels.attention import (
-  attention,
-  cached_attention,
-  key_attention,
+from hourjax.kernels import attention as calls
+
+# To compile takes longer than to run, so LLVM optimises nothing.
+_jit = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
 )
+attention = _jit(calls.attention, static_argnames="causal")
+cached_attention = _jit(calls.cached_attention)
+key_attention = _jit(calls.key_attention)
 
 RNG = np.random.default_rng(7)
 

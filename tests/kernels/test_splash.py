@@ -14,7 +14,12 @@ from tests.kernels.test_attention import _draw, _segments, dense
 ATOL = 2e-5
 
 
-@functools.partial(jax.jit, static_argnames="interpret")
+# To compile takes longer than to run, so LLVM optimises nothing.
+@functools.partial(
+  jax.jit,
+  static_argnames="interpret",
+  compiler_options={"xla_backend_optimization_level": 0},
+)
 def _ours(q, k, v, query_segment, key_segment, d_out, interpret=True):
   call = functools.partial(
     splash.attention,
