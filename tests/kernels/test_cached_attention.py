@@ -91,7 +91,14 @@ def test_one_by_one_is_causal_attention():
     np.testing.assert_allclose(got[:, 0], expected[:, n], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (6, 1), (2, 2)])
+@pytest.mark.parametrize(
+  "heads, kv_heads",
+  [
+    (4, 2),
+    pytest.param(6, 1, marks=pytest.mark.slow),
+    pytest.param(2, 2, marks=pytest.mark.slow),
+  ],
+)
 def test_key_attention_is_summed_weights(heads, kv_heads):
   q, k = _normal(2, 13, heads, 8), _normal(2, 700, kv_heads, 8)
   query = RNG.integers(0, 3, (2, 13))
@@ -140,6 +147,7 @@ def test_cache_in_bfloat16():
   )
 
 
+@pytest.mark.slow
 def test_key_attention_in_bfloat16():
   q, k = _normal(1, 64, 8, 8), _normal(1, 300, 2, 8)
   q, k = (jnp.asarray(x, jnp.bfloat16) for x in (q, k))

@@ -16,7 +16,12 @@ QUERIES, KEYS = 24, 90
 
 # Queries and keys of a part. Cuts fall on ends of segments and within them,
 # the last part is full or nearly empty, a part may be one query or key.
-CUTS = [(24, 30), (8, 90), (7, 40), (1, 1)]
+CUTS = [
+  (24, 30),
+  pytest.param(8, 90, marks=pytest.mark.slow),
+  (7, 40),
+  pytest.param(1, 1, marks=pytest.mark.slow),
+]
 SEGMENTS = {
   # Segment 1 ends at key 30, 2 is in all parts, no key is of 4, no query of 3.
   "several": ([(1, 8), (2, 9), (4, 3)], [(1, 30), (2, 31), (3, 9)]),
@@ -127,6 +132,7 @@ def test_float64(name, queries, keys):
   assert not got[0][blind].any() and not got[1][blind].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queries, keys", CUTS[:3])
 def test_bfloat16(queries, keys):
   """Sums over parts are float32: nothing is rounded more often than in one."""

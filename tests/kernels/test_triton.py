@@ -19,6 +19,8 @@ from tests.kernels.test_attention import dense
 ATOL = 2e-5
 NAMES = ("out", "dq", "dk", "dv")
 REAL_TILES = dict(triton.TILES)
+SHAPE = (1, 64, 96, 4, 2)  # several tests share what is compiled for it
+slow = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -100,19 +102,33 @@ _3B, _7B = (16, 2), (28, 4)
 
 @pytest.mark.parametrize(
   "heads, causal",
-  [(_3B, False), (_7B, False), (_7B, True), ((4, 2), True), ((3, 3), False)],
+  [
+    pytest.param(_3B, False, marks=slow),
+    (_7B, False),
+    pytest.param(_7B, True, marks=slow),
+    pytest.param((4, 2), True, marks=slow),
+    pytest.param((3, 3), False, marks=slow),
+  ],
 )
 def test_heads(heads, causal):
   segment = _segments(30, 27, total=61)
   _check(_draw(0, 1, 61, 61, *heads), segment, segment, causal)
 
 
-@pytest.mark.parametrize("queries, keys", [(1, 1), (17, 33), (40, 5)])
+@pytest.mark.parametrize(
+  "queries, keys",
+  [
+    (1, 1),
+    pytest.param(17, 33, marks=slow),
+    pytest.param(40, 5, marks=slow),
+  ],
+)
 def test_lengths_off_the_tiles(queries, keys):
   ids = _segments(queries, total=queries), _segments(keys, total=keys)
   _check(_draw(1, 1, queries, keys, 4, 2), *ids)
 
 
+@slow
 @pytest.mark.parametrize("dim", [1, 80])
 def test_head_dims(dim):
   ids = _segments(9, total=9), _segments(20, total=20)
@@ -139,7 +155,7 @@ def test_any_segments(seed, causal, ordered):
 
 
 def test_large_scores_do_not_overflow():
-  q, k, v, d_out = _draw(4, 1, 64, 96, 4, 2)
+  q, k, v, d_out = _draw(4, *SHAPE)
   segments = _segments(64, total=64), _segments(96, total=96)
   got = call(q * 100, k * 100, v, *segments, d_out)
   assert all(np.isfinite(x).all() for x in got)
@@ -147,7 +163,7 @@ def test_large_scores_do_not_overflow():
   np.testing.assert_allclose(got[0], out, rtol=0, atol=1e-2)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=slow)])
 def test_bfloat16(causal):
   inputs = [jnp.asarray(x, jnp.bfloat16) for x in _draw(5, 1, 60, 60, 4, 2)]
   segment = _segments(40, 18, total=60)
@@ -157,13 +173,14 @@ def test_bfloat16(causal):
 
 
 def test_same_bits_twice():
-  q, k, v, d_out = _draw(7, 1, 64, 96, 4, 2)
+  q, k, v, d_out = _draw(7, *SHAPE)
   ids = _segments(20, 40, total=64), _segments(30, 60, total=96)
   first, second = (call(q, k, v, *ids, d_out) for _ in range(2))
   for x, again in zip(first, second):
     np.testing.assert_array_equal(x, again)
 
 
+@slow
 @pytest.mark.parametrize("dtype, atol", [("float32", ATOL), ("bfloat16", 0.06)])
 def test_keys_over_two_devices(dtype, atol):
   """Half of the keys at a time, with the LSE and the output of all.
@@ -197,7 +214,7 @@ def test_keys_over_two_devices(dtype, atol):
 
 
 def test_queries_that_see_nothing_get_zeros_and_pass_no_gradient():
-  inputs = _draw(9, 1, 64, 96, 4, 2)
+  inputs = _draw(9, *SHAPE)
   query_segment = _segments(20, 17, total=64)  # 27 of padding
   key_segment = np.where(_segments(40, total=96) == 1, 2, 0).astype(np.int32)
   out, dq, dk, dv, lse = _check(inputs, query_segment, key_segment)
@@ -209,8 +226,15 @@ def test_queries_that_see_nothing_get_zeros_and_pass_no_gradient():
   assert dk[0, :40].all() and dv[0, :40].all()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+  "dtype, causal",
+  [
+    pytest.param("float32", False, marks=slow),
+    pytest.param("float32", True, marks=slow),
+    pytest.param("bfloat16", False),  # as test_bfloat16
+    pytest.param("bfloat16", True, marks=slow),
+  ],
+)
 def test_padding_may_hold_anything(dtype, causal):
   """Bit for bit the same with large numbers in all unused places."""
   clean = [jnp.asarray(x, dtype) for x in _draw(10, 1, 60, 60, 4, 2)]
@@ -273,7 +297,7 @@ def test_ranges_miss_no_pair_and_are_tight_in_order(ordered, causal):
 
 def test_tiles_of_other_segments_are_not_read():
   """NaN would spread through a product even where the weight is 0."""
-  q, k, v, d_out = _draw(11, 1, 64, 96, 4, 2)
+  q, k, v, d_out = _draw(11, *SHAPE)
   query_segment = _segments(32, 32, total=64)
   key_segment = _segments(32, 32, 32, total=96)
   k[0, 64:] = v[0, 64:] = np.nan  # segment 3
@@ -295,7 +319,11 @@ def _export(function, *shapes):
 
 @pytest.mark.parametrize(
   "keys, heads, causal",
-  [(235520, _3B, False), (235520, _7B, False), (9728, _3B, True)],
+  [
+    (235520, _3B, False),
+    pytest.param(235520, _7B, False, marks=slow),
+    pytest.param(9728, _3B, True, marks=slow),
+  ],
 )
 def test_lowers_for_cuda(monkeypatch, keys, heads, causal):
   monkeypatch.setattr(triton, "TILES", REAL_TILES)
@@ -367,8 +395,8 @@ def test_a_causal_row_of_more_elements_than_an_index_is_refused(monkeypatch):
 @pytest.mark.parametrize(
   "dtype, atol",
   [
-    ("float32", ATOL),
-    pytest.param("bfloat16", 0.06, marks=pytest.mark.slow),
+    pytest.param("float32", ATOL, marks=slow),
+    pytest.param("bfloat16", 0.06, marks=slow),
   ],
 )
 def test_more_elements_than_an_index(monkeypatch, dtype, atol):
@@ -385,6 +413,7 @@ def test_more_elements_than_an_index(monkeypatch, dtype, atol):
   assert not got[2][0, 128:].any() and not got[3][0, 128:].any()
 
 
+@slow
 def test_a_day_of_video_lowers_for_cuda(monkeypatch):
   """7B: more elements of keys than an index has numbers for."""
   monkeypatch.setattr(triton, "TILES", REAL_TILES)

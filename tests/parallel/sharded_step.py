@@ -65,6 +65,12 @@ SPEC = rows.RowSpec(
 )
 
 
+# To compile takes longer than to run, so LLVM optimises nothing. XLA's own
+# passes, which place the collectives, run as always.
+_COMPILE = {
+  "xla_backend_optimization_level": 0,
+  "xla_llvm_disable_expensive_passes": True,
+}
 # It adds the same to all scores of a query, so its exact gradient is zero and
 # what is computed is rounding. It is held to the norm of the gradient of the
 # kernel, where the same terms do not cancel; all others to their own.
@@ -103,8 +109,17 @@ def on_one_device(config, stored: bool) -> tuple[dict, Sums]:
   """Parameters, and loss and gradients of the micro-batch with them."""
   params = init_params(config, 0)
   batch = Batch(*map(jnp.asarray, packed_batch(stored)[0]))
-  run = jax.jit(lambda p, b: accumulate(zero_sums(p), p, {}, b, config=config))
-  return params, run(params, batch)
+  # Without rematerialisation the program is shorter, and the function the same.
+  config = dataclasses.replace(config, remat="none")
+  return params, _step(config)(params, batch)
+
+
+def _step(config):
+  """A function from parameters and a batch to loss and gradients."""
+  return jax.jit(
+    lambda p, b: accumulate(zero_sums(p), p, {}, b, config=config),
+    compiler_options=_COMPILE,
+  )
 
 
 def on_mesh(mesh_config, config, params, batch, spec) -> Sums:
@@ -114,10 +129,7 @@ def on_mesh(mesh_config, config, params, batch, spec) -> Sums:
   params = jax.device_put(params, shardings)
   placed = BatchSharding(mesh, spec, ROWS)(batch)
   with jax.set_mesh(mesh):
-    run = jax.jit(
-      lambda p, b: accumulate(zero_sums(p), p, {}, b, config=config)
-    )
-    return run(params, placed)
+    return _step(config)(params, placed)
 
 
 def packed_batch(stored: bool = True) -> tuple[Batch, rows.RowSpec]:

@@ -162,6 +162,7 @@ def _start(port, process, processes, seconds):
   )
 
 
+@pytest.mark.slow
 def test_processes_of_a_run(port):
   """They meet and go on to jax; a taken port ends the next two in words."""
   first = [_start(port, process, 2, 60) for process in range(2)]

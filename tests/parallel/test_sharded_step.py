@@ -15,11 +15,12 @@ import pytest
 LIMIT = 1e-5
 
 
+# Every two axes are split together in some case.
 _CASES = [
+  # Rows and parameters over one axis, the memory over the other.
   {"mesh": {"fsdp": 2, "seq": 4}},
-  {"mesh": {"fsdp": 8}},
+  # Copies of the parameters, and heads, MLP width and words in parts.
   {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
-  {"mesh": {"fsdp": 1, "seq": 8}},
   # Fewer blocks of heads than devices, and a head that is not the embedding.
   {
     "mesh": {"fsdp": 1, "seq": 4, "tensor": 2},
@@ -27,8 +28,9 @@ _CASES = [
       "decoder": {"heads": 12, "kv_heads": 2, "width": 48, "tied": False}
     },
   },
+  # The decoder reads kept tokens from other devices, without MemAug.
   {"mesh": {"data": 2, "fsdp": 2, "seq": 2}, "model": {"memaug_layers": 0}},
-  # As in stages 1 and 2.
+  # No stored features, as in stages 1 and 2.
   {"mesh": {"fsdp": 2, "seq": 4}, "stored": False},
 ]
 
