@@ -1,21 +1,21 @@
 """hourjax: hour-long video-language training for TPU pods.
 
-The data path, one noun per file:
+The data path, one noun for each module:
 
-  data/prepare        downloaded files to one dataset
-  data/records        a question set about a video, images or nothing
-  data/conversations  turns to token ids and labels
-  data/repository     where each memory token comes from
-  data/forgetting     which of them the decoder gets to see
-  data/layout         every MemAug query and decoder position
-  data/rows           samples packed into rows of fixed capacity
-  data/plan           which samples share a row
-  batch               rows stacked: what the model reads
-  models/siglip       pixels to features
-  models/memory       features to memory
-  models/memaug       queries read the memory
-  models/qwen2        the decoder
-  training/loss, training/step
+  data/prepare            downloaded files become one dataset
+  data/records            a question set about a video, images or nothing
+  data/conversations      turns become token ids and labels
+  data/repository         where each memory token comes from
+  data/forgetting         which memory tokens the decoder gets to see
+  data/layout             where every MemAug query and decoder position lies
+  data/rows               samples packed into rows of fixed capacity
+  data/row_plan           which samples share a row
+  batch                   rows stacked: what the model reads
+  models/siglip           pixels become features
+  models/memory           features become memory tokens
+  models/memaug           queries read the memory
+  models/decoder          the language model
+  training/train_step     loss, gradient and update
 
 A trained model answers:
 
@@ -24,11 +24,16 @@ A trained model answers:
   print(memory.ask("What happens at the end?").text)
 """
 
+from typing import Any
+
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str):
-  # Only when asked for: numpy is enough for the data, and jax is slow to load.
+def __getattr__(name: str) -> Any:
+  """Imports `load` when it is first used.
+
+  The data pipeline needs numpy alone, and jax is slow to import.
+  """
   if name == "load":
     from hourjax import jax_environment
 

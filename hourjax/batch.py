@@ -2,12 +2,13 @@
 
 Rows (B) have fixed capacities: X stored feature tokens, I_f video frames and
 I_t image tiles as pixels, R blended tokens, S memory tokens, T queries and L
-decoder positions. A row holds several samples; segment ids tell them apart
-and 0 is padding. Visual tokens are numbered
+decoder positions. A row holds several samples, which segment ids distinguish;
+0 is padding. Visual tokens are numbered in the order
 
     [features (X) | pooled frames (I_f x Q) | tiles (I_t x P) | blends (R)]
 
-and everything after that is a gather with static shapes.
+and the memory, the queries and the decoder's input are gathered from them with
+static shapes.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +17,10 @@ Array = Any  # numpy on the host, jax on the device
 
 
 class Batch(NamedTuple):
-  """B rows. Integers are int32; -1 in a source or token means "not this".
+  """Holds B rows.
+
+  Integers are int32. In a source or token, -1 says that the value comes from
+  elsewhere.
 
   Attributes:
     features: bfloat16 or float32 [B, X, V], tower features pooled per frame.
@@ -33,7 +37,7 @@ class Batch(NamedTuple):
     query_token: [B, T] word id, or -1 where the query is a memory token.
     query_source: [B, T] index into the memory.
     query_position: [B, T] for RoPE.
-    query_segment: [B, T] the queries that attend to one another.
+    query_segment: [B, T] queries of one segment attend to one another.
     query_reads: [B, T] the memory segment that the query reads. Several
       samples may read one memory.
     decoder_token: [B, L] word id, or -1 where it is an output of MemAug.
@@ -65,4 +69,4 @@ class Batch(NamedTuple):
 
 
 IGNORE = -100
-TOWER_FRAMES = 128  # of the longest video whose pixels train the tower
+TOWER_FRAMES = 128  # frames of the longest video whose pixels train the tower

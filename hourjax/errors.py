@@ -1,15 +1,21 @@
-"""The one exception for mistakes that a user can mend."""
+"""The one exception for mistakes that a user can correct."""
 
 
 class UserError(ValueError):
-  """A mistake in the input: names the thing, both values and the remedy.
+  """Describes a mistake in the input: the thing, both values and the remedy.
 
   Entry points print the message without a traceback and exit with status 2.
 
   Attributes:
-    kind: by which failures of one sort are counted: "missing", "damaged", ...
+    kind: of failure, e.g. "missing" or "damaged"; failures are counted by it.
   """
 
   def __init__(self, message: str, *, kind: str = "other"):
+    """Stores the message.
+
+    Args:
+      message: for the user.
+      kind: see above.
+    """
     super().__init__(message)
     self.kind = kind

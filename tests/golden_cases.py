@@ -130,12 +130,13 @@ def load(name: str) -> Case:
   return Case(name, arrays, entry, samples, batch, config, params)
 
 
-def row_spec(samples, config: ModelConfig, width=None, extra=None):
-  """Rows just large enough for each sample, and for `extra` beside it."""
-  sizes = np.array([sample.size.astuple() for sample in samples])
-  capacity = rows.Size(*(int(n) for n in sizes.max(0)))
+def row_spec(samples, config: ModelConfig, width=None) -> rows.RowSpec:
+  """Returns rows that are just large enough for each sample alone."""
+  sizes = np.array(
+    [rows.Size().astuple(), *(s.size.astuple() for s in samples)]
+  )
   return rows.RowSpec(
-    capacity=capacity + (extra or rows.Size()),
+    capacity=rows.Size(*(int(n) for n in sizes.max(0))),
     frame_tokens=config.pool_side**2,
     tile_tokens=config.vision.side**2,
     width=width or config.vision.width,

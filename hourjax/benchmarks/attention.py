@@ -217,7 +217,7 @@ class Options:
       1,
       sizes.heads,
       sizes.kv_heads,
-      sizes.head_dim,
+      sizes.head_size,
       self.queries,
       self.keys,
     )

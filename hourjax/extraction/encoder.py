@@ -121,7 +121,7 @@ def _encode(
   sharding: NamedSharding,
 ) -> Array:
   """Computes the pooled features [N, Q, V] of a batch of frames."""
-  model = with_params(config, params, below=TOWER)
+  model = with_params(config, params, prefix=TOWER)
   features = pool_frames(model.encode(pixels), config.pool_side)
   return jax.lax.with_sharding_constraint(features, sharding)
 
@@ -172,7 +172,7 @@ def tower_params(
   config = experiment.model
   folder = folder or experiment.init
   if not folder:
-    drawn = init_params(config, experiment.seed, below=TOWER)
+    drawn = init_params(config, experiment.seed, prefix=TOWER)
     return jax.tree.map(np.asarray, drawn)
   shapes = {
     path: shape

@@ -23,7 +23,7 @@ from hourjax.batch import Batch
 from hourjax.inference.sampling import RowSampling, sample
 from hourjax.models.attention import KeysValues
 from hourjax.models.config import ModelConfig
-from hourjax.models.layers import layers_told
+from hourjax.models.layers import layer_callback
 from hourjax.models.params import with_params
 from hourjax.parallel.rules import constrain
 
@@ -112,7 +112,7 @@ def read_memory(
   reads = jnp.minimum(batch.query_segment, 1)
   batch = batch._replace(memory_segment=memory.segment, query_reads=reads)
   model = with_params(config, params)
-  with layers_told(on_layer):
+  with layer_callback(on_layer):
     return model.read_memory(
       memory.keys_values, memory.kept, batch, probe_queries
     )
@@ -145,7 +145,7 @@ def prefill(
     KV cache [layers, N, capacity, K, C], one row a prompt.
   """
   model = with_params(config, params)
-  with layers_told(on_layer):
+  with layer_callback(on_layer):
     packed = model.prefill(augmented, batch)
   index = start[:, None] + jnp.arange(capacity)[None]
 

@@ -9,16 +9,16 @@ Implementation = Literal["platform", "tpu", "triton", "reference"]
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-  """Describes who computes attention, and in which tiles.
+  """Says which implementation computes attention, and in which tiles.
 
-  Neither changes what is computed, rounding aside.
+  Results differ between the choices by rounding only.
 
   Attributes:
     implementation: "platform" takes the kernels of the platform that is
       compiled for; the others are those of `kernels.attention.attention`.
     forward_tiles: tiles of the TPU's forward kernel as "rows,keys,chunk,unit",
       such as "1024,1024,512,512"; empty takes those of `parallel.chips`.
-    backward_tiles: tiles of the backward kernel, likewise.
+    backward_tiles: tiles of the backward kernel in the same form.
   """
 
   implementation: Implementation = "platform"
@@ -31,7 +31,20 @@ PLATFORM_ATTENTION = AttentionConfig()
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-  """SigLIP so400m patch14-384, without its last layer (SPEC section 1)."""
+  """Describes a SigLIP vision tower without its last layer.
+
+  The defaults are those of so400m patch14-384; see hourjax/README.md, Vision
+  encoder.
+
+  Attributes:
+    image_size: side of an image, in pixels.
+    patch_size: side of a patch, in pixels.
+    width: channels of a patch.
+    layers: number of layers that run.
+    heads: attention heads.
+    mlp: hidden channels of the feed-forward network.
+    norm_eps: epsilon of the layer norms.
+  """
 
   image_size: int = 384
   patch_size: int = 14
@@ -43,13 +56,34 @@ class VisionConfig:
 
   @property
   def side(self) -> int:
-    """Patches along one side of an image."""
+    """Returns the number of patches along one side of an image."""
     return self.image_size // self.patch_size
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """A Qwen2 language model."""
+  """Describes a language model of the Qwen family.
+
+  The defaults of the last three fields are those of Qwen2 and Qwen2.5 (arXiv
+  2407.10671). Qwen3 (arXiv 2505.09388) is `head_dim=128, qk_norm=True,
+  attention_bias=False`.
+
+  Attributes:
+    vocab: number of tokens in the vocabulary.
+    width: channels of a position.
+    layers: number of layers.
+    heads: query heads of an attention.
+    kv_heads: key and value heads of an attention; they divide `heads`.
+    mlp: hidden channels of the feed-forward network.
+    tied: whether the output embeddings are the input embeddings.
+    rope_base: base of the rotary embedding's frequencies.
+    norm_eps: epsilon of the RMS norms.
+    head_dim: channels of an attention head; 0 stands for width / heads.
+    qk_norm: whether queries and keys pass an RMSNorm over the channels of
+      each head before they are rotated.
+    attention_bias: whether the products that make queries, keys and values
+      add a bias. The output product of the attention never does.
+  """
 
   vocab: int
   width: int
@@ -60,25 +94,42 @@ class DecoderConfig:
   tied: bool
   rope_base: float = 1e6
   norm_eps: float = 1e-6
+  head_dim: int = 0
+  qk_norm: bool = False
+  attention_bias: bool = True
 
   @property
-  def head_dim(self) -> int:
-    return self.width // self.heads
+  def head_size(self) -> int:
+    """Returns the channels of an attention head, `head_dim` resolved."""
+    return self.head_dim or self.width // self.heads
+
+  @property
+  def q_width(self) -> int:
+    """Returns the channels of all query heads together."""
+    return self.heads * self.head_size
+
+  @property
+  def kv_width(self) -> int:
+    """Returns the channels of all key heads together."""
+    return self.kv_heads * self.head_size
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Hour-LLaVA: the tower, the memory and the decoder that reads it.
+  """Describes Hour-LLaVA: vision tower, memory, MemAug and decoder.
 
   Attributes:
+    vision: the vision tower.
+    decoder: the language model. MemAug takes its width, heads, KV heads, head
+      size and rotary base from it.
     pool_side: a video frame is pooled to pool_side x pool_side tokens.
-    memaug_layers: blocks of MemAug; 0 leaves it out, and the decoder sees
-      the tokens that forgetting kept as they are.
-    dtype: of the computation; parameters are float32.
+    memaug_layers: number of MemAug blocks; 0 leaves MemAug out, and the
+      decoder then sees the tokens that forgetting kept as they are.
+    dtype: the dtype of the computation; parameters are float32.
     remat: what the backward pass computes again. "none" keeps everything,
       "dots" keeps the outputs of matrix products with parameters, "full"
-      keeps the input of each layer.
-    attention: who computes attention.
+      keeps only the input of each layer.
+    attention: which implementation computes attention.
   """
 
   vision: VisionConfig

@@ -1,7 +1,7 @@
-"""Hour-LLaVA: encoder, memory, MemAug and decoder, composed.
+"""Hour-LLaVA: vision tower, memory, MemAug and decoder, composed.
 
-The model does not know modalities: the layout (`hourjax.data.layout`) has
-turned every sample into gathers before it gets here.
+The model does not know modalities: `hourjax.data.layout` has turned every
+sample into gathers before its batch arrives here.
 """
 
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from hourjax.models.attention import KeysValues
 from hourjax.models.config import ModelConfig
 from hourjax.models.decoder import Decoder
 from hourjax.models.layers import IMAGES
-from hourjax.models.memaug import make_memaug
+from hourjax.models.memaug import MemAugBlock, make_memaug
 from hourjax.models.memory import Projector, build_memory
 from hourjax.models.siglip import VisionTower, pool_frames
 from hourjax.parallel.rules import constrain, parts
@@ -22,9 +22,15 @@ from hourjax.parallel.sharded_gather import gather_rows
 
 
 class HourLLaVA(nnx.Module):
-  """batch -> memory -> MemAug -> decoder."""
+  """Computes hidden states from a batch: memory, MemAug, then decoder."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    """Draws the parameters.
+
+    Args:
+      config: of the model.
+      rngs: streams of random numbers.
+    """
     self.config = config
     width, dtype, remat = config.decoder.width, config.dtype, config.remat
     self.vision = VisionTower(
@@ -37,14 +43,7 @@ class HourLLaVA(nnx.Module):
       nnx.initializers.normal(width**-0.5)(rngs.params(), (width,))
     )
     if config.memaug_layers:
-      self.memaug = make_memaug(
-        config.decoder,
-        layers=config.memaug_layers,
-        dtype=dtype,
-        remat=remat,
-        rngs=rngs,
-        attention=config.attention,
-      )
+      self.memaug = make_memaug(config, rngs=rngs)
     self.decoder = Decoder(
       config.decoder,
       dtype=dtype,
@@ -54,13 +53,18 @@ class HourLLaVA(nnx.Module):
     )
 
   def __call__(self, batch: Batch) -> Float[Array, "B L D"]:
-    """Final hidden states of the decoder; `logits` turns them into words."""
+    """Computes the decoder's final hidden states, the input of `logits`."""
     return self.decode(self.embeddings(batch), batch)
 
   def decode(
     self, embeddings: Float[Array, "B L D"], batch: Batch
   ) -> Float[Array, "B L D"]:
-    """Runs the decoder over embeddings laid out as `batch` says."""
+    """Computes the decoder's final hidden states from its input embeddings.
+
+    Args:
+      embeddings: of `embeddings`.
+      batch: says the position and the sample of each embedding.
+    """
     return self.decoder(
       embeddings,
       position=batch.decoder_position,
@@ -68,28 +72,36 @@ class HourLLaVA(nnx.Module):
     )
 
   def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... N"]:
-    """Float32 logits over the vocabulary."""
+    """Computes float32 logits over the vocabulary."""
     return self.decoder.logits(hidden)
 
   @property
-  def words(self) -> Float[Array, "N D"]:
-    """Output vectors of the vocabulary."""
-    return self.decoder.words
+  def output_embedding(self) -> Float[Array, "N D"]:
+    """Returns the vectors whose products with hidden states are logits."""
+    return self.decoder.output_embedding
 
   def embeddings(self, batch: Batch) -> Float[Array, "B L D"]:
-    """Decoder input: words, with MemAug's outputs in the visual slots."""
-    words = self.decoder.embed(batch.decoder_token)
-    if not batch.memory_source.shape[1]:
-      return words
-    augmented = self.augment(batch)
-    return self._with_seen(words, augmented, batch)
+    """Computes the decoder's input.
 
-  def _with_seen(self, words, augmented, batch):
-    seen = gather_rows(augmented, batch.decoder_source)
-    return jnp.where(batch.decoder_token[..., None] >= 0, words, seen)
+    It is the embedding of each token, and MemAug's output in visual slots.
+    """
+    tokens = self.decoder.embed(batch.decoder_token)
+    if not batch.memory_source.shape[1]:
+      return tokens
+    return self._fill_slots(tokens, self.augment(batch), batch)
+
+  def _fill_slots(
+    self,
+    tokens: Float[Array, "B L D"],
+    augmented: Float[Array, "B T D"],
+    batch: Batch,
+  ) -> Float[Array, "B L D"]:
+    """Puts MemAug's outputs into the visual slots between token embeddings."""
+    visual = gather_rows(augmented, batch.decoder_source)
+    return jnp.where(batch.decoder_token[..., None] >= 0, tokens, visual)
 
   def augment(self, batch: Batch) -> Float[Array, "B T D"]:
-    """Queries after they have read the memory (as they are without MemAug)."""
+    """Computes the queries after MemAug; without MemAug, as they start."""
     memory = self.memory(batch)
     queries = self._queries(memory, batch)
     if not self.config.memaug_layers:
@@ -104,20 +116,27 @@ class HourLLaVA(nnx.Module):
       reads_segment=batch.query_reads,
     )
 
-  def _queries(self, memory, batch):
-    """Words, and rows of the memory (or of what is kept of it)."""
+  def _queries(
+    self, memory: Float[Array, "B S D"], batch: Batch
+  ) -> Float[Array, "B T D"]:
+    """Returns what MemAug starts from: prompt tokens and kept memory tokens.
+
+    Args:
+      memory: that `batch.query_source` counts, whole or the kept tokens alone.
+      batch: rows of queries.
+    """
     kept = gather_rows(memory, batch.query_source)
-    words = self.decoder.embed(batch.query_token)
-    return jnp.where(batch.query_token[..., None] >= 0, words, kept)
+    tokens = self.decoder.embed(batch.query_token)
+    return jnp.where(batch.query_token[..., None] >= 0, tokens, kept)
 
   def encode_memory(
     self, batch: Batch, kept: Int[Array, "B X"]
   ) -> tuple[KeysValues | None, Float[Array, "B X D"]]:
-    """What all questions about a memory share.
+    """Computes what all questions about a memory share.
 
     Args:
       batch: rows of memories; queries and decoder positions are not used.
-      kept: memory tokens that queries will start from.
+      kept: indices of the memory tokens that queries will start from.
 
     Returns:
       Keys and values [blocks, B, S, K, C] that MemAug reads (None without
@@ -128,28 +147,31 @@ class HourLLaVA(nnx.Module):
     if not self.config.memaug_layers:
       return None, kept
 
-    def step(block, x, _):
+    def step(block: MemAugBlock, x: None, _: None) -> tuple[None, KeysValues]:
       return x, block.encode_memory(memory, batch.memory_position)
 
     return self.memaug.scan(step, None)[1], kept
 
   def read_memory(
     self,
-    known: KeysValues | None,
+    cache: KeysValues | None,
     kept: Float[Array, "B X D"],
     batch: Batch,
-    watched: Int[Array, "B W"] | None = None,
+    probe_queries: Int[Array, "B W"] | None = None,
   ) -> tuple[Float[Array, "B T D"], Float[Array, "blocks B S"] | None]:
-    """As `augment`, of a memory that is remembered.
+    """Computes the same as `augment` from a memory that was encoded before.
 
     Args:
-      known, kept: of `encode_memory`.
-      batch: rows of queries; `query_source` counts what is kept.
-      watched: queries whose attention is looked at; -1 is none.
+      cache: keys and values of the memory, of `encode_memory`.
+      kept: kept memory tokens, of `encode_memory`.
+      batch: rows of queries; `query_source` counts the kept tokens.
+      probe_queries: indices of queries whose attention is returned; -1 is
+        none.
 
     Returns:
-      The queries after MemAug, and how much of the watched queries' attention
-      each memory token gets in each block, summed over queries and heads.
+      Queries after MemAug, and the attention that each memory token gets from
+      the probe queries in each block, summed over queries and heads; None
+      without probe queries or without MemAug.
     """
     queries = self._queries(kept, batch)
     if not self.config.memaug_layers:
@@ -161,15 +183,17 @@ class HourLLaVA(nnx.Module):
       "reads_segment": batch.query_reads,
     }
 
-    def step(block, x, known):
-      return block.read_memory(x, known, watched, **where)
+    def step(
+      block: MemAugBlock, x: Float[Array, "B T D"], cache: KeysValues
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B S"] | None]:
+      return block.read_memory(x, cache, probe_queries, **where)
 
-    return self.memaug.scan(step, queries, known)
+    return self.memaug.scan(step, queries, cache)
 
   def prefill(
     self, augmented: Float[Array, "B T D"] | None, batch: Batch
   ) -> KeysValues:
-    """The decoder's keys and values [layers, B, L, K, C] of prompts.
+    """Computes the decoder's KV cache [layers, B, L, K, C] of prompts.
 
     Args:
       augmented: of `read_memory`; None where the prompts are text alone.
@@ -177,7 +201,7 @@ class HourLLaVA(nnx.Module):
     """
     embeddings = self.decoder.embed(batch.decoder_token)
     if augmented is not None:
-      embeddings = self._with_seen(embeddings, augmented, batch)
+      embeddings = self._fill_slots(embeddings, augmented, batch)
     return self.decoder.prefill(
       embeddings,
       position=batch.decoder_position,
@@ -185,7 +209,7 @@ class HourLLaVA(nnx.Module):
     )
 
   def memory(self, batch: Batch) -> Float[Array, "B S D"]:
-    """The projected memory repository of each row."""
+    """Computes the memory repository of each row, projected."""
     return build_memory(
       self.stored(batch),
       self.encoded(batch),
@@ -196,26 +220,31 @@ class HourLLaVA(nnx.Module):
     )
 
   def stored(self, batch: Batch) -> Float[Array, "B X D"]:
-    """Projected tokens that come as features."""
+    """Projects the visual tokens that come as stored features."""
     rows, tokens = batch.features.shape[:2]
     if not tokens:
       return jnp.zeros((rows, 0, self.config.decoder.width), self.config.dtype)
     return self.projector(batch.features.astype(self.config.dtype))
 
   def encoded(self, batch: Batch) -> Float[Array, "B E D"]:
-    """Projected tokens of the rows' frames, pooled, and then of their tiles."""
+    """Encodes and projects pixels: pooled frames first, then tiles."""
     side = self.config.pool_side
     frames = self._encoded_rows(batch.frames, side, batch.frame_trains)
     tiles = self._encoded_rows(batch.tiles)
     return jnp.concatenate([frames, tiles], axis=1)
 
-  def _encoded_rows(self, pixels, pool_side=None, trains=None):
-    """[B, I, h, w, 3] -> [B, I * tokens, D], every image on some device.
+  def _encoded_rows(
+    self,
+    pixels: Num[Array, "B I h w 3"],
+    pool_side: int | None = None,
+    trains: Int[Array, "B I"] | None = None,
+  ) -> Float[Array, "B E D"]:
+    """Encodes and projects images, spread over all devices.
 
     Args:
       pixels: of frames or tiles.
-      pool_side: side of the grid that they are pooled to, if they are.
-      trains: [B, I] whose gradients reach the tower; None is all of them.
+      pool_side: side of the grid that each is pooled to; None is not pooled.
+      trains: 1 where the tower learns from an image; None is everywhere.
     """
     rows, images = pixels.shape[:2]
     if not images:
@@ -234,7 +263,14 @@ class HourLLaVA(nnx.Module):
     return constrain(tokens.reshape(rows, -1, tokens.shape[-1]), "rows")
 
   def encode(self, pixels: Num[Array, "... h w 3"]) -> Float[Array, "N P V"]:
-    """Images [..., h, w, 3] to tower features [N, P, V]."""
+    """Computes tower features of images.
+
+    Args:
+      pixels: uint8, or float in [-1, 1].
+
+    Returns:
+      Features of all images along one axis.
+    """
     pixels = pixels.reshape(-1, *pixels.shape[-3:])
     pixels = constrain(pixels, "images")
     if pixels.dtype == jnp.uint8:

@@ -1,4 +1,4 @@
-"""What the towers share: linear layers on a mesh and a scanned stack."""
+"""Layers that all parts share: linear layers on a mesh and a scanned stack."""
 
 import contextlib
 import contextvars
@@ -16,40 +16,46 @@ from hourjax.kernels.constants import SAVED
 from hourjax.models.config import Remat
 from hourjax.parallel.fsdp import gather_weight, weight_gradients
 
-# Called on the host after each layer of a stack, by what is traced now.
-_TOLD: contextvars.ContextVar[Callable[[], None] | None] = (
-  contextvars.ContextVar("told", default=None)
+# Called on the host after each layer of a stack in what is traced meanwhile.
+_CALLBACK: contextvars.ContextVar[Callable[[], None] | None] = (
+  contextvars.ContextVar("layer_callback", default=None)
 )
-_PRODUCT = "product"  # of an activation and a weight, for rematerialisation
-# Logical axes of a layer's input before its channels.
-Lead = tuple[str, str | None]
-SEQUENCE: Lead = ("rows", "positions")
-IMAGES: Lead = ("images", None)
-# A few tokens, which go to where the weights are instead of gathering them.
-TOKENS: Lead = ("rows", None)
+# Name under which rematerialisation finds products of inputs and weights.
+_PRODUCT = "product"
+# Logical axes of the two leading dimensions of a layer's input.
+LeadingAxes = tuple[str, str | None]
+SEQUENCE: LeadingAxes = ("rows", "positions")
+IMAGES: LeadingAxes = ("images", None)
+# A few new tokens. They travel to the weights, which are not gathered.
+TOKENS: LeadingAxes = ("rows", None)
+# Logical axes of a weight.
+WeightAxes = tuple[str | None, str | None]
 
 
 @contextlib.contextmanager
-def layers_told(told: Callable[[], None] | None) -> Iterator[None]:
-  """While a function is traced: stacks call `told` after each layer.
+def layer_callback(callback: Callable[[], None] | None) -> Iterator[None]:
+  """Makes stacks that are traced inside call `callback` after each layer.
 
-  That takes a call to the host, and such a program is compiled anew in each
-  process; None changes nothing.
+  The call goes from the device to the host, and JAX compiles such a program
+  anew in each process instead of taking it from its cache.
+
+  Args:
+    callback: called without arguments; None changes nothing.
   """
-  token = _TOLD.set(told)
+  token = _CALLBACK.set(callback)
   try:
     yield
   finally:
-    _TOLD.reset(token)
+    _CALLBACK.reset(token)
 
 
 class Stack(nnx.Module):
-  """`depth` equal layers with stacked parameters, run by one `lax.scan`.
+  """Runs `depth` equal layers with stacked parameters by one `lax.scan`.
 
-  A parameter may be given as uint16, the bits of bfloat16. The CPU computes in
-  float32, and of a stack in bfloat16 its compiler makes one in float32 before
-  the first layer: 11 GiB for 3B. Bits it cannot convert, so each layer is
-  converted when it is its turn (`params.as_bits`).
+  A parameter may be given as uint16, the bits of bfloat16. The CPU computes
+  in float32, and its compiler would convert a whole bfloat16 stack to float32
+  before the first layer: 11 GiB for the 3B model. It cannot convert bits, so
+  that each layer is converted when it runs (see `params.as_bits`).
   """
 
   def __init__(
@@ -60,11 +66,25 @@ class Stack(nnx.Module):
     remat: Remat,
     rngs: nnx.Rngs,
   ):
-    self.depth, self.remat = depth, remat
-    self.layers = nnx.vmap(make)(rngs.fork(split=depth))
+    """Draws the parameters of all layers.
 
-  def __call__(self, x: Float[Array, "..."], *args, **kwargs):
-    def step(layer, x, _):
+    Args:
+      make: builds one layer.
+      depth: number of layers.
+      remat: see `ModelConfig`.
+      rngs: streams of random numbers.
+    """
+    self.depth, self.remat = depth, remat
+    self.layers = nnx.vmap(make)(rngs.split(depth))
+
+  def __call__(
+    self, x: Float[Array, "..."], *args: Any, **kwargs: Any
+  ) -> Float[Array, "..."]:
+    """Computes x = layer(x, *args, **kwargs) for every layer."""
+
+    def step(
+      layer: nnx.Module, x: Float[Array, "..."], _: None
+    ) -> tuple[Float[Array, "..."], None]:
       return layer(x, *args, **kwargs), None
 
     return self.scan(step, x)[0]
@@ -73,61 +93,69 @@ class Stack(nnx.Module):
     self,
     step: Callable[[nnx.Module, Any, Any], tuple],
     x: Any,
-    each: Any = None,
+    per_layer: Any = None,
   ) -> tuple[Any, Any]:
-    """x, out = step(layer, x, part of `each`), layer by layer.
+    """Computes x, out = step(layer, x, its part of `per_layer`) layer by layer.
 
     Args:
-      step: what a layer does.
-      x: goes from layer to layer.
-      each: arrays with a leading axis of layers.
+      step: what is done with a layer.
+      x: carried from layer to layer.
+      per_layer: arrays with a leading axis of layers.
 
     Returns:
       The last x, and all outs along a new leading axis.
     """
     graph, params = nnx.split(self.layers)
 
-    def body(x, part):
-      own, each = part
+    def body(x: Any, scanned: tuple[Any, Any]) -> tuple[Any, Any]:
+      own, part = scanned
       own = jax.tree.map(from_bits, own)
-      return step(nnx.merge(graph, own), x, each)
+      return step(nnx.merge(graph, own), x, part)
 
     body = rematerialised(body, self.remat)
-    told = _TOLD.get()
-    if told is None:
-      return jax.lax.scan(body, x, (params, each))
+    callback = _CALLBACK.get()
+    if callback is None:
+      return jax.lax.scan(body, x, (params, per_layer))
 
-    def telling(x, part):
-      result = body(x, part)
-      jax.debug.callback(told)
+    def reporting(x: Any, scanned: tuple[Any, Any]) -> tuple[Any, Any]:
+      result = body(x, scanned)
+      jax.debug.callback(callback)
       return result
 
-    return jax.lax.scan(telling, x, (params, each))
+    return jax.lax.scan(reporting, x, (params, per_layer))
 
   def layer(self, index: int) -> nnx.Module:
-    """One layer with its own parameters, for tests and inspection."""
+    """Returns one layer with its own parameters, for tests and inspection."""
     graph, params = nnx.split(self.layers)
     return nnx.merge(graph, jax.tree.map(lambda p: p[index], params))
 
 
 def from_bits(x: jax.Array) -> jax.Array:
-  """Reads uint16 as the bits of bfloat16; everything else stays as it is."""
+  """Reads uint16 as the bits of bfloat16; leaves other dtypes as they are."""
   if x.dtype != jnp.uint16:
     return x
   return jax.lax.bitcast_convert_type(x, jnp.bfloat16)
 
 
 def rematerialised(function: Callable, remat: Remat) -> Callable:
-  """`function` with the rematerialisation that `ModelConfig.remat` names.
+  """Returns `function` with the rematerialisation that `remat` names.
 
-  Attention keeps its output and log-sum-exp in any case: they are small beside
-  what it costs to compute them again.
+  The output and log-sum-exp of attention are kept in any case: they are small
+  beside what it costs to compute them again.
+
+  Args:
+    function: to be differentiated.
+    remat: see `ModelConfig`.
+
+  Raises:
+    ValueError: `remat` is unknown.
   """
   keep = jax.checkpoint_policies.save_only_these_names
   if remat == "none":
     return function
   if remat == "dots":
-    # By name: the products' own gradient hides them from other policies.
+    # By name, because JAX's policies for products do not see those inside
+    # the custom gradient of `sharded_product`.
     return jax.checkpoint(function, policy=keep(_PRODUCT, *SAVED))
   if remat == "full":
     return jax.checkpoint(function, policy=keep(*SAVED))
@@ -135,13 +163,20 @@ def rematerialised(function: Callable, remat: Remat) -> Callable:
 
 
 class Linear(nnx.Linear):
-  """`nnx.Linear` on a mesh: see `product`.
+  """Computes `nnx.Linear` on a mesh; see `sharded_product`.
 
   Attributes:
     axes: logical axes of the kernel.
   """
 
-  def __init__(self, *args, axes: tuple[str | None, str | None], **kwargs):
+  def __init__(self, *args: Any, axes: WeightAxes, **kwargs: Any):
+    """Draws the parameters.
+
+    Args:
+      *args: of `nnx.Linear`.
+      axes: logical axes of the kernel.
+      **kwargs: of `nnx.Linear`.
+    """
     super().__init__(
       *args,
       kernel_metadata={"axes": axes},
@@ -151,38 +186,48 @@ class Linear(nnx.Linear):
     self.axes = axes
 
   def __call__(
-    self, x: Float[Array, "a b i"], lead: Lead = SEQUENCE
+    self, x: Float[Array, "a b i"], lead: LeadingAxes = SEQUENCE
   ) -> Float[Array, "a b o"]:
+    """Computes x @ kernel + bias.
+
+    Args:
+      x: input.
+      lead: logical axes of its first two dimensions.
+    """
     kernel = jnp.asarray(self.kernel[...])
     bias = None if self.bias is None else jnp.asarray(self.bias[...])
     if lead == TOKENS:
       y = x.astype(self.dtype) @ kernel.astype(self.dtype)
       return y if bias is None else y + bias.astype(self.dtype)[None, None]
-    y = product(x.astype(self.dtype), kernel, bias, self.axes, lead)
+    y = sharded_product(x.astype(self.dtype), kernel, bias, self.axes, lead)
     return checkpoint_name(y, _PRODUCT)
 
 
-def bias_axis(axes: tuple[str | None, str | None]) -> str | None:
-  """A bias is split only where it meets outputs that are."""
+def bias_axis(axes: WeightAxes) -> str | None:
+  """Returns the logical axis of a bias, given those of its kernel.
+
+  It is split only where the outputs that it is added to are.
+  """
   return axes[1] if axes[1] in ("heads", "mlp") else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def product(
+def sharded_product(
   x: Float[Array, "a b i"],
   kernel: Float[Array, "i o"],
   bias: Float[Array, "o"] | None,
-  axes: tuple[str | None, str | None],
-  lead: Lead,
+  axes: WeightAxes,
+  lead: LeadingAxes,
 ) -> Float[Array, "a b o"]:
-  """x @ kernel + bias in the dtype of x.
+  """Computes x @ kernel + bias in the dtype of x, on the mesh that is set.
 
-  The kernel is gathered for it, and in the backward pass anew
-  (`parallel.fsdp`).
+  The kernel is gathered for the product, and gathered again in the backward
+  pass instead of being kept (see `parallel.fsdp`).
 
   Args:
     x: input.
-    kernel, bias: as they are stored.
+    kernel: as it is stored, in its own dtype.
+    bias: as it is stored; None for none.
     axes: logical axes of the kernel.
     lead: logical axes of a and b.
   """
@@ -190,34 +235,54 @@ def product(
   return y if bias is None else y + bias.astype(x.dtype)[None, None]
 
 
-def _product_forward(x, kernel, bias, axes, lead):
-  return product(x, kernel, bias, axes, lead), (x, kernel, bias)
+_Residuals = tuple[jax.Array, jax.Array, jax.Array | None]
 
 
-def _product_backward(axes, lead, saved, d_y):
-  x, kernel, bias = saved
-  whole = gather_weight(kernel, axes, x.dtype)
-  d_x = jnp.einsum("abo,io->abi", d_y, whole)
+def _product_forward(
+  x: jax.Array,
+  kernel: jax.Array,
+  bias: jax.Array | None,
+  axes: WeightAxes,
+  lead: LeadingAxes,
+) -> tuple[jax.Array, _Residuals]:
+  return sharded_product(x, kernel, bias, axes, lead), (x, kernel, bias)
+
+
+def _product_backward(
+  axes: WeightAxes, lead: LeadingAxes, residuals: _Residuals, d_y: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  x, kernel, bias = residuals
+  gathered = gather_weight(kernel, axes, x.dtype)
+  d_x = jnp.einsum("abo,io->abi", d_y, gathered)
   d_kernel, d_bias = weight_gradients(x, d_y, axes, lead, kernel.dtype)
   return d_x, d_kernel, None if bias is None else d_bias
 
 
-product.defvjp(_product_forward, _product_backward)
+sharded_product.defvjp(_product_forward, _product_backward)
 
 
 def linear(
   in_width: int,
   out_width: int,
   *,
-  axes: tuple[str | None, str | None],
+  axes: WeightAxes,
   bias: bool = True,
   dtype: str,
   rngs: nnx.Rngs,
 ) -> Linear:
-  """Float32 parameters, N(0, 1 / in_width); computes in `dtype`.
+  """Builds a linear layer with float32 parameters drawn from N(0, 1 / in).
 
-  At the decoders' real widths that is their published 0.02; a tiny model
-  trained from scratch needs the larger weights of its own width.
+  At the widths of the published decoders that is their standard deviation of
+  0.02; a tiny model trained from scratch needs the larger weights that its
+  own width gives.
+
+  Args:
+    in_width: input channels.
+    out_width: output channels.
+    axes: logical axes of the kernel.
+    bias: whether there is a bias.
+    dtype: of the computation.
+    rngs: streams of random numbers.
   """
   return Linear(
     in_width,
@@ -233,8 +298,21 @@ def linear(
 def layer_norm(
   width: int, *, eps: float, dtype: str, rngs: nnx.Rngs
 ) -> nnx.LayerNorm:
-  """LayerNorm with statistics in float32."""
+  """Builds a LayerNorm that computes its statistics in float32."""
   return nnx.LayerNorm(
+    width,
+    epsilon=eps,
+    dtype=jnp.dtype(dtype),
+    use_fast_variance=False,
+    rngs=rngs,
+  )
+
+
+def rms_norm(
+  width: int, *, eps: float, dtype: str, rngs: nnx.Rngs
+) -> nnx.RMSNorm:
+  """Builds an RMSNorm that computes its statistics in float32."""
+  return nnx.RMSNorm(
     width,
     epsilon=eps,
     dtype=jnp.dtype(dtype),

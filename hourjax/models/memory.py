@@ -1,20 +1,26 @@
-"""The projector: tower features to the decoder's width."""
-# MERGED hourjax.models.memory:
-# The memory repository: every visual token of a row, in reading order.
+"""The memory repository: projected visual tokens of a row in reading order."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from hourjax.models.layers import SEQUENCE, Lead, linear
+from hourjax.models.layers import SEQUENCE, LeadingAxes, linear
 from hourjax.parallel import sharded_gather
 
 
 class Projector(nnx.Module):
-  """Linear V -> D, exact GELU, Linear D -> D."""
+  """Projects tower features to the decoder: linear, exact GELU, linear."""
 
   def __init__(self, vision: int, width: int, *, dtype: str, rngs: nnx.Rngs):
+    """Draws the parameters.
+
+    Args:
+      vision: channels of the tower's features, V.
+      width: channels of the decoder, D.
+      dtype: of the computation.
+      rngs: streams of random numbers.
+    """
     self.fc1 = linear(
       vision, width, axes=("tower", None), dtype=dtype, rngs=rngs
     )
@@ -23,9 +29,14 @@ class Projector(nnx.Module):
     )
 
   def __call__(
-    self, features: Float[Array, "a X V"], lead: Lead = SEQUENCE
+    self, features: Float[Array, "a X V"], lead: LeadingAxes = SEQUENCE
   ) -> Float[Array, "a X D"]:
-    """Rows of features, or images of them as `lead` says."""
+    """Projects features.
+
+    Args:
+      features: rows of stored tokens, or images of encoded ones.
+      lead: logical axes of the first two dimensions, which differ for these.
+    """
     hidden = jax.nn.gelu(self.fc1(features, lead), approximate=False)
     return self.fc2(hidden, lead)
 
@@ -38,16 +49,19 @@ def build_memory(
   blend_weight: Float[Array, "B R 4"],
   memory_source: Int[Array, "B S"],
 ) -> Float[Array, "B S D"]:
-  """Gathers memory tokens; see `hourjax.batch` for the numbering.
+  """Gathers the memory tokens of each row.
 
   With two visual tokens a, b of two frames, memory_source [0, -1, 1, -1]
-  gives the memory [a, newline, b, newline].
+  gives the memory [a, newline, b, newline]. Visual tokens are numbered as in
+  `hourjax.batch`.
 
   Args:
-    stored: projected features of the store.
-    encoded: projected tokens of frames and tiles that were encoded.
+    stored: projected features of the feature store.
+    encoded: projected tokens of frames and tiles that came as pixels.
     newline: the learned token.
-    blend_source, blend_weight, memory_source: see `Batch`.
+    blend_source: visual tokens that are mixed into one, see `Batch`.
+    blend_weight: of these tokens.
+    memory_source: the visual token of each memory token; -1 is newline.
   """
   if blend_source.shape[1]:
     source = jnp.maximum(blend_source - stored.shape[1], 0)

@@ -1,5 +1,6 @@
 """Parameters as a flat mapping of paths, e.g. "projector/fc1/kernel"."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,85 +17,108 @@ def init_params(
   config: ModelConfig,
   seed: int,
   *,
-  below: str = "",
+  prefix: str = "",
   shardings: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> dict[str, jax.Array]:
-  """Freshly drawn float32 parameters.
+  """Draws float32 parameters.
 
   Args:
     config: of the model.
-    seed: of the draw.
-    below: start of the paths that are wanted, e.g. "vision/"; the others are
-      not computed, and these are the same as without it.
-    shardings: of all of these by path; every device draws its own part. The
-      values are those of a single device.
+    seed: of the random numbers.
+    prefix: start of the paths that are wanted, e.g. "vision/". Only these
+      are computed, with the same values as without it.
+    shardings: of all of these by path. Every device draws its own part, and
+      the values are those of a single device.
+
+  Returns:
+    Arrays by path.
   """
 
-  def draw():
-    params = to_flat(HourLLaVA(config, rngs=nnx.Rngs(seed)))
-    return {p: value for p, value in params.items() if p.startswith(below)}
+  def draw() -> dict[str, jax.Array]:
+    state = nnx.state(HourLLaVA(config, rngs=nnx.Rngs(seed)), nnx.Param)
+    params = {_name(p): value[...] for p, value in nnx.to_flat_state(state)}
+    return {p: value for p, value in params.items() if p.startswith(prefix)}
 
   return jax.jit(draw, out_shardings=shardings)()
 
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Shapes of all parameters, without allocating any."""
-  model = nnx.eval_shape(lambda: HourLLaVA(config, rngs=nnx.Rngs(0)))
-  return {path: tuple(p.shape) for path, p in to_flat(model).items()}
+  """Returns the shapes of all parameters by path, allocating none."""
+  return {
+    _name(path): tuple(variable.get_value().shape)
+    for path, variable in _abstract(config)[1]
+  }
 
 
 def param_axes(config: ModelConfig) -> dict[str, tuple[str | None, ...]]:
-  """Logical axes of all parameters (`parallel.rules`); None is not split."""
-  model = nnx.eval_shape(lambda: HourLLaVA(config, rngs=nnx.Rngs(0)))
+  """Returns the logical axes of all parameters by path.
+
+  Returns:
+    A name of `parallel.rules.PARAMETERS`, or None, for each dimension.
+  """
   axes = {}
-  for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+  for path, variable in _abstract(config)[1]:
     own = variable.get_metadata().get("axes")
     dims = len(variable.get_value().shape)
     # A stack of layers has one dimension more than the layer named.
     stacked = ("layers",) * (own is not None and dims > len(own))
-    axes["/".join(map(str, path))] = (*stacked, *(own or (None,) * dims))
+    axes[_name(path)] = (*stacked, *(own or (None,) * dims))
   return axes
 
 
-def to_flat(model: HourLLaVA) -> dict[str, Any]:
-  """Parameters of a model by path."""
-  state = nnx.to_flat_state(nnx.state(model, nnx.Param))
-  return {
-    "/".join(str(key) for key in path): variable[...]
-    if not isinstance(variable.get_value(), jax.ShapeDtypeStruct)
-    else variable.get_value()
-    for path, variable in state
-  }
-
-
 def with_params(
-  config: ModelConfig, params: Mapping[str, Any], *, below: str = ""
+  config: ModelConfig, params: Mapping[str, Any], *, prefix: str = ""
 ) -> HourLLaVA:
-  """The model with these parameters; pure, so it may run under `jit`.
+  """Builds the model with these parameters; pure, so it may run under `jit`.
 
   Args:
     config: of the model.
     params: by path.
-    below: start of the paths that are filled in; what lies elsewhere has
+    prefix: start of the paths that are filled in; the other parameters have
       shapes but no values, and must not be used.
 
   Raises:
-    KeyError: if a parameter is missing.
+    KeyError: a parameter is missing.
   """
-  model = nnx.eval_shape(lambda: HourLLaVA(config, rngs=nnx.Rngs(0)))
-  graph, state = nnx.split(model)
+  graph, variables = _abstract(config)
   flat = []
-  for path, variable in nnx.to_flat_state(state):
-    name = "/".join(str(key) for key in path)
-    if isinstance(variable, nnx.Param):
-      if name.startswith(below):
-        variable = variable.replace(params[name])
-      flat.append((path, variable))
+  for path, variable in variables:
+    name = _name(path)
+    filled = name.startswith(prefix)
+    value = params[name] if filled else variable.get_value()
+    flat.append((path, variable.replace(value)))
   return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
+_Path = tuple[str | int, ...]
+
+
+# Building a model takes half a second, and a program is traced for every
+# shape of its inputs.
+@functools.cache
+def _abstract(
+  config: ModelConfig,
+) -> tuple[nnx.GraphDef, tuple[tuple[_Path, nnx.Param], ...]]:
+  """Returns a model's graph, and its parameters with shapes for values."""
+  model = nnx.eval_shape(lambda: HourLLaVA(config, rngs=nnx.Rngs(0)))
+  graph, state = nnx.split(model)
+  return graph, tuple(
+    (path, variable)
+    for path, variable in nnx.to_flat_state(state)
+    if isinstance(variable, nnx.Param)
+  )
+
+
+def _name(path: _Path) -> str:
+  return "/".join(map(str, path))
+
+
 def narrow_dtype(path: str, config: ModelConfig) -> np.dtype:
-  """What products and lookups cast at every use is kept cast."""
+  """Returns the dtype in which inference keeps a parameter.
+
+  Kernels and embeddings are cast to the compute dtype whenever they are used,
+  so that they can be kept cast; all others stay float32.
+  """
   cast = path.rpartition("/")[2] in ("kernel", "embedding")
   return jnp.dtype(config.dtype if cast else jnp.float32)
 
@@ -102,11 +126,15 @@ def narrow_dtype(path: str, config: ModelConfig) -> np.dtype:
 def as_bits(
   params: Mapping[str, jax.Array], config: ModelConfig
 ) -> dict[str, jax.Array]:
-  """Parameters as the CPU can read them layer by layer: see `layers.Stack`.
+  """Returns parameters as the CPU can convert them layer by layer.
 
-  Stacked bfloat16 becomes uint16 of the same bits, in the same memory, and so
-  do embeddings that are only looked up; the rest, and everything on other
-  devices, stays as it is.
+  See `layers.Stack` for the reason. Stacked bfloat16 arrays become uint16 of
+  the same bits in the same memory, and so do embeddings that are only looked
+  up. All others, and everything on other devices, stays as it is.
+
+  Args:
+    params: by path.
+    config: of the model.
   """
   axes = param_axes(config)
   looked_up = () if config.decoder.tied else ("decoder/embedding",)
@@ -121,6 +149,7 @@ def as_bits(
 
 
 def _bits(value: jax.Array) -> jax.Array:
+  """Returns an array on the CPU as uint16, without a copy."""
   shards = [
     jax.device_put(np.asarray(x.data).view(np.uint16), x.device)
     for x in value.addressable_shards

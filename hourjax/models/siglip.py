@@ -13,9 +13,16 @@ from hourjax.models.layers import IMAGES, Stack, layer_norm, linear
 
 
 class EncoderLayer(nnx.Module):
-  """A pre-norm transformer layer with full attention and tanh-GELU."""
+  """Computes one pre-norm layer with full attention and tanh-GELU."""
 
   def __init__(self, config: VisionConfig, dtype: str, rngs: nnx.Rngs):
+    """Draws the parameters.
+
+    Args:
+      config: of the tower.
+      dtype: of the computation.
+      rngs: streams of random numbers.
+    """
     self.heads = config.heads
     width = config.width
     make = functools.partial(
@@ -30,6 +37,7 @@ class EncoderLayer(nnx.Module):
     self.fc2 = make(config.mlp, width, axes=(None, "tower"))
 
   def __call__(self, x: Float[Array, "I P V"]) -> Float[Array, "I P V"]:
+    """Computes the layer over the patches of each image."""
     h = self.norm1(x)
     q, k, v = (
       f(h, IMAGES).reshape(*h.shape[:2], self.heads, -1)
@@ -42,18 +50,26 @@ class EncoderLayer(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-  """Images to patch features (arXiv 2303.15343, so400m patch14-384)."""
+  """Computes patch features of images (SigLIP, arXiv 2303.15343)."""
 
   def __init__(
     self, config: VisionConfig, *, dtype: str, remat: Remat, rngs: nnx.Rngs
   ):
+    """Draws the parameters.
+
+    Args:
+      config: of the tower.
+      dtype: of the computation.
+      remat: see `ModelConfig`.
+      rngs: streams of random numbers.
+    """
     self.config, self.dtype = config, dtype
     self.patch = nnx.Conv(
       3,
       config.width,
       (config.patch_size, config.patch_size),
       strides=config.patch_size,
-      padding="VALID",  # 384 = 27 x 14 + 6: the last 6 pixels are not seen
+      padding="VALID",  # 384 = 27 x 14 + 6: the last 6 pixels are not used
       dtype=jnp.dtype(dtype),
       rngs=rngs,
     )
@@ -75,7 +91,11 @@ class VisionTower(nnx.Module):
     )
 
   def __call__(self, pixels: Float[Array, "I h w 3"]) -> Float[Array, "I P V"]:
-    """Pixels in [-1, 1] to the features of side x side patches, row-major."""
+    """Computes the features of side x side patches, row by row.
+
+    Args:
+      pixels: in [-1, 1].
+    """
     x = self.patch(pixels.astype(self.dtype))
     x = x.reshape(x.shape[0], -1, x.shape[-1])
     x = x + self.position[...].astype(self.dtype)[None]
@@ -84,11 +104,19 @@ class VisionTower(nnx.Module):
 
 @functools.cache
 def pool_matrix(side: int, pooled: int) -> np.ndarray:
-  """Bilinear resize of a square grid as a matrix, float32 [pooled^2, side^2].
+  """Returns the matrix that resizes a square grid bilinearly.
 
-  Half-pixel centres, no antialiasing (torch's `interpolate(mode="bilinear",
-  align_corners=False)`), separable: the matrix is kron(A, A). For side 4 and
+  It has half-pixel centres and no antialiasing, as torch's
+  `interpolate(mode="bilinear", align_corners=False)`. Rows and columns are
+  resized independently, so that the matrix is kron(A, A). For side 4 and
   pooled 2, A = [[.5, .5, 0, 0], [0, 0, .5, .5]].
+
+  Args:
+    side: of the grid.
+    pooled: side of the resized grid.
+
+  Returns:
+    float32 [pooled^2, side^2].
   """
   centre = (np.arange(pooled) + 0.5) * side / pooled - 0.5
   centre = np.clip(centre, 0, side - 1)
@@ -104,7 +132,15 @@ def pool_matrix(side: int, pooled: int) -> np.ndarray:
 def pool_frames(
   features: Float[Array, "I P V"], pooled: int
 ) -> Float[Array, "I Q V"]:
-  """Patch features of frames to pooled x pooled tokens, in their dtype."""
+  """Resizes patch features of frames to pooled x pooled tokens each.
+
+  Args:
+    features: of a square grid of patches.
+    pooled: side of the resized grid.
+
+  Returns:
+    Tokens in the dtype of `features`, Q = pooled^2.
+  """
   side = round(features.shape[1] ** 0.5)
   matrix = jnp.asarray(pool_matrix(side, pooled), features.dtype)
   return jnp.einsum("qp,ipv->iqv", matrix, features)

@@ -236,7 +236,7 @@ def memory_bytes(
     * 2
     / mesh["tensor"]
   )
-  keys = 2 * decoder.kv_heads * decoder.head_dim * 2
+  keys = 2 * decoder.kv_heads * decoder.head_size * 2
   sweeps = capacity.queries / (1024 * decoder.kv_heads / decoder.heads)
   sweep = 2 * model.memaug_layers * capacity.memory * keys * sweeps
   return float(

@@ -65,6 +65,7 @@ LIMITS: dict[str, tuple[float, float]] = {
   "model.vision.patch_size": (1, 2**14),
   "model.decoder.vocab": (1, 2**22),
   "model.decoder.kv_heads": (1, 2**10),
+  "model.decoder.head_dim": (0, 2**12),
   "model.decoder.rope_base": (1, 1e12),
 }
 for _part in ("vision", "decoder"):
@@ -275,6 +276,8 @@ def _check_values(experiment: Experiment) -> None:
         f" {low} and at most {high}"
       )
   for key, other in _MULTIPLES:
+    if key == "model.decoder.width" and experiment.model.decoder.head_dim:
+      continue  # heads have a size of their own
     if values[key] % values[other]:
       raise UserError(
         f"config.{key} is {values[key]} and config.{other} {values[other]};"
@@ -284,10 +287,11 @@ def _check_values(experiment: Experiment) -> None:
     if text := values[f"model.attention.{key}"]:
       parse_tiles(text, f"config.model.attention.{key}")
   model = experiment.model
-  if model.decoder.head_dim % 2:
+  if model.decoder.head_size % 2:
     raise UserError(
-      f"config.model.decoder has heads of {model.decoder.head_dim} numbers,"
-      " which rotate in pairs; choose width and heads so that it is even"
+      f"config.model.decoder has heads of {model.decoder.head_size} numbers,"
+      " which rotate in pairs; choose width and heads, or head_dim, so that it"
+      " is even"
     )
   if model.dtype not in _DTYPES:
     raise UserError(

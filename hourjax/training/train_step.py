@@ -149,7 +149,7 @@ def loss_sums(
   their numbers of label tokens.
   """
   hidden = model(batch)
-  loss = vocabulary.cross_entropy(hidden, model.words, batch.target)
+  loss = vocabulary.cross_entropy(hidden, model.output_embedding, batch.target)
   return loss, (batch.target != IGNORE).sum()
 
 
@@ -163,7 +163,7 @@ def token_losses(
     hidden: outputs of the decoder.
     target: id of the token to predict, or IGNORE.
   """
-  return vocabulary.token_losses(hidden, model.words, target)
+  return vocabulary.token_losses(hidden, model.output_embedding, target)
 
 
 def gradient_norms(grads: Params) -> Scalars:

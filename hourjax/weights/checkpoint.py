@@ -1,14 +1,14 @@
-"""Hour-LLaVA checkpoints under their official names, in and out.
+"""Checkpoints under their official names: Hour-LLaVA's, and SigLIP's towers.
 
 A checkpoint is a folder with `config.json` and `model.safetensors`, or shards
-listed in `model.safetensors.index.json`.
+listed in `model.safetensors.index.json`. Of a SigLIP folder, or of an
+Hour-LLaVA checkpoint, the vision tower can be read alone.
 
-Each parameter is read from the file's place into the memory it will be used
-in, a few rows at a time: reading takes the parameters in their own dtype and
-some megabytes. Where parameters are split, a device's part alone is read.
+Each parameter is read from its place in the file into the memory in which it
+will be used, a few rows at a time. Reading therefore takes the memory of the
+parameters in their final dtype and a few megabytes. Where parameters are split
+over devices, a process reads only what its own devices hold.
 """
-# MERGED hourjax.weights.tower:
-# The vision tower alone, from published folders.
 
 import dataclasses
 import functools
@@ -27,8 +27,14 @@ from hourjax.errors import UserError
 from hourjax.models.config import ModelConfig, VisionConfig
 from hourjax.weights import names
 from hourjax.weights.config import read_config, siglip_config, write_config
-from hourjax.weights.folder import INDEX, find_tensors, folded
-from hourjax.weights.names import Entry, is_unused, key_table
+from hourjax.weights.folder import INDEX, check_names, find_tensors
+from hourjax.weights.names import (
+  EMBEDDING,
+  HEAD,
+  Entry,
+  is_unused,
+  key_table,
+)
 from hourjax.weights.tensors import (
   DTYPES,
   TensorReader,
@@ -38,19 +44,10 @@ from hourjax.weights.tensors import (
 )
 
 Params = dict[str, Any]  # numpy or jax arrays by path
-# Of all parameters, or by path.
+# One for all parameters, or one by path.
 Dtypes = np.typing.DTypeLike | Mapping[str, np.typing.DTypeLike]
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_MEMAUG = "model.vision_resampler."
 _SHARD_BYTES = 4 * 2**30
-_TOLD = 2**26  # bytes; fewer are read without a word
-_LINES = 8  # of each kind of problem
-_HINTS = {
-  "multi_modal_projector.": "these are the names of transformers' own LLaVA"
-  " classes; take the checkpoint under its original names",
-  "qweight": "these weights are quantised; take those in bfloat16",
-  "weight_scale": "these weights are quantised; take those in bfloat16",
-}
+_BAR_BYTES = 2**26  # from which on a progress bar is shown
 
 
 def load_params(
@@ -66,27 +63,26 @@ def load_params(
 
   Args:
     folder: of the checkpoint.
-    config: the model to fill.
-    shapes: its parameters, path to shape (`models.params.param_shapes`).
+    config: of the model.
+    shapes: of all its parameters by path (`models.params.param_shapes`).
     dtype: of the result, one for all or by path.
-    optional: parameters that the checkpoint may lack; they are then left out.
-    shardings: where each parameter lies, by path; by default all of them are
-      numpy arrays.
+    optional: paths that the checkpoint may lack; they are then left out.
+    shardings: of each parameter by path; by default all are numpy arrays.
 
   Returns:
     Arrays by path.
 
   Raises:
-    UserError: lists all missing, unexpected and misshapen names; or what is
-      damaged, not finite or ambiguous.
+    UserError: lists all missing, unexpected and misshapen names; or says what
+      is damaged, not finite or ambiguous.
   """
   folder = pathlib.Path(folder)
   with TensorReader(find_tensors(folder)) as reader:
     table = _present(key_table(config), optional, reader)
     found = {n for n in reader.names() if not is_unused(config, n)}
-    if config.decoder.tied and _HEAD in found:
+    if config.decoder.tied and HEAD in found:
       _check_same_head(reader, folder)
-      found -= {_HEAD}
+      found -= {HEAD}
     check_names(table, shapes, reader, found, folder)
     return read_entries(table, shapes, reader, dtype, shardings)
 
@@ -98,7 +94,18 @@ def read_entries(
   dtype: Dtypes,
   shardings: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> Params:
-  """Our parameters of the entries, from tensors that were checked."""
+  """Reads the parameters of the entries from tensors that were checked.
+
+  Args:
+    table: entries to read.
+    shapes: of our parameters by path.
+    reader: of the official tensors.
+    dtype: of the result, one for all or by path.
+    shardings: of each parameter by path; None for numpy arrays.
+
+  Returns:
+    Arrays by path.
+  """
   dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
   todo = [
     (entry, part, path)
@@ -110,10 +117,10 @@ def read_entries(
     for _, _, path in todo
   )
   params = {}
-  with _Telling(total) as told:
+  with _ReadingBar(total) as count:
     for entry, part, path in todo:
       read = functools.partial(
-        _read, entry, part, shapes[path], reader, np.dtype(dtypes[path]), told
+        _read, entry, part, shapes[path], reader, np.dtype(dtypes[path]), count
       )
       if shardings is None:
         params[path] = read(tuple(slice(None) for _ in shapes[path]))
@@ -122,8 +129,26 @@ def read_entries(
   return params
 
 
-def _read(entry, part, shape, reader, dtype, told, index) -> np.ndarray:
-  """The part `index` of a parameter."""
+def _read(
+  entry: Entry,
+  part: int,
+  shape: tuple[int, ...],
+  reader: TensorReader,
+  dtype: np.dtype,
+  count: Callable[[int], None],
+  index: tuple[slice, ...],
+) -> np.ndarray:
+  """Reads the slice `index` of the parameter entry.paths[part].
+
+  Args:
+    entry: of the official tensor.
+    part: index into the entry's paths.
+    shape: of the whole parameter.
+    reader: of the official tensors.
+    dtype: of the result.
+    count: called with the number of bytes after each tensor.
+    index: a slice for each dimension.
+  """
   bounds = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
   result = aligned([stop - start for start, stop in bounds], dtype)
   names = entry.names()
@@ -133,17 +158,33 @@ def _read(entry, part, shape, reader, dtype, told, index) -> np.ndarray:
     (first, last), *bounds = bounds
     jobs = list(zip(names[first:last], result, strict=True))
 
-  def read_one(job):
+  def read_one(job: tuple[str, np.ndarray]) -> None:
     name, target = job
     _read_rows(reader, name, entry, part, target, bounds)
-    told(target.nbytes)
+    count(target.nbytes)
 
   in_threads(read_one, jobs)
   return result
 
 
-def _read_rows(reader, name, entry, part, target, bounds) -> None:
-  """One official tensor's part of `target`, whose bounds are of our axes."""
+def _read_rows(
+  reader: TensorReader,
+  name: str,
+  entry: Entry,
+  part: int,
+  target: np.ndarray,
+  bounds: list[tuple[int, int]],
+) -> None:
+  """Fills `target` with a slice of one layer from one official tensor.
+
+  Args:
+    reader: of the official tensors.
+    name: of the official tensor.
+    entry: of the official tensor.
+    part: index into the entry's paths.
+    target: one layer's slice of our parameter.
+    bounds: start and stop of the slice along each of our axes.
+  """
   axis, offset = entry.row_axis, sum(entry.rows[:part])
   start, stop = (bound + offset for bound in bounds[axis])
   columns = tuple(
@@ -162,50 +203,60 @@ def _read_rows(reader, name, entry, part, target, bounds) -> None:
       where = tuple(
         place if n == axis else slice(None) for n in range(len(shape))
       )
-      target[where] = entry.turned(block)[columns]
+      target[where] = entry.transposed(block)[columns]
 
 
-def _placed(read: Callable, shape, sharding) -> jax.Array:
-  """A parameter on its devices, of which this process reads its part once.
+def _placed(
+  read: Callable[[tuple[slice, ...]], np.ndarray],
+  shape: tuple[int, ...],
+  sharding: jax.sharding.Sharding,
+) -> jax.Array:
+  """Puts a parameter on its devices.
 
-  A device that holds all that is read uses it where it is.
+  This process reads once the smallest block that holds all of its devices'
+  parts. A device on the CPU that holds the whole block uses it without a copy.
+
+  Args:
+    read: reads a block of the parameter.
+    shape: of the parameter.
+    sharding: of the parameter.
   """
   parts = sharding.addressable_devices_indices_map(tuple(shape)).values()
   bounds = [
     [s.indices(size)[:2] for s, size in zip(part, shape, strict=True)]
     for part in parts
   ]
-  hull = [
+  block = [
     (min(start for start, _ in axis), max(stop for _, stop in axis))
     for axis in zip(*bounds, strict=True)
   ]
-  values = read(tuple(slice(*bound) for bound in hull))
+  values = read(tuple(slice(*bound) for bound in block))
 
-  def part_of(index):
+  def part_of(index: tuple[slice, ...]) -> np.ndarray:
     cut = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
     return values[
       tuple(
         slice(start - first, stop - first)
-        for (start, stop), (first, _) in zip(cut, hull, strict=True)
+        for (start, stop), (first, _) in zip(cut, block, strict=True)
       )
     ]
 
   return jax.make_array_from_callback(tuple(shape), sharding, part_of)
 
 
-class _Telling:
-  """A bar over megabytes, where there are many; threads may call it."""
+class _ReadingBar:
+  """Shows a bar over megabytes if there are many; threads may share it."""
 
   def __init__(self, total: int):
     self._bar = None
-    if total >= _TOLD and jax.process_index() == 0:
+    if total >= _BAR_BYTES and jax.process_index() == 0:
       self._bar = progress.bar(total >> 20, unit="MB", desc="reading weights")
     self._lock, self._done = threading.Lock(), 0
 
   def __enter__(self) -> Callable[[int], None]:
     return self._add
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     if self._bar is not None:
       self._bar.close()
 
@@ -223,13 +274,20 @@ def save_params(
   *,
   shard_bytes: int = _SHARD_BYTES,
 ) -> None:
-  """Writes our parameters as an official checkpoint folder, in shards."""
+  """Writes our parameters as an official checkpoint folder, in shards.
+
+  Args:
+    params: by path.
+    config: of the model.
+    folder: to write, made if it is not there.
+    shard_bytes: size above which a shard ends.
+  """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   write_config(config, folder)
   shard, size, files, index = {}, 0, [], {}
 
-  def flush():
+  def flush() -> None:
     nonlocal shard, size
     name = f"model-{len(files) + 1:05d}.safetensors"
     save_file(shard, folder / name)
@@ -253,8 +311,10 @@ def save_params(
   )
 
 
-def _present(table: list[Entry], optional: Set[str], reader) -> list[Entry]:
-  """The table without optional entries of which no tensor is there."""
+def _present(
+  table: list[Entry], optional: Set[str], reader: TensorReader
+) -> list[Entry]:
+  """Leaves out optional entries of which no tensor is there."""
   found = reader.names()
   return [
     entry
@@ -263,86 +323,9 @@ def _present(table: list[Entry], optional: Set[str], reader) -> list[Entry]:
   ]
 
 
-def check_names(
-  table: list[Entry],
-  shapes: Mapping[str, tuple[int, ...]],
-  reader: TensorReader,
-  found: Set[str],
-  folder: str | pathlib.Path,
-) -> None:
-  """Compares names, shapes and dtypes of the table with the tensors `found`.
-
-  Raises:
-    UserError: lists all that are missing, unexpected, misshapen or of a dtype
-      that holds no weights; many of one kind as their first few.
-  """
-  wanted = {}
-  for entry in table:
-    ours = [shapes[path][1 if entry.layers else 0 :] for path in entry.paths]
-    shape = entry.official_shape(ours)
-    wanted.update(dict.fromkeys(entry.names(), tuple(shape)))
-  missing, unexpected = set(wanted) - found, found - set(wanted)
-  misshapen, untyped = {}, {}
-  for name in set(wanted) & found:
-    tensor = reader[name]
-    if tensor.shape != wanted[name]:
-      misshapen[name] = (
-        f"shape of {{}}: checkpoint {tensor.shape}, model {wanted[name]}"
-      )
-    if tensor.dtype not in DTYPES:
-      untyped[name] = (
-        f"dtype of {{}}: {tensor.dtype}, read are {', '.join(DTYPES)}"
-      )
-  lines = [
-    *_told(dict.fromkeys(missing, "missing: {}")),
-    *_told(dict.fromkeys(unexpected, "unexpected: {}")),
-    *_told(misshapen),
-    *_told(untyped),
-  ]
-  if lines:
-    count = sum(map(len, (missing, unexpected, misshapen, untyped)))
-    hints = {
-      hint for part, hint in _HINTS.items() if any(part in n for n in found)
-    }
-    if missing == {_HEAD}:
-      hints.add(
-        "the output vectors are missing; where they are the embeddings,"
-        ' config.json says "tie_word_embeddings": true (without it Qwen2\'s'
-        " are vectors of their own)"
-      )
-    memaug = {name for name in wanted if name.startswith(_MEMAUG)}
-    if memaug and missing == memaug:
-      hints.add(
-        "MemAug is missing, as in LLaVA-OneVision's weights: a training that"
-        " starts from them draws it (--config.draw_missing=memaug), and answers"
-        " need a model that was trained with it"
-      )
-    why = "; ".join(
-      sorted(hints) or ["is its config.json the one these weights came with?"]
-    )
-    raise UserError(
-      f"{folder} does not fit the model ({count} problems); {why}\n  "
-      + "\n  ".join(lines)
-    )
-
-
-def _told(problems: Mapping[str, str]) -> list[str]:
-  """A line for each tensor, or for the layers in which it is the same."""
-  groups: dict[str, list[str]] = {}
-  for name, text in problems.items():
-    groups.setdefault(text, []).append(name)
-  lines = sorted(
-    text.format(name)
-    for text, names in groups.items()
-    for name in folded(names)
-  )
-  more = len(lines) - _LINES
-  return lines[:_LINES] + ([f"... and {more} more lines"] if more > 0 else [])
-
-
-def _check_same_head(reader: TensorReader, folder) -> None:
-  """A head beside tied embeddings must be these, under a second name."""
-  head, embedding = reader[_HEAD], reader[_EMBEDDING]
+def _check_same_head(reader: TensorReader, folder: pathlib.Path) -> None:
+  """Raises unless a head beside tied embeddings holds these embeddings."""
+  head, embedding = reader[HEAD], reader[EMBEDDING]
   same = head.shape == embedding.shape
   if same and {head.dtype, embedding.dtype} <= set(DTYPES):
     wide = np.dtype(np.float32)
@@ -350,15 +333,15 @@ def _check_same_head(reader: TensorReader, folder) -> None:
     same = all(
       np.array_equal(one, two)
       for (_, one), (_, two) in zip(
-        reader.rows(_HEAD, 0, rows, wide),
-        reader.rows(_EMBEDDING, 0, rows, wide),
+        reader.rows(HEAD, 0, rows, wide),
+        reader.rows(EMBEDDING, 0, rows, wide),
         strict=True,
       )
     )
   if not same:
     raise UserError(
-      f"{folder}/config.json says tie_word_embeddings, and {_HEAD} differs from"
-      f" {_EMBEDDING}: either the first is used for words that are written, or"
+      f"{folder}/config.json says tie_word_embeddings, and {HEAD} differs from"
+      f" {EMBEDDING}: either the first is used for words that are written, or"
       " the second; say false to use the head, or take it out of the files"
     )
 
@@ -388,12 +371,12 @@ def load_tower(
 ) -> dict[str, np.ndarray]:
   """Reads the tower of a SigLIP folder or of an Hour-LLaVA checkpoint.
 
-  Of a SigLIP folder the last layer and the attention head are left where they
-  are (SPEC section 1). Only the tower's tensors are read.
+  Only the tower's tensors are read, without the last layer and the attention
+  head of a SigLIP folder (see hourjax/README.md, Vision encoder).
 
   Args:
     folder: with config.json and safetensors files.
-    config: the model whose tower it shall be.
+    config: of the model that the tower is for.
     shapes: of the model's parameters by path.
 
   Returns:
@@ -415,6 +398,7 @@ def load_tower(
 
 
 def _sizes(path: pathlib.Path) -> VisionConfig:
+  """Reads the tower's sizes from a config.json of either kind of folder."""
   raw: Any = schema.read_json(path, remedy=_WHAT)
   if not isinstance(raw, dict):
     raise UserError(f"{path} is {schema.shorten(raw)}, no JSON object; {_WHAT}")
@@ -437,7 +421,9 @@ def _sizes(path: pathlib.Path) -> VisionConfig:
   return read_config(path.parent).vision
 
 
-def _check_sizes(found: VisionConfig, wanted: VisionConfig, folder) -> None:
+def _check_sizes(
+  found: VisionConfig, wanted: VisionConfig, folder: pathlib.Path
+) -> None:
   found, wanted = dataclasses.asdict(found), dataclasses.asdict(wanted)
   wrong = [
     f"{name}: {folder.name} {found[name]}, model {wanted[name]}"

@@ -1,8 +1,8 @@
-"""`config.json` of published checkpoints, read whole or refused.
+"""`config.json` of published checkpoints, read completely or refused.
 
-It describes more models than this one: other rotary embeddings, windows,
-heads, projectors, ways to pool. Whatever in it would make another function of
-the same weights is either read or refused by name.
+The file can describe more models than this one: with other rotary embeddings,
+windows, heads, projectors, or ways to pool. Every key under which the same
+weights would compute something else is either read or refused by its name.
 """
 
 import dataclasses
@@ -18,8 +18,10 @@ from hourjax.errors import UserError
 from hourjax.models.config import DecoderConfig, ModelConfig, VisionConfig
 
 _SO400M = "google/siglip-so400m-patch14-384"
-_WINDOW = 32_768  # no conversation is longer: a wider window has no effect
-_ROPE_BASE = 10_000.0  # Qwen2's own, where nothing is said
+_WINDOW = 32_768  # no conversation is longer, so wider windows have no effect
+# What transformers assumes where config.json does not say it.
+_ROPE_BASE = 10_000.0
+_QWEN3_HEAD_DIM = 128
 _NEEDED = (
   "vocab_size",
   "hidden_size",
@@ -32,7 +34,8 @@ _NO_CONFIG = "give a checkpoint folder with config.json and safetensors files"
 _REMEDY = "take the config.json that these weights came with, or another model"
 
 
-def _size(most: int, least: int = 1):
+def _size(most: int, least: int = 1) -> Any:
+  """Returns the type of an integer between two bounds."""
   return Annotated[int, Field(ge=least, le=most)]
 
 
@@ -41,7 +44,7 @@ _Base = Annotated[float, Field(gt=1, lt=1e15)]
 
 
 class _Config(schema.Schema):
-  """What is read of `config.json`."""
+  """Describes the keys of `config.json` that are read."""
 
   vocab_size: _size(2**24)
   hidden_size: _size(2**17)
@@ -49,7 +52,8 @@ class _Config(schema.Schema):
   num_attention_heads: _size(4096)
   num_key_value_heads: _size(4096) | None
   intermediate_size: _size(2**20)
-  head_dim: _size(2**16) | None = None
+  head_dim: _size(2**12) | None = None
+  attention_bias: bool | None = None
   tie_word_embeddings: bool | None = None
   rope_theta: _Base | None = None
   rope_scaling: dict[str, Any] | None = None
@@ -70,7 +74,7 @@ class _Config(schema.Schema):
 
 
 class _Vision(schema.Schema):
-  """A SigLIP tower in Hugging Face's terms."""
+  """Describes a SigLIP tower with Hugging Face's keys."""
 
   image_size: _size(2**14)
   patch_size: _size(2**10)
@@ -81,11 +85,10 @@ class _Vision(schema.Schema):
   layer_norm_eps: _Eps = 1e-6
 
 
-# Key to the values under which the decoder computes what ours does; absent
-# and null stand for the first.
+# By key, the values under which the decoder computes what ours does. Absent
+# keys and null mean the first of these, as in transformers.
 _DECODER = {
   "hidden_act": ("silu", "swish"),
-  "attention_bias": (True,),
   "qkv_bias": (True,),
   "mlp_bias": (False,),
   "partial_rotary_factor": (1,),
@@ -103,7 +106,7 @@ _VISION = {
   "hidden_act": ("gelu_pytorch_tanh",),
   "num_channels": (3,),
 }
-# As much for what is made of images and frames before they reach the decoder.
+# The same for what happens to images and frames before the decoder.
 _FRAMES = {
   "mm_projector_type": ("mlp2x_gelu",),
   "mm_resampler_type": ("memaug",),
@@ -121,11 +124,18 @@ _POINTS = ("(1x1),...,(6x6)",)
 
 
 def read_config(folder: str | pathlib.Path) -> ModelConfig:
-  """The model that `config.json` describes; bfloat16 compute, full remat.
+  """Reads the model that `config.json` describes.
 
-  The tower is so400m unless a `vision_config` entry gives other sizes, and
-  frames are pooled to 8 x 8 unless a `pool_side` does. What else is not said
-  is as in transformers' Qwen2.
+  The decoder is Qwen3's if `model_type` ends with "qwen3", and else Qwen2's;
+  keys that are missing have their defaults in transformers. The tower is
+  so400m unless a `vision_config` entry gives other sizes, and frames are
+  pooled to 8 x 8 tokens unless a `pool_side` entry says otherwise.
+
+  Args:
+    folder: with `config.json`.
+
+  Returns:
+    The model, with bfloat16 compute and full rematerialisation.
 
   Raises:
     UserError: the file is missing, broken, lacks a key, or describes a model
@@ -145,20 +155,24 @@ def read_config(folder: str | pathlib.Path) -> ModelConfig:
 
 
 def read_spatial(folder: str | pathlib.Path) -> str:
-  """How a frame's tokens are forgotten: "random" or "uniform"."""
+  """Reads how a frame's tokens are forgotten: "random" or "uniform"."""
   return _read(folder)[2].spatial_sampling_type or "random"
 
 
 def check_start(folder: str | pathlib.Path, model: ModelConfig) -> None:
-  """Compares weights to start a training from with the model to be trained.
+  """Compares the weights that a training starts from with its model.
 
   The same tensors with another number of heads or another rotary base are
-  another model. How frames are shown is the training's affair. Without a
-  `config.json` nothing is compared.
+  another model. How frames become visual tokens is not compared, because
+  training decides it. Without a `config.json` nothing is compared.
+
+  Args:
+    folder: of the weights.
+    model: that is trained.
 
   Raises:
-    UserError: names what differs, or a configuration that computes something
-      else than any of our models.
+    UserError: names what differs, or what the weights' configuration has that
+      none of our models computes.
   """
   if not (pathlib.Path(folder) / "config.json").exists():
     return
@@ -168,7 +182,7 @@ def check_start(folder: str | pathlib.Path, model: ModelConfig) -> None:
   if config.vision_config is not None or config.mm_vision_tower:
     pairs.append(("vision", _vision(config, path), model.vision))
   for part, found, wanted in pairs:
-    found, wanted = dataclasses.asdict(found), dataclasses.asdict(wanted)
+    found, wanted = _resolved(found), _resolved(wanted)
     problems += [
       f"{part}.{key} is {found[key]!r}, config.model.{part}.{key} is {value!r}"
       for key, value in wanted.items()
@@ -178,7 +192,11 @@ def check_start(folder: str | pathlib.Path, model: ModelConfig) -> None:
 
 
 def siglip_config(raw: Mapping[str, Any], where: str) -> VisionConfig:
-  """The tower of a `vision_config` in Hugging Face's terms.
+  """Reads the tower of a `vision_config` with Hugging Face's keys.
+
+  Args:
+    raw: the entry.
+    where: it stands, for messages.
 
   Raises:
     UserError: a size is not given, or it is another kind of tower.
@@ -210,10 +228,18 @@ def siglip_config(raw: Mapping[str, Any], where: str) -> VisionConfig:
 
 
 def write_config(config: ModelConfig, folder: str | pathlib.Path) -> None:
-  """Writes the `config.json` that `read_config` reads."""
+  """Writes the `config.json` that `read_config` reads.
+
+  Args:
+    config: of the model.
+    folder: to write into.
+  """
   decoder, vision = config.decoder, config.vision
-  raw = {
-    "model_type": "hour_llava_qwen",
+  # `model_type` says which family of decoders it is. The keys by which the
+  # families differ are written only where they are not Qwen2's, so that files
+  # of Qwen2 stay as older versions wrote them.
+  raw: dict[str, Any] = {
+    "model_type": "hour_llava_qwen3" if decoder.qk_norm else "hour_llava_qwen",
     "vocab_size": decoder.vocab,
     "hidden_size": decoder.width,
     "num_hidden_layers": decoder.layers,
@@ -235,11 +261,18 @@ def write_config(config: ModelConfig, folder: str | pathlib.Path) -> None:
       "layer_norm_eps": vision.norm_eps,
     },
   }
+  if decoder.qk_norm or decoder.head_dim:
+    raw["head_dim"] = decoder.head_size
+  if decoder.qk_norm or not decoder.attention_bias:
+    raw["attention_bias"] = decoder.attention_bias
   path = pathlib.Path(folder) / "config.json"
   path.write_text(json.dumps(raw, indent=2) + "\n")
 
 
-def _read(folder) -> tuple[pathlib.Path, dict[str, Any], _Config]:
+def _read(
+  folder: str | pathlib.Path,
+) -> tuple[pathlib.Path, dict[str, Any], _Config]:
+  """Returns the path of config.json, all its keys, and those that are read."""
   path = pathlib.Path(folder) / "config.json"
   raw = schema.read_json(path, remedy=_NO_CONFIG)
   if isinstance(raw, dict):
@@ -252,17 +285,25 @@ def _read(folder) -> tuple[pathlib.Path, dict[str, Any], _Config]:
   return path, raw, schema.validate(_Config, raw, str(path), remedy=_REMEDY)
 
 
-def _refuse(where, problems: list[str]) -> None:
+def _resolved(config: DecoderConfig | VisionConfig) -> dict[str, Any]:
+  """Returns the fields, the head size as the number that is used."""
+  fields = dataclasses.asdict(config)
+  if isinstance(config, DecoderConfig):
+    fields["head_dim"] = config.head_size
+  return fields
+
+
+def _refuse(where: str | pathlib.Path, problems: list[str]) -> None:
   if problems:
     raise UserError(f"{where}: {'; '.join(problems)}; {_REMEDY}")
 
 
 def _others(raw: Mapping[str, Any], known: dict[str, tuple]) -> list[str]:
-  """Keys whose values mean another function."""
+  """Describes keys whose values mean that something else is computed."""
   problems = []
   for key, values in known.items():
     value = raw.get(key)
-    # No `in`: True would pass for 1.
+    # `value in values` would take True for 1.
     same = any(
       value == v and isinstance(value, bool) == isinstance(v, bool)
       for v in values
@@ -278,23 +319,33 @@ def _others(raw: Mapping[str, Any], known: dict[str, tuple]) -> list[str]:
 def _decoder(
   config: _Config, raw: Mapping[str, Any]
 ) -> tuple[DecoderConfig, list[str]]:
+  """Returns the decoder, and what in the file none of ours computes."""
   problems = _others(raw, _DECODER)
   width, heads = config.hidden_size, config.num_attention_heads
   kv_heads = config.num_key_value_heads or heads
   kind = config.model_type or "qwen2"
-  if kind != "qwen2" and not kind.lower().startswith(("hour", "llava")):
-    problems.append(f"model_type is {kind!r}, implemented is Qwen2's decoder")
-  if width % heads or heads % kv_heads or width // heads % 4:
+  qwen3 = kind.lower().endswith("qwen3")
+  if kind not in ("qwen2", "qwen3") and not kind.lower().startswith(
+    ("hour", "llava")
+  ):
+    problems.append(
+      f"model_type is {kind!r}, implemented are the decoders of Qwen2 and Qwen3"
+    )
+  head_dim = config.head_dim or (_QWEN3_HEAD_DIM if qwen3 else 0)
+  if heads % kv_heads or (not head_dim and width % heads):
     problems.append(
       f"hidden_size {width}, num_attention_heads {heads} and"
-      f" num_key_value_heads {kv_heads} do not divide one another (a head has"
-      " a multiple of 4 channels)"
+      f" num_key_value_heads {kv_heads} do not divide one another"
     )
-  elif config.head_dim not in (None, width // heads):
+  elif (head_dim or width // heads) % 4:
     problems.append(
-      f"head_dim is {config.head_dim}, implemented is hidden_size /"
-      f" num_attention_heads = {width // heads}"
+      f"a head has {head_dim or width // heads} channels (head_dim, or"
+      f" hidden_size {width} / num_attention_heads {heads}), implemented are"
+      " multiples of 4"
     )
+  if head_dim * heads == width:
+    head_dim = 0  # as it is without the key
+  bias = config.attention_bias
   base, wrong = _rope(config)
   decoder = DecoderConfig(
     vocab=config.vocab_size,
@@ -306,12 +357,16 @@ def _decoder(
     tied=bool(config.tie_word_embeddings),
     rope_base=base,
     norm_eps=config.rms_norm_eps,
+    head_dim=head_dim,
+    qk_norm=qwen3,
+    # Tensors that do not fit are refused by their names when they are read.
+    attention_bias=not qwen3 if bias is None else bias,
   )
   return decoder, problems + wrong + _windows(config)
 
 
 def _rope(config: _Config) -> tuple[float, list[str]]:
-  """The rotary base, from where any version of transformers writes it."""
+  """Returns the rotary base, from where any version of transformers puts it."""
   bases, problems = {}, []
   if config.rope_theta is not None:
     bases["rope_theta"] = config.rope_theta
@@ -320,7 +375,7 @@ def _rope(config: _Config) -> tuple[float, list[str]]:
     if set(given) == {"full_attention"} and isinstance(
       given["full_attention"], dict
     ):
-      given = given["full_attention"]  # by kind of layer; we have one
+      given = given["full_attention"]  # one entry for each kind of layer
     for key, value in given.items():
       where = f"{name}.{key}"
       if key in ("rope_type", "type"):
@@ -348,7 +403,7 @@ def _rope(config: _Config) -> tuple[float, list[str]]:
 
 
 def _windows(config: _Config) -> list[str]:
-  """Layers that would see a part of the conversation only."""
+  """Describes layers that would see only a part of the conversation."""
   layers, window = config.num_hidden_layers, config.sliding_window
   problems = []
   if config.layer_types is not None:
@@ -377,7 +432,7 @@ def _windows(config: _Config) -> list[str]:
   return problems
 
 
-def _vision(config: _Config, path) -> VisionConfig:
+def _vision(config: _Config, path: pathlib.Path) -> VisionConfig:
   if config.vision_config is not None:
     return siglip_config(config.vision_config, f"{path}, vision_config")
   tower = config.mm_vision_tower or _SO400M
@@ -390,6 +445,7 @@ def _vision(config: _Config, path) -> VisionConfig:
 
 
 def _frames(config: _Config, vision: VisionConfig) -> list[str]:
+  """Describes how frames or tiles are cut differently from ours."""
   problems = []
   if config.mm_hidden_size not in (None, vision.width):
     problems.append(

@@ -1,23 +1,25 @@
-"""Which tensors a folder holds, as people have them on their disks.
+"""Which tensors a folder holds, and whether they are those of a model.
 
-Weights come with other things: buffers that older libraries saved, optimizer
-states, the same weights once more, adapters; and under names that a wrapper
-has prefixed. What cannot change the model is left out, what only renames is
-read, and what would be another model is refused by its name.
+Folders on people's disks hold other things beside the weights: buffers that
+older libraries saved, optimizer states, the same weights once more, adapters;
+and wrappers have put prefixes before all names. What cannot change the model
+is left out, known prefixes are removed, and what would make another model is
+refused by its name.
 """
 
 import pathlib
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 from hourjax import schema
 from hourjax.errors import UserError
-from hourjax.weights.tensors import Tensor, read_header
+from hourjax.weights.names import HEAD, MEMAUG, Entry
+from hourjax.weights.tensors import DTYPES, Tensor, TensorReader, read_header
 
 INDEX = "model.safetensors.index.json"
-# Frequencies and numbers that every model computes for itself.
+# Frequencies and indices that every model computes by itself.
 _BUFFERS = re.compile(
   r"(^|\.)(inv_freq|position_ids|cos_cached|sin_cached|_extra_state)$"
 )
@@ -44,34 +46,137 @@ _OTHER_FILES = re.compile(
   r"^(adapter|consolidated|optimizer|optim|scheduler|training|ema|rng)", re.I
 )
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_LINES = 8  # shown of each kind of problem
+_HINTS = {
+  "multi_modal_projector.": "these are the names of transformers' own LLaVA"
+  " classes; take the checkpoint under its original names",
+  "qweight": "these weights are quantised; take those in bfloat16",
+  "weight_scale": "these weights are quantised; take those in bfloat16",
+}
 
 
 class _Index(schema.Schema):
-  """Of a checkpoint in shards: which file holds which tensor."""
+  """Describes the index of a checkpoint in shards.
+
+  Attributes:
+    weight_map: the file that holds each tensor.
+  """
 
   weight_map: dict[str, str]
 
 
 def find_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
-  """Tensors of a checkpoint folder by official name.
+  """Finds the tensors of a checkpoint folder, by official name.
 
-  Those that the index or `model.safetensors` names; without either of all
-  safetensors files that are not known to be something else.
+  They are those of the files that the index lists, or of `model.safetensors`;
+  without either, those of all safetensors files that are not known to be
+  something else.
+
+  Args:
+    folder: of the checkpoint.
 
   Raises:
     UserError: there are none, a file is damaged or missing, a name is there
-      twice, or it is an adapter.
+      twice, or the folder holds an adapter.
   """
   return _renamed(folder, _without_buffers(_find(folder)))
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The files whose tensors `find_tensors` takes."""
+  """Returns the files that `find_tensors` takes its tensors from."""
   return sorted({tensor.file for tensor in _find(folder).values()})
 
 
+def check_names(
+  table: list[Entry],
+  shapes: Mapping[str, tuple[int, ...]],
+  reader: TensorReader,
+  found: Set[str],
+  folder: str | pathlib.Path,
+) -> None:
+  """Compares names, shapes and dtypes of a table with those of tensors.
+
+  Args:
+    table: entries that are wanted.
+    shapes: of our parameters by path.
+    reader: of the official tensors.
+    found: names of the tensors that are compared.
+    folder: of the checkpoint, for the message.
+
+  Raises:
+    UserError: lists all that are missing, unexpected, misshapen or of a dtype
+      that holds no weights; many of one kind as their first few.
+  """
+  wanted = {}
+  for entry in table:
+    ours = [shapes[path][1 if entry.layers else 0 :] for path in entry.paths]
+    shape = entry.official_shape(ours)
+    wanted.update(dict.fromkeys(entry.names(), tuple(shape)))
+  missing, unexpected = set(wanted) - found, found - set(wanted)
+  misshapen, untyped = {}, {}
+  for name in set(wanted) & found:
+    tensor = reader[name]
+    if tensor.shape != wanted[name]:
+      misshapen[name] = (
+        f"shape of {{}}: checkpoint {tensor.shape}, model {wanted[name]}"
+      )
+    if tensor.dtype not in DTYPES:
+      untyped[name] = (
+        f"dtype of {{}}: {tensor.dtype}, read are {', '.join(DTYPES)}"
+      )
+  lines = [
+    *_grouped(dict.fromkeys(missing, "missing: {}")),
+    *_grouped(dict.fromkeys(unexpected, "unexpected: {}")),
+    *_grouped(misshapen),
+    *_grouped(untyped),
+  ]
+  if lines:
+    count = sum(map(len, (missing, unexpected, misshapen, untyped)))
+    hints = {
+      hint for part, hint in _HINTS.items() if any(part in n for n in found)
+    }
+    if missing == {HEAD}:
+      hints.add(
+        "the output vectors are missing; where they are the embeddings,"
+        ' config.json says "tie_word_embeddings": true (without it Qwen2\'s'
+        " are vectors of their own)"
+      )
+    memaug = {name for name in wanted if name.startswith(MEMAUG)}
+    if memaug and missing == memaug:
+      hints.add(
+        "MemAug is missing, as in LLaVA-OneVision's weights: a training that"
+        " starts from them draws it (--config.draw_missing=memaug), and answers"
+        " need a model that was trained with it"
+      )
+    why = "; ".join(
+      sorted(hints) or ["is its config.json the one these weights came with?"]
+    )
+    raise UserError(
+      f"{folder} does not fit the model ({count} problems); {why}\n  "
+      + "\n  ".join(lines)
+    )
+
+
+def _grouped(problems: Mapping[str, str]) -> list[str]:
+  """Returns a line for each problem, one for all layers that have the same.
+
+  Args:
+    problems: by the name of a tensor, texts with {} for the name.
+  """
+  groups: dict[str, list[str]] = {}
+  for name, text in problems.items():
+    groups.setdefault(text, []).append(name)
+  lines = sorted(
+    text.format(name)
+    for text, names in groups.items()
+    for name in folded(names)
+  )
+  more = len(lines) - _LINES
+  return lines[:_LINES] + ([f"... and {more} more lines"] if more > 0 else [])
+
+
 def _find(folder: pathlib.Path) -> dict[str, Tensor]:
-  """All tensors of the model's files, under the names they have there."""
+  """Returns the tensors of the model's files under the names in the files."""
   _refuse_adapter(folder)
   index = folder / INDEX
   if index.exists():
@@ -100,10 +205,16 @@ def _find(folder: pathlib.Path) -> dict[str, Tensor]:
 
 
 def read_index(path: pathlib.Path) -> dict[str, str]:
-  """Name of a tensor to the file that holds it.
+  """Reads the index of a checkpoint in shards.
+
+  Args:
+    path: of the index.
+
+  Returns:
+    The name of the file that holds each tensor.
 
   Raises:
-    UserError: it is broken, or names files outside its folder.
+    UserError: the index is broken, or names files outside its folder.
   """
   where = schema.read_schema(
     _Index, path, remedy="copy it again from where the weights came from"
@@ -122,16 +233,17 @@ def read_index(path: pathlib.Path) -> dict[str, str]:
 
 
 def shortened(names: Iterable[str], most: int = 6) -> str:
-  """The first few names, and how many more there are."""
+  """Joins the first few names, and says how many more there are."""
   names = list(names)
   more = len(names) - most
   return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def folded(names: Iterable[str]) -> list[str]:
-  """Names that differ in the number of a layer only, as one each.
+  """Joins names that differ only in the number of a layer.
 
-  layers.0.x, layers.1.x, layers.3.x, norm -> layers.{0..1,3}.x, norm
+  ["layers.0.x", "layers.1.x", "layers.3.x", "norm"] becomes
+  ["layers.{0..1,3}.x", "norm"].
   """
   groups: dict[tuple[str, str], list[int | None]] = {}
   for name in names:
@@ -151,6 +263,7 @@ def folded(names: Iterable[str]) -> list[str]:
 
 
 def _ranges(numbers: list[int]) -> str:
+  """Writes ascending numbers as "0..1,3"."""
   runs: list[list[int]] = []
   for number in numbers:
     if runs and number == runs[-1][1] + 1:
@@ -161,10 +274,12 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _below(folder: pathlib.Path, path: pathlib.Path) -> str:
+  """Returns a path relative to the folder, with forward slashes."""
   return path.relative_to(folder).as_posix()
 
 
 def _without_index(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the model's files in a folder that has no index."""
   single = folder / "model.safetensors"
   if single.exists():
     return [single]
@@ -189,7 +304,8 @@ def _without_index(folder: pathlib.Path) -> list[pathlib.Path]:
   return files
 
 
-def _no_weights(folder, others) -> str:
+def _no_weights(folder: pathlib.Path, others: list[pathlib.Path]) -> str:
+  """Says what is there in place of weights."""
   pickles = [p.name for kind in _PICKLES for p in sorted(folder.glob(kind))]
   if pickles:
     return (
@@ -208,6 +324,7 @@ def _no_weights(folder, others) -> str:
 
 
 def _refuse_adapter(folder: pathlib.Path) -> None:
+  """Raises if there are an adapter's files in the folder."""
   names = ("adapter_config.json", "adapter_model.safetensors")
   there = [n for n in (*names, "adapter_model.bin") if (folder / n).exists()]
   if not there:
@@ -229,6 +346,7 @@ def _refuse_adapter(folder: pathlib.Path) -> None:
 
 
 def _base_of(path: pathlib.Path) -> str:
+  """Returns the name of the model that an adapter was trained for."""
   try:
     raw: Any = schema.read_json(path, remedy="copy it again")
   except UserError:
@@ -241,8 +359,10 @@ def _without_buffers(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
   return {n: t for n, t in found.items() if not _BUFFERS.search(n)}
 
 
-def _renamed(folder, found: dict[str, Tensor]) -> dict[str, Tensor]:
-  """With the official names; says on stderr what was read as what."""
+def _renamed(
+  folder: pathlib.Path, found: dict[str, Tensor]
+) -> dict[str, Tensor]:
+  """Returns tensors by official name; says on stderr what was renamed."""
   parts = [name for name in found if _ADAPTER.search(name)]
   if parts:
     raise UserError(
@@ -251,29 +371,30 @@ def _renamed(folder, found: dict[str, Tensor]) -> dict[str, Tensor]:
       " library that trained it (peft: model.merge_and_unload(), then"
       " save_pretrained)"
     )
-  told = []
+  renamed_as = []
   while found and (prefix := _wrapper(found)):
     found = {name.removeprefix(prefix): t for name, t in found.items()}
-    told.append(f"{prefix}* as *")
-  for there, here in _DECODER:
-    names = [name for name in found if name.startswith(there)]
+    renamed_as.append(f"{prefix}* as *")
+  for official, ours in _DECODER:
+    names = [name for name in found if name.startswith(official)]
     if names:
-      renamed = {name: here + name.removeprefix(there) for name in names}
+      renamed = {name: ours + name.removeprefix(official) for name in names}
       twice = sorted(set(renamed.values()) & set(found))
       if twice:
         raise UserError(
           f"{folder} holds both {shortened(folded(twice), 3)} and the same"
-          f" behind {there}; keep the model's own"
+          f" behind {official}; keep the model's own"
         )
       found = {renamed.get(name, name): t for name, t in found.items()}
-      told.append(f"{there}* as {here}*")
-  if told:
-    print(f"{folder}: tensors are read {', '.join(told)}", file=sys.stderr)
+      renamed_as.append(f"{official}* as {ours}*")
+  if renamed_as:
+    text = ", ".join(renamed_as)
+    print(f"{folder}: tensors are read {text}", file=sys.stderr)
   return found
 
 
 def _wrapper(found: Mapping[str, Tensor]) -> str:
-  """A wrapper's prefix that all names have."""
+  """Returns a wrapper's prefix that all names have, or an empty string."""
   for prefix in _WRAPPERS:
     if all(name.startswith(prefix) for name in found):
       return prefix

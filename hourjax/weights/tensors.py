@@ -1,8 +1,9 @@
 """Tensors of safetensors files, read a part at a time.
 
-A file is 8 bytes, the length of a JSON header, then tensors as they lie in
-memory. It is read with positions, not mapped: pages of a mapped file count as
-this process's memory, so that a model read that way takes twice its size.
+A file begins with 8 bytes that hold the length of a JSON header, then comes
+the header, then the tensors as they lie in memory. Files are read from given
+offsets and not mapped: pages of a mapped file count as memory of the process,
+so that a model which is read that way takes twice its size.
 """
 
 import concurrent.futures
@@ -11,8 +12,8 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Annotated
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any
 
 import ml_dtypes
 import numpy as np
@@ -28,14 +29,14 @@ DTYPES = {
   "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _MOST_HEADER = 100 * 2**20  # bytes, as in the format's own library
-_BLOCK = 2 * 2**20  # values that are read and turned at a time
-_PATCH = 128  # rows that are transposed at a time: they stay in the cache
+_BLOCK = 2 * 2**20  # values that are read and converted at a time
+_PATCH = 128  # rows that are transposed at a time, to stay in the CPU's cache
 _AGAIN = "copy it again"
 _Count = Annotated[int, Field(ge=0, lt=2**60)]
 
 
 class _Entry(schema.Schema):
-  """A tensor in a file's header."""
+  """Describes a tensor in a file's header."""
 
   dtype: str
   shape: list[_Count]
@@ -44,14 +45,15 @@ class _Entry(schema.Schema):
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """Where a tensor lies.
+  """Describes where a tensor lies.
 
   Attributes:
     name: in the file.
     file: that holds it.
     dtype: as the format names it, e.g. "BF16".
     shape: of the tensor.
-    start, end: its bytes in the file.
+    start: offset of its first byte in the file.
+    end: offset after its last byte.
   """
 
   name: str
@@ -63,10 +65,14 @@ class Tensor:
 
 
 def read_header(path: pathlib.Path) -> dict[str, Tensor]:
-  """Tensors of a file by name.
+  """Reads which tensors a file holds, by name.
+
+  Args:
+    path: of a safetensors file.
 
   Raises:
-    UserError: a Git-LFS pointer, cut, or no safetensors file.
+    UserError: the file is a Git-LFS pointer, was cut, or is not a safetensors
+      file.
   """
   try:
     if path.exists() and not path.is_file():
@@ -93,7 +99,8 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
   return tensors
 
 
-def _tensor(path, name, raw, first) -> Tensor:
+def _tensor(path: pathlib.Path, name: str, raw: Any, first: int) -> Tensor:
+  """Checks an entry of the header; `first` is the tensors' first byte."""
   where = f"the header of {path}, {schema.shorten(name)}"
   entry = schema.validate(_Entry, raw, where, remedy=_AGAIN)
   start, end = entry.data_offsets
@@ -107,8 +114,10 @@ def _tensor(path, name, raw, first) -> Tensor:
   return Tensor(name, path, entry.dtype, shape, first + start, first + end)
 
 
-def _check_extent(path, tensors, first, size) -> None:
-  """Tensors fill the file, one after the other."""
+def _check_extent(
+  path: pathlib.Path, tensors: dict[str, Tensor], first: int, size: int
+) -> None:
+  """Raises unless the tensors fill the file, one after the other."""
   at = first
   for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.end)):
     if tensor.start != at or tensor.end < at:
@@ -120,26 +129,27 @@ def _check_extent(path, tensors, first, size) -> None:
     raise _unreadable(path, f"{size} bytes instead of {at}")
 
 
-def _unreadable(path, reason: str) -> UserError:
+def _unreadable(path: pathlib.Path, reason: str) -> UserError:
   return UserError(
     f"{path} is not a readable safetensors file ({reason}); {_AGAIN}"
   )
 
 
 class TensorReader:
-  """Tensors of several files, opened once, read in blocks of rows."""
+  """Reads tensors of several files, which it opens once, in blocks of rows."""
 
   def __init__(self, tensors: dict[str, Tensor]):
-    """Opens nothing yet.
+    """Stores which tensors there are; files are opened on `__enter__`.
 
     Args:
-      tensors: by the name they are asked for.
+      tensors: by the name under which they are read.
     """
     self._tensors = tensors
     self._files = contextlib.ExitStack()
     self._open: dict[pathlib.Path, int] = {}
 
   def __enter__(self) -> "TensorReader":
+    """Opens the files."""
     for path in {tensor.file for tensor in self._tensors.values()}:
       try:
         self._open[path] = os.open(path, os.O_RDONLY)
@@ -151,23 +161,34 @@ class TensorReader:
       self._files.callback(os.close, self._open[path])
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
+    """Closes the files."""
     self._files.close()
 
   def __getitem__(self, name: str) -> Tensor:
+    """Returns where a tensor lies."""
     return self._tensors[name]
 
   def names(self) -> set[str]:
-    """What there is to be read."""
+    """Returns the names of all tensors."""
     return set(self._tensors)
 
   def rows(
     self, name: str, start: int, stop: int, dtype: np.dtype
   ) -> Iterator[tuple[int, np.ndarray]]:
-    """Rows of a tensor as blocks (first row, rows), in the wanted dtype.
+    """Reads rows of a tensor in blocks.
+
+    Args:
+      name: of the tensor.
+      start: first row.
+      stop: row after the last one.
+      dtype: of the blocks.
+
+    Yields:
+      The number of a block's first row, and the block.
 
     Raises:
-      UserError: a value that is not finite, or the file ends too early.
+      UserError: a value is not finite, or the file ends too early.
     """
     tensor = self._tensors[name]
     own = DTYPES[tensor.dtype]
@@ -183,15 +204,19 @@ class TensorReader:
       yield first, block
 
   def fill(self, name: str, target: np.ndarray, start: int) -> bool:
-    """Reads rows straight into `target`, if they lie there as in the file.
+    """Reads rows directly into `target` if its dtype and layout allow it.
 
     Args:
       name: of the tensor.
-      target: as many whole rows as are wanted.
-      start: the first of them.
+      target: array of as many whole rows as are wanted.
+      start: number of the first row.
 
     Returns:
-      Whether they do; else nothing was read.
+      Whether the rows were read. If not, the dtype differs from the file's or
+      the array is not contiguous, and nothing was read.
+
+    Raises:
+      UserError: a value is not finite, or the file ends too early.
     """
     tensor = self._tensors[name]
     if target.dtype != DTYPES[tensor.dtype] or not target.flags.c_contiguous:
@@ -220,10 +245,15 @@ class TensorReader:
 
 
 def transpose(target: np.ndarray, block: np.ndarray) -> None:
-  """Writes block.T into `target`, which need not lie in one piece.
+  """Writes block.T into `target`.
 
-  In patches that stay in the cache, four times as fast as in one; and as
-  integers, since numpy moves types that it does not know one by one.
+  It is done in patches that stay in the CPU's cache, which is four times as
+  fast as all at once; and as integers, because numpy copies dtypes that are
+  not its own (bfloat16) one value at a time.
+
+  Args:
+    target: that is written, contiguous or not.
+    block: of rows.
   """
   if target.dtype == block.dtype:
     kind = np.dtype(f"u{block.itemsize}")
@@ -233,7 +263,7 @@ def transpose(target: np.ndarray, block: np.ndarray) -> None:
 
 
 def _check_finite(tensor: Tensor, block: np.ndarray) -> None:
-  """Compares bits: exponents of ones only are infinite or no number."""
+  """Raises if a value is infinite or NaN: its exponent's bits are all ones."""
   size = block.dtype.itemsize
   limit = {
     np.dtype(np.float64): 0x7FF0 << 48,
@@ -243,8 +273,9 @@ def _check_finite(tensor: Tensor, block: np.ndarray) -> None:
   }[block.dtype]
   if not block.size:
     return
-  # As signed numbers the positive ones, as unsigned ones the negative ones
-  # come last; a maximum takes no memory and a hundredth of the copy's time.
+  # Read as signed integers, positive floats are ordered as floats are; read as
+  # unsigned integers, negative ones come last, ordered by magnitude. A maximum
+  # needs no memory and a hundredth of the time of the copy.
   negative = limit + (1 << (8 * size - 1))
   if (
     block.view(f"i{size}").max() >= limit
@@ -259,7 +290,14 @@ def _check_finite(tensor: Tensor, block: np.ndarray) -> None:
 
 
 def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-  """An empty array that the CPU's devices use where it is, without a copy."""
+  """Returns an empty array at an address that is a multiple of 64.
+
+  JAX uses such an array on the CPU without copying it.
+
+  Args:
+    shape: of the array.
+    dtype: of the array.
+  """
   dtype = np.dtype(dtype)
   size = math.prod(shape) * dtype.itemsize
   memory = np.empty(size + 64, np.uint8)
@@ -267,8 +305,14 @@ def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
   return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def in_threads(function, jobs: Sequence) -> None:
-  """Calls it for every job, some at a time; the first error ends it."""
+def in_threads(function: Callable[[Any], object], jobs: Sequence[Any]) -> None:
+  """Calls a function for every job in a few threads.
+
+  Args:
+    function: called with a job.
+    jobs: of which some run at a time. After the first error no job is started
+      any more, and the error is raised.
+  """
   workers = min(4, os.cpu_count() or 1, len(jobs))
   if workers < 2:
     for job in jobs:

@@ -13,7 +13,7 @@ from hourjax.extraction.encoder import Encoder
 from hourjax.inference import steps
 from hourjax.inference.engine import row_spec
 from hourjax.models.config import TINY, DecoderConfig
-from hourjax.models.layers import layers_told
+from hourjax.models.layers import layer_callback
 from hourjax.models.params import (
   as_bits,
   narrow_dtype,
@@ -136,6 +136,6 @@ def test_the_tower_alone(params):
 
 
 def test_no_callback_by_default():
-  with layers_told(None):
+  with layer_callback(None):
     text = jax.jit(lambda x: x + 1).lower(jnp.zeros(3)).as_text()
   assert "callback" not in text

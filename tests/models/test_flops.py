@@ -175,7 +175,19 @@ _ROWS = 2
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_model_multiplies_what_is_counted(trained, remat):
   """Every product with weights in the traced step, scans and all."""
-  config = dataclasses.replace(TINY, remat=remat)
+  _check_products(dataclasses.replace(TINY, remat=remat), trained)
+
+
+def test_qwen3_multiplies_what_is_counted():
+  """Heads whose size is not width / heads, in decoder and MemAug."""
+  decoder = dataclasses.replace(
+    TINY.decoder, head_dim=24, qk_norm=True, attention_bias=False
+  )
+  config = dataclasses.replace(TINY, decoder=decoder, remat="full")
+  _check_products(config, {"projector", "memaug", "decoder"})
+
+
+def _check_products(config, trained):
   found = _traced_products(config, trained)
   capacity = np.array([_CAPACITY.astuple()])
   work = flops.sample_work(config, capacity)

@@ -1,5 +1,6 @@
 """MemAug alone against the official module."""
 
+import dataclasses
 import functools
 
 import jax
@@ -40,10 +41,14 @@ class Alone:
       tied=True,
       rope_base=raw["rope_theta"],
     )
-    assert decoder.head_dim == raw["head_dim"]
-    assert decoder.head_dim // 2 == raw["rotary_dim"]
+    assert decoder.head_size == raw["head_dim"]
+    assert decoder.head_size // 2 == raw["rotary_dim"]
     self.config = ModelConfig(
-      VisionConfig(), decoder, memaug_layers=raw["memaug_depth"]
+      VisionConfig(),
+      decoder,
+      memaug_layers=raw["memaug_depth"],
+      dtype="float32",
+      remat="none",
     )
     weights = golden_files.golden_path(f"{name}.weights.safetensors")
     self.params = official.to_ours(load_file(weights), self.config, "memaug")
@@ -51,15 +56,9 @@ class Alone:
     self.gradients = load_file(path) if path else None
 
   def module(self, params=None, remat="none"):
+    config = dataclasses.replace(self.config, remat=remat)
     return official.build(
-      lambda: make_memaug(
-        self.config.decoder,
-        layers=self.config.memaug_layers,
-        dtype="float32",
-        remat=remat,
-        rngs=nnx.Rngs(0),
-      ),
-      params or self.params,
+      lambda: make_memaug(config, rngs=nnx.Rngs(0)), params or self.params
     )
 
   @functools.cached_property

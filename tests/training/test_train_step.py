@@ -159,7 +159,7 @@ def test_chunks_change_neither_loss_nor_gradient(params, monkeypatch, chunk):
   assert (np.asarray(losses)[target == IGNORE] == 0).all()
 
   def summed(hidden):
-    return vocabulary.cross_entropy(hidden, model.words, target)
+    return vocabulary.cross_entropy(hidden, model.output_embedding, target)
 
   got, expected = (
     jax.grad(lambda h, f=f: 3 * f(h).sum())(hidden) for f in (summed, dense)

@@ -81,9 +81,8 @@ OTHER = [
   ({"rope_parameters": {"rope_theta": True}}, "is True, no base"),
   ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "is 0.5"),
   ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-  ({"head_dim": 64}, "head_dim is 64, implemented is .* = 128"),
+  ({"head_dim": 66}, "a head has 66 channels"),
   ({"hidden_act": "gelu"}, "hidden_act is 'gelu', implemented is 'silu'"),
-  ({"attention_bias": False}, "attention_bias is False"),
   ({"mlp_bias": True}, "mlp_bias is True"),
   ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30"),
   ({"num_experts": 60}, "num_experts is 60"),
@@ -98,7 +97,7 @@ OTHER = [
   ),
   ({"layer_types": ["sliding_attention"] * 36}, "'sliding_attention'"),
   ({"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
-  ({"model_type": "qwen3"}, "model_type is 'qwen3'"),
+  ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe'"),
   ({"model_type": "mistral"}, "model_type is 'mistral'"),
 ]
 
@@ -110,6 +109,50 @@ def test_another_decoder(folder, keys, message):
     read_config(folder)
   with pytest.raises(UserError, match=message):
     check_start(folder, MODEL)
+
+
+# Keys that make another of our decoders, and its fields.
+VARIANTS = [
+  ({"head_dim": 64}, {"head_dim": 64}),
+  ({"attention_bias": False}, {"attention_bias": False}),
+  (
+    {"model_type": "qwen3", "head_dim": ..., "attention_bias": ...},
+    {"qk_norm": True, "attention_bias": False},
+  ),
+  (
+    {"model_type": "llava_qwen3", "head_dim": 64, "attention_bias": False},
+    {"qk_norm": True, "attention_bias": False, "head_dim": 64},
+  ),
+  (  # transformers' Qwen3 has heads of 128 channels where nothing is said
+    {"model_type": "qwen3", "num_attention_heads": 32, "head_dim": ...},
+    {
+      "qk_norm": True,
+      "attention_bias": False,
+      "heads": 32,
+      "head_dim": 128,
+    },
+  ),
+]
+
+
+@pytest.mark.parametrize("keys, fields", VARIANTS)
+def test_variants_of_the_decoder(folder, keys, fields):
+  folders.describe(folder, **keys)
+  config = dataclasses.replace(
+    MODEL, decoder=dataclasses.replace(MODEL.decoder, **fields)
+  )
+  assert read_config(folder) == config
+  check_start(folder, config)
+  (key, *_) = fields
+  with pytest.raises(UserError, match=rf"decoder\.{key} is {fields[key]}"):
+    check_start(folder, MODEL)
+  write_config(config, folder)
+  assert read_config(folder) == config
+
+
+def test_a_head_size_written_out_is_the_same_model(folder):
+  decoder = dataclasses.replace(MODEL.decoder, head_dim=128)
+  check_start(folder, dataclasses.replace(MODEL, decoder=decoder))
 
 
 SHOWN = [

@@ -1,3 +1,5 @@
+"""Official checkpoints written, read again, and refused."""
+
 import json
 import tracemalloc
 
@@ -19,33 +21,16 @@ from hourjax.models.params import param_shapes
 from hourjax.weights.checkpoint import load_params, save_params
 from hourjax.weights.config import read_config, write_config
 from tests import golden_cases, official
+from tests.weights import folders
 
-TIED = ModelConfig(
-  TINY.vision,
-  DecoderConfig(
-    vocab=40, width=16, layers=1, heads=2, kv_heads=1, mlp=8, tied=True
-  ),
-  memaug_layers=1,
-)
-SMALL = ModelConfig(
-  VisionConfig(image_size=6, patch_size=2, width=8, layers=2, heads=2, mlp=12),
-  DecoderConfig(
-    vocab=40, width=16, layers=3, heads=4, kv_heads=2, mlp=24, tied=False
-  ),
-  memaug_layers=2,
-)
+TIED, SMALL = folders.TIED, folders.UNTIED
 
 
 def _random(config, dtype=np.float32):
-  rng = np.random.default_rng(0)
-  return {
-    path: rng.normal(size=shape).astype(dtype)
-    for path, shape in param_shapes(config).items()
-  }
+  return {p: v.astype(dtype) for p, v in folders.drawn(config).items()}
 
 
-def _load(folder, config, **options):
-  return load_params(folder, config, param_shapes(config), **options)
+_load = folders.load
 
 
 def _assert_equal(got, expected):
@@ -252,18 +237,6 @@ def test_cut_shard(saved):
   path.write_bytes(path.read_bytes()[:-100])
   with pytest.raises(UserError, match="not a readable safetensors file"):
     _load(folder, SMALL)
-
-
-def test_tied_head_is_ignored(tmp_path):
-  params = _random(TIED)
-  save_params(params, TIED, tmp_path)
-  _edit(
-    tmp_path,
-    lambda t: t.update(
-      {"lm_head.weight": t["model.embed_tokens.weight"].copy()}
-    ),
-  )
-  _assert_equal(_load(tmp_path, TIED), params)
 
 
 def test_optional_component_may_be_missing(saved):
