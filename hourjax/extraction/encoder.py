@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
@@ -22,6 +21,7 @@ from hourjax.models.params import (
   with_params,
 )
 from hourjax.models.siglip import pool_frames
+from hourjax.training.checkpoint import restore_params
 from hourjax.training.config import Experiment
 from hourjax.weights.checkpoint import load_tower
 
@@ -181,7 +181,9 @@ def tower_params(
   }
   if not (pathlib.Path(folder) / "checkpoints").is_dir():
     return load_tower(folder, config, shapes)
-  params = _restore(pathlib.Path(folder))
+  params = restore_params(
+    folder, prefix=TOWER, each=lambda _, value: np.asarray(value, np.float32)
+  ).params
   wrong = {
     path
     for path in shapes.keys() | params.keys()
@@ -194,38 +196,3 @@ def tower_params(
       " missing or of another shape; use the configuration it was trained with"
     )
   return params
-
-
-def _restore(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-  """The tower in a run's newest checkpoint; nothing else is read."""
-  folder = (workdir / "checkpoints").absolute()
-  with ocp.CheckpointManager(
-    folder, item_handlers={"state": ocp.PyTreeCheckpointHandler()}
-  ) as manager:
-    step = manager.latest_step()
-    if step is None:
-      raise UserError(f"{folder} holds no checkpoint; train first")
-    tree = manager.item_metadata(step)["state"].tree
-    wanted = {}
-    for group in ("frozen", "trained"):
-      found = {
-        path: jax.ShapeDtypeStruct(value.shape, np.float32)
-        for path, value in (tree.get(group) or {}).items()
-        if path.startswith(TOWER)
-      }
-      if found:
-        wanted[group] = found
-    if not wanted:
-      return {}
-    as_numpy = ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32)
-    state = manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeRestore(
-          item=wanted,
-          restore_args=jax.tree.map(lambda _: as_numpy, wanted),
-          partial_restore=True,
-        )
-      ),
-    )["state"]
-  return {p: value for group in state.values() for p, value in group.items()}

@@ -283,6 +283,7 @@ def restore_params(
   workdir: str | os.PathLike,
   sharding: jax.sharding.Sharding | None = None,
   *,
+  prefix: str = "",
   each: Callable[[str, jax.Array], Any] = lambda path, value: value,
 ) -> RestoredParams:
   """Returns all parameters of a run's newest undamaged checkpoint.
@@ -294,6 +295,8 @@ def restore_params(
   Args:
     workdir: of the run.
     sharding: of each array; by default whole on this process's first device.
+    prefix: start of the paths that are read and verified, e.g. "vision/" for
+      the tower alone; all by default.
     each: returns what is kept of a parameter, given its path and its verified
       value.
 
@@ -309,7 +312,7 @@ def restore_params(
       params = {}
       with progress.step(f"reading the checkpoint {folder}/{step}"):
         for like in checkpoint_format.split_by_size(
-          checkpoint_format.abstract_params(manifest, where)
+          checkpoint_format.abstract_params(manifest, where, prefix)
         ):
           tree = checkpoint_format.read_arrays(folder, step, like)
           checkpoint_format.verify(tree, manifest)

@@ -340,9 +340,16 @@ def shape_differences(tree: Any, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def abstract_params(
-  manifest: Mapping[str, Any], sharding: jax.sharding.Sharding
+  manifest: Mapping[str, Any],
+  sharding: jax.sharding.Sharding,
+  prefix: str = "",
 ) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
   """Returns shapes and dtypes of a checkpoint's parameters.
+
+  Args:
+    manifest: of the checkpoint.
+    sharding: of each parameter.
+    prefix: start of the paths that are returned.
 
   Returns:
     {"trained": parameters by path, "frozen": parameters by path}.
@@ -350,7 +357,7 @@ def abstract_params(
   result: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
   for name, (shape, dtype, _) in manifest["arrays"].items():
     part, _, path = name.partition("/")
-    if part in ("trained", "frozen"):
+    if part in ("trained", "frozen") and path.startswith(prefix):
       result.setdefault(part, {})[path] = jax.ShapeDtypeStruct(
         shape, jnp.dtype(dtype), sharding=sharding
       )

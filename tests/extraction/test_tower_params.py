@@ -1,14 +1,15 @@
 import dataclasses
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from hourjax.data.pipeline import ReadOptions
 from hourjax.data.rows import Size
 from hourjax.errors import UserError
 from hourjax.extraction.encoder import tower_params
+from hourjax.training.checkpoint import Checkpoints
 from hourjax.training.config import build_experiment
+from hourjax.training.train_step import TrainState
 from hourjax.weights.checkpoint import save_params
 from tests.extraction import towers
 
@@ -37,22 +38,19 @@ def _assert_same(got, expected):
     np.testing.assert_array_equal(got[path], value, err_msg=path)
 
 
-def _checkpoint(workdir, frozen, trained):
+def _checkpoint(workdir, frozen, trained, steps=(7,)):
   """As training writes it, optimizer state and all."""
-  state = {
-    "step": np.int32(7),
-    "frozen": frozen,
-    "trained": trained,
-    "opt": [{"mu": trained}],
-  }
-  with ocp.CheckpointManager(workdir / "checkpoints") as manager:
-    manager.save(
-      7,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
-        about=ocp.args.JsonSave({"row": 1}),
-      ),
+  checkpoints = Checkpoints(workdir)
+  for step in steps:
+    state = TrainState(
+      step=np.int32(step),
+      trained=trained,
+      frozen=frozen,
+      opt_state=[{"mu": trained}],
     )
+    checkpoints.save(state, position=step, plan="", config={})
+    checkpoints.settle()
+  checkpoints.close()
   return str(workdir)
 
 
@@ -78,6 +76,18 @@ def test_a_workdir(tmp_path, group):
   parts = (tower, rest) if group == "frozen" else (rest, tower)
   workdir = _checkpoint(tmp_path, *parts)
   _assert_same(tower_params(EXPERIMENT, workdir), tower)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
+  """By its checksums, in favour of the one before it."""
+  params = {p: np.asarray(v) for p, v in towers.other_params().items()}
+  tower = _tower(params)
+  rest = {p: v for p, v in params.items() if p not in tower}
+  workdir = _checkpoint(tmp_path, tower, rest, steps=(7, 8))
+  about = tmp_path / "checkpoints" / "8" / "about" / "metadata"
+  about.write_text(about.read_text().replace("vision/position", "vision/other"))
+  _assert_same(tower_params(EXPERIMENT, workdir), tower)
+  assert "8 is damaged" in capsys.readouterr().err
 
 
 def test_workdirs_that_do_not_fit(tmp_path):
