@@ -181,9 +181,10 @@ def tower_params(
   }
   if not (pathlib.Path(folder) / "checkpoints").is_dir():
     return load_tower(folder, config, shapes)
-  params = restore_params(
+  found = restore_params(
     folder, prefix=TOWER, each=lambda _, value: np.asarray(value, np.float32)
-  ).params
+  )
+  params = {path: np.asarray(value) for path, value in found.params.items()}
   wrong = {
     path
     for path in shapes.keys() | params.keys()

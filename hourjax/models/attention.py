@@ -151,9 +151,13 @@ class Attention(nnx.Module):
     Returns:
       What each query reads, after the output product.
     """
-    kind = "self" if context is None else "cross"
     if context is None:
+      kind = "self"
       context, context_position, context_segment = x, position, segment
+    else:
+      kind = "cross"
+    if context_position is None or context_segment is None:
+      raise ValueError("a context needs positions and segments")
     cache = self.keys_values(context, context_position)
     return self.attend(
       x, position, segment, cache, context_segment, kind=kind, causal=causal

@@ -91,7 +91,7 @@ class Stack(nnx.Module):
 
   def scan(
     self,
-    step: Callable[[nnx.Module, Any, Any], tuple],
+    step: Callable[[Any, Any, Any], tuple[Any, Any]],
     x: Any,
     per_layer: Any = None,
   ) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """Parameters as a flat mapping of paths, e.g. "projector/fc1/kernel"."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -33,13 +33,26 @@ def init_params(
   Returns:
     Arrays by path.
   """
+  places = None if shardings is None else tuple(shardings.items())
+  return _drawing(config, prefix, places)(jax.random.key(seed))
 
-  def draw() -> dict[str, jax.Array]:
-    state = nnx.state(HourLLaVA(config, rngs=nnx.Rngs(seed)), nnx.Param)
-    params = {_name(p): value[...] for p, value in nnx.to_flat_state(state)}
+
+@functools.cache
+def _drawing(
+  config: ModelConfig,
+  prefix: str,
+  shardings: tuple[tuple[str, jax.sharding.Sharding], ...] | None,
+) -> Callable[[jax.Array], dict[str, jax.Array]]:
+  """Returns the compiled function from a random key to parameters."""
+
+  def draw(key: jax.Array) -> dict[str, jax.Array]:
+    state = nnx.state(HourLLaVA(config, rngs=nnx.Rngs(key)), nnx.Param)
+    params = {_name(p): value[...] for p, value in _flat(state)}
     return {p: value for p, value in params.items() if p.startswith(prefix)}
 
-  return jax.jit(draw, out_shardings=shardings)()
+  return jax.jit(
+    draw, out_shardings=None if shardings is None else dict(shardings)
+  )
 
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -90,7 +103,7 @@ def with_params(
   return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-_Path = tuple[str | int, ...]
+_Path = tuple[Any, ...]
 
 
 # Building a model takes half a second, and a program is traced for every
@@ -104,9 +117,13 @@ def _abstract(
   graph, state = nnx.split(model)
   return graph, tuple(
     (path, variable)
-    for path, variable in nnx.to_flat_state(state)
+    for path, variable in _flat(state)
     if isinstance(variable, nnx.Param)
   )
+
+
+def _flat(state: nnx.State) -> Iterator[tuple[_Path, nnx.Variable]]:
+  yield from nnx.to_flat_state(state)
 
 
 def _name(path: _Path) -> str:

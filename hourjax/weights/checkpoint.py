@@ -45,7 +45,7 @@ from hourjax.weights.tensors import (
 
 Params = dict[str, Any]  # numpy or jax arrays by path
 # One for all parameters, or one by path.
-Dtypes = np.typing.DTypeLike | Mapping[str, np.typing.DTypeLike]
+Dtypes = type[np.generic] | np.dtype | Mapping[str, np.dtype]
 _SHARD_BYTES = 4 * 2**30
 _BAR_BYTES = 2**26  # from which on a progress bar is shown
 
@@ -106,21 +106,21 @@ def read_entries(
   Returns:
     Arrays by path.
   """
-  dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
+  if not isinstance(dtype, Mapping):
+    dtype = dict.fromkeys(shapes, np.dtype(dtype))
   todo = [
     (entry, part, path)
     for entry in table
     for part, path in enumerate(entry.paths)
   ]
   total = sum(
-    int(np.prod(shapes[path])) * np.dtype(dtypes[path]).itemsize
-    for _, _, path in todo
+    int(np.prod(shapes[path])) * dtype[path].itemsize for _, _, path in todo
   )
-  params = {}
+  params: Params = {}
   with _ReadingBar(total) as count:
     for entry, part, path in todo:
       read = functools.partial(
-        _read, entry, part, shapes[path], reader, np.dtype(dtypes[path]), count
+        _read, entry, part, shapes[path], reader, dtype[path], count
       )
       if shardings is None:
         params[path] = read(tuple(slice(None) for _ in shapes[path]))
@@ -221,7 +221,11 @@ def _placed(
     shape: of the parameter.
     sharding: of the parameter.
   """
-  parts = sharding.addressable_devices_indices_map(tuple(shape)).values()
+  parts = [
+    part
+    for part in sharding.addressable_devices_indices_map(shape).values()
+    if part is not None
+  ]
   bounds = [
     [s.indices(size)[:2] for s, size in zip(part, shape, strict=True)]
     for part in parts
@@ -232,7 +236,9 @@ def _placed(
   ]
   values = read(tuple(slice(*bound) for bound in block))
 
-  def part_of(index: tuple[slice, ...]) -> np.ndarray:
+  def part_of(index: tuple[slice, ...] | None) -> np.ndarray:
+    if index is None:  # by its type; a map of indices has none
+      return values
     cut = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
     return values[
       tuple(
@@ -319,7 +325,7 @@ def _present(
   return [
     entry
     for entry in table
-    if not optional.issuperset(entry.paths) or found & set(entry.names())
+    if not set(entry.paths) <= optional or found & set(entry.names())
   ]
 
 
@@ -424,11 +430,11 @@ def _sizes(path: pathlib.Path) -> VisionConfig:
 def _check_sizes(
   found: VisionConfig, wanted: VisionConfig, folder: pathlib.Path
 ) -> None:
-  found, wanted = dataclasses.asdict(found), dataclasses.asdict(wanted)
+  theirs, ours = dataclasses.asdict(found), dataclasses.asdict(wanted)
   wrong = [
-    f"{name}: {folder.name} {found[name]}, model {wanted[name]}"
-    for name in wanted
-    if found[name] != wanted[name]
+    f"{name}: {folder.name} {theirs[name]}, model {ours[name]}"
+    for name in ours
+    if theirs[name] != ours[name]
   ]
   if wrong:
     raise UserError(

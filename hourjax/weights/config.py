@@ -34,25 +34,32 @@ _NO_CONFIG = "give a checkpoint folder with config.json and safetensors files"
 _REMEDY = "take the config.json that these weights came with, or another model"
 
 
-def _size(most: int, least: int = 1) -> Any:
-  """Returns the type of an integer between two bounds."""
-  return Annotated[int, Field(ge=least, le=most)]
-
-
+_Vocabulary = Annotated[int, Field(ge=1, le=2**24)]
+_Width = Annotated[int, Field(ge=1, le=2**17)]
+_VisionWidth = Annotated[int, Field(ge=1, le=2**16)]
+_Layers = Annotated[int, Field(ge=1, le=1024)]
+_Heads = Annotated[int, Field(ge=1, le=4096)]
+_Mlp = Annotated[int, Field(ge=1, le=2**20)]
+_HeadDim = Annotated[int, Field(ge=1, le=2**12)]
+_Depth = Annotated[int, Field(ge=0, le=256)]
+_Side = Annotated[int, Field(ge=1, le=256)]
+_ImageSize = Annotated[int, Field(ge=1, le=2**14)]
+_PatchSize = Annotated[int, Field(ge=1, le=2**10)]
 _Eps = Annotated[float, Field(ge=0, lt=1)]
 _Base = Annotated[float, Field(gt=1, lt=1e15)]
+_Part = DecoderConfig | VisionConfig
 
 
 class _Config(schema.Schema):
   """Describes the keys of `config.json` that are read."""
 
-  vocab_size: _size(2**24)
-  hidden_size: _size(2**17)
-  num_hidden_layers: _size(1024)
-  num_attention_heads: _size(4096)
-  num_key_value_heads: _size(4096) | None
-  intermediate_size: _size(2**20)
-  head_dim: _size(2**12) | None = None
+  vocab_size: _Vocabulary
+  hidden_size: _Width
+  num_hidden_layers: _Layers
+  num_attention_heads: _Heads
+  num_key_value_heads: _Heads | None
+  intermediate_size: _Mlp
+  head_dim: _HeadDim | None = None
   attention_bias: bool | None = None
   tie_word_embeddings: bool | None = None
   rope_theta: _Base | None = None
@@ -64,8 +71,8 @@ class _Config(schema.Schema):
   max_window_layers: int = 28
   layer_types: list[str] | None = None
   model_type: str | None = None
-  memaug_depth: _size(256, 0) = 4
-  pool_side: _size(256) = 8
+  memaug_depth: _Depth = 4
+  pool_side: _Side = 8
   mm_vision_tower: str | None = None
   mm_hidden_size: int | None = None
   spatial_sampling_type: str | None = None
@@ -76,12 +83,12 @@ class _Config(schema.Schema):
 class _Vision(schema.Schema):
   """Describes a SigLIP tower with Hugging Face's keys."""
 
-  image_size: _size(2**14)
-  patch_size: _size(2**10)
-  hidden_size: _size(2**16)
-  num_hidden_layers: _size(1024)
-  num_attention_heads: _size(4096)
-  intermediate_size: _size(2**20)
+  image_size: _ImageSize
+  patch_size: _PatchSize
+  hidden_size: _VisionWidth
+  num_hidden_layers: _Layers
+  num_attention_heads: _Heads
+  intermediate_size: _Mlp
   layer_norm_eps: _Eps = 1e-6
 
 
@@ -178,15 +185,15 @@ def check_start(folder: str | pathlib.Path, model: ModelConfig) -> None:
     return
   path, raw, config = _read(folder)
   decoder, problems = _decoder(config, raw)
-  pairs = [("decoder", decoder, model.decoder)]
+  pairs: list[tuple[str, _Part, _Part]] = [("decoder", decoder, model.decoder)]
   if config.vision_config is not None or config.mm_vision_tower:
     pairs.append(("vision", _vision(config, path), model.vision))
   for part, found, wanted in pairs:
-    found, wanted = _resolved(found), _resolved(wanted)
+    theirs, ours = _resolved(found), _resolved(wanted)
     problems += [
-      f"{part}.{key} is {found[key]!r}, config.model.{part}.{key} is {value!r}"
-      for key, value in wanted.items()
-      if found[key] != value
+      f"{part}.{key} is {theirs[key]!r}, config.model.{part}.{key} is {value!r}"
+      for key, value in ours.items()
+      if theirs[key] != value
     ]
   _refuse(path, problems)
 
@@ -285,7 +292,7 @@ def _read(
   return path, raw, schema.validate(_Config, raw, str(path), remedy=_REMEDY)
 
 
-def _resolved(config: DecoderConfig | VisionConfig) -> dict[str, Any]:
+def _resolved(config: _Part) -> dict[str, Any]:
   """Returns the fields, the head size as the number that is used."""
   fields = dataclasses.asdict(config)
   if isinstance(config, DecoderConfig):

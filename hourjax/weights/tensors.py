@@ -230,7 +230,7 @@ class TensorReader:
     return True
 
   def _fill(self, tensor: Tensor, block: np.ndarray, offset: int) -> None:
-    view = memoryview(block.reshape(-1).view(np.uint8))
+    view = block.reshape(-1).view(np.uint8).data
     at, file = tensor.start + offset, self._open[tensor.file]
     while view:
       try:

@@ -14,7 +14,11 @@ from hourjax.models import flops
 from hourjax.models.config import HOUR_LLAVA_3B, HOUR_LLAVA_7B, TINY
 from hourjax.models.flops import Work, count_flops, sample_flops
 from hourjax.models.params import param_shapes, with_params
-from hourjax.training.optimizer import OptimizerConfig, split_params
+from hourjax.training.optimizer import (
+  COMPONENTS,
+  OptimizerConfig,
+  split_params,
+)
 from hourjax.training.train_step import loss_sums
 
 STAGE3 = {"projector", "memaug", "decoder"}
@@ -163,21 +167,25 @@ _ROWS = 2
 
 
 @pytest.mark.parametrize(
-  "trained",
+  "trained, remat",
   [
-    {"memaug"},
-    {"projector", "memaug", "decoder"},
-    {"vision", "projector", "memaug", "decoder"},
-    {"decoder"},
+    pytest.param({"memaug"}, "none", marks=pytest.mark.slow),
+    pytest.param({"memaug"}, "full", marks=pytest.mark.slow),
+    pytest.param({"projector", "memaug", "decoder"}, "full"),
+    pytest.param(set(COMPONENTS), "none", marks=pytest.mark.slow),
+    pytest.param(set(COMPONENTS), "full", marks=pytest.mark.slow),
+    pytest.param({"decoder"}, "full", marks=pytest.mark.slow),
   ],
-  ids=lambda parts: "+".join(sorted(parts)),
+  ids=lambda value: (
+    value if isinstance(value, str) else "+".join(sorted(value))
+  ),
 )
-@pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_model_multiplies_what_is_counted(trained, remat):
   """Every product with weights in the traced step, scans and all."""
   _check_products(dataclasses.replace(TINY, remat=remat), trained)
 
 
+@pytest.mark.slow
 def test_qwen3_multiplies_what_is_counted():
   """Heads whose size is not width / heads, in decoder and MemAug."""
   decoder = dataclasses.replace(

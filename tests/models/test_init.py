@@ -45,6 +45,7 @@ def _check(ours, stats):
   assert ours.mean() == pytest.approx(stats["mean"], rel=0, abs=error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [k for k in FROM_CONFIG if k != NEWLINE])
 def test_agrees_with_the_official_init(drawn, name):
   config, params = drawn
@@ -61,6 +62,7 @@ def test_weights_are_official_at_real_widths(config):
   assert config.decoder.width**-0.5 == pytest.approx(OFFICIAL, rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FROM_MODULES, reason=golden_files.NO_GOLDEN)
 def test_newline_is_initialised(drawn):
   config, params = drawn
@@ -68,6 +70,7 @@ def test_newline_is_initialised(drawn):
   _check(ours, FROM_MODULES[NEWLINE])
 
 
+@pytest.mark.slow
 def test_every_parameter_is_finite_and_small(drawn):
   _, params = drawn
   for path, value in params.items():
@@ -76,6 +79,7 @@ def test_every_parameter_is_finite_and_small(drawn):
   assert params["newline"].std() > 0.05
 
 
+@pytest.mark.slow
 def test_layers_differ_and_seeds_differ(drawn):
   config, params = drawn
   other = init_params(config, seed=1)

@@ -99,6 +99,7 @@ def test_output(alone, kernel):
     np.testing.assert_allclose(got, alone.arrays[key], rtol=0, atol=ATOL)
 
 
+@pytest.mark.slow
 def test_every_step_of_every_block(alone):
   x, memory, places = alone.inputs
   stack = alone.module()
@@ -131,7 +132,7 @@ def test_every_step_of_every_block(alone):
   "kernel, remat",
   [
     ("reference", "none"),
-    ("reference", "full"),
+    pytest.param("reference", "full", marks=pytest.mark.slow),
     pytest.param("reference", "dots", marks=pytest.mark.slow),
     # The interpreter's callbacks cannot be rematerialised.
     pytest.param("tpu", "none", marks=pytest.mark.slow),
@@ -161,6 +162,7 @@ def test_gradients(alone, kernel, remat):
     )
 
 
+@pytest.mark.slow
 def test_samples_share_a_row_and_one_memory(alone):
   """Both read memory 1, neither sees the other or the row's second memory."""
   queries, memory, places = alone.inputs

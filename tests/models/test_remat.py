@@ -1,5 +1,7 @@
 """What each kind of rematerialisation keeps, and that it changes nothing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +11,15 @@ from flax import nnx
 from hourjax.models import decoder
 from hourjax.models.config import TINY
 from hourjax.models.layers import rematerialised
+from tests.models import random_params
+
+
+def _layer():
+  return decoder.DecoderLayer(TINY.decoder, "float32", nnx.Rngs(0))
 
 
 def _loss(remat):
-  layer = decoder.DecoderLayer(TINY.decoder, "float32", nnx.Rngs(0))
-  graph, params = nnx.split(layer)
+  graph, params = random_params.module(_layer)
   where = {
     "position": jnp.arange(16)[None],
     "segment": jnp.ones((1, 16), jnp.int32),
@@ -36,15 +42,18 @@ def test_dots_computes_no_product_again():
   assert full == none + 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_gradients_are_the_same(remat):
-  x = jax.random.normal(jax.random.key(1), (1, 16, TINY.decoder.width))
-  got, expected = (
-    jax.jit(jax.grad(loss))(params, x)
-    for loss, params in map(_loss, (remat, "none"))
-  )
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
-    got,
-    expected,
+    _gradients(remat),
+    _gradients("none"),
   )
+
+
+@functools.cache
+def _gradients(remat):
+  loss, params = _loss(remat)
+  x = np.random.default_rng(1).normal(size=(1, 16, TINY.decoder.width))
+  return jax.jit(jax.grad(loss))(params, x.astype(np.float32))

@@ -12,9 +12,10 @@ from safetensors.numpy import load_file
 
 from hourjax.data.media import images
 from hourjax.models.config import TINY, DecoderConfig, ModelConfig, VisionConfig
-from hourjax.models.hourllava import HourLLaVA
+from hourjax.models.params import with_params
 from hourjax.models.siglip import VisionTower, pool_frames, pool_matrix
 from tests import golden_files, official
+from tests.models import random_params
 
 ATOL = 1e-5
 
@@ -60,7 +61,13 @@ class Alone:
     )
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(
+  scope="module",
+  params=[
+    pytest.param(name, marks=[pytest.mark.slow] if n else [])
+    for n, name in enumerate(sorted(NAMES, reverse=True))
+  ],
+)
 def alone(request):
   return Alone(request.param)
 
@@ -118,12 +125,20 @@ def test_bfloat16_features_stay_close(alone):
 def test_pixels_beyond_the_last_patch_are_not_seen():
   """384 = 27 x 14 + 6; here 17 = 3 x 5 + 2."""
   vision = VisionConfig(17, 5, width=8, layers=1, heads=2, mlp=8)
-  tower = VisionTower(vision, dtype="float32", remat="none", rngs=nnx.Rngs(0))
-  pixels = jax.random.normal(jax.random.key(0), (1, 17, 17, 3))
-  got = tower(pixels)
+  config = ModelConfig(
+    vision, TINY.decoder, memaug_layers=0, dtype="float32", remat="none"
+  )
+  tower = jax.jit(
+    with_params(
+      config, random_params.params(config, "vision/"), prefix="vision/"
+    ).vision
+  )
+  pixels = np.random.default_rng(0).normal(size=(1, 17, 17, 3))
+  pixels = pixels.astype(np.float32)
+  got = tower(jnp.asarray(pixels))
   assert got.shape == (1, 9, 8)
-  changed = pixels.at[:, 15:].set(9.0).at[:, :, 15:].set(9.0)
-  np.testing.assert_array_equal(tower(changed), got)
+  pixels[:, 15:] = pixels[:, :, 15:] = 9.0
+  np.testing.assert_array_equal(tower(jnp.asarray(pixels)), got)
 
 
 # --- pooling ----------------------------------------------------------------
@@ -176,7 +191,8 @@ def test_bytes_are_encoded_as_the_images_module_says():
     remat="none",
   )
   pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 6, 6, 3), np.uint8)
-  encode = jax.jit(lambda x: HourLLaVA(config, rngs=nnx.Rngs(0)).encode(x))
-  got = encode(pixels)
+  encode = jax.jit(with_params(config, random_params.params(config)).encode)
+  got = encode(jnp.asarray(pixels))
   assert got.shape == (6, 9, 8)
-  np.testing.assert_allclose(got, encode(images.to_pixels(pixels)), atol=1e-5)
+  expected = encode(jnp.asarray(images.to_pixels(pixels)))
+  np.testing.assert_allclose(got, expected, atol=1e-5)

@@ -246,6 +246,6 @@ def test_what_is_read_is_told(tmp_path, monkeypatch, capfd):
   folders.save(tmp_path)
   folders.load(tmp_path)
   assert not capfd.readouterr().err  # so little
-  monkeypatch.setattr(checkpoint, "_TOLD", 0)
+  monkeypatch.setattr(checkpoint, "_BAR_BYTES", 0)
   folders.load(tmp_path)
   assert "reading weights" in capfd.readouterr().err
