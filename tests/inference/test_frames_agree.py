@@ -17,6 +17,7 @@ from hourjax.extraction.worker import extract_videos
 from hourjax.inference import video_features
 from hourjax.inference.engine import EncodedMemory, row_spec
 from hourjax.inference.model import Model
+from hourjax.inference.steps import DecodeState
 from hourjax.models.params import param_shapes
 from hourjax.parallel.mesh import MeshConfig, make_mesh
 from tests import videos
@@ -175,9 +176,9 @@ def test_attention_to_repeated_frames_is_that_of_the_frame(model, monkeypatch):
   index[-5:] = -1  # padding
   weights = np.where(index >= 127 * tokens, 3.0, 0.0)[None]
   weights[0, 0] = tokens
-
+  state = DecodeState(*[None] * len(DecodeState._fields))
   monkeypatch.setattr(
-    model.engine, "prefill", lambda *args, **options: (None, weights)
+    model.engine, "prefill", lambda *args, **options: (state, weights)
   )
   encoded = EncodedMemory(token_index=index)
   answering = dataclasses.replace(memory._answering, memory=encoded)
@@ -219,7 +220,7 @@ def test_evaluating(model, folder, store, reading, tmp_path):
       frames = case.kept if features else case.shown
       assert sentence == _words(case.seconds, frames)
     if not features:
-      assert reading.num_frames == [case.indices for case in FILES.values()]
+      assert reading.frames == [case.indices for case in FILES.values()]
     (name,) = report.data["runs"]
     notes = report.data["runs"][name]["notes"]
     expected = [frame_rules.sparse_note(1)] if features else []

@@ -8,13 +8,14 @@ import pytest
 from hourjax.errors import UserError
 from hourjax.inference.sampling import Sampling, row_sampling, sample
 
+_sample = jax.jit(sample)
 LOGITS = np.log(np.array([0.5, 0.1, 0.25, 0.15], np.float32))
 
 
 def _drawn(sampling, rows=4000):
   logits = jnp.tile(LOGITS[None], (rows, 1))
   keys = row_sampling(sampling, 0, rows)
-  tokens = sample(logits, keys, jnp.zeros(rows, jnp.int32))
+  tokens = _sample(logits, keys, jnp.zeros(rows, jnp.int32))
   return np.bincount(tokens, minlength=4) / rows
 
 
@@ -45,19 +46,19 @@ def test_top_p_keeps_the_nucleus(top_p, left):
 def test_draws_depend_on_the_prompt_and_not_on_the_batch():
   logits = jax.random.normal(jax.random.key(0), (6, 50))
   count = jnp.arange(6)
-  whole = sample(logits, row_sampling(Sampling(1.0, 0.9, 5), 0, 6), count)
-  part = sample(
+  whole = _sample(logits, row_sampling(Sampling(1.0, 0.9, 5), 0, 6), count)
+  part = _sample(
     logits[4:], row_sampling(Sampling(1.0, 0.9, 5), 4, 2), count[4:]
   )
   np.testing.assert_array_equal(whole[4:], part)
-  other = sample(logits, row_sampling(Sampling(1.0, 0.9, 6), 0, 6), count)
+  other = _sample(logits, row_sampling(Sampling(1.0, 0.9, 6), 0, 6), count)
   assert (np.asarray(whole) != np.asarray(other)).any()
 
 
 def test_draws_of_one_prompt_differ_by_count():
   logits = jnp.zeros((1, 1000))
-  keys, jitted = row_sampling(Sampling(1.0), 0, 1), jax.jit(sample)
-  tokens = {int(jitted(logits, keys, jnp.array([n]))[0]) for n in range(20)}
+  keys = row_sampling(Sampling(1.0), 0, 1)
+  tokens = {int(_sample(logits, keys, jnp.array([n]))[0]) for n in range(20)}
   assert len(tokens) > 15
 
 
