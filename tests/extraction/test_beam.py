@@ -11,6 +11,7 @@ from hourjax.errors import UserError
 from hourjax.extraction import beam, worker
 from hourjax.extraction.streaming import FeatureWriter
 from hourjax.training.config import build_experiment
+from hourjax.weights.checkpoint import save_params
 from tests import videos
 from tests.extraction import towers
 
@@ -27,8 +28,13 @@ def job(tmp_path):
   parts = ("forgetting", "data", "rows", "optimizer", "read")
   model = {"model": dataclasses.asdict(towers.MODEL)}
   experiment = build_experiment(model | {name: {} for name in parts})
+  save_params(towers.params(), towers.MODEL, tmp_path / "tower")
   return beam.ExtractionJob(
-    experiment, None, str(folder), str(tmp_path / "store"), batch_frames=8
+    experiment,
+    str(tmp_path / "tower"),
+    str(folder),
+    str(tmp_path / "store"),
+    batch_frames=8,
   )
 
 

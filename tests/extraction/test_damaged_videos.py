@@ -1,4 +1,4 @@
-"""Odd and damaged videos in whole runs: each costs itself, and it is said."""
+"""Odd and damaged videos in whole runs: each fails alone, with its reason."""
 
 import json
 
@@ -55,7 +55,7 @@ def _rows(path):
 
 def test_extraction(folder, tmp_path, capsys):
   out = tmp_path / "store"
-  failed = towers.extract(towers.params(), folder, out, batch_frames=16)
+  failed = towers.extract(towers.params(), folder, out, batch_frames=8)
   assert {item.id for item in failed} == BAD
   store = FeatureStore(out)
   assert set(store.videos()) == GOOD | {"part.mkv"}
@@ -66,10 +66,10 @@ def test_extraction(folder, tmp_path, capsys):
   assert index["part.mkv"]["share"] == share
   assert all("share" not in index[name] for name in GOOD)
   assert store.stored("part.mkv").frames == 128
-  ledger = {row["file"]: row for row in _rows(out / "failures-00000.jsonl")}
-  assert ledger.keys() == BAD | {"part.mkv"}
-  assert ledger["part.mkv"]["share"] == share
-  assert "% of 128 frames can be read" in ledger["cut.mkv"]["reason"]
+  listed = {row["file"]: row for row in _rows(out / "failures-00000.jsonl")}
+  assert listed.keys() == BAD | {"part.mkv"}
+  assert listed["part.mkv"]["share"] == share
+  assert "% of 128 frames can be read" in listed["cut.mkv"]["reason"]
   printed = capsys.readouterr().out
   assert "left out for their endings: 1 files (.txt 1)" in printed
   assert "1 read in part, 3 failed" in printed
@@ -86,7 +86,7 @@ def test_the_share_is_an_option(folder, tmp_path):
   names = tmp_path / "names.txt"
   names.write_text("part.mkv\ncut.mkv\n")
   out = tmp_path / "store"
-  run = {"batch_frames": 16, "names": names}
+  run = {"batch_frames": 8, "names": names}
   strict = towers.extract(towers.params(), folder, out, min_share=1.0, **run)
   assert {item.id for item in strict} == {"part.mkv", "cut.mkv"}
   assert (
@@ -96,7 +96,7 @@ def test_the_share_is_an_option(folder, tmp_path):
 
 
 def test_a_video_notes_damaged_frames(folder):
-  encoder = Encoder(towers.params(), towers.MODEL, batch_frames=16)
+  encoder = Encoder(towers.params(), towers.MODEL, batch_frames=8)
   video = read_video_features(
     folder / "part.mkv", encoder, lambda done, total: None
   )

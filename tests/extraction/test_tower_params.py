@@ -56,7 +56,7 @@ def _checkpoint(workdir, frozen, trained, steps=(7,)):
 
 @pytest.mark.slow
 def test_fresh_ones_are_those_that_training_draws():
-  _assert_same(tower_params(EXPERIMENT), _tower(towers.params()))
+  _assert_same(tower_params(EXPERIMENT), _tower(init_params(towers.MODEL, 0)))
 
 
 def test_a_checkpoint_folder_by_option_and_by_init(tmp_path):

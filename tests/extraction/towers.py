@@ -15,8 +15,9 @@ from hourjax.data.records.record import Skipped
 from hourjax.data.store.features import FeatureStore
 from hourjax.extraction.worker import extract_videos
 from hourjax.models.config import DecoderConfig, ModelConfig, VisionConfig
-from hourjax.models.params import init_params, with_params
+from hourjax.models.params import with_params
 from hourjax.models.siglip import pool_frames
+from tests.drawn_params import draw_params
 
 MODEL = ModelConfig(
   VisionConfig(
@@ -34,13 +35,13 @@ SHAPE = (4, 16)
 
 
 @functools.cache
-def params() -> dict[str, jax.Array]:
-  """Freshly drawn ones."""
-  return init_params(MODEL, 0)
+def params() -> dict[str, np.ndarray]:
+  """Draws the parameters of MODEL."""
+  return draw_params(MODEL, 0)
 
 
-def other_params() -> dict[str, jax.Array]:
-  """Those of another tower."""
+def other_params() -> dict[str, np.ndarray]:
+  """Draws the parameters of another tower."""
   return params() | {"vision/position": params()["vision/position"] + 1}
 
 
@@ -51,19 +52,19 @@ def _encode(params, pixels):
 
 
 def features(params, pixels: np.ndarray) -> np.ndarray:
-  """The features of at most 160 uint8 pictures, by the whole model."""
+  """Computes the features of at most 160 uint8 frames by the whole model."""
   padded = np.zeros((160, *pixels.shape[1:]), np.uint8)
   padded[: len(pixels)] = pixels
   return np.asarray(_encode(params, padded))[: len(pixels)]
 
 
 def extract(params, root, out, **options) -> list[Skipped]:
-  """`extract_videos` of MODEL."""
+  """Extracts with the tower of MODEL."""
   return extract_videos(params, MODEL, videos=root, out=out, **options)
 
 
 def oracle(params, path) -> np.ndarray:
-  """Features of a video by decoding it whole and running the whole model."""
+  """Computes the features of a video that is decoded whole."""
   info = probe(path)
   indices, _ = extraction_frames(info.frames, info.fps)
   with av.open(str(path)) as container:
@@ -76,7 +77,7 @@ def oracle(params, path) -> np.ndarray:
 
 
 def read_all(store: FeatureStore, name: str) -> np.ndarray:
-  """All stored frames of a video."""
+  """Reads the features of all stored frames of a video."""
   frames = np.arange(store.stored(name).frames)
   return store.read(name, frames, SHAPE)
 
@@ -86,7 +87,13 @@ def write_config(
   pool_side: int = MODEL.pool_side,
   vision: dict | None = None,
 ) -> pathlib.Path:
-  """A configuration file of MODEL for commands; `vision` changes the tower."""
+  """Writes a configuration file of MODEL for commands.
+
+  Args:
+    path: the file.
+    pool_side: side of the grid of a frame's features.
+    vision: changes to the configuration of the tower.
+  """
   model = dataclasses.asdict(MODEL) | {"pool_side": pool_side}
   model["vision"] |= vision or {}
   names = ("forgetting", "data", "rows", "optimizer", "read")

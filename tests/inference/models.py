@@ -27,8 +27,9 @@ from hourjax.inference.model import Model
 from hourjax.inference.prompts import Rules
 from hourjax.inference.steps import DecodeState
 from hourjax.models.config import TINY, ModelConfig, VisionConfig
-from hourjax.models.params import init_params, with_params
+from hourjax.models.params import with_params
 from hourjax.parallel.mesh import MeshConfig, make_mesh
+from tests.drawn_params import draw_params
 
 CONFIG = dataclasses.replace(
   TINY,
@@ -59,9 +60,9 @@ def tiny(
   Its weights are larger than training draws them, so that answers depend on
   the question.
   """
-  params = init_params(config, 3)
+  params = draw_params(config, 3)
   params = {
-    path: np.asarray(value) * (3 if path.endswith("kernel") else 1)
+    path: value * np.float32(3 if path.endswith("kernel") else 1)
     for path, value in params.items()
   }
   mesh = mesh or MeshConfig(fsdp=1)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -20,12 +21,13 @@ from hourjax.data.pipeline import ReadOptions
 from hourjax.data.rows import Size
 from hourjax.data.store.features import FeatureStore
 from hourjax.errors import UserError
-from hourjax.models.params import init_params, narrow_dtype, param_shapes
+from hourjax.models.params import narrow_dtype, param_shapes
 from hourjax.parallel.mesh import MeshConfig
 from hourjax.training.checkpoint import Checkpoints
 from hourjax.training.train_state import TrainState
 from hourjax.weights.checkpoint import load_params, save_params
 from tests import videos
+from tests.drawn_params import draw_params
 from tests.inference import models
 from tests.training import runs
 
@@ -92,13 +94,18 @@ def test_weights_of_a_run_that_are_not_finite(tmp_path):
   raw = run_of(config)
   models.tokenizer(tmp_path / "words")
   raw["data"] = {"tokenizer": str(tmp_path / "words")}
-  params = dict(init_params(models.CONFIG, 3))
+  params = draw_params(models.CONFIG, 3)
   name = "decoder/layers/layers/gate/kernel"
   for number in (0.5, np.nan):
-    params[name] = params[name].at[1, 2, 3].set(number)
+    params[name][1, 2, 3] = number
     run = tmp_path / str(number)
     made = Checkpoints(run)
-    made.save(TrainState(jnp.int32(1), params, {}, ()), 1, "plan", raw)
+    made.save(
+      TrainState(jnp.int32(1), jax.tree.map(jnp.asarray, params), {}, ()),
+      1,
+      "plan",
+      raw,
+    )
     made.finish()
     made.close()
     (run / "config.json").write_text(json.dumps(raw))

@@ -21,6 +21,7 @@ from hourjax.models.params import (
 )
 from hourjax.parallel.mesh import MeshConfig, make_mesh
 from hourjax.training.batch_sharding import abstract_batch
+from tests.drawn_params import draw_params
 from tests.inference import models
 
 CONFIG = dataclasses.replace(models.CONFIG, dtype="bfloat16")
@@ -33,20 +34,11 @@ WIDE = dataclasses.replace(
 )
 
 
-def _drawn():
-  """float32, without the compiler, which takes longer than the tests."""
-  rng = np.random.default_rng(0)
-  return {
-    path: rng.normal(size=shape).astype(np.float32) / 4
-    for path, shape in param_shapes(CONFIG).items()
-  }
-
-
 @pytest.fixture(scope="module")
 def params():
   return {
     path: jnp.asarray(value, narrow_dtype(path, CONFIG))
-    for path, value in _drawn().items()
+    for path, value in draw_params(CONFIG, 0).items()
   }
 
 
@@ -129,7 +121,7 @@ def test_no_stack_is_made_in_float32():
 def test_the_tower_alone(params):
   pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3))
   pixels = pixels.astype(np.uint8)
-  one = Encoder(_drawn(), CONFIG, batch_frames=2)
+  one = Encoder(draw_params(CONFIG, 0), CONFIG, batch_frames=2)
   two = Encoder(params, CONFIG, batch_frames=2)
   np.testing.assert_array_equal(one(pixels), two(pixels))
   assert one.fingerprint != two.fingerprint  # of what was given
