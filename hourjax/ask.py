@@ -56,15 +56,15 @@ _PICTURE = flags.DEFINE_string(
 def _encoded_memory() -> Memory:
   """Loads the model and encodes what the options name."""
   with progress.step("reading the model"):
-    model = load(_MODEL.value, tokenizer=_TOKENIZER.value)
+    model = load(command.given(_MODEL), tokenizer=_TOKENIZER.value)
   if _IMAGES.value:
     return model.encode_images(image_paths(_IMAGES.value))
-  source, seconds = _VIDEO.value or _FEATURES.value, _DURATION.value
+  source = _VIDEO.value or _FEATURES.value or ""  # one of them is given
   with (
     progress.step("encoding the video"),
     progress_bar("read", "frame") as bar,
   ):
-    memory = model.encode_memory(source, duration=seconds, progress=bar)
+    memory = model.encode_memory(source, duration=_DURATION.value, progress=bar)
   if memory.note:
     print(f"note: {memory.note}", file=sys.stderr)
   return memory

@@ -69,24 +69,25 @@ def _extract(experiment: Experiment) -> list[Skipped]:
       " weights give --tower",
       flush=True,
     )
+  videos, out = command.given(_VIDEOS), command.given(_OUT)
+  frames, share, tower = _FRAMES.value, _SHARE.value, _TOWER.value
   if _RUNNER.value:
-    given = (_TOWER, _VIDEOS, _OUT, _FRAMES, _SHARE)
-    job = beam.ExtractionJob(experiment, *(flag.value for flag in given))
+    job = beam.ExtractionJob(experiment, tower, videos, out, frames, share)
     return beam.extract_videos(
       job, runner=_RUNNER.value, options=_OPTIONS.value, names=_NAMES.value
     )
   with progress.step("reading the tower"):
-    tower = tower_params(experiment, _TOWER.value)
+    params = tower_params(experiment, tower)
   return extract_videos(
-    tower,
+    params,
     experiment.model,
-    videos=_VIDEOS.value,
-    out=_OUT.value,
-    batch_frames=_FRAMES.value,
+    videos=videos,
+    out=out,
+    batch_frames=frames,
     threads=_THREADS.value,
     worker=parse_worker(_WORKER.value) if _WORKER.value else None,
     names=_NAMES.value,
-    min_share=_SHARE.value,
+    min_share=share,
   )
 
 
