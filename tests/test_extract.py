@@ -81,8 +81,8 @@ def test_good_and_bad_videos_in_one_folder(tmp_path):
     assert f"  failed {name}: " in stdout
   assert f"{total}/{total}" in stderr  # the bar
   assert set(FeatureStore(out).videos()) == set(good)
-  ledger = (out / "failures-00000.jsonl").read_text().splitlines()
-  assert {json.loads(line)["file"] for line in ledger} == set(bad)
+  lines = (out / "failures-00000.jsonl").read_text().splitlines()
+  assert {json.loads(line)["file"] for line in lines} == set(bad)
   for name in bad:
     (folder / name).unlink()
   code, stdout, stderr = _run(_arguments(folder, out))

@@ -24,7 +24,7 @@ class Memory:
 
   Attributes:
     duration: length of the video in seconds; None if it is not a video.
-    num_frames: frames that the model is told of; 0 if it is not a video.
+    num_frames: number of frames that the prompt names; 0 if it is not a video.
     note: what a user should know of the frames, e.g. that some are damaged;
       usually "".
   """

@@ -76,7 +76,7 @@ class Prompts:
       Turn(t.role, t.text.replace(MARKER, "")) if t.role == "gpt" else t
       for t in turns
     ]
-    shown = kept.of_question(question_ids(turns, self.tokenizer))
+    seen = kept.of_question(question_ids(turns, self.tokenizer))
     first = turns[0].text
     missing = len(repository.slots) - sum(t.text.count(MARKER) for t in turns)
     if missing > 0:
@@ -89,7 +89,7 @@ class Prompts:
       video=video,
       prompt_only=True,
     )
-    layout = build_layout(prompt, repository, shown, name="the question")
+    layout = build_layout(prompt, repository, seen, name="the question")
     length = len(layout.decoder_token)
     if length + max_tokens > self.rules.max_length:
       raise UserError(

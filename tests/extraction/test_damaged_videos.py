@@ -74,7 +74,7 @@ def test_extraction(folder, tmp_path, capsys):
   assert "left out for their endings: 1 files (.txt 1)" in printed
   assert "1 read in part, 3 failed" in printed
   assert f"read in part part.mkv: {share:.2%} of its frames" in printed
-  # What stands in is the last picture that there is.
+  # The last sound frame stands in.
   features = towers.read_all(store, "part.mkv").astype(np.float32)
   there = round(share * 128)
   np.testing.assert_array_equal(

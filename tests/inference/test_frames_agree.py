@@ -25,7 +25,7 @@ from tests.data.media.frame_cases import CASES
 from tests.evaluation import fakes
 from tests.inference import models
 
-# Few pictures, a short video, a long one, and one of a rate that is rounded.
+# Few frames, a short video, a long one, and one of a rate that is rounded.
 FILES = {
   f"{case.name.replace('/', ' by ')}.mp4": case
   for case in CASES
@@ -119,12 +119,14 @@ def _of_memory(memory, tokenizer) -> str:
 
 
 def _dataset(model, folder, names, features=None):
-  talk = [
+  conversation = [
     {"from": "human", "value": "<image>\nWho?"},
     {"from": "gpt", "value": "Ann."},
   ]
   records = [
-    parse_record({"id": name, "video": name, "conversations": talk}, "test")
+    parse_record(
+      {"id": name, "video": name, "conversations": conversation}, "test"
+    )
     for name in names
   ]
   return dataset.Dataset.from_records(
