@@ -222,7 +222,7 @@ def test_an_error_that_no_check_foresees_fails_one_video(
 def test_a_failed_video_leaves_no_file_behind_while_others_run(
   params, tmp_path
 ):
-  """What it had written is gone when its outcome is reported, not at the end."""
+  """What it had written is gone by the time its outcome is reported."""
   root = tmp_path / "videos"
   videos.bad(root)
   videos.write(root / "plain.mp4", 150)

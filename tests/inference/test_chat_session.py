@@ -27,7 +27,14 @@ def _ask(memory, question, **options):
   return session, answer_ids(session)
 
 
-@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize(
+  "question",
+  [
+    QUESTIONS[0],
+    pytest.param(QUESTIONS[1], marks=pytest.mark.slow),
+    QUESTIONS[2],
+  ],
+)
 def test_first_and_later_questions(model, memory, visual, question):
   # The memory was encoded once, for all of them.
   _, ids = _ask(memory, question)
@@ -35,6 +42,7 @@ def test_first_and_later_questions(model, memory, visual, question):
   _is_greedy(models.slow_logits(model, layout, visual, ids), ids)
 
 
+@pytest.mark.slow
 def test_answers_depend_on_question_and_video(model, memory):
   texts = {answer.text for answer in memory.answer(QUESTIONS, max_tokens=8)}
   assert len(texts) > 1
@@ -51,7 +59,7 @@ def test_batches_of_unequal_prompts(memory):
   ]
 
 
-def test_many_questions_are_read_in_batch_sizes(memory, monkeypatch):
+def test_many_questions_are_read_in_batches(memory, monkeypatch):
   expected = memory.answer(QUESTIONS, max_tokens=TOKENS)
   monkeypatch.setattr("hourjax.inference.memory._BATCH_QUERIES", 1)
   assert memory.answer(QUESTIONS, max_tokens=TOKENS) == expected
@@ -122,6 +130,7 @@ def test_a_question_that_is_refused_costs_no_cache(memory):
   assert answer.attention is None  # the memory was not read again
 
 
+@pytest.mark.slow
 def test_stop_tokens_end_an_answer(model, memory, monkeypatch):
   free = memory.answer(QUESTIONS, max_tokens=TOKENS)
   session, ids = _ask(memory, QUESTIONS[1])
@@ -161,6 +170,7 @@ def test_attention_is_that_of_the_probe_queries(model, memory):
   assert (layout.query_token[probes] < 0).all() and len(probes) > 100
 
 
+@pytest.mark.slow
 def test_text_alone(model):
   memory = model.empty_memory()
   answers = memory.answer(QUESTIONS, max_tokens=TOKENS)
@@ -214,6 +224,7 @@ def test_a_marker_that_opens_a_question_is_the_video(memory):
   assert plain.text == marked.text
 
 
+@pytest.mark.slow
 def test_a_long_turn_is_read_in_parts(memory, monkeypatch):
   def second(turn):
     monkeypatch.setattr("hourjax.inference.chat_session._EXTEND_TOKENS", turn)
