@@ -11,15 +11,21 @@ import dataclasses
 import os
 import pathlib
 import time
+import zipfile
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from hourjax import schema
 from hourjax.batch import Batch
 from hourjax.data.columns import Columns
 from hourjax.data.dataset import Dataset, Unread
+from hourjax.data.forgetting import EMBEDDER_PARAMS, Embedder
 from hourjax.data.pipeline import Delivered
 from hourjax.data.prepared import Prepared
 from hourjax.data.row_plan import PlanOptions, RowPlan
@@ -27,8 +33,12 @@ from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 from hourjax.jsonl import JsonlWriter, read_valid_rows
+from hourjax.models.config import ModelConfig
+from hourjax.models.params import narrow_dtype
+from hourjax.parallel import hosts
 from hourjax.training.batch_sharding import BatchSharding
 from hourjax.training.config import Experiment
+from hourjax.training.train_step import TrainState
 
 _LISTED = 20  # reasons in a message
 MAX_WEIGHT = 10_000
@@ -289,3 +299,90 @@ class UnreadSampleLog:
         f" read, more than config.data.max_skipped={self._max_share}; mend"
         f" them or raise it (all are in {self._path}):\n  {reasons}"
       )
+
+
+# The projector and word embeddings that question-guided forgetting uses. Rows
+# are filled on the host, ahead of the steps that change the parameters, and a
+# run that goes on must keep the frames that it kept before. So a run compares
+# frames with questions by the parameters that it started from, and keeps them.
+# `ask` and `evaluate` compare by the parameters that they answer with.
+QUESTION_EMBEDDER = "question_embedder.npz"
+
+
+def question_embedder(
+  state: TrainState, config: ModelConfig, workdir: pathlib.Path
+) -> Embedder:
+  """Returns the embedder of a run; at step 0 it also writes it down.
+
+  All processes must call it. Weights are rounded to the compute dtype, as the
+  model rounds them when it uses them.
+
+  Args:
+    state: that the run starts or goes on from.
+    config: of the model.
+    workdir: of the run.
+
+  Raises:
+    UserError: the run goes on and the file is missing or damaged, or it cannot
+      be written.
+  """
+  path = workdir / QUESTION_EMBEDDER
+  if int(state.step) > 0:
+    with hosts.together():
+      return Embedder(_read_embedder(path, config))
+  params = {
+    name: _on_host((state.trained | state.frozen)[name], name, config)
+    for name in EMBEDDER_PARAMS
+  }
+  with hosts.together():
+    if hosts.is_primary():
+      _write_embedder(path, params)
+  return Embedder(params)
+
+
+def _on_host(array: jax.Array, name: str, config: ModelConfig) -> np.ndarray:
+  """Gathers an array from all devices of all processes."""
+  dtype = narrow_dtype(name, config)
+  mesh = getattr(array.sharding, "mesh", None)
+  whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+  # Cast before it is gathered: half as much is sent and held.
+  cast = jax.jit(lambda x: x.astype(dtype), out_shardings=whole)
+  return np.asarray(cast(array).addressable_data(0))
+
+
+def _write_embedder(path: pathlib.Path, params: dict[str, np.ndarray]) -> None:
+  partial = path.with_name(f".{path.name}.partial")
+  # numpy would forget the name of bfloat16, so bits are written.
+  bits: dict[str, Any] = {name: _as_bits(x) for name, x in params.items()}
+  try:
+    with open(partial, "wb") as file:
+      np.savez(file, **bits)
+    os.replace(partial, path)
+  except OSError as error:
+    partial.unlink(missing_ok=True)
+    raise UserError(
+      f"{path} cannot be written ({error}); make room, or choose another"
+      " --workdir"
+    ) from None
+
+
+def _as_bits(value: np.ndarray) -> np.ndarray:
+  return value.view(np.uint16) if value.dtype == jnp.bfloat16 else value
+
+
+def _read_embedder(
+  path: pathlib.Path, config: ModelConfig
+) -> dict[str, np.ndarray]:
+  try:
+    with np.load(path) as found:
+      bits = {name: found[name] for name in EMBEDDER_PARAMS}
+      return {
+        name: value.view(narrow_dtype(name, config))
+        for name, value in bits.items()
+      }
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    raise UserError(
+      f"{path}, by which forgetting.temporal=question chose the frames of this"
+      f" run, cannot be read ({error}); put it back, or start another workdir"
+      " with config.init set to this one"
+    ) from None

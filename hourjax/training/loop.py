@@ -50,6 +50,7 @@ from hourjax.training.data_loader import (
   DataLoader,
   UnreadSampleLog,
   open_dataset,
+  question_embedder,
   row_plan,
 )
 from hourjax.training.faults import NonFiniteSteps, Preemption
@@ -135,6 +136,8 @@ def _train(
         print(
           _summary(experiment, dataset, rows, state, steps), file=sys.stderr
         )
+    if experiment.forgetting.needs_question:
+      dataset.embedder = question_embedder(state, experiment.model, workdir)
     start = int(state.step)
     if preemption.should_stop_at_once():
       print(f"left before step {start + 1}; nothing is lost", file=sys.stderr)
