@@ -18,7 +18,14 @@ from tests import typechecks
 # Must come before anything imports hourjax.
 install_import_hook("hourjax", f"{typechecks.__name__}.typechecked")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-hypothesis.settings.register_profile(
-  "hourjax", deadline=None, derandomize=True, database=None
-)
-hypothesis.settings.load_profile("hourjax")
+# HYPOTHESIS_PROFILE=ci (the default) tries few examples of each property, and
+# always the same ones; nightly tries many, and other ones every time. A test
+# that asks for a number of its own gets that in both.
+_ALWAYS = {"deadline": None, "database": None}
+_PROFILES = {
+  "ci": {"max_examples": 30, "derandomize": True},
+  "nightly": {"max_examples": 300, "derandomize": False, "print_blob": True},
+}
+for _name, _settings in _PROFILES.items():
+  hypothesis.settings.register_profile(_name, **_ALWAYS, **_settings)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -1,6 +1,7 @@
 """Who may import whom, read from the source."""
 
 import ast
+import collections
 import functools
 import graphlib
 from pathlib import Path
@@ -126,3 +127,48 @@ def test_no_import_cycle():
 def test_length(path):
   lines = len(path.read_text().splitlines())
   assert lines <= (100 if path in ENTRY_POINTS else 500)
+
+
+def _room(module):
+  """The package or top-level module below hourjax that a module is in."""
+  return ".".join(module.split(".")[:2])
+
+
+ROOMS = {_room(module) for module in MODULES} - {"hourjax"}
+
+
+def test_no_circle_between_packages():
+  """Two packages that import each other are one, whatever their files do."""
+  graph = {room: set() for room in ROOMS}
+  for module, path in MODULES.items():
+    if module == "hourjax":
+      continue  # what a notebook needs, from everywhere
+    names = {_room(name) for name in _imports(path) if _within(name, "hourjax")}
+    graph[_room(module)] |= names - {_room(module), "hourjax"}
+  graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_packages_are_small_enough_to_look_through():
+  files = collections.Counter(path.parent for path in FILES)
+  del files[ROOT / "hourjax"]  # commands, and what all packages share
+  large = {
+    str(folder.relative_to(ROOT)): count
+    for folder, count in files.items()
+    if count > 17  # with __init__.py
+  }
+  assert not large
+
+
+# Lower this where a module is joined to its importer, and do not raise it.
+MOST_WITH_ONE_IMPORTER = 46
+
+
+def test_few_modules_have_a_single_importer():
+  """What only one module needs is suspicious: is it a part of that one?"""
+  importers = collections.defaultdict(set)
+  for module, path in MODULES.items():
+    for name in _imports(path):
+      if name in MODULES and name != module:
+        importers[name].add(module)
+  single = sorted(m for m, found in importers.items() if len(found) == 1)
+  assert len(single) <= MOST_WITH_ONE_IMPORTER, single
