@@ -1,12 +1,15 @@
-"""The layout of one sample: every MemAug query and decoder position.
+"""The layout of one sample: where every query and decoder position comes from.
 
-Index arithmetic in numpy; no feature is touched. Beside `repository` this is
-the only place that knows modalities.
+Index arithmetic in numpy; no feature is touched. This module and `repository`
+are the only ones that know modalities: the model only gathers. See
+hourjax/README.md, MemAug.
 """
 
 import dataclasses
 
 import numpy as np
+import numpy.typing as npt
+from jaxtyping import Int32
 
 from hourjax.batch import IGNORE
 from hourjax.data.conversations import IMAGE, Conversation
@@ -16,7 +19,10 @@ from hourjax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Sources and positions of one sample, int32; -1 means "not this one".
+  """Holds sources and positions of one sample, int32.
+
+  In a token or a source -1 means that the entry comes from the other of the
+  two.
 
   Attributes:
     repository: the memory, S tokens.
@@ -38,7 +44,10 @@ class Layout:
 
   @property
   def targets(self) -> np.ndarray:
-    """[L] the label of the next position: what the logits are scored on."""
+    """The label of the next position, [L]: what the logits are scored on.
+
+    Labels [-100 8 9] give targets [8 9 -100].
+    """
     return np.append(self.labels[1:], np.int32(IGNORE)).astype(np.int32)
 
 
@@ -56,20 +65,28 @@ def build_layout(
   Query positions count up from 0; at a visual slot the kept tokens' memory
   positions are shifted by that count, and text goes on after their maximum.
   With ids [7, IMAGE, 8, 9], labels [-100, -100, -100, 9] and kept memory
-  positions [0, 4]:
+  tokens [0, 4], whose positions are [0, 4] too:
 
-      queries        7  m0 m4  8         decoder  7  m0 m4  8  9
-      query_position 0   1  5  6         source   -   1  2  -  -
+      query_token      7  -1  -1   8    7 and 8 are prompt, 9 is the answer
+      query_source    -1   0   4  -1    index into the memory
+      query_position   0   1   5   6    1 + 0, 1 + 4, then 5 + 1
+      decoder_token    7  -1  -1   8   9
+      decoder_source  -1   1   2  -1  -1    index into the queries
+      labels        -100 -100 -100 -100   9
+
+  A conversation without a visual slot has no queries: its text is read by the
+  decoder alone.
 
   Args:
     conversation: token ids with IMAGE at each slot, and labels.
     repository: the memory.
-    kept: kept memory indices for each slot, as `forgetting.kept_tokens`.
+    kept: kept memory indices for each slot, as `Forgetting.kept_tokens`
+      returns them.
     max_length: the decoder's sequence is cut here; queries are not.
     name: of the sample, for errors.
 
   Raises:
-    UserError: if slots and IMAGE marks differ in number.
+    UserError: the number of slots differs from the number of IMAGE marks.
   """
   ids, labels = conversation.ids, conversation.labels
   slots = np.flatnonzero(ids == IMAGE)
@@ -78,8 +95,11 @@ def build_layout(
       f"{name}: the text has {len(slots)} visual slots and the record brings"
       f" {len(kept)}; write one <image> for each"
     )
-  queries, decoder, count = _Columns(), _Columns(), 0
-  start = 0
+  queries, decoder = _Columns(), _Columns()
+  count = 0  # the next query position
+  start = 0  # of the text that is not laid out yet
+  # Each round lays out the text before a slot and then the slot; the last
+  # round has only text.
   for slot, index in [*zip(slots, kept), (len(ids), None)]:
     words = ids[start:slot]
     label = labels[start:slot]
@@ -88,6 +108,7 @@ def build_layout(
     decoder.add(words, -1, label)
     count += len(prompt)
     if index is not None:
+      # Query positions are shifted, those of the memory itself are not.
       position = repository.position[index] + count
       first = queries.length
       queries.add(np.full(len(index), -1), index, position)
@@ -103,15 +124,23 @@ def build_layout(
 
 
 class _Columns:
-  """Three int32 columns (token, source, and position or label)."""
+  """Collects three int32 columns: token, source, and position or label."""
 
-  def __init__(self):
-    self.parts, self.length = [], 0
+  def __init__(self) -> None:
+    self.parts: list[np.ndarray] = []
+    self.length = 0
 
-  def add(self, token, source, third):
+  def add(
+    self,
+    token: npt.ArrayLike,
+    source: npt.ArrayLike,
+    third: npt.ArrayLike,
+  ) -> None:
+    """Adds rows; a single number stands for all of them."""
     columns = np.broadcast_arrays(token, source, third)
     self.parts.append(np.stack(columns))
     self.length += columns[0].shape[0]
 
-  def arrays(self):
+  def arrays(self) -> Int32[np.ndarray, "3 n"]:
+    """Returns the three columns, one below the other."""
     return np.concatenate(self.parts, axis=1).astype(np.int32)

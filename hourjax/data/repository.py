@@ -1,23 +1,25 @@
-"""Where every memory token of a sample comes from: index arithmetic only.
+"""The memory repository: where every memory token of a sample comes from.
 
 Visual tokens of a sample are numbered as its encoder delivers them: frame by
-frame (or tile by tile), row-major. The functions here lay them out as the
-memory repository of SPEC section 1, one function for each modality.
+frame (or tile by tile), and row by row within each. The functions here lay them
+out as the memory, one function for each modality; they compute indices alone.
+See hourjax/README.md, Memory repository.
 """
 
 import dataclasses
 
 import numpy as np
+from jaxtyping import Float32, Float64, Int32, Int64
 
 from hourjax.data.media.images import AnyresGeometry
 
-NEWLINE = -1
-MIN_FRAMES = 128
+NEWLINE = -1  # the source of a newline token
+MIN_FRAMES = 128  # a video of fewer frames is repeated to so many
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-  """Memory tokens among which forgetting chooses.
+  """Holds memory tokens among which forgetting chooses.
 
   Attributes:
     index: int32 [F, h, w] indices into the memory.
@@ -32,16 +34,17 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Repository:
-  """The memory of one sample.
+  """Describes the memory of one sample.
 
   Attributes:
-    source: int32 [S] visual token of each memory token, NEWLINE, or, from
-      `visual` on, a blended token.
+    source: int32 [S], for each memory token the number of its visual token,
+      NEWLINE, or `visual` + r for blended token r.
     position: int32 [S] for RoPE.
     slots: for each `<image>` in the text, the grids behind it.
     visual: number of visual tokens that the sample brings.
-    blend_source: int32 [R, 4] visual tokens of each blended token.
-    blend_weight: float32 [R, 4].
+    blend_source: int32 [R, 4], the visual tokens that each blended token
+      mixes.
+    blend_weight: float32 [R, 4], how much of each.
   """
 
   source: np.ndarray
@@ -56,15 +59,16 @@ _NO_BLENDS = (np.zeros((0, 4), np.int32), np.zeros((0, 4), np.float32))
 
 
 def empty_repository() -> Repository:
-  """Text only: no memory, no slot."""
+  """Returns the memory of a text: no tokens, no slot."""
   none = np.zeros(0, np.int32)
   return Repository(none, none, (), 0, *_NO_BLENDS)
 
 
 def repeated_frames(frames: int) -> np.ndarray:
-  """int32 frame indices, repeated to MIN_FRAMES when there are fewer.
+  """Returns int32 frame indices, repeated to MIN_FRAMES if there are fewer.
 
-  For 2 frames (and 4 instead of 128): linspace(0, 1, 4) cut to int = 0 0 0 1.
+  The official code cuts linspace to int. If MIN_FRAMES were 4, two frames
+  would give linspace(0, 1, 4) = 0 0.33 0.67 1, cut to 0 0 0 1.
   """
   if frames >= MIN_FRAMES:
     return np.arange(frames, dtype=np.int32)
@@ -72,17 +76,23 @@ def repeated_frames(frames: int) -> np.ndarray:
 
 
 def video_repository(frames: int, side: int) -> Repository:
-  """Per frame side x side tokens and a newline, positions 0, 1, 2, ...
+  """Lays out a video: for each frame side x side tokens and a newline.
 
-  With side 1 and frames a, b (no repetition): source [0 -1 1 -1].
+  Positions are 0, 1, 2, ... With side 1 and two frames (if they were not
+  repeated):
+
+      source    0 -1  1 -1      frame 0, newline, frame 1, newline
+      position  0  1  2  3
+      grid.index [[[0]] [[2]]]  grid.newline [[1] [3]]
 
   Args:
     frames: frames that the video brings (before the repetition).
     side: tokens along one side of a pooled frame.
   """
   tokens = side * side
-  shown = repeated_frames(frames)
-  source = shown[:, None] * tokens + np.arange(tokens + 1, dtype=np.int32)
+  repeated = repeated_frames(frames)
+  # [F, tokens + 1]: the last column is made too long, for the newlines.
+  source = repeated[:, None] * tokens + np.arange(tokens + 1, dtype=np.int32)
   source[:, -1] = NEWLINE
   size = source.size
   index = np.arange(size, dtype=np.int32).reshape(source.shape)
@@ -94,11 +104,14 @@ def video_repository(frames: int, side: int) -> Repository:
 
 
 def images_repository(images: int, side: int) -> Repository:
-  """Untiled images: side x side tokens and a newline each.
+  """Lays out untiled images: side x side tokens and a newline each.
 
-  Tokens are numbered through all images and every newline shares the position
-  after the last of them: two images of 1 token each have positions
-  [0 2 1 2]. Each image is behind its own `<image>`.
+  Tokens are numbered through all images, and every newline has the position
+  after the last of them. Each image is behind its own `<image>`. Two images of
+  1 token each:
+
+      source    0 -1  1 -1
+      position  0  2  1  2
   """
   tokens = side * side
   source = np.arange(images * tokens, dtype=np.int32).reshape(images, tokens)
@@ -119,11 +132,19 @@ def images_repository(images: int, side: int) -> Repository:
 
 
 def tiled_repository(geometry: AnyresGeometry, side: int) -> Repository:
-  """One image as a base tile and a grid of tiles (SPEC section 1).
+  """Lays out one image as a base tile and a grid of tiles.
 
   The base tile's tokens come first, at the positions of the nearest tokens of
   the unpadded (and scaled-down) grid; then the grid row by row, a newline
   after each row, all newlines at the position after the grid's last token.
+  See hourjax/README.md, Images. With side 1 and a grid of 1 x 2 tiles:
+
+      source    0   1  2 -1    the base tile, two tiles, newline
+      position  0   0  1  2
+
+  Args:
+    geometry: of the tiles.
+    side: tokens along one side of a tile.
   """
   tokens = side * side
   high, wide = geometry.resized_h, geometry.resized_w
@@ -137,7 +158,7 @@ def tiled_repository(geometry: AnyresGeometry, side: int) -> Repository:
   blends = _NO_BLENDS
   if grid_source.shape != (high, wide):
     blends = _bilinear(grid_source, high, wide)
-    grid_source = visual + cells
+    grid_source = visual + cells  # every cell is a blended token
   ends = np.full((high, 1), NEWLINE, np.int32)
   rows = np.concatenate([grid_source, ends], axis=1)
   positions = np.concatenate([cells, ends * 0 + high * wide], axis=1)
@@ -158,10 +179,13 @@ def tiled_repository(geometry: AnyresGeometry, side: int) -> Repository:
 
 
 def nearest_positions(length: int, side: int) -> np.ndarray:
-  """round(linspace(0, length - 1, side)) as torch computes it, int64 [side].
+  """Returns round(linspace(0, length - 1, side)) as torch computes it.
 
-  torch steps in float32 from both ends towards the middle; halves round to
-  even. For length 3 and side 2: [0 2].
+  torch steps in float32 from both ends towards the middle, and halves are
+  rounded to even. For length 3 and side 2 this is [0 2].
+
+  Returns:
+    int64 [side].
   """
   if side == 1:
     return np.zeros(1, np.int64)
@@ -174,7 +198,12 @@ def nearest_positions(length: int, side: int) -> np.ndarray:
 
 
 def _unpadded_sources(geometry: AnyresGeometry, side: int) -> np.ndarray:
-  """Visual token of each cell of the unpadded grid, int32 [h, w]."""
+  """Returns the visual token of each cell of the unpadded grid, int32 [h, w].
+
+  The grid of tiles without what was padded at its borders. Tile 0 is the base
+  tile; with side 2 and a grid of 1 x 2 tiles of which one row is left, cells
+  are the tokens [4 5 8 9]: the upper halves of tiles 1 and 2.
+  """
   high, wide = geometry.grid_h * side, geometry.grid_w * side
   y = np.arange(geometry.unpadded_h) + (high - geometry.unpadded_h) // 2
   x = np.arange(geometry.unpadded_w) + (wide - geometry.unpadded_w) // 2
@@ -183,8 +212,13 @@ def _unpadded_sources(geometry: AnyresGeometry, side: int) -> np.ndarray:
   return (tile * side * side + within).astype(np.int32)
 
 
-def _bilinear(source: np.ndarray, high: int, wide: int):
-  """Blends of a grid scaled to high x wide: ([R, 4] sources, weights)."""
+def _bilinear(
+  source: Int32[np.ndarray, "h w"], high: int, wide: int
+) -> tuple[Int32[np.ndarray, "R 4"], Float32[np.ndarray, "R 4"]]:
+  """Returns sources and weights of a grid that is scaled to high x wide.
+
+  Each of the R = high * wide cells mixes the four tokens around its centre.
+  """
   y0, y1, fy = _interpolation(source.shape[0], high)
   x0, x1, fx = _interpolation(source.shape[1], wide)
   corners = [(y0, x0), (y0, x1), (y1, x0), (y1, x1)]
@@ -195,9 +229,18 @@ def _bilinear(source: np.ndarray, high: int, wide: int):
   return sources.reshape(-1, 4), weights.reshape(-1, 4).astype(np.float32)
 
 
-def _interpolation(old: int, new: int):
-  """Half-pixel bilinear: lower and upper neighbour and the upper's weight."""
-  # In float32 steps, as torch: its error is more than that of the model.
+def _interpolation(
+  old: int, new: int
+) -> tuple[
+  Int64[np.ndarray, "n"], Int64[np.ndarray, "n"], Float64[np.ndarray, "n"]
+]:
+  """Returns lower neighbour, upper neighbour and the upper one's weight.
+
+  Along one side, with half-pixel centres. From 4 cells to 2, the new cells lie
+  at 0.5 and 2.5: neighbours [0 2] and [1 3], weights [0.5 0.5].
+  """
+  # In float32 steps, as torch does. In float64 the difference to the official
+  # numbers would be larger than that of the whole model.
   at = (np.arange(new, dtype=np.float32) + 0.5) * np.float32(old / new) - 0.5
   at = np.clip(at, 0, old - 1)
   low = np.floor(at).astype(int)

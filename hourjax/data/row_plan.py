@@ -1,4 +1,14 @@
-"""Which samples share a row: a plan that is a pure function of its inputs."""
+"""Which samples share a row: a plan that is a pure function of its inputs.
+
+An epoch becomes rows in three steps, each a function of (seed, epoch):
+
+    shuffle   samples of each stream; those that share a memory stay together
+    cut       into windows of about WINDOW samples, which are shuffled
+    pack      a window: first-fit, the largest samples first
+
+Only the window that a row is in is packed, so any row is found without those
+before it, and a run goes on at a position that is one integer.
+"""
 
 import dataclasses
 import functools
@@ -13,7 +23,8 @@ from jaxtyping import Float, Int, Int64
 from hourjax.data.rows import Size
 from hourjax.errors import UserError
 
-# position = epoch * EPOCH + window * WINDOW + row in the window.
+# position = epoch * EPOCH + window * WINDOW + row in the window. A window of
+# at most WINDOW items has at most WINDOW rows.
 EPOCH = 10**10
 VERSION = 1  # changes with the rows that the same input gives
 WINDOW = 1000  # at most so many items are packed together
@@ -24,7 +35,7 @@ Row = tuple[Group, ...]
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions:
-  """How samples become rows.
+  """Describes how samples become rows.
 
   Attributes:
     seed: of every shuffle.
@@ -38,15 +49,14 @@ class PlanOptions:
 
 
 class RowPlan:
-  """Rows of samples, epoch after epoch, by random access.
+  """Gives rows of samples, epoch after epoch, by random access.
 
-  Each epoch shuffles the samples of every stream and cuts them into windows.
   Within a window samples are packed first-fit: the largest first, each goes
   into the first row that has room for it in every capacity. The windows of
-  all streams then follow one another in random order.
+  all streams follow one another in random order.
 
   A position is one integer: row 3 of window 12 of epoch 2 is 20,000,012,003.
-  To find a row, its epoch is shuffled and its window is packed and nothing
+  To find a row, its epoch is shuffled and its window is packed, and nothing
   before them, so it costs the same everywhere.
   """
 
@@ -61,10 +71,10 @@ class RowPlan:
     stream: Int[np.ndarray, "N"] | None = None,
     weight: Float[np.ndarray, "N"] | None = None,
   ):
-    """Plans nothing yet.
+    """Takes what the plan is a function of; plans nothing yet.
 
     Args:
-      sizes: of all samples, each within the capacity.
+      sizes: of all samples, each within the capacity; columns as `Size`.
       capacity: of a row.
       options: how samples become rows.
       members: the samples to use; all if None.
@@ -93,13 +103,13 @@ class RowPlan:
         " they were skipped, or raise config.data.weights"
       )
     self._planning = threading.RLock()  # rows are built in several threads
-    self._deal = functools.lru_cache(maxsize=2)(self._deal_epoch)
+    self._epoch_order = functools.lru_cache(maxsize=2)(self._shuffle_epoch)
     self._pack = functools.lru_cache(maxsize=8)(self._pack_window)
     # (epoch, window) -> rows; counting is all that walking over them takes.
     self._counts: dict[tuple[int, int], int] = {}
 
   def row(self, position: int) -> tuple[int, Row]:
-    """(epoch, groups of sample indices) of the row at a position.
+    """Returns the row at a position: (epoch, groups of sample indices).
 
     Raises:
       IndexError: there is no row at this position.
@@ -113,7 +123,11 @@ class RowPlan:
     return epoch, rows[row]
 
   def advance(self, position: int, rows: int) -> int:
-    """The position `rows` rows later; after an epoch comes the next one."""
+    """Returns the position `rows` rows later.
+
+    After an epoch comes the next one. If window 0 has 5 rows, 4 rows after
+    position 3 is row 2 of window 1: position 1002.
+    """
     epoch, window, row = _split(position)
     row += rows
     while row >= (count := self._count(epoch, window)):
@@ -124,21 +138,24 @@ class RowPlan:
     return epoch * EPOCH + window * WINDOW + row
 
   def rows_in_epoch(self, epoch: int) -> int:
-    """Packs the whole epoch: seconds for a million samples."""
+    """Counts an epoch's rows, which packs all of it.
+
+    This takes seconds for a million samples.
+    """
     windows = range(self._windows(epoch))
     return sum(self._count(epoch, window) for window in windows)
 
   def fingerprint(self) -> str:
-    """16 hexadecimal digits, the same for plans of the same rows."""
+    """Returns 16 hexadecimal digits, the same for plans of the same rows."""
     parts = (self._sizes, self._capacity, self._members, self._memory,
              self._stream, self._weight)  # fmt: skip
     whole = hashlib.sha256(f"{VERSION} {self._options}".encode())
     for part in parts:
-      whole.update(np.ascontiguousarray(part, np.float64))
+      whole.update(np.ascontiguousarray(part, np.float64).data)
     return whole.hexdigest()[:16]
 
   def epoch_rows(self, epoch: int) -> list[Row]:
-    """All rows of an epoch in order."""
+    """Returns all rows of an epoch in order."""
     return [
       row
       for window in range(self._windows(epoch))
@@ -146,10 +163,12 @@ class RowPlan:
     ]
 
   def _windows(self, epoch: int) -> int:
+    """Returns the number of windows of an epoch."""
     with self._planning:
-      return len(self._deal(epoch).windows)
+      return len(self._epoch_order(epoch).windows)
 
   def _rows(self, epoch: int, window: int) -> list[Row]:
+    """Returns the rows of a window, from the cache if they are there."""
     with self._planning:
       if window >= (count := self._windows(epoch)):
         raise IndexError(
@@ -161,34 +180,42 @@ class RowPlan:
       return rows
 
   def _count(self, epoch: int, window: int) -> int:
+    """Returns the number of rows of a window."""
     if (epoch, window) not in self._counts:
       self._rows(epoch, window)
     return self._counts[epoch, window]
 
-  def _deal_epoch(self, epoch: int) -> "_Deal":
-    """Shuffles an epoch and cuts it into windows."""
+  def _shuffle_epoch(self, epoch: int) -> "_EpochOrder":
+    """Shuffles an epoch and cuts it into windows.
+
+    Windows of a stream are of equal length to one group, as a short last one
+    would pack badly: 2,500 groups become 833, 833 and 834.
+    """
     samples, starts, windows = [], [], []
     taken, groups = 0, 0
     for stream in np.unique(self._stream[self._members]).tolist():
-      part, first = self._deal_stream(epoch, stream)
+      part, first = self._shuffle_stream(epoch, stream)
       samples.append(part)
       starts.append(first + taken)
       cuts = -(-len(first) // WINDOW)
+      # The borders of the stream's windows, as numbers of groups.
       ends = groups + len(first) * np.arange(cuts + 1) // max(cuts, 1)
       windows += zip(ends[:-1].tolist(), ends[1:].tolist())
       taken, groups = taken + len(part), groups + len(first)
     if self._options.shuffle:
       order = self._rng(epoch, "windows").permutation(len(windows))
       windows = [windows[i] for i in order.tolist()]
-    return _Deal(
+    return _EpochOrder(
       np.concatenate(samples),
       np.append(np.concatenate(starts), taken),
       # Without one where every weight is below 1 and no sample is due.
       windows or [(0, 0)],
     )
 
-  def _deal_stream(self, epoch: int, stream: int):
-    """Samples of one stream, shuffled, and where each group of them starts."""
+  def _shuffle_stream(
+    self, epoch: int, stream: int
+  ) -> tuple[Int64[np.ndarray, "m"], Int64[np.ndarray, "g"]]:
+    """Returns one stream's samples, shuffled, and where each group starts."""
     members = self._members[self._stream[self._members] == stream]
     taken = np.repeat(members, self._times(epoch, members, stream))
     rng = self._rng(epoch, "samples", stream)
@@ -202,33 +229,45 @@ class RowPlan:
     return taken, starts
 
   def _times(self, epoch: int, members: np.ndarray, stream: int) -> np.ndarray:
-    """How often each member is taken: weight 2.5 gives 2, 3, 2, 3, ...
+    """Returns how often each member is taken in an epoch.
 
-    Each sample is due at a place of its own, u in [0, 1), so that every epoch
-    takes the same part of the samples of one weight and all take turns.
+    A sample of weight w is taken floor(w (e + 1) + u) - floor(w e + u) times in
+    epoch e. Its u in [0, 1) is its own: samples of one weight are spread evenly
+    over [0, 1), so that every epoch takes the same part of them and all have
+    their turn. For w = 2.5:
+
+        u = 0      2 3 2 3     floors 0 2 5 7 10
+        u = 0.5    3 2 3 2     floors 0 3 5 8 10
     """
     weight = self._weight[members]
     rng, u = self._rng(0, "turns", stream), np.empty(len(members))
     for value in np.unique(weight):
       alike = np.flatnonzero(weight == value)
       u[alike] = rng.permutation(len(alike)) / len(alike)
+    # 1e-9: a sum that is a whole number must not fall below it by rounding.
     due = [np.floor(weight * e + u + 1e-9) for e in (epoch, epoch + 1)]
     return (due[1] - due[0]).astype(int)
 
   def _share(self, taken: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Groups of at most `share` samples of one video that fit together.
+    """Groups at most `share` samples of one video that fit a row together.
 
     Samples a0 b0 a1 a2 of videos a and b, two of which may share, become
-    a0 a1 a2 b0, and groups start at 0, 2 and 3.
+    a0 a1 | a2 | b0: groups start at 0, 2 and 3.
+
+    Returns:
+      Samples in their new order, and where each group starts.
     """
     video = self._memory[taken]
     order = np.argsort(video, kind="stable")
     taken, video = taken[order], video[order]
+    # Only queries and decoder positions, the last two sizes, add up where a
+    # memory is shared.
     most = self._capacity[-2:] // np.maximum(self._sizes[taken, -2:], 1)
     most = np.clip(most.min(axis=1), 1, self._options.share)
     most[video < 0] = 1
     first = np.flatnonzero(np.diff(video, prepend=-2))  # of each video
     lengths = np.diff(first, append=len(video))
+    # By the largest conversation about the video.
     most = np.repeat(np.minimum.reduceat(most, first), lengths)
     place = np.arange(len(video)) - np.repeat(first, lengths)
     return taken, np.flatnonzero(place % most == 0)
@@ -238,14 +277,14 @@ class RowPlan:
     groups, sizes = self._window(epoch, window)
     order = range(len(groups))
     if self._options.shuffle:
-      # By the capacity that is the scarcest in this window.
+      # The largest first, by the capacity that is the scarcest here.
       scarce = np.argmax(sizes.sum(axis=0) / np.maximum(self._capacity, 1))
       order = np.argsort(-sizes[:, scarce], kind="stable").tolist()
     rows: list[list[Group]] = []
-    free = np.empty((len(groups), sizes.shape[1]), np.int64)
+    free = np.empty((len(groups), sizes.shape[1]), np.int64)  # of each row
     for i in order:
       fits = (free[: len(rows)] >= sizes[i]).all(axis=1)
-      place = int(fits.argmax()) if len(rows) else 0
+      place = int(fits.argmax()) if len(rows) else 0  # the first that fits
       if not len(rows) or not fits[place]:
         place = len(rows)
         rows.append([])
@@ -257,28 +296,33 @@ class RowPlan:
       rows = [rows[i] for i in mixed.tolist()]
     return [tuple(row) for row in rows]
 
-  def _window(self, epoch: int, window: int):
-    """Groups of a window, and what each takes of a row."""
-    deal = self._deal(epoch)
-    start, end = deal.windows[window]
-    ends = deal.starts[start : end + 1].tolist()
+  def _window(
+    self, epoch: int, window: int
+  ) -> tuple[list[Group], Int64[np.ndarray, "g 7"]]:
+    """Returns the groups of a window, and what each takes of a row."""
+    order = self._epoch_order(epoch)
+    start, end = order.windows[window]
+    ends = order.starts[start : end + 1].tolist()
     groups = [
-      tuple(deal.samples[a:b].tolist()) for a, b in itertools.pairwise(ends)
+      tuple(order.samples[a:b].tolist()) for a, b in itertools.pairwise(ends)
     ]
-    # The first one's size, and the text of all.
+    # The memory of the first sample, and the text of all.
     sizes = self._sizes[[group[0] for group in groups]]
     for i, group in enumerate(groups):
       if len(group) > 1:
         sizes[i, -2:] = self._sizes[list(group), -2:].sum(axis=0)
     return groups, sizes
 
-  def _rng(self, epoch: int, purpose: str, part: int = 0):
+  def _rng(
+    self, epoch: int, purpose: str, part: int = 0
+  ) -> np.random.Generator:
+    """Returns the random stream of one purpose, never used for another."""
     code = ("samples", "windows", "rows", "turns").index(purpose)
     return np.random.default_rng([self._options.seed, epoch, code, part])
 
 
-class _Deal(NamedTuple):
-  """One epoch before packing.
+class _EpochOrder(NamedTuple):
+  """Holds one epoch before packing.
 
   Attributes:
     samples: of all streams, group after group.
@@ -291,8 +335,13 @@ class _Deal(NamedTuple):
   windows: list[tuple[int, int]]
 
 
-def _permute_groups(samples: np.ndarray, starts: np.ndarray, rng):
-  """The same groups in random order."""
+def _permute_groups(
+  samples: np.ndarray, starts: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the same groups in random order: samples and starts.
+
+  Groups a0 a1 | b0 in the order 1, 0 become b0 | a0 a1, with starts 0 and 1.
+  """
   lengths = np.diff(starts, append=len(samples))
   order = rng.permutation(len(starts))
   lengths = lengths[order]
@@ -303,6 +352,6 @@ def _permute_groups(samples: np.ndarray, starts: np.ndarray, rng):
 
 
 def _split(position: int) -> tuple[int, int, int]:
-  """(epoch, window, row)."""
+  """Splits a position into (epoch, window, row)."""
   epoch, rest = divmod(position, EPOCH)
   return epoch, *divmod(rest, WINDOW)

@@ -1,4 +1,13 @@
-"""Rows: samples laid side by side in fixed capacities, told apart by ids."""
+"""Rows: samples packed side by side in fixed capacities, told apart by ids.
+
+Two samples of 3 and 2 decoder positions in a row of capacity 8:
+
+    decoder_segment   1 1 1 2 2 0 0 0     0 is padding
+    decoder_position  0 1 2 0 1 0 0 0
+
+Indices of a sample count its own tokens; in a row they are shifted by what lies
+before it (`Row`). See `hourjax.batch` for the arrays of a row.
+"""
 
 import dataclasses
 import math
@@ -18,7 +27,7 @@ Visual = Literal["features", "frames", "tiles"]
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """What a sample takes of a row, and what a row can hold.
+  """Holds what a sample takes of a row, or what a row can hold.
 
   Attributes:
     features: stored feature tokens (frames x tokens a frame).
@@ -45,17 +54,24 @@ class Size:
 
   @classmethod
   def names(cls) -> tuple[str, ...]:
+    """Returns the names of the capacities in their order."""
     return tuple(field.name for field in dataclasses.fields(cls))
 
   def astuple(self) -> tuple[int, ...]:
+    """Returns the numbers in the order of `names`."""
     return dataclasses.astuple(self)
 
   def fits(self, capacity: "Size") -> bool:
+    """Returns whether no number is larger than that of the capacity."""
     return all(a <= b for a, b in zip(self.astuple(), capacity.astuple()))
 
 
 def check_fits(size: Size, capacity: Size, name: str) -> None:
-  """Raises UserError naming every capacity that one sample exceeds."""
+  """Checks that one sample fits a row.
+
+  Raises:
+    UserError: it does not; names every capacity that it exceeds.
+  """
   over = [
     f"config.rows.{field.name}={getattr(capacity, field.name)} <"
     f" {getattr(size, field.name)} of {name}"
@@ -72,7 +88,7 @@ def check_fits(size: Size, capacity: Size, name: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """One laid-out sample with its visual input.
+  """Holds one laid-out sample with its visual input.
 
   Attributes:
     name: record id.
@@ -92,6 +108,7 @@ class Sample:
 
   @property
   def size(self) -> Size:
+    """What the sample takes of a row; a shared memory takes nothing."""
     images = 0 if self.visual is None else len(self.visual)
     size = layout_size(self.layout, self.kind, images)
     if self.shares:
@@ -100,7 +117,13 @@ class Sample:
 
 
 def layout_size(layout: Layout, kind: Visual, images: int) -> Size:
-  """Size of a sample from its layout and its number of frames or tiles."""
+  """Returns what a sample takes of a row.
+
+  Args:
+    layout: of the sample.
+    kind: of its visual input.
+    images: its frames or tiles that come as pixels.
+  """
   repository = layout.repository
   visual = repository.visual if kind == "features" else images
   return Size(
@@ -114,7 +137,7 @@ def layout_size(layout: Layout, kind: Visual, images: int) -> Size:
 
 @dataclasses.dataclass(frozen=True)
 class RowSpec:
-  """Static shapes of a row.
+  """Describes the static shapes of a row.
 
   Attributes:
     capacity: how much a row holds.
@@ -131,7 +154,12 @@ class RowSpec:
   image_size: int
 
   def visual_base(self, kind: Visual) -> int:
-    """Row number of the first visual token of a kind (see `batch`)."""
+    """Returns the row's number of the first visual token of a kind.
+
+    Numbers run through [features | frames | tiles | blends], as `batch` says.
+    With room for 8 feature tokens, 2 frames of 4 tokens and 1 tile, features
+    begin at 0, frames at 8 and tiles at 16.
+    """
     capacity = self.capacity
     frames = capacity.features
     tiles = frames + capacity.frames * self.frame_tokens
@@ -139,17 +167,18 @@ class RowSpec:
 
   @property
   def blend_base(self) -> int:
+    """The row's number of the first blended token."""
     tiles = self.visual_base("tiles")
     return tiles + self.capacity.tiles * self.tile_tokens
 
 
 def build_row(samples: Sequence[Sample], spec: RowSpec) -> Batch:
-  """One row, without the leading B axis.
+  """Packs samples into one row, without the leading B axis.
 
   Pixels are uint8 unless a sample brings floats.
 
   Raises:
-    UserError: if the samples do not fit.
+    UserError: the samples do not fit.
   """
   batch = empty_rows(spec, 1, _pixel_dtype(samples))
   row = Row(spec, row_of(batch, 0))
@@ -158,17 +187,24 @@ def build_row(samples: Sequence[Sample], spec: RowSpec) -> Batch:
   return row.finish()
 
 
-def empty_rows(spec: RowSpec, rows: int, pixels=np.uint8) -> Batch:
-  """Memory for rows, not yet filled with anything.
+def empty_rows(
+  spec: RowSpec, rows: int, pixels: npt.DTypeLike = np.uint8
+) -> Batch:
+  """Allocates arrays [rows, ...] whose content does not matter yet.
 
-  Aligned, so that the CPU backend takes the arrays as they are.
+  They are aligned, so that the CPU backend takes them without a copy.
+
+  Args:
+    spec: of the rows.
+    rows: how many.
+    pixels: dtype of frames and tiles.
   """
   arrays = _arrays(spec, pixels)
   return Batch(*(_aligned((rows, *shape), dtype) for shape, dtype in arrays))
 
 
 def row_bytes(spec: RowSpec) -> int:
-  """Bytes of one row."""
+  """Returns the bytes of one row's arrays."""
   return sum(
     math.prod(shape) * np.dtype(dtype).itemsize
     for shape, dtype in _arrays(spec, np.uint8)
@@ -176,9 +212,9 @@ def row_bytes(spec: RowSpec) -> int:
 
 
 def _arrays(
-  spec: RowSpec, pixels
+  spec: RowSpec, pixels: npt.DTypeLike
 ) -> list[tuple[tuple[int, ...], npt.DTypeLike]]:
-  """Shape and dtype of each array of a row, in the order of `Batch`."""
+  """Returns shape and dtype of each array of a row, in the order of `Batch`."""
   side = spec.image_size
   shapes = dict.fromkeys(Batch._fields, ((), np.int32))
   shapes |= {
@@ -195,36 +231,46 @@ def _arrays(
 
 
 def row_of(batch: Batch, number: int) -> Batch:
-  """Views of one row of a batch."""
+  """Returns views of one row of a batch."""
   return Batch(*(array[number] for array in batch))
 
 
 class Row:
-  """One row that is filled sample by sample; sample n has segment id n.
+  """Fills one row sample by sample; the n-th sample has segment id n.
 
   Attributes:
     used: what the samples so far take.
   """
 
   def __init__(self, spec: RowSpec, arrays: Batch):
-    """Fills `arrays`, whose content before does not matter."""
+    """Starts an empty row.
+
+    Args:
+      spec: of the row.
+      arrays: that are filled; their content before does not matter.
+    """
     self._spec, self._arrays = spec, arrays
     self._count = 0
-    self._memory = (0, Size())  # segment id and place of the last memory
+    # Segment id of the last memory, and what lay before it in the row. A
+    # sample that shares its memory reads that one.
+    self._memory = (0, Size())
     self.used = Size()
 
   @property
   def features_left(self) -> np.ndarray:
-    """Where the next sample's stored features go, [n, V]."""
+    """The place [n, V] for the next sample's stored features.
+
+    Whoever reads features right into it saves a copy.
+    """
     return self._arrays.features[self.used.features :]
 
   def add(self, sample: Sample) -> None:
-    """Lays a sample behind the last one.
+    """Places a sample behind the last one.
 
     Its features may lie in `features_left` already; else they are copied.
 
     Raises:
-      UserError: if it does not fit; the row stays as it was.
+      UserError: it does not fit; the row stays as it was.
     """
     check_fits(self.used + sample.size, self._spec.capacity, sample.name)
     self._count += 1
@@ -241,17 +287,23 @@ class Row:
     return self._arrays
 
   def _part(self, name: str, size: Size) -> np.ndarray:
+    """Returns the part of an array that the next sample fills."""
     field = _LENGTH[name]
     start = getattr(self.used, field)
     return getattr(self._arrays, name)[start : start + getattr(size, field)]
 
   def _place_memory(self, sample: Sample) -> None:
-    """The sample's visual input and memory, indices shifted to the row's."""
+    """Writes the sample's visual input and memory, indices shifted.
+
+    A sample whose tokens 0, 1 are features behind 8 other feature tokens has
+    memory_source [0 -1 1 -1]; in the row that is [8 -1 9 -1].
+    """
     size, repository = sample.size, sample.layout.repository
     offset = _visual_offset(sample, self.used, self._spec)
+    # Blended tokens are numbered from `visual` on in the sample.
     blend = self._spec.blend_base + self.used.blends - repository.visual
 
-    def to_row(source):
+    def to_row(source: np.ndarray) -> np.ndarray:
       shift = np.where(source >= repository.visual, blend, offset)
       return np.where(source < 0, -1, source + shift)
 
@@ -268,7 +320,7 @@ class Row:
     self._part("memory_segment", size)[:] = self._count
 
   def _place_text(self, sample: Sample) -> None:
-    """The sample's queries and decoder positions."""
+    """Writes the sample's queries and decoder positions, indices shifted."""
     layout, size = sample.layout, sample.size
     reads, place = self._memory
     values = {
@@ -287,7 +339,7 @@ class Row:
       self._part(name, size)[:] = value
 
 
-# Which capacity an array's length is, and what pads it (0 if not here).
+# Which capacity is the length of an array.
 _LENGTH = {
   **{name: name for name in ("features", "frames", "tiles")},
   "frame_trains": "frames",
@@ -297,6 +349,7 @@ _LENGTH = {
   **{n: "decoder" for n in Batch._fields if n.startswith("decoder_")},
   "target": "decoder",
 }
+# What pads an array; 0 where it is not named.
 _PADDING = {
   **dict.fromkeys(
     ("memory_source", "query_token", "query_source", "decoder_source"), -1
@@ -306,18 +359,22 @@ _PADDING = {
 
 
 def stack_rows(rows: Sequence[Batch]) -> Batch:
-  """Rows to a batch with a leading B axis."""
+  """Stacks rows to a batch with a leading B axis."""
   return Batch(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
 
 
-def _aligned(shape: tuple[int, ...], dtype, to: int = 128) -> np.ndarray:
+def _aligned(
+  shape: tuple[int, ...], dtype: npt.DTypeLike, to: int = 128
+) -> np.ndarray:
+  """Allocates an array whose first byte's address is a multiple of `to`."""
   size = math.prod(shape) * np.dtype(dtype).itemsize
   raw = np.empty(size + to, np.uint8)
   start = -raw.ctypes.data % to
   return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _pixel_dtype(samples):
+def _pixel_dtype(samples: Sequence[Sample]) -> npt.DTypeLike:
+  """Returns the dtype that holds the pixels of all samples."""
   floats = [
     sample.visual.dtype
     for sample in samples
@@ -327,6 +384,7 @@ def _pixel_dtype(samples):
 
 
 def _visual_offset(sample: Sample, used: Size, spec: RowSpec) -> int:
+  """Returns the row's number of a sample's first visual token."""
   tokens = {
     "features": 1,
     "frames": spec.frame_tokens,
@@ -336,5 +394,6 @@ def _visual_offset(sample: Sample, used: Size, spec: RowSpec) -> int:
   return spec.visual_base(sample.kind) + before
 
 
-def _shift(source, by):
+def _shift(source: np.ndarray, by: int) -> np.ndarray:
+  """Returns source + by; -1 stays -1."""
   return np.where(source < 0, -1, source + by)

@@ -1,16 +1,24 @@
-"""Rows dealt to the devices that share them, like cards.
+"""Sequence sharding: the order in which the devices of a row hold it.
 
-With n devices a row, frame by frame each gets an n-th of the frame's tokens,
-so that all have equally much to do for videos of any length, and each memory
-token lies on the device that has the feature it is made of. Newlines and
-encoded tokens, which every device can make, are dealt in turn; so are queries.
-Decoder positions stay in order. With 2 devices and frames of 2 tokens, memory
-a0 a1 | b0 b1 | becomes a0 | b0 and a1 b1 |.
+The `seq` devices of the mesh share each row. A memory is not cut into n long
+stretches, which would leave devices idle where videos are short: each device
+gets an n-th of the tokens of every frame, and so has equally much to do for
+videos of any length, and each memory token lies on the device that has the
+feature it is made of. Newlines and encoded tokens, which every device can make,
+go to the devices in turn (round-robin), and so do queries. Decoder positions
+stay in order.
+
+With 2 devices and frames a, b of 2 tokens, "|" being the newline:
+
+    row        a0 a1 |  b0 b1 |
+    device 0   a0 |  b0             the first half of each frame's tokens
+    device 1   a1 b1 |              the second half; newlines in turn
 """
 
 import math
 
 import numpy as np
+from jaxtyping import Int32, Int64, Shaped
 
 from hourjax.batch import Batch
 from hourjax.data.rows import RowSpec
@@ -27,7 +35,11 @@ _QUERIES = (
 
 
 def check_sequence_sharding(spec: RowSpec, devices: int) -> None:
-  """Raises UserError naming every capacity that cannot be dealt evenly."""
+  """Checks that `devices` devices can share rows evenly.
+
+  Raises:
+    UserError: they cannot; names every capacity that stands in the way.
+  """
   capacity, problems = spec.capacity, []
   if capacity.features and spec.frame_tokens % devices:
     problems.append(
@@ -52,13 +64,16 @@ def check_sequence_sharding(spec: RowSpec, devices: int) -> None:
     )
 
 
-def deal(batch: Batch, spec: RowSpec, devices: int) -> Batch:
-  """Rows in the order in which `devices` devices hold them.
+def round_robin_order(batch: Batch, spec: RowSpec, devices: int) -> Batch:
+  """Returns rows in the order in which `devices` devices hold them.
 
   What a device holds is contiguous, but for features, of which
   `features_part` gives each device its own. Sources are renumbered:
   memory_source counts a device's own features, then encoded tokens;
-  query_source and decoder_source count dealt memory and dealt queries.
+  query_source and decoder_source count memory and queries in the new order.
+
+  With 2 devices queries [q0 q1 q2 q3] become [q0 q2 | q1 q3], and decoder
+  sources [0 1 2 3] become [0 2 1 3].
 
   Args:
     batch: [B, ...] numpy arrays as `rows` fills them.
@@ -76,33 +91,54 @@ def deal(batch: Batch, spec: RowSpec, devices: int) -> Batch:
   )
   changed["query_source"] = _renumbered(batch.query_source, new_place)
   queries = batch.query_token.shape[1]
-  # Place t of the row goes to device t % n, there to place t // n.
-  dealt = np.arange(queries).reshape(-1, devices).T.reshape(-1)
+  # Query t goes to device t % n, and is number t // n there.
+  order = np.arange(queries).reshape(-1, devices).T.reshape(-1)
   for name in _QUERIES:
-    changed[name] = changed[name][:, dealt]
+    changed[name] = changed[name][:, order]
   place = np.empty(queries, np.int32)
-  place[dealt] = np.arange(queries)
+  place[order] = np.arange(queries)
   changed["decoder_source"] = _renumbered(batch.decoder_source, place[None])
   return Batch(**changed)
 
 
 def features_part(
-  features: np.ndarray, frame_tokens: int, devices: int, part: int
-) -> np.ndarray:
-  """[B, X / n, V]: a device's tokens of each frame of features [B, X, V]."""
+  features: Shaped[np.ndarray, "B X V"],
+  frame_tokens: int,
+  devices: int,
+  part: int,
+) -> Shaped[np.ndarray, "B x V"]:
+  """Returns one device's tokens of each frame.
+
+  Frames of 4 tokens [0 1 2 3 | 4 5 6 7] on 2 devices: part 0 is [0 1 4 5].
+
+  Args:
+    features: of rows; X is a whole number of frames.
+    frame_tokens: of a frame; the devices divide it.
+    devices: that share a row.
+    part: number of the device.
+
+  Returns:
+    Features of x = X / devices tokens.
+  """
   rows, _, width = features.shape
   frames = features.reshape(rows, -1, devices, frame_tokens // devices, width)
   return frames[:, :, part].reshape(rows, -1, width)
 
 
-def _memory_order(source, spec, devices):
-  """(order, new_place), int [B, S]: dealt memory is memory[order].
+def _memory_order(
+  source: Int32[np.ndarray, "B S"], spec: RowSpec, devices: int
+) -> tuple[Int64[np.ndarray, "B S"], Int32[np.ndarray, "B S"]]:
+  """Finds for each memory token the device that holds it.
 
-  On equal terms a row keeps its order on each device.
+  Returns:
+    (order, new_place): the memory in its new order is memory[order], and
+    token s of the row is at new_place[s] there. Each device's tokens stay in
+    the order of the row.
   """
   rows, length = source.shape
   each = spec.frame_tokens // devices
   stored = (source >= 0) & (source < spec.capacity.features)
+  # Tokens 0 .. each-1 of every frame lie on device 0, and so on.
   device = np.where(stored, source % spec.frame_tokens // max(each, 1), 0)
   # All others, padding at the end included, in turn.
   free = ~stored
@@ -111,20 +147,29 @@ def _memory_order(source, spec, devices):
   order = np.argsort(device, axis=1, kind="stable")
   counts = np.stack([(device == d).sum(1) for d in range(devices)], axis=1)
   if (counts != length // devices).any():
-    # Free tokens fill up what frames repeated unevenly leave.
+    # Every frame, repeated or not, gives each device equally many tokens, and
+    # what goes in turn fills up the rest.
     raise ValueError(
-      f"memory of {length} tokens is dealt {counts.tolist()} to {devices}"
+      f"memory of {length} tokens gives {counts.tolist()} to {devices}"
       " devices; a frame's tokens must be in memory equally often"
     )
   new_place = np.empty((rows, length), np.int32)
+  # The inverse permutation: new_place[order[i]] = i.
   np.put_along_axis(
     new_place, order, np.arange(length, dtype=np.int32)[None], axis=1
   )
   return order, new_place
 
 
-def _own_source(source, spec, devices):
-  """Row numbers of visual tokens to numbers on the device that holds them."""
+def _own_source(
+  source: Int32[np.ndarray, "B S"], spec: RowSpec, devices: int
+) -> Int32[np.ndarray, "B S"]:
+  """Renumbers visual tokens of the row to those of the device that has them.
+
+  With frames of 4 tokens, 8 features and 2 devices, tokens
+  [0 1 2 3 4 5 6 7 | 8 9] become [0 1 0 1 2 3 2 3 | 4 5]: each device has 4
+  features of its own, and encoded tokens come after them.
+  """
   tokens, features = spec.frame_tokens, spec.capacity.features
   each = tokens // devices
   own = source // tokens * each + source % tokens % max(each, 1)
@@ -133,7 +178,10 @@ def _own_source(source, spec, devices):
   return np.where(source < 0, -1, numbered).astype(np.int32)
 
 
-def _renumbered(source, place):
+def _renumbered(
+  source: Int32[np.ndarray, "B N"], place: Int32[np.ndarray, "b X"]
+) -> Int32[np.ndarray, "B N"]:
+  """Returns place[source]; -1 stays -1. One row of places is for all rows."""
   if not place.shape[1]:
     return source  # nothing to point to
   found = np.take_along_axis(place, np.maximum(source, 0), axis=1)

@@ -23,7 +23,7 @@ from hourjax.data.rows import (
   build_row,
   stack_rows,
 )
-from hourjax.data.sequence_sharding import deal
+from hourjax.data.sequence_sharding import round_robin_order
 from hourjax.errors import UserError
 from hourjax.inference import steps
 from hourjax.inference.sampling import RowSampling
@@ -176,7 +176,9 @@ class Engine:
     index = np.arange(size.memory, dtype=np.int32)
     padding = np.full(spec.capacity.memory - size.memory, -1, np.int32)
     indexed = batch._replace(memory_position=np.append(index, padding)[None])
-    token_index = deal(indexed, spec, self.mesh.shape["seq"]).memory_position[0]
+    token_index = round_robin_order(
+      indexed, spec, self.mesh.shape["seq"]
+    ).memory_position[0]
     return EncodedMemory(
       cache, np.asarray(kept), spec.capacity.queries, token_index
     )

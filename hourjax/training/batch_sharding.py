@@ -11,8 +11,8 @@ from hourjax.batch import Batch
 from hourjax.data.rows import RowSpec, empty_rows
 from hourjax.data.sequence_sharding import (
   check_sequence_sharding,
-  deal,
   features_part,
+  round_robin_order,
 )
 from hourjax.errors import UserError
 from hourjax.parallel.rules import RULES, spec
@@ -121,7 +121,7 @@ class BatchSharding:
     Args:
       batch: numpy arrays of the rows `local_rows`.
     """
-    dealt = deal(batch, self._rows, self._sharing)
+    dealt = round_robin_order(batch, self._rows, self._sharing)
     return Batch(*map(self._placed, Batch._fields, dealt, self._shardings))
 
   def _placed(

@@ -15,8 +15,8 @@ from hourjax.data.forgetting import Forgetting
 from hourjax.data.layout import build_layout
 from hourjax.data.sequence_sharding import (
   check_sequence_sharding,
-  deal,
   features_part,
+  round_robin_order,
 )
 from hourjax.errors import UserError
 
@@ -115,18 +115,18 @@ def _meaning(batch, devices):
 )
 def test_every_reference_is_kept(lengths, others, devices):
   batch = _batch(lengths, others)
-  dealt = deal(batch, SPEC, devices)
-  assert _meaning(dealt, devices) == _meaning(batch, 1)
-  assert dealt.memory_source.dtype == np.int32
-  assert dealt.query_source.dtype == dealt.decoder_source.dtype == np.int32
+  ordered = round_robin_order(batch, SPEC, devices)
+  assert _meaning(ordered, devices) == _meaning(batch, 1)
+  assert ordered.memory_source.dtype == np.int32
+  assert ordered.query_source.dtype == ordered.decoder_source.dtype == np.int32
 
 
 def test_every_device_has_as_much_to_do():
   """Whatever the videos, also those whose frames are repeated."""
   batch = _batch([37, 140], ["images"])
-  dealt = deal(batch, SPEC, 8)
+  ordered = round_robin_order(batch, SPEC, 8)
   for name in ("memory_segment", "query_segment"):
-    parts = getattr(dealt, name)[0].reshape(8, -1)
+    parts = getattr(ordered, name)[0].reshape(8, -1)
     for segment in (1, 2, 3):
       counts = (parts == segment).sum(1)
       assert counts.max() - counts.min() <= 1
@@ -137,7 +137,7 @@ def test_every_device_has_as_much_to_do():
 
 def test_one_device_gets_the_row_as_it_is():
   batch = _batch([20], [])
-  assert deal(batch, SPEC, 1) is batch
+  assert round_robin_order(batch, SPEC, 1) is batch
   part = features_part(batch.features, SPEC.frame_tokens, 1, 0)
   assert np.shares_memory(part, batch.features)
 
@@ -152,7 +152,7 @@ def test_one_device_gets_the_row_as_it_is():
     (2, {"features": 40}, "no whole number of frames of 16 tokens"),
   ],
 )
-def test_capacities_that_cannot_be_dealt(devices, changes, words):
+def test_capacities_that_cannot_be_shared_evenly(devices, changes, words):
   capacity = dataclasses.replace(SPEC.capacity, **changes)
   spec = dataclasses.replace(SPEC, capacity=capacity)
   with pytest.raises(UserError, match=words):

@@ -98,13 +98,15 @@ def test_advancing_in_steps_equals_one_long_advance(sizes, step, count):
 
 def test_only_one_window_is_packed_for_a_row(monkeypatch):
   plan = RowPlan(_many(5 * WINDOW), CAPACITY)
-  dealt, packed = [], []
-  deal, pack = plan._deal, plan._pack
-  monkeypatch.setattr(plan, "_deal", lambda e: dealt.append(e) or deal(e))
+  shuffled, packed = [], []
+  shuffle, pack = plan._epoch_order, plan._pack
+  monkeypatch.setattr(
+    plan, "_epoch_order", lambda e: shuffled.append(e) or shuffle(e)
+  )
   monkeypatch.setattr(plan, "_pack", lambda *at: packed.append(at) or pack(*at))
   position = 700 * EPOCH + 3 * WINDOW + 2
   assert plan.row(plan.advance(position, 0))
-  assert set(dealt) == {700} and set(packed) == {(700, 3)}
+  assert set(shuffled) == {700} and set(packed) == {(700, 3)}
 
 
 def test_a_row_that_is_not_there():
