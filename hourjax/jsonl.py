@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from hourjax import schema
-from hourjax.data.store.storage import Bucket, Folder
 from hourjax.errors import UserError
+from hourjax.storage import Bucket, Folder
 
 Row = dict[str, Any]
 _MOST_BYTES = 2**30  # millions of lines

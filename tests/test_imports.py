@@ -20,6 +20,7 @@ ALLOWED = {
     "hourjax.processes",
     "hourjax.progress",
     "hourjax.schema",
+    "hourjax.storage",
     "hourjax.data",
   ),
   "hourjax.kernels": ("hourjax.kernels",),

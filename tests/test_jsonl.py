@@ -14,9 +14,9 @@ import uuid
 import pytest
 
 from hourjax import schema
-from hourjax.data.store.storage import Folder, open_storage
 from hourjax.errors import UserError
 from hourjax.jsonl import JsonlWriter, parse_rows, read_rows, read_valid_rows
+from hourjax.storage import Folder, open_storage
 
 
 @pytest.fixture(params=["folder", "file", "memory"])

@@ -155,7 +155,9 @@ def count_visits(
   return dict(counts)
 
 
-def _count(grid: block_schedule.BlockSchedule, chunks: int) -> collections.Counter:
+def _count(
+  grid: block_schedule.BlockSchedule, chunks: int
+) -> collections.Counter:
   codes = grid.blocks[0, : int(grid.count)]
   counts = collections.Counter(always=len(codes))
   for name in ("FIRST", "LAST", "WHOLE", "NEW"):

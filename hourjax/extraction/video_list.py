@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Iterator
 
 from hourjax.data.media import frame_folder
-from hourjax.data.store.storage import is_url
 from hourjax.errors import UserError
+from hourjax.storage import is_url
 
 SUFFIXES = frozenset(
   {".mp4", ".m4v", ".mov", ".qt", ".mkv", ".mk3d", ".webm", ".avi", ".divx"}

@@ -14,7 +14,7 @@ from hourjax.kernels.tpu.tiles import Tiles
 from hourjax.models.attention import Attention
 from hourjax.models.config import TINY, AttentionConfig
 from hourjax.parallel.chips import CHIPS
-from hourjax.training.config import build_experiment, differences
+from hourjax.training.config import build_experiment, config_diff
 
 
 def _choice(config, *, causal=False, dtype=jnp.bfloat16):
@@ -86,7 +86,7 @@ def test_a_run_may_go_on_with_another_implementation():
     build_experiment(_config(implementation="reference"))
   )
   old = _config()
-  assert not differences(old, new)
+  assert not config_diff(old, new)
   del old["model"]["attention"]
   assert build_experiment(old).model.attention == TINY.attention
-  assert not differences(old, new)
+  assert not config_diff(old, new)

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Shaped, UInt16
 
 from hourjax.data.store.npy import read_header
-from hourjax.data.store.storage import Bucket, Folder
 from hourjax.errors import UserError
+from hourjax.storage import Bucket, Folder
 
 
 class Stored(NamedTuple):

@@ -33,9 +33,9 @@ from hourjax.data.store.array_file import (
   is_finite,
   parse_header,
 )
-from hourjax.data.store.storage import Part, is_url, open_storage
 from hourjax.errors import UserError
 from hourjax.jsonl import JsonlWriter, read_rows
+from hourjax.storage import Part, is_url, open_storage
 
 # Bytes read at a time: large enough for a bucket, and small enough that the
 # check for NaN finds them in the processor's cache.

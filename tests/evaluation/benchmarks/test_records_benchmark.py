@@ -1,6 +1,6 @@
 import pytest
 
-from hourjax.data.demo.build import Writer
+from hourjax.data.demo.build import RecordWriter
 from hourjax.data.demo.script import make_script
 from hourjax.errors import UserError
 from hourjax.evaluation import benchmarks
@@ -25,7 +25,7 @@ def _record(question, answer, **change):
 def test_demo_records(tmp_path):
   """All that the demo knows of its questions is kept."""
   script = make_script(0, "test", 1, (600, 600))
-  raw = Writer(0, "test").test(script)
+  raw = RecordWriter(0, "test").test(script)
   loaded = _read(tmp_path, *raw)
   assert len(loaded.questions) == len(raw) > 5
   for question, record in zip(loaded.questions, raw):

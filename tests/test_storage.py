@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from hourjax.data.store import storage
-from hourjax.data.store.storage import Bucket, Folder, open_storage
+from hourjax import storage
 from hourjax.errors import UserError
+from hourjax.storage import Bucket, Folder, open_storage
 
 
 @pytest.fixture(params=["folder", "file", "memory"])
