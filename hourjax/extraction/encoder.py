@@ -159,12 +159,17 @@ def _fingerprint(params: Mapping[str, Array | np.ndarray]) -> str:
 def tower_params(
   experiment: Experiment, folder: str | None = None
 ) -> dict[str, np.ndarray]:
-  """The tower's parameters by path, on the host.
+  """Reads the parameters of the tower that extracts, to the host.
 
   Args:
-    experiment: its model and, without `folder`, its `init` and `seed`.
+    experiment: names the model. Without `folder`, its `init` names the folder,
+      and without that either the tower is drawn from its `seed`, as training
+      draws it.
     folder: a published SigLIP folder, an Hour-LLaVA checkpoint or the workdir
       of a training run.
+
+  Returns:
+    Parameters by path, float32.
 
   Raises:
     UserError: the folder holds no tower, or another one than the model's.

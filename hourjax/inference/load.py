@@ -170,7 +170,8 @@ def _of_published(folder: pathlib.Path) -> _Source:
         digest.update(part)
     return params, f"{_short_name(folder)} {digest.hexdigest()[:12]}"
 
-  rules = Rules(Forgetting(spatial=published.read_spatial(folder)))
+  is_uniform = published.read_spatial(folder) == "uniform"
+  rules = Rules(Forgetting(spatial="uniform" if is_uniform else "random"))
   return _Source(published.read_config(folder), rules, folder, read)
 
 

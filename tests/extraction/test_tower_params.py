@@ -7,6 +7,7 @@ from hourjax.data.pipeline import ReadOptions
 from hourjax.data.rows import Size
 from hourjax.errors import UserError
 from hourjax.extraction.encoder import tower_params
+from hourjax.models.params import init_params
 from hourjax.training.checkpoint import Checkpoints
 from hourjax.training.config import build_experiment
 from hourjax.training.train_step import TrainState
