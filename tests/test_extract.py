@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from hourjax.data.store.features import FeatureStore
+from hourjax.weights.checkpoint import save_params
 from tests import videos
 from tests.extraction import towers
 
@@ -24,7 +25,12 @@ MANY = 30
 
 def _arguments(folder, out, **options):
   config = towers.write_config(folder.parent / "config.py")
-  values = {"videos": folder, "out": out, "config": config} | options
+  # A tower from a folder: to draw one, each process would compile the draw.
+  tower = folder.parent / "tower"
+  if not tower.exists():
+    save_params(towers.params(), towers.MODEL, tower)
+  values = {"videos": folder, "out": out, "config": config, "tower": tower}
+  values |= options
   return [sys.executable, "-m", "hourjax.extract"] + [
     f"--{key}={value}" for key, value in values.items()
   ]

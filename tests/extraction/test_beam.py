@@ -99,6 +99,7 @@ def test_a_pipeline_of_several_processes(job, tmp_path, capsys):
   assert "(4 were there), 1 failed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_videos_without_a_row_are_an_error(job, monkeypatch):
   pytest.importorskip("apache_beam")
   monkeypatch.setattr(beam, "extract_video", _nothing)

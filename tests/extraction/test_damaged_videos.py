@@ -82,6 +82,7 @@ def test_extraction(folder, tmp_path, capsys):
   )
 
 
+@pytest.mark.slow
 def test_the_share_is_an_option(folder, tmp_path):
   names = tmp_path / "names.txt"
   names.write_text("part.mkv\ncut.mkv\n")

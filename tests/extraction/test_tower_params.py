@@ -69,7 +69,9 @@ def test_a_checkpoint_folder_by_option_and_by_init(tmp_path):
   _assert_same(tower_params(init), expected)
 
 
-@pytest.mark.parametrize("group", ["frozen", "trained"])
+@pytest.mark.parametrize(
+  "group", ["frozen", pytest.param("trained", marks=pytest.mark.slow)]
+)
 def test_a_workdir(tmp_path, group):
   params = {p: np.asarray(v) for p, v in towers.other_params().items()}
   tower = _tower(params)
@@ -91,6 +93,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
   assert "8 is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_workdirs_that_do_not_fit(tmp_path):
   params = {p: np.asarray(v) for p, v in towers.params().items()}
   tower = _tower(params)

@@ -112,6 +112,7 @@ def test_a_mended_file_is_taken_and_no_longer_listed(params, tmp_path):
   assert "a.mp4" in FeatureStore(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch, threads", [(1, 4), (7, 1), (64, 4)])
 def test_batches_and_threads_change_nothing(
   params, extracted, folder, tmp_path, batch, threads
