@@ -117,6 +117,9 @@ def _sums(arrays: list[jax.Array]) -> jax.Array:
   return jnp.stack([_sum(x) for x in arrays])
 
 
+# Jitted by itself, so that arrays of one shape, such as a parameter and its
+# moments, are traced once: a state has hundreds.
+@jax.jit
 def _sum(x: Any) -> jax.Array:
   """Returns the sum over i of mix(bits(x[i]) xor i c), modulo 2^32.
 

@@ -1,13 +1,13 @@
 """Whole trainings as processes: small data, one command, its losses."""
 
+import atexit
 import contextlib
 import dataclasses
+import functools
 import json
-import os
 import pathlib
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 
@@ -21,8 +21,8 @@ from hourjax.extraction.worker import extract_videos
 from hourjax.models.params import init_params
 from hourjax.training.config import build_experiment
 from hourjax.training.metric_writer import read_metrics
+from tests.training.fork_server import Server
 
-ROOT = pathlib.Path(__file__).parents[2]
 # Of the demo's configuration: the smallest model that has all parts.
 SMALL = {
   "model.decoder.layers": 1,
@@ -71,6 +71,13 @@ def changed(experiment, **changes):
   return build_experiment(config.to_dict())
 
 
+@functools.cache
+def _server() -> Server:
+  server = Server()
+  atexit.register(server.close)
+  return server
+
+
 class Training:
   """A process of `python -m hourjax.train`."""
 
@@ -79,7 +86,8 @@ class Training:
     data: pathlib.Path,
     workdir: pathlib.Path,
     *,
-    wrap: tuple[str, ...] = (),
+    file_bytes: int | None = None,
+    toy: bool = False,
     env: dict[str, str] | None = None,
     **changes,
   ):
@@ -88,34 +96,33 @@ class Training:
     Args:
       data: of `make_data`.
       workdir: of the run.
-      wrap: a command to run it under.
+      file_bytes: no file may grow larger.
+      toy: whether the train step is that of `toy`.
       env: more variables.
       changes: of the configuration, with __ for dots.
     """
     changes = SMALL | {k.replace("__", "."): v for k, v in changes.items()}
-    command = [
-      *wrap,
-      *(sys.executable, "-m", "hourjax.train"),
+    arguments = [
       f"--config=configs/demo.py:data={data},stage=2",
       f"--workdir={workdir}",
       *(f"--config.{key}={value}" for key, value in changes.items()),
     ]
     variables = {
-      **os.environ,
-      "JAX_PLATFORMS": "cpu",
       # Compiled once, by the first process.
       "JAX_COMPILATION_CACHE_DIR": f"{data}/compiled",
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-      "TF_CPP_MIN_LOG_LEVEL": "2",
       **(env or {}),
     }
     # Not a pipe: one that nobody reads would stop a talkative process.
-    self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115
-    self.process = subprocess.Popen(
-      command, cwd=ROOT, env=variables, stderr=self._said,
-      stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    self._said = tempfile.NamedTemporaryFile("r")  # noqa: SIM115
+    self.process = _server().start(
+      arguments,
+      env=variables,
+      said=self._said.name,
+      file_bytes=file_bytes,
+      toy=toy,
+    )
 
   def said(self) -> str:
     """What it wrote to stderr so far."""

@@ -20,22 +20,22 @@ from hourjax.training.checkpoint_format import (
 from tests.training import runs
 
 pytestmark = pytest.mark.slow
-STEPS, EVERY = 48, 2
+STEPS = 72
 KILLS = 20
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-  return runs.make_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def start(data):
-  """Starts a training of `STEPS` steps that saves often."""
+  """Starts a training of `STEPS` steps, of the projector alone."""
 
   def start(workdir, **changes):
-    base = {"steps": STEPS, "checkpoint_every": EVERY}
-    return runs.Training(data, workdir, **(base | changes))
+    base = {
+      "steps": STEPS,
+      "checkpoint_every": 1000,
+      "optimizer__memaug": 0.0,
+      "optimizer__decoder": 0.0,
+    }
+    return runs.Training(data, workdir, toy=True, **(base | changes))
 
   return start
 
@@ -61,24 +61,27 @@ def _half_saved(workdir):
 
 
 def test_killed_twenty_times(start, alone, tmp_path):
-  """Half of the kills come while a checkpoint is written, half at any time.
+  """Kills while a checkpoint is written, during a start, and at other times.
 
   What is compared is all: losses, gradient norms and tokens as equal floats.
   """
   rng = random.Random(0)
   cut, reached = 0, [0]
   for kill in range(KILLS):
-    run = start(tmp_path)
+    run = start(tmp_path, checkpoint_every=2)
+    before = runs.logged(tmp_path)
     if kill % 2:
-      before = runs.logged(tmp_path)
       run.when(
         lambda before=before: (
           _half_saved(tmp_path) and runs.logged(tmp_path) != before
         )
       )
       time.sleep(rng.uniform(0, 0.01))
+    elif kill % 4:
+      time.sleep(rng.uniform(0, 2))
     else:
-      time.sleep(rng.uniform(0, 8))
+      run.when(lambda before=before: runs.logged(tmp_path) not in (0, before))
+      time.sleep(rng.uniform(0, 0.3))
     run.process.kill()
     status, said = run.ended()
     assert status in (-signal.SIGKILL, 0), said
@@ -98,7 +101,7 @@ def test_killed_twenty_times(start, alone, tmp_path):
 )
 def test_asked_to_leave(start, alone, tmp_path, number, status):
   """It saves after the step at hand, though no checkpoint was due."""
-  run = start(tmp_path, checkpoint_every=1000)
+  run = start(tmp_path)
   assert run.when(lambda: runs.logged(tmp_path) >= 3)
   run.process.send_signal(number)
   left, said = run.ended(timeout=30)
@@ -112,7 +115,7 @@ def test_asked_to_leave(start, alone, tmp_path, number, status):
 
 
 def test_asked_twice_leaves_at_once(start, tmp_path):
-  run = start(tmp_path, checkpoint_every=1000)
+  run = start(tmp_path)
   assert run.when(lambda: runs.logged(tmp_path) >= 1)
   run.process.send_signal(signal.SIGSTOP)  # so that both signals come at once
   run.process.send_signal(signal.SIGINT)
@@ -123,7 +126,8 @@ def test_asked_twice_leaves_at_once(start, tmp_path):
 
 
 def test_damage_is_said_and_the_one_before_used(start, alone, tmp_path):
-  status, said = start(tmp_path).ended()
+  every = STEPS // 2
+  status, said = start(tmp_path, checkpoint_every=every).ended()
   assert status == 0, said
   folder = tmp_path / "checkpoints"
   largest = max(
@@ -137,7 +141,7 @@ def test_damage_is_said_and_the_one_before_used(start, alone, tmp_path):
   status, said = start(tmp_path).ended()
   assert status == 0, said
   assert f"WARNING: {folder}/{STEPS} is damaged and now in" in said
-  assert f"goes on from step {STEPS - EVERY}" in said
+  assert f"goes on from step {STEPS - every}" in said
   assert runs.losses(tmp_path) == alone
 
   for path in folder.iterdir():
@@ -145,7 +149,7 @@ def test_damage_is_said_and_the_one_before_used(start, alone, tmp_path):
   status, said = start(tmp_path).ended()
   assert status == 2 and "Traceback" not in said, said
   assert f"all 2 checkpoints of {folder} are damaged" in said
-  for step in (STEPS, STEPS - EVERY):
+  for step in (STEPS, STEPS - every):
     assert f"\n  {step}: about/metadata cannot be read" in said
 
 
@@ -174,7 +178,7 @@ def _fill(run, disk):
 def test_a_full_disk(start, alone, tmp_path, on_error):
   with _small_disk(tmp_path / "disk", 64) as disk:
     workdir = disk / "run"
-    run = start(workdir, on_save_error=on_error)
+    run = start(workdir, on_save_error=on_error, checkpoint_every=2)
     assert run.when(lambda: len(_steps(workdir)) > 1)
     _fill(run, disk)
     before = runs.logged(workdir)
@@ -201,8 +205,8 @@ def test_a_full_disk(start, alone, tmp_path, on_error):
 
 def test_no_file_may_grow_that_large(start, alone, tmp_path, data):
   """The same where no disk can be mounted: the kernel refuses large files."""
-  limit = ("bash", "-c", 'ulimit -f 64; exec "$@"', "-")
-  status, said = start(tmp_path, wrap=limit, log_every=1).ended()
+  run = start(tmp_path, file_bytes=2**16, checkpoint_every=24)
+  status, said = run.ended()
   # Nothing could be saved, so the run must not look as if it had been.
   assert status == 2, said
   assert "could not be saved" in said and "File too large" in said

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 import shutil
 
 import jax
@@ -22,21 +21,12 @@ from hourjax.training.train_step import TrainStep
 from tests.training import runs
 
 STEPS = 6
-BAD = {
-  "id": "bad",
-  "video": "nowhere.mp4",
-  "conversations": [
-    {"from": "human", "value": "<image>\nWhy?"},
-    {"from": "gpt", "value": "So."},
-  ],
-}
 
 
 @pytest.fixture(scope="module")
-def experiment(tmp_path_factory):
-  """Six steps on six conversations and a record without its video."""
-  folder = runs.make_data(tmp_path_factory.mktemp("data"), BAD)
-  config = runs.small_config(folder, steps=STEPS, checkpoint_every=3)
+def experiment(data):
+  """Six steps, and a checkpoint in the middle."""
+  config = runs.small_config(data, steps=STEPS, checkpoint_every=3)
   return build_experiment(config.to_dict())
 
 
@@ -109,18 +99,15 @@ def test_what_cannot_be_read_is_left_out_and_listed(
   experiment, whole, tmp_path
 ):
   """A file that is damaged after the run was planned."""
-  store = pathlib.Path(experiment.data.features)
+  workdir = tmp_path / "run"
+  store = shutil.copytree(experiment.data.features, tmp_path / "features")
   broken = min(store.glob("train*.npy"))
-  content = broken.read_bytes()
-  broken.write_bytes(content[:-100])
-  try:
-    loop.train(experiment, tmp_path)
-  finally:
-    broken.write_bytes(content)
-  lines = (tmp_path / "unread.jsonl").read_text().splitlines()
+  broken.write_bytes(broken.read_bytes()[:-100])
+  loop.train(runs.changed(experiment, data__features=str(store)), workdir)
+  lines = (workdir / "unread.jsonl").read_text().splitlines()
   unread = [json.loads(line) for line in lines]
   assert unread and all(str(broken) in item["reason"] for item in unread)
-  rows = read_metrics(tmp_path)
+  rows = read_metrics(workdir)
   assert rows[-1]["unread_damaged"] == len(unread)
   tokens = [row["tokens"] for row in rows]
   assert sum(tokens) < sum(row["tokens"] for row in read_metrics(whole))

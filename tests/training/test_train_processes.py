@@ -16,11 +16,6 @@ STEPS = 24
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-  return runs.make_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def start(data):
   """Starts the processes of a run; each step is of two rows in any case."""
 

@@ -146,7 +146,7 @@ def test_keys_under_their_old_names(tmp_path):
   config = json.loads(json.dumps(dataclasses.asdict(RUN)))
   old = {**config, "watch": config["metrics"] | {"wandb": "hours"}}
   del old["metrics"]
-  with pytest.raises(UserError, match=r"watch is now called config.met"):
+  with pytest.raises(UserError, match=r"watch is now called config\.metrics"):
     build_experiment(old)
   renamed = rename_old_keys(old)
   assert renamed["metrics"]["wandb"] == "hours" and "watch" not in renamed
