@@ -22,7 +22,7 @@ from hourjax.training.optimizer import (
 )
 
 SHAPES = param_shapes(TINY)
-# SPEC section 3.
+# See hourjax/README.md, Training.
 TRAINED = {
   1: {"memaug"},
   2: {"vision", "projector", "memaug", "decoder", "newline"},
@@ -151,6 +151,7 @@ def test_updates_are_adam_with_a_rate_for_each_component(decay):
     np.testing.assert_allclose(params[path], value, rtol=1e-5, err_msg=path)
 
 
+@pytest.mark.slow
 def test_clip_is_by_the_norm_of_all_gradients():
   rates = dict.fromkeys(COMPONENTS, 1.0)
   # A large epsilon, since Adam's own scaling would undo the clip.

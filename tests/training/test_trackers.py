@@ -28,6 +28,7 @@ def _write(folder, start, points):
   events.close()
 
 
+@pytest.mark.slow
 def test_torch_is_not_imported_for_it():
   """tensorboardX would, where there is one: seconds of every start."""
   code = "import sys; import hourjax.train; assert 'torch' not in sys.modules"
@@ -146,6 +147,7 @@ def test_a_failure_of_wandb_is_said_once_and_ends_it(
   assert error.count("W&B gets nothing more") == 1 and "gone" in error
 
 
+@pytest.mark.slow
 def test_wandb_offline_and_resumed(monkeypatch, tmp_path):
   for name, value in [("MODE", "offline"), ("SILENT", "true")]:
     monkeypatch.setenv(f"WANDB_{name}", value)

@@ -213,6 +213,7 @@ def test_no_label_no_nan(params, all_trained, pair):
   assert after.step == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_leaves_the_state_alone(
   params, all_trained, pair, bad
@@ -243,6 +244,7 @@ def test_norms_of_components_add_up(all_trained, pair):
   assert scalars["grad_norm"] == pytest.approx(whole, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_same_inputs_same_bits(all_trained, pair):
   state, step = all_trained
   batch = _batches(pair, (2, 1))
@@ -261,6 +263,7 @@ def test_pixels_train_the_tower(params):
   assert float(abs(moved).max()) > 1e-5
 
 
+@pytest.mark.slow
 def test_videos_of_more_than_128_frames_do_not_train_the_tower(params):
   """Gradients of a row of a short and a long one: the tower's of the short."""
   short, long = _sample("frames", 3, 1), _sample("frames", 5, 2, frames=129)
@@ -293,6 +296,7 @@ def test_videos_of_more_than_128_frames_do_not_train_the_tower(params):
   assert np.asarray(second["projector/fc1/kernel"]).any()
 
 
+@pytest.mark.slow
 def test_stored_features_skip_the_tower(params, pair):
   state, step = _start(params)
   jaxpr = str(jax.make_jaxpr(step)(state, _batches(pair, (2, 1))))
