@@ -70,7 +70,7 @@ def make_dataset(folder: pathlib.Path) -> None:
       )
       sizes = (1, 640, 480) if modality == "image" else (0, 0, 0)
       measures = Measures(number % 3, 20 + number, 9, 12, *sizes)
-      writer.add(record, measures, duration=3.5, pictures=100)
+      writer.add(record, measures, duration=3.5, num_frames=100)
   prepared.SHARD = before
 
 

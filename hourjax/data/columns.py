@@ -1,4 +1,4 @@
-"""What planning needs to know of every conversation, as columns of numbers.
+"""Columns: what planning needs to know of every conversation, in numbers.
 
 Rows of samples are planned from these alone: no text is read and no file is
 opened. 700,000 conversations take about 25 MB.
@@ -31,8 +31,8 @@ _UNREADABLE = (
 )
 
 MODALITIES = ("text", "video", "image")
-# What a video is measured with before its duration is known; `sizes` adds the
-# digits that the real numbers have more.
+# (seconds, frames) that the time instruction is measured with before those of
+# the video are known; `sample_sizes` adds the tokens that they have more.
 MEASURED_AS = (0.0, 1)
 # A video of four months; one that is said to be longer is a mistake, and would
 # cost memory by the second.
@@ -40,11 +40,13 @@ LONGEST = 1e7
 
 _MOST_BYTES = 4 * 2**30  # 100 million conversations
 _NAMES = ("videos", "sources", "streams")
+# The file keeps the name that the column had in its first version.
+_NAMES_IN_FILE = {"num_frames": "pictures"}
 _FLOATS, _BYTES = ("duration",), ("modality", *_NAMES)
 
 
 class Measures(NamedTuple):
-  """One conversation's numbers; the columns of the same name hold them."""
+  """Holds one conversation's numbers, each as the column of its name."""
 
   modality: int
   tokens: int
@@ -57,7 +59,7 @@ class Measures(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-  """N conversations about M videos.
+  """Holds the numbers of N conversations about M videos.
 
   Attributes:
     modality: index into MODALITIES.
@@ -67,7 +69,7 @@ class Columns:
     answer: tokens before the first one that the assistant says.
     images: number of images; 0 for text and video.
     width: of a single image in pixels, else 0.
-    height: likewise.
+    height: of a single image in pixels, else 0.
     video: index into the M videos, else -1.
     source: index into `sources`.
     stream: index into `streams`.
@@ -75,7 +77,7 @@ class Columns:
     sources: names of the data sources.
     streams: names of the streams that share no row.
     duration: of each video in seconds, NaN where it is not known.
-    pictures: in each video's file, 0 where they are not known.
+    num_frames: in each video's file, 0 where it is not known.
   """
 
   modality: UInt8[np.ndarray, "N"]
@@ -92,27 +94,31 @@ class Columns:
   sources: tuple[str, ...]
   streams: tuple[str, ...]
   duration: Float64[np.ndarray, "M"]
-  pictures: Int32[np.ndarray, "M"]
+  num_frames: Int32[np.ndarray, "M"]
 
   def __len__(self) -> int:
     return len(self.modality)
 
   def save(self, path: str | os.PathLike) -> None:
     """Writes one uncompressed .npz."""
-    values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-    names = {k: _pack(v) for k, v in values.items() if isinstance(v, tuple)}
+    arrays: dict[str, Any] = {}
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      name = _NAMES_IN_FILE.get(field.name, field.name)
+      arrays[name] = _pack(value) if isinstance(value, tuple) else value
     with open(path, "wb") as file:
-      np.savez(file, **{**values, **names})
+      np.savez(file, **arrays)
 
   @classmethod
   def load(cls, path: str | os.PathLike) -> "Columns":
     """Reads what `save` wrote.
 
     Raises:
-      UserError: missing, damaged, columns of another version, or numbers that
-        do not fit one another.
+      UserError: the file is missing or damaged, has columns of another
+        version, or numbers that do not fit one another.
     """
-    wanted = [field.name for field in dataclasses.fields(cls)]
+    fields = [field.name for field in dataclasses.fields(cls)]
+    wanted = [_NAMES_IN_FILE.get(name, name) for name in fields]
     try:
       schema.check_file(path, remedy="`prepare` writes it")
       found: dict[str, Any] = _read_members(path, wanted)
@@ -125,17 +131,17 @@ class Columns:
         f"{path} cannot be read as the columns of a prepared dataset"
         f" ({error}); run `python -m hourjax.prepare` again"
       ) from None
-    return cls(**found)
+    return cls(**{name: found[n] for name, n in zip(fields, wanted)})
 
 
 class ColumnsBuilder:
   """Collects columns one conversation at a time."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     kinds = {"modality": "B"}
     names = (*Measures._fields, "video", "source", "stream")
     self._columns = {n: array.array(kinds.get(n, "i")) for n in names}
-    self._duration, self._pictures = array.array("d"), array.array("i")
+    self._duration, self._num_frames = array.array("d"), array.array("i")
     self._names: dict[str, dict[str, int]] = {
       kind: {} for kind in ("videos", "sources", "streams")
     }
@@ -147,18 +153,28 @@ class ColumnsBuilder:
     stream: str,
     video: str | None = None,
     duration: float | None = None,
-    pictures: int = 0,
+    num_frames: int = 0,
   ) -> None:
-    """Adds a conversation; a video's facts are taken where first known."""
+    """Adds a conversation.
+
+    Args:
+      measures: its numbers.
+      source: name of its data source.
+      stream: name of its stream.
+      video: name of its video, if it has one.
+      duration: of the video in seconds; None where it is not known.
+      num_frames: in the video's file; 0 where it is not known. Of several
+        conversations about a video the first that knows tells both.
+    """
     number = -1
     if video is not None:
       number = self._number("videos", video)
       if number == len(self._duration):
         self._duration.append(np.nan)
-        self._pictures.append(0)
+        self._num_frames.append(0)
       if duration is not None and np.isnan(self._duration[number]):
         self._duration[number] = duration
-      self._pictures[number] = self._pictures[number] or pictures
+      self._num_frames[number] = self._num_frames[number] or num_frames
     row = measures._asdict() | {
       "video": number,
       "source": self._number("sources", source),
@@ -168,20 +184,21 @@ class ColumnsBuilder:
       self._columns[name].append(value)
 
   def build(self) -> Columns:
-    """The columns so far."""
+    """Returns the columns so far."""
     kinds = {"modality": np.uint8}
-    columns = {
+    columns: dict[str, Any] = {
       name: np.array(column, kinds.get(name, np.int32))
       for name, column in self._columns.items()
     }
+    columns |= {kind: tuple(names) for kind, names in self._names.items()}
     return Columns(
       **columns,
-      **{kind: tuple(names) for kind, names in self._names.items()},
       duration=np.array(self._duration, np.float64),
-      pictures=np.array(self._pictures, np.int32),
+      num_frames=np.array(self._num_frames, np.int32),
     )
 
   def _number(self, kind: str, name: str) -> int:
+    """Returns the number of a name, a new one if it is new."""
     names = self._names[kind]
     return names.setdefault(name, len(names))
 
@@ -191,7 +208,7 @@ def measure_record(
   tokenizer: Tokenizer,
   media_root: str | os.PathLike | None,
 ) -> Measures:
-  """Counts one record's tokens; of a single image it reads the header.
+  """Counts one record's tokens, and reads the size of a single image.
 
   Args:
     record: checked.
@@ -223,7 +240,10 @@ def measure_record(
   )
 
 
-def _image_size(record: Record, media_root) -> tuple[int, int]:
+def _image_size(
+  record: Record, media_root: str | os.PathLike | None
+) -> tuple[int, int]:
+  """Returns (width, height) of a record's only image."""
   if media_root is None:
     raise UserError(
       f"record {record.id}: its tokens depend on the size of"
@@ -232,8 +252,10 @@ def _image_size(record: Record, media_root) -> tuple[int, int]:
   return images.image_size(pathlib.Path(media_root) / record.media[0])
 
 
-def _read_members(path, names: list[str]) -> dict[str, np.ndarray]:
-  """Arrays of an .npz as `Columns.save` writes it.
+def _read_members(
+  path: str | os.PathLike, names: list[str]
+) -> dict[str, np.ndarray]:
+  """Reads arrays of an .npz as `Columns.save` writes it.
 
   As `np.load` does, but memory is taken only for values that the file holds:
   neither a header's claim nor a compressed member is believed.
@@ -249,7 +271,8 @@ def _read_members(path, names: list[str]) -> dict[str, np.ndarray]:
           f"{name} is compressed, or larger than the file of {size} bytes"
         )
       with archive.open(info) as member:
-        shape, dtype = npy.read_header(member)
+        # A ZipExtFile is a BufferedIOBase, whatever its stub says.
+        shape, dtype = npy.read_header(member)  # pyrefly: ignore[bad-argument-type]
         values = bytearray(member.read())
       kinds = {np.float64: _FLOATS, np.uint8: _BYTES}
       kind = next((k for k, of in kinds.items() if name in of), np.int32)
@@ -264,7 +287,7 @@ def _read_members(path, names: list[str]) -> dict[str, np.ndarray]:
 
 
 def _check_lengths(columns: dict) -> None:
-  """Raises ValueError if columns differ in length."""
+  """Checks that columns have one length; raises ValueError if not."""
   lengths = {name: len(column) for name, column in columns.items()}
   videos = [lengths.pop(name) for name in ("videos", "duration", "pictures")]
   for name in ("sources", "streams"):
@@ -274,7 +297,11 @@ def _check_lengths(columns: dict) -> None:
 
 
 def _check_numbers(columns: Mapping[str, Any]) -> None:
-  """Raises ValueError if a number cannot be meant, naming the first one."""
+  """Checks each number; raises ValueError that names the first wrong one.
+
+  Args:
+    columns: by their names in the file.
+  """
   most = np.iinfo(np.int32).max
   limits = dict.fromkeys(Measures._fields, (0, most))
   limits |= {
@@ -306,11 +333,15 @@ def _check_numbers(columns: Mapping[str, Any]) -> None:
 
 
 def _pack(names: tuple[str, ...]) -> np.ndarray:
-  """Text as bytes: an array of str would take the longest name for each."""
+  """Returns names as JSON in bytes.
+
+  An array of str would take as much for each name as for the longest.
+  """
   return np.frombuffer(json.dumps(names).encode(), np.uint8)
 
 
 def _unpack(packed: np.ndarray, kind: str) -> tuple[str, ...]:
+  """Reads what `_pack` returned."""
   names = schema.parse_json(packed.tobytes(), kind, remedy="prepare again")
   if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
     raise ValueError(f"{kind} is {schema.shorten(names)}, not a list of names")

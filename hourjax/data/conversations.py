@@ -20,7 +20,7 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-  """One conversation of N tokens.
+  """Holds one conversation of N tokens.
 
   Attributes:
     ids: token ids; IMAGE marks a visual slot.
@@ -43,13 +43,15 @@ def encode_conversation(
   prompt_only: bool = False,
   slots: bool = True,
 ) -> Conversation:
-  """Writes turns in chat markup and labels them (SPEC section 2).
+  r"""Writes turns in chat markup and labels them.
+
+  See hourjax/README.md, Conversations.
 
   Assistant turns are labelled whole, markup included; elsewhere only
   `<|im_start|>`, `<|im_end|>` and the newline token are:
 
-    ids     <|im_start|> user \\n  IMAGE \\n  Why ?  <|im_end|> \\n
-    labels  <|im_start|> -100 \\n  -100  \\n -100 -100 <|im_end|> \\n
+    ids     <|im_start|> user \n  IMAGE \n  Why ?  <|im_end|> \n
+    labels  <|im_start|> -100 \n  -100  \n -100 -100 <|im_end|> \n
 
   Args:
     turns: human and gpt in turn, human first; for training, one side may have
@@ -59,34 +61,34 @@ def encode_conversation(
     video: (duration in seconds, frames told to the model). The first human
       turn then opens with the visual slot and the time instruction; markers
       in the turns are dropped. What is left of the question is not stripped:
-      "<image>\\nWhy?" gives "...this video.\\n\\nWhy?", as in training.
+      "<image>\nWhy?" gives "...this video.\n\nWhy?", as in training.
     prompt_only: for inference: drops a final gpt turn and opens the answer's
       turn. Nothing is labelled but earlier answers, which MemAug does not see
       in training either; the rest is prompt, markup included.
     slots: whether a marker is a visual slot; in a text record it is a word.
 
   Raises:
-    UserError: nothing to ask, nothing to train on, roles that do not
-      alternate, or a video without frames.
+    UserError: there is nothing to ask or nothing to train on, roles do not
+      alternate, or the video has no frames.
   """
   turns = list(turns)
   if prompt_only and turns and turns[-1].role == "gpt":
     turns = turns[:-1]
   _check(turns, prompt_only)
   if video is not None:
-    turns = _show_video(turns, *video)
+    turns = _with_instruction(turns, *video)
 
-  ids: list[int] = _encode_turn("system", system, tokenizer, slots)
-  spoken = [False] * len(ids)  # by the assistant
+  tokens = _encode_turn("system", system, tokenizer, slots)
+  spoken = [False] * len(tokens)  # by the assistant
   for turn in turns:
     new = _encode_turn(_ROLES[turn.role], turn.text, tokenizer, slots)
-    ids += new
+    tokens += new
     spoken += [turn.role == "gpt"] * len(new)
   opening = tokenizer.encode(_OPENING)
   if prompt_only:
-    ids += opening
+    tokens += opening
 
-  ids = np.array(ids, np.int32)
+  ids = np.array(tokens, np.int32)
   if prompt_only:
     answered = np.append(spoken, [False] * len(opening))
     labels = np.where(answered, ids, np.int32(IGNORE))
@@ -99,7 +101,7 @@ def encode_conversation(
 
 
 def follow_up(question: str, tokenizer: Tokenizer) -> list[int]:
-  """What follows the end of an answer: a question, and the next answer's turn.
+  r"""Returns the tokens after the end of an answer: a question, and an opening.
 
   \n <|im_start|> user \n Why ? <|im_end|> \n <|im_start|> assistant \n
   """
@@ -127,6 +129,7 @@ def question_ids(
 
 
 def _check(turns: list[Turn], prompt_only: bool) -> None:
+  """Checks roles and texts; raises UserError."""
   for i, turn in enumerate(turns):
     expected = ("human", "gpt")[i % 2]
     if turn.role != expected and (prompt_only or i == 0):
@@ -145,9 +148,10 @@ def _check(turns: list[Turn], prompt_only: bool) -> None:
     )
 
 
-def _show_video(
+def _with_instruction(
   turns: list[Turn], duration: float | int, frames: int
 ) -> list[Turn]:
+  """Puts the visual slot and the time instruction before the first turn."""
   if frames < 1:
     raise UserError(
       f"a video of {duration:.2f} seconds gives {frames} frames, at least 1 "
@@ -162,6 +166,7 @@ def _show_video(
 def _encode_turn(
   role: str, text: str, tokenizer: Tokenizer, slots: bool = True
 ) -> list[int]:
+  """Returns the tokens of a turn, with IMAGE at each visual slot."""
   whole = f"<|im_start|>{role}\n{text}<|im_end|>\n"
   # Cut at the markers before tokenizing, so that no token spans one.
   marked = whole.split(MARKER) if slots else [whole]

@@ -1,4 +1,9 @@
-"""Records to samples: the one place that opens files for training."""
+"""The dataset: records to samples, the one place that opens files for training.
+
+A sample is planned before anything is read (`_Planned`), then its pixels or
+features are read, and then it is laid out, which is where forgetting looks at
+what was read. All of it is a function of (seed, epoch, index of the record).
+"""
 
 import dataclasses
 import pathlib
@@ -27,19 +32,19 @@ from hourjax.data.rows import RowSpec, Sample, Visual
 from hourjax.data.sample_sizes import (
   pixel_frames,
   sample_sizes,
-  shown_videos,
   sparse_videos,
   stored_frames,
+  video_input,
 )
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
-from hourjax.data.visual_input import images_shown, read_images
+from hourjax.data.visual_input import image_input, read_images
 from hourjax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleOptions:
-  """How records become samples.
+  """Describes how records become samples.
 
   Attributes:
     seed: of everything random, together with epoch and sample.
@@ -57,19 +62,28 @@ class SampleOptions:
 
 @dataclasses.dataclass(frozen=True)
 class _Planned:
-  """What is known of a record before its pixels or features are read."""
+  """Holds what is known of a record before its pixels or features are read.
+
+  Attributes:
+    record: the record.
+    conversation: its token ids and labels.
+    repository: its memory.
+    kind: of its visual input.
+    images: feature tokens, frames or tiles of it, as `kind` says.
+    frames: indices into the stored features, or into the video.
+  """
 
   record: Record
   conversation: Conversation
   repository: Repository
   kind: Visual
   images: int
-  frames: np.ndarray | None = None  # of the stored features, or of the video
+  frames: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Unread:
-  """A sample that could not be read, and was left out of its row.
+  """Describes a sample that could not be read and was left out of its row.
 
   Attributes:
     id: of the record, or "" where not even that could be read.
@@ -83,11 +97,11 @@ class Unread:
 
 
 class Dataset:
-  """Samples by the index of their record.
+  """Gives samples by the index of their record.
 
   Attributes:
     columns: of all records.
-    sizes: what each sample takes, in the order of `sizes.FIELDS`.
+    sizes: what each sample takes, in the order of `Size`.
     usable: indices of the records that can be used, ascending.
     skipped: the other records with the reason; never replaced.
     sparse: videos whose features are too few for the rule of short videos.
@@ -130,7 +144,7 @@ class Dataset:
     self.embedder = None
     self.sizes, problems = sample_sizes(
       columns,
-      shown_videos(columns, features),
+      video_input(columns, features),
       tokenizer=tokenizer,
       spec=spec,
       forgetting=options.forgetting,
@@ -192,15 +206,16 @@ class Dataset:
     return made
 
   def __len__(self) -> int:
-    """Number of usable samples."""
+    """Returns the number of usable samples."""
     return len(self.usable)
 
   @property
   def vocab_size(self) -> int:
-    """Ids that the tokenizer may give."""
+    """Number of ids that the tokenizer may give."""
     return self._tokenizer.vocab_size
 
   def record(self, index: int) -> Record:
+    """Returns a record, usable or not."""
     return self._records[index]
 
   def sample(self, index: int, epoch: int = 0) -> Sample:
@@ -218,7 +233,7 @@ class Dataset:
   def samples(
     self, indices: Sequence[int], epoch: int, room: np.ndarray | None = None
   ) -> tuple[list[Sample], list[Unread]]:
-    """Samples that share one memory, which is read once.
+    """Reads samples that share one memory, which is read once.
 
     Args:
       indices: records about the same video (or only one record).
@@ -230,7 +245,8 @@ class Dataset:
       not be read.
     """
     done: list[Sample] = []
-    failed, visual, summary = [], None, None
+    failed: list[Unread] = []
+    visual, summary = None, None
     for index in indices:
       name = ""
       try:
@@ -249,7 +265,7 @@ class Dataset:
     return done, failed
 
   def _summary(self, plan: _Planned, visual: np.ndarray | None) -> Any:
-    """What forgetting needs to know of a video's stored features."""
+    """Computes what forgetting needs to know of a video's stored features."""
     features = visual if plan.kind == "features" else None
     return self._options.forgetting.summarise_frames(features, self.embedder)
 
@@ -282,13 +298,14 @@ class Dataset:
     return Sample(plan.record.id, layout, plan.kind, visual)
 
   def _plan(self, record: Record) -> _Planned:
+    """Plans a record; of media files it reads only their sizes."""
     if record.modality == "video":
       return self._plan_video(record)
     conversation = self._encode(record)
     if record.modality == "text":
       return _Planned(record, conversation, empty_repository(), "features", 0)
     paths = [self._media / name for name in record.media]
-    repository, count = images_shown(
+    repository, count = image_input(
       paths, self._spec, self._options.single_image
     )
     return _Planned(record, conversation, repository, "tiles", count)
@@ -307,27 +324,31 @@ class Dataset:
     repository = video_repository(len(frames), side)
     return _Planned(record, conversation, repository, kind, images_, frames)
 
-  def _encode(self, record: Record, shown=None) -> Conversation:
+  def _encode(
+    self, record: Record, video_numbers: tuple[float, int] | None = None
+  ) -> Conversation:
+    """Encodes the turns; a video's numbers are its duration and frames."""
     turns: Sequence[Turn] = record.turns
     return encode_conversation(
       turns,
       self._tokenizer,
-      video=shown,
+      video=video_numbers,
       slots=record.modality != "text",
     )
 
-  def _read(self, plan: _Planned, room) -> np.ndarray | None:
+  def _read(self, plan: _Planned, room: np.ndarray | None) -> np.ndarray | None:
+    """Reads the visual input, stored features into `room` if they fit."""
     media, spec = plan.record.media, self._spec
     if not media:
       return None
-    if plan.kind == "features":
-      shape = (spec.frame_tokens, spec.width)
-      if room is None or len(room) < plan.images:
-        return self._features.read(media[0], plan.frames, shape)
-      out = room[: plan.images].reshape(len(plan.frames), *shape)
-      self._features.read_into(media[0], plan.frames, out)
-      return out
-    if plan.kind == "frames":
+    if plan.frames is not None:
+      if plan.kind == "features" and self._features is not None:
+        shape = (spec.frame_tokens, spec.width)
+        if room is None or len(room) < plan.images:
+          return self._features.read(media[0], plan.frames, shape)
+        out = room[: plan.images].reshape(len(plan.frames), *shape)
+        self._features.read_into(media[0], plan.frames, out)
+        return out
       path = self._media / media[0]
       frames = video.decode_frames(path, plan.frames, spec.image_size)
       return np.concatenate(list(frames))

@@ -204,7 +204,7 @@ class Forgetting:
   ratio: int = 4
   max_frames: int = 512
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name, options in [
       ("spatial", ("random", "uniform")),
       ("temporal", tuple(TEMPORAL_STRATEGIES)),

@@ -1,6 +1,6 @@
-"""Rows to batches: threads fill them ahead of use, in plan order.
+"""The input pipeline: threads fill batches ahead of use, in plan order.
 
-A position in the data is one integer (see `plan`), the same on every host.
+A position in the data is one integer (see `row_plan`), the same on every host.
 There are no worker processes: each would copy every array through shared
 memory.
 """
@@ -20,23 +20,23 @@ from hourjax.data.rows import Row, RowSpec, empty_rows, row_bytes, row_of
 from hourjax.errors import UserError
 
 _FAR = 2**40  # the plan has no end; Grain wants one
-BESIDE = 3  # batches being filled, copied and computed with
+IN_USE = 3  # batches being filled, copied and computed with
 
 
 @dataclasses.dataclass(frozen=True)
 class ReadOptions:
-  """How far to read ahead.
+  """Describes how far to read ahead.
 
   Attributes:
     threads: that fill rows.
     ahead: batches filled before they are asked for; a host holds at most
-      `ahead` + BESIDE batches of its rows.
+      `ahead` + IN_USE batches of its rows.
   """
 
   threads: int = 4
   ahead: int = 2
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name in ("threads", "ahead"):
       if getattr(self, name) < 1:
         raise UserError(
@@ -45,7 +45,7 @@ class ReadOptions:
 
 
 def check_memory(spec: RowSpec, rows: int, options: ReadOptions) -> None:
-  """Makes sure that this host's batches fit into its memory.
+  """Checks that this host's batches fit into its memory.
 
   Args:
     spec: of the rows.
@@ -55,20 +55,20 @@ def check_memory(spec: RowSpec, rows: int, options: ReadOptions) -> None:
   Raises:
     UserError: they are larger than all memory that the machine has.
   """
-  there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  each, batches_ = row_bytes(spec), options.ahead + BESIDE
-  if each * rows * batches_ > there:
+  available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  each, batches_ = row_bytes(spec), options.ahead + IN_USE
+  if each * rows * batches_ > available:
     raise UserError(
       f"{rows} rows of {each / 2**20:,.1f} MiB (config.rows) a batch and"
-      f" {batches_} batches at a time (config.read.ahead + {BESIDE}) take"
+      f" {batches_} batches at a time (config.read.ahead + {IN_USE}) take"
       f" {each * rows * batches_ / 2**30:,.0f} GiB of this host's"
-      f" {there / 2**30:,.0f} GiB of memory; lower config.batch_rows or"
+      f" {available / 2**30:,.0f} GiB of memory; lower config.batch_rows or"
       " config.read.ahead, and raise config.accumulate"
     )
 
 
 class Delivered(NamedTuple):
-  """This host's rows of one global batch.
+  """Holds this host's rows of one global batch.
 
   Attributes:
     batch: the rows.
@@ -93,7 +93,7 @@ def batches(
   mine: Sequence[int] | None = None,
   options: ReadOptions = ReadOptions(),
 ) -> Generator[Delivered, None, None]:
-  """Endless batches from a position of the plan on.
+  """Yields batches without end, from a position of the plan on.
 
   The global batch is the same for any number of hosts; each fills, and reads
   files for, the rows that its devices need.
@@ -112,6 +112,7 @@ def batches(
   with ThreadPoolExecutor(options.threads) as pool:
 
     def fill(number: int) -> Delivered:
+      """Fills batch `number`; batches are asked for one after another."""
       first = firsts.pop(number)
       batch = empty_rows(spec, len(mine))
       positions = [plan.advance(first, row) for row in mine]
@@ -134,9 +135,19 @@ def batches(
 def fill_row(
   dataset: Dataset, plan: RowPlan, spec: RowSpec, position: int, arrays: Batch
 ) -> tuple[int, tuple[Unread, ...]]:
-  """Fills one row; returns the samples in it and those that are not.
+  """Fills one row.
 
   What cannot be read is left out: its place stays padding.
+
+  Args:
+    dataset: samples by index.
+    plan: which samples share the row.
+    spec: of the row.
+    position: of the row in the plan.
+    arrays: of the row, that are filled.
+
+  Returns:
+    Number of samples in the row, and those that were left out.
   """
   epoch, groups = plan.row(position)
   row, samples = Row(spec, arrays), 0

@@ -16,13 +16,15 @@ takes nothing else from it.
 """
 
 import contextlib
+import dataclasses
 import json
 import operator
 import os
 import pathlib
 import shutil
+import types
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, SupportsIndex
 
 import pydantic
 import tensorflow_datasets as tfds
@@ -52,7 +54,7 @@ _AGAIN = "run `python -m hourjax.prepare` again"
 
 
 class PreparedWriter:
-  """Writes a prepared dataset; it appears under its name when complete.
+  """Writes a prepared dataset, which appears under its name when complete.
 
   A context manager. What an interrupted run leaves lies in `partial`, a
   hidden folder beside, and is removed by the next run.
@@ -82,7 +84,9 @@ class PreparedWriter:
     self.partial = self.folder.with_name(f".{self.folder.name}.partial")
     self._about = {"tokenizer_id": tokenizer_id, **(about or {})}
     self._columns = ColumnsBuilder()
-    self._file, self._shards, self._bytes = None, [], 0
+    self._file: Any = None
+    self._shards: list[int] = []  # conversations in each file
+    self._bytes = 0
     try:
       shutil.rmtree(self.partial, ignore_errors=True)
       self.partial.mkdir(parents=True)
@@ -94,7 +98,12 @@ class PreparedWriter:
   def __enter__(self) -> "PreparedWriter":
     return self
 
-  def __exit__(self, kind, error, trace) -> None:
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: types.TracebackType | None,
+  ) -> None:
     try:
       with self._writing():
         self._close_shard()
@@ -113,13 +122,24 @@ class PreparedWriter:
     *,
     stream: str = "default",
     duration: float | None = None,
-    pictures: int = 0,
+    num_frames: int = 0,
   ) -> None:
-    """Adds a conversation; the arguments are those of `encode_record`."""
-    facts = {"stream": stream, "duration": duration, "pictures": pictures}
+    """Adds a conversation.
+
+    Args:
+      record: checked.
+      measures: of `measure_record`.
+      stream: name of its stream.
+      duration: of its video in seconds; None where it is not known.
+      num_frames: in the video's file; 0 where it is not known.
+    """
     video = record.media[0] if record.modality == "video" else None
-    encoded = encode_record(record, measures, **facts)
-    self.add_encoded(encoded, measures, record.source, video=video, **facts)
+    encoded = encode_record(
+      record, measures, stream=stream, duration=duration, pictures=num_frames
+    )
+    self.add_encoded(
+      encoded, measures, record.source, stream, video, duration, num_frames
+    )
 
   def add_encoded(
     self,
@@ -129,23 +149,25 @@ class PreparedWriter:
     stream: str,
     video: str | None,
     duration: float | None,
-    pictures: int,
+    num_frames: int,
   ) -> None:
-    """Adds a conversation that `encode_record` has serialised."""
+    """Adds a conversation that `encode_record` has serialised; see `add`."""
     with self._writing():
-      if not self._shards or self._shards[-1] == SHARD:
-        self._next_shard()
-      self._file.write(encoded)
+      file = self._file
+      if file is None or self._shards[-1] == SHARD:
+        file = self._next_shard()
+      file.write(encoded)
     self._shards[-1] += 1
     self._bytes += len(encoded)
-    self._columns.add(measures, source, stream, video, duration, pictures)
+    self._columns.add(measures, source, stream, video, duration, num_frames)
 
   def columns(self) -> Columns:
-    """The columns of all conversations so far."""
+    """Returns the columns of all conversations so far."""
     return self._columns.build()
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
+    """Turns what writing raises into a UserError."""
     try:
       yield
     except (OSError, RuntimeError) as error:  # array_record raises the second
@@ -159,7 +181,8 @@ class PreparedWriter:
     if file is not None:
       file.close()
 
-  def _next_shard(self) -> None:
+  def _next_shard(self) -> Any:
+    """Opens the next file of conversations and returns it."""
     self._close_shard()
     path = self.partial / f"shard-{len(self._shards)}"
     # Single records can be read only where each is a group of its own.
@@ -167,6 +190,7 @@ class PreparedWriter:
       str(path), "group_size:1"
     )
     self._shards.append(0)
+    return self._file
 
   def _finish(self) -> None:
     if not self._shards:
@@ -200,7 +224,7 @@ class PreparedWriter:
 
 
 class Prepared:
-  """A prepared dataset.
+  """Reads a prepared dataset.
 
   Attributes:
     folder: where it lies.
@@ -233,8 +257,9 @@ class Prepared:
     return len(self.columns)
 
 
-class _Part(NamedTuple):
-  """A file of conversations, as the library wants to be told of it."""
+@dataclasses.dataclass
+class _Part:
+  """Describes a file of conversations as the library wants it."""
 
   filename: str
   skip: int
@@ -242,7 +267,9 @@ class _Part(NamedTuple):
   examples_in_shard: int
 
 
-class _Records(Sequence):
+class _Records(Sequence[Record]):
+  """Gives records by index; each is read, and checked against the columns."""
+
   def __init__(self, folder: pathlib.Path, columns: Columns):
     self._folder, self._columns = folder, columns
     parts = _parts(folder)
@@ -252,7 +279,10 @@ class _Records(Sequence):
   def __len__(self) -> int:
     return self._length
 
-  def __getitem__(self, index: SupportsIndex) -> Record:
+  # Slices are never asked for.
+  def __getitem__(  # pyrefly: ignore[bad-override]
+    self, index: SupportsIndex
+  ) -> Record:
     at = operator.index(index)
     at += self._length if at < 0 else 0
     if not 0 <= at < self._length:
@@ -278,7 +308,7 @@ class _Records(Sequence):
 def _both(
   example: Mapping[str, Any], record: Record, columns: Columns, at: int
 ) -> Iterator[tuple[str, Any, Any]]:
-  """(name, value in the file, value in the columns) of a conversation."""
+  """Yields (name, value in the file, value in the columns)."""
   yield "modality", record.modality, MODALITIES[columns.modality[at]]
   yield "source", record.source, columns.sources[columns.source[at]]
   if record.modality == "video":
@@ -290,7 +320,7 @@ def _both(
 
 
 class _About(schema.Schema):
-  """What the rest of the code relies on in about.json."""
+  """Describes what the rest of the code relies on in about.json."""
 
   format: int
   conversations: int
@@ -304,7 +334,10 @@ class _Split(schema.Schema):
 
 
 class _Info(schema.Schema):
-  """What is read of dataset_info.json, a message of TFDS in proto3's JSON."""
+  """Describes what is read of dataset_info.json.
+
+  This is a message of TFDS in proto3's JSON.
+  """
 
   file_format: str = pydantic.Field(alias="fileFormat")
   splits: list[_Split]
@@ -331,7 +364,10 @@ def _read_about(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _check_features(path: pathlib.Path) -> None:
-  """Compares features.json with ours; TFDS would import what it names."""
+  """Compares features.json, as text, with that of this package.
+
+  TFDS would import the classes that it names.
+  """
   found = schema.read_json(path, remedy=_AGAIN)
   wanted = features_json()
   if found != wanted:
@@ -344,7 +380,7 @@ def _check_features(path: pathlib.Path) -> None:
 
 
 def _difference(found: Any, wanted: Any) -> tuple[str, Any, Any]:
-  """The place where two JSON values first differ, and what is there."""
+  """Returns the place where two JSON values first differ, and both values."""
   names: list[str] = []
   while isinstance(found, dict) and isinstance(wanted, dict):
     key = min(k for k in {**wanted, **found} if found.get(k) != wanted.get(k))
@@ -354,7 +390,7 @@ def _difference(found: Any, wanted: Any) -> tuple[str, Any, Any]:
 
 
 def _parts(folder: pathlib.Path) -> list[_Part]:
-  """The files of a dataset, with the number of conversations in each.
+  """Lists the files of a dataset, with the number of conversations in each.
 
   Their names follow from their number; those in dataset_info.json might lead
   anywhere.
@@ -384,7 +420,7 @@ def _parts(folder: pathlib.Path) -> list[_Part]:
 
 
 def _count(folder: pathlib.Path, name: str) -> int:
-  """Conversations in a file, from its last bytes."""
+  """Returns the number of conversations in a file, from its last bytes."""
   schema.check_file(folder / name, remedy=_AGAIN)
   try:
     reader = array_record_module.ArrayRecordReader(str(folder / name))

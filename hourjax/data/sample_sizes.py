@@ -1,11 +1,12 @@
 """What every sample takes of a row, from columns of numbers alone.
 
-The same numbers as `rows.layout_size` of a sample that is laid out; a test
-holds the two together.
+Rows of millions of samples are planned from these sizes before any file is
+opened. They are the numbers that `rows.layout_size` gives for a sample that is
+laid out; a test holds the two together.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -24,24 +25,30 @@ FIELDS = Size.names()
 _AT = {name: i for i, name in enumerate(FIELDS)}
 
 
-class Shown(NamedTuple):
-  """What training shows of M videos.
+class VideoInput(NamedTuple):
+  """Holds the visual input of M videos, in numbers.
 
   Attributes:
-    frames: of each video, before any repetition; 0 where it cannot be used.
-    duration: seconds; 0 where it cannot be used.
+    num_frames: that the model is shown of each video, before any repetition;
+      0 where the video cannot be used.
+    duration: in seconds; 0 where the video cannot be used.
     stored: whether frames come as features or, False, as pixels.
     problems: why a video cannot be used, by its index.
   """
 
-  frames: Int64[np.ndarray, "M"]
+  num_frames: Int64[np.ndarray, "M"]
   duration: Float64[np.ndarray, "M"]
   stored: bool
   problems: dict[int, str]
 
 
-def shown_videos(columns: Columns, features: FeatureStore | None) -> Shown:
-  """Frames that are shown of each video; see `frame_rules`."""
+def video_input(columns: Columns, features: FeatureStore | None) -> VideoInput:
+  """Counts the frames that are shown of each video; see `frame_rules`.
+
+  Args:
+    columns: name the videos.
+    features: store of their features; None where pixels are read.
+  """
   frames = np.zeros(len(columns.videos), np.int64)
   duration = np.zeros(len(columns.videos))
   problems = {}
@@ -50,18 +57,22 @@ def shown_videos(columns: Columns, features: FeatureStore | None) -> Shown:
       if features is not None:
         duration[i], frames[i] = _stored_count(features, name)
       else:
-        known = int(columns.pictures[i]), float(columns.duration[i])
+        known = int(columns.num_frames[i]), float(columns.duration[i])
         duration[i], chosen = pixel_frames(name, *known)
         frames[i] = len(chosen)
     except UserError as error:
       problems[i] = str(error)
-  return Shown(frames, duration, features is not None, problems)
+  return VideoInput(frames, duration, features is not None, problems)
 
 
 def stored_frames(
   features: FeatureStore, name: str
 ) -> tuple[float, np.ndarray]:
-  """A stored video's duration and the rows of its features that are shown.
+  """Returns a stored video's duration and the indices of the frames shown.
+
+  Args:
+    features: the store.
+    name: of the video.
 
   Raises:
     UserError: not in the store, or its index holds no such video.
@@ -72,7 +83,10 @@ def stored_frames(
 
 
 def _stored_count(features: FeatureStore, name: str) -> tuple[float, int]:
-  """Duration, and how many frames are shown: no array for 28,000 videos."""
+  """Returns duration and number of frames shown.
+
+  Only numbers: arrays of frames would take seconds for 28,000 videos.
+  """
   if name not in features:
     raise UserError(f"{name} is not in {features.root}; extract it first")
   stored, duration = features.stored(name)
@@ -85,7 +99,7 @@ def _stored_count(features: FeatureStore, name: str) -> tuple[float, int]:
 
 
 def sparse_videos(features: FeatureStore, names: Iterable[str]) -> list[str]:
-  """Those whose stored features are too few for the rule of short videos."""
+  """Returns the videos that have too few features for the short-video rule."""
   return [
     name
     for name in names
@@ -94,30 +108,30 @@ def sparse_videos(features: FeatureStore, names: Iterable[str]) -> list[str]:
 
 
 def pixel_frames(
-  name: str, pictures: int, duration: float
+  name: str, num_frames: int, duration: float
 ) -> tuple[float, np.ndarray]:
-  """Duration and pictures of a video that is encoded in the step.
+  """Returns duration and frame indices of a video encoded in the step.
 
   Args:
     name: of the video.
-    pictures: in its file; 0 where not known.
+    num_frames: in its file; 0 where it is not known.
     duration: in seconds.
 
   Raises:
-    UserError: number of pictures or duration are not known.
+    UserError: the number of frames or the duration is not known.
   """
-  if not pictures or not 0 < duration < math.inf:
+  if not num_frames or not 0 < duration < math.inf:
     raise UserError(
-      f"{name}: number of frames ({pictures}) or duration ({duration} s) not"
+      f"{name}: number of frames ({num_frames}) or duration ({duration} s) not"
       " known; prepare with --media, or extract its features and set"
       " config.data.features"
     )
-  return duration, frame_rules.shown_frames(pictures, duration)
+  return duration, frame_rules.shown_frames(num_frames, duration)
 
 
 def sample_sizes(
   columns: Columns,
-  shown: Shown,
+  visual: VideoInput,
   *,
   tokenizer: Tokenizer,
   spec: RowSpec,
@@ -125,16 +139,19 @@ def sample_sizes(
   max_length: int,
   single_image: str,
 ) -> tuple[Int64[np.ndarray, "N 7"], dict[int, str]]:
-  """Sizes in the order of `FIELDS`, and why some samples cannot be used.
+  """Returns sizes in the order of `FIELDS`, and the unusable samples.
 
   Args:
     columns: of the conversations.
-    shown: of their videos.
+    visual: visual input of their videos.
     tokenizer: the one they were measured with.
     spec: of the rows; a sample that is larger than one cannot be used.
     forgetting: rule; which tokens it keeps does not matter, only how many.
     max_length: the decoder's sequence is cut here.
     single_image: see `SampleOptions`.
+
+  Returns:
+    (sizes, problems): problems say why a sample cannot be used, by index.
   """
   sizes = np.zeros((len(columns), len(FIELDS)), np.int64)
   problems = {}
@@ -146,22 +163,24 @@ def sample_sizes(
   at = np.flatnonzero(columns.modality == MODALITIES.index("video"))
   if len(at):
     which = columns.video[at]
-    longer = _instruction_growth(shown, tokenizer)[which]
+    # The columns count the instruction of a video whose numbers were not known.
+    longer = _instruction_growth(visual, tokenizer)[which]
     for count in (tokens, prompt, answer):
       count[at] += longer
-    kept[at] = video_sizes(sizes, at, shown.frames[which], shown, spec,
+    kept[at] = _video_sizes(sizes, at, visual.num_frames[which], visual, spec,
                            forgetting)  # fmt: skip
-    bad = np.isin(which, np.fromiter(shown.problems, int))
+    bad = np.isin(which, np.fromiter(visual.problems, int))
     for i in at[bad]:
-      problems[int(i)] = shown.problems[int(columns.video[i])]
+      problems[int(i)] = visual.problems[int(columns.video[i])]
   for i, size, tokens_kept in _image_sizes(
     columns, spec, forgetting, single_image, problems
   ):
     sizes[i] = size
     kept[i] = tokens_kept
 
-  visual = columns.modality != MODALITIES.index("text")
-  sizes[:, _AT["queries"]] = np.where(visual, prompt + kept, 0)
+  # Text alone has no queries: the decoder reads it without MemAug.
+  has_queries = columns.modality != MODALITIES.index("text")
+  sizes[:, _AT["queries"]] = np.where(has_queries, prompt + kept, 0)
   sizes[:, _AT["decoder"]] = np.minimum(tokens + kept, max_length)
   for i in np.flatnonzero(answer + kept >= max_length).tolist():
     problems.setdefault(
@@ -178,18 +197,23 @@ def sample_sizes(
   return sizes, problems
 
 
-def _instruction_growth(shown: Shown, tokenizer: Tokenizer) -> np.ndarray:
-  """Tokens of each video's time instruction beyond those of MEASURED_AS.
+def _instruction_growth(visual: VideoInput, tokenizer: Tokenizer) -> np.ndarray:
+  """Returns what each video's time instruction has more than MEASURED_AS.
 
-  The seconds, their hundredths and the frames are counted apart: they are
-  never in one token, and there are few different ones.
+  The seconds, their hundredths and the frames are counted apart: a token never
+  spans two of them, and there are few different ones. For 61.25 s and 60
+  frames the result is the sum of what "61.00" and what "0.25" have more tokens
+  than "0.00", and what "60" has more than "1".
+
+  Returns:
+    int64 [M].
   """
-  cents = np.rint(shown.duration * 100).astype(np.int64)
+  cents = np.rint(visual.duration * 100).astype(np.int64)
   seconds, frames = MEASURED_AS
-  parts = [
+  parts: list[tuple[np.ndarray, Callable[[int], str]]] = [
     (cents // 100, lambda n: _numbers(float(n), frames)),
     (cents % 100, lambda n: _numbers(n / 100, frames)),
-    (np.maximum(shown.frames, 1), lambda n: _numbers(seconds, n)),
+    (np.maximum(visual.num_frames, 1), lambda n: _numbers(seconds, n)),
   ]
   growth = np.zeros(len(cents), np.int64)
   for values, text in parts:
@@ -202,24 +226,36 @@ def _instruction_growth(shown: Shown, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def _numbers(duration: float, frames: int) -> str:
-  """The part of the instruction that has them; the rest counts the same."""
+  """Returns the part of the instruction that has these numbers.
+
+  The rest of it has the same tokens for all videos.
+  """
   text = frame_rules.time_instruction(duration, frames)
   return text[text.index(" lasts ") : text.index(" frames ") + len(" frames ")]
 
 
-def video_sizes(
+def _video_sizes(
   sizes: np.ndarray,
   at: np.ndarray,
   frames: np.ndarray,
-  shown: Shown,
+  visual: VideoInput,
   spec: RowSpec,
   rule: Forgetting,
 ) -> np.ndarray:
-  """Fills in what videos of so many frames take; returns tokens kept."""
+  """Fills in what videos take, and returns how many tokens are kept of each.
+
+  Args:
+    sizes: [N, 7], of which the columns of memory and visual input are set.
+    at: int [n], the samples about videos.
+    frames: int [n], shown of each sample's video.
+    visual: says whether they come as features.
+    spec: of the rows.
+    rule: of forgetting.
+  """
   tokens = spec.frame_tokens
   repeated = np.maximum(frames, MIN_FRAMES)
   sizes[at, _AT["memory"]] = repeated * (tokens + 1)
-  if shown.stored:
+  if visual.stored:
     sizes[at, _AT["features"]] = frames * tokens
   else:
     sizes[at, _AT["frames"]] = frames
@@ -228,11 +264,19 @@ def video_sizes(
 
 
 def _image_sizes(
-  columns: Columns, spec: RowSpec, rule: Forgetting, single: str, problems
+  columns: Columns,
+  spec: RowSpec,
+  rule: Forgetting,
+  single: str,
+  problems: dict[int, str],
 ) -> Iterator[tuple[int, tuple[int, ...], int]]:
-  """(index, size, tokens kept) of every sample with images."""
+  """Yields (index, size, tokens kept) of every sample with images.
+
+  Where that cannot be said, `problems` gets the reason.
+  """
   tokens = spec.tile_tokens
   side = round(tokens**0.5)
+  # Images of one shape have one size; many have the same shape.
   known: dict[tuple[int, int], tuple[tuple[int, ...], int] | str] = {}
   at = np.flatnonzero(columns.modality == MODALITIES.index("image"))
   for i in at.tolist():
@@ -248,13 +292,17 @@ def _image_sizes(
         known[shape] = _tiled_size(*shape, spec, side, rule)
       except UserError as error:
         known[shape] = str(error)
-    if isinstance(known[shape], str):
-      problems[i] = known[shape]
+    found = known[shape]
+    if isinstance(found, str):
+      problems[i] = found
     else:
-      yield i, *known[shape]
+      yield i, *found
 
 
-def _tiled_size(width: int, height: int, spec: RowSpec, side: int, rule):
+def _tiled_size(
+  width: int, height: int, spec: RowSpec, side: int, rule: Forgetting
+) -> tuple[tuple[int, ...], int]:
+  """Returns size and tokens kept of an image that is cut into tiles."""
   geometry = images.anyres_geometry(
     width, height, tile=spec.image_size, side=side
   )

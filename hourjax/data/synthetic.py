@@ -1,4 +1,9 @@
-"""Generated data with VideoMarathon's durations and sizes (SPEC section 4)."""
+"""Synthetic data with VideoMarathon's durations and sizes.
+
+Durations are drawn from the histogram of the published set; see
+hourjax/README.md, VideoMarathon. Planning and benchmarks use it where the real
+data is not at hand.
+"""
 
 import json
 import pathlib
@@ -26,7 +31,7 @@ _MARKUP, _QUESTION, _ANSWER, _QUESTIONS = 75, (15, 110), (5, 80), (4, 6)
 
 
 def video_durations(count: int, seed: int) -> Float64[np.ndarray, "count"]:
-  """Seconds of videos, drawn from the histogram."""
+  """Draws the durations of videos, in seconds, from the histogram."""
   rng = np.random.default_rng(seed)
   share = np.array(HISTOGRAM) / sum(HISTOGRAM)
   start = rng.choice(len(share), count, p=share) * 300.0
@@ -37,7 +42,13 @@ def video_durations(count: int, seed: int) -> Float64[np.ndarray, "count"]:
 def conversation_columns(
   durations: np.ndarray, conversations: int, seed: int
 ) -> Columns:
-  """Columns of conversations about these videos, each about a random one."""
+  """Draws columns of conversations, each about a random one of the videos.
+
+  Args:
+    durations: float [M], of the videos in seconds.
+    conversations: how many.
+    seed: of what is drawn.
+  """
   rng = np.random.default_rng([seed, 1])
   questions = rng.integers(*_QUESTIONS, conversations)
   prompt = _MARKUP + questions * rng.integers(*_QUESTION, conversations)
@@ -58,21 +69,22 @@ def conversation_columns(
     sources=("synthetic",),
     streams=("default",),
     duration=durations,
-    pictures=np.zeros(len(durations), np.int32),
+    num_frames=np.zeros(len(durations), np.int32),
   )
 
 
 def video_name(number: int) -> str:
+  """Returns the name of a drawn video: 3 is 000003.mp4."""
   return f"{number:06d}.mp4"
 
 
 def tokenizer() -> Tokenizer:
-  """A small one: nothing here depends on words."""
+  """Returns a small tokenizer: nothing here depends on words."""
   return Tokenizer(train_tokenizer([]), "synthetic")
 
 
 def write_index(root: pathlib.Path, durations: np.ndarray) -> None:
-  """The index of a feature store; the features themselves may be missing."""
+  """Writes the index of a feature store, without the features themselves."""
   root.mkdir(parents=True, exist_ok=True)
   with open(root / "index-00000.jsonl", "w") as file:
     for number, duration in enumerate(durations.tolist()):
@@ -88,7 +100,17 @@ def write_index(root: pathlib.Path, durations: np.ndarray) -> None:
 def write_features(
   root: pathlib.Path, spec: RowSpec, gigabytes: float, seed: int
 ) -> tuple[FeatureStore, np.ndarray]:
-  """A store with real bytes of about this size, and its durations."""
+  """Writes a feature store with real bytes.
+
+  Args:
+    root: of the store.
+    spec: of rows, for the shape of a frame.
+    gigabytes: size of the store, about.
+    seed: of what is drawn.
+
+  Returns:
+    The store, and its videos' durations in seconds.
+  """
   frame = spec.frame_tokens * spec.width * 2
   durations, size = [], 0.0
   for duration in video_durations(100_000, seed):
@@ -112,7 +134,13 @@ def write_features(
 
 
 def write_conversations(folder: pathlib.Path, videos: int, each: int) -> None:
-  """A prepared dataset with conversations of text about the first videos."""
+  """Writes a prepared dataset of conversations about the first videos.
+
+  Args:
+    folder: of the dataset.
+    videos: how many of them.
+    each: conversations about each.
+  """
   words, tokens = "what is to be seen here before the end of it", tokenizer()
   rng = np.random.default_rng(0)
   with PreparedWriter(folder, tokenizer_id=tokens.fingerprint) as writer:
@@ -123,8 +151,9 @@ def write_conversations(folder: pathlib.Path, videos: int, each: int) -> None:
       writer.add(record, measure_record(record, tokens, None))
 
 
-def _turns(words: Sequence[str], rng) -> tuple[Turn, ...]:
-  turns = []
+def _turns(words: Sequence[str], rng: np.random.Generator) -> tuple[Turn, ...]:
+  """Draws five questions and answers; the first has the video's marker."""
+  turns: list[Turn] = []
   for number in range(5):
     mark = "" if number else "<image>\n"
     asked, said = (" ".join(rng.choice(words, n)) for n in (12, 8))

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ _FETCH = "fetch it again"
 
 
 class Tokenizer:
-  """Text to token ids and back.
+  r"""Turns text into token ids and back.
 
   Attributes:
     im_start: id of `<|im_start|>`.
     im_end: id of `<|im_end|>`, the end of every turn.
-    newline: id of "\\n" (198 in Qwen).
+    newline: id of "\n" (198 in Qwen).
     pad: id that fills rows.
     vocab_size: ids that may occur are below this, special ones included; the
       embedding table of the published models is larger.
@@ -51,8 +51,8 @@ class Tokenizer:
       pad_token: fills rows.
 
     Raises:
-      UserError: a token that the conversation markup needs is missing, or two
-        tokens have one id, or an id is beyond any vocabulary.
+      UserError: a token that the conversation markup needs is missing, two
+        tokens have one id, or an id is larger than any vocabulary.
     """
     self._backend = backend
     # A file may have been saved while these were on.
@@ -108,16 +108,16 @@ class Tokenizer:
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """16 hexadecimal digits, the same for tokenizers that work the same."""
+    """Sixteen hexadecimal digits, the same for tokenizers that agree."""
     whole = self._backend.to_str().encode()
     return hashlib.sha256(whole).hexdigest()[:16]
 
   def encode(self, text: str) -> list[int]:
-    """Token ids of `text`; special tokens written in it are recognised."""
+    """Returns the token ids of a text; special tokens in it are recognised."""
     return self._backend.encode(text, add_special_tokens=False).ids
 
   def lengths(self, texts: Sequence[str]) -> list[int]:
-    """Number of tokens of each text; uses all cores."""
+    """Returns the number of tokens of each text; uses all cores."""
     encoded = self._backend.encode_batch_fast(
       list(texts), add_special_tokens=False
     )
@@ -126,13 +126,21 @@ class Tokenizer:
   def decode(
     self, ids: Iterable[int] | Int[np.ndarray, "N"], skip_special: bool = False
   ) -> str:
-    """Text of token ids (>= 0); ids beyond the vocabulary give nothing."""
+    """Returns the text of token ids (>= 0).
+
+    Ids beyond the vocabulary give nothing.
+
+    Args:
+      ids: of the text.
+      skip_special: leaves out special tokens.
+    """
     return self._backend.decode(
       [int(i) for i in ids], skip_special_tokens=skip_special
     )
 
 
 def _special(backend: tokenizers.Tokenizer, token: str, name: str) -> int:
+  """Returns the id of a token that must be there."""
   with _library_errors(f"{name}: token {token!r}"):
     found = backend.token_to_id(token)
   if found is None:
@@ -144,6 +152,7 @@ def _special(backend: tokenizers.Tokenizer, token: str, name: str) -> int:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
+  """Reads tokenizer_config.json; {} if there is none."""
   if not file.exists():
     return {}
   config = schema.read_json(file, remedy=_FETCH)
@@ -155,7 +164,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _content(token: Any, key: str, folder: Path) -> str:
-  """The text of a token, which is written alone or in an object."""
+  """Returns the text of a token, which is written alone or in an object."""
   content = token.get("content") if isinstance(token, dict) else token
   if not isinstance(content, str):
     raise UserError(
@@ -178,7 +187,8 @@ def _library_errors(what: str) -> Iterator[None]:
     raise UserError(f"{what}: {error}; {_FETCH}") from error
 
 
-def _load(reader, *files: Path):
+def _load(reader: Callable[..., Any], *files: Path) -> Any:
+  """Calls a reader of the library, after it has checked the files' sizes."""
   for file in files:
     schema.check_file(file, remedy=_FETCH, most=_MOST_BYTES)
   with _library_errors(f"cannot read tokenizer {files[0]}"):
@@ -186,6 +196,7 @@ def _load(reader, *files: Path):
 
 
 def _from_vocab(folder: Path) -> tokenizers.Tokenizer:
+  """Builds Qwen2's tokenizer from vocab.json and merges.txt."""
   vocab, merges = folder / "vocab.json", folder / "merges.txt"
   missing = [f.name for f in (vocab, merges) if not f.is_file()]
   if missing:
@@ -207,7 +218,7 @@ def _from_vocab(folder: Path) -> tokenizers.Tokenizer:
 
 
 class _Added(schema.Schema):
-  """A token of 'added_tokens_decoder'."""
+  """Describes a token of 'added_tokens_decoder'."""
 
   content: str
   lstrip: bool = False
@@ -220,6 +231,7 @@ class _Added(schema.Schema):
 def _add_tokens(
   backend: tokenizers.Tokenizer, added: Any, folder: Path
 ) -> None:
+  """Adds the tokens of tokenizer_config.json, and checks their ids."""
   try:
     if not isinstance(added, dict):
       raise ValueError

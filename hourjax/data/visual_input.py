@@ -1,4 +1,4 @@
-"""What a sample shows: its memory repository and its visual input.
+"""Visual input of images: their tiles, and the memory that these make.
 
 The one place that turns images into tiles and squares; videos come as stored
 features or frames.
@@ -22,15 +22,20 @@ from hourjax.data.rows import RowSpec
 Single = Literal["tiled", "plain"]
 
 
-def images_shown(
+def image_input(
   paths: Sequence[pathlib.Path], spec: RowSpec, single: Single
 ) -> tuple[Repository, int]:
-  """Memory of one or more images, and how many tiles they are.
+  """Returns the memory of one or more images, and how many tiles they are.
 
-  Only the size of a single image that is to be tiled is read.
+  No pixels are read: only the size of a single image that is to be tiled is.
+
+  Args:
+    paths: of the images.
+    spec: of the rows.
+    single: how one image is cut, see `SampleOptions`.
 
   Raises:
-    UserError: it cannot be read.
+    UserError: the size cannot be read.
   """
   side = round(spec.tile_tokens**0.5)
   if len(paths) > 1 or single == "plain":
@@ -45,15 +50,20 @@ def images_shown(
 def read_images(
   paths: Sequence[pathlib.Path], spec: RowSpec, single: Single
 ) -> UInt8[np.ndarray, "tiles h w 3"]:
-  """Pixels of what `images_shown` counts.
+  """Reads the pixels of the tiles that `image_input` counts.
+
+  Args:
+    paths: of the images.
+    spec: of the rows.
+    single: how one image is cut, see `SampleOptions`.
 
   Raises:
     UserError: an image cannot be read.
   """
-  pictures = [images.load_image(path) for path in paths]
-  if len(pictures) > 1:
-    square = [images.pad_to_square(picture) for picture in pictures]
-    return np.stack([images.resize(p, spec.image_size) for p in square])
+  loaded = [images.load_image(path) for path in paths]
+  if len(loaded) > 1:
+    square = [images.pad_to_square(image) for image in loaded]
+    return np.stack([images.resize(x, spec.image_size) for x in square])
   if single == "plain":
-    return images.resize(pictures[0], spec.image_size)[None]
-  return images.tile_image(pictures[0], spec.image_size)
+    return images.resize(loaded[0], spec.image_size)[None]
+  return images.tile_image(loaded[0], spec.image_size)

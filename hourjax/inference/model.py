@@ -30,7 +30,7 @@ from hourjax.data.sample_sizes import stored_frames
 from hourjax.data.store.array_file import is_finite
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
-from hourjax.data.visual_input import images_shown, read_images
+from hourjax.data.visual_input import image_input, read_images
 from hourjax.errors import UserError
 from hourjax.extraction.encoder import Encoder
 from hourjax.inference.answering import Answering
@@ -178,7 +178,7 @@ class Model:
     paths = [pathlib.Path(image) for image in images]
     spec = row_spec(self.config, Size())
     single = self.rules.single_image
-    repository, _ = images_shown(paths, spec, single)
+    repository, _ = image_input(paths, spec, single)
     pixels = read_images(paths, spec, single)
     return self._memory(repository, "tiles", pixels)
 

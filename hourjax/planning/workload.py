@@ -16,7 +16,7 @@ from hourjax.data import synthetic
 from hourjax.data.columns import MODALITIES, Columns
 from hourjax.data.media.frame_rules import MIN_FRAMES, stored_feature_count
 from hourjax.data.row_plan import PlanOptions, RowPlan
-from hourjax.data.sample_sizes import Shown, sample_sizes, shown_videos
+from hourjax.data.sample_sizes import VideoInput, sample_sizes, video_input
 from hourjax.errors import UserError
 from hourjax.models.flops import Work, sample_flops, sample_work
 from hourjax.training.config import Experiment
@@ -232,7 +232,7 @@ def _rows(experiment, sizes, rows, seconds):
 def _measure(experiment, columns, stored):
   return sample_sizes(
     columns,
-    _shown(columns, stored),
+    _video_input(columns, stored),
     tokenizer=synthetic.tokenizer(),
     spec=experiment.row_spec,
     forgetting=experiment.forgetting,
@@ -241,15 +241,15 @@ def _measure(experiment, columns, stored):
   )
 
 
-def _shown(columns: Columns, stored: bool) -> Shown:
+def _video_input(columns: Columns, stored: bool) -> VideoInput:
   """Frames of the drawn videos, as extraction stores them or as pixels."""
   if not stored:
-    return shown_videos(columns, None)
+    return video_input(columns, None)
   frames = [
     stored_feature_count(max(int(seconds), MIN_FRAMES), seconds)
     for seconds in columns.duration.tolist()
   ]
-  return Shown(np.array(frames, np.int64), columns.duration, True, {})
+  return VideoInput(np.array(frames, np.int64), columns.duration, True, {})
 
 
 def _draw(parts, scale, rng) -> Columns:
@@ -277,7 +277,7 @@ def _draw(parts, scale, rng) -> Columns:
     sources=("drawn",),
     streams=streams,
     duration=duration,
-    pictures=np.rint(duration * _FPS).astype(np.int32),
+    num_frames=np.rint(duration * _FPS).astype(np.int32),
   )
 
 

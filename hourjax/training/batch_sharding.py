@@ -121,8 +121,8 @@ class BatchSharding:
     Args:
       batch: numpy arrays of the rows `local_rows`.
     """
-    dealt = round_robin_order(batch, self._rows, self._sharing)
-    return Batch(*map(self._placed, Batch._fields, dealt, self._shardings))
+    ordered = round_robin_order(batch, self._rows, self._sharing)
+    return Batch(*map(self._placed, Batch._fields, ordered, self._shardings))
 
   def _placed(
     self, name: str, array: np.ndarray, sharding: NamedSharding

@@ -52,7 +52,7 @@ def test_columns_of_conversations():
   assert columns.stream.tolist() == [0, 1, 0, 0, 1]
   # Facts of a video may become known with a later conversation.
   assert columns.duration.tolist() == [12.5, 7]
-  assert columns.pictures.tolist() == [30, 2]
+  assert columns.num_frames.tolist() == [30, 2]
   assert columns.width.tolist() == [0, 0, 0, 0, 640]
 
 

@@ -44,7 +44,7 @@ def _measures(rng, record):
 def _write(folder, items, **about):
   with PreparedWriter(folder, tokenizer_id="t1", about=about) as writer:
     for record, measures in items:
-      writer.add(record, measures, stream="s", duration=1.5, pictures=3)
+      writer.add(record, measures, stream="s", duration=1.5, num_frames=3)
 
 
 @pytest.fixture

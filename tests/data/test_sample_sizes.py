@@ -110,17 +110,17 @@ def test_pixel_videos_come_with_frames_not_features(root):
   tokenizer = Tokenizer(train_tokenizer([]), "test")
   measures = measure_record(record, tokenizer, None)
   facts = {"a.mp4": (20.0, 600), "b.mp4": (None, 0), "c.mp4": (129.0, 3870)}
-  for name, (duration, pictures) in facts.items():
-    columns.add(measures, "", "default", name, duration, pictures)
+  for name, (duration, frames) in facts.items():
+    columns.add(measures, "", "default", name, duration, frames)
   built = columns.build()
-  shown = sample_sizes.shown_videos(built, None)
-  # Below 128 seconds 128 of its 600 pictures, else one a second.
-  assert shown.frames.tolist() == [128, 0, 129]
-  assert shown.problems.keys() == {1}
-  assert "prepare with --media" in shown.problems[1]
+  visual = sample_sizes.video_input(built, None)
+  # Below 128 seconds 128 of its 600 frames, else one a second.
+  assert visual.num_frames.tolist() == [128, 0, 129]
+  assert visual.problems.keys() == {1}
+  assert "prepare with --media" in visual.problems[1]
   made, problems = sample_sizes.sample_sizes(
     built,
-    shown,
+    visual,
     tokenizer=tokenizer,
     spec=dataclasses.replace(SPEC, capacity=Size(*[128] * 3, *[2**31 - 1] * 4)),
     forgetting=Forgetting(),

@@ -44,15 +44,15 @@ def test_videomarathon_has_its_hours(stages):
 def test_short_videos_are_shown_as_training_shows_them(stored):
   parts = (workloads.Part("short", 400, "short"),)
   columns = workloads._draw(parts, 1.0, np.random.default_rng(0))
-  shown = workloads._shown(columns, stored)
-  assert not shown.problems
+  visual = workloads._video_input(columns, stored)
+  assert not visual.problems
   short = columns.duration < 128
   assert 0 < short.sum() < len(short)  # of 5 to 180 seconds
-  assert set(shown.frames[short]) == {128}
+  assert set(visual.num_frames[short]) == {128}
   for n in np.flatnonzero(~short):
     seconds = float(columns.duration[n])
-    pixels = len(pixel_frames("", int(columns.pictures[n]), seconds)[1])
-    assert shown.frames[n] == (int(seconds) if stored else pixels)
+    pixels = len(pixel_frames("", int(columns.num_frames[n]), seconds)[1])
+    assert visual.num_frames[n] == (int(seconds) if stored else pixels)
     assert abs(pixels - seconds) < 1.1
 
 

@@ -142,7 +142,7 @@ def test_media_are_looked_into(tmp_path, tokenizer_folder, media, monkeypatch):
   assert found == {k: {raw["id"] for raw in v} for k, v in bad.items()}
   facts = dict(zip(data.columns.videos, data.columns.duration))
   assert facts == {"a.mp4": 2.0, "in/b ü.mp4": 4.0}
-  pictures = dict(zip(data.columns.videos, data.columns.pictures))
+  pictures = dict(zip(data.columns.videos, data.columns.num_frames))
   assert pictures == {"a.mp4": 10, "in/b ü.mp4": 20}
   # Each video once, however many records are about it.
   assert sorted(p.name for p in probed) == ["a.mp4", "b ü.mp4", "broken.mp4"]
@@ -446,7 +446,7 @@ def test_a_folder_of_frames_is_a_video(tmp_path, tokenizer_folder):
   build(tmp_path / "d", options)
   columns = Prepared(tmp_path / "d").columns
   assert columns.videos == ("shareVideoGPTV/v1",)
-  assert (columns.duration[0], columns.pictures[0]) == (4.5, 9)
+  assert (columns.duration[0], columns.num_frames[0]) == (4.5, 9)
   (skipped,) = _skipped(tmp_path / "d")
   assert "folder without frames" in skipped["reason"]
 
