@@ -119,6 +119,7 @@ def embed():
   return lambda batch: np.asarray(run(params, batch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_every_modality_reaches_the_decoder(case, media, embed):
   files, options = CASES[case]

@@ -109,6 +109,7 @@ def test_tfds_and_grain_open_it(tmp_path, items):
   assert last["id"].decode() == items[-1][0].id
 
 
+@pytest.mark.slow
 def test_tensorflow_is_not_needed(tmp_path):
   code = """
 import sys
@@ -292,6 +293,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_error(tmp_path):
   command = [sys.executable, "-c", _FULL, str(tmp_path / "d")]
   done = subprocess.run(command, capture_output=True, text=True)

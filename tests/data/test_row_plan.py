@@ -84,7 +84,7 @@ def test_random_access_equals_reading_in_order(sizes, seed, order):
   assert {k: fresh.row(k) for k in positions} == in_order
 
 
-@given(sizes=samples, step=st.integers(1, 7), count=st.integers(1, 20))
+@given(sizes=samples, step=st.integers(1, 5), count=st.integers(1, 8))
 def test_advancing_in_steps_equals_one_long_advance(sizes, step, count):
   plan = RowPlan(sizes, CAPACITY)
   position, seen = 0, []
