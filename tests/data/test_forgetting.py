@@ -194,6 +194,7 @@ def _embedder(words=3, features=3, seed=0):
   )
 
 
+@pytest.mark.slow
 def test_mean_projected_token_is_that_of_the_projector():
   rng = _rng(0)
   shapes = [(5, 7), (7,), (7, 7), (7,), (4, 7)]

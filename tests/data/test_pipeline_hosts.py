@@ -89,6 +89,7 @@ def _steps(root, host):
   return [dict(np.load(path)) for path in paths]
 
 
+@pytest.mark.slow
 def test_two_processes_read_the_batches_of_one(root):
   write_steps(root, 0, (0, 1))
   whole = _steps(root, (0, 1))
