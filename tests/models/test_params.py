@@ -13,7 +13,8 @@ from tests import golden_cases, golden_files
 
 REAL = golden_files.load_json("params_real.json") or {"shapes": {}}
 
-# SPEC section 3: learning rates of tower, projector, MemAug and decoder.
+# Learning rates of tower, projector, MemAug and decoder: hourjax/README.md,
+# Training.
 STAGES = {
   "stage1": (0.0, 0.0, 1e-4, 0.0),
   "stage2": (5e-6, 1e-4, 1e-4, 2e-5),
@@ -108,7 +109,7 @@ def test_trainable_counts(name):
 
 
 def test_published_sizes_without_golden():
-  """The table of SPEC section 1."""
+  """As in hourjax/README.md, Model."""
   totals = {"3b": 3_700_088_352, "7b": 8_676_494_880}
   for size, total in totals.items():
     assert _count(param_shapes(SIZES[size])) == total

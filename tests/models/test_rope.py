@@ -17,15 +17,15 @@ golden = pytest.mark.skipif(not TABLES, reason=golden_files.NO_GOLDEN)
 
 
 @functools.partial(jax.jit, static_argnames="pairs")
-def _turned(unit, position, pairs):
+def _rotated(unit, position, pairs):
   return attention.rope(unit, position, rotary_dim=2 * pairs, base=BASE)
 
 
-def _turned_unit(position, pairs):
-  """(cos, sin) of each phase: where the channel pairs (1, 0) are turned to."""
+def _rotated_unit(position, pairs):
+  """(cos, sin) of each phase: where the channel pairs (1, 0) are rotated to."""
   unit = jnp.zeros((1, len(position), 1, 2 * pairs))
   unit = unit.at[..., :pairs].set(1.0)
-  out = _turned(unit, jnp.asarray(position)[None], pairs)
+  out = _rotated(unit, jnp.asarray(position)[None], pairs)
   return np.split(np.asarray(out[0, :, 0]), 2, axis=-1)
 
 
@@ -39,9 +39,9 @@ def test_frequencies_are_the_same_floats(key, monkeypatch):
   elsewhere. At position 32,768 that is a phase of 1e-6.
   """
   expected = TABLES[key]
-  # With cos gone, the unit vector at position 1 turns to the frequencies.
+  # With cos gone, the unit vector at position 1 is rotated to the frequencies.
   monkeypatch.setattr(attention.jnp, "cos", lambda phase: phase)
-  got, _ = _turned_unit(np.array([1]), len(expected))
+  got, _ = _rotated_unit(np.array([1]), len(expected))
   assert got.dtype == expected.dtype == np.float32
   if key.startswith("memaug"):
     np.testing.assert_array_equal(got[0], expected)
@@ -55,7 +55,7 @@ def test_cos_and_sin_at_real_positions(jitted):
   """One wrong bit in a frequency would be 0.01 here, at 234,000."""
   pairs = TABLES["memaug_inv_freq"].size
   with jax.disable_jit(not jitted):
-    cos, sin = _turned_unit(TABLES["positions"], pairs)
+    cos, sin = _rotated_unit(TABLES["positions"], pairs)
   np.testing.assert_allclose(cos, TABLES["memaug_cos"], rtol=0, atol=1e-6)
   np.testing.assert_allclose(sin, TABLES["memaug_sin"], rtol=0, atol=1e-6)
 
@@ -85,7 +85,7 @@ def test_scores_depend_on_the_distance_only():
   assert score(7, 3) != pytest.approx(score(3, 7), abs=1e-2)
 
 
-def test_bfloat16_input_is_turned_in_float32():
+def test_bfloat16_input_is_rotated_in_float32():
   x = jax.random.normal(jax.random.key(0), (1, 3, 1, 8)).astype(jnp.bfloat16)
   at = jnp.array([[0, 65_537, 234_000]])
   got = attention.rope(x, at, rotary_dim=8, base=BASE)

@@ -75,7 +75,7 @@ def test_what_only_looks_like_them_is_unexpected(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-  "pairs, told",
+  "pairs, message",
   [
     ([("", "module.")], "module.* as *"),
     ([("", "base_model.model.")], "base_model.model.* as *"),
@@ -98,11 +98,11 @@ def test_what_only_looks_like_them_is_unexpected(tmp_path, name):
     ),
   ],
 )
-def test_prefixes_are_read_and_said(tmp_path, capsys, pairs, told):
+def test_prefixes_are_removed_and_named(tmp_path, capsys, pairs, message):
   folders.save(tmp_path)
   folders.edit(tmp_path, _swap(*pairs))
   folders.assert_drawn(folders.load(tmp_path))
-  assert f"tensors are read {told}" in capsys.readouterr().err
+  assert f"tensors are read {message}" in capsys.readouterr().err
 
 
 def test_a_prefix_of_some_names_only_is_none(tmp_path):
@@ -268,7 +268,7 @@ def test_shards_may_be_links_and_lie_below(tmp_path):
   assert set(read_index(snapshot / INDEX).values()) == {"parts/a.safetensors"}
 
 
-# --- what is told ----------------------------------------------------------
+# --- messages -------------------------------------------------------------
 
 
 def test_layers_are_folded():
@@ -286,7 +286,7 @@ def test_long_lists_are_cut():
   assert shortened("abcdefghij", 3) == "a, b, c and 7 more"
 
 
-def test_a_folder_of_other_names_is_told_in_few_lines(tmp_path):
+def test_a_folder_of_other_names_fails_in_few_lines(tmp_path):
   folders.save(tmp_path)
   folders.edit(tmp_path, _swap(("", "encoder.")))
   with pytest.raises(UserError, match=r"\(242 problems\)") as error:
@@ -304,7 +304,7 @@ def test_a_folder_of_other_names_is_told_in_few_lines(tmp_path):
     ("model.layers.0.mlp.up_proj.qweight", "quantised"),
   ],
 )
-def test_names_that_tell_what_it_is(tmp_path, name, hint):
+def test_names_that_explain_the_problem(tmp_path, name, hint):
   folders.save(tmp_path)
   folders.edit(tmp_path, lambda t: t.update({name: np.zeros(2, np.float32)}))
   with pytest.raises(UserError, match=hint):

@@ -242,7 +242,7 @@ def test_several_devices_read_their_parts(tmp_path):
     assert on["read"] == figures["total"]
 
 
-def test_what_is_read_is_told(tmp_path, monkeypatch, capfd):
+def test_reading_shows_progress(tmp_path, monkeypatch, capfd):
   folders.save(tmp_path)
   folders.load(tmp_path)
   assert not capfd.readouterr().err  # so little
