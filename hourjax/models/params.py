@@ -122,7 +122,7 @@ def _abstract(
   )
 
 
-def _flat(state: nnx.State) -> Iterator[tuple[_Path, nnx.Variable]]:
+def _flat(state: Any) -> Iterator[tuple[_Path, nnx.Variable]]:
   yield from nnx.to_flat_state(state)
 
 
