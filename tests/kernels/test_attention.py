@@ -118,7 +118,7 @@ def small_tiles(monkeypatch):
   "heads, causal",
   [
     ((28, 4), False),
-    ((3, 3), True),
+    pytest.param((3, 3), True, marks=slow),
     pytest.param((16, 2), False, marks=slow),
     pytest.param((16, 2), True, marks=slow),
     pytest.param((28, 4), True, marks=slow),
@@ -134,8 +134,8 @@ def test_heads(small_tiles, heads, causal):
 @pytest.mark.parametrize(
   "queries, keys",
   [
-    (1, 1),
     (31, 5),
+    pytest.param(1, 1, marks=slow),
     pytest.param(8, 16, marks=slow),
     pytest.param(9, 17, marks=slow),
     pytest.param(7, 50, marks=slow),
@@ -218,7 +218,8 @@ def test_large_scores_do_not_overflow(small_tiles):
   np.testing.assert_allclose(got[0], out, rtol=0, atol=1e-2)
 
 
-@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=slow)])
+@slow
+@pytest.mark.parametrize("causal", [False, True])
 def test_bfloat16(small_tiles, causal):
   inputs = [jnp.asarray(x, jnp.bfloat16) for x in _draw(6, 1, 40, 40, 4, 2)]
   segment = _segments(30, 8, total=40)

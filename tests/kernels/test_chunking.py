@@ -17,7 +17,7 @@ QUERIES, KEYS = 24, 90
 # Queries and keys of a part. Cuts fall on ends of segments and within them,
 # the last part is full or nearly empty, a part may be one query or key.
 CUTS = [
-  (24, 30),
+  pytest.param(24, 30, marks=pytest.mark.slow),
   pytest.param(8, 90, marks=pytest.mark.slow),
   (7, 40),
   pytest.param(1, 1, marks=pytest.mark.slow),
@@ -170,6 +170,7 @@ def test_unused_places_may_hold_anything():
     np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 def test_scores_that_rise_from_part_to_part():
   """By more than exp has room for, up and down again."""
   q, k, v, d_out = _inputs()

@@ -27,7 +27,7 @@ from hourjax.data.forgetting import Forgetting
 from hourjax.data.layout import build_layout
 from hourjax.data.media.images import anyres_geometry
 from hourjax.models.config import TINY, DecoderConfig, VisionConfig
-from hourjax.models.params import init_params, param_axes, param_shapes
+from hourjax.models.params import param_axes, param_shapes
 from hourjax.parallel.mesh import AXES, MeshConfig, make_mesh
 from hourjax.parallel.rules import param_shardings
 from hourjax.training.batch_sharding import BatchSharding
@@ -107,11 +107,25 @@ def differences(
 @functools.cache
 def on_one_device(config, stored: bool) -> tuple[dict, Sums]:
   """Parameters, and loss and gradients of the micro-batch with them."""
-  params = init_params(config, 0)
+  params = _params(config)
   batch = Batch(*map(jnp.asarray, packed_batch(stored)[0]))
   # Without rematerialisation the program is shorter, and the function the same.
   config = dataclasses.replace(config, remat="none")
   return params, _step(config)(params, batch)
+
+
+def _params(config) -> dict[str, np.ndarray]:
+  """Parameters of ordinary size; drawn by numpy, which compiles nothing."""
+  rng, params = np.random.default_rng(0), {}
+  for path, shape in param_shapes(config).items():
+    noise = rng.normal(size=shape).astype(np.float32)
+    if path.endswith("scale"):
+      params[path] = 1 + 0.1 * noise
+    elif path.endswith("kernel"):
+      params[path] = noise * shape[-2] ** -0.5
+    else:  # biases, embeddings, the newline token
+      params[path] = 0.2 * noise
+  return params
 
 
 def _step(config):
