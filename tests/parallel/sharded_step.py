@@ -50,13 +50,13 @@ CONFIG = dataclasses.replace(
 )
 SPEC = rows.RowSpec(
   capacity=rows.Size(
-    features=16 * 380,
+    features=16 * 300,
     frames=5,
     tiles=7,
     blends=64,
-    memory=8 * 840,
-    queries=8 * 130,
-    decoder=8 * 150,
+    memory=8 * 600,
+    queries=8 * 50,
+    decoder=8 * 54,
   ),
   frame_tokens=SIDE**2,
   tile_tokens=CONFIG.vision.side**2,
