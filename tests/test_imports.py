@@ -17,6 +17,7 @@ ALLOWED = {
     "hourjax.atomic_file",
     "hourjax.errors",
     "hourjax.jsonl",
+    "hourjax.plots",
     "hourjax.processes",
     "hourjax.progress",
     "hourjax.schema",

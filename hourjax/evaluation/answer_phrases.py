@@ -1,19 +1,23 @@
-"""What models wrap an answer in: thinking, containers, Markdown, LaTeX, JSON.
+r"""Patterns for `parsing`: what wraps an answer, how phrases name an option.
 
-"<think>A or B?</think>So \\boxed{\\text{B}}."  -> spoken "So \\boxed{...}."
-                                            -> contained ["\\text{B}"]
-                                            -> clean "B"
+The first part removes what models wrap an answer in: thinking, containers,
+Markdown, LaTeX, JSON.
+
+"<think>A or B?</think>So \boxed{\text{B}}."
+    -> without_thinking "So \boxed{\text{B}}."
+    -> in_containers    ["\text{B}"]
+    -> clean            "B"
+
+The second part are phrases around an option's name that show how it is meant.
+They are matched without regard to case, on text that `clean` returned.
 """
-# MERGED hourjax.evaluation.phrases:
-# Phrases around an option's name that tell how it is meant.
-#
-# Patterns of what stands before end at the name, those of what follows start
-# there. Matched without regard to case, on text that `markup.clean` has made.
 
 import json
 import re
 import unicodedata
 from typing import Any
+
+# --- Thinking and containers -------------------------------------------------
 
 # Words that name a block of thinking, in `<think>`, `[THINK]`, `◁think▷` and
 # `<|begin_of_thought|>`: the forms of DeepSeek-R1, Qwen, GLM, Magistral, Kimi,
@@ -33,34 +37,42 @@ _CLOSE = re.compile(
   r"|here is my response:",
   re.IGNORECASE,
 )
-# Tagged parts that explain; what they name is not what is answered.
+# Tagged parts that explain; an option that they name is not the answer.
 _ASIDE = re.compile(
   r"<(reason|reasoning|rationale|analysis|explanation|reflection|scratchpad"
   r"|summary|caption|evidence)>.*?(?:</\1>|$)",
   re.IGNORECASE | re.DOTALL,
 )
+# Group 2 is the content of a tag, group 4 that between special tokens. Of
+# \\boxed only the start is matched, since braces may be nested.
 _ANSWER = re.compile(
   r"<(answer|final_answer|final|conclusion|choice|option|result)>(.*?)"
   r"(?:</\1>|$)"
   r"|<\|begin_of_(box|solution)\|>(.*?)(?:<\|end_of_\3\|>|$)"
-  # Backslashes get lost: "\b" is a control character elsewhere.
+  # Backslashes get lost on the way: an unescaped "\b" is the control character
+  # U+0008, so "\boxed" may arrive as U+0008 and "oxed", or as "boxed".
   r"|\\(?:boxed|fbox)\b|\x08?\b(?:boxed|oxed|fbox)(?=\{)",
   re.IGNORECASE | re.DOTALL,
 )
+# Names that a JSON object has for its answer: "answer", "final_answer", "The
+# correct option".
 _KEY = re.compile(
   r"(?:(?:the|my|your|final|correct|best|predicted|selected|chosen)[ _-]?)*"
   r"(?:answer|option|choice|letter|prediction|selection|response)s?"
   r"(?:[ _-]?(?:letter|choice|option|key))?",
   re.IGNORECASE,
 )
-_OBJECTS = 20  # of JSON that are looked for in an answer
+_MAX_OBJECTS = 20  # braces of an answer at which JSON is looked for
 
 
-def spoken(answer: str) -> str | None:
-  """Returns what comes after the thinking; None if the thinking never ends.
+def without_thinking(answer: str) -> str | None:
+  """Returns the text after the thinking; None if the thinking never ends.
 
-  Many prompts open the block themselves, so the end alone tells that there was
-  one. What comes before the last end is thinking, whatever it says.
+  Many prompts open the block of thinking themselves, so that an answer may hold
+  its end alone. All text before the last end is thinking.
+
+  Args:
+    answer: text that the model answered.
   """
   ends = [match.end() for match in _CLOSE.finditer(answer)]
   rest = answer[ends[-1] :] if ends else answer
@@ -69,16 +81,20 @@ def spoken(answer: str) -> str | None:
   return _ASIDE.sub(" ", rest)
 
 
-def contained(text: str) -> list[str]:
-  """Returns what stands in containers made for the answer, in their order.
+def in_containers(text: str) -> list[str]:
+  r"""Returns the contents of containers made for the answer, in their order.
 
-  Containers are `\\boxed{}`, `<answer>`, `<|begin_of_box|>` and the "answer"
-  of a JSON object; one that is cut off reaches to the end.
+  Containers are `\boxed{}`, `<answer>`, `<|begin_of_box|>` and the "answer" of
+  a JSON object. A container that is cut off extends to the end.
+
+  Args:
+    text: an answer without thinking.
   """
   found, end = [], 0
   for match in _ANSWER.finditer(text):
+    # A container within the one before is read with it.
     if match.start() < end:
-      continue  # inside of the one before
+      continue
     if not match[0].startswith("<"):
       inside, end = _braced(text, match.end())
     else:
@@ -88,7 +104,10 @@ def contained(text: str) -> list[str]:
 
 
 def _braced(text: str, start: int) -> tuple[str, int]:
-  """The {...} at a place, or the one character there as in LaTeX; its end."""
+  """Returns the content of {...} at a place, and where it ends.
+
+  Without braces it is the one character there, as in LaTeX.
+  """
   rest = text[start:]
   skipped = len(rest) - len(rest.lstrip(" "))
   if not rest[skipped:].startswith("{"):
@@ -102,9 +121,9 @@ def _braced(text: str, start: int) -> tuple[str, int]:
 
 
 def _of_json(text: str) -> list[str]:
-  """Values that JSON objects in a text have under the name of an answer."""
+  """Returns the values that JSON objects in a text have for an answer."""
   decoder, found, end = json.JSONDecoder(), [], 0
-  for match in list(re.finditer(r"\{", text))[:_OBJECTS]:
+  for match in list(re.finditer(r"\{", text))[:_MAX_OBJECTS]:
     if match.start() < end:
       continue
     try:
@@ -118,13 +137,15 @@ def _of_json(text: str) -> list[str]:
 
 
 def _text(value: Any) -> str:
-  """A JSON value in words; a list of several names several."""
+  """Returns a JSON value in words; a list of several names several."""
   if isinstance(value, list):
     return " and ".join(map(_text, value))
   if isinstance(value, dict):
     return " ".join(map(_text, value.values()))
   return "" if value is None else str(value)
 
+
+# --- Markup ------------------------------------------------------------------
 
 # Marks of other scripts that NFKC leaves as they are.
 _MARKS = str.maketrans({
@@ -134,13 +155,16 @@ _MARKS = str.maketrans({
   "‘": "'", "’": "'", "\u200b": "", "\ufeff": "", "\r": "\n",
 })  # fmt: skip
 _CJK = r"\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff"
-# In the order in which they are replaced.
+# Patterns and their replacements. The order matters: withdrawn text goes before
+# its marks do; "<B>" becomes "(B)" before other tags go; the commands of LaTeX
+# go before braces and dollar signs; spaces are joined last.
 _MARKUP = tuple(
   (re.compile(pattern, re.MULTILINE | re.DOTALL), replacement)
   for pattern, replacement in (
-    (r"~~.*?~~|<(del|strike)>.*?</\1>", " "),  # withdrawn
+    (r"~~.*?~~|<(del|strike)>.*?</\1>", " "),  # struck out: withdrawn
     (r"<\|[^|<>]*\|>", " "),  # special tokens
-    (r"<([A-Za-z])>(?!.{0,99}</\1>)", r"(\1)"),  # "<B>" is no markup
+    # "<B>" that is not closed is an answer and no markup.
+    (r"<([A-Za-z])>(?!.{0,99}</\1>)", r"(\1)"),
     (r"</?\w+(?: [^<>]*)?/?>", " "),
     (r"\\n(?![a-z])", "\n"),  # a newline spelt out
     (r"\\([%&#$_])", r"\1"),
@@ -156,16 +180,19 @@ _MARKUP = tuple(
     (r"^[ \t]*(?:[>•·+-][ \t]*)+(?=[(A-Za-z])", ""),  # quotes and lists
     (r"^[ \t]*\[[xX✓✔]\]", ""),  # a box that is ticked
     (rf"(?<=[{_CJK}])(?=[A-Za-z0-9(])|(?<=[A-Za-z0-9)])(?=[{_CJK}])", " "),
-    (r"[\ue000-\uf8ff]", " "),  # `parsing` writes options as such
+    (r"[\ue000-\uf8ff]", " "),  # `parsing` writes options as such characters
     (r"[^\S\n]+", " "),
   )
 )
 
 
 def clean(text: str) -> str:
-  """Returns a text without markup, in usual letters; its lines remain.
+  """Returns a text without markup, in plain letters; its lines remain.
 
-  What an answer is compared with goes through it as well: "$ 5" is "5".
+  Texts that an answer is compared with are cleaned, too: "$ 5" becomes "5".
+
+  Args:
+    text: an answer or an option.
   """
   text = unicodedata.normalize("NFKC", text).translate(_MARKS)
   for pattern, replacement in _MARKUP:
@@ -173,16 +200,54 @@ def clean(text: str) -> str:
   return text.strip()
 
 
+# --- Symbols alone -----------------------------------------------------------
+
+
+def _lone_pattern(symbol: str) -> re.Pattern:
+  """Compiles the pattern of an answer of symbols and nothing else."""
+  joint = r"\s*(?:[,/&]|\band\b|\bor\b)+\s*(?:(?:and|or)\s+)?"
+  following = rf"(?:{joint}[(\[]?{symbol}[)\]]?)"
+  edge = r"[^\w+]*"
+  return re.compile(rf"{edge}({symbol}[)\]]?{following}*){edge}")
+
+
+_LONE_LETTERS, _LONE_DIGITS = _lone_pattern("[A-Za-z]"), _lone_pattern(r"\d")
+
+
+def lone_symbols(text: str, digits: bool) -> set[str]:
+  """Returns the symbols of an answer that has nothing else.
+
+  "(b)." -> {"B"}, "A and B" -> {"A", "B"}, "A man" -> {}
+
+  Args:
+    text: a cleaned answer.
+    digits: whether symbols are digits and not letters.
+  """
+  match = (_LONE_DIGITS if digits else _LONE_LETTERS).fullmatch(text)
+  return (
+    {s.upper() for s in re.findall(r"\b\w\b", match[1])} if match else set()
+  )
+
+
+# --- Phrases -----------------------------------------------------------------
+# "Before:" is a pattern of what stands before an option's name and ends there;
+# "After:" is one of what follows and starts there.
+
+
 def _regex(pattern: str) -> re.Pattern:
+  """Compiles a verbose pattern, without regard to case."""
   return re.compile(pattern, re.IGNORECASE | re.VERBOSE)
 
 
 def _words(words: str) -> str:
-  """Alternatives, without spaces, as some patterns are not verbose."""
+  """Returns alternatives of words; "_" stands for the space within one.
+
+  They hold no spaces, so that patterns that are not verbose can use them.
+  """
   return "|".join(words.split()).replace("_", r"\s+")
 
 
-# "answer", "option" and what models of other tongues write for them.
+# "answer", "option" and the words of other languages for them.
 NOUN = (
   r"(?:\b(?:letter|"
   + _words(
@@ -226,9 +291,10 @@ _IT = r"""\b(?:it|this|that|which|one|mine
       |(?:best|correct|(?<!on\ the\ )right|closest|likely)
         (?:\s+(?:match|fit|guess|candidate|description|one))?)
     (?:\s+(?:is|was|must\s+be|should\s+be|would\s+be)\b|['’]s)"""
+# Between any of these and the option's symbol, up to where the symbol begins.
 _ITS_NAME = rf"\s*:?\s*(?:{_ADJECTIVE})*(?:{NOUN}\s*:?\s*)?[(\[]?\s*$"
 
-# Before: it is called the answer.
+# Before: the option is called the answer.
 STATED = _regex(rf"""(?:
     {NOUN}\s*(?:\([^()\n]*\)\s*|\b(?:correcta|correcte|correta|corretta)\s+)?
       {_IS}{_SURELY}
@@ -240,23 +306,25 @@ STATED = _regex(rf"""(?:
 })
     | \bnot\s[^.!?\n]{{1,40}}?\bbut(?:\s+rather)?  # not A but
   ){_ITS_NAME}""")
-# Before, in addition: as the last word on it.
+# Before, in addition to STATED: the answer is called the final one.
 FINAL = _regex(r"""(?:\bfinal\s+(?:answer|choice|option|decision)
     |\bin\s+conclusion\b|最终答案|最終答案)[^.\n]{0,24}$""")
-# Before: it may be.
+# Before: the option may be the answer.
 MAYBE = _regex(
   rf"(?:\b(?:could|might|may|can)\s+(?:well\s+|also\s+)?be{_SURELY}"
   rf"|\b(?:maybe|perhaps|possibly)\b,?){_ITS_NAME}"
 )
-# Before: "option", so that the name is no word: "Caption A shows it". After
-# "caption: " it may be: "caption: A man".
+# Before: "option", so that what follows is a symbol and no word: "Caption A
+# shows it". With a colon it may be a word: "caption: A man".
 LABEL = _regex(rf"{NOUN}\s+$")
-# Before: "option", "(". "He wears the letter" B is about something else.
+# Before: "option" or "(". "Letter" counts only at the start of a clause,
+# because "He wears the letter B" is about something else.
 NAMED = _regex(
   rf"(?:{NOUN.replace('letter|', '')}|(?:^|[.,:!?\n]\s*)(?:the\s+)?letter)"
   r"\s*:?\s*[(\[]?\s*$"
 )
-# Before: it is denied. Some words may stand between: "do not think it is".
+# Before: the option is denied. Some words may stand between: "do not think it
+# is".
 NOT = _regex(rf"""(?:
     (?:\b(?:not|never|cannot)|n['’]t)\s+
       (?:(?!(?:but|so|because|since|although|though)\b)\w+\s+){{0,3}}
@@ -264,8 +332,8 @@ NOT = _regex(rf"""(?:
       |eliminat\w+|exclud\w+|reject\w*|rul\w+\s+out|dismiss\w*|discard\w*)\s+
     | 不(?:应|應|该|該|会|能|可能)*(?:是|为|选|選|选择|選擇) | 并非 | 排除
   )\s*(?:the\s+)?(?:{NOUN}\s*:?\s*)?[(\[]?\s*$""")
-# Before, in the same clause: it is doubted, asked, or what others or the past
-# would say; or it is only being looked at.
+# Before, in the same clause: the option is doubted or asked about; others would
+# say it, or it was said at first; or it is only being considered.
 DOUBTED = _regex(rf"""(?:
     \b(?:consider(?:ing)?|analy[sz](?:e|ing)|examin(?:e|ing)|evaluat(?:e|ing)
       |look(?:ing)?\s+at|check(?:ing)?|according\s+to
@@ -282,7 +350,8 @@ DOUBTED = _regex(rf"""(?:
         (?:may|might|could)\s+(?:\w+ly\s+)?(?:{_CHOOSE}|assume|argue)\b
     )(?:(?!\b(?:and|but|so)\b)[^.,:;!?\n]){{0,60}}$
   )""")
-# Before: it starts a clause, or the clause says nothing else: "So it must be".
+# Before: the option starts a clause, or the clause says nothing else: "So it
+# must be".
 _FILLERS = _words(
   "so thus hence therefore finally definitely clearly obviously probably"
   " certainly surely sure likely most maybe perhaps possibly absolutely well ok"
@@ -295,9 +364,9 @@ ALONE = _regex(
     (?:(?:(?:{_FILLERS})\b|因此|所以|故|那么|[^\w\s(\[\ue000-\ue0ff])\s*)*
     [(\[]?\s*$"""
 )
-# Before: "e.g. b" and "Dr. B" are no clauses.
+# Before: an abbreviation, so that "e.g. b" and "Dr. B" start no clause.
 ABBREVIATED = _regex(r"\b(?:mrs?|ms|dr|st|prof|vs|cf|e\.g|i\.e|fig)\.\s*$")
-# Before: a condition, unless it is only the wish to answer.
+# Before: a condition; and one that only means to answer, "if I had to choose".
 IF = _regex(r"(?:^|[.!?\n,;]\s*)(?:if|unless|had|suppose|assuming)\b[^.!?\n]*$")
 FORCED = _regex(r"""\bif\s+(?:i|we|you|one)?\s*(?:had|have|must|need|were|was
     |am|are)?\s*(?:forced\s+)?to\s+(?:choose|pick|guess|select|answer|say)""")
@@ -309,7 +378,7 @@ SHOWN = _regex(rf"""(?:^|[.!?\n:,]\s*)(?:(?:in|based\s+on|from|according\s+to)
       |depicts?|displays?|features?|contains?|can\s+see|presents?))
     (?:\s+showing)?\s+(?:{NOUN}\s+)?$""")
 
-# After: it is called the answer.
+# After: the option is called the answer.
 RIGHT = _regex(r"""[\s.)\]:,]*(?:
     (?:\b(?:is|was|would\s+be|(?:seems|looks|appears)(?:\s+to\s+be)?
         |must\s+be|should\s+be)\s+
@@ -324,7 +393,7 @@ RIGHT = _regex(r"""[\s.)\]:,]*(?:
   | [ )\]]*\b(?:the|my)\s+(?:most\s+)?(?:correct|right|best|final|likely)?\s*
     (?:answer|option|choice)\b  # "makes B the answer"
   """)
-# After: it is denied.
+# After: the option is denied.
 WRONG = _regex(r"""[\s.)\]:,]*(?:
     \b(?:is|are|was|were)(?:n['’]t|\s+(?:all\s+|both\s+|clearly\s+)?
       (?:not|never|wrong|incorrect|false|ruled|eliminated|excluded|out))\b
@@ -337,16 +406,17 @@ WRONG = _regex(r"""[\s.)\]:,]*(?:
     | (?:[-–—]\s*)?\b(?:incorrect|wrong|false)(?=\s*(?:[.,;!)\n]|$)|\s+(?:
       because|since|as)\b)
     | (?:项|項|选项)?\s*(?:是)?(?:错|錯|不对|不對|不正确|不正確|不是|不符))""")
-# After: it is ruled out, as far as it goes; named, but not meant.
+# After: the option does not fit, "does not", so it is named and not meant.
 UNFIT = _regex(r"""[\s.)\]:,]*\b(?:do|does|did|has|have|would|should|may|might)
     (?:n['’]t|\s+not)\b""")
-# After: the line ends; it was asked; it depends.
+# After: the line ends; or the clause or sentence does; or it was a question; or
+# the option depends on a condition.
 LAST = re.compile(r"[\s.!)\]…]*(?:\n|$)")
-CLOSED = re.compile(r"\s*(?:[.!,;:]|$|\n)")  # the sentence or clause, too
+CLOSED = re.compile(r"\s*(?:[.!,;:]|$|\n)")
 ASKED = re.compile(r"[^.!?\n]*\?")
 ONLY_IF = _regex(r"\W*\b(?:only\s+)?(?:if|unless)\b")
-# After: "A", "I", lower case and digits are words, too. Only before these they
-# are symbols: "A because", not "A man"; and "A - a man", not "A-frame".
+# After: since "A", "I", lower case and digits are words, too, they are symbols
+# only before these: "A because", not "A man"; and "A - a man", not "A-frame".
 _JOINS = rf"""(?:{
   _words(
     "because since as for which is was and or but due given seems looks would"
@@ -369,8 +439,8 @@ GOES_ON = re.compile(
   re.VERBOSE,
 )
 
-# Between two names: they are listed; or the one is not said without the other,
-# as in "A. B" and "A -> B".
+# Between two options: they are in one list; or the one belongs to the other, as
+# in "A. B" and "A -> B".
 LIST = _regex(
   rf"""[ ]?[)\]]?\s*
     (?:[,/&+]|\b(?:and|or|nor|as\s+well\s+as|plus)\b|和|或者?|与|與|及)+\s*
@@ -379,8 +449,8 @@ LIST = _regex(
 )
 NEXT = re.compile(r"[ .):;(\]\[…→⇒>–—-]*")
 
-# What was said before is taken back; after the soft ones only if another
-# answer follows.
+# What was said before is withdrawn; after those that are not in the group
+# "hard" only if another answer follows.
 CORRECTION = _regex(r"""(?P<hard>
     \bwait(?=\s*[,.!?…—:-]|\s+(?:no|a\s|i\b|let)|\s*$) | \bscratch\s+that
     | \bhold\s+on(?=\s*[,.!…—-]) | \bon\s+second\s+thou?ght

@@ -1,12 +1,13 @@
-"""Our models for lmms-eval, whose tasks then run on them.
+r"""This package's models as a model of lmms-eval, to run its tasks on.
 
   python -m lmms_eval --model hourjax --model_args pretrained=DIR \
       --tasks videomme --batch_size 8 --output_path work/lmms
 
-lmms_eval finds `manifest` through the entry point in pyproject.toml; nothing of
-ours imports this module, and only lmms_eval brings torch. Its "simple" dialect
-is spoken: a question is a text and a list of visuals; `<image>` in the text
-stands for one of them, and without it they come first.
+lmms_eval finds `manifest` through the entry point in pyproject.toml. No other
+module of this package imports this one, because it imports lmms_eval, which
+needs PyTorch. The interface is the one that lmms_eval calls "simple": a
+question is a text and a list of visuals; `<image>` in the text marks the place
+of a visual, and without it the visuals come first.
 """
 
 import dataclasses
@@ -29,24 +30,25 @@ from hourjax.inference.memory import Memory
 from hourjax.inference.sampling import Sampling
 
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# Options of a task that are followed, and values of others that change nothing.
 _USED = ("do_sample", "max_new_tokens", "temperature", "top_p", "until")
 _NEUTRAL = {"num_beams": 1, "repetition_penalty": 1}
 
 
 def manifest() -> ModelManifest:
-  """What lmms_eval registers: the name of the model and its class."""
+  """Returns the name and class under which lmms_eval registers the model."""
   return ModelManifest("hourjax", simple_class_path=f"{__name__}.HourJax")
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-  """How to answer.
+  """Describes how to answer.
 
   Attributes:
-    max_tokens: of an answer, at most.
-    temperature: 0 is greedy.
-    top_p: the share of the probability that is drawn from.
-    until: the answer ends before the first of these.
+    max_tokens: most tokens of an answer.
+    temperature: temperature of sampling; 0 takes the likeliest token.
+    top_p: probability mass from which tokens are drawn.
+    until: stop strings; the answer ends before the first one.
   """
 
   max_tokens: int
@@ -58,12 +60,12 @@ class Generation:
   def parse(cls, options: Mapping[str, Any], max_tokens: int) -> "Generation":
     """Reads a task's `generation_kwargs`.
 
-    As in transformers, `do_sample: false` is greedy whatever the temperature.
-    Where a task says nothing about it, its temperature decides.
+    As in transformers, `do_sample: false` is greedy whatever the temperature
+    is. If a task does not mention `do_sample`, its temperature decides.
 
     Args:
-      options: of the task.
-      max_tokens: where the task names no `max_new_tokens`.
+      options: the task's `generation_kwargs`.
+      max_tokens: used if the task has no `max_new_tokens`.
     """
     sample, temperature = options.get("do_sample"), options.get("temperature")
     if temperature is None:
@@ -80,19 +82,24 @@ class Generation:
     )
 
   def cut(self, text: str) -> str:
-    """The text before the first stop string."""
+    """Returns the text before the first stop string.
+
+    Args:
+      text: an answer.
+    """
     ends = [text.find(stop) for stop in self.until if stop]
     return text[: min((end for end in ends if end >= 0), default=None)].rstrip()
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """One request.
+  """Holds one request.
 
   Attributes:
-    text: of the question.
+    text: text of the question.
     visuals: paths of videos or images, or PIL images.
-    subject: questions with the same subject have the same visuals.
+    subject: name of the visuals; questions with the same one have the same
+      visuals.
     generation: how to answer.
   """
 
@@ -103,7 +110,7 @@ class Question:
 
 
 class HourJax(lmms):
-  """A model of ours behind lmms_eval's interface."""
+  """Answers the requests of lmms_eval with a model of this package."""
 
   def __init__(
     self,
@@ -118,17 +125,17 @@ class HourJax(lmms):
 
     Args:
       pretrained: folder of the model: a workdir or official weights.
-      tokenizer: folder of its tokenizer, if it is elsewhere.
-      max_tokens: of an answer, where a task does not say.
+      tokenizer: folder of its tokenizer, if it lies elsewhere.
+      max_tokens: most tokens of an answer, where a task does not say.
       batch_size: questions about the same video that are answered at once.
-      max_batch_size: refused.
-      device: refused.
+      max_batch_size: must be None.
+      device: must be None.
 
     Raises:
-      UserError: no such model, or an option that means nothing here.
+      UserError: there is no such model, or an option means nothing here.
     """
     super().__init__()
-    _check(pretrained, batch_size, max_batch_size, device)
+    _check_options(pretrained, batch_size, max_batch_size, device)
     self._model = load(
       str(pretrained), tokenizer=None if tokenizer is None else str(tokenizer)
     )
@@ -137,18 +144,26 @@ class HourJax(lmms):
     self._batch_size = int(batch_size)
     self._subject: str | None = None
     self._memory: Memory | None = None
-    # Seeds draws, so that a question asked again is answered anew.
-    self._asked = 0
+    # Number of answered questions. It seeds the sampling, so that a question
+    # that is asked again can get another answer.
+    self._num_answered = 0
     self._warned: set[str] = set()
 
-  def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-    """Answers, in the order of the requests.
+  # lmms_eval declares list[str] and takes GenerationResult, too, of which it
+  # counts the tokens (lmms_eval/evaluator.py).
+  def generate_until(  # pyrefly: ignore[bad-override]
+    self, requests: list[Instance]
+  ) -> list[GenerationResult]:
+    """Answers requests, in their order.
 
-    Requests in a row about one video share its memory and are answered in
+    Consecutive requests about one video share its memory and are answered in
     batches.
 
+    Args:
+      requests: requests of lmms_eval.
+
     Raises:
-      UserError: from the model, or visuals that it does not take.
+      UserError: the model cannot answer, or visuals are of an unknown kind.
     """
     results: list[GenerationResult] = []
     bar = progress.bar(len(requests), unit="question", desc="answer")
@@ -162,30 +177,45 @@ class HourJax(lmms):
     bar.close()
     return results
 
-  def generate_until_multi_round(
+  # Declared list[str], too, though all rounds' answers are expected.
+  def generate_until_multi_round(  # pyrefly: ignore[bad-override]
     self, requests: list[Instance]
   ) -> list[list[str]]:
-    """The answers of all rounds of each request.
+    """Answers requests of several rounds.
 
-    A round is a question of its own: the task writes it from the answers so
-    far, and chooses what is shown with it.
+    A round is a question of its own: the task writes its text from the answers
+    so far, and chooses its visuals.
+
+    Args:
+      requests: requests of lmms_eval.
+
+    Returns:
+      The answers of all rounds of each request.
     """
     bar = progress.bar(len(requests), unit="question", desc="answer")
     results = []
     for request in requests:
-      results.append(self._rounds(request))
+      results.append(self._answer_rounds(request))
       bar.update()
     bar.close()
     return results
 
   def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-    """Not supported: raises NotImplementedError."""
+    """Raises NotImplementedError, since only answers can be written.
+
+    Args:
+      requests: requests of lmms_eval.
+
+    Raises:
+      NotImplementedError: always.
+    """
     raise NotImplementedError(
       f"{requests[0].task_name} compares likelihoods of given answers; hourjax "
       "only writes answers. Take a task with `output_type: generate_until`"
     )
 
   def _question(self, request: Instance) -> Question:
+    """Returns the question of a request of a single round."""
     text, options, doc_to_visual, doc_id, task, split = request.args
     visuals = doc_to_visual(self.task_dict[task][split][doc_id])
     subject = f"{task}/{split}/{doc_id}"
@@ -209,13 +239,16 @@ class HourJax(lmms):
     generation = Generation.parse(options, self._max_tokens)
     return Question(text, visuals, subject, generation)
 
-  def _rounds(self, request: Instance) -> list[str]:
+  def _answer_rounds(self, request: Instance) -> list[str]:
+    """Returns the answers of all rounds of one request."""
     text, options, doc_to_visual, doc_to_text, doc_id, task, split = (
       request.args
     )
     doc = self.task_dict[task][split][doc_id]
     visuals, answers, state = doc_to_visual(doc), [], None
     number, ended = 0, False
+    # `doc_to_text` gets all answers so far and may change them; `state` is its
+    # own, handed back to it in the next round.
     while not ended:
       number += 1
       name = f"{task}/{split}/{doc_id}, round {number}"
@@ -230,16 +263,16 @@ class HourJax(lmms):
     return list(answers)
 
   def _answer(self, questions: Sequence[Question]) -> list[GenerationResult]:
-    """Answers to questions of one subject and one way of generation."""
+    """Answers questions of one subject and one way of generation."""
     generation = questions[0].generation
-    answers = self._look(questions[0]).answer(
+    answers = self._get_memory(questions[0]).answer(
       [question.text for question in questions],
       max_tokens=generation.max_tokens,
       sampling=Sampling(
-        generation.temperature, generation.top_p, seed=self._asked
+        generation.temperature, generation.top_p, seed=self._num_answered
       ),
     )
-    self._asked += len(questions)
+    self._num_answered += len(questions)
     return [
       GenerationResult(
         generation.cut(answer.text), TokenCounts(output_tokens=answer.tokens)
@@ -247,16 +280,18 @@ class HourJax(lmms):
       for answer in answers
     ]
 
-  def _look(self, question: Question) -> Memory:
-    """The memory of what a question is about; the last one is kept."""
-    if question.subject != self._subject:
-      # Forgotten first: two memories of hour-long videos may not fit.
+  def _get_memory(self, question: Question) -> Memory:
+    """Returns the memory of a question's visuals, kept for the next one."""
+    if self._memory is None or question.subject != self._subject:
+      # The last memory is dropped before the next one is encoded, because two
+      # memories of hour-long videos may not fit on the device.
       self._subject = self._memory = None
-      self._memory = self._remember(question)
+      self._memory = self._encode_memory(question)
       self._subject = question.subject
     return self._memory
 
-  def _remember(self, question: Question) -> Memory:
+  def _encode_memory(self, question: Question) -> Memory:
+    """Encodes the memory of a question's video, images or nothing."""
     visuals, subject = question.visuals, question.subject
     if not visuals:
       return self._model.empty_memory()
@@ -269,11 +304,11 @@ class HourJax(lmms):
       )
     with tempfile.TemporaryDirectory() as folder:
       return self._model.encode_images(
-        [_file(visual, folder, n) for n, visual in enumerate(visuals)]
+        [_image_file(visual, folder, n) for n, visual in enumerate(visuals)]
       )
 
   def _warn(self, options: Mapping[str, Any]) -> None:
-    """Tells once of each option of a task that is not followed."""
+    """Warns once of each option of a task that is not followed."""
     for key in options.keys() - {*_USED, *self._warned}:
       value = options[key]
       if value is not None and value != _NEUTRAL.get(key):
@@ -281,7 +316,13 @@ class HourJax(lmms):
         logger.warning(f"hourjax does not follow {key}={value} of the task")
 
 
-def _check(pretrained, batch_size, max_batch_size, device) -> None:
+def _check_options(
+  pretrained: str,
+  batch_size: int | str,
+  max_batch_size: int | None,
+  device: str | None,
+) -> None:
+  """Raises a UserError about an option that is missing or means nothing."""
   if not pretrained:
     raise UserError(
       "no model is named; say --model_args pretrained=DIR, a workdir or a "
@@ -309,7 +350,7 @@ def _check(pretrained, batch_size, max_batch_size, device) -> None:
 
 
 def _is_video(visual: Any, where: str) -> bool:
-  """Whether a visual is a video and not an image."""
+  """Returns whether a visual is a video and not an image."""
   if isinstance(visual, Image.Image):
     return False
   if isinstance(visual, str | os.PathLike):
@@ -320,8 +361,8 @@ def _is_video(visual: Any, where: str) -> bool:
   )
 
 
-def _file(visual: Any, folder: str, number: int) -> str:
-  """An image as a file; written into the folder if it is none."""
+def _image_file(visual: Any, folder: str, number: int) -> str:
+  """Returns an image's path; a PIL image is written to the folder."""
   if not isinstance(visual, Image.Image):
     return os.fspath(visual)
   path = os.path.join(folder, f"{number}.png")

@@ -1,4 +1,4 @@
-"""A question of a benchmark: what readers make and what runs and scores it."""
+"""A question of a benchmark, as readers make it and as runs ask it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,24 +9,24 @@ Kind = Literal["choice", "yes_no", "match", "open"]
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """One question about one video.
+  """Holds one question about one video.
 
   Attributes:
-    id: unique in its benchmark.
+    id: name that is unique in its benchmark.
     video: file name, relative to the benchmark's folder of videos.
-    prompt: all that the model is told after the sentence on the video's
-      length, subtitles and options included.
-    expected: what is right: an option's letter; "yes" or "no"; for "match"
-      the number of the option; else the words of the answer. "" if none of the
-      options is: whatever is answered is wrong.
-    kind: how an answer is read (`parsing`).
-    options: texts of the options in order; () where there are none.
+    prompt: text that follows the sentence on the video's length, including
+      subtitles and options.
+    expected: right answer: an option's letter; "yes" or "no"; for "match" the
+      number of the option; else the words of the answer. It is "" if no option
+      is right; then every answer is wrong.
+    kind: how an answer is parsed; see `parsing`.
+    options: texts of the options in order; () if there are none.
     tasks: what the question is about, in the benchmark's own words; it counts
       in each of them.
     duration: group of the video's length, in the benchmark's own words
-      ("short") or as a range ("05-10 min").
+      ("short") or as a range ("5-10 min").
     chance: probability that a guess is right; 0 for free text.
-    extra: whatever else a benchmark's report tells apart.
+    extra: further fields; a report groups by those that are texts.
   """
 
   id: str

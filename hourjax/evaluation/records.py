@@ -1,11 +1,11 @@
 """The folder of an evaluation: what was asked, answered and left out.
 
     OUT/run.json              what the answers depend on
-    OUT/answers-00000.jsonl   a worker's records, one a question
-    OUT/missing-00000.jsonl   what a worker could not ask, and why
+    OUT/answers-00000.jsonl   a worker's answers, one record a question
+    OUT/missing-00000.jsonl   questions that a worker could not ask, and why
 
-A worker writes files of its own and reads everyone's, so any number of them
-may share a folder, at a time or one after the other.
+A worker writes files of its own and reads those of all workers. So any number
+of workers may use one folder, at the same time or one after the other.
 """
 
 import json
@@ -22,15 +22,15 @@ from hourjax.errors import UserError
 from hourjax.jsonl import JsonlWriter, parse_rows
 
 Row = dict[str, Any]
-# A new parser reads the old answers: nobody is asked again. Videos that were
-# missing may come, and with them some of sparse features.
+# These may differ when a run goes on: a new parser reads the old answers again,
+# and videos that were missing before may have sparse features.
 _MAY_CHANGE = frozenset({"parser", "sparse"})
 _RUN = "run.json"
-_MOST_BYTES = 2**30  # of one worker's records
+_MOST_BYTES = 2**30  # of one worker's file
 
 
 class _Answer(schema.Schema):
-  """What is read back of an answer's record."""
+  """Describes the fields of an answer's record that are read again."""
 
   id: str
   answer: str
@@ -39,7 +39,7 @@ class _Answer(schema.Schema):
 
 
 class _Missing(schema.Schema):
-  """What is read back of a question that could not be asked."""
+  """Describes the record of a question that could not be asked."""
 
   id: str
   reason: str
@@ -47,7 +47,7 @@ class _Missing(schema.Schema):
 
 
 class Records:
-  """Reads all records of a folder; writes those of one worker."""
+  """Reads the records of all workers in a folder, writes those of one."""
 
   def __init__(
     self,
@@ -55,13 +55,13 @@ class Records:
     worker: int = 0,
     workers: int | None = None,
   ):
-    """Touches nothing.
+    """Opens a folder without touching it.
 
     Args:
-      out: folder of the evaluation; all workers see the same one.
-      worker: number of this process among those that write.
-      workers: how many there are; None if none ask. What a run of another
-        number of them could not ask is not believed: it is tried again.
+      out: folder of the evaluation; all workers use the same one.
+      worker: index of this process among those that write.
+      workers: number of workers; None if none is asking. Questions that could
+        not be asked by a run of another number of workers are asked again.
     """
     self.folder = pathlib.Path(out)
     self._workers = workers
@@ -70,16 +70,17 @@ class Records:
     self._missing_path, self._missing = missing, JsonlWriter.at(missing)
 
   def claim(self, about: Mapping[str, Any]) -> None:
-    """Makes the folder that of one run, or makes sure that it is.
+    """Makes the folder that of one run, or checks that it is.
 
-    This worker's list of what is missing starts anew: it will be tried again.
+    This worker's list of missing questions is emptied, because they are asked
+    again.
 
     Args:
-      about: what the answers depend on, JSON values only.
+      about: what the answers depend on, as JSON values.
 
     Raises:
-      UserError: the folder holds another run, with each difference, or cannot
-        be written to.
+      UserError: the folder holds another run (the message names each
+        difference), or cannot be written to.
     """
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
@@ -87,22 +88,26 @@ class Records:
       self._missing_path.unlink(missing_ok=True)
       for path in self.folder.glob("missing-*.jsonl"):
         if self._workers and path.name >= f"missing-{self._workers:05d}":
-          path.unlink(missing_ok=True)  # of a run of more workers
+          # Left by a run of more workers; no worker of this run replaces it.
+          path.unlink(missing_ok=True)
     except OSError as error:
       raise UserError(_not_writable(self.folder, error)) from None
 
   def check(self, about: Mapping[str, Any]) -> None:
-    """As `claim`, of what is known so far, and touches nothing.
+    """Checks what `claim` checks, as far as it is known, and writes nothing.
+
+    Args:
+      about: what the answers depend on, as far as it is known.
 
     Raises:
-      UserError: the folder holds another run, with each difference, or cannot
-        be written to.
+      UserError: as `claim`.
     """
-    there = self.folder.absolute()
-    while not there.exists():
-      there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK):
-      reason = f"{there} is no folder that may be written to"
+    # The nearest folder that exists is the one in which ours would be made.
+    parent = self.folder.absolute()
+    while not parent.exists():
+      parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+      reason = f"{parent} is no folder that may be written to"
       raise UserError(_not_writable(self.folder, reason))
     if (self.folder / _RUN).exists():
       old = self.about()
@@ -110,10 +115,10 @@ class Records:
       self._compare(*({name: of[name] for name in both} for of in (old, about)))
 
   def about(self) -> Row:
-    """What the run's answers depend on, as `claim` wrote it.
+    """Reads what the run's answers depend on, as `claim` wrote it.
 
     Raises:
-      UserError: there is none, or it cannot be read.
+      UserError: there is no run.json, or it cannot be read.
     """
     path, remedy = self.folder / _RUN, "choose another --out"
     try:
@@ -130,14 +135,17 @@ class Records:
     return about
 
   def answered(self) -> dict[str, Row]:
-    """Records of all workers by the question's id; the first one counts."""
+    """Returns question id -> record of its answer, from all workers.
+
+    If a question has several records, the first one counts.
+    """
     rows: dict[str, Row] = {}
     for row in self._rows("answers-*.jsonl", _Answer):
       rows.setdefault(row["id"], row)
     return rows
 
   def left_out(self) -> dict[str, Row]:
-    """What could not be asked by any worker, by the question's id."""
+    """Returns question id -> record of what no worker could ask."""
     answered = self.answered()
     return {
       row["id"]: row
@@ -147,18 +155,28 @@ class Records:
     }
 
   def add(self, rows: Sequence[Row]) -> None:
-    """Appends records in one write: a kill leaves all of them or none.
+    """Appends records of answers in a single write.
+
+    A kill leaves all of them, or cuts off the last line.
+
+    Args:
+      rows: the records.
 
     Raises:
-      OSError: they cannot be written whole, e.g. the disk is full.
+      OSError: they cannot be written whole, e.g. because the disk is full.
     """
     self._answers.add(*rows)
 
   def leave_out(self, rows: Iterable[Row]) -> None:
-    """Appends what could not be asked: {"id", "video", "reason"}."""
+    """Appends records of questions that could not be asked.
+
+    Args:
+      rows: {"id", "video", "reason"} of each.
+    """
     self._missing.add(*({**row, "workers": self._workers} for row in rows))
 
   def _claim(self, about: Row) -> None:
+    """Writes run.json, or compares it if it exists."""
     path = self.folder / _RUN
     if not path.exists():
       if any(self.folder.glob("answers-*.jsonl")):
@@ -166,7 +184,7 @@ class Records:
           f"{self.folder} holds answers, but no {_RUN} that says whose; choose"
           " another --out"
         )
-      # Workers that start together write the same.
+      # Workers that start together write the same bytes.
       write_file(path, _text(about), several_writers=True)
     old = self.about()
     self._compare(old, about)
@@ -174,9 +192,10 @@ class Records:
       write_file(path, _text(about), several_writers=True)
 
   def _compare(self, old: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Raises a UserError that names each difference between two runs."""
     names = sorted((old.keys() | about.keys()) - _MAY_CHANGE)
     differences = [
-      f"{name} is {_shown(old, name)} there and {_shown(about, name)} here"
+      f"{name} is {_value(old, name)} there and {_value(about, name)} here"
       for name in names
       if old.get(name) != about.get(name)
     ]
@@ -188,9 +207,10 @@ class Records:
       )
 
   def _rows(self, pattern: str, kind: type[schema.Schema]) -> Iterable[Row]:
-    """Objects of all workers; half a line, as a kill leaves it, is none.
+    """Yields the valid records of all workers.
 
-    Nor is what is not of this kind: its question is asked again.
+    A line that a kill cut off, or that is of another kind, is skipped; its
+    question is asked again.
     """
     for path in sorted(self.folder.glob(pattern)):
       remedy = "bring it back from a copy, or choose another --out"
@@ -198,7 +218,8 @@ class Records:
       for _, row in parse_rows(content):
         try:
           kind.model_validate(row)
-        except (ValueError, RecursionError):  # pydantic's among them
+        # pydantic's ValidationError is a ValueError.
+        except (ValueError, RecursionError):
           continue
         yield row
 
@@ -207,12 +228,14 @@ def _text(about: Row) -> str:
   return json.dumps(about, indent=2) + "\n"
 
 
-def _not_writable(folder: pathlib.Path, reason: Any) -> str:
+def _not_writable(folder: pathlib.Path, reason: str | OSError) -> str:
+  """Returns the message about a folder that cannot be written to."""
   return (
     f"{folder} cannot be written to ({reason}); make room, or choose another"
     " --out, of a compared model a copy or link of its folder"
   )
 
 
-def _shown(about: Row, name: str) -> str:
+def _value(about: Mapping[str, Any], name: str) -> str:
+  """Returns a value for a message."""
   return repr(about[name]) if name in about else "not told"

@@ -1,4 +1,4 @@
-"""The report of an evaluation: as data, in files, and read again."""
+"""The report of an evaluation: its data, its files, and reading it again."""
 
 import collections
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 import pydantic
 
 import hourjax
-from hourjax import schema
+from hourjax import plots, schema
 from hourjax.atomic_file import write_file
 from hourjax.errors import UserError
 from hourjax.evaluation import report_pages
@@ -28,72 +28,76 @@ from hourjax.evaluation.scoring import (
 )
 
 WITHOUT = "without MemAug"
-_EXAMPLES = 6  # of wrong answers, and of unreadable ones
+_EXAMPLES = 6  # wrong answers that a report quotes; as many unreadable ones
 _FILE = "report.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """Accuracies of one model, or of several on the same questions.
+  """Holds accuracies of one model, or of several on the same questions.
 
   Attributes:
-    data: the content of report.json, described in `build`.
+    data: content of report.json, which `build` describes.
   """
 
   data: Mapping[str, Any]
 
   @property
   def names(self) -> list[str]:
-    """The runs; the first is the one reported on."""
+    """Returns the names of the runs; the report is about the first."""
     return list(self.data["runs"])
 
   @property
   def left_out(self) -> int:
-    """Questions that the first run could not ask."""
+    """Returns the number of questions that the first run left out."""
     return self.data["left_out"]
 
   @property
   def complete(self) -> bool:
-    """Whether every run asked every question."""
+    """Returns whether every run asked every question."""
     return not any(run["left_out"] for run in self.data["runs"].values())
 
   def groups(self, key: str) -> Mapping[str, Mapping[str, Any]]:
-    """Group -> run -> its accuracy, by "task", "duration", "kind", ..."""
+    """Returns accuracies by a grouping: group -> run -> accuracy.
+
+    Args:
+      key: "task", "duration", "kind" or a text field of the questions' `extra`.
+    """
     return self.data.get(f"by_{key}", {})
 
   def table(self) -> str:
-    """Accuracies by everything, as text for a terminal."""
+    """Returns accuracies by every grouping as text for a terminal."""
     return report_pages.table(self.data)
 
   def summary(self) -> str:
-    """The report in some lines."""
+    """Returns the report's main numbers in a few lines."""
     return report_pages.summary(self.data)
 
   def _repr_markdown_(self) -> str:
-    """What a notebook shows of it."""
+    """Returns what a notebook displays for the report."""
     return report_pages.page(self.data)
 
 
 def build(runs: Mapping[str, Run]) -> Report:
-  """Scores of one or more runs as plain data.
+  """Computes the report of one or more runs, as plain data.
 
-  An accuracy is {"accuracy", "chance", "count", "interval", "unreadable"}.
-  Null stands for shares of nothing.
+  An accuracy is {"accuracy", "chance", "count", "interval", "unreadable"}, its
+  numbers null where `count` is 0.
 
   Args:
-    runs: by name; the first one is reported on, the others are compared with
-      it. All are of one benchmark.
+    runs: the runs by name, all of one benchmark. The report is about the first;
+      the others are compared with it.
 
   Returns:
     `benchmark` and `versions`; `runs`, each with what its answers depend on,
-    its accuracy, `mean_of_tasks` (of their accuracies) and what it left out;
-    the first run's `accuracy`, `interval`,
+    its accuracy, `mean_of_tasks` (the mean of the tasks' accuracies) and what
+    it left out; the first run's `accuracy`, `interval`,
     `chance`, `count`, `unreadable`, `unfinished`, `left_out`, `seconds`;
     `compared`, each other run against the first; `by_task`, `by_duration`,
-    `by_kind` and one more for every text in the questions' `extra`, such as
-    `by_topic`: group -> run -> accuracy; `examples`. Where questions are
+    `by_kind` and one more for every text field of the questions' `extra`, such
+    as `by_topic`: group -> run -> accuracy; `examples`. Where questions are
     marked as needles also `needle`, `needle_chance`, `needle_count`,
-    `needle_hidden` (share of needles whose every frame forgetting drops),
+    `needle_hidden` (fraction of needles of which forgetting drops every frame),
     `needle_without_memaug`, `needle_by_duration` and `needle_by_format`.
 
   Raises:
@@ -101,15 +105,15 @@ def build(runs: Mapping[str, Run]) -> Report:
   """
   for name, run in runs.items():
     if not run.scored:
-      raise UserError(_nothing(name, run))
+      raise UserError(_nothing_scored(name, run))
   first, *others = runs
   scored = runs[first].scored
-  keys = _keys(item for run in runs.values() for item in run.scored)
+  keys = _group_keys(item for run in runs.values() for item in run.scored)
   data = {
     "benchmark": runs[first].about.get("benchmark", ""),
     "versions": _versions(runs[first].about),
     "runs": {name: _run(run) for name, run in runs.items()},
-    **_plain(accuracy(scored)),
+    **_as_data(accuracy(scored)),
     "unfinished": sum(not item.finished for item in scored),
     "left_out": len(runs[first].left_out),
     "seconds": sum(i.seconds for run in runs.values() for i in run.scored),
@@ -117,7 +121,7 @@ def build(runs: Mapping[str, Run]) -> Report:
       name: dataclasses.asdict(compare(scored, runs[name].scored))
       for name in others
     },
-    **{f"by_{key}": _by(runs, _names(key)) for key in keys},
+    **{f"by_{key}": _accuracies(runs, _groups_of(key)) for key in keys},
     **_needles(runs),
     "examples": {
       "wrong": _examples(
@@ -134,39 +138,43 @@ def write(
   folder: str | os.PathLike,
   curves: Mapping[str, Sequence[Mapping[str, float]]] | None = None,
 ) -> list[str]:
-  """Writes report.json, report.md and the pictures.
+  """Writes report.json, report.md and the plots.
 
   Args:
-    report: to write.
-    folder: is made if needed.
-    curves: losses of the runs, rows with "step" and "loss", if known.
+    report: the report.
+    folder: folder of the files; it is made if it does not exist.
+    curves: losses of the runs where they are known, as rows with "step" and
+      "loss".
 
   Returns:
     Names of the files.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  pictures = report_pages.pictures(report.data)
+  figures = report_pages.figures(report.data)
   if curves:
-    pictures["loss.png"] = report_pages.losses(curves)
-  for name, figure in pictures.items():
-    _write(folder / name, report_pages.png(figure))
-  _write(folder / "report.md", report_pages.page(report.data, list(pictures)))
+    figures["loss.png"] = report_pages.losses(curves)
+  for name, figure in figures.items():
+    _write(folder / name, plots.png(figure))
+  _write(folder / "report.md", report_pages.page(report.data, list(figures)))
   text = json.dumps(report.data, indent=2, allow_nan=False) + "\n"
   _write(folder / _FILE, text)
-  return [_FILE, "report.md", *pictures]
+  return [_FILE, "report.md", *figures]
 
 
 def _write(path: pathlib.Path, data: str | bytes) -> None:
-  """Writes a file that other workers may be writing, too."""
+  """Writes a file that other workers may be writing at the same time."""
   write_file(path, data, several_writers=True)
 
 
 def load(folder: str | os.PathLike) -> Report:
-  """The report in a folder.
+  """Reads the report in a folder.
+
+  Args:
+    folder: folder that `write` wrote to.
 
   Raises:
-    UserError: there is none, or it is not one of this version.
+    UserError: the folder has no report, or one of another version.
   """
   path = pathlib.Path(folder) / _FILE
   remedy = f"evaluate again with --out={folder}"
@@ -184,7 +192,7 @@ def load(folder: str | os.PathLike) -> Report:
 
 
 class _Stored(schema.Schema):
-  """What report.json has at least."""
+  """Describes the fields that every report.json has."""
 
   benchmark: str
   runs: dict[str, dict[str, Any]] = pydantic.Field(min_length=1)
@@ -192,23 +200,25 @@ class _Stored(schema.Schema):
   by_task: dict[str, Any]
 
 
-def _plain(found: Accuracy) -> dict[str, Any]:
+def _as_data(result: Accuracy) -> dict[str, Any]:
+  """Returns an accuracy as it stands in report.json."""
   return {
-    "accuracy": found.accuracy,
-    "interval": [found.low, found.high],
-    "chance": found.chance,
-    "count": found.count,
-    "unreadable": found.unreadable,
+    "accuracy": result.accuracy,
+    "interval": [result.low, result.high],
+    "chance": result.chance,
+    "count": result.count,
+    "unreadable": result.unreadable,
   }
 
 
 def _run(run: Run) -> dict[str, Any]:
+  """Returns what report.json says of one run."""
   reasons = collections.Counter(
     (item.video, item.reason) for item in run.left_out
   )
   return {
     **run.about,
-    **_plain(accuracy(run.scored)),
+    **_as_data(accuracy(run.scored)),
     "unfinished": sum(not item.finished for item in run.scored),
     "mean_of_tasks": _mean_of_tasks(run.scored),
     "seconds": sum(item.seconds for item in run.scored),
@@ -220,12 +230,18 @@ def _run(run: Run) -> dict[str, Any]:
 
 
 def _mean_of_tasks(scored: Sequence[Scored]) -> float:
-  """Each task counts alike, however many questions it has; NaN without."""
-  shares = [found.accuracy for found in group(scored, _names("task")).values()]
-  return sum(shares) / len(shares) if shares else math.nan
+  """Returns the mean of the tasks' accuracies; NaN without tasks.
+
+  Each task counts alike, however many questions it has.
+  """
+  tasks = group(scored, _groups_of("task")).values()
+  return (
+    sum(task.accuracy for task in tasks) / len(tasks) if tasks else math.nan
+  )
 
 
 def _versions(about: Mapping[str, Any]) -> dict[str, str]:
+  """Returns the versions on which a score depends."""
   return {
     "benchmark": str(about.get("version", "")),
     "parser": str(about.get("parser", "")),
@@ -234,53 +250,61 @@ def _versions(about: Mapping[str, Any]) -> dict[str, str]:
   }
 
 
-def _keys(scored: Iterable[Scored]) -> list[str]:
-  """What questions are told apart by: their own fields, then `extra`'s."""
-  known: dict[str, None] = {}
+def _group_keys(scored: Iterable[Scored]) -> list[str]:
+  """Returns the groupings: fields of a question, then texts in `extra`."""
+  extra: set[str] = set()
   for item in scored:
-    extra = item.question.extra
-    known |= {k: None for k, v in extra.items() if isinstance(v, str)}
+    fields = item.question.extra.items()
+    extra |= {key for key, value in fields if isinstance(value, str)}
   fixed = ("task", "duration", "kind")
-  return [*fixed, *sorted(known.keys() - set(fixed))]
+  return [*fixed, *sorted(extra - set(fixed))]
 
 
-def _names(key: str) -> Callable[[Scored], Sequence[str]]:
-  """What gives the groups by `key` that a question counts in."""
+def _groups_of(key: str) -> Callable[[Scored], Sequence[str]]:
+  """Returns the function that gives a question's groups by `key`."""
   if key == "task":
     return lambda item: item.question.tasks
 
-  def name(item: Scored) -> Sequence[str]:
+  def groups(item: Scored) -> Sequence[str]:
     question = item.question
-    own = key in ("duration", "kind")
-    found = getattr(question, key) if own else question.extra.get(key)
-    return (str(found),) if found else ()
+    is_field = key in ("duration", "kind")
+    name = getattr(question, key) if is_field else question.extra.get(key)
+    return (str(name),) if name else ()
 
-  return name
+  return groups
 
 
-def _by(runs: Mapping[str, Run], groups: Callable[[Scored], Sequence[str]]):
+def _accuracies(
+  runs: Mapping[str, Run], groups: Callable[[Scored], Sequence[str]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+  """Returns group -> run -> accuracy; runs without the group are absent."""
   tables = {name: group(run.scored, groups) for name, run in runs.items()}
   names = in_order({name for table in tables.values() for name in table})
   return {
     name: {
-      run: _plain(table[name]) for run, table in tables.items() if name in table
+      run: _as_data(table[name])
+      for run, table in tables.items()
+      if name in table
     }
     for name in names
   }
 
 
 def _needles(runs: Mapping[str, Run]) -> dict[str, Any]:
-  """Questions for what a video shows for a second or two only."""
-  only = {
+  """Computes accuracies on needles.
+
+  A needle is a question about what a video shows for a second or two only.
+  """
+  needles = {
     name: dataclasses.replace(
       run,
       scored=tuple(i for i in run.scored if i.question.extra.get("needle")),
     )
     for name, run in runs.items()
   }
-  scored = next(iter(only.values())).scored
+  scored = next(iter(needles.values())).scored
   whole = accuracy(scored)
-  without = only[WITHOUT].scored if WITHOUT in only else ()
+  without = needles[WITHOUT].scored if WITHOUT in needles else ()
   hidden = sum(bool(i.question.extra.get("hidden")) for i in scored)
   return {
     "needle": whole.accuracy,
@@ -289,13 +313,13 @@ def _needles(runs: Mapping[str, Run]) -> dict[str, Any]:
     "needle_chance": whole.chance,
     "needle_count": whole.count,
     "needle_hidden": hidden / max(len(scored), 1),
-    "needle_by_duration": _by(only, _names("duration")),
-    "needle_by_format": _by(only, _names("format")),
+    "needle_by_duration": _accuracies(needles, _groups_of("duration")),
+    "needle_by_format": _accuracies(needles, _groups_of("format")),
   }
 
 
 def _examples(scored: Iterable[Scored]) -> list[dict[str, Any]]:
-  """Some, spread evenly over all of them."""
+  """Returns a few answers, spread evenly over all of them."""
   items = list(scored)
   step = max(1, math.ceil(len(items) / _EXAMPLES))
   return [
@@ -311,7 +335,8 @@ def _examples(scored: Iterable[Scored]) -> list[dict[str, Any]]:
   ]
 
 
-def _nothing(name: str, run: Run) -> str:
+def _nothing_scored(name: str, run: Run) -> str:
+  """Returns the message about a run that answered no question."""
   if not run.left_out:
     return f"{name} was asked no question: there is nothing to report"
   first = run.left_out[0]
@@ -322,7 +347,7 @@ def _nothing(name: str, run: Run) -> str:
 
 
 def _without_nan(value: Any) -> Any:
-  """JSON has no NaN: an empty group's accuracy is null."""
+  """Replaces NaN by None, since JSON has no NaN."""
   if isinstance(value, dict):
     return {key: _without_nan(item) for key, item in value.items()}
   if isinstance(value, list | tuple):

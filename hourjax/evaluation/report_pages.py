@@ -1,14 +1,23 @@
-"""Pictures of reports: accuracies with their intervals, losses."""
-# MERGED hourjax.evaluation.pages:
-# A report as a page to read and as text for a terminal.
+"""A report as plots, as a page in Markdown and as text for a terminal.
 
-import io
+The functions read the data of a report (`report.build`) and write no files.
+"""
+
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from hourjax import plots
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
+
+# A report's data, one of its accuracies or one of its runs: see `report.build`.
+Data = Mapping[str, Any]
+Groups = Mapping[str, Data]  # group -> run -> accuracy
+
+# --- Plots -------------------------------------------------------------------
 
 _TITLES = {
   "task": "Accuracy by task",
@@ -20,29 +29,24 @@ _FILES = {
   "by_duration": ("accuracy_by_duration.png", _TITLES["duration"]),
   "needle_by_duration": ("needles_by_duration.png", _TITLES["needle"]),
 }
-# Told apart by people with colour-blindness too (Okabe and Ito's colours).
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
-_INK, _FAINT = "#22303c", "#8895a0"
-_ROW = 0.3  # inches of a group with one bar
-_BAR = 0.16  # of each further one
-_TWO_LINES = 0.4  # of a group whose label has two lines
+# Heights in inches: of a group with one bar, of each further bar in it, and of
+# a group whose label has two lines.
+_ROW, _BAR, _TWO_LINES = 0.3, 0.16, 0.4
 _LABEL = 34  # characters of a line of a label
-
-Groups = Mapping[str, Mapping[str, Any]]
 
 
 def accuracy(
   reports: Iterable[Any], by: str = "task", title: str | None = None
-) -> Figure:
-  """Accuracies of one or more reports with their 95 % intervals.
+) -> "Figure":
+  """Draws accuracies of one or more reports with their 95 % intervals.
 
   Args:
-    reports: `report.Report`s; every run of each becomes a colour.
-    by: "task", "duration", "kind" or another group of the reports.
-    title: of the picture.
+    reports: `report.Report`s; every run of each gets a colour.
+    by: "task", "duration", "kind" or another grouping of the reports.
+    title: title of the figure.
 
   Raises:
-    ValueError: no report has such groups.
+    ValueError: no report has accuracies by this grouping.
   """
   groups = _merged([report.groups(by) for report in reports])
   if not groups:
@@ -51,8 +55,15 @@ def accuracy(
   return _bars(groups, title or _TITLES.get(by, f"Accuracy by {words}"))
 
 
-def pictures(data: Mapping[str, Any]) -> dict[str, Figure]:
-  """The pictures of one report by file name."""
+def figures(data: Data) -> dict[str, "Figure"]:
+  """Draws the plots of one report.
+
+  Args:
+    data: data of the report.
+
+  Returns:
+    File name -> figure. A plot whose accuracies the report lacks is absent.
+  """
   return {
     name: _bars(data[key], title)
     for key, (name, title) in _FILES.items()
@@ -60,10 +71,15 @@ def pictures(data: Mapping[str, Any]) -> dict[str, Figure]:
   }
 
 
-def losses(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-  """Loss by step of each run, from the rows of its metrics.jsonl."""
-  figure, axes = _page(7, 3.4, "Training loss")
-  for (name, rows), colour in zip(curves.items(), _cycle(len(curves))):
+def losses(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> "Figure":
+  """Draws the training loss of each run over the steps.
+
+  Args:
+    curves: run -> rows of its metrics.jsonl, with "step" and "loss".
+  """
+  figure, axes = _figure(7, 3.4, "Training loss")
+  colours = plots.series_colours(len(curves))
+  for (name, rows), colour in zip(curves.items(), colours):
     steps, values = [r["step"] for r in rows], [r["loss"] for r in rows]
     axes.plot(steps, values, label=name, color=colour, linewidth=1.2)
   axes.set(xlabel="step", ylabel="cross entropy", yscale="log")
@@ -71,15 +87,10 @@ def losses(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
   return figure
 
 
-def png(figure: Figure) -> bytes:
-  """A picture as the bytes of a PNG file."""
-  file = io.BytesIO()
-  figure.savefig(file, dpi=130, format="png")
-  return file.getvalue()
-
-
 def _merged(tables: Sequence[Groups]) -> Groups:
-  """Groups of several reports in one; a run's name that comes again counts on.
+  """Merges the groups of several reports.
+
+  A name that two reports share gets a number in the second:
 
   [{"ocr": {"3b": x}}, {"ocr": {"3b": y}}] -> {"ocr": {"3b": x, "3b (2)": y}}
   """
@@ -87,15 +98,17 @@ def _merged(tables: Sequence[Groups]) -> Groups:
   used: set[str] = set()
   for table in tables:
     names = list(dict.fromkeys(name for row in table.values() for name in row))
-    renamed = {name: _new(name, used) for name in names}
+    renamed = {name: _unused(name, used) for name in names}
     used |= set(renamed.values())
     for group, row in table.items():
-      mine = merged.setdefault(group, {})
-      mine |= {renamed[name]: value for name, value in row.items()}
+      merged.setdefault(group, {}).update(
+        (renamed[name], value) for name, value in row.items()
+      )
   return merged
 
 
-def _new(name: str, used: set[str]) -> str:
+def _unused(name: str, used: set[str]) -> str:
+  """Returns a name, with a number behind it if it is used already."""
   number, new = 1, name
   while new in used:
     number += 1
@@ -103,36 +116,39 @@ def _new(name: str, used: set[str]) -> str:
   return new
 
 
-def _bars(groups: Groups, title: str) -> Figure:
-  """A bar a run in each group, its interval, and a tick at chance."""
+def _bars(groups: Groups, title: str) -> "Figure":
+  """Draws a bar for each run in each group, its interval, and chance."""
   runs = list(dict.fromkeys(name for row in groups.values() for name in row))
   names = list(groups)
   labels = [_label(name, groups[name]) for name in names]
-  room = _ROW + _BAR * (len(runs) - 1)
+  row_height = _ROW + _BAR * (len(runs) - 1)
   if any("\n" in label for label in labels):
-    room = max(room, _TWO_LINES)
-  figure, axes = _page(7.6, 1.5 + room * len(names), title)
+    row_height = max(row_height, _TWO_LINES)
+  figure, axes = _figure(7.6, 1.5 + row_height * len(names), title)
   height = 0.8 / len(runs)
-  for number, (run, colour) in enumerate(zip(runs, _cycle(len(runs)))):
-    shown = [
-      (i + (number - (len(runs) - 1) / 2) * height, groups[name][run])
+  for number, colour in enumerate(plots.series_colours(len(runs))):
+    run = runs[number]
+    # A group's bars lie side by side, their middle at the group's index.
+    offset = (number - (len(runs) - 1) / 2) * height
+    bars = [
+      (i + offset, groups[name][run])
       for i, name in enumerate(names)
       if run in groups[name] and groups[name][run]["count"]
     ]
-    values = [found["accuracy"] for _, found in shown]
-    places = [place for place, _ in shown]
-    ends = [found["interval"] for _, found in shown]
-    # Not below zero: where all are right the interval's end is rounded.
+    places = [place for place, _ in bars]
+    values = [result["accuracy"] for _, result in bars]
+    ends = [result["interval"] for _, result in bars]
+    # Lengths must not be negative, and an end may lie on the wrong side of its
+    # value by a rounding error.
     below = [max(0, v - low) for v, (low, _) in zip(values, ends)]
     above = [max(0, high - v) for v, (_, high) in zip(values, ends)]
     axes.barh(places, values, height * 0.9, label=run, color=colour)
     axes.errorbar(
-      values, places, xerr=[below, above], fmt="none", ecolor=_INK,
+      values, places, xerr=[below, above], fmt="none", ecolor=plots.INK,
       elinewidth=0.9, capsize=min(2.5, 8 * height),
     )  # fmt: skip
-  _chance(axes, groups)
-  axes.set_yticks(range(len(names)), labels)
-  axes.set_ylim(len(names) - 0.4, -0.6)
+  _draw_chance(axes, groups)
+  plots.name_rows(axes, labels)
   axes.set_xlim(0, 1)
   axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
   letters = sum(len(run) + 8 for run in [*runs, "chance"])
@@ -141,37 +157,34 @@ def _bars(groups: Groups, title: str) -> Figure:
   return figure
 
 
-def _chance(axes, groups: Groups) -> None:
+def _draw_chance(axes: "Axes", groups: Groups) -> None:
+  """Draws a dotted tick at the chance of each group."""
   for i, row in enumerate(groups.values()):
     chance = next(iter(row.values()))["chance"]
     label = "chance" if not i else None
     ends = [i - 0.45, i + 0.45]
-    axes.plot([chance] * 2, ends, ":", color=_INK, lw=1.4, label=label)
+    axes.plot([chance] * 2, ends, ":", color=plots.INK, lw=1.4, label=label)
 
 
-def _label(name: str, row: Mapping[str, Any]) -> str:
+def _label(name: str, row: Data) -> str:
+  """Returns a group's name and number of questions, in at most two lines."""
   count = next(iter(row.values()))["count"]
   words = f"{name.replace('_', ' ')} ({count:,})"
   return textwrap.fill(words, _LABEL, max_lines=2, placeholder=" ...")
 
 
-def _cycle(count: int) -> list[str]:
-  return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
-
-
-def _page(width: float, height: float, title: str):
-  figure = Figure(figsize=(width, height), layout="constrained")
-  FigureCanvasAgg(figure)
+def _figure(width: float, height: float, title: str) -> tuple["Figure", "Axes"]:
+  """Creates a figure of some inches with one plot and its title."""
+  figure = plots.new_figure(width, height)
   axes = figure.subplots()
-  axes.set_title(title, loc="left", color=_INK)
-  axes.spines[["top", "right"]].set_visible(False)
-  axes.spines[["left", "bottom"]].set_color(_FAINT)
+  axes.set_title(title, loc="left", color=plots.INK)
+  plots.keep_spines(axes, "left", "bottom")
   return figure, axes
 
 
-Data = Mapping[str, Any]
+# --- Text --------------------------------------------------------------------
 
-# What of a run.json the page tells, in its words.
+# Keys of a run's run.json that the page shows, and their words on the page.
 _ABOUT = {
   "model": "model",
   "benchmark": "benchmark",
@@ -190,12 +203,12 @@ _LISTED = 50  # videos left out that a page names; all are in report.json
 _LONGEST = 1200  # characters of an example's prompt
 
 
-def page(data: Data, pictures: Sequence[str] = ()) -> str:
-  """The whole report in Markdown.
+def page(data: Data, images: Sequence[str] = ()) -> str:
+  """Writes the whole report in Markdown.
 
   Args:
-    data: of a report.
-    pictures: file names beside the page.
+    data: data of the report.
+    images: file names of plots that lie beside the page.
   """
   parts = [
     f"# {data['benchmark']}: {', '.join(data['runs'])}",
@@ -207,7 +220,7 @@ def page(data: Data, pictures: Sequence[str] = ()) -> str:
   ]
   for title, groups in tables(data):
     parts += [f"### {title[0].upper()}{title[1:]}", _scores(data, groups)]
-  parts += [f"![]({name})" for name in pictures]
+  parts += [f"![]({name})" for name in images]
   parts += ["## Left out", _left_out(data)]
   for kind, items in data["examples"].items():
     if items:
@@ -217,23 +230,30 @@ def page(data: Data, pictures: Sequence[str] = ()) -> str:
 
 
 def table(data: Data) -> str:
-  """Accuracies by everything as text for a terminal, intervals in percent."""
+  """Writes accuracies by every grouping as text for a terminal.
+
+  Args:
+    data: data of the report.
+
+  Returns:
+    A row for each group, with accuracy and interval of each run in percent.
+  """
   names = list(data["runs"])
-  found = tables(data)
+  all_tables = tables(data)
   cells = {
     (title, group): _cells(row, names)
-    for title, groups in found
+    for title, groups in all_tables
     for group, row in groups.items()
   }
   width = 3 + max(len(text) for row in [names, *cells.values()] for text in row)
 
-  def line(first, count, chance, row):
+  def line(first: str, count: str, chance: str, row: Sequence[str]) -> str:
     start = f"{first:<28}{count:>6}{chance:>9}"
     return start + "".join(f"{text:>{width}}" for text in row)
 
   head = line("", "n", "chance", names)
   lines = [head]
-  for title, groups in found:
+  for title, groups in all_tables:
     lines += ["-" * len(head), title]
     for group, row in groups.items():
       count, chance, *row = cells[title, group]
@@ -242,17 +262,21 @@ def table(data: Data) -> str:
 
 
 def summary(data: Data) -> str:
-  """The report in some lines."""
-  asked, runs = data["count"], data["runs"]
-  versions = data["versions"]
+  """Writes the report's main numbers in a few lines.
+
+  Args:
+    data: data of the report.
+  """
+  runs, versions = data["runs"], data["versions"]
   lines = [
     f"{data['benchmark']} {versions['benchmark']}, parser {versions['parser']}",
     *(
       name if name == run["model"] else f"{name}: {run['model']}"
       for name, run in runs.items()
     ),
-    f"accuracy {data['accuracy']:.1%} [{_interval(data)}] of {asked:,}"
-    f" questions (chance {data['chance']:.1%})" + _tasks(data),
+    f"accuracy {data['accuracy']:.1%} [{_interval(data)}] of"
+    f" {data['count']:,} questions (chance {data['chance']:.1%})"
+    + _mean_of_tasks(data),
   ]
   if data["unreadable"]:
     lines.append(
@@ -277,9 +301,13 @@ def summary(data: Data) -> str:
 
 
 def tables(data: Data) -> list[tuple[str, Mapping[str, Data]]]:
-  """Titles and groups of a report, those that tell something apart.
+  """Returns the tables of a report: title and groups of each.
 
-  A single kind of questions, say, is no table.
+  A table of a single group is left out, since it would repeat the whole; if all
+  tables have a single group, the first one is kept.
+
+  Args:
+    data: data of the report.
   """
   keys = [key for key in data if key.startswith("by_")]
   order = ["by_topic", "by_task", "by_duration"]
@@ -295,6 +323,7 @@ def tables(data: Data) -> list[tuple[str, Mapping[str, Data]]]:
 
 
 def _title(key: str) -> str:
+  """Returns a table's title: "by_task" -> "task"."""
   name = _words(key[len("by_") :])
   return "length" if name == "duration" else name
 
@@ -304,14 +333,16 @@ def _words(name: str) -> str:
 
 
 def _interval(accuracy: Data) -> str:
+  """Returns an accuracy's interval in percent: "30.1, 95.4"."""
   low, high = accuracy["interval"]
   return f"{100 * low:.1f}, {100 * high:.1f}"
 
 
 def _cells(row: Data, names: Sequence[str]) -> list[str]:
-  """Questions, chance, and "28% [25, 31]" for each run.
+  """Returns the number of questions, chance, and a cell for each run.
 
-  A run that was asked another number of questions tells it.
+  A run's cell is "28% [25, 31]", or "28% of 90 [25, 31]" where it was asked
+  another number of questions than the first run.
   """
   first = next(iter(row.values()))
   cells = [f"{first['count']:,}", f"{first['chance']:.0%}"]
@@ -319,16 +350,19 @@ def _cells(row: Data, names: Sequence[str]) -> list[str]:
     if name not in row:
       cells.append("-")
       continue
-    found = row[name]
-    low, high = (round(100 * end) for end in found["interval"])
-    other = found["count"] != first["count"]
-    count = f" of {found['count']:,}" if other else ""
-    cells.append(f"{found['accuracy']:.0%}{count} [{low}, {high}]")
+    result = row[name]
+    low, high = (round(100 * end) for end in result["interval"])
+    other = result["count"] != first["count"]
+    count = f" of {result['count']:,}" if other else ""
+    cells.append(f"{result['accuracy']:.0%}{count} [{low}, {high}]")
   return cells
 
 
 def _coverage(run: Data) -> str:
-  """ "2,700 questions, 2,688 asked, 12 left out: 4 videos"."""
+  """Returns how much of its questions a run was asked.
+
+  An example: "2,700 questions, 2,688 asked, 12 left out: 4 videos".
+  """
   count = sum(item["questions"] for item in run["left_out"])
   videos = len({item["video"] for item in run["left_out"]})
   return (
@@ -338,8 +372,8 @@ def _coverage(run: Data) -> str:
   )
 
 
-def _tasks(data: Data) -> str:
-  """The mean of the tasks, which some benchmarks count by."""
+def _mean_of_tasks(data: Data) -> str:
+  """Returns the mean of the tasks, by which some benchmarks are scored."""
   if len(data["by_task"]) < 2:
     return ""
   first = next(iter(data["runs"].values()))
@@ -349,6 +383,7 @@ def _tasks(data: Data) -> str:
 
 
 def _needles(data: Data) -> str:
+  """Returns the summary's line on needles."""
   line = (
     f"needles  {data['needle']:.1%} of {data['needle_count']} questions"
     f" (chance {data['needle_chance']:.1%}); {data['needle_hidden']:.0%}"
@@ -360,6 +395,7 @@ def _needles(data: Data) -> str:
 
 
 def _about(data: Data) -> str:
+  """Writes the table of what was run, with what and how long it took."""
   runs = data["runs"]
   lines = ["| | " + " | ".join(runs) + " |", "|---" * (len(runs) + 1) + "|"]
   for key, words in _ABOUT.items():
@@ -389,16 +425,19 @@ def _share(value: float | None) -> str:
 
 
 def _notes(data: Data) -> Sequence[str]:
+  """Returns the sentences on how the questions were asked."""
   return next(iter(data["runs"].values())).get("notes", ())
 
 
 def _text(value: Any) -> str:
+  """Returns a value as text that may stand in a cell of a Markdown table."""
   if isinstance(value, bool):
     return "yes" if value else "no"
   return str("" if value is None else value).replace("|", "\\|")
 
 
 def _scores(data: Data, groups: Mapping[str, Data]) -> str:
+  """Writes one table of accuracies in Markdown."""
   names = list(data["runs"])
   lines = [
     "| | n | chance | " + " | ".join(names) + " |",
@@ -411,6 +450,7 @@ def _scores(data: Data, groups: Mapping[str, Data]) -> str:
 
 
 def _left_out(data: Data) -> str:
+  """Lists the videos that each run left out, with the reasons."""
   parts = []
   for name, run in data["runs"].items():
     if not run["left_out"]:
@@ -428,21 +468,23 @@ def _left_out(data: Data) -> str:
 
 
 def _example(item: Data) -> str:
-  said = repr(item["answer"])
-  read = "nothing" if item["parsed"] is None else repr(item["parsed"])
+  """Writes one question with its answer, indented as a quotation."""
+  parsed = "nothing" if item["parsed"] is None else repr(item["parsed"])
   # Indented, so that no answer is taken for Markdown.
   return (
     f"**{_text(item['id'])}**, {_text(item['video'])}\n\n"
     + textwrap.indent(_short(item["prompt"]), "    ", lambda _: True)
     + "\n\n"
     + textwrap.indent(
-      f"said {said}\nread as {read}, expected {item['expected']!r}", "    "
+      f"said {item['answer']!r}\nread as {parsed},"
+      f" expected {item['expected']!r}",
+      "    ",
     )
   )
 
 
 def _short(prompt: str) -> str:
-  """A prompt's start and end; long subtitles stand between."""
+  """Returns a prompt's start and end; long subtitles stand between them."""
   if len(prompt) <= _LONGEST:
     return prompt
   half = _LONGEST // 2

@@ -1,10 +1,13 @@
-"""From questions to records to a report, on one process or on many.
+"""From questions to answers on disk to a report, by one process or several.
 
-A video is remembered once and asked its questions in batches that do not
-depend on who asks them, so the answers do not either.
+A video's memory is encoded once, and its questions are asked in batches that do
+not depend on the number of processes. So the answers do not depend on it
+either.
+
+  evaluate_folders   one or more models, each from its folder, to one report
+  evaluate           a loaded model to a report: `ask`, `gather`, `report.build`
+  report_again       a report of the answers in a folder, without a model
 """
-# MERGED hourjax.evaluation.compare:
-# Folders of models to one report: the whole of an evaluation.
 
 import os
 import pathlib
@@ -33,84 +36,106 @@ from hourjax.training.metric_writer import read_curve
 
 @runtime_checkable
 class Answer(Protocol):
-  """What a memory answers; see `inference`."""
+  """Describes an answer of a memory, such as `inference.memory.Answer`."""
 
-  text: str
-  tokens: int
-  finished: bool
+  @property
+  def text(self) -> str:
+    """Returns the answer."""
+
+  @property
+  def tokens(self) -> int:
+    """Returns its number of tokens."""
+
+  @property
+  def finished(self) -> bool:
+    """Returns whether it ended by itself, before the limit of tokens."""
 
 
 @runtime_checkable
 class Memory(Protocol):
-  """A video that a model remembers; `note` is what is to be said of it."""
+  """Describes the encoded memory of a video.
+
+  Attributes:
+    note: what a user should know of the video's frames; usually "".
+  """
 
   note: str
 
   def answer(
     self, questions: Sequence[str], *, max_tokens: int
-  ) -> Sequence[Answer]: ...
+  ) -> Sequence[Answer]:
+    """Answers questions about the video, in their order."""
 
 
 @runtime_checkable
 class Model(Protocol):
-  """What an evaluation needs of a model."""
+  """Describes the part of a model that an evaluation uses.
+
+  Attributes:
+    name: name of the model, which identifies its weights; records carry it.
+  """
 
   name: str
 
-  def encode_memory(self, video: str) -> Memory: ...
+  def encode_memory(self, source: str, /) -> Memory:
+    """Encodes the memory of a video file, given by its path."""
 
-  def encode_stored_memory(self, store: FeatureStore, video: str) -> Memory: ...
+  def encode_stored_memory(self, store: FeatureStore, video: str, /) -> Memory:
+    """Encodes the memory of a video in a feature store, given by its name."""
 
 
 def evaluate(
   model: Model,
-  exam: EvalTask,
+  task: EvalTask,
   out: str | os.PathLike,
   *,
   worker: tuple[int, int] = (0, 1),
 ) -> Report | None:
-  """Asks what is not answered yet, and reports when all of it is.
+  """Asks the questions that are not answered yet; reports if all are answered.
 
   Args:
-    model: as `hourjax.load` gives it.
-    exam: what to ask.
-    out: folder of records and report; what an earlier call answered there
-      counts. Workers share it.
-    worker: (i, n): takes the videos i, i + n, ...
+    model: model, such as `hourjax.load` returns.
+    task: questions to ask.
+    out: folder of records and report. Answers that an earlier call left there
+      count. All workers share it.
+    worker: (i, n): this process takes the videos i, i + n, ...
 
   Returns:
-    The report, also written to `out`; None while other workers have not
-    answered theirs.
+    The report, which is also written to `out`; None while other workers have
+    not answered their questions.
 
   Raises:
-    UserError: `out` holds another run, no such worker, or nothing could be
-      asked.
-    OSError: `out` cannot be written, e.g. the disk is full.
+    UserError: `out` holds another run, there is no such worker, or no question
+      could be asked.
+    OSError: `out` cannot be written, e.g. because the disk is full.
   """
-  ask(model, exam, out, worker=worker)
-  run = gather(exam, out, worker[1])
+  ask(model, task, out, worker=worker)
+  run = gather(task, out, worker[1])
   if run is None:
     return None
-  made = report.build({model.name: run})
-  report.write(made, out)
-  return made
+  result = report.build({model.name: run})
+  report.write(result, out)
+  return result
 
 
 def ask(
   model: Model,
-  exam: EvalTask,
+  task: EvalTask,
   out: str | os.PathLike,
   *,
   worker: tuple[int, int] = (0, 1),
 ) -> None:
-  """Asks one worker's share of the questions; see `evaluate`."""
+  """Asks one worker's part of the questions, without a report.
+
+  Args and errors are those of `evaluate`.
+  """
   index, count = worker
-  batches = exam.batches()
+  batches = task.batches()
   share = worker_slice(list(batches), index, count)
   records = Records(out, index, count)
-  records.claim({"model": model.name, **_about(exam)})
+  records.claim({"model": model.name, **_about(task)})
   answered = records.answered()
-  todo = {
+  missing = {
     video: [
       batch
       for batch in batches[video]
@@ -119,116 +144,127 @@ def ask(
     for video in share
   }
   total = sum(len(batch) for video in share for batch in batches[video])
-  left = sum(len(batch) for video in share for batch in todo[video])
+  left = sum(len(batch) for video in share for batch in missing[video])
   with progress.bar(total, unit="question", desc="answer") as bar:
-    bar.initial = bar.n = total - left  # the pace is that of the others
-    for video, missing in todo.items():
-      for rows, lost in _ask_video(model, exam, video, missing):
+    # Questions that are answered already must not count in the bar's speed.
+    bar.initial = bar.n = total - left
+    for video in missing:
+      for rows, failed in _ask_video(model, task, video, missing[video]):
+        # A batch is asked whole, so that its answers do not depend on a kill
+        # before; those that were recorded before it are not recorded again.
         records.add([row for row in rows if row["id"] not in answered])
-        records.leave_out(lost)
-        bar.update(len(rows) + len(lost))
+        records.leave_out(failed)
+        bar.update(len(rows) + len(failed))
 
 
 def gather(
-  exam: EvalTask, out: str | os.PathLike, workers: int | None = None
+  task: EvalTask, out: str | os.PathLike, workers: int | None = None
 ) -> Run | None:
   """Scores what all workers recorded in a folder; needs no model.
 
-  Answers are read and judged anew, so a better parser changes the score.
+  Answers are parsed and scored again, so a better parser changes the score.
 
   Args:
-    exam: that was asked.
+    task: questions that were asked.
     out: folder of the records.
-    workers: how many ask now; None if none do.
+    workers: number of workers that are asking; None if none is.
 
   Returns:
-    The run; None while questions are neither answered nor left out.
+    The run; None while some question is neither answered nor left out.
 
   Raises:
-    UserError: no folder of an evaluation, or other questions were asked.
+    UserError: the folder is not that of an evaluation, or other questions were
+      asked.
   """
   records = Records(out, workers=workers)
   about = records.about()
-  if about.get("questions") != exam.fingerprint():
+  if about.get("questions") != task.fingerprint():
     raise UserError(
       f"{out} holds answers to {about.get('benchmark')} version"
       f" {about.get('version')}, to other questions than those of"
-      f" {exam.benchmark} version {exam.version} in --data; correct --out,"
+      f" {task.benchmark} version {task.version} in --data; correct --out,"
       " --benchmark, --subtitles or --data"
     )
-  answered, lost = records.answered(), records.left_out()
-  scored, left_out = [], list(exam.left_out)
-  for item in exam.chosen:
+  answered, failed = records.answered(), records.left_out()
+  scored, left_out = [], list(task.left_out)
+  for item in task.chosen:
     if item.id in answered:
       scored.append(score(item, answered[item.id]))
-    elif item.id in lost:
-      left_out.append(LeftOut(item.id, item.video, lost[item.id]["reason"]))
+    elif item.id in failed:
+      left_out.append(LeftOut(item.id, item.video, failed[item.id]["reason"]))
     else:
       return None
-  notes = list(exam.notes)
-  if (count := len(exam.questions)) > len(exam.chosen):
-    notes.append(f"The first {len(exam.chosen):,} of {count:,} questions only.")
-  # As it was when they were asked: reporting again needs no feature store.
+  notes = list(task.notes)
+  if (count := len(task.questions)) > len(task.chosen):
+    notes.append(f"The first {len(task.chosen):,} of {count:,} questions only.")
+  # The number as it was when the questions were asked, because a report that is
+  # made again is made without the feature store.
   if isinstance(sparse := about.get("sparse"), int) and sparse > 0:
     notes.append(sparse_note(sparse))
   about |= {"parser": PARSER_VERSION, "notes": notes}
   return Run(about, tuple(scored), tuple(left_out))
 
 
-def check(exam: EvalTask, out: str | os.PathLike) -> None:
-  """Finds what `ask` would refuse, as far as it shows without the model.
+def check(task: EvalTask, out: str | os.PathLike) -> None:
+  """Raises the errors of `ask` that can be found without the model.
+
+  Args:
+    task: questions to ask.
+    out: folder of the records.
 
   Raises:
-    UserError: `out` holds answers to another exam.
+    UserError: `out` holds answers to other questions, or cannot be written to.
   """
-  Records(out).check(_about(exam))
+  Records(out).check(_about(task))
 
 
-def _about(exam: EvalTask) -> Row:
-  """What the answers depend on beside the model; see `Records.claim`."""
+def _about(task: EvalTask) -> Row:
+  """Returns what the answers depend on beside the model."""
   return {
-    "benchmark": exam.benchmark,
-    "version": exam.version,
+    "benchmark": task.benchmark,
+    "version": task.version,
     "parser": PARSER_VERSION,
-    "questions": exam.fingerprint(),
-    "subtitles": exam.subtitles,
-    "videos": "video files" if exam.features is None else "features",
-    "frames": exam.frames,
-    "sparse": exam.sparse,
-    "max_tokens": exam.max_tokens,
+    "questions": task.fingerprint(),
+    "subtitles": task.subtitles,
+    "videos": "video files" if task.features is None else "features",
+    "frames": task.frames,
+    "sparse": task.num_sparse,
+    "max_tokens": task.max_tokens,
     "batch": BATCH,
   }
 
 
 def _ask_video(
   model: Model,
-  exam: EvalTask,
+  task: EvalTask,
   video: str,
   batches: Sequence[Sequence[Question]],
 ) -> Iterator[tuple[list[Row], list[Row]]]:
-  """Records of each batch, and what of it could not be asked."""
+  """Yields the records of each batch, and of questions that failed."""
   if not batches:
     return
-  began = time.monotonic()
+  start = time.monotonic()
   try:
-    memory = _remember(model, exam, video)
+    memory = _encode_memory(model, task, video)
   except UserError as error:
     for batch in batches:
-      yield [], [_lost(item, error) for item in batch]
+      yield [], [_failed_row(item, error) for item in batch]
     return
   if memory.note:
     print(f"{video}: {memory.note}", file=sys.stderr, flush=True)
   for batch in batches:
-    answers, lost = _answers(memory, batch, exam.max_tokens)
+    answers, failed = _answers(memory, batch, task.max_tokens)
     now = time.monotonic()
-    seconds, began = round((now - began) / len(batch), 3), now
-    yield [_record(*pair, seconds) for pair in answers], lost
+    # The first batch's time includes the encoding of the memory.
+    seconds, start = round((now - start) / len(batch), 3), now
+    yield [_answer_row(*pair, seconds) for pair in answers], failed
 
 
-def _remember(model: Model, exam: EvalTask, video: str) -> Memory:
-  store = exam.features
+def _encode_memory(model: Model, task: EvalTask, video: str) -> Memory:
+  """Encodes a video's memory, from its file or from stored features."""
+  store = task.features
   if store is None:
-    return model.encode_memory(str(exam.videos / video))
+    return model.encode_memory(str(task.videos / video))
   if video not in store:
     raise UserError(
       f"{video} is not in the feature store {store.root}; extract it"
@@ -239,21 +275,27 @@ def _remember(model: Model, exam: EvalTask, video: str) -> Memory:
 def _answers(
   memory: Memory, batch: Sequence[Question], max_tokens: int
 ) -> tuple[list[tuple[Question, Answer]], list[Row]]:
-  """Pairs of question and answer, and the questions that cannot be asked."""
+  """Asks one batch.
+
+  Returns:
+    Pairs of question and answer, and the records of questions that failed.
+  """
   try:
     prompts = [item.prompt for item in batch]
     answers = memory.answer(prompts, max_tokens=max_tokens)
     return list(zip(batch, answers, strict=True)), []
   except UserError as error:
     if len(batch) == 1:
-      return [], [_lost(batch[0], error)]
-  # One of them is at fault: each is asked alone, the others count.
+      return [], [_failed_row(batch[0], error)]
+  # One question of the batch cannot be asked. Each is asked alone, so that the
+  # others are answered.
   alone = [_answers(memory, [item], max_tokens) for item in batch]
   answers = [pair for pairs, _ in alone for pair in pairs]
   return answers, [row for _, rows in alone for row in rows]
 
 
-def _record(item: Question, answer: Answer, seconds: float) -> dict[str, Any]:
+def _answer_row(item: Question, answer: Answer, seconds: float) -> Row:
+  """Returns the record of an answer."""
   parsed = parse(answer.text, item)
   return {
     "id": item.id,
@@ -271,18 +313,19 @@ def _record(item: Question, answer: Answer, seconds: float) -> dict[str, Any]:
   }
 
 
-def _lost(item: Question, error: UserError) -> Row:
+def _failed_row(item: Question, error: UserError) -> Row:
+  """Returns the record of a question that could not be asked."""
   return {"id": item.id, "video": item.video, "reason": str(error)}
 
 
-_WEEK = 7 * 24 * 3600  # seconds
+# --- Models in folders -------------------------------------------------------
 
-Folders = Mapping[str, pathlib.Path]
+_WEEK = 7 * 24 * 3600  # seconds
 
 
 def evaluate_folders(
   folders: Sequence[str | os.PathLike],
-  exam: EvalTask,
+  task: EvalTask,
   load: Callable[[str], Model],
   *,
   out: str | os.PathLike | None = None,
@@ -291,92 +334,109 @@ def evaluate_folders(
 ) -> Report | None:
   """Asks one or more models the same questions and reports on all of them.
 
-  The first model's answers and the report go to `out`, each other one's
-  answers to its own default folder, where a later comparison finds them.
+  The first model's answers and the report go to `out`. The answers of each
+  other model go to its own default folder, where a later comparison finds them.
 
   Args:
-    folders: of the models; the first one is reported on.
-    exam: what to ask.
-    load: makes a model of a folder; one is in memory at a time.
-    out: folder; by default `default_out` of the first model.
-    names: of the models in the report; by default a lone model's own, else
-      what tells the folders apart.
-    worker: (i, n), as in `run.evaluate`.
+    folders: folders of the models; the report is about the first.
+    task: questions to ask.
+    load: loads the model of a folder; one model is in memory at a time.
+    out: folder of the report; by default `default_out` of the first model.
+    names: names of the models in the report. By default a single model has its
+      own name, and several have the parts in which their folders differ.
+    worker: (i, n), as in `evaluate`.
 
   Returns:
-    The report; None while other workers have not answered their share.
+    The report; None while other workers have not answered their questions.
 
   Raises:
-    UserError: as `run.evaluate`; a folder that is not there or there twice; a
-      number of names that is not that of the models.
+    UserError: as `evaluate`; a folder that does not exist or is named twice; or
+      another number of names than of models.
   """
   paths = [pathlib.Path(folder) for folder in folders]
-  _check(paths, names)
-  outs = [default_out(path, exam) for path in paths]
+  _check_folders(paths, names)
+  outs = [default_out(path, task) for path in paths]
   if out is not None:
     outs[0] = pathlib.Path(out)
-  for where in outs:  # before the first of them takes hours
-    check(exam, where)
-  if hosts.is_primary() and exam.notes:
-    print("\n".join(exam.notes))
-  own = []
+  # All folders are checked before the first model answers for hours.
+  for where in outs:
+    check(task, where)
+  if hosts.is_primary() and task.notes:
+    print("\n".join(task.notes))
+  own_names = []
   for number, (path, where) in enumerate(zip(paths, outs)):
     if hosts.is_primary():
       print(f"{path}: answers go to {where}", flush=True)
     # Processes of one run read a checkpoint together.
-    _meet(f"evaluation-{number}")
+    _barrier(f"evaluation-{number}")
     model = load(str(path))
-    own.append(model.name)
-    ask(model, exam, where, worker=worker)
-    del model  # before the next one is loaded
-  _meet("evaluation-end")
-  names = names or (own if len(own) == 1 else told_apart(paths))
-  runs = {
-    name: gather(exam, where, worker[1]) for name, where in zip(names, outs)
-  }
-  if None in runs.values():
-    print("other workers have more to ask; the last one writes the report")
-    return None
+    own_names.append(model.name)
+    ask(model, task, where, worker=worker)
+    # Frees the device's memory before the next model is loaded.
+    del model
+  _barrier("evaluation-end")
+  names = names or (own_names if len(paths) == 1 else distinct_names(paths))
+  runs = {}
+  for name, where in zip(names, outs):
+    if (run := gather(task, where, worker[1])) is None:
+      print("other workers have more to ask; the last one writes the report")
+      return None
+    runs[name] = run
   with progress.step("judging the answers and writing the report"):
-    made = report.build(runs)
+    result = report.build(runs)
+    files = []
     if hosts.is_primary():
-      curves = losses_of(dict(zip(names, paths)))
-      files = report.write(made, outs[0], curves)
-  if hosts.is_primary():
+      files = report.write(result, outs[0], losses(dict(zip(names, paths))))
+  if files:
     print(f"report in {outs[0]}: {', '.join(files)}")
-  return made
+  return result
 
 
 def report_again(
-  exam: EvalTask, out: str | os.PathLike, name: str | None = None
+  task: EvalTask, out: str | os.PathLike, name: str | None = None
 ) -> Report:
-  """Reads and judges the answers in a folder anew; asks nothing.
+  """Parses and scores the answers in a folder again; asks nothing.
+
+  Args:
+    task: questions that were asked.
+    out: folder of the answers; the report goes there, too.
+    name: name of the model in the report; by default its own.
 
   Raises:
-    UserError: no folder of an evaluation, of another exam, or questions
-      that were not asked yet.
+    UserError: the folder is not that of an evaluation, other questions were
+      asked, or some were not asked yet.
   """
-  run = gather(exam, out)
+  run = gather(task, out)
   if run is None:
     raise UserError(
       f"{out} holds answers to some of the questions only; give --model to ask"
       " the others, or the same --limit"
     )
-  made = report.build({name or str(run.about.get("model")): run})
-  print(f"report in {out}: {', '.join(report.write(made, out))}")
-  return made
+  result = report.build({name or str(run.about.get("model")): run})
+  print(f"report in {out}: {', '.join(report.write(result, out))}")
+  return result
 
 
-def default_out(folder: pathlib.Path, exam: EvalTask) -> pathlib.Path:
-  """MODEL/evaluation/BENCHMARK, with -subtitles where prompts hold them."""
-  suffix = "-subtitles" if exam.subtitles else ""
-  return folder / "evaluation" / f"{exam.benchmark}{suffix}"
+def default_out(folder: pathlib.Path, task: EvalTask) -> pathlib.Path:
+  """Returns MODEL/evaluation/BENCHMARK, the default folder of a report.
+
+  The name ends in -subtitles where prompts hold subtitles.
+
+  Args:
+    folder: folder of the model.
+    task: questions to ask.
+  """
+  suffix = "-subtitles" if task.subtitles else ""
+  return folder / "evaluation" / f"{task.benchmark}{suffix}"
 
 
-def told_apart(folders: Sequence[pathlib.Path]) -> list[str]:
-  """The parts of paths in which they differ.
+def distinct_names(folders: Sequence[pathlib.Path]) -> list[str]:
+  """Returns the parts of paths in which they differ.
 
   [work/memaug/stage2, work/plain/stage2] -> ["memaug", "plain"]
+
+  Args:
+    folders: folders of the models, all different.
   """
   parts = [folder.absolute().parts for folder in folders]
   while all(p and p[0] == parts[0][0] for p in parts):
@@ -384,13 +444,23 @@ def told_apart(folders: Sequence[pathlib.Path]) -> list[str]:
   while all(p and p[-1] == parts[0][-1] for p in parts):
     parts = [p[:-1] for p in parts]
   names = ["/".join(p) or folder.name for p, folder in zip(parts, folders)]
-  if len(set(names)) < len(names):  # one folder lies in the other
+  # Parts that remain are alike where one folder lies in the other.
+  if len(set(names)) < len(names):
     return [str(folder) for folder in folders]
   return names
 
 
-def losses_of(folders: Folders) -> dict[str, list[dict[str, Any]]]:
-  """Loss curves of the folders that are workdirs of ours, by name."""
+def losses(
+  folders: Mapping[str, pathlib.Path],
+) -> dict[str, list[dict[str, Any]]]:
+  """Reads the loss curves of those folders that are workdirs of ours.
+
+  Args:
+    folders: name -> folder.
+
+  Returns:
+    Name -> rows with "step" and "loss"; other folders are absent.
+  """
   return {
     name: read_curve(folder)
     for name, folder in folders.items()
@@ -398,16 +468,17 @@ def losses_of(folders: Folders) -> dict[str, list[dict[str, Any]]]:
   }
 
 
-def _meet(where: str) -> None:
-  """Waits for the other processes of this run, as long as it takes.
+def _barrier(name: str) -> None:
+  """Waits for the other processes of this run, for up to a week.
 
-  A collective would give up on those that have more to ask.
+  A collective operation would time out while they still ask.
   """
   wait = multihost.get_barrier_sync_fn()
-  wait(key=where, timeout_ms=_WEEK * 1000)
+  wait(key=name, timeout_ms=_WEEK * 1000)
 
 
-def _check(paths: Sequence[pathlib.Path], names: Sequence[str]) -> None:
+def _check_folders(paths: Sequence[pathlib.Path], names: Sequence[str]) -> None:
+  """Raises a UserError if folders or their names are not as they must be."""
   for path in paths:
     if not path.is_dir():
       raise UserError(f"{path} is no folder of a model; correct it")

@@ -1,4 +1,4 @@
-"""Scores: which answers are right, and what share with which certainty."""
+"""Scores: which answers are right, and accuracies with their intervals."""
 
 import dataclasses
 import math
@@ -14,15 +14,15 @@ _Z = 1.959964  # two-sided 95 % of a normal distribution
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-  """One answered question.
+  """Holds one answered question.
 
   Attributes:
-    question: as it was asked.
-    answer: what the model said.
-    parsed: what is read in it (`parsing`); None if nothing can be.
-    correct: whether that is right; what cannot be read is wrong.
+    question: the question as it was asked.
+    answer: text that the model answered.
+    parsed: what the parser reads in it; None if it can read nothing.
+    correct: whether that is right; an answer that cannot be read is wrong.
     finished: whether the answer ended by itself.
-    seconds: that it took, its share of reading the video included.
+    seconds: time that it took, including its part of reading the video.
   """
 
   question: Question
@@ -35,14 +35,15 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-  """Share of right answers in a group; NaN where it is empty.
+  """Holds the fraction of right answers in a group; NaN in an empty group.
 
   Attributes:
-    accuracy: right answers of `count`.
-    low, high: ends of the 95 % interval (`wilson`).
-    chance: what guessing would reach, the mean of the questions' chances.
-    count: of questions.
-    unreadable: answers of which nothing could be read, counted as wrong.
+    accuracy: right answers divided by `count`.
+    low: lower end of the 95 % interval (see `wilson`).
+    high: upper end of the interval.
+    chance: expected accuracy of guessing, the mean of the questions' chances.
+    count: number of questions.
+    unreadable: answers in which nothing could be read; they count as wrong.
   """
 
   accuracy: float
@@ -55,13 +56,15 @@ class Accuracy:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """Two runs on the same questions.
+  """Holds the comparison of two runs on the same questions.
 
   Attributes:
-    count: of questions that both answered.
-    only_ours, only_theirs: questions that one alone has right.
-    difference: of the accuracies, ours less theirs.
-    low, high: ends of its 95 % interval.
+    count: questions that both answered.
+    only_ours: questions that the first run alone has right.
+    only_theirs: questions that the second run alone has right.
+    difference: the first run's accuracy minus the second's.
+    low: lower end of the 95 % interval of the difference.
+    high: upper end of the interval.
   """
 
   count: int
@@ -74,7 +77,13 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-  """A question that could not be asked, and why; it is not in the score."""
+  """Holds a question that could not be asked; it is not in the score.
+
+  Attributes:
+    id: id of the question, or its place in the annotation file.
+    video: its video, or the annotation file if the row names none.
+    reason: why it could not be asked.
+  """
 
   id: str
   video: str
@@ -83,12 +92,12 @@ class LeftOut:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One model's answers to a benchmark.
+  """Holds one model's answers to a benchmark.
 
   Attributes:
-    about: what the answers depend on (`run.json`).
+    about: what the answers depend on; the content of run.json.
     scored: answered questions, in the benchmark's order.
-    left_out: the others, in the same order.
+    left_out: the other questions, in the same order.
   """
 
   about: Mapping[str, Any]
@@ -97,12 +106,12 @@ class Run:
 
 
 def score(question: Question, row: Mapping[str, Any]) -> Scored:
-  """Reads and judges one raw answer.
+  """Parses and scores one answer.
 
   Args:
-    question: that was asked.
-    row: its record; only what the model said and how it ended counts, parsed
-      and judged anew.
+    question: the question that was asked.
+    row: record of the answer. Only the text, its end and its time are used;
+      the text is parsed and scored again.
   """
   parsed = parse(row["answer"], question)
   return Scored(
@@ -116,10 +125,14 @@ def score(question: Question, row: Mapping[str, Any]) -> Scored:
 
 
 def is_right(parsed: str | None, question: Question) -> bool:
-  """Whether a parsed answer is the expected one; free text word by word.
+  """Returns whether a parsed answer is the expected one.
 
-  Where the right option's text stands twice among the options, each of its
-  letters is right.
+  Free text is compared word by word. Where two options have the text of the
+  right one, each of their letters is right.
+
+  Args:
+    parsed: what `parse` returned.
+    question: the question that was asked.
   """
   if question.kind == "open":
     return parsed == normalise(question.expected)
@@ -127,7 +140,11 @@ def is_right(parsed: str | None, question: Question) -> bool:
 
 
 def accuracy(scored: Sequence[Scored]) -> Accuracy:
-  """Accuracy of a group, its interval, and the mean chance."""
+  """Computes the accuracy of a group, its interval, and the mean chance.
+
+  Args:
+    scored: answered questions of the group.
+  """
   count = len(scored)
   nan = float("nan")
   if not count:
@@ -145,31 +162,35 @@ def accuracy(scored: Sequence[Scored]) -> Accuracy:
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-  """Wilson's 95 % interval of a share, without continuity correction.
+  """Computes Wilson's 95 % interval of a fraction.
 
-  Unlike the usual one it never leaves [0, 1] and does not shrink to a point
-  where all or none are right: 4 of 4 gives 0.51 to 1. Questions are taken as
-  independent, though those about one video are not quite. (E. B. Wilson,
-  Probable inference, 1927.)
+  It never leaves [0, 1], and is not empty where all or none are right: 4 of 4
+  gives 0.51 to 1. There is no continuity correction. Questions are taken as
+  independent, though those about one video are not quite independent.
+  (E. B. Wilson, Probable inference, 1927.)
+
+  Args:
+    right: number of right answers.
+    count: number of answers, at least 1.
+
+  Returns:
+    Lower and upper end.
   """
-  share, square = right / count, _Z * _Z
-  whole = 1 + square / count
-  middle = (share + square / (2 * count)) / whole
-  spread = share * (1 - share) / count + square / (4 * count * count)
-  reach = _Z * math.sqrt(spread) / whole
-  return max(0.0, middle - reach), min(1.0, middle + reach)
+  # scipy.stats takes a second to import, which only a report needs.
+  from scipy.stats import binomtest
+
+  interval = binomtest(right, count).proportion_ci(0.95, method="wilson")
+  return float(interval.low), float(interval.high)
 
 
 def group(
   scored: Iterable[Scored], names: Callable[[Scored], Iterable[str]]
 ) -> dict[str, Accuracy]:
-  """Accuracies of groups in natural order.
-
-  "5-10 min" comes before "10-20 min", and "short" before "long".
+  """Computes the accuracy of each group, in the order of `in_order`.
 
   Args:
     scored: answered questions.
-    names: gives the groups that one counts in: none, one or several.
+    names: returns the groups of a question: none, one or several.
   """
   groups: dict[str, list[Scored]] = {}
   for item in scored:
@@ -179,10 +200,13 @@ def group(
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-  """Names from A to Z, but lengths of videos from short to long.
+  """Sorts names alphabetically, but lengths of videos from short to long.
 
   ["long", "10-20 min", "short", "8-15 s"]
       -> ["8-15 s", "10-20 min", "short", "long"]
+
+  Args:
+    names: the names in any order.
   """
   return sorted(names, key=_order)
 
@@ -193,19 +217,25 @@ _RANGE = re.compile(r"(\d+)(?: ?[-–] ?\d+)? ?(s|sec|min|h)\b")
 
 
 def _order(name: str) -> tuple[int, int, str]:
+  """Returns the key that puts ranges of time first, by their lower edge."""
   if name in _LENGTHS:
     return 1, _LENGTHS.index(name), name
-  if found := _RANGE.search(name):
-    return 0, int(found[1]) * _SECONDS[found[2]], name
+  if match := _RANGE.search(name):
+    return 0, int(match[1]) * _SECONDS[match[2]], name
   return 2, 0, name
 
 
 def compare(ours: Iterable[Scored], theirs: Iterable[Scored]) -> Comparison:
-  """Sets two runs against each other on the questions that both answered.
+  """Compares two runs on the questions that both answered.
 
-  The interval is Wald's for paired shares with half a question added to each
-  of the four cells (Agresti and Min, 2005). It is narrower than the two runs'
-  own intervals suggest, as both found the same questions hard.
+  The interval is Wald's for paired proportions, with half a question added to
+  each of the four cells (Agresti and Min, 2005). It is narrower than the two
+  runs' own intervals suggest, because both runs tend to fail at the same
+  questions.
+
+  Args:
+    ours: answers of the first run.
+    theirs: answers of the second run.
   """
   others = {item.question.id: item.correct for item in theirs}
   pairs = [
@@ -215,9 +245,11 @@ def compare(ours: Iterable[Scored], theirs: Iterable[Scored]) -> Comparison:
   ]
   first, second = pairs.count((True, False)), pairs.count((False, True))
   count = len(pairs) + 2
+  # Half a question in each of the four cells adds two to the count and one to
+  # the questions that one run alone has right; their difference stays.
   difference = (first - second) / count
-  changed = (first + second + 1) / count
-  reach = _Z * math.sqrt((changed - difference**2) / count)
+  discordant = (first + second + 1) / count
+  reach = _Z * math.sqrt((discordant - difference**2) / count)
   return Comparison(
     count=len(pairs),
     only_ours=first,

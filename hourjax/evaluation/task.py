@@ -1,4 +1,4 @@
-"""An exam: the questions of a benchmark, and how they are asked."""
+"""An evaluation task: the questions of a benchmark, and how they are asked."""
 
 import dataclasses
 import hashlib
@@ -13,26 +13,26 @@ from hourjax.evaluation import benchmarks
 from hourjax.evaluation.questions import Question
 from hourjax.evaluation.scoring import LeftOut
 
-# Questions of a video that are answered side by side. Part of what answers
-# depend on, if only in float rounding.
+# Questions about a video that are answered in one batch. It is recorded, since
+# answers depend on it, if only by float rounding.
 BATCH = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalTask:
-  """Questions, and how they are to be asked.
+  """Describes the questions of a benchmark and how they are asked.
 
   Attributes:
-    benchmark: its name.
-    version: of its questions' wording and rules.
-    questions: all of them, in a fixed order; ids are unique.
-    videos: folder that the questions' videos are in.
+    benchmark: name of the benchmark.
+    version: version of its prompts and rules.
+    questions: all questions in a fixed order; their ids are unique.
+    videos: folder of the questions' videos.
     frames: which frames of a video the model gets, in words.
-    max_tokens: of an answer.
-    subtitles: whether the prompts hold them.
-    features: store that videos are read from instead of `videos`.
-    limit: how many of the questions are asked, the first ones; None is all.
-    notes: what a report must tell of how they were asked, a sentence each.
+    max_tokens: most tokens of an answer.
+    subtitles: whether the prompts hold subtitles.
+    features: feature store that is read instead of `videos`.
+    limit: number of questions that are asked, from the first; None asks all.
+    notes: sentences that a report must contain on how they were asked.
     left_out: rows of the benchmark's files that cannot be asked.
   """
 
@@ -48,7 +48,7 @@ class EvalTask:
   notes: tuple[str, ...] = ()
   left_out: tuple[LeftOut, ...] = ()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not self.chosen:
       raise UserError(
         f"{self.benchmark} has {len(self.questions)} questions and --limit is"
@@ -57,29 +57,34 @@ class EvalTask:
 
   @property
   def chosen(self) -> tuple[Question, ...]:
-    """The questions that are asked and scored."""
+    """Returns the questions that are asked and scored."""
     return self.questions[: self.limit]
 
   @property
-  def sparse(self) -> int:
-    """How many videos have features too few for the rule of short ones."""
+  def num_sparse(self) -> int:
+    """Returns how many videos have too few stored features.
+
+    They are short videos, whose frames the rule takes more densely than one a
+    second (see `data.media.frame_rules`).
+    """
     if self.features is None:
       return 0
     return len(sparse_videos(self.features, {q.video for q in self.chosen}))
 
   def fingerprint(self) -> str:
-    """Of what is asked.
+    """Returns a hash of the questions' ids and prompts.
 
-    What is right may be corrected later, and a video that was missing may
-    come with another folder or extension.
+    Videos and right answers are not part of it: a right answer may be corrected
+    later, and a missing video may arrive under another folder or extension.
     """
     asked = [(item.id, item.prompt) for item in self.questions]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
   def batches(self) -> dict[str, list[list[Question]]]:
-    """Batches by video, in the questions' order; those of chosen questions.
+    """Returns video -> batches, those that hold chosen questions.
 
-    They are cut from all questions, so that a limit changes none of them.
+    Batches are cut from all questions in their order, so that `limit` changes
+    no batch.
     """
     videos: dict[str, list[Question]] = {}
     for item in self.questions:
@@ -87,8 +92,8 @@ class EvalTask:
     chosen = {item.id for item in self.chosen}
     batches: dict[str, list[list[Question]]] = {}
     for video, items in videos.items():
-      for at in range(0, len(items), BATCH):
-        batch = items[at : at + BATCH]
+      for start in range(0, len(items), BATCH):
+        batch = items[start : start + BATCH]
         if any(item.id in chosen for item in batch):
           batches.setdefault(video, []).append(batch)
     return batches
@@ -107,15 +112,15 @@ def open_task(
 
   Args:
     benchmark: name in `benchmarks.BENCHMARKS`.
-    data: its folder, as published, or one annotation file of it.
-    subtitles: whether prompts hold them.
+    data: folder of the benchmark as published, or one annotation file of it.
+    subtitles: whether prompts hold subtitles.
     features: feature store to read instead of videos.
     videos: folder of the videos, if it is not in `data`.
-    limit: asks the first questions only.
+    limit: number of questions to ask, from the first.
 
   Raises:
-    UserError: unknown benchmark, no such folder or files of another benchmark
-      in it, no feature store, or nothing to ask.
+    UserError: there is no such benchmark, folder or feature store; the folder
+      holds the files of another benchmark; or there is nothing to ask.
   """
   store = FeatureStore(features) if features is not None else None
   loaded = benchmarks.read(
@@ -136,6 +141,6 @@ def open_task(
     features=store,
     limit=limit,
     notes=loaded.notes,
-    # The first questions alone are no account of the whole benchmark.
+    # A run of the first questions does not report on the whole benchmark.
     left_out=loaded.left_out if limit is None else (),
   )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from hourjax import plots
 from hourjax.data.media.video import frame_at
 from hourjax.errors import UserError
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 _LEVELS = " ▁▂▃▄▅▆▇█"
 _FRAME_SIDE = 192  # pixels of a video frame in a figure
-_BAR_COLOUR, _PEAK_COLOUR = "#9db8cf", "#1b6ca8"
 _TITLE_LENGTH = 110  # characters of a question or an answer
 # The first font comes with matplotlib; the others have characters it lacks.
 _FONTS = (
@@ -185,7 +185,7 @@ def attention_figure(
       axes.set_axis_off()
   axes = figure.add_subplot(grid[-1, :])
   colours = [
-    _PEAK_COLOUR if i in best else _BAR_COLOUR for i in range(len(values))
+    plots.PEAK_BAR if i in best else plots.PALE_BAR for i in range(len(values))
   ]
   axes.bar(
     edges[:-1] / 60, values, np.diff(edges) / 60 * 0.92, align="edge",

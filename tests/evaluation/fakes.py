@@ -43,18 +43,18 @@ class Model:
     """
     self.name, self.answers, self.broken = name, answers or {}, set(broken)
     self.sensitive = sensitive
-    self.remembered: list[str] = []
+    self.encoded: list[str] = []
     self.asked: list[tuple[str, tuple[str, ...]]] = []
 
   def encode_memory(self, video: str) -> Memory:
     name = pathlib.Path(video).name
     if name in self.broken:
       raise UserError(f"{video} cannot be read; fetch it again")
-    self.remembered.append(video)
+    self.encoded.append(video)
     return Memory(self, name)
 
   def encode_stored_memory(self, store: FeatureStore, video: str) -> Memory:
-    self.remembered.append(f"stored {video}")
+    self.encoded.append(f"stored {video}")
     return Memory(self, video)
 
   def say(self, prompt: str, batch: Sequence[str]) -> str:
@@ -81,7 +81,9 @@ def question(number: int, video: str = "a.mp4", **changes) -> Question:
   return Question(**{**given, **changes})
 
 
-def exam(questions: Sequence[Question] | None = None, **changes) -> EvalTask:
+def make_task(
+  questions: Sequence[Question] | None = None, **changes
+) -> EvalTask:
   """By default 45 questions about 4 videos of 20, 11, 9 and 5, mixed."""
   if questions is None:
     names = ["a"] * 20 + ["b"] * 11 + ["c"] * 9 + ["d"] * 5

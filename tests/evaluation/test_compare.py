@@ -7,9 +7,9 @@ import pytest
 
 from hourjax.errors import UserError
 from hourjax.evaluation import report
-from hourjax.evaluation.run import default_out, evaluate_folders, told_apart
+from hourjax.evaluation.run import default_out, evaluate_folders, distinct_names
 from hourjax.evaluation.task import open_task
-from tests.evaluation.fakes import Model, exam
+from tests.evaluation.fakes import Model, make_task
 
 
 class Loader:
@@ -38,7 +38,7 @@ def folders(tmp_path):
 
 
 def test_one_model(folders, capsys):
-  made = evaluate_folders(folders[:1], exam(), Loader())
+  made = evaluate_folders(folders[:1], make_task(), Loader())
   out = folders[0] / "evaluation" / "colours"
   assert made.names == ["stage2@3"]
   assert report.load(out) == made
@@ -51,17 +51,17 @@ def test_one_model(folders, capsys):
 
 def test_two_models(folders, tmp_path):
   load = Loader(big={f"question {n}?": "ABCD"[n % 4] for n in range(45)})
-  made = evaluate_folders(folders, exam(), load, out=tmp_path / "out")
+  made = evaluate_folders(folders, make_task(), load, out=tmp_path / "out")
   assert made.names == ["big", "small"]
   assert made.data["accuracy"] == 1
   found = made.data["compared"]["small"]
   assert found["only_ours"] == 34 and found["only_theirs"] == 0
   assert report.load(tmp_path / "out") == made
   # The other one's answers are found again wherever it is compared.
-  other = default_out(folders[1], exam())
+  other = default_out(folders[1], make_task())
   assert (other / "answers-00000.jsonl").exists()
   again = Loader()
-  both = evaluate_folders(folders[::-1], exam(), again, out=other)
+  both = evaluate_folders(folders[::-1], make_task(), again, out=other)
   assert both.names == ["small", "big"]
   assert not again.made[0].asked and again.made[1].asked
 
@@ -69,46 +69,50 @@ def test_two_models(folders, tmp_path):
 def test_names(folders, tmp_path):
   names = ["with MemAug", "without MemAug"]
   made = evaluate_folders(
-    folders, exam(), Loader(), out=tmp_path / "out", names=names
+    folders, make_task(), Loader(), out=tmp_path / "out", names=names
   )
   assert made.names == names and made.data["needle_without_memaug"] is None
   for wrong in (["one"], ["one", "one"], ["one", "two", "three"]):
     with pytest.raises(UserError, match="different names for 2 models"):
-      evaluate_folders(folders, exam(), Loader(), names=wrong)
+      evaluate_folders(folders, make_task(), Loader(), names=wrong)
 
 
 def test_workers(folders, tmp_path, capsys):
   out = tmp_path / "out"
-  first = evaluate_folders(folders, exam(), Loader(), out=out, worker=(0, 2))
+  first = evaluate_folders(
+    folders, make_task(), Loader(), out=out, worker=(0, 2)
+  )
   assert first is None and not (out / "report.json").exists()
   assert "the last one writes the report" in capsys.readouterr().out
-  last = evaluate_folders(folders, exam(), Loader(), out=out, worker=(1, 2))
+  last = evaluate_folders(
+    folders, make_task(), Loader(), out=out, worker=(1, 2)
+  )
   assert report.load(out) == last and last.data["count"] == 45
 
 
 def test_wrong_folders(folders, tmp_path):
   load = Loader()
   with pytest.raises(UserError, match=r"nowhere is no folder of a model"):
-    evaluate_folders([*folders, tmp_path / "nowhere"], exam(), load)
+    evaluate_folders([*folders, tmp_path / "nowhere"], make_task(), load)
   with pytest.raises(UserError, match="cannot be compared with itself"):
-    evaluate_folders([folders[0], folders[0]], exam(), load)
+    evaluate_folders([folders[0], folders[0]], make_task(), load)
   (tmp_path / "empty").mkdir()
   with pytest.raises(
     UserError, match=r"empty has no config.json, so it is nei"
   ):
-    evaluate_folders([*folders, tmp_path / "empty"], exam(), load)
+    evaluate_folders([*folders, tmp_path / "empty"], make_task(), load)
   # The second one's answers are to the same questions, with subtitles.
-  other = default_out(folders[1], exam())
-  evaluate_folders(folders[1:], exam(subtitles=True), Loader(), out=other)
+  other = default_out(folders[1], make_task())
+  evaluate_folders(folders[1:], make_task(subtitles=True), Loader(), out=other)
   with pytest.raises(UserError, match="subtitles is True there and False here"):
-    evaluate_folders(folders, exam(), load)
+    evaluate_folders(folders, make_task(), load)
   assert not load.made  # told before anything is loaded
 
 
 def test_subtitles_have_a_folder_of_their_own():
   model = pathlib.Path("m")
-  assert default_out(model, exam()) == model / "evaluation/colours"
-  assert default_out(model, exam(subtitles=True)) == (
+  assert default_out(model, make_task()) == model / "evaluation/colours"
+  assert default_out(model, make_task(subtitles=True)) == (
     model / "evaluation/colours-subtitles"
   )
 
@@ -123,8 +127,8 @@ def test_subtitles_have_a_folder_of_their_own():
     (["w/a/s", "w/b/s", "w/c/s"], ["a", "b", "c"]),
   ],
 )
-def test_told_apart(folders, names):
-  assert told_apart([pathlib.Path(folder) for folder in folders]) == names
+def test_distinct_names(folders, names):
+  assert distinct_names([pathlib.Path(folder) for folder in folders]) == names
 
 
 def _record(name, video="a.mp4"):
@@ -139,7 +143,7 @@ def _record(name, video="a.mp4"):
   }
 
 
-def test_an_exam_from_disk(tmp_path):
+def test_a_task_from_disk(tmp_path):
   records = [_record("one"), _record("two", "b.mp4")]
   (tmp_path / "test.json").write_text(json.dumps(records))
   opened = open_task("records", tmp_path, limit=1)
@@ -156,7 +160,7 @@ def test_an_exam_from_disk(tmp_path):
   assert run["version"] == opened.version and run["max_tokens"] > 0
 
 
-def test_no_exam(tmp_path):
+def test_no_task(tmp_path):
   with pytest.raises(UserError, match="no benchmark 'videommee'; choose"):
     open_task("videommee", tmp_path)
   with pytest.raises(UserError, match="nowhere"):

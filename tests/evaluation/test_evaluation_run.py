@@ -11,26 +11,26 @@ from hourjax.data.store.features import FeatureStore
 from hourjax.errors import UserError
 from hourjax.evaluation import run as compare
 from hourjax.evaluation import scoring
-from hourjax.evaluation import task as exams
+from hourjax.evaluation import task
 from hourjax.evaluation.records import Records
 from hourjax.evaluation.run import ask, evaluate, gather
-from tests.evaluation.fakes import Model, exam, question, same, timeless
+from tests.evaluation.fakes import Model, make_task, question, same, timeless
 
 
 @pytest.fixture(autouse=True)
 def _batches_of_four(monkeypatch):
-  monkeypatch.setattr(exams, "BATCH", 4)
+  monkeypatch.setattr(task, "BATCH", 4)
 
 
 def _expected(folder):
   """Records and report of one undisturbed run."""
-  made = evaluate(Model(sensitive=True), exam(), folder)
+  made = evaluate(Model(sensitive=True), make_task(), folder)
   return same(Records(folder).answered()), timeless(made.data)
 
 
 def test_records_and_report(tmp_path):
   model = Model(answers={"question 0?": "A", "question 1?": "hm"})
-  report = evaluate(model, exam(), tmp_path)
+  report = evaluate(model, make_task(), tmp_path)
   rows = Records(tmp_path).answered()
   assert rows.keys() == {f"q{n}" for n in range(45)}
   row = rows["q1"]
@@ -52,7 +52,7 @@ def test_records_and_report(tmp_path):
   assert report.data["count"] == 45 and report.data["unreadable"] == 1
   assert report.data["accuracy"] == right / 45
   # Each video is remembered once, its questions come in fours.
-  assert sorted(model.remembered) == [f"videos/{x}.mp4" for x in "abcd"]
+  assert sorted(model.encoded) == [f"videos/{x}.mp4" for x in "abcd"]
   sizes = {
     video: [len(texts) for name, texts in model.asked if name == video]
     for video in ("a.mp4", "b.mp4", "c.mp4", "d.mp4")
@@ -81,17 +81,17 @@ def test_a_run_goes_on(tmp_path, after):
   model.before_answer = kill
   out = tmp_path / "out"
   with pytest.raises(_Killed):
-    evaluate(model, exam(), out)
+    evaluate(model, make_task(), out)
   assert len(Records(out).answered()) == sum(len(t) for _, t in model.asked)
   again = Model(sensitive=True)
-  report = evaluate(again, exam(), out)
+  report = evaluate(again, make_task(), out)
   asked = model.asked + again.asked
   assert len(set(asked)) == len(asked) == 13
   assert same(Records(out).answered()) == rows
   assert timeless(report.data) == data
   nothing = Model(sensitive=True)
-  report = evaluate(nothing, exam(), out)
-  assert not nothing.remembered and timeless(report.data) == data
+  report = evaluate(nothing, make_task(), out)
+  assert not nothing.encoded and timeless(report.data) == data
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.35, 0.5, 0.99, 1.0])
@@ -100,7 +100,7 @@ def test_records_that_a_kill_has_torn(tmp_path, share):
   path = tmp_path / "answers-00000.jsonl"
   whole = path.read_bytes()
   path.write_bytes(whole[: int(share * len(whole))])
-  report = evaluate(Model(sensitive=True), exam(), tmp_path)
+  report = evaluate(Model(sensitive=True), make_task(), tmp_path)
   assert same(Records(tmp_path).answered()) == rows
   assert timeless(report.data) == data
   # None is written twice, though a batch is asked whole; one may be torn.
@@ -113,7 +113,7 @@ def test_any_number_of_workers(tmp_path, count):
   out, asked = tmp_path / "many", []
   for index in reversed(range(count)):
     model = Model(sensitive=True)
-    report = evaluate(model, exam(), out, worker=(index, count))
+    report = evaluate(model, make_task(), out, worker=(index, count))
     asked += model.asked
     # Only the last one finds everything answered. Some have nothing to do.
     last = count == 2 or index <= 3
@@ -126,25 +126,27 @@ def test_any_number_of_workers(tmp_path, count):
 def test_another_number_of_workers_goes_on(tmp_path):
   rows, data = _expected(tmp_path / "one")
   out = tmp_path / "many"
-  assert evaluate(Model(sensitive=True), exam(), out, worker=(1, 3)) is None
+  assert (
+    evaluate(Model(sensitive=True), make_task(), out, worker=(1, 3)) is None
+  )
   models = [Model(sensitive=True), Model(sensitive=True)]
-  assert evaluate(models[1], exam(), out, worker=(1, 2)) is None
-  report = evaluate(models[0], exam(), out, worker=(0, 2))
+  assert evaluate(models[1], make_task(), out, worker=(1, 2)) is None
+  report = evaluate(models[0], make_task(), out, worker=(0, 2))
   # The one video of 1/3 is not asked about again.
-  assert sum(len(model.remembered) for model in models) == 3
+  assert sum(len(model.encoded) for model in models) == 3
   assert same(Records(out).answered()) == rows
   assert timeless(report.data) == data
 
 
 def test_no_such_worker(tmp_path):
   with pytest.raises(UserError, match="worker 3 of 3"):
-    evaluate(Model(), exam(), tmp_path, worker=(3, 3))
+    evaluate(Model(), make_task(), tmp_path, worker=(3, 3))
   assert not (tmp_path / "run.json").exists()
 
 
 def test_rows_that_cannot_be_asked_are_in_the_report(tmp_path):
   lost = scoring.LeftOut("x.json, row 3", "e.mp4", "question is empty")
-  asked = exam(left_out=(lost,), notes=("1 of 46 rows cannot be asked.",))
+  asked = make_task(left_out=(lost,), notes=("1 of 46 rows cannot be asked.",))
   report = evaluate(Model(), asked, tmp_path)
   assert report.data["count"] == 45 and report.left_out == 1
   assert not report.complete
@@ -157,7 +159,9 @@ def test_rows_that_cannot_be_asked_are_in_the_report(tmp_path):
 
 
 def test_what_cannot_be_read_is_left_out(tmp_path):
-  report = evaluate(Model(sensitive=True, broken={"b.mp4"}), exam(), tmp_path)
+  report = evaluate(
+    Model(sensitive=True, broken={"b.mp4"}), make_task(), tmp_path
+  )
   assert report.data["count"] == 34 and report.left_out == 11
   assert not report.complete
   (run,) = report.data["runs"].values()
@@ -174,8 +178,8 @@ def test_what_cannot_be_read_is_left_out(tmp_path):
   # The next run tries again, and those only.
   _, data = _expected(tmp_path / "whole")
   model = Model(sensitive=True)
-  again = evaluate(model, exam(), tmp_path)
-  assert model.remembered == ["videos/b.mp4"]
+  again = evaluate(model, make_task(), tmp_path)
+  assert model.encoded == ["videos/b.mp4"]
   assert timeless(again.data) == data
 
 
@@ -187,7 +191,7 @@ def test_a_question_that_cannot_be_asked(tmp_path):
       raise UserError("the prompt does not fit")
 
   model.before_answer = refuse
-  report = evaluate(model, exam(), tmp_path / "out")
+  report = evaluate(model, make_task(), tmp_path / "out")
   assert report.left_out == 1 and report.data["count"] == 44
   ids = {f"q{n}" for n in range(45)}
   assert Records(tmp_path / "out").answered().keys() == ids - {"q7"}
@@ -198,21 +202,21 @@ def test_a_question_that_cannot_be_asked(tmp_path):
 
 def test_a_missing_video_comes_under_another_name(tmp_path):
   """What was answered counts on; only the video's questions are asked."""
-  evaluate(Model(broken=["c.mp4"]), exam(), tmp_path)
+  evaluate(Model(broken=["c.mp4"]), make_task(), tmp_path)
   found = [
     dataclasses.replace(q, video=q.video.replace("c.mp4", "data/c.webm"))
-    for q in exam().questions
+    for q in make_task().questions
   ]
   model = Model()
-  report = evaluate(model, exam(found), tmp_path)
-  assert model.remembered == ["videos/data/c.webm"]
+  report = evaluate(model, make_task(found), tmp_path)
+  assert model.encoded == ["videos/data/c.webm"]
   assert report.complete and report.data["count"] == 45
 
 
 def test_all_videos_are_missing(tmp_path):
   model = Model(broken=[f"{x}.mp4" for x in "abcd"])
   with pytest.raises(UserError) as raised:
-    evaluate(model, exam(), tmp_path)
+    evaluate(model, make_task(), tmp_path)
   assert "none of the 45 questions could be asked of fake@3" in (
     str(raised.value)
   )
@@ -225,9 +229,9 @@ def test_from_a_feature_store(tmp_path):
   for name in ("a.mp4", "b.mp4", "d.mp4"):
     store.write(name, np.zeros((2, 4, 8)), 9)
   model = Model()
-  report = evaluate(model, exam(features=store), tmp_path / "out")
+  report = evaluate(model, make_task(features=store), tmp_path / "out")
   stored = [f"stored {name}.mp4" for name in "abd"]
-  assert sorted(model.remembered) == stored
+  assert sorted(model.encoded) == stored
   (run,) = report.data["runs"].values()
   (lost,) = run["left_out"]
   assert (
@@ -235,16 +239,16 @@ def test_from_a_feature_store(tmp_path):
   )
   # Files and features may differ by more than rounding.
   with pytest.raises(UserError, match="videos is 'features' there and 'video"):
-    evaluate(Model(), exam(), tmp_path / "out")
+    evaluate(Model(), make_task(), tmp_path / "out")
 
 
 def test_a_limit_is_a_start(tmp_path):
   rows, data = _expected(tmp_path / "whole")
   out, model = tmp_path / "out", Model(sensitive=True)
-  report = evaluate(model, exam(limit=5), out)
+  report = evaluate(model, make_task(limit=5), out)
   assert report.data["count"] == 5
   again = Model(sensitive=True)
-  report = evaluate(again, exam(), out)
+  report = evaluate(again, make_task(), out)
   asked = model.asked + again.asked
   assert len(set(asked)) == len(asked) == 13
   assert same(Records(out).answered()) == rows
@@ -253,34 +257,34 @@ def test_a_limit_is_a_start(tmp_path):
 
 def test_nothing_to_ask():
   with pytest.raises(UserError, match="0 questions and --limit is None"):
-    exam([])
+    make_task([])
   with pytest.raises(UserError, match="45 questions and --limit is 0"):
-    exam(limit=0)
+    make_task(limit=0)
 
 
 def test_another_model_is_refused(tmp_path):
-  evaluate(Model("one@1"), exam(), tmp_path)
+  evaluate(Model("one@1"), make_task(), tmp_path)
   with pytest.raises(UserError, match="model is 'one@1' there and 'two@1'"):
-    evaluate(Model("two@1"), exam(), tmp_path)
-  words = [dataclasses.replace(q, prompt="?") for q in exam().questions]
+    evaluate(Model("two@1"), make_task(), tmp_path)
+  words = [dataclasses.replace(q, prompt="?") for q in make_task().questions]
   with pytest.raises(UserError, match="questions is"):
-    evaluate(Model("one@1"), exam(words), tmp_path)
+    evaluate(Model("one@1"), make_task(words), tmp_path)
 
 
 def test_a_parser_is_mended_without_a_model(tmp_path, monkeypatch):
   model = Model(answers={f"question {n}?": "the Bth" for n in range(45)})
-  before = evaluate(model, exam(), tmp_path)
+  before = evaluate(model, make_task(), tmp_path)
   monkeypatch.setattr(scoring, "parse", lambda answer, _: answer[4])
-  after = compare.report_again(exam(), tmp_path)
+  after = compare.report_again(make_task(), tmp_path)
   assert before.data["unreadable"] == 45 and after.data["unreadable"] == 0
   assert after.data["accuracy"] == sum(n % 4 == 1 for n in range(45)) / 45
   assert after.names == ["fake@3"]
 
 
 def test_a_report_of_other_answers(tmp_path):
-  ask(Model(), exam(limit=4), tmp_path)
-  assert gather(exam(), tmp_path) is None
+  ask(Model(), make_task(limit=4), tmp_path)
+  assert gather(make_task(), tmp_path) is None
   with pytest.raises(UserError, match="some of the questions only"):
-    compare.report_again(exam(), tmp_path)
+    compare.report_again(make_task(), tmp_path)
   with pytest.raises(UserError, match="other questions than those of other"):
-    compare.report_again(exam([question(1)], benchmark="other"), tmp_path)
+    compare.report_again(make_task([question(1)], benchmark="other"), tmp_path)

@@ -1,4 +1,4 @@
-"""Numbers, files, page and pictures of a report."""
+"""Numbers, files, page and plots of a report."""
 
 import dataclasses
 import itertools
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hourjax import plots
 from hourjax.errors import UserError
 from hourjax.evaluation import report, report_pages
 from hourjax.evaluation.scoring import LeftOut, Run, score, wilson
@@ -237,20 +238,20 @@ def test_table_and_summary(built):
 
 def _inked(figure, tmp_path):
   path = tmp_path / "picture.png"
-  path.write_bytes(report_pages.png(figure))
+  path.write_bytes(plots.png(figure))
   pixels = np.asarray(Image.open(path).convert("RGB"))
   assert min(pixels.shape[:2]) > 100
   return (pixels.min(axis=-1) < 200).mean()
 
 
-def test_pictures(built, tmp_path):
-  pictures = report_pages.pictures(built.data)
-  assert len(pictures) == 3
+def test_figures(built, tmp_path):
+  figures = report_pages.figures(built.data)
+  assert len(figures) == 3
   curves = {
     name: [{"step": s, "loss": 3.0 / (s + n)} for s in range(1, 20)]
     for n, name in enumerate(built.names)
   }
-  for figure in [*pictures.values(), report_pages.losses(curves)]:
+  for figure in [*figures.values(), report_pages.losses(curves)]:
     assert 0.005 < _inked(figure, tmp_path) < 0.9
 
 
@@ -268,7 +269,7 @@ def test_labels_do_not_collide(runs, count):
            range(count)]  # fmt: skip
   part = _part(1, 3, 0.25)
   groups = {n: {f"model-{r}@200": part for r in range(runs)} for n in names}
-  (figure,) = report_pages.pictures({"by_task": groups}).values()
+  (figure,) = report_pages.figures({"by_task": groups}).values()
   boxes = _texts(figure)
   assert len(boxes) == count
   for above, below in itertools.pairwise(boxes):

@@ -151,7 +151,7 @@ def test_an_evaluation_and_its_restart(folder, tmp_path):
   names = sorted(GOOD | BAD | {"part.mkv"})
   asked = [fakes.question(n, video=name) for n, name in enumerate(names)]
   for _ in range(2):
-    task = fakes.exam(asked, videos=folder)
+    task = fakes.make_task(asked, videos=folder)
     report = evaluate(_Model(), task, tmp_path)
     assert report.data["count"] == 3
     lost = Records(tmp_path).left_out()

@@ -209,7 +209,7 @@ def test_evaluating(model, folder, store, reading, tmp_path):
   names = [*FILES, SPARSE]
   for features in (None, store):
     asked = names if features else names[:-1]
-    task = fakes.exam(
+    task = fakes.make_task(
       [fakes.question(n, name) for n, name in enumerate(asked)],
       videos=folder,
       features=features,
@@ -227,7 +227,7 @@ def test_evaluating(model, folder, store, reading, tmp_path):
     notes = report.data["runs"][name]["notes"]
     expected = [frame_rules.sparse_note(1)] if features else []
     assert notes == expected
-    again = run.gather(fakes.exam(task.questions), out)  # without the store
+    again = run.gather(fakes.make_task(task.questions), out)  # without the store
     assert again.about["notes"] == expected
   assert recording.made[-1].num_frames == 20
 

@@ -12,12 +12,12 @@ from typing import Any, TextIO
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from hourjax import plots
 from hourjax.data.columns import Columns
 from hourjax.data.prepare.convert import FACTS, Dropped, Kept
 
@@ -31,17 +31,7 @@ REPAIRED = "repaired.jsonl"
 # Repairs that half of LLaVA's records need: counted, but not listed.
 _USUAL = {"marker moved to the front", "no marker: put in front"}
 
-_INK, _FAINT, _BAR = "#22303c", "#8895a0", "#3b78a8"
-# Okabe and Ito's colours, which colour-blind readers can distinguish.
-_COLOURS = (
-  "#0072b2",
-  "#e69f00",
-  "#009e73",
-  "#cc79a7",
-  "#d55e00",
-  "#56b4e9",
-  "#b8a800",
-)
+_INK, _FAINT, _BAR = plots.INK, plots.FAINT, plots.BAR
 
 
 def draw_plots(folder: pathlib.Path, summary: dict) -> dict[str, str]:
@@ -143,7 +133,7 @@ def _bars(
   figure, axes = _page(8.5, height, title, subtitle)
   names = [name or UNKNOWN for name, _ in pairs]
   present = sorted({groups[n] for n in names if n in groups} if groups else ())
-  colours = dict(zip(present, _COLOURS * len(present)))
+  colours = dict(zip(present, plots.series_colours(len(present))))
   plain = _FAINT if present else _BAR
   fill = [
     colours[groups[name]] if groups and name in groups else plain
@@ -162,11 +152,7 @@ def _bars(
       color=_INK,
       fontsize=9,
     )
-  # Without math text: a name may hold a dollar sign.
-  axes.set_yticks(
-    range(len(pairs)), [_short(name) for name in names], parse_math=False
-  )
-  axes.set_ylim(len(pairs) - 0.4, -0.6)
+  plots.name_rows(axes, [_short(name) for name in names])
   axes.set_xlim(0, max(1, *lengths) * 1.22)
   axes.spines["bottom"].set_visible(False)
   axes.set_xticks([])
@@ -192,8 +178,7 @@ def _page(
   layout = ConstrainedLayoutEngine(
     w_pad=0.2, h_pad=0.12, rect=(0, 0, 1, 1 - 0.72 / height)
   )
-  figure = Figure(figsize=(width, height), dpi=150, layout=layout)
-  FigureCanvasAgg(figure)
+  figure = plots.new_figure(width, height, dpi=150, layout=layout)
 
   def write(text: str, inches: float, **style: Any) -> None:
     x, y = 0.2 / width, 1 - inches / height
@@ -202,9 +187,7 @@ def _page(
   write(title, 0.18, color=_INK, fontsize=15, fontweight="bold")
   write(subtitle, 0.5, color=_FAINT, fontsize=9.5)
   axes = figure.add_subplot()
-  for side in ("top", "right", "left"):
-    axes.spines[side].set_visible(False)
-  axes.spines["bottom"].set_color(_FAINT)
+  plots.keep_spines(axes, "bottom")
   axes.tick_params(colors=_INK, length=0)
   return figure, axes
 

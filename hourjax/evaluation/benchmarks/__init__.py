@@ -1,26 +1,20 @@
 """Benchmarks: from their published annotation files to questions.
 
-One file a benchmark states its layouts, prompt, subtitle rule and everything
-else that its score depends on; `BENCHMARKS` lists them.
+Each module with a `BENCHMARK` states one benchmark's layouts, prompt, subtitle
+rule and everything else on which its score depends. `BENCHMARKS` finds these
+modules itself, so that another benchmark is another file.
 
   loaded = benchmarks.read("videomme", "downloads/Video-MME", subtitles=True)
   loaded.questions, loaded.videos, loaded.benchmark.version
 """
 
+import importlib
 import os
 import pathlib
+import pkgutil
 from collections.abc import Iterable, Sequence
 
 from hourjax.errors import UserError
-from hourjax.evaluation.benchmarks import folder as packed
-from hourjax.evaluation.benchmarks import (
-  longvideobench,
-  lvbench,
-  mlvu,
-  records,
-  tempcompass,
-  videomme,
-)
 from hourjax.evaluation.benchmarks.benchmark import (
   Benchmark,
   Loaded,
@@ -29,26 +23,30 @@ from hourjax.evaluation.benchmarks.benchmark import (
 )
 from hourjax.evaluation.benchmarks.folder import (
   Videos,
+  archives,
   find_files,
   find_videos,
+  may_hold,
   read_table,
+  unpack_commands,
   youtube_keys,
 )
 from hourjax.evaluation.questions import Question
 from hourjax.evaluation.scoring import LeftOut
 from hourjax.extraction.video_list import walk_videos
 
-BENCHMARKS: dict[str, Benchmark] = {
-  module.SUITE.name: module.SUITE
-  for module in (
-    videomme,
-    longvideobench,
-    lvbench,
-    tempcompass,
-    mlvu,
-    records,
-  )
-}
+
+def _discover() -> dict[str, Benchmark]:
+  """Returns the BENCHMARK of each module of this package, by its name."""
+  found = {}
+  for info in pkgutil.iter_modules(__path__, f"{__name__}."):
+    benchmark = getattr(importlib.import_module(info.name), "BENCHMARK", None)
+    if benchmark is not None:
+      found[benchmark.name] = benchmark
+  return found
+
+
+BENCHMARKS: dict[str, Benchmark] = _discover()
 
 
 def read(
@@ -59,115 +57,126 @@ def read(
   videos: str | os.PathLike | None = None,
   stored: Iterable[str] | None = None,
 ) -> Loaded:
-  """Reads a benchmark as it lies on disk after a download.
+  """Reads a benchmark from the files of its download.
 
   Args:
     name: key of BENCHMARKS.
-    data: the benchmark's folder, or one annotation file of it.
-    subtitles: ask with subtitles, where a benchmark has them.
-    videos: folder of the videos, if it is none of those that the benchmark
-      has them in.
-    stored: names of videos with stored features; if given, a question's video
-      is one of them where it can be, and no folder is listed.
+    data: folder of the benchmark, or one annotation file of it.
+    subtitles: whether to ask with subtitles, where the benchmark has them.
+    videos: folder of the videos, if it is not one of the benchmark's usual
+      folders.
+    stored: names of videos with stored features. If it is given, questions are
+      about these videos where possible, and no folder is listed.
 
   Raises:
-    UserError: no such benchmark, no annotation files, those of another
-      benchmark or damaged ones, no question that can be asked, or videos or
-      subtitles that are still packed.
+    UserError: there is no such benchmark; annotation files are missing, damaged
+      or another benchmark's; no question can be asked; or videos or subtitles
+      are still in archives.
   """
-  benchmark = _suite(name, subtitles)
+  benchmark = _benchmark(name, subtitles)
   root, files, notes = _files(benchmark, pathlib.Path(data))
   folder = (
     pathlib.Path(videos) if videos else find_videos(root, benchmark.videos)
   )
   names = list(walk_videos(folder) if stored is None else stored)
-  there = Videos(names, youtube_keys(folder, names))
-  made: list[Question | LeftOut] = []
+  existing = Videos(names, youtube_keys(folder, names))
+  items: list[Question | LeftOut] = []
   for path in files:
     rows = read_table(path)
     _check_rows(benchmark, path, rows)
-    made += benchmark.read(Source(path, rows, root, there, subtitles))
-  questions, left_out = _unique(made, benchmark)
+    items += benchmark.read(Source(path, rows, root, existing, subtitles))
+  questions, left_out = _unique(items, benchmark)
   if not questions:
     raise UserError(_none_asked(left_out, benchmark))
   if stored is None:
-    lie = {root, folder}
-    notes += _packed(questions, benchmark, there, lie, subtitles)
-  notes += _without_subtitles(questions, benchmark, root)
-  notes += _told(questions, left_out)
+    folders = {root, folder}
+    notes += _packed_note(questions, benchmark, existing, folders, subtitles)
+  notes += _subtitles_note(questions, benchmark, root)
+  notes += _rows_notes(questions, left_out)
   return Loaded(
     benchmark, tuple(questions), folder, tuple(notes), tuple(left_out)
   )
 
 
-def _suite(name: str, subtitles: bool) -> Benchmark:
+def _benchmark(name: str, subtitles: bool) -> Benchmark:
+  """Returns a benchmark; raises a UserError if it cannot be asked so."""
   if name not in BENCHMARKS:
     raise UserError(
       f"no benchmark {name!r}; choose one of {', '.join(sorted(BENCHMARKS))}"
     )
   benchmark = BENCHMARKS[name]
   if subtitles and not benchmark.subtitles:
-    having = [other.name for other in BENCHMARKS.values() if other.subtitles]
+    others = [other.name for other in BENCHMARKS.values() if other.subtitles]
     raise UserError(
-      f"{benchmark.title} has no subtitles, only {' and '.join(having)} have; leave"
-      " --subtitles out"
+      f"{benchmark.title} has no subtitles, only {' and '.join(others)} have;"
+      " leave --subtitles out"
     )
   return benchmark
 
 
-def _files(benchmark: Benchmark, data: pathlib.Path):
-  """The benchmark's folder, its annotation files, and notes on lacking ones."""
+def _files(
+  benchmark: Benchmark, data: pathlib.Path
+) -> tuple[pathlib.Path, list[pathlib.Path], list[str]]:
+  """Returns the folder, the annotation files, and notes on missing ones."""
   if data.is_file():
     return _root(benchmark, data), [data], []
   if not data.is_dir():
     raise UserError(f"{data} does not exist; correct --data")
-  files, lacking = find_files(data, benchmark.annotations)
+  files, missing = find_files(data, benchmark.annotations)
   if not files:
-    raise UserError(_nothing(benchmark, data))
-  if lacking:
-    shown = ", ".join(lacking)
-    return data, files, [f"Not asked, as the file is missing: {shown}."]
-  return data, files, []
+    raise UserError(_no_files(benchmark, data))
+  notes = []
+  if missing:
+    notes.append(f"Not asked, as the file is missing: {', '.join(missing)}.")
+  return data, files, notes
 
 
 def _root(benchmark: Benchmark, file: pathlib.Path) -> pathlib.Path:
-  """The folder below which a file lies as published; else its own folder."""
+  """Returns the benchmark's folder, above a file that lies as published.
+
+  A file that does not lie so has its own folder.
+  """
   for layout in benchmark.annotations:
     for pattern in layout.split():
+      # No pattern has more than two folders.
       for root in file.parents[:3]:
         if file in root.glob(pattern):
           return root
   return file.parent
 
 
-def _nothing(benchmark: Benchmark, data: pathlib.Path) -> str:
-  """What to say of a folder without the benchmark's annotation files."""
+def _no_files(benchmark: Benchmark, data: pathlib.Path) -> str:
+  """Returns the message about a folder without the annotation files."""
   for other in BENCHMARKS.values():
     for path in find_files(data, other.annotations)[0][:1]:
       try:
-        known = _known(other, read_table(path))
+        is_other = _knows(other, read_table(path))
       except UserError:
         continue
-      if known:
+      if is_other:
         return _another(benchmark, other, path)
-  there = sorted(path.name for path in data.iterdir())
-  more = f" and {len(there) - 12} more" if len(there) > 12 else ""
+  names = sorted(path.name for path in data.iterdir())
+  more = f" and {len(names) - 12} more" if len(names) > 12 else ""
   return (
     f"{data} has no annotation files of {benchmark.title}: looked for"
     f" {', or '.join(benchmark.annotations)}, and it holds"
-    f" {', '.join(there[:12]) or 'nothing'}{more}; correct --data"
+    f" {', '.join(names[:12]) or 'nothing'}{more}; correct --data"
   )
 
 
 def _another(benchmark: Benchmark, other: Benchmark, path: pathlib.Path) -> str:
+  """Returns the message about another benchmark's file."""
   return (
     f"{path} looks like {other.title}, not like {benchmark.title}; use"
     f" --benchmark={other.name}, or correct --data"
   )
 
 
-def _known(benchmark: Benchmark, rows: Sequence[Row | UserError]) -> bool:
-  """Whether one of the first rows is the benchmark's; the first may be bad."""
+def _knows(benchmark: Benchmark, rows: Sequence[Row | UserError]) -> bool:
+  """Returns whether one of the first rows is the benchmark's.
+
+  More than one is tried, since the first may be damaged.
+  """
   return any(
     isinstance(row, dict) and benchmark.knows(row) for row in rows[:20]
   )
@@ -176,10 +185,11 @@ def _known(benchmark: Benchmark, rows: Sequence[Row | UserError]) -> bool:
 def _check_rows(
   benchmark: Benchmark, path: pathlib.Path, rows: Sequence[Row | UserError]
 ) -> None:
-  if _known(benchmark, rows):
+  """Raises a UserError if the rows are not the benchmark's."""
+  if _knows(benchmark, rows):
     return
   for other in BENCHMARKS.values():
-    if _known(other, rows):
+    if _knows(other, rows):
       raise UserError(_another(benchmark, other, path))
   row = next(row for row in rows if isinstance(row, dict))
   wanted = " or ".join(", ".join(sorted(names)) for names in benchmark.columns)
@@ -190,17 +200,17 @@ def _check_rows(
 
 
 def _unique(
-  made: Sequence[Question | LeftOut], benchmark: Benchmark
+  items: Sequence[Question | LeftOut], benchmark: Benchmark
 ) -> tuple[list[Question], list[LeftOut]]:
-  """The questions with an id of their own, and what is left out.
+  """Returns the questions with unique ids, and what is left out.
 
   Raises:
-    UserError: half of them share ids, as where a file is there twice.
+    UserError: half of them share ids, as they do if a file is there twice.
   """
   questions: dict[str, Question] = {}
   left_out = []
   copies = []
-  for item in made:
+  for item in items:
     if isinstance(item, LeftOut):
       left_out.append(item)
     elif item.id in questions:
@@ -212,13 +222,14 @@ def _unique(
       questions[item.id] = item
   if copies and len(copies) >= len(questions):
     raise UserError(
-      f"{len(copies)} ids of {benchmark.title} belong to several questions, such as"
-      f" {copies[0].id!r}; keep one copy of each"
+      f"{len(copies)} ids of {benchmark.title} belong to several questions,"
+      f" such as {copies[0].id!r}; keep one copy of each"
     )
   return list(questions.values()), left_out + copies
 
 
 def _none_asked(left_out: Sequence[LeftOut], benchmark: Benchmark) -> str:
+  """Returns the message about a benchmark without a question to ask."""
   if len(left_out) == 1:
     return left_out[0].reason
   return (
@@ -227,10 +238,10 @@ def _none_asked(left_out: Sequence[LeftOut], benchmark: Benchmark) -> str:
   )
 
 
-def _told(
+def _rows_notes(
   questions: Sequence[Question], left_out: Sequence[LeftOut]
 ) -> list[str]:
-  """Sentences on rows as they should not have been published."""
+  """Returns sentences on rows that were published with mistakes."""
   notes = []
   if left_out:
     notes.append(
@@ -247,17 +258,17 @@ def _told(
   return notes
 
 
-def _packed(
+def _packed_note(
   questions: Sequence[Question],
   benchmark: Benchmark,
   videos: Videos,
   folders: set[pathlib.Path],
   subtitles: bool,
 ) -> list[str]:
-  """A note on videos that may be in archives.
+  """Returns a note on videos that may be in archives.
 
   Raises:
-    UserError: none of the videos is there, but archives are.
+    UserError: no video is there, but archives are.
   """
   asked = {item.video for item in questions}
   missing = sorted(name for name in asked if not videos.has(name))
@@ -265,37 +276,41 @@ def _packed(
     return []
   found = [
     path
-    for path in packed.archives(*folders)
-    if (subtitles or "subtitle" not in path.name)
-    and packed.may_hold(path, missing)
+    for path in archives(*folders)
+    if (subtitles or "subtitle" not in path.name) and may_hold(path, missing)
   ]
   if not found:
     return []
-  shown = ", ".join(path.name for path in found[:3])
+  names = ", ".join(path.name for path in found[:3])
   more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-  told = (
-    f"{len(missing)} of the {len(asked)} videos of {benchmark.title} are not there;"
-    f" {shown}{more} {'lies' if len(found) == 1 else 'lie'} there packed;"
-    f" unpack with `{packed.commands(found)}`"
+  message = (
+    f"{len(missing)} of the {len(asked)} videos of {benchmark.title} are not"
+    f" there; {names}{more} {'lies' if len(found) == 1 else 'lie'} there"
+    f" packed; unpack with `{unpack_commands(found)}`"
   )
   if len(missing) == len(asked):
-    raise UserError(told)
-  return [f"{told}."]
+    raise UserError(message)
+  return [f"{message}."]
 
 
-def _without_subtitles(
+def _subtitles_note(
   questions: list[Question], benchmark: Benchmark, root: pathlib.Path
 ) -> list[str]:
+  """Returns a note on questions whose videos have no subtitles.
+
+  Raises:
+    UserError: no video has any.
+  """
   missing = sum(q.extra.get("subtitles") == "missing" for q in questions)
   if not missing:
     return []
   if missing == len(questions):
-    found = [p for p in packed.archives(root) if "subtitle" in p.name]
-    how = f", with `{packed.commands(found)}`" if found else ""
+    found = [path for path in archives(root) if "subtitle" in path.name]
+    how = f", with `{unpack_commands(found)}`" if found else ""
     raise UserError(
       f"--subtitles, and {root} has none for any of the {missing} questions;"
-      f" unpack those of {benchmark.title} there ({benchmark.subtitles}){how}, or leave"
-      " --subtitles out"
+      f" unpack those of {benchmark.title} there ({benchmark.subtitles}){how},"
+      " or leave --subtitles out"
     )
   return [
     f"{missing} of {len(questions)} questions are asked without subtitles:"

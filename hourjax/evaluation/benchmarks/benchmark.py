@@ -1,4 +1,4 @@
-"""What a benchmark is to the evaluation: its rules, stated in one place."""
+"""What a benchmark consists of: its rules, and what its reader gets."""
 
 import dataclasses
 import hashlib
@@ -24,14 +24,14 @@ FRAMES = (
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """What a reader makes questions from.
+  """Holds what a reader makes questions from.
 
   Attributes:
     file: annotation file.
-    rows: of the file, each a dict of its columns; a UserError tells of one
-      that is none.
-    root: folder of the whole benchmark.
-    videos: names of the videos there are.
+    rows: rows of the file, each a dict of its columns, or a UserError about a
+      row that is none.
+    root: folder of the benchmark.
+    videos: names of the existing videos.
     subtitles: whether questions are asked with subtitles.
   """
 
@@ -41,56 +41,57 @@ class Source:
   videos: Videos
   subtitles: bool
 
-  def each(
+  def make_each(
     self,
     make: Callable[[Row], Question],
     rows: Iterable[Row | UserError] | None = None,
   ) -> list[Question | LeftOut]:
-    """Makes a question of each row; one that cannot be asked is left out.
+    """Makes a question of each row, or a LeftOut if it cannot be asked.
 
     Args:
-      make: raises a UserError that says why a row cannot be asked.
-      rows: those of the file, if not as it has them.
+      make: makes a question of a row; raises a UserError if it cannot be asked.
+      rows: rows to read, if not the file's own.
     """
-    made: list[Question | LeftOut] = []
+    items: list[Question | LeftOut] = []
     for number, row in enumerate(self.rows if rows is None else rows, start=1):
       try:
         if isinstance(row, UserError):
           raise row
-        made.append(make(row))
+        items.append(make(row))
       except UserError as error:
         place = f"{self.file.name}, row {number}"
-        made.append(LeftOut(place, _video(row, self.file.name), str(error)))
-    return made
+        video = _video(row, self.file.name)
+        items.append(LeftOut(place, video, str(error)))
+    return items
 
 
 def _video(row: Row | UserError, file: str) -> str:
-  """The video of a row that cannot be asked; its file if it tells none."""
+  """Returns the video of a row that cannot be asked; else its file."""
   names = ("video", "videoID", "video_path", "video_name", "video_id", "key")
-  told = row if isinstance(row, dict) else {}
-  return next((str(told[name]) for name in names if told.get(name)), file)
+  fields = row if isinstance(row, dict) else {}
+  return next((str(fields[name]) for name in names if fields.get(name)), file)
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-  """One benchmark's rules.
+  """Describes one benchmark by its rules.
 
   Attributes:
-    name: by which it is chosen.
-    title: its own name.
-    revision: raised whenever code changes what is asked; changes of the texts
-      below change `version` by themselves.
+    name: name by which it is chosen.
+    title: its authors' name for it.
+    revision: number that is raised whenever code changes what is asked. Changes
+      of the texts below change `version` by themselves.
     annotations: where its files lie below its folder, by layout: patterns
-      with spaces between. The first layout of which there is any file counts.
-    columns: names that its rows have, by layout: a row with all names of one
-      of the sets is this benchmark's.
-    shape: tells its rows where they have no columns.
-    read: makes the questions of one file, and says which rows give none.
-    prompts: wording by kind of question; readers fill it in.
-    videos: folders that its videos may lie in, below its own.
+      separated by spaces. The first layout that has a file counts.
+    columns: names of its columns, by layout. A row that has all names of one of
+      the sets is this benchmark's.
+    read: makes the questions of one file, or LeftOut for rows that give none.
+    prompts: prompt templates by kind of question, which the reader fills in.
+    videos: folders below its own in which its videos may lie.
     subtitles: rule by which subtitles get into the prompt; "" if it has none.
     frames: rule by which frames are taken.
-    max_tokens: of an answer.
+    max_tokens: most tokens of an answer.
+    shape: returns whether a row without columns is this benchmark's.
   """
 
   name: str
@@ -108,7 +109,7 @@ class Benchmark:
 
   @property
   def rules(self) -> dict[str, Any]:
-    """Everything that two runs must share for their answers to compare."""
+    """Returns everything that two runs must share to be comparable."""
     return {
       "benchmark": self.name,
       "revision": self.revision,
@@ -120,18 +121,21 @@ class Benchmark:
 
   @property
   def version(self) -> str:
-    """Revision and a digest of all rules: "1-3fa94c02".
+    """Returns revision and a hash of all rules: "1-3fa94c02".
 
-    The parser has a version of its own (`parsing.PARSER_VERSION`), as it can
-    read old answers anew.
+    The parser has a version of its own (`parsing.PARSER_VERSION`), because old
+    answers can be parsed again.
     """
     text = json.dumps(self.rules, sort_keys=True)
     return f"{self.revision}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
   def knows(self, row: Row) -> bool:
-    """Whether a row of a file has this benchmark's columns.
+    """Returns whether a row has this benchmark's columns.
 
-    A column for each option stands for one of all.
+    Options in a column each count as a column of options.
+
+    Args:
+      row: row of an annotation file.
     """
     names = set(row)
     if fields.has_options(row):
@@ -141,13 +145,13 @@ class Benchmark:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-  """A benchmark as it lies on disk.
+  """Holds a benchmark as it was read from disk.
 
   Attributes:
     benchmark: its rules.
-    questions: in the order of its files; ids are unique.
+    questions: questions in the order of its files; ids are unique.
     videos: folder that `Question.video` is relative to.
-    notes: what a report must tell of how it was asked, a sentence each.
+    notes: sentences that a report must contain on how it was asked.
     left_out: rows of its files that cannot be asked.
   """
 

@@ -1,4 +1,4 @@
-"""Fields of annotation rows, checked: texts, options, the right one."""
+"""Fields of annotation rows, checked: texts, options, the right answer."""
 
 import ast
 import json
@@ -11,27 +11,37 @@ from hourjax.errors import UserError
 from hourjax.evaluation.parsing import LETTERS, same_text
 from hourjax.schema import shorten
 
-_EDGES = (5, 10, 20, 30, 60, 120)  # of ranges of lengths, in minutes
+_EDGES = (5, 10, 20, 30, 60, 120)  # upper edges of ranges of length, minutes
 
 
 def text(row: Mapping[str, Any], key: str, at: str) -> str:
-  """A field that must hold text, without spaces around; numbers become text.
+  """Returns a field that must hold text, without spaces around it.
+
+  A number is returned as text.
 
   Args:
-    row: of an annotation file.
-    key: of the field.
+    row: row of an annotation file.
+    key: name of the field.
     at: file and question, for messages.
 
   Raises:
-    UserError: there is no such field, or nothing in it.
+    UserError: there is no such field, or it is empty.
   """
   return published(row, key, at).strip()
 
 
 def published(row: Mapping[str, Any], key: str, at: str) -> str:
-  """As `text`, but with the spaces and newlines that it is published with.
+  """Returns a field as `text` does, but with spaces and newlines as published.
 
-  What a prompt shows of a row is read with it.
+  Everything that a prompt contains of a row is read by it.
+
+  Args:
+    row: row of an annotation file.
+    key: name of the field.
+    at: file and question, for messages.
+
+  Raises:
+    UserError: there is no such field, or it is empty.
   """
   value = row.get(key)
   if value is None or isinstance(value, (dict, list)):
@@ -45,9 +55,10 @@ def published(row: Mapping[str, Any], key: str, at: str) -> str:
   return str(value)
 
 
-# What a column of options is called. Some copies have a column each instead.
+# Names of a column of options, and of the columns of copies that have a column
+# for each option instead.
 _COLUMNS = ("options", "candidates", "choices")
-_COLUMN_EACH = (
+_OPTION_COLUMNS = (
   ("A", "B", "C", "D", "E", "F", "G", "H", "I", "J"),
   *(
     tuple(f"{name}{mark}" for mark in marks)
@@ -55,37 +66,43 @@ _COLUMN_EACH = (
     for marks in ("0123456789", "123456789", LETTERS, LETTERS.lower())
   ),
 )
-_MOST = 100_000  # characters of options written as text
+_MAX_CHARACTERS = 100_000  # of options written as text
 
 
 def has_options(row: Mapping[str, Any]) -> bool:
-  """Whether a row has options in a column of their own, or in one each."""
-  return any(row.get(key) is not None for key in _COLUMNS) or bool(_each(row))
+  """Returns whether a row has options in one column, or in a column each.
+
+  Args:
+    row: row of an annotation file.
+  """
+  return any(row.get(key) is not None for key in _COLUMNS) or bool(
+    _columns(row)
+  )
 
 
 def options(
   row: Mapping[str, Any], at: str, *, empty: bool = False
 ) -> tuple[str, ...]:
-  """A row's options, as published.
+  """Returns a row's options as published.
 
   They may be a list, an object by letter, either of them written as text, or a
   column each, such as A to D or option0 to option4.
 
   Args:
-    row: of an annotation file.
+    row: row of an annotation file.
     at: file and question, for messages.
-    empty: whether options may be empty.
+    empty: whether an option may be empty.
 
   Raises:
-    UserError: there are none, or one is empty, or more than there are letters.
+    UserError: there are no options, more than letters, or an empty one.
   """
-  each = _each(row)
+  columns = _columns(row)
   key = next((k for k in _COLUMNS if row.get(k) is not None), "options")
-  found = row.get(key)
-  values = _listed(found) if found is not None or not each else each
+  field = row.get(key)
+  values = _as_list(field) if field is not None or not columns else columns
   if not isinstance(values, list) or not 2 <= len(values) <= len(LETTERS):
     raise UserError(
-      f"{at}: {key} is {shorten(found)}, expected 2 to {len(LETTERS)} options;"
+      f"{at}: {key} is {shorten(field)}, expected 2 to {len(LETTERS)} options;"
       " fetch the file again"
     )
   if empty:
@@ -94,25 +111,27 @@ def options(
   return tuple(published(numbered, name, at) for name in numbered)
 
 
-def _each(row: Mapping[str, Any]) -> list[Any]:
-  """Options that have a column each; those at the end that are absent go."""
-  for names in _COLUMN_EACH:
+def _columns(row: Mapping[str, Any]) -> list[Any]:
+  """Returns options that have a column each, without absent ones at the end."""
+  for names in _OPTION_COLUMNS:
     if names[0] in row and names[1] in row:
       values = [row.get(name) for name in names if name in row]
-      while values and _absent(values[-1]):
+      while values and _is_absent(values[-1]):
         values.pop()
       return values
   return []
 
 
-def _absent(value: Any) -> bool:
-  return value is None or value in ("", "N/A") or value != value  # NaN
+def _is_absent(value: Any) -> bool:
+  """Returns whether a column says that there is no such option."""
+  # Only NaN, the tables' empty cell, is not equal to itself.
+  return value is None or value in ("", "N/A") or value != value
 
 
-def _listed(value: Any) -> Any:
-  """A list of what may be one written as text, or an object by letter."""
+def _as_list(value: Any) -> Any:
+  """Returns the list that a value is: as a list, as text or by letter."""
   if isinstance(value, str):
-    value = _parsed(value)
+    value = _parse(value)
   if isinstance(value, Mapping):
     value = [value[key] for key in sorted(value)]
   if isinstance(value, tuple):
@@ -120,31 +139,37 @@ def _listed(value: Any) -> Any:
   return value
 
 
-def _parsed(value: str) -> Any:
-  """The list that JSON, Python or numpy has written, or lines."""
-  if len(value) > _MOST:
+def _parse(value: str) -> Any:
+  """Returns the list that JSON, Python or numpy wrote, or else the lines."""
+  if len(value) > _MAX_CHARACTERS:
     return value
-  written = value.strip()
-  if found := re.fullmatch(r"array\((.*?)(?:, *dtype=\w+)?\)", written, re.S):
-    written = found[1]
+  text = value.strip()
+  if match := re.fullmatch(r"array\((.*?)(?:, *dtype=\w+)?\)", text, re.S):
+    text = match[1]
   try:
-    return json.loads(written)
+    return json.loads(text)
   except (ValueError, RecursionError):
     pass
-  # numpy writes no commas: ['red' 'blue'], which Python would join.
-  written = re.sub(r"(?<=['\"])\s+(?=['\"])", ", ", written)
+  # numpy writes no commas: ['red' 'blue'], which Python would read as one
+  # string.
+  text = re.sub(r"(?<=['\"])\s+(?=['\"])", ", ", text)
   try:
-    return ast.literal_eval(written)
+    return ast.literal_eval(text)
   except (ValueError, SyntaxError, RecursionError, MemoryError):
     lines = [line for line in value.splitlines() if line.strip()]
     return lines if len(lines) > 1 else value
 
 
 def number(row: Mapping[str, Any], key: str, at: str) -> float:
-  """A field that must hold a number.
+  """Returns a field that must hold a number.
+
+  Args:
+    row: row of an annotation file.
+    key: name of the field.
+    at: file and question, for messages.
 
   Raises:
-    UserError: it does not.
+    UserError: it does not hold a finite number.
   """
   value = row.get(key)
   if isinstance(value, (int, float)) and math.isfinite(value):
@@ -157,17 +182,17 @@ def number(row: Mapping[str, Any], key: str, at: str) -> float:
 def rows(
   row: Mapping[str, Any], key: str, at: str, about: Mapping[str, Any]
 ) -> Iterator[dict[str, Any] | UserError]:
-  """Rows that one field holds as a list.
+  """Yields the rows that one field holds as a list.
 
   Args:
-    row: of an annotation file.
-    key: of the field.
+    row: row of an annotation file.
+    key: name of the field.
     at: file and place, for messages.
-    about: what all of them have; their own fields come first.
+    about: fields that all of them have, where they have none of that name.
 
   Yields:
-    Each row; the UserError that says so for one that is no object, or for the
-    field if it holds none.
+    Each row; a UserError for one that is no object, or for the whole field if
+    it holds no object.
   """
   value = row.get(key)
   items = value if isinstance(value, list) else [value]
@@ -188,12 +213,22 @@ def rows(
 
 
 def known(row: Mapping[str, Any], *keys: str) -> dict[str, str]:
-  """The fields that are there, as texts; reports group by them."""
+  """Returns those fields that are there, as texts by which reports group.
+
+  Args:
+    row: row of an annotation file.
+    *keys: names of the fields.
+  """
   return {key: str(row[key]) for key in keys if row.get(key)}
 
 
 def letter(answer: str, options: Sequence[str], at: str) -> str:
-  """The right letter of an answer that is one: "B", "(B)" or "B. red".
+  """Returns the right letter where the answer is one: "B", "(B)", "B. red".
+
+  Args:
+    answer: the published answer.
+    options: texts of the options.
+    at: file and question, for messages.
 
   Raises:
     UserError: it is no letter of the options.
@@ -208,14 +243,21 @@ def letter(answer: str, options: Sequence[str], at: str) -> str:
 
 
 def letter_of_text(answer: str, options: Sequence[str], at: str) -> str:
-  """The right letter of an answer that repeats its option; the last if several.
+  """Returns the right letter where the answer repeats its option's text.
+
+  If several options have the text, it is the last one's.
+
+  Args:
+    answer: the published answer.
+    options: texts of the options.
+    at: file and question, for messages.
 
   Raises:
-    UserError: no option is like it.
+    UserError: no option has this text.
   """
-  found = [i for i, o in enumerate(options) if o.strip() == answer.strip()]
-  if found:
-    return LETTERS[found[-1]]
+  same = [i for i, o in enumerate(options) if o.strip() == answer.strip()]
+  if same:
+    return LETTERS[same[-1]]
   raise UserError(
     f"{at}: the right answer is {answer!r}, but the {len(options)} options are"
     f" {list(options)}; repair or drop it"
@@ -223,9 +265,13 @@ def letter_of_text(answer: str, options: Sequence[str], at: str) -> str:
 
 
 def chance(options: Sequence[str], letter: str) -> float:
-  """Probability that a guess is right: 0 where no option is.
+  """Returns the probability that a guess is right; 0 if no option is.
 
-  An answer that stands twice among the options is right by either letter.
+  If the right text stands twice among the options, either letter is right.
+
+  Args:
+    options: texts of the options.
+    letter: the right letter, or "".
   """
   if not letter:
     return 0.0
@@ -233,54 +279,81 @@ def chance(options: Sequence[str], letter: str) -> float:
 
 
 def without_letters(options: Sequence[str]) -> tuple[str, ...]:
-  """Options as texts: "A. Apples." -> "Apples.", if all have their letter."""
-  bare = []
+  """Returns options without their letters, if all have them.
+
+  ("A. Apples.", "B. Pears.") -> ("Apples.", "Pears.")
+
+  Args:
+    options: the options as published.
+  """
+  texts = []
   for name, option in zip(LETTERS, options):
     match = re.fullmatch(rf"\(?{name}[.):]\s*(.+)", option, re.DOTALL)
     if not match:
       return tuple(options)
-    bare.append(match[1])
-  return tuple(bare)
+    texts.append(match[1])
+  return tuple(texts)
 
 
 def lettered(options: Sequence[str], style: str) -> str:
-  """Options a line each: style "{}. {}" gives "A. red", "({}) {}" "(A) red"."""
+  """Returns options with their letters, one a line.
+
+  The style "{}. {}" gives "A. red", and "({}) {}" gives "(A) red".
+
+  Args:
+    options: texts of the options.
+    style: format of a line, with two places.
+  """
   return "\n".join(style.format(*pair) for pair in zip(LETTERS, options))
 
 
 def with_options(
   row: Mapping[str, Any], question: str, style: str, at: str
 ) -> tuple[str, tuple[str, ...]]:
-  """A question with its options below, and their texts.
+  """Returns a question with its options below it, and their texts.
 
-  Some copies have them in the question, some in a column of their own.
+  Some copies have the options in the question, some in a column of their own.
+
+  Args:
+    row: row of an annotation file.
+    question: its question.
+    style: format of options from a column, as in `lettered`.
+    at: file and question, for messages.
 
   Raises:
     UserError: the options' column holds none.
   """
-  found = split_options(question)[1]
-  if found or not has_options(row):
-    return question, found
-  listed = options(row, at)
-  found = without_letters(listed)
-  shown = "\n".join(listed) if found != listed else lettered(listed, style)
-  return f"{question}\n{shown}", found
+  texts = split_options(question)[1]
+  if texts or not has_options(row):
+    return question, texts
+  published_options = options(row, at)
+  texts = without_letters(published_options)
+  # Options that were published with their letters are asked as they are.
+  if texts != published_options:
+    lines = "\n".join(published_options)
+  else:
+    lines = lettered(texts, style)
+  return f"{question}\n{lines}", texts
 
 
 def split_options(question: str) -> tuple[str, tuple[str, ...]]:
-  """A question and the options that stand below it, a line each.
+  r"""Splits a question from the options that stand below it, one a line.
 
-    "Which?\\n(A) red\\n(B) blue" -> "Which?", ("red", "blue")
+  "Which?\n(A) red\n(B) blue" -> "Which?", ("red", "blue")
 
-  Lines may open with "(A)", "A)", "A.", or "A:"; they follow each other from A.
-  What comes after the last option is part of it up to the line's end only.
+  Lines may begin with "(A)", "A)", "A." or "A:", and follow each other from A.
+  An option ends with its line.
+
+  Args:
+    question: a question, with or without options.
 
   Returns:
-    The text before the options and their texts; the whole question and ()
-    where there are no two.
+    The text before the options, and their texts; the whole question and () if
+    there are fewer than two options.
   """
   lines = question.split("\n")
   for start in range(len(lines)):
+    # Each line is tried as that of option A.
     options = []
     for name, line in zip(LETTERS, lines[start:]):
       match = re.match(rf"\s*\(?{name}[.):]\s*(.+)", line)
@@ -293,7 +366,11 @@ def split_options(question: str) -> tuple[str, tuple[str, ...]]:
 
 
 def minutes_range(seconds: Any) -> str:
-  """Range of a length for reports, e.g. "10-20 min"; "" if it is unknown."""
+  """Returns the range of a length for reports, such as "10-20 min".
+
+  Args:
+    seconds: the length; anything but a positive number gives "".
+  """
   if not isinstance(seconds, (int, float)) or not seconds > 0:
     return ""
   lower = 0

@@ -1,6 +1,4 @@
-"""Archives that a benchmark's download has not been unpacked from yet."""
-# MERGED hourjax.evaluation.benchmarks.folder:
-# A benchmark's folder: its annotation files and its videos.
+"""A benchmark's download: annotation files, videos, archives still packed."""
 
 import os
 import pathlib
@@ -15,8 +13,10 @@ from hourjax.errors import UserError
 from hourjax.extraction.video_list import SUFFIXES, walk_videos
 from hourjax.schema import Schema, read_json, read_schema, shorten
 
-# How the archives of a kind are told, and what unpacks one and several of them.
-# {path} is the archive, {many} a pattern of all in its folder, {at} its folder.
+# --- Archives ----------------------------------------------------------------
+
+# Pattern of archives -> commands that unpack one and several of them. {path} is
+# the archive, {many} a pattern of all in its folder, {at} its folder.
 _KINDS = {
   "*.zip": ("unzip -n {path} -d {at}", "unzip -n {many} -d {at}"),
   "*.tar": (
@@ -25,17 +25,21 @@ _KINDS = {
   ),
 }
 _KINDS |= {"*.tar.gz": _KINDS["*.tar"], "*.tgz": _KINDS["*.tar"]}
-# One archive cut in parts.
+# Pattern of the parts of an archive that was cut -> command.
 _PARTS = {
   "*.tar.[p0-9]*": "cat {many} | tar -x -C {at}",
   "*.tar.gz.[p0-9]*": "cat {many} | tar -xz -C {at}",
   "*.zip.[p0-9]*": "cat {many} > {at}/all.zip && unzip -n {at}/all.zip -d {at}",
 }
-_DEPTH = 3  # folders below the benchmark's own that archives are looked for in
+_DEPTH = 3  # levels of folders in which archives are looked for
 
 
 def archives(*folders: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the archives in some folders and little below them, sorted."""
+  """Returns the archives in some folders and up to two levels below, sorted.
+
+  Args:
+    *folders: the folders.
+  """
   found: set[pathlib.Path] = set()
   for folder in folders:
     for depth in range(_DEPTH):
@@ -46,15 +50,20 @@ def archives(*folders: pathlib.Path) -> list[pathlib.Path]:
   return sorted(found)
 
 
-def commands(paths: Iterable[pathlib.Path]) -> str:
-  """Returns what unpacks archives into the folders that they lie in.
+def unpack_commands(paths: Iterable[pathlib.Path]) -> str:
+  """Returns the commands that unpack archives into their own folders.
 
   "unzip -n 'downloads/Video-MME/*.zip' -d downloads/Video-MME"
+
+  Args:
+    paths: the archives.
   """
   groups: dict[tuple[pathlib.Path, str], list[pathlib.Path]] = {}
   for path in paths:
     kind = next((kind for kind in _KINDS if path.match(kind)), None)
-    many = kind or re.sub(r"[^.-]+$", "*", path.name)  # of its parts alone
+    # A part has a pattern of its own archive: "v.tar.part-aa" ->
+    # "v.tar.part-*".
+    many = kind or re.sub(r"[^.-]+$", "*", path.name)
     groups.setdefault((path.parent, many), []).append(path)
   return " && ".join(
     _command(folder, many, found) for (folder, many), found in groups.items()
@@ -62,8 +71,10 @@ def commands(paths: Iterable[pathlib.Path]) -> str:
 
 
 def _command(folder: pathlib.Path, many: str, found: list[pathlib.Path]) -> str:
+  """Returns the command that unpacks archives of one pattern in a folder."""
   at, path = shlex.quote(str(folder)), found[0]
-  # The shell reads a pattern, but for unzip, which wants it quoted.
+  # The shell expands a pattern, except for unzip, which expands it itself and
+  # would take the further files of an expanded one for members to unpack.
   pattern = (
     shlex.quote(f"{folder}/*.zip") if many == "*.zip" else f"{at}/{many}"
   )
@@ -75,9 +86,14 @@ def _command(folder: pathlib.Path, many: str, found: list[pathlib.Path]) -> str:
 
 
 def may_hold(path: pathlib.Path, names: Iterable[str]) -> bool:
-  """Returns whether an archive may hold one of some files, by their names.
+  """Returns whether an archive may hold one of some files.
 
-  Only a zip has a list of its files; a tar would have to be read whole.
+  Only a zip has a list of its files. A tar would have to be read whole, so it
+  may always hold them.
+
+  Args:
+    path: the archive.
+    names: names of the files.
   """
   if path.suffix != ".zip":
     return True
@@ -89,8 +105,10 @@ def may_hold(path: pathlib.Path, names: Iterable[str]) -> bool:
   return any(pathlib.PurePosixPath(name).stem in inside for name in names)
 
 
-# Folders that hold a part of the videos each, as archives of them unpack.
-_PARTS_folder = (
+# --- Annotation files and videos ---------------------------------------------
+
+# Folders that archives of a part of the videos each unpack to.
+_PART_FOLDERS = (
   "video_part_*",
   "videos_chunked_*",
   "video_chunks",
@@ -102,11 +120,11 @@ _MOST = 2**30  # bytes of an annotation file
 def find_files(
   folder: pathlib.Path, layouts: Sequence[str]
 ) -> tuple[list[pathlib.Path], list[str]]:
-  """The annotation files of the first layout of which there is any.
+  """Returns the annotation files of the first layout that has any.
 
   Args:
-    folder: of the benchmark.
-    layouts: patterns with spaces between.
+    folder: folder of the benchmark.
+    layouts: patterns separated by spaces.
 
   Returns:
     The files, in the patterns' order, and the patterns without a file.
@@ -122,10 +140,13 @@ def find_files(
 
 
 def read_table(path: pathlib.Path) -> list[Any]:
-  """All rows of a .parquet, .jsonl, .csv or .json file.
+  """Reads all rows of a .parquet, .jsonl, .csv or .json file.
 
-  A .json file that holds one object gives it as its only row. A row that is no
-  object is given as the UserError that says so.
+  A .json file that holds one object has that object as its only row. A row that
+  is not an object is returned as the UserError that says so.
+
+  Args:
+    path: the file.
 
   Raises:
     UserError: the file cannot be read, is damaged, or holds no rows.
@@ -137,7 +158,9 @@ def read_table(path: pathlib.Path) -> list[Any]:
     rows = list(read_rows(path))
   for number, row in enumerate(rows):
     where = f"{path}: row {number + 1} is"
-    if isinstance(row, Exception):  # a file that is cut off, most often
+    # The reader yields an error for a row that it cannot parse, in most cases
+    # because the file was cut off.
+    if isinstance(row, Exception):
       raise UserError(
         f"{where} damaged ({row}); fetch the file again", kind="damaged"
       )
@@ -152,40 +175,40 @@ def read_table(path: pathlib.Path) -> list[Any]:
 
 
 class Videos:
-  """Names of the videos there are, found by name or by id."""
+  """Holds the names of existing videos, and finds them by name or id."""
 
   def __init__(
     self, names: Iterable[str], keys: Mapping[str, str] | None = None
   ):
-    """Takes paths relative to the folder of videos, as POSIX.
+    """Indexes the names.
 
     Args:
-      names: of the videos.
-      keys: names by another id of the video; see `youtube_keys`.
+      names: paths of the videos relative to their folder, with "/".
+      keys: another id of a video -> its name; see `youtube_keys`.
     """
     self._keys = keys or {}
     self._names: dict[str, str] = {}
     self._ids: dict[str, str] = {}
-    self._bare: dict[str, list[str]] = {}  # in any folder
+    self._stems: dict[str, list[str]] = {}
     for name in sorted(names):
       path = pathlib.PurePosixPath(name)
       self._names[name] = name
       self._ids.setdefault(str(path.with_suffix("")), name)
-      self._bare.setdefault(path.stem, []).append(name)
+      self._stems.setdefault(path.stem, []).append(name)
 
   def name(self, *candidates: str) -> str:
-    """The video that a benchmark means.
+    """Returns the name of the video that a benchmark means.
 
     Args:
-      candidates: paths or ids, the likeliest first. One is found below any
-        folder, too, and an extension finds any other of SUFFIXES.
+      *candidates: paths or ids, the likeliest first. Each is also found below
+        any folder, and with any other extension of SUFFIXES.
 
     Returns:
-      The first candidate that exists. If none does, the likeliest, with ".mp4"
-      if it has no extension, so that it can be reported as missing.
+      The first candidate that exists. If none does, the likeliest one, with
+      ".mp4" if it has no extension, so that it can be reported as missing.
 
     Raises:
-      UserError: a name or id is that of videos in several folders.
+      UserError: videos in several folders have the name or id.
     """
     for candidate in candidates:
       if found := self.at(candidate) or self._anywhere(candidate):
@@ -197,21 +220,32 @@ class Videos:
     return f"{first}.mp4" if _id(first) == first else first
 
   def at(self, path: str) -> str | None:
-    """The video at a path from the folder of videos, with any extension."""
+    """Returns the video at a path, with any extension; None if there is none.
+
+    Args:
+      path: path relative to the folder of videos.
+    """
     return self._names.get(path) or self._ids.get(_id(path))
 
   def folders(self) -> set[str]:
-    """Names of all folders that hold videos themselves."""
+    """Returns the names of all folders that directly hold videos."""
     return {pathlib.PurePosixPath(name).parent.name for name in self._names}
 
   def has(self, name: str) -> bool:
-    """Whether a name that `name` gave is that of a video there is."""
+    """Returns whether a name that `name` returned is an existing video's.
+
+    Args:
+      name: the name.
+    """
     return name in self._names
 
   def _anywhere(self, name: str) -> str | None:
-    """By the end of a path; by the name rather than by the id alone."""
+    """Returns the video whose path ends in a name; None if there is none.
+
+    A video with the same extension is preferred to one with another.
+    """
     tail = _id(name)
-    found = self._bare.get(tail.rpartition("/")[2], [])
+    found = self._stems.get(tail.rpartition("/")[2], [])
     found = [path for path in found if f"/{_id(path)}".endswith(f"/{tail}")]
     found = [path for path in found if path.endswith(f"/{name}")] or found
     if len({os.path.dirname(path) for path in found}) > 1:
@@ -224,7 +258,10 @@ class Videos:
 
 
 def _id(name: str) -> str:
-  """A name without its extension; an id may hold a dot of its own."""
+  """Returns a name without its extension, if that is a video's.
+
+  An id may contain a dot of its own.
+  """
   stem, dot, extension = name.rpartition(".")
   return stem if f"{dot}{extension}".lower() in SUFFIXES else name
 
@@ -232,13 +269,18 @@ def _id(name: str) -> str:
 def find_videos(
   folder: pathlib.Path, candidates: Sequence[str]
 ) -> pathlib.Path:
-  """The folder of a benchmark's videos.
+  """Returns the folder of a benchmark's videos.
 
-  It is the first of some that holds videos; but the benchmark's own where
-  folders of parts or, failing that, any folders at all hold some. If there are
-  no videos, it is the first that exists; if none exists, the first.
+  That is the benchmark's own folder if folders of unpacked parts in it hold
+  videos; else the first candidate that holds videos; else the benchmark's own
+  folder, if any folder in it holds videos. If there are no videos, it is the
+  first candidate that exists, or else the first one.
+
+  Args:
+    folder: folder of the benchmark.
+    candidates: names of folders in it, the likeliest first.
   """
-  parts = [path for pattern in _PARTS_folder for path in folder.glob(pattern)]
+  parts = [path for pattern in _PART_FOLDERS for path in folder.glob(pattern)]
   if any(next(walk_videos(path), None) for path in parts):
     return folder
   folders = [folder / name for name in candidates]
@@ -251,7 +293,7 @@ def find_videos(
 
 
 class _Sidecar(Schema):
-  """What video2dataset writes beside a video that it has fetched."""
+  """Describes the JSON file that video2dataset writes beside a video."""
 
   url: str
 
@@ -260,16 +302,24 @@ _KEY = re.compile(r"(?:[?&]v=|youtu\.be/|/(?:embed|shorts|live|v)/)([\w-]{6,})")
 
 
 def youtube_key(url: str) -> str | None:
-  """The id of a YouTube video in its address; None if there is none."""
-  found = _KEY.search(url)
-  return found[1] if found else None
+  """Returns the id of a YouTube video in its address; None if there is none.
+
+  Args:
+    url: the address.
+  """
+  match = _KEY.search(url)
+  return match[1] if match else None
 
 
 def youtube_keys(folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
-  """Names of videos by their YouTube ids, which the JSON beside them tells.
+  """Returns YouTube id -> name of the video, from the JSON beside videos.
 
-  video2dataset, which LVBench's authors download with, numbers the videos:
+  video2dataset, with which LVBench's authors download, numbers the videos:
   00000/00000007.mp4, with the address in 00000/00000007.json.
+
+  Args:
+    folder: folder of the videos.
+    names: names of the videos in it.
   """
   keys: dict[str, str] = {}
   for name in sorted(names):
@@ -278,9 +328,10 @@ def youtube_keys(folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
     if not path.stem.isdecimal() or not beside.is_file():
       continue
     try:
-      told = read_schema(_Sidecar, beside, remedy="fetch the video again")
+      sidecar = read_schema(_Sidecar, beside, remedy="fetch the video again")
     except UserError:
-      continue  # its video is reported as missing
-    if key := youtube_key(told.url):
+      # Without its address the video is not found, and reported as missing.
+      continue
+    if key := youtube_key(sidecar.url):
       keys.setdefault(key, name)
   return keys

@@ -11,11 +11,10 @@ before the question, in the words of Video-MME's authors.
 """
 
 import string
-from typing import Any
 
 from hourjax.errors import UserError
 from hourjax.evaluation.benchmarks import fields, subtitles
-from hourjax.evaluation.benchmarks.benchmark import Benchmark, Source
+from hourjax.evaluation.benchmarks.benchmark import Benchmark, Row, Source
 from hourjax.evaluation.questions import Question
 from hourjax.evaluation.scoring import LeftOut
 
@@ -25,7 +24,7 @@ QUESTION = (
 )
 SUBTITLES = "This video's subtitles are listed below:\n{subtitles}\n"
 # `duration_group` is the upper edge, in seconds (section 3 of the paper).
-DURATIONS = {
+DURATIONS: dict[float, str] = {
   15: "8-15 s",
   60: "15-60 s",
   600: "180-600 s",
@@ -34,11 +33,16 @@ DURATIONS = {
 
 
 def read(source: Source) -> list[Question | LeftOut]:
-  """One question a row."""
-  return source.each(lambda row: _question(row, source))
+  """Makes one question of each row.
+
+  Args:
+    source: an annotation file.
+  """
+  return source.make_each(lambda row: _question(row, source))
 
 
-def _question(row: dict[str, Any], source: Source) -> Question:
+def _question(row: Row, source: Source) -> Question:
+  """Makes the question of a row."""
   name = fields.text(row, "id", source.file.name)
   at = f"{source.file.name}: question {name}"
   options = fields.options(_without_fillers(row), at)
@@ -48,10 +52,10 @@ def _question(row: dict[str, Any], source: Source) -> Question:
   )
   extra = fields.known(row, "topic_category", "level")
   if source.subtitles:
-    said = _subtitles(row, source, at)
-    extra["subtitles"] = "missing" if said is None else "given"
-    if said is not None:
-      prompt = SUBTITLES.format(subtitles=said) + prompt
+    lines = _subtitles(row, source, at)
+    extra["subtitles"] = "missing" if lines is None else "given"
+    if lines is not None:
+      prompt = SUBTITLES.format(subtitles=lines) + prompt
   group = fields.number(row, "duration_group", at)
   expected = _expected(row, options, at)
   return Question(
@@ -70,12 +74,13 @@ def _question(row: dict[str, Any], source: Source) -> Question:
   )
 
 
-def _without_fillers(row: dict[str, Any]) -> dict[str, Any]:
-  """The tables fill up to five options with "N/A"."""
+def _without_fillers(row: Row) -> Row:
+  """Returns a row without the "N/A" that stands for options that are none."""
   return {k: None if v == "N/A" else v for k, v in row.items()}
 
 
-def _expected(row: dict[str, Any], options: tuple[str, ...], at: str) -> str:
+def _expected(row: Row, options: tuple[str, ...], at: str) -> str:
+  """Returns the right letter, from the index of the option."""
   choice = row.get("correct_choice")
   if not isinstance(choice, int) or not 0 <= choice < 26:
     raise UserError(
@@ -86,11 +91,12 @@ def _expected(row: dict[str, Any], options: tuple[str, ...], at: str) -> str:
   return fields.letter(string.ascii_uppercase[choice], options, at)
 
 
-def _subtitles(row: dict[str, Any], source: Source, at: str) -> str | None:
+def _subtitles(row: Row, source: Source, at: str) -> str | None:
+  """Returns the subtitles within the clip; None if there are none."""
   name = row.get("subtitle_path")
   if not name:
     return None
-  # The subtitles are those of the video that the clip is cut from.
+  # Times in the file are those of the whole video that the clip is cut from.
   start = fields.number(row, "starting_timestamp_for_subtitles", at)
   length = fields.number(row, "duration", at)
   return subtitles.read_json(
@@ -98,7 +104,7 @@ def _subtitles(row: dict[str, Any], source: Source, at: str) -> str | None:
   )
 
 
-SUITE = Benchmark(
+BENCHMARK = Benchmark(
   name="longvideobench",
   title="LongVideoBench",
   revision=2,

@@ -1,11 +1,11 @@
 """LVBench: 1,549 questions about 103 videos of half an hour to two hours.
 
-Files: the authors' `video_info.meta.jsonl`, a line a video with its `qa`
-(THUDM/LVBench on Hugging Face), or `data/train-*.parquet`, a row a question
-(lmms-lab/LVBench). Videos are named by their YouTube id, or numbered by the
-authors' download script, `scripts/videos/00000/00000007.mp4`, with the address
-in the JSON beside them. Options stand in the question's text, "(A) ..." a line
-each; where a copy has them in a column, they are put there.
+Files: the authors' `video_info.meta.jsonl`, one line for each video with its
+`qa` (THUDM/LVBench on Hugging Face), or `data/train-*.parquet`, one row for
+each question (lmms-lab/LVBench). Videos are named by their YouTube id, or
+numbered by the authors' download script, `scripts/videos/00000/00000007.mp4`,
+with the address in the JSON beside them. Options stand in the question's text,
+"(A) ..." on a line each; where a copy has them in a column, they are put there.
 
 Prompt: lmms-eval's `lvbench`, which adds no full stop.
 """
@@ -25,11 +25,16 @@ QUESTION = "{question}\nAnswer the question with the option letter"
 
 
 def read(source: Source) -> list[Question | LeftOut]:
-  """One question a row, or a video's many a line of the authors' file."""
-  return source.each(lambda row: _question(row, source), _rows(source))
+  """Makes one question of each row, or all of each video's line.
+
+  Args:
+    source: an annotation file.
+  """
+  return source.make_each(lambda row: _question(row, source), _rows(source))
 
 
 def _rows(source: Source) -> Iterator[Row | UserError]:
+  """Yields a row for each question, whichever layout the file has."""
   for row in source.rows:
     if isinstance(row, UserError) or "qa" not in row:
       yield row
@@ -40,6 +45,7 @@ def _rows(source: Source) -> Iterator[Row | UserError]:
 
 
 def _question(row: Row, source: Source) -> Question:
+  """Makes the question of a row."""
   if row.get("key") is None and row.get("video_path"):
     row = {**row, "key": pathlib.PurePosixPath(str(row["video_path"])).stem}
   key = fields.text(row, "key", source.file.name)
@@ -67,16 +73,17 @@ def _question(row: Row, source: Source) -> Question:
   )
 
 
-def _duration(row: dict[str, Any]) -> str:
-  """Of the authors' file; the table has none."""
+def _duration(row: Row) -> str:
+  """Returns the range of the length, which only the authors' file has."""
   info = row.get("video_info")
   minutes = info.get("duration_minutes") if isinstance(info, dict) else None
-  known = isinstance(minutes, int | float)
-  return fields.minutes_range(60 * minutes if known else None)
+  if not isinstance(minutes, int | float):
+    return ""
+  return fields.minutes_range(60 * minutes)
 
 
 def _tasks(value: Any) -> tuple[str, ...]:
-  """Question types, which some copies hold as the text of a list."""
+  """Returns the question types, which some copies hold as a list in text."""
   if isinstance(value, str):
     try:
       value = json.loads(value.replace("'", '"'))
@@ -85,7 +92,7 @@ def _tasks(value: Any) -> tuple[str, ...]:
   return tuple(str(item) for item in value or ())
 
 
-SUITE = Benchmark(
+BENCHMARK = Benchmark(
   name="lvbench",
   title="LVBench",
   revision=2,

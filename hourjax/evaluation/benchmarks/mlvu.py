@@ -29,7 +29,10 @@ QUESTION = "{question}\nOnly give the best option.\nBest option: ("
 
 
 def read(source: Source) -> list[Question | LeftOut]:
-  """One question a row; ids count the rows of a file that has none.
+  """Makes one question of each row; rows without an id are numbered.
+
+  Args:
+    source: an annotation file.
 
   Raises:
     UserError: no row of the file has an answer.
@@ -47,21 +50,24 @@ def read(source: Source) -> list[Question | LeftOut]:
     row if isinstance(row, UserError) else {**row, _NUMBER: count}
     for count, row in zip(number, source.rows)
   )
-  return source.each(lambda row: _question(row, source), numbered)
+  return source.make_each(lambda row: _question(row, source), numbered)
 
 
-_NUMBER = " row"  # no column's name
+# Key under which a row gets its number. No column has a name with a space.
+_NUMBER = " row"
 
 
 def _question(row: Row, source: Source) -> Question:
+  """Makes the question of a row."""
   part = source.file.stem
   name = str(row.get("question_id") or f"{part}/{row[_NUMBER]}")
   at = f"{source.file.name}: question {name}"
   text = str(row.get("question") or "")
-  told = fields.split_options(text)[1]
-  own = fields.has_options(row)
-  options = fields.options(row, at, empty=True) if own or not told else told
-  if not told:
+  options = fields.split_options(text)[1]
+  has_list = bool(options)
+  if fields.has_options(row) or not has_list:
+    options = fields.options(row, at, empty=True)
+  if not has_list:
     text = f"{text}\n{fields.lettered(options, '({}) {}')}"
   kind = "question_type" if "question_type" in row else "task_type"
   expected = _expected(row, options)
@@ -79,18 +85,24 @@ def _question(row: Row, source: Source) -> Question:
 
 
 def _video(row: Row, source: Source, kind: str, at: str) -> str:
-  """There is a folder a task, and tasks have other videos of the same name."""
+  """Returns the video's name.
+
+  Each task has a folder, and videos of different tasks have the same names.
+  """
   name = fields.text(row, "video" if "video" in row else "video_name", at)
-  told = source.file.stem if "video" in row else fields.text(row, kind, at)
-  # Some copies leave the numbers out, or have no folders at all.
-  own = [f for f in FOLDERS if f[2:].lower() in told.lower()]
-  paths = [f"{folder}/{name}" for f in own or [told] for folder in (f, f[2:])]
+  task = source.file.stem if "video" in row else fields.text(row, kind, at)
+  # Some copies leave the folders' numbers out ("plotQA" for "1_plotQA"), or
+  # have no folders at all.
+  own = [f for f in FOLDERS if f[2:].lower() in task.lower()]
+  paths = [f"{folder}/{name}" for f in own or [task] for folder in (f, f[2:])]
   by_task = {*FOLDERS, *(f[2:] for f in FOLDERS)} & source.videos.folders()
+  # Where there are folders a task, the name alone could be another task's
+  # video.
   return source.videos.name(*paths, *([] if own and by_task else [name]))
 
 
 def _expected(row: Row, options: tuple[str, ...]) -> str:
-  """The right option's letter; "" if none is right."""
+  """Returns the right option's letter; "" if no option is right."""
   answer = str(row.get("answer") or "")
   # The authors give the option's text, the tables its letter.
   readers = [fields.letter_of_text, fields.letter]
@@ -114,7 +126,7 @@ TASKS = (
 
 FOLDERS = (*TASKS, "8_sub_scene", "9_summary")
 
-SUITE = Benchmark(
+BENCHMARK = Benchmark(
   name="mlvu",
   title="MLVU",
   revision=2,

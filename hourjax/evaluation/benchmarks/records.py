@@ -1,13 +1,14 @@
-"""Records in VideoMarathon's format, the demo's test records among them.
+"""Records in VideoMarathon's format, such as the demo's test records.
 
-Files: one JSON list or JSONL of records as in training, of videos. Each
-question is asked on its own, without the turns before it. What the demo knows
-of its questions (`questions[n]`: letter, options, task, chance, whether it asks
-for a needle) is used where it is there. Without it a question is multiple
-choice if options stand below it and the answer names one of them, yes or no if
-the answer is that, else free text.
+Files: one JSON list or JSONL of records about videos, as in training. Each
+question is asked on its own, without the turns before it. The demo's records
+tell more of their questions (`questions[n]`: letter, options, task, chance,
+whether it is a needle), which is used where it is there. Without it a question
+is multiple choice if options stand below it and the answer names one of them;
+it is a yes-or-no question if the answer is yes or no; else its answer is free
+text.
 
-Prompt: the record's own question; the answer is not shown.
+Prompt: the record's own question; the answer is not part of it.
 """
 
 import re
@@ -20,7 +21,7 @@ from hourjax.errors import UserError
 from hourjax.evaluation.benchmarks import fields
 from hourjax.evaluation.benchmarks.benchmark import Benchmark, Source
 from hourjax.evaluation.parsing import LETTERS, normalise, parse
-from hourjax.evaluation.questions import Question
+from hourjax.evaluation.questions import Kind, Question
 from hourjax.evaluation.scoring import LeftOut
 
 QUESTION = "{question}"
@@ -28,7 +29,13 @@ _MARKER = re.compile(rf"{MARKER}\n?|\n{MARKER}$")
 
 
 def read(source: Source) -> list[Question | LeftOut]:
-  """A record's questions; "id", or "id#1", "id#2" where it has several.
+  """Makes the questions of all records.
+
+  Their ids are the record's id, or "id#1", "id#2" where it has several
+  questions.
+
+  Args:
+    source: an annotation file.
 
   Raises:
     UserError: all records are damaged.
@@ -39,56 +46,59 @@ def read(source: Source) -> list[Question | LeftOut]:
       f"{len(skipped)} of {len(skipped)} records of {source.file} are damaged,"
       f" the first: {skipped[0].reason}; repair or drop them"
     )
-  made: list[Question | LeftOut] = []
+  items: list[Question | LeftOut] = []
   for record in records:
-    made += _questions(record, source)
-  return made + [
+    items += _questions(record, source)
+  return items + [
     LeftOut(item.id, source.file.name, item.reason) for item in skipped
   ]
 
 
 def _questions(record: Record, source: Source) -> Iterator[Question | LeftOut]:
+  """Yields the questions of a record, or a LeftOut for each that is none."""
   video = ", ".join(record.media) or source.file.name
   try:
-    asked = _asked(record, f"{source.file.name}: question {record.id}")
+    pairs = _pairs(record, f"{source.file.name}: question {record.id}")
   except UserError as error:
     yield LeftOut(record.id, video, str(error))
     return
-  for number, (text, answer) in enumerate(asked):
-    name = f"{record.id}#{number + 1}" if len(asked) > 1 else record.id
+  for number, (text, answer) in enumerate(pairs):
+    name = f"{record.id}#{number + 1}" if len(pairs) > 1 else record.id
     at = f"{source.file.name}: question {name}"
     facts = _facts(record, number)
     try:
-      yield _question(record, source, name, text, answer, facts, at)
+      if not text.strip():
+        raise UserError(f"{at}: the question is empty; repair or drop it")
+      kind, expected, options = _kind(text, answer, facts, at)
+      yield Question(
+        id=name,
+        video=source.videos.name(record.media[0]),
+        prompt=QUESTION.format(question=text),
+        expected=expected,
+        kind=kind,
+        options=options,
+        tasks=tuple(fields.known(facts, "task").values()),
+        duration=fields.minutes_range(record.extra.get("duration")),
+        chance=_chance(kind, expected, options, facts),
+        extra=_extra(record, facts),
+      )
     except UserError as error:
       yield LeftOut(name, video, str(error))
 
 
-def _question(record, source, name, text, answer, facts, at) -> Question:
-  if not text.strip():
-    raise UserError(f"{at}: the question is empty; repair or drop it")
-  kind, expected, options = _kind(text, answer, facts, at)
-  chance = facts.get("chance")
-  if chance is None:
-    chance = 0.5 if kind == "yes_no" else 0.0
-    if kind == "choice":
-      chance = fields.chance(options, expected)
-  return Question(
-    id=name,
-    video=source.videos.name(record.media[0]),
-    prompt=QUESTION.format(question=text),
-    expected=expected,
-    kind=kind,
-    options=options,
-    tasks=tuple(fields.known(facts, "task").values()),
-    duration=fields.minutes_range(record.extra.get("duration")),
-    chance=float(chance),
-    extra=_extra(record, facts),
-  )
+def _chance(
+  kind: str, expected: str, options: tuple[str, ...], facts: dict[str, Any]
+) -> float:
+  """Returns the probability that a guess is right."""
+  if (chance := facts.get("chance")) is not None:
+    return float(chance)
+  if kind == "choice":
+    return fields.chance(options, expected)
+  return 0.5 if kind == "yes_no" else 0.0
 
 
-def _asked(record: Record, at: str) -> list[tuple[str, str]]:
-  """The questions of a record with their answers."""
+def _pairs(record: Record, at: str) -> list[tuple[str, str]]:
+  """Returns the questions of a record with their answers."""
   if record.modality != "video":
     raise UserError(f"{at}: is about {record.modality}, not a video; drop it")
   roles = [turn.role for turn in record.turns]
@@ -97,13 +107,13 @@ def _asked(record: Record, at: str) -> list[tuple[str, str]]:
       f"{at}: has the turns {', '.join(roles)}, expected human, gpt, in pairs:"
       " questions and their answers; repair or drop it"
     )
-  # As published, but for the marker and the newline that goes with it.
+  # Texts stay as published, without the marker of the video and its newline.
   texts = [_MARKER.sub("", turn.text) for turn in record.turns]
   return list(zip(texts[::2], texts[1::2], strict=True))
 
 
 def _facts(record: Record, number: int) -> dict[str, Any]:
-  """What is known about a question, or nothing."""
+  """Returns what the record tells of a question; {} if it tells nothing."""
   questions = record.extra.get("questions")
   if not isinstance(questions, list) or number >= len(questions):
     return {}
@@ -111,12 +121,15 @@ def _facts(record: Record, number: int) -> dict[str, Any]:
   return facts if isinstance(facts, dict) else {}
 
 
-def _kind(text: str, answer: str, facts: dict[str, Any], at: str):
-  """Kind, what is right, and the options."""
+def _kind(
+  text: str, answer: str, facts: dict[str, Any], at: str
+) -> tuple[Kind, str, tuple[str, ...]]:
+  """Returns the kind, the right answer, and the options."""
   answer = answer.strip()
   if facts.get("letter") is not None:
     options = fields.options({"options": facts.get("options")}, at)
     return "choice", fields.letter(str(facts["letter"]), options, at), options
+  # Facts whose letter is null are those of a question without options.
   if "letter" not in facts:
     _, options = fields.split_options(text)
     probe = Question("", "", text, "", "choice", options)
@@ -128,14 +141,16 @@ def _kind(text: str, answer: str, facts: dict[str, Any], at: str):
 
 
 def _letter(answer: str, probe: Question, at: str) -> str | None:
-  """The letter that an answer names; None if it is an answer in words."""
-  found = parse(answer, probe)
-  if found is None and re.fullmatch(rf"\(?[{LETTERS}]\)?[.:]?", answer):
-    return fields.letter(answer, probe.options, at)  # raises: none of them
-  return found
+  """Returns the letter that an answer names; None if it is in words."""
+  letter = parse(answer, probe)
+  if letter is None and re.fullmatch(rf"\(?[{LETTERS}]\)?[.:]?", answer):
+    # The answer is a letter that no option has, which raises the error.
+    return fields.letter(answer, probe.options, at)
+  return letter
 
 
 def _extra(record: Record, facts: dict[str, Any]) -> dict[str, Any]:
+  """Returns the further fields by which a report groups."""
   extra: dict[str, Any] = {
     key: facts[key] for key in ("topic", "format") if facts.get(key)
   }
@@ -147,7 +162,7 @@ def _extra(record: Record, facts: dict[str, Any]) -> dict[str, Any]:
   return extra
 
 
-SUITE = Benchmark(
+BENCHMARK = Benchmark(
   name="records",
   title="Records",
   revision=2,

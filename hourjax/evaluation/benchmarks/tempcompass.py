@@ -1,10 +1,12 @@
 """TempCompass: short videos; multiple choice, yes or no, caption matching.
 
-Files: the authors' `questions/<format>.json`, an object of videos, of temporal
-aspects, of questions (github.com/llyx97/TempCompass), or a folder a format with
-`test-*.parquet`, a row a question (lmms-lab/TempCompass on Hugging Face);
-`videos/<id>.mp4`. Captioning is left out: its score needs another model. A
-table of no format's name tells it by its rows.
+Files: the authors' `questions/<format>.json`, an object of videos, each an
+object of temporal aspects, each a list of questions
+(github.com/llyx97/TempCompass); or a folder for each format with
+`test-*.parquet`, one row for each question (lmms-lab/TempCompass on Hugging
+Face); `videos/<id>.mp4`. Captioning is left out, because its score needs
+another model. In a table that is not named after a format, the rows show
+theirs.
 
 Prompt: the authors' `answer_prompt`, which lmms-eval repeats.
 """
@@ -17,7 +19,7 @@ from hourjax.errors import UserError
 from hourjax.evaluation.benchmarks import fields
 from hourjax.evaluation.benchmarks.benchmark import Benchmark, Row, Source
 from hourjax.evaluation.parsing import LETTERS
-from hourjax.evaluation.questions import Question
+from hourjax.evaluation.questions import Kind, Question
 from hourjax.evaluation.scoring import LeftOut
 
 FORMATS = ("multi-choice", "yes_no", "caption_matching")
@@ -30,23 +32,35 @@ PROMPTS = {
 
 
 def read(source: Source) -> list[Question | LeftOut]:
-  """One question a row, or all of the authors' file of a format."""
-  named = _named(source)
+  """Makes one question of each row, or all of the authors' file.
+
+  Args:
+    source: an annotation file.
+  """
+  named = _format_of_file(source)
   counts: dict[tuple[str, str, str], int] = {}
 
   def question(row: Row) -> Question:
-    form = named or _form(row, source)
+    form = named or _format_of_row(row, source)
     video = fields.text(row, "video_id", source.file.name)
     aspect = fields.text(row, "dim", source.file.name)
+    # Rows have no id: questions of a format, video and aspect are counted.
     place = form, video, aspect
     counts[place] = counts.get(place, -1) + 1
     return _question(row, source, form, "/".join((*place, str(counts[place]))))
 
-  return source.each(question, _rows(source))
+  return source.make_each(question, _rows(source))
 
 
-def _named(source: Source) -> str | None:
-  """The format that the file, or its folder, is named after."""
+def _format_of_file(source: Source) -> str | None:
+  """Returns the format that the file or its folder is named after.
+
+  Returns:
+    The format; None if the name has none and rows must show it.
+
+  Raises:
+    UserError: the name has none, and the rows have no column for a video.
+  """
   for name in (source.file.stem, source.file.parent.name):
     for form in FORMATS:
       if name == form or name.startswith(f"{form}-"):
@@ -59,8 +73,8 @@ def _named(source: Source) -> str | None:
   )
 
 
-def _form(row: Row, source: Source) -> str:
-  """The format of a row of a table that is not named after one."""
+def _format_of_row(row: Row, source: Source) -> str:
+  """Returns the format of a row of a table that is not named after one."""
   text = str(row.get("question") or "")
   if _captions(text)[0]:
     return "caption_matching"
@@ -75,15 +89,21 @@ def _form(row: Row, source: Source) -> str:
 
 
 def _rows(source: Source) -> Iterator[Row | UserError]:
+  """Yields a row for each question, whichever layout the file has."""
   for row in source.rows:
     if isinstance(row, UserError) or "video_id" in row:
       yield row
       continue
     for video, aspects in row.items():
-      yield from _of_video(video, aspects, f"{source.file.name}: video {video}")
+      yield from _rows_of_video(
+        video, aspects, f"{source.file.name}: video {video}"
+      )
 
 
-def _of_video(video: str, aspects: Any, at: str) -> Iterator[Row | UserError]:
+def _rows_of_video(
+  video: str, aspects: Any, at: str
+) -> Iterator[Row | UserError]:
+  """Yields a row for each question in the authors' object of a video."""
   if not isinstance(aspects, dict):
     yield UserError(
       f"{at} is {aspects!r:.80}, expected its aspects; fetch the file again"
@@ -94,24 +114,27 @@ def _of_video(video: str, aspects: Any, at: str) -> Iterator[Row | UserError]:
     yield from fields.rows(aspects, aspect, at, about)
 
 
-def _question(row, source: Source, form: str, name: str) -> Question:
+def _question(row: Row, source: Source, form: str, name: str) -> Question:
+  """Makes the question of a row."""
   at = f"{source.file.name}: question {name}"
   text = fields.published(row, "question", at)
   answer = fields.text(row, "answer", at)
   extra: dict[str, Any] = {"format": form.replace("-", "_")}
   options: tuple[str, ...] = ()
   chance = 0.5
+  kind: Kind
   if form == "yes_no":
     kind, expected = "yes_no", _yes_or_no(answer, at)
   elif form == "multi-choice":
     kind = "choice"
     text, options = fields.with_options(row, text, "{}. {}", at)
-    expected = fields.letter(answer, _needed(options, text, at), at)
+    expected = fields.letter(answer, _require(options, text, at), at)
     chance = fields.chance(options, expected)
   else:
     kind = "match"
     labels, options = _captions(text)
-    expected = _number(answer, labels, _needed(options, text, at), at)
+    expected = _number(answer, labels, _require(options, text, at), at)
+    # The letter or digit that ends a label: "Option 2" -> "2".
     extra["symbols"] = tuple(label[-1] for label in labels)
     chance = fields.chance(options, LETTERS[int(expected) - 1])
   return Question(
@@ -128,6 +151,7 @@ def _question(row, source: Source, form: str, name: str) -> Question:
 
 
 def _yes_or_no(answer: str, at: str) -> str:
+  """Returns the right answer to a yes-or-no question, in lower case."""
   if answer.lower() not in ("yes", "no"):
     raise UserError(
       f"{at}: the right answer is {answer!r}, expected yes or no; repair or"
@@ -136,7 +160,8 @@ def _yes_or_no(answer: str, at: str) -> str:
   return answer.lower()
 
 
-def _needed(options: tuple[str, ...], text: str, at: str) -> tuple[str, ...]:
+def _require(options: tuple[str, ...], text: str, at: str) -> tuple[str, ...]:
+  """Returns the options; raises a UserError if there are none."""
   if not options:
     raise UserError(
       f"{at}: found no options below the question {text!r}; fetch the file"
@@ -151,16 +176,22 @@ _CAPTION = re.compile(
 
 
 def _captions(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-  """Labels and captions: "Option 1: A dog.\\nOption 2: ..." of a question."""
-  found = _CAPTION.findall(text)
-  if len(found) < 2:
+  r"""Returns the labels and the captions in a question.
+
+  "Which?\nOption 1: A dog.\nOption 2: A cat."
+      -> ("Option 1", "Option 2"), ("A dog.", "A cat.")
+  """
+  pairs = _CAPTION.findall(text)
+  if len(pairs) < 2:
     return (), ()
-  labels, captions = zip(*found)
+  labels, captions = zip(*pairs)
   return labels, tuple(caption.strip() for caption in captions)
 
 
-def _number(answer: str, labels, options, at: str) -> str:
-  """The right caption's number: its label, or label and caption, is given."""
+def _number(
+  answer: str, labels: tuple[str, ...], options: tuple[str, ...], at: str
+) -> str:
+  """Returns the right caption's number; its label, or both, are published."""
   label = answer.split(":")[0].strip()
   if label in labels:
     return str(labels.index(label) + 1)
@@ -170,8 +201,8 @@ def _number(answer: str, labels, options, at: str) -> str:
   )
 
 
-def _is_authors(row: dict[str, Any]) -> bool:
-  """Whether a row is the authors' object of videos, aspects and questions."""
+def _is_authors(row: Row) -> bool:
+  """Returns whether a row is the authors' object of all videos."""
   first = next(iter(row.values()), None)
   items = next(iter(first.values()), None) if isinstance(first, dict) else None
   return (
@@ -182,7 +213,7 @@ def _is_authors(row: dict[str, Any]) -> bool:
   )
 
 
-SUITE = Benchmark(
+BENCHMARK = Benchmark(
   name="tempcompass",
   title="TempCompass",
   revision=2,

@@ -2,18 +2,18 @@
 
 Files: `videomme/test-00000-of-00001.parquet`, `data/<videoID>.mp4` and
 `subtitle/<videoID>.srt` (lmms-lab/Video-MME on Hugging Face, where videos and
-subtitles are zips to unpack), or the authors' JSON, an entry a video with its
-three `questions` (github.com/BradyFU/Video-MME, README). Not every video has
-subtitles; those without are asked without.
+subtitles are zips to unpack), or the authors' JSON, one entry for each video
+with its three `questions` (github.com/BradyFU/Video-MME, README). Not every
+video has subtitles; questions about the others are asked without.
 
 Prompt: the authors' README, word for word; options are published with their
-letters ("A. Apples."). lmms-eval words it much the same, but speaks of
+letters ("A. Apples."). lmms-eval's prompt is much the same, but mentions
 subtitles where there are none.
 """
 
 import functools
-from collections.abc import Iterator
-from typing import Any
+import pathlib
+from collections.abc import Callable, Iterator
 
 from hourjax.errors import UserError
 from hourjax.evaluation.benchmarks import fields, subtitles
@@ -31,14 +31,20 @@ SUBTITLES = "This video's subtitles are listed below:\n{subtitles}\n"
 
 
 def read(source: Source) -> list[Question | LeftOut]:
-  """One question a row, or three an entry of the authors' file."""
-  read_srt = functools.cache(subtitles.read_srt)  # three questions a video
-  return source.each(
+  """Makes one question of each row, or three of each authors' entry.
+
+  Args:
+    source: an annotation file.
+  """
+  # A video has three questions; its subtitles are read once.
+  read_srt = functools.cache(subtitles.read_srt)
+  return source.make_each(
     lambda row: _question(row, source, read_srt), _rows(source)
   )
 
 
 def _rows(source: Source) -> Iterator[Row | UserError]:
+  """Yields a row for each question, whichever layout the file has."""
   for row in source.rows:
     if isinstance(row, UserError) or "questions" not in row:
       yield row
@@ -54,24 +60,29 @@ def _rows(source: Source) -> Iterator[Row | UserError]:
     yield from fields.rows(row, "questions", at, about)
 
 
-def _question(row: dict[str, Any], source: Source, read_srt) -> Question:
+def _question(
+  row: Row,
+  source: Source,
+  read_srt: Callable[[pathlib.Path], str | None],
+) -> Question:
+  """Makes the question of a row."""
   name = fields.text(row, "question_id", source.file.name)
   at = f"{source.file.name}: question {name}"
   video = fields.text(row, "videoID", at)
-  listed = fields.options(row, at)
-  options = fields.without_letters(listed)
+  published = fields.options(row, at)
+  options = fields.without_letters(published)
   prompt = QUESTION.format(
     question=fields.published(row, "question", at),
-    options="\n".join(listed)
-    if options != listed
-    else fields.lettered(listed, "{}. {}"),
+    options="\n".join(published)
+    if options != published
+    else fields.lettered(options, "{}. {}"),
   )
   extra = fields.known(row, "domain", "sub_category")
   if source.subtitles:
-    said = read_srt(source.root / "subtitle" / f"{video}.srt")
-    extra["subtitles"] = "missing" if said is None else "given"
-    if said is not None:
-      prompt = SUBTITLES.format(subtitles=said) + prompt
+    lines = read_srt(source.root / "subtitle" / f"{video}.srt")
+    extra["subtitles"] = "missing" if lines is None else "given"
+    if lines is not None:
+      prompt = SUBTITLES.format(subtitles=lines) + prompt
   expected = fields.letter(fields.text(row, "answer", at), options, at)
   return Question(
     id=name,
@@ -87,7 +98,7 @@ def _question(row: dict[str, Any], source: Source, read_srt) -> Question:
   )
 
 
-SUITE = Benchmark(
+BENCHMARK = Benchmark(
   name="videomme",
   title="Video-MME",
   revision=2,

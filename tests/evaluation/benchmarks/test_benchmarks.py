@@ -169,7 +169,7 @@ def test_ids_twice(tmp_path):
 
 
 def test_subtitles_where_there_are_none(folders):
-  message = r"LVBench has no subtitles.*videomme and longvideobench"
+  message = r"LVBench has no subtitles.*longvideobench and videomme"
   with pytest.raises(UserError, match=message):
     benchmarks.read("lvbench", folders["lvbench"], subtitles=True)
 

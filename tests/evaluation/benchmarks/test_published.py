@@ -127,9 +127,9 @@ def test_what_is_left_out_reaches_the_exam(tmp_path):
   rows = _rows("videomme", 3)
   rows[1]["answer"] = "E"
   _write(tmp_path, "videomme", rows)
-  exam = open_task("videomme", tmp_path)
-  assert [item.video for item in exam.left_out] == ["fFjv93ACGo8"]
-  assert any("1 of 3 rows" in note for note in exam.notes)
+  task = open_task("videomme", tmp_path)
+  assert [item.video for item in task.left_out] == ["fFjv93ACGo8"]
+  assert any("1 of 3 rows" in note for note in task.notes)
   # Of the first question alone it says nothing.
   assert open_task("videomme", tmp_path, limit=1).left_out == ()
 
