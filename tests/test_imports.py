@@ -174,3 +174,22 @@ def test_few_modules_have_a_single_importer():
         importers[name].add(module)
   single = sorted(m for m, found in importers.items() if len(found) == 1)
   assert len(single) <= MOST_WITH_ONE_IMPORTER, single
+
+
+def test_only_the_plugin_for_lmms_eval_needs_it():
+  """Others may import PyTorch inside of functions, where it is optional."""
+  plugin = "hourjax.evaluation.lmms"
+  foreign = ("lmms_eval", "loguru", "torch", "transformers")
+  wrong = []
+  for module, path in MODULES.items():
+    for node in _tree(path).body if module != plugin else ():
+      names = (
+        [alias.name for alias in node.names]
+        if isinstance(node, ast.Import)
+        else [node.module]
+        if isinstance(node, ast.ImportFrom)
+        else []
+      )
+      wrong += [(module, n) for n in names if n.split(".")[0] in foreign]
+    wrong += [(module, name) for name in _imports(path) if name == plugin]
+  assert not wrong

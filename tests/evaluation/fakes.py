@@ -1,4 +1,4 @@
-"""A model that answers by rule, an exam for it, and what it was asked."""
+"""A model that answers by rule, a task for it, and what it was asked."""
 
 import dataclasses
 import pathlib

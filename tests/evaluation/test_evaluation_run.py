@@ -3,32 +3,56 @@
 import dataclasses
 import itertools
 import json
+import pathlib
+import shutil
 
 import numpy as np
 import pytest
 
 from hourjax.data.store.features import FeatureStore
 from hourjax.errors import UserError
-from hourjax.evaluation import run as compare
-from hourjax.evaluation import scoring
-from hourjax.evaluation import task
+from hourjax.evaluation import report, report_pages, scoring, task
 from hourjax.evaluation.records import Records
-from hourjax.evaluation.run import ask, evaluate, gather
+from hourjax.evaluation.run import (
+  ask,
+  default_out,
+  distinct_names,
+  evaluate,
+  evaluate_folders,
+  gather,
+  report_again,
+)
+from hourjax.evaluation.task import open_task
 from tests.evaluation.fakes import Model, make_task, question, same, timeless
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _batches_of_four():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(task, "BATCH", 4)
+    yield
+
+
+@pytest.fixture
+def plots():
+  """Asks for the plots of a report, which take most of a test's time."""
+
+
 @pytest.fixture(autouse=True)
-def _batches_of_four(monkeypatch):
-  monkeypatch.setattr(task, "BATCH", 4)
+def _no_plots(request, monkeypatch):
+  if "plots" not in request.fixturenames:
+    monkeypatch.setattr(report_pages, "figures", lambda data: {})
 
 
-def _expected(folder):
-  """Records and report of one undisturbed run."""
-  made = evaluate(Model(sensitive=True), make_task(), folder)
-  return same(Records(folder).answered()), timeless(made.data)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+  """Records and report of one undisturbed run, and its folder."""
+  folder = tmp_path_factory.mktemp("undisturbed")
+  result = evaluate(Model(sensitive=True), make_task(), folder)
+  return same(Records(folder).answered()), timeless(result.data), folder
 
 
-def test_records_and_report(tmp_path):
+def test_records_and_report(plots, tmp_path):
   model = Model(answers={"question 0?": "A", "question 1?": "hm"})
   report = evaluate(model, make_task(), tmp_path)
   rows = Records(tmp_path).answered()
@@ -51,7 +75,7 @@ def test_records_and_report(tmp_path):
   right = sum(n % 4 == 1 for n in range(45))  # q1 is lost, q0 is won
   assert report.data["count"] == 45 and report.data["unreadable"] == 1
   assert report.data["accuracy"] == right / 45
-  # Each video is remembered once, its questions come in fours.
+  # Each video is encoded once, its questions come in fours.
   assert sorted(model.encoded) == [f"videos/{x}.mp4" for x in "abcd"]
   sizes = {
     video: [len(texts) for name, texts in model.asked if name == video]
@@ -70,8 +94,8 @@ class _Killed(BaseException):
 
 
 @pytest.mark.parametrize("after", range(0, 13, 2))
-def test_a_run_goes_on(tmp_path, after):
-  rows, data = _expected(tmp_path / "whole")
+def test_a_run_goes_on(undisturbed, tmp_path, after):
+  rows, data, _ = undisturbed
   model, calls = Model(sensitive=True), itertools.count()
 
   def kill(video, questions):
@@ -95,8 +119,9 @@ def test_a_run_goes_on(tmp_path, after):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.35, 0.5, 0.99, 1.0])
-def test_records_that_a_kill_has_torn(tmp_path, share):
-  rows, data = _expected(tmp_path)
+def test_records_that_a_kill_has_torn(undisturbed, tmp_path, share):
+  rows, data, folder = undisturbed
+  shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
   path = tmp_path / "answers-00000.jsonl"
   whole = path.read_bytes()
   path.write_bytes(whole[: int(share * len(whole))])
@@ -108,8 +133,8 @@ def test_records_that_a_kill_has_torn(tmp_path, share):
 
 
 @pytest.mark.parametrize("count", [2, 3, 9])
-def test_any_number_of_workers(tmp_path, count):
-  rows, data = _expected(tmp_path / "one")
+def test_any_number_of_workers(undisturbed, tmp_path, count):
+  rows, data, _ = undisturbed
   out, asked = tmp_path / "many", []
   for index in reversed(range(count)):
     model = Model(sensitive=True)
@@ -123,8 +148,8 @@ def test_any_number_of_workers(tmp_path, count):
   assert timeless(report.data) == data
 
 
-def test_another_number_of_workers_goes_on(tmp_path):
-  rows, data = _expected(tmp_path / "one")
+def test_another_number_of_workers_goes_on(undisturbed, tmp_path):
+  rows, data, _ = undisturbed
   out = tmp_path / "many"
   assert (
     evaluate(Model(sensitive=True), make_task(), out, worker=(1, 3)) is None
@@ -158,7 +183,7 @@ def test_rows_that_cannot_be_asked_are_in_the_report(tmp_path):
   assert "1 of 46 rows cannot be asked." in page
 
 
-def test_what_cannot_be_read_is_left_out(tmp_path):
+def test_what_cannot_be_read_is_left_out(undisturbed, tmp_path):
   report = evaluate(
     Model(sensitive=True, broken={"b.mp4"}), make_task(), tmp_path
   )
@@ -176,7 +201,7 @@ def test_what_cannot_be_read_is_left_out(tmp_path):
   listed = (tmp_path / "missing-00000.jsonl").read_text().splitlines()
   assert {json.loads(line)["video"] for line in listed} == {"b.mp4"}
   # The next run tries again, and those only.
-  _, data = _expected(tmp_path / "whole")
+  _, data, _ = undisturbed
   model = Model(sensitive=True)
   again = evaluate(model, make_task(), tmp_path)
   assert model.encoded == ["videos/b.mp4"]
@@ -242,8 +267,8 @@ def test_from_a_feature_store(tmp_path):
     evaluate(Model(), make_task(), tmp_path / "out")
 
 
-def test_a_limit_is_a_start(tmp_path):
-  rows, data = _expected(tmp_path / "whole")
+def test_a_limit_is_a_start(undisturbed, tmp_path):
+  rows, data, _ = undisturbed
   out, model = tmp_path / "out", Model(sensitive=True)
   report = evaluate(model, make_task(limit=5), out)
   assert report.data["count"] == 5
@@ -253,13 +278,6 @@ def test_a_limit_is_a_start(tmp_path):
   assert len(set(asked)) == len(asked) == 13
   assert same(Records(out).answered()) == rows
   assert timeless(report.data) == data
-
-
-def test_nothing_to_ask():
-  with pytest.raises(UserError, match="0 questions and --limit is None"):
-    make_task([])
-  with pytest.raises(UserError, match="45 questions and --limit is 0"):
-    make_task(limit=0)
 
 
 def test_another_model_is_refused(tmp_path):
@@ -275,7 +293,7 @@ def test_a_parser_is_mended_without_a_model(tmp_path, monkeypatch):
   model = Model(answers={f"question {n}?": "the Bth" for n in range(45)})
   before = evaluate(model, make_task(), tmp_path)
   monkeypatch.setattr(scoring, "parse", lambda answer, _: answer[4])
-  after = compare.report_again(make_task(), tmp_path)
+  after = report_again(make_task(), tmp_path)
   assert before.data["unreadable"] == 45 and after.data["unreadable"] == 0
   assert after.data["accuracy"] == sum(n % 4 == 1 for n in range(45)) / 45
   assert after.names == ["fake@3"]
@@ -285,6 +303,157 @@ def test_a_report_of_other_answers(tmp_path):
   ask(Model(), make_task(limit=4), tmp_path)
   assert gather(make_task(), tmp_path) is None
   with pytest.raises(UserError, match="some of the questions only"):
-    compare.report_again(make_task(), tmp_path)
+    report_again(make_task(), tmp_path)
   with pytest.raises(UserError, match="other questions than those of other"):
-    compare.report_again(make_task([question(1)], benchmark="other"), tmp_path)
+    report_again(make_task([question(1)], benchmark="other"), tmp_path)
+
+
+# --- Models in folders -------------------------------------------------------
+
+
+class Loader:
+  """Makes a model of a folder, and keeps those that it made."""
+
+  def __init__(self, **answers):
+    self.answers, self.made = answers, []
+
+  def __call__(self, folder: str) -> Model:
+    path = pathlib.Path(folder)
+    answers = self.answers.get(path.parent.name)
+    self.made.append(Model(f"{path.name}@3", answers))
+    return self.made[-1]
+
+
+@pytest.fixture
+def folders(tmp_path):
+  for name in ("big", "small"):
+    folder = tmp_path / name / "stage2"
+    folder.mkdir(parents=True)
+    rows = [{"step": s, "loss": 1 / s} for s in (1, 2, 3)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(lines)
+    (folder / "config.json").write_text('{"init": ""}')
+  return [tmp_path / "big" / "stage2", tmp_path / "small" / "stage2"]
+
+
+def test_one_model(plots, folders, capsys):
+  made = evaluate_folders(folders[:1], make_task(), Loader())
+  out = folders[0] / "evaluation" / "colours"
+  assert made.names == ["stage2@3"]
+  assert report.load(out) == made
+  out_text = capsys.readouterr().out
+  assert f"{folders[0]}: answers go to {out}" in out_text
+  assert f"report in {out}: report.json, report.md" in out_text
+  assert (out / "loss.png").exists()
+  assert "![](loss.png)" in (out / "report.md").read_text()
+
+
+def test_two_models(folders, tmp_path):
+  load = Loader(big={f"question {n}?": "ABCD"[n % 4] for n in range(45)})
+  made = evaluate_folders(folders, make_task(), load, out=tmp_path / "out")
+  assert made.names == ["big", "small"]
+  assert made.data["accuracy"] == 1
+  found = made.data["compared"]["small"]
+  assert found["only_ours"] == 34 and found["only_theirs"] == 0
+  assert report.load(tmp_path / "out") == made
+  # The other one's answers are found again wherever it is compared.
+  other = default_out(folders[1], make_task())
+  assert (other / "answers-00000.jsonl").exists()
+  again = Loader()
+  both = evaluate_folders(folders[::-1], make_task(), again, out=other)
+  assert both.names == ["small", "big"]
+  assert not again.made[0].asked and again.made[1].asked
+
+
+def test_names(folders, tmp_path):
+  names = ["with MemAug", "without MemAug"]
+  made = evaluate_folders(
+    folders, make_task(), Loader(), out=tmp_path / "out", names=names
+  )
+  assert made.names == names and made.data["needle_without_memaug"] is None
+  for wrong in (["one"], ["one", "one"], ["one", "two", "three"]):
+    with pytest.raises(UserError, match="different names for 2 models"):
+      evaluate_folders(folders, make_task(), Loader(), names=wrong)
+
+
+def test_workers(folders, tmp_path, capsys):
+  out = tmp_path / "out"
+  first = evaluate_folders(
+    folders, make_task(), Loader(), out=out, worker=(0, 2)
+  )
+  assert first is None and not (out / "report.json").exists()
+  assert "the last one writes the report" in capsys.readouterr().out
+  last = evaluate_folders(
+    folders, make_task(), Loader(), out=out, worker=(1, 2)
+  )
+  assert report.load(out) == last and last.data["count"] == 45
+
+
+def test_wrong_folders(folders, tmp_path):
+  load = Loader()
+  with pytest.raises(UserError, match=r"nowhere is no folder of a model"):
+    evaluate_folders([*folders, tmp_path / "nowhere"], make_task(), load)
+  with pytest.raises(UserError, match="cannot be compared with itself"):
+    evaluate_folders([folders[0], folders[0]], make_task(), load)
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(
+    UserError, match=r"empty has no config.json, so it is nei"
+  ):
+    evaluate_folders([*folders, tmp_path / "empty"], make_task(), load)
+  # The second one's answers are to the same questions, with subtitles.
+  other = default_out(folders[1], make_task())
+  evaluate_folders(folders[1:], make_task(subtitles=True), Loader(), out=other)
+  with pytest.raises(UserError, match="subtitles is True there and False here"):
+    evaluate_folders(folders, make_task(), load)
+  assert not load.made  # the error comes before anything is loaded
+
+
+def test_subtitles_have_a_folder_of_their_own():
+  model = pathlib.Path("m")
+  assert default_out(model, make_task()) == model / "evaluation/colours"
+  assert default_out(model, make_task(subtitles=True)) == (
+    model / "evaluation/colours-subtitles"
+  )
+
+
+@pytest.mark.parametrize(
+  ("folders", "names"),
+  [
+    (["w/memaug/s2", "w/plain/s2"], ["memaug", "plain"]),
+    (["3b", "7b"], ["3b", "7b"]),
+    (["w/a/1", "w/b/2"], ["a/1", "b/2"]),
+    (["a/b", "a/b/b"], ["a/b", "a/b/b"]),
+    (["w/a/s", "w/b/s", "w/c/s"], ["a", "b", "c"]),
+  ],
+)
+def test_distinct_names(folders, names):
+  assert distinct_names([pathlib.Path(folder) for folder in folders]) == names
+
+
+def _record(name, video="a.mp4"):
+  return {
+    "id": name,
+    "video": video,
+    "duration": 200,
+    "conversations": [
+      {"from": "human", "value": "<image>\nWhat?\nA. red\nB. blue"},
+      {"from": "gpt", "value": "B"},
+    ],
+  }
+
+
+def test_a_task_from_disk(tmp_path):
+  records = [_record("one"), _record("two", "b.mp4")]
+  (tmp_path / "test.json").write_text(json.dumps(records))
+  opened = open_task("records", tmp_path, limit=1)
+  assert [item.id for item in opened.questions] == ["one", "two"]
+  assert [item.id for item in opened.chosen] == ["one"]
+  assert opened.chosen[0].expected == "B"
+  (tmp_path / "m").mkdir()
+  (tmp_path / "m" / "config.json").write_text("{}")
+  made = evaluate_folders([tmp_path / "m"], opened, Loader())
+  assert made.data["accuracy"] == 1 and made.data["count"] == 1
+  assert made.data["benchmark"] == "records"
+  assert "The first 1 of 2 questions only." in made.summary().splitlines()
+  (run,) = made.data["runs"].values()
+  assert run["version"] == opened.version and run["max_tokens"] > 0

@@ -1,8 +1,10 @@
-import ast
+"""The plugin of lmms-eval, with a fake model behind it and as a command."""
+
 import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,8 @@ from tests import videos
 
 ROOT = Path(__file__).parents[2]
 TASK = Path(__file__).parent / "lmms_task"
+# Importing lmms_eval brings PyTorch, which takes seconds.
+pytestmark = pytest.mark.slow
 WITHOUT = (
   "lmms_eval is not installed: pip install -e '.[eval]', then "
   "pip install --no-deps lmms_eval==0.7.3"
@@ -36,19 +40,19 @@ def lmms():
 
 
 class FakeMemory(Memory):
-  def __init__(self, shown, calls):
-    self._shown, self._calls = shown, calls
+  def __init__(self, content, calls):
+    self._content, self._calls = content, calls
 
   def answer(self, questions, **options):
     self._calls.append(("answer", len(questions), options))
     return [
-      Answer(f"{self._shown}: {question}", len(question), True)
+      Answer(f"{self._content}: {question}", len(question), True)
       for question in questions
     ]
 
 
 class FakeModel:
-  """Answers with what it is shown and asked; notes every call."""
+  """Answers with what it encoded and was asked; records every call."""
 
   name = "fake@0"
 
@@ -59,15 +63,15 @@ class FakeModel:
     return self._memory("video", video)
 
   def encode_images(self, images):
-    shown = [np.asarray(Image.open(path))[0, 0].tolist() for path in images]
-    return self._memory("images", shown)
+    pixels = [np.asarray(Image.open(path))[0, 0].tolist() for path in images]
+    return self._memory("images", pixels)
 
   def empty_memory(self):
     return self._memory("text", None)
 
-  def _memory(self, kind, shown):
-    self.calls.append((kind, shown))
-    return FakeMemory(shown, self.calls)
+  def _memory(self, kind, content):
+    self.calls.append((kind, content))
+    return FakeMemory(content, self.calls)
 
 
 @pytest.fixture
@@ -104,7 +108,7 @@ def _kinds(plugin):
 # --- requests ---------------------------------------------------------------
 
 
-def test_a_video_is_remembered_while_it_is_asked_about(make):
+def test_a_video_is_encoded_once_for_its_questions(make):
   plugin = make(batch_size=2)
   docs = [(f"q{i}", ["a.mp4"]) for i in range(5)] + [("q5", ["b.mp4"])]
   assert _ask(plugin, docs) == [
@@ -121,7 +125,7 @@ def test_a_video_is_remembered_while_it_is_asked_about(make):
   ]
 
 
-def test_the_video_before_is_still_known_in_the_next_call(make):
+def test_the_memory_is_kept_for_the_next_call(make):
   plugin = make()
   _ask(plugin, [("q", ["a.mp4"])])
   _ask(plugin, [("q", ["a.mp4"])])
@@ -271,16 +275,16 @@ def test_a_question_asked_again_is_drawn_anew(make):
   assert [call[2]["sampling"].seed for call in answers] == [0, 2, 3]
 
 
-def test_what_is_not_followed_is_told_once(make):
+def test_options_that_are_not_followed_are_logged_once(make):
   from loguru import logger
 
-  told = []
-  sink = logger.add(told.append, level="WARNING", format="{message}")
+  logged = []
+  sink = logger.add(logged.append, level="WARNING", format="{message}")
   plugin = make()
   options = {"num_beams": 3, "top_k": None, "repetition_penalty": 1.0}
   _ask(plugin, [("a", [], options), ("b", [], options)])
   logger.remove(sink)
-  assert told == ["hourjax does not follow num_beams=3 of the task\n"]
+  assert logged == ["hourjax does not follow num_beams=3 of the task\n"]
 
 
 @pytest.mark.parametrize(
@@ -304,35 +308,51 @@ def test_torch_distributed_is_refused(make, monkeypatch):
     make()
 
 
-# --- packaging --------------------------------------------------------------
-
-
-def _imported(path):
-  """Modules that a file imports as soon as it is imported."""
-  for node in ast.parse(path.read_text()).body:
-    if isinstance(node, ast.Import):
-      yield from (alias.name for alias in node.names)
-    elif isinstance(node, ast.ImportFrom):
-      yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def test_only_the_plugin_needs_lmms_eval():
-  foreign = ("lmms_eval", "loguru", "torch", "transformers")
-  for path in (ROOT / "hourjax").rglob("*.py"):
-    imported = set(_imported(path))
-    assert "hourjax.evaluation.lmms" not in imported, path
-    if path.name != "lmms.py":
-      assert not [n for n in imported if n.split(".")[0] in foreign], path
-
-
 # --- the real command -------------------------------------------------------
 
 QUESTIONS = [
-  ("film.mp4", None, "What happens first?"),
-  ("film.mp4", None, "And how does it end, all in all?"),
+  ("video.mp4", None, "What happens first?"),
+  ("video.mp4", None, "And how does it end, all in all?"),
   (None, "picture.png", "What colour is it?"),
   (None, None, "Who are you?"),
 ]
+# Starts the command in a process that has asked the model the same questions
+# itself: PyTorch, lmms_eval and the model are loaded once for both.
+COMMAND = """
+import functools, json, pathlib, runpy, sys
+
+from hourjax.inference import load as module
+
+module.load = load = functools.cache(module.load)
+model = load(sys.argv[sys.argv.index("--model_args") + 1].split("=")[1],
+             tokenizer=None)
+rows = [json.loads(line) for line in open("questions.jsonl")]
+memories, answers = {}, []
+for row in rows:
+  key = row["video"], row["image"]
+  if key not in memories:
+    memories[key] = (
+      model.encode_memory(row["video"]) if row["video"]
+      else model.encode_images([row["image"]]) if row["image"]
+      else model.empty_memory()
+    )
+batches = ((0, 1), (2,), (3,))
+for batch in batches:
+  memory = memories[rows[batch[0]]["video"], rows[batch[0]]["image"]]
+  texts = [rows[n]["question"] for n in batch]
+  answers += [a.text for a in memory.answer(texts, max_tokens=6)]
+for number in (0, 2):
+  rows[number]["answer"] = answers[number]
+lines = [json.dumps(row) + "\\n" for row in rows]
+pathlib.Path("questions.jsonl").write_text("".join(lines))
+pathlib.Path("answers.json").write_text(json.dumps(answers))
+try:
+  runpy.run_module("lmms_eval", run_name="__main__", alter_sys=True)
+finally:
+  # The command found its model through the same call, and nothing else.
+  info = load.cache_info()
+  pathlib.Path("loads.json").write_text(json.dumps([info.hits, info.misses]))
+"""
 
 
 def _write_model(folder):
@@ -346,10 +366,10 @@ def _write_model(folder):
   save_params(params, TINY, folder)
 
 
-def _write_questions(folder, answers):
+def _write_questions(folder):
   rows = [
-    {"video": video, "image": image, "question": question, "answer": answer}
-    for (video, image, question), answer in zip(QUESTIONS, answers)
+    {"video": video, "image": image, "question": question, "answer": "-"}
+    for video, image, question in QUESTIONS
   ]
   lines = [json.dumps(row) + "\n" for row in rows]
   (folder / "questions.jsonl").write_text("".join(lines))
@@ -357,14 +377,17 @@ def _write_questions(folder, answers):
 
 def _metadata(folder):
   """A folder in which Python finds our entry points, as if installed."""
-  folder.mkdir()
-  subprocess.run(
-    [
-      *(sys.executable, "-c", "import setuptools; setuptools.setup()"),
-      *("-q", "egg_info", "--egg-base", str(folder)),
-    ],
-    cwd=ROOT,
-    check=True,
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  about = folder / f"hourjax-{project['version']}.dist-info"
+  about.mkdir(parents=True)
+  lines = [f"Name: hourjax\nVersion: {project['version']}\n"]
+  (about / "METADATA").write_text("".join(lines))
+  groups = project["entry-points"].items()
+  (about / "entry_points.txt").write_text(
+    "".join(
+      f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in entries.items())
+      for group, entries in groups
+    )
   )
   return folder
 
@@ -376,7 +399,7 @@ def _lmms_eval(folder, *arguments):
   offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
   env |= {"PYTHONPATH": path, "HF_HOME": str(folder / "home"), **offline}
   return subprocess.run(
-    [sys.executable, "-m", "lmms_eval", "--model", "hourjax", *arguments],
+    [sys.executable, "-c", COMMAND, "--model", "hourjax", *arguments],
     cwd=folder,
     env=env,
     capture_output=True,
@@ -385,27 +408,12 @@ def _lmms_eval(folder, *arguments):
   )
 
 
-@pytest.mark.slow
 def test_the_lmms_eval_command(tmp_path):
   pytest.importorskip("lmms_eval", reason=WITHOUT)
-  from hourjax.inference.load import load
-
   _write_model(tmp_path / "model")
-  videos.write(tmp_path / "film.mp4", 90)
+  videos.write(tmp_path / "video.mp4", 90)
   Image.fromarray(videos.picture(3)).save(tmp_path / "picture.png")
-  model = load(tmp_path / "model")
-  texts = [question for *_, question in QUESTIONS]
-  answers = [
-    *model.encode_memory(tmp_path / "film.mp4").answer(texts[:2], max_tokens=6),
-    *model.encode_images([tmp_path / "picture.png"]).answer(
-      texts[2:3], max_tokens=6
-    ),
-    *model.empty_memory().answer(texts[3:], max_tokens=6),
-  ]
-  answers = [answer.text for answer in answers]
-  assert len({*answers, ""}) > 3, "answers so alike prove nothing"
-  _write_questions(tmp_path, [answers[0], "-", answers[2], "-"])
-
+  _write_questions(tmp_path)
   done = _lmms_eval(
     tmp_path,
     *("--model_args", f"pretrained={tmp_path / 'model'}"),
@@ -415,6 +423,9 @@ def test_the_lmms_eval_command(tmp_path):
   # On an error lmms_eval ends with 0 all the same, but writes nothing.
   written = list((tmp_path / "out").rglob("*_results.json"))
   assert len(written) == 1, done.stdout + done.stderr
+  answers = json.loads((tmp_path / "answers.json").read_text())
+  assert len({*answers, ""}) > 3, "answers so alike prove nothing"
+  assert json.loads((tmp_path / "loads.json").read_text()) == [1, 1]
   results = json.loads(written[0].read_text())["results"]["hourjax_tiny"]
   assert results["right,none"] == 0.5
   (samples,) = (tmp_path / "out").rglob("*_samples_hourjax_tiny.jsonl")

@@ -262,8 +262,16 @@ def _texts(figure):
   return [label.get_window_extent() for label in axes.get_yticklabels()]
 
 
-@pytest.mark.parametrize("runs", [1, 2, 5])
-@pytest.mark.parametrize("count", [1, 6, 45])
+@pytest.mark.parametrize(
+  ("runs", "count"),
+  [
+    (1, 1),
+    (5, 1),
+    (2, 6),
+    pytest.param(1, 45, marks=pytest.mark.slow),
+    pytest.param(5, 45, marks=pytest.mark.slow),
+  ],
+)
 def test_labels_do_not_collide(runs, count):
   names = [f"a rather long name of task {n} that wraps twice" for n in
            range(count)]  # fmt: skip
