@@ -50,7 +50,7 @@ def accuracy(
   """
   groups = _merged([report.groups(by) for report in reports])
   if not groups:
-    raise ValueError(f"no report tells accuracies by {by!r}")
+    raise ValueError(f"no report has accuracies by {by!r}")
   words = by.replace("_", " ")
   return _bars(groups, title or _TITLES.get(by, f"Accuracy by {words}"))
 
