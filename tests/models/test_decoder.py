@@ -144,6 +144,7 @@ def test_logits_and_gradients(case):
   case.theirs.zero_grad()
 
 
+@pytest.mark.slow
 def test_greedy_decoding_through_the_cache(case):
   """Prompts of two lengths in two rows, and then one token after another."""
   lengths = np.array([11, 8], np.int32)

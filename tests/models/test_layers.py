@@ -35,6 +35,7 @@ def _products(remat):
   return str(jax.make_jaxpr(jax.grad(loss))(params, x)).count("dot_general[")
 
 
+@pytest.mark.slow
 def test_dots_computes_no_product_again():
   none, dots, full = map(_products, ("none", "dots", "full"))
   # The last product is needed by nothing: six of seven are taken again.

@@ -131,7 +131,7 @@ def test_every_step_of_every_block(alone):
 @pytest.mark.parametrize(
   "kernel, remat",
   [
-    ("reference", "none"),
+    pytest.param("reference", "none", marks=pytest.mark.slow),
     pytest.param("reference", "full", marks=pytest.mark.slow),
     pytest.param("reference", "dots", marks=pytest.mark.slow),
     # The interpreter's callbacks cannot be rematerialised.

@@ -77,6 +77,7 @@ def test_features(alone):
   np.testing.assert_allclose(got, alone.arrays["features"], rtol=0, atol=ATOL)
 
 
+@pytest.mark.slow
 def test_hidden_states(alone):
   tower = alone.tower()
   x = tower.patch(alone.pixels)
@@ -97,6 +98,7 @@ def test_hidden_states(alone):
   )
 
 
+@pytest.mark.slow
 def test_gradients(alone):
   @jax.jit
   def gradients(params, pixels):
@@ -113,6 +115,7 @@ def test_gradients(alone):
   )
 
 
+@pytest.mark.slow
 def test_bfloat16_features_stay_close(alone):
   """Eight bits of mantissa, through two layers: 1 % on average."""
   got = jax.jit(alone.tower(dtype="bfloat16"))(alone.pixels)
