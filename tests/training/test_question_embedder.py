@@ -62,15 +62,15 @@ def test_a_guided_run_goes_on_as_if_never_interrupted(tmp_path, monkeypatch):
   assert experiment.forgetting.needs_question
   whole, resumed = tmp_path / "whole", tmp_path / "resumed"
   loop.train(experiment, whole)
-  wrote = MetricWriter.wrote
+  write = MetricWriter.write
 
   def stop(self, step, *args, **values):
-    wrote(self, step, *args, **values)
+    write(self, step, *args, **values)
     if step == 3:
       raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(MetricWriter, "wrote", stop)
+    patch.setattr(MetricWriter, "write", stop)
     with pytest.raises(KeyboardInterrupt):
       loop.train(experiment, resumed)
   before = (resumed / QUESTION_EMBEDDER).read_bytes()
@@ -89,7 +89,7 @@ def test_a_guided_run_goes_on_as_if_never_interrupted(tmp_path, monkeypatch):
   features = np.load(next(iter(sorted((folder / "features").glob("*.npy")))))
   memory = model.encode_memory(features.view("bfloat16"))
   kept = [
-    memory._kept.of_question(np.array(model.tokenizer.encode(text)))[0]
+    memory._answering.kept.of_question(np.array(model.tokenizer.encode(text)))[0]
     for text in ("What does the red fox do?", "Where is the card?")
   ]
   assert len(kept[0]) == len(kept[1]) and (kept[0] != kept[1]).any()
