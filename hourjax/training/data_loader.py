@@ -38,7 +38,7 @@ from hourjax.models.params import narrow_dtype
 from hourjax.parallel import hosts
 from hourjax.training.batch_sharding import BatchSharding
 from hourjax.training.config import Experiment
-from hourjax.training.train_step import TrainState
+from hourjax.training.train_state import TrainState
 
 _LISTED = 20  # reasons in a message
 MAX_WEIGHT = 10_000

@@ -13,11 +13,14 @@ tests.training.fork_server`, reads a request a line from standard input:
      "toy": whether the step is that of `toy`}
                     -> process id
     {"poll": id}    -> its status as of subprocess, null while it runs
+    {"warm": configuration} traces the shapes of its parameters, which all
+                    that is forked later finds done -> null
 """
 
 import collections
 import contextlib
 import gc
+import importlib
 import json
 import os
 import pathlib
@@ -28,6 +31,15 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).parents[2]
+# What hourjax.train imports, but not itself: its options are made in each
+# process that is forked.
+_IMPORTED = (
+  "hourjax.command",
+  "hourjax.parallel.hosts",
+  "hourjax.training.loop",
+  "ml_collections.config_flags",
+  "configs.demo",
+)
 # These libraries start threads when they are imported.
 _NO_THREADS = {
   "OPENBLAS_NUM_THREADS": "1",
@@ -118,6 +130,13 @@ def _serve() -> list[str] | None:
   running: set[int] = set()
   for line in sys.stdin:
     request = json.loads(line)
+    if "warm" in request:
+      from hourjax.models.params import param_shapes
+      from hourjax.training.config import build_experiment
+
+      param_shapes(build_experiment(request["warm"]).model)
+      print("null", flush=True)
+      continue
     if "poll" in request:
       pid, status = os.waitpid(request["poll"], os.WNOHANG)
       running.discard(pid)
@@ -170,10 +189,8 @@ def _become(request) -> None:
 
 
 if __name__ == "__main__":
-  # What hourjax.train imports, without its options: these are made in each
-  # process that is forked.
-  import ml_collections.config_flags  # noqa: F401
-
+  for name in _IMPORTED:
+    importlib.import_module(name)
   gc.collect()
   gc.freeze()  # else collections copy its memory in every fork
   arguments = _serve()

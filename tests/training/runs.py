@@ -74,6 +74,7 @@ def changed(experiment, **changes):
 @functools.cache
 def _server() -> Server:
   server = Server()
+  server.ask({"warm": small_config(pathlib.Path("data")).to_dict()})
   atexit.register(server.close)
   return server
 
