@@ -14,6 +14,7 @@ from hourjax.kernels.tpu.call import attend
 from tests.kernels.tpu import comparison
 from tests.kernels.tpu.comparison import NEVER, draw, runs
 
+slow = pytest.mark.slow
 QUERIES, KEYS, DIM = 40, 700, 128
 LEAN = 4
 FLOAT32 = 8 * 200 * 2**-23
@@ -76,7 +77,7 @@ dtypes = pytest.mark.parametrize(
   "dtype, tolerance",
   [
     pytest.param(jnp.float32, FLOAT32, id="float32"),
-    pytest.param(jnp.bfloat16, 3e-2, id="bfloat16", marks=pytest.mark.slow),
+    pytest.param(jnp.bfloat16, 3e-2, id="bfloat16", marks=slow),
   ],
 )
 
@@ -86,9 +87,10 @@ dtypes = pytest.mark.parametrize(
   "levels",
   [
     [(300, 200)],
-    [(128, 110)],  # within the first tile, after its first chunk
-    [(200, 60), (400, 120), (699, 180)],
-    [(0, -110), (400, 0)],
+    # Within the first tile, after its first chunk.
+    pytest.param([(128, 110)], marks=slow),
+    pytest.param([(200, 60), (400, 120), (699, 180)], marks=slow),
+    pytest.param([(0, -110), (400, 0)], marks=slow),
   ],
 )
 def test_a_steep_rise_is_computed_again(repeats, levels, dtype, tolerance):
@@ -101,10 +103,11 @@ def test_a_steep_rise_is_computed_again(repeats, levels, dtype, tolerance):
   "levels",
   [
     [(128, 50)],
-    [(0, 200), (10, 0)],
-    [(0, 200), (256, 0), (600, -200)],
-    [(0, -100), (100, -50)],
-    [(0, -100), (600, 0)],  # in a tile with padding the maximum runs
+    pytest.param([(0, 200), (10, 0)], marks=slow),
+    pytest.param([(0, 200), (256, 0), (600, -200)], marks=slow),
+    pytest.param([(0, -100), (100, -50)], marks=slow),
+    # In a tile with padding the maximum runs.
+    pytest.param([(0, -100), (600, 0)], marks=slow),
   ],
 )
 def test_a_gentle_rise_and_any_fall_are_not(repeats, levels, dtype, tolerance):
@@ -169,7 +172,7 @@ def test_huge_scores_do_not_overflow(repeats):
   assert repeats == [True]
 
 
-@pytest.mark.slow
+@slow
 def test_the_running_maximum_alone(repeats, monkeypatch):
   """Ordinary numbers, repeated because any sum is too large."""
   monkeypatch.setattr(attend, "LARGEST", 1.5)
