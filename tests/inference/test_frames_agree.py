@@ -227,7 +227,9 @@ def test_evaluating(model, folder, store, reading, tmp_path):
     notes = report.data["runs"][name]["notes"]
     expected = [frame_rules.sparse_note(1)] if features else []
     assert notes == expected
-    again = run.gather(fakes.make_task(task.questions), out)  # without the store
+    again = run.gather(
+      fakes.make_task(task.questions), out
+    )  # without the store
     assert again.about["notes"] == expected
   assert recording.made[-1].num_frames == 20
 

@@ -89,7 +89,9 @@ def test_a_guided_run_goes_on_as_if_never_interrupted(tmp_path, monkeypatch):
   features = np.load(next(iter(sorted((folder / "features").glob("*.npy")))))
   memory = model.encode_memory(features.view("bfloat16"))
   kept = [
-    memory._answering.kept.of_question(np.array(model.tokenizer.encode(text)))[0]
+    memory._answering.kept.of_question(np.array(model.tokenizer.encode(text)))[
+      0
+    ]
     for text in ("What does the red fox do?", "Where is the card?")
   ]
   assert len(kept[0]) == len(kept[1]) and (kept[0] != kept[1]).any()
