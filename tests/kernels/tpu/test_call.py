@@ -137,7 +137,7 @@ def _scarce(monkeypatch, name, inputs):
   [
     pytest.param("queries cut", marks=slow),
     pytest.param("keys cut", marks=slow),
-    "one tile of each",
+    pytest.param("one tile of each", marks=slow),
   ],
 )
 def test_little_scalar_memory(monkeypatch, name):

@@ -116,6 +116,7 @@ def test_rows_are_independent():
   assert not any(x[1].any() for x in (alone[0], *alone[2:]))
 
 
+@slow
 def test_the_same_bits_every_time():
   inputs = draw(5, *SHAPE)
   row = [(1, 30), (2, 9)], [(1, 280), (2, 400)]
@@ -172,7 +173,8 @@ def test_padding_may_hold_anything():
 # --- bfloat16 ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("heads", [8, pytest.param(7, marks=slow)])
+@slow
+@pytest.mark.parametrize("heads", [8, 7])
 def test_bfloat16(heads):
   """Weights and their gradients are rounded to 8 bits before they are used."""
   inputs = [

@@ -14,7 +14,7 @@ from hourjax.kernels.tpu.call import attend
 from tests.kernels.tpu import comparison
 from tests.kernels.tpu.comparison import NEVER, draw, runs
 
-slow = pytest.mark.slow
+slow = pytestmark = pytest.mark.slow  # a quick look has `test_kernels`
 QUERIES, KEYS, DIM = 40, 700, 128
 LEAN = 4
 FLOAT32 = 8 * 200 * 2**-23
