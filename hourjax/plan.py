@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from hourjax import command, progress
 from hourjax.planning import fit, plan, report, search
-from hourjax.planning.compiled_step import compile_step
+from hourjax.planning.compiled_step import LIMIT, compile_step
 from hourjax.planning.topology import parse_topology
 from hourjax.planning.workload import make_workload
 from hourjax.training.config import build_experiment
@@ -41,16 +41,19 @@ _COMPILED = flags.DEFINE_integer(
   "compiled", search.COMPILED, "Candidates that --search compiles.",
   lower_bound=1,
 )  # fmt: skip
+_LIMIT = flags.DEFINE_float(
+  "compile_limit", LIMIT, "Seconds to compile a step.", lower_bound=1
+)
 _FIX = flags.DEFINE_bool("fix", True, "Look for a change that makes it fit.")
 _TABLE = flags.DEFINE_list("table", None, "Files of plans, for one table.")
 
 
-def _say(text: str) -> None:
-  """Prints progress on stderr."""
+def _log(text: str) -> None:
+  """Prints a line about progress on standard error."""
   print(text, file=sys.stderr, flush=True)
 
 
-def planned() -> list[plan.Plan]:
+def make_plans() -> list[plan.Plan]:
   """Makes the plan of the configuration, or plans of a search, best first."""
   experiment = build_experiment(command.given(_CONFIG).to_dict())
   topology = parse_topology(command.given(_TOPOLOGY), _SLICES.value)
@@ -59,9 +62,9 @@ def planned() -> list[plan.Plan]:
   if _SEARCH.value:
     return search.search(
       experiment, topology, workload,
-      price=_PRICE.value, count=_COMPILED.value, say=_say,
+      price=_PRICE.value, count=_COMPILED.value, limit=_LIMIT.value, log=_log,
     )  # fmt: skip
-  compiled = compile_step(experiment, topology, workload)
+  compiled = compile_step(experiment, topology, workload, limit=_LIMIT.value)
   return [plan.evaluate(experiment, topology, workload, compiled, _PRICE.value)]
 
 
@@ -70,9 +73,10 @@ def main(_: list[str]) -> None:
   if _TABLE.value:
     print(report.table(_TABLE.value))
     return
-  plans = planned()
-  best = plans[0]
-  found = None if best.fits or not _FIX.value else fit.remedy(best, _say)
+  plans = make_plans()
+  best, found = plans[0], None
+  if not best.fits and _FIX.value:
+    found = fit.remedy(best, _log, _LIMIT.value)
   data = plan.as_data(best)
   if found is not None:
     data["remedy"] = list(found[0].flags)

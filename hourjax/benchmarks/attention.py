@@ -1,15 +1,17 @@
-"""Attention on the accelerator at hand, by the clock."""
-# MERGED hourjax.benchmarks.attention:
-# How near attention comes to a TPU's limits, without a TPU.
-#
-# The real compiler runs, for the shape of a training row, and tells its schedu
-# and its memory. Everything that is compiled is compiled in a child process.
+"""How near attention comes to the limits of a chip.
+
+For a TPU the real compiler runs, without a TPU, for the shape of a training
+row; its schedule and the memory that it allots are read. Everything is
+compiled in worker processes. Where there is an accelerator, attention is timed
+on it as well.
+"""
 
 import dataclasses
 import functools
 import importlib.util
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,10 +23,9 @@ from hourjax.benchmarks.attention_compile import (
   Compiled,
   Job,
   check_topology,
-  compile_in_child,
+  compile_attention,
   gradients,
   mib,
-  run_all,
 )
 from hourjax.benchmarks.attention_packed import (
   FRAME,
@@ -38,6 +39,7 @@ from hourjax.kernels.attention import attention
 from hourjax.kernels.tpu.tiles import AttentionTiles
 from hourjax.models.config import SIZES
 from hourjax.parallel.chips import CHIPS, attention_tiles, peak_flops
+from hourjax.planning.compile_pool import run_all
 
 # Dense bf16 operations a second of a GPU, by its maker's data sheet, by a part
 # of its `device_kind`.
@@ -48,7 +50,18 @@ _REPEATS = 5
 def measure(
   heads: int, kv_heads: int, dim: int, queries: int, keys: int
 ) -> dict[str, Any]:
-  """Figures of the default device, or why there are none."""
+  """Returns figures of the default device, or why there are none.
+
+  Args:
+    heads: query heads.
+    kv_heads: key and value heads.
+    dim: width of a head.
+    queries: queries of the row.
+    keys: memory tokens of the row.
+
+  Returns:
+    What `measure_here` returns on a TPU or GPU; else `missing`, the reason.
+  """
   if jax.default_backend() not in ("tpu", "gpu"):
     return {"missing": "no accelerator: this process runs on the CPU"}
   return measure_here(heads, kv_heads, dim, queries, keys)
@@ -57,7 +70,14 @@ def measure(
 def measure_here(
   heads: int, kv_heads: int, dim: int, queries: int, keys: int
 ) -> dict[str, Any]:
-  """Times the public call on the default device, whatever it is.
+  """Times the public attention call on the default device, whatever it is.
+
+  Args:
+    heads: query heads.
+    kv_heads: key and value heads.
+    dim: width of a head.
+    queries: queries of the row.
+    keys: memory tokens of the row.
 
   Returns:
     For forward and for forward with backward: seconds (the median of five
@@ -95,15 +115,21 @@ def _peak(device_kind: str) -> float | None:
   return flops and flops / 1e12
 
 
-def _attempt(function, *arguments) -> list[float] | str:
+def _attempt(
+  function: Callable[..., list[float]], *arguments: Any
+) -> list[float] | str:
+  """Returns the seconds that a function measures, or why it failed."""
   try:
     return function(*arguments)
-  except Exception as error:  # a rival's: whatever it is, it is reported
+  # Another library's attention may fail in any way; the figures say how.
+  except Exception as error:
     return f"{type(error).__name__}: {error}"[:300]
 
 
-def _jax_seconds(call, arrays, d_out) -> list[float]:
-  """Seconds of forward, and of forward with backward."""
+def _jax_seconds(
+  call: Callable, arrays: Sequence[jax.Array], d_out: jax.Array
+) -> list[float]:
+  """Returns the seconds of forward, and of forward with backward."""
   forward, backward = jax.jit(call), jax.jit(gradients(call))
   return [
     _median(lambda: jax.block_until_ready(forward(*arrays))),
@@ -111,18 +137,27 @@ def _jax_seconds(call, arrays, d_out) -> list[float]:
   ]
 
 
-def _cudnn(q, k, v, *_):
+def _cudnn(
+  q: jax.Array, k: jax.Array, v: jax.Array, *_: jax.Array
+) -> jax.Array:
   return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
-def _torch_seconds(q_shape, k_shape) -> list[float]:
-  """As `_jax_seconds`, of torch's flash attention; [B, H, T, C] there."""
+def _torch_seconds(
+  q_shape: tuple[int, ...], k_shape: tuple[int, ...]
+) -> list[float]:
+  """Returns the seconds of torch's flash attention, as `_jax_seconds`.
+
+  Args:
+    q_shape: `[B, T, H, C]`; torch wants `[B, H, T, C]`.
+    k_shape: `[B, S, K, C]`.
+  """
   if importlib.util.find_spec("torch") is None:
     raise ModuleNotFoundError("torch is not installed")
   import torch  # not among the requirements
   from torch.nn.attention import SDPBackend, sdpa_kernel
 
-  def array(shape):
+  def array(shape: tuple[int, ...]) -> torch.Tensor:
     batch, length, heads, dim = shape
     return torch.randn(
       (batch, heads, length, dim),
@@ -134,7 +169,7 @@ def _torch_seconds(q_shape, k_shape) -> list[float]:
   q, k, v = array(q_shape), array(k_shape), array(k_shape)
   d_out = torch.randn_like(q)
 
-  def forward():
+  def forward() -> torch.Tensor:
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
       out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, enable_gqa=True
@@ -142,14 +177,15 @@ def _torch_seconds(q_shape, k_shape) -> list[float]:
     torch.cuda.synchronize()
     return out
 
-  def both():
+  def both() -> None:
     torch.autograd.grad(forward(), (q, k, v), d_out)
     torch.cuda.synchronize()
 
   return [_median(forward), _median(both)]
 
 
-def _median(call) -> float:
+def _median(call: Callable[[], Any]) -> float:
+  """Returns the median seconds of five calls after a first one."""
   call()
   seconds = []
   for _ in range(_REPEATS):
@@ -159,8 +195,16 @@ def _median(call) -> float:
   return statistics.median(seconds)
 
 
-def _rates(product: float, peak: float | None, seconds: list[float]) -> dict:
-  """Figures from the operations of one T x S product of all heads."""
+def _rates(
+  product: float, peak: float | None, seconds: list[float]
+) -> dict[str, Any]:
+  """Returns the figures that follow from measured seconds.
+
+  Args:
+    product: operations of one T x S product of all heads.
+    peak: TFLOP/s that the device could reach, or None.
+    seconds: of forward, and of forward with backward.
+  """
   figures = {}
   names = ("forward", 2), ("forward_and_backward", 7)
   for (name, products), took in zip(names, seconds):
@@ -183,14 +227,14 @@ _SPLASH_KERNELS = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What is measured.
+  """Says what is measured.
 
   Attributes:
-    topology: that is compiled for: a generation and its chips.
-    model: "3b" or "7b": heads and head dim.
+    topology: what to compile for: a generation and its chips.
+    model: "3b" or "7b", whose heads and head dim are taken.
     queries: MemAug queries of the row.
     keys: memory tokens of the row; the default holds an hour of video.
-    tune: whether to look for tiles instead.
+    tune: whether to look for the best tiles instead.
   """
 
   topology: str = "v5p:2x2x1"
@@ -201,6 +245,7 @@ class Options:
 
   @property
   def generation(self) -> str:
+    """Returns the name of the generation, such as "v5p"."""
     return self.topology.partition(":")[0]
 
   @property
@@ -208,8 +253,13 @@ class Options:
     """Returns the kernels' tiles for bfloat16."""
     return CHIPS[self.generation].attention_tiles(jnp.bfloat16)
 
-  def job(self, what: str, **changes) -> Job:
-    """A job of this shape on one device of the topology."""
+  def job(self, what: str, **changes: Any) -> Job:
+    """Returns a job of this shape on one device of the topology.
+
+    Args:
+      what: see `Job`.
+      **changes: other fields of the job that differ.
+    """
     sizes = SIZES[self.model].decoder
     job = Job(
       what,
@@ -224,7 +274,11 @@ class Options:
     return job._replace(**changes)
 
   def check(self) -> None:
-    """Raises UserError for what does not exist."""
+    """Checks the options.
+
+    Raises:
+      UserError: a topology or a model does not exist, or a size is below 1.
+    """
     check_topology(self.topology)
     models = [name for name in SIZES if name != "tiny"]
     if self.model not in models:
@@ -235,12 +289,13 @@ class Options:
 
 
 def measure_attention(options: Options) -> dict[str, Any]:
-  """All figures as plain data, or with `tune` those of the tiles.
+  """Returns all figures as plain data, or with `tune` those of the tiles.
 
-  Shares are of the bf16 peak of one core. `share_of_peak` is that of the
-  branch that a visit takes whose keys are all of one segment;
-  `share_with_overhead` adds what every visit runs besides, but not the
-  beginning and the end of an output tile.
+  Shares are of the bf16 peak of one core. The kernel visits one pair of a
+  query tile and a key tile after the other. `share_of_peak` is the share of
+  the branch that a visit takes if all its keys are of one segment;
+  `share_with_overhead` adds what every visit runs besides, but not what
+  begins and ends an output tile.
 
   Raises:
     UserError: for an unknown topology or model, or one that the compiler
@@ -252,7 +307,8 @@ def measure_attention(options: Options) -> dict[str, Any]:
   pod = CHIPS[options.generation].bench
   sharded = functools.partial(options.job, "sharded", devices=8)
   day = -(-_DAY // (64 * 2048)) * 64 * 2048
-  steps = {
+  # Name -> the job and the kernels whose schedule is read.
+  steps: dict[str, tuple[Job, *tuple[str, ...]]] = {
     "forward": (options.job("forward"), "attention_forward"),
     "backward": (options.job("backward"), "attention_backward"),
     "splash": (options.job("splash"), *_SPLASH_KERNELS),
@@ -268,14 +324,22 @@ def measure_attention(options: Options) -> dict[str, Any]:
     "2s": (sharded(topology=pod.of_8, keys=2 * options.keys),),
   }
   calls = {
-    name: functools.partial(compile_in_child, *arguments)
-    for name, arguments in steps.items()
+    name: functools.partial(compile_attention, job, *kernels)
+    for name, (job, *kernels) in steps.items()
   }
-  return report(options, run_all("attention", calls))
+  return collect_figures(options, run_all("attention", calls))
 
 
-def report(options: Options, compiled: dict[str, Compiled]) -> dict[str, Any]:
-  """The figures of `measure_attention`, from the programs by name."""
+def collect_figures(options: Options, compiled: dict[str, Compiled]) -> dict[str, Any]:
+  """Returns the figures of `measure_attention` from compiled programs.
+
+  Args:
+    options: what is measured.
+    compiled: the programs by the names that `measure_attention` gives them.
+
+  Raises:
+    UserError: the compiler's schedule has another layout than the one known.
+  """
   job, generation = options.job("forward"), options.generation
   try:
     regions = {
@@ -334,7 +398,13 @@ def report(options: Options, compiled: dict[str, Compiled]) -> dict[str, Any]:
 def kernel_figures(
   call: Call, compiled: Compiled, options: Options
 ) -> dict[str, Any]:
-  """Shares of peak of one of our kernels, and what its program takes."""
+  """Returns the shares of peak of one of our kernels, and its memory.
+
+  Args:
+    call: the kernel with the pieces of its schedule.
+    compiled: the program in which it stands.
+    options: what is measured.
+  """
   _, shape = call.cut(options.queries, options.keys)
   chip = call.generation
   flops = (10 if call.by_key else 4) * call.dim * shape.rows * shape.keys
@@ -352,6 +422,11 @@ def kernel_figures(
 
 
 def _kernel(compiled: Compiled, name: str) -> list[schedule.Piece]:
+  """Returns the pieces of a kernel of this name.
+
+  Raises:
+    ValueError: it was not compiled.
+  """
   found = compiled.kernels[name]
   if not found:
     raise ValueError(f"{name} was not compiled: {compiled.missing}")
@@ -361,10 +436,16 @@ def _kernel(compiled: Compiled, name: str) -> list[schedule.Piece]:
 def _splash(
   compiled: Compiled, names: tuple[str, ...], products: int, job: Job
 ) -> dict[str, Any]:
-  """Figures of splash's kernels of these names, which share the products.
+  """Returns figures of splash's kernels of these names, taken together.
 
   The pieces with products are taken to be the visit of one block of queries
-  and one of keys; `products` counts useful operations by pair and dim.
+  and one block of keys.
+
+  Args:
+    compiled: the program.
+    names: the kernels among which the work is divided.
+    products: useful operations by pair of query and key and by dim.
+    job: what was compiled.
   """
   kernels = [compiled.kernels[f"splash_mha_{name}\\w*"] for name in names]
   memory = compiled.memory()
@@ -376,15 +457,15 @@ def _splash(
 
 
 def _day(compiled: Compiled, generation: str) -> dict[str, Any]:
-  """What a device of 64 holds of a day of video, forward and backward."""
-  figures = compiled.figures
-  if figures is None:
+  """Returns what each of 64 devices holds of a day of video with gradients."""
+  found = compiled.figures
+  if found is None:
     return compiled.memory()
   arrays = {
-    f"{name}_mib": mib(figures[name])
+    f"{name}_mib": mib(found[name])
     for name in ("arguments", "outputs", "temporaries")
   }
-  held = figures["arguments"] + figures["temporaries"]
+  held = found["arguments"] + found["temporaries"]
   limit = CHIPS[generation].limit
   return {
     "devices": 64,
@@ -398,7 +479,7 @@ def _day(compiled: Compiled, generation: str) -> dict[str, Any]:
 
 
 def _sent(compiled: Compiled) -> float | str:
-  """MiB of collectives of a device, or why they are not known."""
+  """Returns MiB of collectives of a device, or why they are not known."""
   if compiled.figures is None:
     return compiled.missing
   return mib(sum(compiled.figures["collectives"].values()))

@@ -1,18 +1,15 @@
-"""Compiles one attention call for a TPU, in a process of its own.
+"""One attention call, compiled for a TPU in a worker process.
 
-An impossible topology ends the process, and the compiler reads its flags when
-it is loaded: so `attention_compile` starts this file, gives it a `Job` as JSON
-on standard input, and it prints one line of JSON. No TPU is needed.
+`compile_attention` starts this module as a worker (see
+`planning.compile_pool`), which reads a `Job` as JSON from standard input and
+prints one line of JSON, and then reads the schedule that the compiler leaves
+behind. No TPU is needed.
 """
-# MERGED hourjax.benchmarks.attention_compile:
-# Starts `attention_child` and reads what the compiler leaves behind.
 
-import concurrent.futures
+import collections
 import functools
 import json
-import math
 import pathlib
-import re
 import sys
 import tempfile
 import time
@@ -27,7 +24,6 @@ from jax.experimental.pallas.ops.tpu import splash_attention as library
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hourjax import progress
 from hourjax.benchmarks import schedule
 from hourjax.benchmarks.schedule import Piece
 from hourjax.errors import UserError
@@ -36,29 +32,30 @@ from hourjax.kernels.sharded import Sharding
 from hourjax.kernels.tpu import call as tpu
 from hourjax.kernels.tpu.tiles import AttentionTiles, Tiles
 from hourjax.parallel.chips import CHIPS
-from hourjax.planning.compile_pool import REASON, ask_child
+from hourjax.planning import hlo, traffic
+from hourjax.planning.compile_pool import REASON, run_worker
+from hourjax.planning.topology import parse_topology
 
 SPLASH_BLOCK = 1024  # of queries and of keys
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "f64": 8}
-_COLLECTIVE = re.compile(
-  r"= (.+?) (all-reduce|all-gather|reduce-scatter|all-to-all"
-  r"|collective-permute)(-start)?\("
-)
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_LIMIT = 240  # seconds for one program
 
 
 class Job(NamedTuple):
-  """What to compile: one row of the batch, bfloat16.
+  """Describes what to compile: attention of one row of a batch, in bfloat16.
 
   Attributes:
     what: "forward" or "backward" of our kernels, "splash" or
       "splash_backward", "xla" or "xla_backward", or "sharded": the public
       call with its gradient, the memory split over all devices.
-    topology: of the compiler, such as "v5p:2x2x1".
-    devices: of it to compile for.
-    heads, kv_heads, dim, queries, keys: the call's sizes.
-    tiles: `Tiles` for our kernels, or None for those of the chip.
-    fused: whether splash computes dq with dk and dv.
+    topology: the topology of the compiler, such as "v5p:2x2x1".
+    devices: how many of its devices to compile for.
+    heads: query heads.
+    kv_heads: key and value heads.
+    dim: width of a head.
+    queries: positions that ask.
+    keys: memory tokens.
+    tiles: `Tiles` for our kernel, or None for those of the chip.
+    fused: whether splash computes dq together with dk and dv.
   """
 
   what: str
@@ -74,63 +71,121 @@ class Job(NamedTuple):
 
   @property
   def generation(self) -> str:
+    """Returns the name of the generation, such as "v5p"."""
     return self.topology.partition(":")[0]
 
 
-class Collective(NamedTuple):
-  """One collective of a compiled program."""
+class Compiled(NamedTuple):
+  """Holds what is known of a compiled program.
 
-  kind: str  # "all-reduce", "all-gather", ...
-  dtype: str  # as XLA writes it: "f32"
-  bytes: int  # of its result on one device
+  Attributes:
+    figures: what `compile_job` returns; None if it was not compiled.
+    missing: the reason if it was not compiled, in short.
+    kernels: by pattern, the pieces of each kernel whose name matches it.
+  """
 
+  figures: dict[str, Any] | None
+  missing: str
+  kernels: dict[str, list[list[Piece]]]
 
-def collectives(hlo: str) -> list[Collective]:
-  """All arrays that the program's collectives send, one entry an array."""
-  found = []
-  for result, kind, start in _COLLECTIVE.findall(hlo):
-    arrays = _ARRAY.findall(result)
-    if start and kind != "all-reduce":  # operands, results, and counters
-      arrays = (
-        arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[1:]
-      )
-      arrays = arrays[:1]
-    for dtype, sizes in arrays:
-      count = math.prod(int(n) for n in sizes.split(",") if n)
-      found.append(Collective(kind, dtype, count * _BYTES.get(dtype, 4)))
-  return found
+  def memory(self) -> dict[str, Any]:
+    """Returns MiB of temporaries in HBM, or why there is no such number."""
+    if self.figures is None:
+      return {"not_compiled": self.missing}
+    return {"hbm_temporaries_mib": mib(self.figures["temporaries"])}
 
 
-def collective_bytes(hlo: str) -> int:
-  """Bytes of the results of a compiled program's collectives, per device."""
-  return sum(each.bytes for each in collectives(hlo))
+def mib(size: float) -> float:
+  """Returns a number of bytes in MiB, rounded to one decimal."""
+  return round(size / (1 << 20), 1)
+
+
+def check_topology(name: str) -> None:
+  """Refuses a topology that this benchmark does not know.
+
+  Args:
+    name: a generation and its chips, such as "v5e:2x4".
+
+  Raises:
+    UserError: the generation or the shape does not exist, or its entry in
+      `parallel.chips` has no topologies for the benchmark.
+  """
+  generation = name.partition(":")[0]
+  known = [name for name, chip in CHIPS.items() if chip.knows("bench")]
+  if generation not in known:
+    raise UserError(
+      f"--topology={name}: {generation!r} is no generation of TPU; known are"
+      f" {', '.join(known)}"
+    )
+  parse_topology(name)
+
+
+def compile_attention(job: Job, *kernels: str) -> Compiled:
+  """Compiles a job in a worker process.
+
+  Args:
+    job: what to compile.
+    *kernels: patterns of names of kernels whose schedule is read. The
+      compiler writes a schedule as soon as it has compiled the kernel, so it
+      is there even if the rest of the program takes longer than the worker
+      may run.
+
+  Raises:
+    UserError: the compiler refuses for another reason than memory.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    flags = schedule.DUMP_FLAGS.format(folder=folder) if kernels else ""
+    figures, missing = _run_job(job, flags)
+    read = {
+      name: schedule.read_kernels(pathlib.Path(folder), name)
+      for name in kernels
+    }
+  return Compiled(figures, missing, read)
+
+
+def _run_job(job: Job, flags: str) -> tuple[dict[str, Any] | None, str]:
+  """Returns the worker's figures, or None and the reason."""
+  outcome = run_worker(
+    "hourjax.benchmarks.attention_compile",
+    job._asdict(),
+    limit=_LIMIT,
+    flags=flags,
+  )
+  if outcome.late:
+    return None, outcome.reason
+  if outcome.answer is None:
+    raise UserError(
+      f"--topology={job.topology}: cannot compile {job.what} for"
+      f" {job.devices} device(s), {job.queries} queries and {job.keys} keys:"
+      f" {outcome.reason}"
+    )
+  if "exhausted" in outcome.answer:
+    return None, outcome.answer["exhausted"].splitlines()[0][:REASON]
+  return outcome.answer, ""
 
 
 def compile_job(job: Job) -> dict[str, Any]:
-  """Compiles for the job's topology.
+  """Compiles a job for its topology, in this process.
 
   Returns:
-    Bytes of arguments, outputs and temporaries of one device, as the compiler
-    allots them, seconds that compiling took, and bytes of collectives by kind
-    and dtype.
+    `arguments`, `outputs` and `temporaries`: bytes of one device, as the
+    compiler allots them; `seconds` that compiling took; and `collectives`,
+    see `collective_bytes`.
   """
-  layout = [int(n) for n in job.topology.partition(":")[2].split("x")]
-  bounds = {}
-  if math.prod(layout) < 4:  # less than the host that is assumed
-    bounds["chips_per_host_bounds"] = (*layout, 1, 1)[:3]
+  wanted = parse_topology(job.topology)
   topology = topologies.get_topology_desc(
-    platform="tpu", topology_name=job.topology, **bounds
+    platform="tpu", topology_name=wanted.name, **wanted.bounds
   )
   mesh = Mesh(np.array(topology.devices[: job.devices]), ("seq",))
-  function, arguments = _call(job, mesh)
+  function, arguments = _function_and_arguments(job, mesh)
   began = time.monotonic()
   compiled = jax.jit(function).lower(*arguments).compile()
   seconds = time.monotonic() - began
-  memory = compiled.memory_analysis()
+  memory = hlo.program_memory(compiled)
   sent = {}
-  for each in collectives(compiled.as_text()) if job.devices > 1 else ():
-    name = f"{each.kind} {each.dtype}"
-    sent[name] = sent.get(name, 0) + each.bytes
+  if job.devices > 1:
+    program = hlo.parse(hlo.program_text(compiled))
+    sent = collective_bytes(program, traffic.Layout.of(mesh))
   return {
     "arguments": memory.argument_size_in_bytes,
     "outputs": memory.output_size_in_bytes,
@@ -140,11 +195,33 @@ def compile_job(job: Job) -> dict[str, Any]:
   }
 
 
-def _call(job: Job, mesh: Mesh):
-  """A function and the abstract arrays to call it with."""
+def collective_bytes(
+  program: hlo.Program, layout: traffic.Layout
+) -> dict[str, int]:
+  """Returns the bytes that a program's collectives gather, reduce or move.
+
+  Args:
+    program: as compiled for the mesh.
+    layout: the layout of the mesh.
+
+  Returns:
+    Bytes of the whole results, by kind and dtype: "all-reduce f32".
+  """
+  found = collections.Counter()
+  for each in traffic.collectives(program, layout):
+    found[f"{each.kind} {each.dtype}"] += int(each.times * each.payload)
+  return dict(found)
+
+
+def _function_and_arguments(
+  job: Job, mesh: Mesh
+) -> tuple[Callable, tuple[jax.ShapeDtypeStruct, ...]]:
+  """Returns the job's function and the abstract arrays to call it with."""
   split = job.what == "sharded"
 
-  def array(shape, dtype, spec):
+  def array(
+    shape: tuple[int, ...], dtype: jax.typing.DTypeLike, spec: P
+  ) -> jax.ShapeDtypeStruct:
     sharding = NamedSharding(mesh, spec if split else P())
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
@@ -160,15 +237,19 @@ def _call(job: Job, mesh: Mesh):
   if split:
     call = functools.partial(attention, sharding=sharding, tiles=_tiles(job))
     return gradients(call), (*arguments, q)
+  # What the backward kernel takes besides: the log-sum-exp of each query and
+  # head, and the sum of its output times the output's gradient.
   numbers = array(q.shape[:3], jnp.float32, specs.q)
-  function, more = {
+  jaxs = functools.partial(splash, job.fused)
+  functions: dict[str, tuple[Callable, tuple[jax.ShapeDtypeStruct, ...]]] = {
     "forward": (_forward(job), ()),
     "backward": (_backward(job), (numbers, numbers, q)),
-    "splash": (functools.partial(splash, job.fused), ()),
-    "splash_backward": (gradients(functools.partial(splash, job.fused)), (q,)),
+    "splash": (jaxs, ()),
+    "splash_backward": (gradients(jaxs), (q,)),
     "xla": (xla, ()),
     "xla_backward": (gradients(xla), (q,)),
-  }[job.what]
+  }
+  function, more = functions[job.what]
   local = jax.shard_map(
     function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False
   )
@@ -176,27 +257,45 @@ def _call(job: Job, mesh: Mesh):
 
 
 def _tiles(job: Job) -> AttentionTiles:
-  """Returns the generation's tiles, or the job's for its kernel."""
+  """Returns the generation's tiles, with the job's own for its kernel."""
   tiles = CHIPS[job.generation].attention_tiles(jnp.bfloat16)
   if job.tiles is None:
     return tiles
-  return tiles._replace(**{job.what: Tiles(*job.tiles)})
+  own = Tiles(*job.tiles)
+  if job.what == "forward":
+    return tiles._replace(forward=own)
+  return tiles._replace(backward=own)
 
 
-def _forward(job: Job):
+def _forward(job: Job) -> Callable:
   return functools.partial(
     tpu.forward, out_dtype=jnp.bfloat16, tiles=_tiles(job)
   )
 
 
-def _backward(job: Job):
+def _backward(job: Job) -> Callable:
   return functools.partial(tpu.backward, tiles=_tiles(job))
 
 
-def gradients(call):
-  """The vector-Jacobian product of an attention call, as a function."""
+def gradients(call: Callable) -> Callable:
+  """Returns a function that computes the gradients of an attention call.
 
-  def function(q, k, v, query_segment, key_segment, d_out):
+  Args:
+    call: takes q, k, v, query_segment and key_segment.
+
+  Returns:
+    A function of the same arrays and the gradient of the output, which
+    returns the gradients of q, k and v.
+  """
+
+  def function(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query_segment: jax.Array,
+    key_segment: jax.Array,
+    d_out: jax.Array,
+  ) -> tuple[jax.Array, ...]:
     _, pull = jax.vjp(
       lambda *inputs: call(*inputs, query_segment, key_segment), q, k, v
     )
@@ -205,12 +304,30 @@ def gradients(call):
   return function
 
 
-def splash(fused, q, k, v, query_segment, key_segment):
-  """jax's splash attention between all queries and keys of a segment."""
+def splash(
+  fused: bool,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  query_segment: jax.Array,
+  key_segment: jax.Array,
+) -> jax.Array:
+  """Computes attention by the splash kernel that comes with jax.
+
+  Args:
+    fused: whether its backward pass computes dq together with dk and dv.
+    q: queries `[1, T, H, C]`.
+    k: keys `[1, S, K, C]`.
+    v: values `[1, S, K, C]`.
+    query_segment: segment ids `[1, T]`.
+    key_segment: segment ids `[1, S]`.
+
+  Returns:
+    The output `[1, T, H, C]`.
+  """
   block = SPLASH_BLOCK
-  q_, k_, v_ = (_blocks(x, block).swapaxes(1, 2) for x in (q, k, v))
+  q_, k_, v_ = (_pad_to_blocks(x, block).swapaxes(1, 2) for x in (q, k, v))
   mask = library.FullMask((q_.shape[2], k_.shape[2]))
-  dq = {} if fused else {"block_q_dq": block, "block_kv_dq": block}
   call = library.make_splash_mha(
     library.MultiHeadMask([mask] * q.shape[2]),
     block_sizes=library.BlockSizes(
@@ -220,34 +337,60 @@ def splash(fused, q, k, v, query_segment, key_segment):
       block_q_dkv=block,
       block_kv_dkv=block,
       block_kv_dkv_compute=block,
+      block_q_dq=None if fused else block,
+      block_kv_dq=None if fused else block,
       use_fused_bwd_kernel=fused,
-      **dq,
     ),
     head_shards=1,
     q_seq_shards=1,
   )
   ids = library.SegmentIds(
-    _blocks(query_segment, block), _blocks(key_segment, block)
+    _pad_to_blocks(query_segment, block), _pad_to_blocks(key_segment, block)
   )
   out = jax.vmap(call)(q_, k_, v_, ids)
   return out.swapaxes(1, 2)[:, : q.shape[1]]
 
 
-def xla(q, k, v, query_segment, key_segment):
-  """Attention as XLA computes it, with a T x S matrix."""
+def xla(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  query_segment: jax.Array,
+  key_segment: jax.Array,
+) -> jax.Array:
+  """Computes attention by XLA, which builds a T x S matrix.
+
+  Args:
+    q: queries `[1, T, H, C]`.
+    k: keys `[1, S, K, C]`.
+    v: values `[1, S, K, C]`.
+    query_segment: segment ids `[1, T]`.
+    key_segment: segment ids `[1, S]`.
+
+  Returns:
+    The output `[1, T, H, C]`.
+  """
   same = query_segment[:, :, None] == key_segment[:, None]
   return jax.nn.dot_product_attention(q, k, v, mask=same[:, None])
 
 
-def _blocks(x, block):
-  """x with zeros up to whole blocks along axis 1."""
+def _pad_to_blocks(x: jax.Array, block: int) -> jax.Array:
+  """Returns x with zeros up to whole blocks along axis 1."""
   widths = [(0, 0)] * x.ndim
   widths[1] = (0, -x.shape[1] % block)
   return jnp.pad(x, widths)
 
 
 def answer(text: str) -> str:
-  """The answer to a job in JSON, in JSON: figures, or what ran out."""
+  """Returns the answer to a job: figures, or the compiler's last words.
+
+  Args:
+    text: a job as JSON.
+
+  Returns:
+    What `compile_job` returns, as JSON; or `exhausted`, the message of the
+    compiler if memory was not enough.
+  """
   try:
     return json.dumps(compile_job(Job(**json.loads(text))))
   except jax.errors.JaxRuntimeError as error:
@@ -258,112 +401,3 @@ def answer(text: str) -> str:
 
 if __name__ == "__main__":
   print(answer(sys.stdin.read()))
-
-
-_LAYOUT = re.compile(r"\d+(x\d+){1,2}")
-_AT_ONCE = 2  # programs that are compiled
-_LIMIT = 240  # seconds for one program
-
-
-class Compiled(NamedTuple):
-  """What is known of a compiled program.
-
-  Attributes:
-    figures: of `attention_child.compile_job`; None if it was not compiled.
-    missing: the reason then, in short.
-    kernels: pieces of the kernels that were asked for, by pattern.
-  """
-
-  figures: dict[str, Any] | None
-  missing: str
-  kernels: dict[str, list[list[Piece]]]
-
-  def memory(self) -> dict[str, Any]:
-    """MiB of temporaries in HBM, or why there is no such number."""
-    if self.figures is None:
-      return {"not_compiled": self.missing}
-    return {"hbm_temporaries_mib": mib(self.figures["temporaries"])}
-
-
-def mib(size: float) -> float:
-  """Bytes in MiB."""
-  return round(size / (1 << 20), 1)
-
-
-def check_topology(name: str) -> None:
-  """Raises UserError for a topology that no compiler knows."""
-  generation, _, layout = name.partition(":")
-  known = [name for name, chip in CHIPS.items() if chip.knows("bench")]
-  if generation not in known:
-    raise UserError(
-      f"--topology={name}: {generation!r} is no generation of TPU; known are"
-      f" {', '.join(known)}"
-    )
-  if not _LAYOUT.fullmatch(layout):
-    raise UserError(
-      f"--topology={name}: give its chips, such as {generation}:2x4"
-    )
-
-
-def compile_in_child(job: Job, *kernels: str) -> Compiled:
-  """Compiles in a process of its own.
-
-  Args:
-    job: what to compile.
-    *kernels: patterns of the kernels whose schedule is read. It is there as
-      soon as a kernel is compiled, even if the rest of the program takes
-      longer than `_LIMIT`.
-
-  Raises:
-    UserError: if the compiler refuses for another reason than memory.
-  """
-  with tempfile.TemporaryDirectory() as folder:
-    flags = schedule.DUMP_FLAGS.format(folder=folder) if kernels else ""
-    figures, missing = _run(job, flags)
-    read = {
-      name: schedule.read_kernels(pathlib.Path(folder), name)
-      for name in kernels
-    }
-  return Compiled(figures, missing, read)
-
-
-def run_all(name: str, calls: dict[str, Callable]) -> dict[str, Any]:
-  """Calls of no argument, a few at once, and their results by name.
-
-  The first error cancels those that have not begun.
-  """
-  results = {}
-  with (
-    concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool,
-    progress.bar(len(calls), unit="program", desc=name) as shown,
-  ):
-    waiting = {pool.submit(call): key for key, call in calls.items()}
-    try:
-      for done in concurrent.futures.as_completed(waiting):
-        results[waiting[done]] = done.result()
-        shown.set_postfix_str(waiting[done], refresh=False)
-        shown.update()
-    finally:
-      pool.shutdown(wait=False, cancel_futures=True)
-  return results
-
-
-def _run(job: Job, flags: str) -> tuple[dict[str, Any] | None, str]:
-  """The child's figures, or None and why not."""
-  found = ask_child(
-    "hourjax.benchmarks.attention_compile",
-    job._asdict(),
-    limit=_LIMIT,
-    flags=flags,
-  )
-  if found.late:
-    return None, found.reason
-  if found.answer is None:
-    raise UserError(
-      f"--topology={job.topology}: cannot compile {job.what} for"
-      f" {job.devices} device(s), {job.queries} queries and {job.keys} keys:"
-      f" {found.reason}"
-    )
-  if "exhausted" in found.answer:
-    return None, found.answer["exhausted"].splitlines()[0][:REASON]
-  return found.answer, ""

@@ -11,12 +11,12 @@ from hourjax.benchmarks import schedule
 from hourjax.benchmarks.attention_compile import (
   Compiled,
   Job,
-  compile_in_child,
-  run_all,
+  compile_attention,
 )
 from hourjax.errors import UserError
 from hourjax.kernels.tpu import call
 from hourjax.kernels.tpu.tiles import AttentionTiles, Shape, Tiles, cut
+from hourjax.planning.compile_pool import run_all
 
 _ROWS, _KEYS = (512, 1024, 2048), (512, 1024, 2048, 4096)
 _CHUNKS, _UNITS = (256, 512, 1024), (256, 512, 1024)
@@ -32,11 +32,13 @@ _QUERY_TILES, _KEY_TILES = 32, 64
 
 
 def tune(job: Job, limits: AttentionTiles) -> dict[str, Any]:
-  """Ranks tiles by `schedule.overhead_share` at the job's shape.
+  """Compiles candidates of tiles and ranks them by their share of the peak.
+
+  The share is `schedule.overhead_share` at the job's shape.
 
   Args:
-    job: whose sizes and topology count.
-    limits: whose VMEM is the limit.
+    job: its sizes and its topology count.
+    limits: its VMEM is the limit.
 
   Returns:
     For each kernel the candidates, best first, with the share of peak of a
@@ -67,10 +69,15 @@ def tune(job: Job, limits: AttentionTiles) -> dict[str, Any]:
 
 
 def candidates(job: Job, limits: AttentionTiles, what: str) -> list[Tiles]:
-  """Tiles that fit VMEM, neither too small nor too large to compile.
+  """Returns tiles that fit VMEM, neither too small nor too large to compile.
 
-  Those with one chunk are left out: their loop over chunks is none, and the
-  kernel's pieces could not be told apart.
+  Tiles of one chunk are left out: the compiler makes no loop over one chunk,
+  and so the pieces of the kernel could not be told apart.
+
+  Args:
+    job: its sizes count.
+    limits: its VMEM is the limit.
+    what: "forward" or "backward".
   """
   least, most = _SCORES[what]
   found = []
@@ -86,7 +93,14 @@ def candidates(job: Job, limits: AttentionTiles, what: str) -> list[Tiles]:
 
 
 def vmem(job: Job, limits: AttentionTiles, what: str, tiles: Tiles) -> int:
-  """Bytes of VMEM that the kernel takes with these tiles."""
+  """Returns the bytes of VMEM that a kernel takes with these tiles.
+
+  Args:
+    job: its sizes count.
+    limits: its VMEM is the limit.
+    what: "forward" or "backward".
+    tiles: the tiles of that kernel.
+  """
   if what == "forward":
     return call.forward_vmem(_shape(job, tiles), 2)
   q, k = (
@@ -99,6 +113,7 @@ def vmem(job: Job, limits: AttentionTiles, what: str, tiles: Tiles) -> int:
 
 
 def _shape(job: Job, tiles: Tiles) -> Shape:
+  """Returns how tiles cut the job's arrays."""
   return cut(
     tiles,
     queries=job.queries,
@@ -109,7 +124,7 @@ def _shape(job: Job, tiles: Tiles) -> Shape:
 
 
 def _compile(job: Job, what: str, tiles: Tiles) -> Compiled | str:
-  """A few tiles' program, or why the compiler refuses."""
+  """Compiles a program of a few tiles; returns a refusal as text."""
   shape = _shape(job, tiles)
   small = job._replace(
     what=what,
@@ -118,7 +133,7 @@ def _compile(job: Job, what: str, tiles: Tiles) -> Compiled | str:
     keys=min(job.keys, _KEY_TILES * shape.keys),
   )
   try:
-    return compile_in_child(small, f"attention_{what}")
+    return compile_attention(small, f"attention_{what}")
   except UserError as error:
     return str(error)
 
@@ -126,6 +141,7 @@ def _compile(job: Job, what: str, tiles: Tiles) -> Compiled | str:
 def _figures(
   job: Job, what: str, tiles: Tiles, compiled: Compiled | str
 ) -> dict[str, Any]:
+  """Returns the figures of one candidate, or why there are none."""
   if isinstance(compiled, str):
     return {"refused": compiled}
   kernels = compiled.kernels[f"attention_{what}"]
@@ -139,7 +155,8 @@ def _figures(
   }[what]
   try:
     regions = read(kernels[0])
-  except ValueError as error:  # another layout than the one that is known
+  # The compiler has laid the kernel out in another way than the one known.
+  except ValueError as error:
     return {"refused": str(error)}
   share = schedule.overhead_share(flops, regions, job.generation)
   return {

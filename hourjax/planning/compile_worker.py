@@ -1,7 +1,7 @@
-"""Compiles a training step for a TPU topology; started by `step`.
+"""The worker process that compiles a training step for a TPU topology.
 
-Reads a task as JSON from standard input and prints the answer as one line of
-JSON (see `children`). No TPU is needed.
+`compiled_step` starts it through `compile_pool`. It reads a task as JSON from
+standard input and prints the answer as one line of JSON. No TPU is needed.
 """
 
 import collections
@@ -10,6 +10,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -32,17 +33,22 @@ _KINDS = {
 }
 
 
-def compile_step(task: dict[str, Any]) -> dict[str, Any]:
-  """Compiles every program of a step.
+def compile_programs(task: dict[str, Any]) -> dict[str, Any]:
+  """Compiles every program of a training step.
 
   Args:
     task: `experiment` (nested, as `build_experiment` takes it), `topology`,
-      `slices`, `bounds` (for `get_topology_desc`) and `unknown_trips`.
+      `slices`, `bounds` (for `get_topology_desc`) and `unknown_trips` (how
+      many turns a loop counts whose length only the data decides).
 
   Returns:
-    `mesh` (axes and sizes), `links` (see `_links`) and `programs` by name:
-    bytes, traffic and the seconds that compiling took; or `exhausted`, the
-    compiler's message and the program's name; or `user_error`.
+    `mesh` (axes and their sizes), `links` (by axes, see `group_links`) and
+    `programs` by name: what `read_program` returns, and the seconds that
+    compiling took. If the compiler ran out of memory, `exhausted`, which is
+    its message, and `program`, the name of the program.
+
+  Raises:
+    UserError: the configuration does not suit the topology.
   """
   experiment = build_experiment(task["experiment"])
   slices = {"num_slices": task["slices"]} if task["slices"] > 1 else {}
@@ -55,28 +61,32 @@ def compile_step(task: dict[str, Any]) -> dict[str, Any]:
   mesh = make_mesh(experiment.mesh, topology.devices)
   lowered = lower_programs(experiment, mesh)
   with concurrent.futures.ThreadPoolExecutor(len(lowered)) as pool:
-    began = {
-      name: pool.submit(_compiled, each, mesh, task["unknown_trips"])
+    running = {
+      name: pool.submit(_compile, each, mesh, task["unknown_trips"])
       for name, each in lowered.items()
     }
-  found = {}
-  for name, running in began.items():
+  programs = {}
+  for name, future in running.items():
     try:
-      found[name] = running.result()
+      programs[name] = future.result()
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       return {"exhausted": str(error), "program": name}
-  used = {line["axes"] for each in found.values() for line in each["traffic"]}
+  used = {
+    line["axes"] for each in programs.values() for line in each["traffic"]
+  }
   return {
     "mesh": dict(mesh.shape),
     "links": {axes: group_links(mesh, axes.split("+")) for axes in used},
-    "programs": found,
+    "programs": programs,
   }
 
 
-def _compiled(lowered: jax.stages.Lowered, mesh, unknown_trips):
-  """What is read of a program, and the seconds that compiling it took."""
+def _compile(
+  lowered: jax.stages.Lowered, mesh: Mesh, unknown_trips: float
+) -> dict[str, Any]:
+  """Returns what is read of a program, and the seconds to compile it."""
   began = time.monotonic()
   compiled = lowered.compile()
   seconds = time.monotonic() - began
@@ -86,16 +96,28 @@ def _compiled(lowered: jax.stages.Lowered, mesh, unknown_trips):
 def read_program(
   compiled: jax.stages.Compiled, mesh: Mesh, unknown_trips: float
 ) -> dict[str, Any]:
-  """Bytes of one device by kind of argument, and what the program sends."""
-  program = hlo.parse(compiled.as_text())
-  memory = compiled.memory_analysis()
+  """Returns the memory that a program takes and the bytes that it sends.
+
+  Args:
+    compiled: the program.
+    mesh: the mesh that it was compiled for.
+    unknown_trips: how many turns a loop counts whose length only the data
+      decides.
+
+  Returns:
+    `arguments`, `temporaries` and `kinds` (see `argument_kinds`) in bytes of
+    one device, and `traffic` as `traffic.by_axis` lists it.
+  """
+  program = hlo.parse(hlo.program_text(compiled))
+  memory = hlo.program_memory(compiled)
   sent = traffic.collectives(program, traffic.Layout.of(mesh), unknown_trips)
   return {
     "arguments": memory.argument_size_in_bytes,
-    # All that is there beside the arguments while it runs, and its code. The
-    # compiler's own `temp_size` is no limit: a program of 18.4 GiB of them
-    # compiled for a device of 15.75, with a peak of 12.1. Where it refuses
-    # one for want of memory it names the peak, to 3 %.
+    # Everything beside the arguments while the program runs, and its code.
+    # The compiler's own `temp_size` is no limit: a program with 18.4 GiB of
+    # temporaries compiled for a device of 15.75 GiB, with a peak of 12.1.
+    # Where the compiler refuses a program for want of memory it names the
+    # peak, to within 3 %.
     "temporaries": max(
       0, memory.peak_memory_in_bytes - memory.argument_size_in_bytes
     )
@@ -106,7 +128,15 @@ def read_program(
 
 
 def argument_kinds(program: hlo.Program) -> dict[str, int]:
-  """Bytes of the program's arguments by what they are, padding included."""
+  """Returns the bytes of a program's arguments by what they are.
+
+  Args:
+    program: a compiled program of a step.
+
+  Returns:
+    Bytes of one device, padding included, by "parameters", "optimizer",
+    "gradients", "batches" and "other".
+  """
   found = collections.Counter()
   for each in program.computations[program.entry]:
     if each.opcode != "parameter":
@@ -118,14 +148,19 @@ def argument_kinds(program: hlo.Program) -> dict[str, int]:
   return dict(found)
 
 
-def group_links(mesh: Mesh, axes: list[str]) -> dict[str, Any]:
-  """Where the devices lie that communicate along these axes of the mesh.
+def group_links(mesh: Mesh, axes: Sequence[str]) -> dict[str, Any]:
+  """Returns where the devices lie that communicate along axes of the mesh.
+
+  Args:
+    mesh: devices of the TPU compiler, which have coordinates on the torus.
+    axes: names of axes of the mesh.
 
   Returns:
-    For one group of them `devices`; `slices` that they are spread over; and
-    `dims`, for each dimension of the torus along which they differ [places
-    taken, distance from the first to the last, devices of the whole mesh
-    along it].
+    For one group of devices that differ along these axes only: `devices`, how
+    many there are; `slices`, over how many slices they are spread; and `dims`,
+    for each dimension of the torus along which they differ a list of three
+    numbers: the places that they take, the distance from the first place to
+    the last one (both included), and the places of the whole mesh.
   """
   index = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
   group = np.ravel(mesh.devices[index])
@@ -144,9 +179,9 @@ def group_links(mesh: Mesh, axes: list[str]) -> dict[str, Any]:
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:
-  """`compile_step`, with a user's mistake as part of the answer."""
+  """Returns `compile_programs(task)`, or `user_error`, a user's mistake."""
   try:
-    return compile_step(task)
+    return compile_programs(task)
   except UserError as error:
     return {"user_error": str(error)}
 

@@ -1,4 +1,4 @@
-"""The compiled training step: starts `child`, and what a device holds."""
+"""The compiled training step, and the memory of a device that it takes."""
 
 import dataclasses
 import math
@@ -6,10 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from hourjax import progress
 from hourjax.errors import UserError
 from hourjax.parallel.vocabulary import CHUNK
-from hourjax.planning.compile_pool import ask_child
+from hourjax.planning.compile_pool import run_worker
 from hourjax.planning.topology import Topology
 from hourjax.planning.workload import Workload
 from hourjax.training.config import Experiment
@@ -24,12 +26,14 @@ _UNIT = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """What came of compiling a step.
+  """Holds the result of compiling a step.
 
   Attributes:
-    answer: as `child.compile_step` gives it; None if it was not compiled.
-    reason: why then, in one line.
-    needed: bytes of temporaries that ran out of memory, if the compiler said.
+    answer: what `compile_worker.compile_programs` returned; None if memory was
+      not enough.
+    reason: why there is no answer, in one line.
+    needed: bytes of temporaries for which memory was not enough; 0 if the
+      compiler did not say.
   """
 
   answer: dict[str, Any] | None
@@ -39,16 +43,18 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes of a device while the larger of a step's two programs runs.
+  """Holds the bytes of a device while the larger program of a step runs.
 
   Attributes:
-    parameters, optimizer, gradients: what stays between steps and
+    parameters: bytes of the parameters.
+    optimizer: bytes of the optimizer's state, which stays between steps.
+    gradients: bytes of the summed gradients, which stay between
       micro-batches.
-    batches: two micro-batches, one in use and one that has been placed.
-    temporaries: activations and all else that the program needs meanwhile,
-      its code included.
-    program: which one needs the most.
-    limit: that a program may use.
+    batches: bytes of two micro-batches: the one in use and the next one.
+    temporaries: bytes of activations and all else that the program needs
+      while it runs, its code included.
+    program: the name of the program that needs the most.
+    limit: bytes that a program may use.
   """
 
   parameters: int
@@ -61,6 +67,7 @@ class Memory:
 
   @property
   def total(self) -> int:
+    """Returns the sum of all bytes."""
     return (
       self.parameters
       + self.optimizer
@@ -71,15 +78,23 @@ class Memory:
 
   @property
   def fits(self) -> bool:
+    """Returns whether all of it fits into the device."""
     return self.total <= self.limit
 
 
-def label_chunks(experiment: Experiment, workload: Workload, shards: int):
-  """Turns of the loop over label positions that a device takes, on average.
+def label_chunks(
+  experiment: Experiment, workload: Workload, shards: int
+) -> float:
+  """Returns how many turns of the loop over labels a device takes on average.
 
-  The one loop of a step whose length only the data tells.
+  It is the one loop of a step whose length only the data decides.
+
+  Args:
+    experiment: its rows of a micro-batch count.
+    workload: the rows, with their labels.
+    shards: devices among which rows are split.
   """
-  labels = workload.work.labels.mean() * experiment.batch_rows / shards
+  labels = np.mean(workload.work.labels) * experiment.batch_rows / shards
   return float(max(1, math.ceil(labels / CHUNK)))
 
 
@@ -90,14 +105,20 @@ def compile_step(
   *,
   limit: float = LIMIT,
 ) -> Compiled:
-  """Compiles both programs for the topology, in a process of its own.
+  """Compiles both programs of a step for the topology, in a worker process.
+
+  Args:
+    experiment: what to compile.
+    topology: what to compile it for.
+    workload: the rows, which decide how long the loop over labels is.
+    limit: seconds that the compiler may take.
 
   Raises:
-    UserError: rows or parameters cannot be split over the mesh, or the
-      compiler refuses for another reason than memory.
+    UserError: rows or parameters cannot be split over the mesh, the compiler
+      has not finished in time, or it refuses for another reason than memory.
   """
   sizes = experiment.mesh.sizes(topology.devices)
-  # As training would, and at once: the compiler takes its time.
+  # The check that training makes, before the compiler takes minutes.
   check_mesh(experiment, topology.devices, topology.slices)
   task = {
     "experiment": dataclasses.asdict(experiment),
@@ -107,9 +128,13 @@ def compile_step(
     "unknown_trips": label_chunks(experiment, workload, sizes[0] * sizes[1]),
   }
   with progress.step(f"compiling the step for {topology.name}"):
-    outcome = ask_child("hourjax.planning.compile_worker", task, limit=limit)
+    outcome = run_worker("hourjax.planning.compile_worker", task, limit=limit)
   if outcome.late:
-    return Compiled(None, outcome.reason)
+    raise UserError(
+      f"--topology={topology.name}: the compiler did not finish within"
+      f" {limit:.0f} s, so it is not known whether the step fits; give it more"
+      f" time, such as --compile_limit={2 * limit:.0f}"
+    )
   if outcome.answer is None:
     raise UserError(
       f"--topology={topology.name}: the compiler gave up: {outcome.reason}"
@@ -127,11 +152,16 @@ def compile_step(
 
 
 def device_memory(answer: Mapping[str, Any], topology: Topology) -> Memory:
-  """What a device holds, from the compiler's allotments."""
+  """Returns what a device holds, by what the compiler allots.
+
+  Args:
+    answer: what `compile_worker.compile_programs` returned.
+    topology: what it was compiled for.
+  """
   programs = answer["programs"]
   kinds = {name: each["kinds"] for name, each in programs.items()}
-  # A program does not count arguments that it does not read; all of them
-  # are on the device nevertheless.
+  # A program does not count arguments that it does not read, and they are on
+  # the device all the same.
   held = {
     kind: max(found.get(kind, 0) for found in kinds.values())
     for kind in ("parameters", "optimizer", "gradients", "batches")

@@ -1,23 +1,24 @@
-"""The smallest change that makes a step fit, tried out on the compiler."""
+"""The smallest change with which a step fits, tried out on the compiler."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from hourjax.errors import UserError
-from hourjax.planning.compiled_step import compile_step
+from hourjax.planning.compiled_step import LIMIT, compile_step
 from hourjax.planning.plan import Plan, evaluate
 from hourjax.planning.topology import Topology
-from hourjax.planning.workload import Workload
 from hourjax.training.config import Experiment
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-  """Something to set differently.
+  """Describes options that are set differently.
 
   Attributes:
-    flags: as they are written on the command line.
-    experiment, topology: with the change.
+    flags: the options as they are written on the command line.
+    experiment: the experiment with the change.
+    topology: the topology with the change.
   """
 
   flags: tuple[str, ...]
@@ -26,38 +27,45 @@ class Change:
 
 
 def remedy(
-  plan: Plan, say: Callable[[str], None] = print
+  plan: Plan, log: Callable[[str], None] = print, limit: float = LIMIT
 ) -> tuple[Change, Plan] | None:
-  """The first change, from small to large, with which a plan fits.
+  """Finds the first change, from small to large, with which a plan fits.
 
   Changes are tried alone, then together, then with ever more chips; each is
   compiled.
 
   Args:
-    plan: one that does not fit.
-    say: is told what is being tried.
+    plan: a plan that does not fit.
+    log: called with a line about each change that is tried.
+    limit: seconds that the compiler may take for each change.
+
+  Returns:
+    The change and the plan with it, or None if no change helps.
   """
   for change in changes(plan.experiment, plan.topology):
-    say(f"does not fit; trying {' '.join(change.flags)}")
-    found = _compiled(change, plan)
-    if found is not None and found.fits:
+    log(f"does not fit; trying {' '.join(change.flags)}")
+    try:
+      compiled = compile_step(
+        change.experiment, change.topology, plan.workload, limit=limit
+      )
+    except UserError as error:
+      log(f"  left out: {error}")
+      continue
+    found = evaluate(
+      change.experiment, change.topology, plan.workload, compiled, plan.price
+    )
+    if found.fits:
       return change, found
   return None
 
 
-def _compiled(change: Change, plan: Plan) -> Plan | None:
-  workload: Workload = plan.workload
-  try:
-    compiled = compile_step(change.experiment, change.topology, workload)
-  except UserError:  # it cannot be split so
-    return None
-  return evaluate(
-    change.experiment, change.topology, workload, compiled, plan.price
-  )
-
-
 def changes(experiment: Experiment, topology: Topology) -> Iterator[Change]:
-  """Changes to try in turn: what costs the least time comes first."""
+  """Yields changes to try in turn: what costs the least time comes first.
+
+  Args:
+    experiment: an experiment that does not fit.
+    topology: the topology that it does not fit.
+  """
   start = Change((), experiment, topology)
   single = (fewer_rows, full_remat, short_moments, longer_seq)
   for step in single:
@@ -76,7 +84,11 @@ def changes(experiment: Experiment, topology: Topology) -> Iterator[Change]:
 
 
 def fewer_rows(change: Change) -> Change | None:
-  """Half the rows in a micro-batch and twice as many of these."""
+  """Halves the rows of a micro-batch and doubles the micro-batches.
+
+  Returns:
+    The change with these options too, or None if it is not possible.
+  """
   experiment = change.experiment
   data, fsdp, _, _ = experiment.mesh.sizes(change.topology.devices)
   rows = experiment.batch_rows // 2
@@ -86,7 +98,11 @@ def fewer_rows(change: Change) -> Change | None:
 
 
 def full_remat(change: Change) -> Change | None:
-  """Nothing kept but the input of each layer."""
+  """Keeps nothing for the backward pass but the input of each layer.
+
+  Returns:
+    The change with this option too, or None if it is set already.
+  """
   model = change.experiment.model
   if model.remat == "full":
     return None
@@ -100,7 +116,11 @@ def full_remat(change: Change) -> Change | None:
 
 
 def short_moments(change: Change) -> Change | None:
-  """The first moment in bfloat16."""
+  """Stores the optimizer's first moment in bfloat16.
+
+  Returns:
+    The change with this option too, or None if it is set already.
+  """
   optimizer = change.experiment.optimizer
   if optimizer.mu_dtype == "bfloat16":
     return None
@@ -115,7 +135,11 @@ def short_moments(change: Change) -> Change | None:
 
 
 def longer_seq(change: Change) -> Change | None:
-  """Rows over twice as many devices, and half as many at once."""
+  """Splits each row over twice as many devices, with half as many rows.
+
+  Returns:
+    The change with these options too, or None if it is not possible.
+  """
   experiment = change.experiment
   data, fsdp, seq, tensor = experiment.mesh.sizes(change.topology.devices)
   if fsdp % 2 or experiment.batch_rows % 2:
@@ -137,7 +161,11 @@ def longer_seq(change: Change) -> Change | None:
 
 
 def more_chips(change: Change) -> Change | None:
-  """Twice the slice; parameters are split over twice as many devices."""
+  """Doubles the slice, and splits parameters over twice as many devices.
+
+  Returns:
+    The change with these options too, or None if there is no larger slice.
+  """
   topology = change.topology.doubled()
   if topology is None:
     return None
@@ -159,7 +187,8 @@ def more_chips(change: Change) -> Change | None:
   )
 
 
-def _set(change: Change, **values: int) -> Change:
+def _set(change: Change, **values: Any) -> Change:
+  """Returns the change with fields of the experiment set as well."""
   return Change(
     _flags(change, *(f"config.{k}={v}" for k, v in values.items())),
     dataclasses.replace(change.experiment, **values),
@@ -168,7 +197,7 @@ def _set(change: Change, **values: int) -> Change:
 
 
 def _flags(change: Change, *new: str) -> tuple[str, ...]:
-  """The flags with new ones, which take the place of those of one name."""
+  """Returns a change's flags with new ones, which replace the old by name."""
   names = {flag.partition("=")[0] for flag in new}
   kept = (
     flag

@@ -1,14 +1,17 @@
-"""Reads the text of a compiled XLA program: what runs, and how often.
+"""The text of a compiled XLA program: which instructions run, and how often.
 
-Only what plans need is understood: instructions with their shapes and
-attributes, which computation calls which, and the trip counts of loops.
+Only what plans and benchmarks need is understood: instructions with their
+shapes and attributes, which computation calls which, and how many turns loops
+take.
 """
 
 import collections
 import math
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 # The opcode is the first lower-case word after the shape that is followed by
@@ -33,8 +36,41 @@ _CALLS = {
 }
 
 
+def program_text(compiled: jax.stages.Compiled) -> str:
+  """Returns the text of a compiled program.
+
+  Raises:
+    ValueError: the compiler gives no text.
+  """
+  text = compiled.as_text()
+  if text is None:
+    raise ValueError("the compiler gives no text of the program")
+  return text
+
+
+def program_memory(compiled: jax.stages.Compiled) -> Any:
+  """Returns the bytes that a compiled program takes, as the compiler says.
+
+  Returns:
+    XLA's `CompiledMemoryStats`, with `argument_size_in_bytes` and the like.
+
+  Raises:
+    ValueError: the compiler does not say.
+  """
+  memory = compiled.memory_analysis()
+  if memory is None:
+    raise ValueError("the compiler does not say how much memory it allots")
+  return memory
+
+
 class Array(NamedTuple):
-  """One array of a shape: dtype and sizes as XLA writes them."""
+  """Describes one array of a shape, as XLA writes it.
+
+  Attributes:
+    dtype: such as "bf16".
+    sizes: length of each dimension.
+    layout: such as "{1,0:T(8,128)}", or empty.
+  """
 
   dtype: str
   sizes: tuple[int, ...]
@@ -42,12 +78,12 @@ class Array(NamedTuple):
 
   @property
   def bytes(self) -> int:
-    """Of its elements."""
+    """Returns the bytes of its elements, without padding."""
     return math.ceil(math.prod(self.sizes) * _bits(self.dtype) / 8)
 
   @property
   def padded_bytes(self) -> int:
-    """With the padding of its tiles, which is what it takes of memory.
+    """Returns the bytes that it takes of memory: its tiles are padded.
 
     In a layout {1,0:T(8,128)(2,1)} the minor dimensions are filled up to
     multiples of 8 and 128; the second tile only orders what is in the first.
@@ -66,10 +102,10 @@ class Array(NamedTuple):
 
 
 def _bits(dtype: str) -> int:
-  """Bits of an element.
+  """Returns the bits of an element.
 
   Raises:
-    ValueError: a dtype that this does not know.
+    ValueError: the dtype is not known here.
   """
   if dtype in ("pred", "token", "opaque"):
     return 8 if dtype == "pred" else 0
@@ -80,11 +116,11 @@ def _bits(dtype: str) -> int:
 
 
 class Instruction(NamedTuple):
-  """One line of a computation.
+  """Describes one line of a computation.
 
   Attributes:
     name: without the percent sign.
-    shape: of the result, as text.
+    shape: the shape of the result, as text.
     opcode: "all-gather", "fusion", ...
     rest: operands and attributes, as text.
     root: whether it is the computation's result.
@@ -97,14 +133,14 @@ class Instruction(NamedTuple):
   root: bool
 
   def arrays(self) -> list[Array]:
-    """Of the result, a tuple's in order."""
+    """Returns the arrays of the result; of a tuple all of them, in order."""
     return [
       Array(dtype, tuple(int(n) for n in sizes.split(",") if n), layout)
       for dtype, sizes, layout in _ARRAY.findall(self.shape)
     ]
 
   def operands(self) -> list[str]:
-    """Names of the operands."""
+    """Returns the names of the operands."""
     depth = 1
     for end, letter in enumerate(self.rest):
       depth += (letter == "(") - (letter == ")")
@@ -113,7 +149,14 @@ class Instruction(NamedTuple):
     return _NAMES.findall(self.rest)
 
   def attribute(self, key: str) -> str | None:
-    """The text of `key=value`, braces and brackets included."""
+    """Returns the value of `key=value`, braces and brackets included.
+
+    Args:
+      key: the attribute's name.
+
+    Returns:
+      The value as text, or None if there is no such attribute.
+    """
     found = re.search(rf"[, ]{key}=", self.rest)
     if not found:
       return None
@@ -127,18 +170,18 @@ class Instruction(NamedTuple):
 
 
 class Program(NamedTuple):
-  """A compiled module.
+  """Holds a compiled module.
 
   Attributes:
-    computations: instructions by computation.
-    entry: name of the one that the program is.
+    computations: instructions by the name of the computation.
+    entry: the name of the computation with which the program begins.
   """
 
   computations: dict[str, list[Instruction]]
   entry: str
 
   def find(self, computation: str, name: str) -> Instruction | None:
-    """An instruction by name."""
+    """Returns an instruction of a computation by name, or None."""
     for each in self.computations[computation]:
       if each.name == name:
         return each
@@ -146,12 +189,16 @@ class Program(NamedTuple):
 
 
 def parse(text: str) -> Program:
-  """Reads `compiled.as_text()`.
+  """Parses the text of a compiled program.
+
+  Args:
+    text: as `program_text` returns it.
 
   Raises:
     ValueError: it has no entry computation.
   """
-  computations, entry, current = {}, None, None
+  computations: dict[str, list[Instruction]] = {}
+  entry, current = None, None
   for line in text.splitlines():
     if current is None:
       header = _HEADER.match(line)
@@ -174,17 +221,18 @@ def parse(text: str) -> Program:
 
 
 class Run(NamedTuple):
-  """An instruction as the program executes it.
+  """Describes an instruction as the program executes it.
 
   Attributes:
-    instruction: that runs.
-    computation: in which it stands.
-    context: the same, but of a fusion the computation that has the fusion.
-    times: of one execution of the program.
+    instruction: what runs.
+    computation: the name of the computation in which it stands.
+    context: the same; but for an instruction within a fusion, the computation
+      in which the fusion stands.
+    times: how often it runs in one execution of the program.
     guessed: whether a loop of unknown length is around it.
-    concurrent: whether it runs beside others (`async-start`).
-    branch: names of the conditionals around it and the numbers of their
-      branches, of which only one is taken.
+    concurrent: whether it runs beside other instructions (`async-start`).
+    branch: for each conditional around it, the conditional's name and the
+      number of the branch. Only one branch of a conditional is taken.
   """
 
   instruction: Instruction
@@ -197,11 +245,12 @@ class Run(NamedTuple):
 
 
 def runs(program: Program, unknown_trips: float = 1.0) -> Iterator[Run]:
-  """Every instruction that the program executes, and how often.
+  """Yields every instruction that the program executes, and how often.
 
   Args:
-    program: to walk through.
-    unknown_trips: what loops count whose length only the data tells.
+    program: the program to walk through.
+    unknown_trips: how many turns a loop counts whose length only the data
+      decides.
   """
   todo = collections.deque(
     [Run(Instruction("", "", "", "", False), program.entry, program.entry, 1.0)]
@@ -230,7 +279,7 @@ def runs(program: Program, unknown_trips: float = 1.0) -> Iterator[Run]:
 
 
 def _called(each: Instruction) -> list[str]:
-  """Computations that an instruction runs."""
+  """Returns the names of the computations that an instruction runs."""
   found = []
   for key in _CALLS.get(each.opcode, ()):
     value = each.attribute(key)
@@ -241,16 +290,23 @@ def _called(each: Instruction) -> list[str]:
 def trip_count(
   program: Program, computation: str, loop: Instruction
 ) -> int | None:
-  """How often a `while` runs, or None where the data decides.
+  """Returns how many turns a `while` takes, or None where the data decides.
 
-  Where XLA has not written it down: the condition compares an element of the
-  loop's tuple with a constant; the element starts at a constant and the body
-  adds a constant.
+  XLA often writes the number down. Where it does not, the number follows if
+  the condition compares an element of the loop's tuple with a constant, the
+  element starts at a constant, and the body adds a constant to it.
+
+  Args:
+    program: the whole program.
+    computation: the name of the computation in which the loop stands.
+    loop: the `while` instruction.
   """
   known = _TRIPS.search(loop.rest)
   if known:
     return int(known[1])
   condition, body = loop.attribute("condition"), loop.attribute("body")
+  if condition is None or body is None:
+    raise ValueError(f"the loop {loop.name} has no condition or no body")
   compared = _comparison(program, condition.lstrip("%"))
   if compared is None:
     return None
@@ -265,8 +321,14 @@ def trip_count(
   return max(0, -(-span // step))
 
 
-def _comparison(program, condition) -> tuple[int, int, str] | None:
-  """(element of the tuple, constant, direction) of a loop's condition."""
+def _comparison(
+  program: Program, condition: str
+) -> tuple[int, int, str] | None:
+  """Returns what a loop's condition compares, or None.
+
+  Returns:
+    The element of the loop's tuple, the constant, and "LT" or the like.
+  """
   for each in program.computations[condition]:
     if each.opcode != "compare":
       continue
@@ -279,7 +341,10 @@ def _comparison(program, condition) -> tuple[int, int, str] | None:
   return None
 
 
-def _start(program, computation, loop, place) -> int | None:
+def _start(
+  program: Program, computation: str, loop: Instruction, place: int
+) -> int | None:
+  """Returns the constant at which an element of a loop's tuple starts."""
   operands = loop.operands()
   made = operands and program.find(computation, operands[0])
   if not made or made.opcode != "tuple":
@@ -287,7 +352,8 @@ def _start(program, computation, loop, place) -> int | None:
   return _constant(program, computation, made.operands()[place])
 
 
-def _step(program, body, place) -> int | None:
+def _step(program: Program, body: str, place: int) -> int | None:
+  """Returns the constant that a loop's body adds to an element."""
   root = next((x for x in program.computations[body] if x.root), None)
   if root is None or root.opcode != "tuple":
     return None
@@ -299,16 +365,19 @@ def _step(program, body, place) -> int | None:
   return _constant(program, body, made.operands()[1])
 
 
-def _element(program, computation, name) -> int | None:
+def _element(program: Program, computation: str, name: str) -> int | None:
+  """Returns which element of a tuple an instruction reads."""
   found = program.find(computation, name)
   while found and found.opcode in ("copy", "bitcast"):
     found = program.find(computation, found.operands()[0])
   if found is None or found.opcode != "get-tuple-element":
     return None
-  return int(found.attribute("index"))
+  index = found.attribute("index")
+  return None if index is None else int(index)
 
 
-def _constant(program, computation, name) -> int | None:
+def _constant(program: Program, computation: str, name: str) -> int | None:
+  """Returns the value of an instruction that is an integer constant."""
   found = program.find(computation, name)
   while found and found.opcode in ("copy", "bitcast", "convert"):
     found = program.find(computation, found.operands()[0])

@@ -1,8 +1,8 @@
-"""Looks for the mesh and the rows per device with the shortest step.
+"""The search for the mesh and the rows per device with the shortest step.
 
-Every mesh that divides devices and rows, with every rematerialisation, is
-judged by formulas first; only the most promising are compiled, and those
-numbers decide.
+Every mesh that divides devices and rows is judged by formulas first, with
+every rematerialisation. Only the best of them are compiled, and the numbers of
+the compiler decide.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from hourjax.models.config import Remat
 from hourjax.models.params import param_axes, param_shapes
 from hourjax.parallel.mesh import MeshConfig
 from hourjax.parallel.rules import RULES
-from hourjax.planning.compiled_step import Compiled, compile_step
+from hourjax.planning.compiled_step import LIMIT, Compiled, compile_step
 from hourjax.planning.plan import Plan, evaluate
 from hourjax.planning.topology import Topology
 from hourjax.planning.workload import Workload, trained
@@ -39,20 +39,25 @@ def search(
   *,
   price: float | None = None,
   count: int = COMPILED,
-  say: Callable[[str], None] = print,
+  limit: float = LIMIT,
+  log: Callable[[str], None] = print,
 ) -> list[Plan]:
-  """Plans of the best candidates, the shortest epoch first.
+  """Compiles the best candidates and ranks their plans.
 
   Args:
-    experiment: whose rows of a step are kept, about.
-    topology: on which to run.
+    experiment: a configuration; about its rows of a step are kept.
+    topology: the topology to run on.
     workload: the rows.
-    price: $ of a chip-hour.
+    price: $ of a chip-hour; None takes the example of the generation.
     count: candidates to compile.
-    say: is told what is being compiled.
+    limit: seconds that the compiler may take for each candidate.
+    log: called with a line about each candidate that is compiled.
+
+  Returns:
+    Plans, the shortest epoch first, and last those that do not fit.
 
   Raises:
-    UserError: no mesh divides the rows, or none fits by the formulas.
+    UserError: no mesh divides the rows, or no candidate could be compiled.
   """
   with progress.step("judging meshes by formulas"):
     judged = judge(experiment, topology, workload)
@@ -62,19 +67,19 @@ def search(
       f" {experiment.step_rows} rows of a step; change config.batch_rows or"
       " config.accumulate"
     )
-  fitting = [plan for plan in judged if plan.memory.total
-             <= _ROOM * plan.memory.limit]  # fmt: skip
+  fitting = [plan for plan in judged if _filled(plan) <= _ROOM]
   if not fitting:
-    least = min(judged, key=lambda plan: plan.memory.total)
-    fitting = [least]
+    fitting = [min(judged, key=_filled)]
   plans = []
   for number, plan in enumerate(fitting[:count]):
-    say(f"compiling {number + 1} of {min(count, len(fitting))}:"
+    log(f"compiling {number + 1} of {min(count, len(fitting))}:"
         f" {describe(plan.experiment)}")  # fmt: skip
     try:
-      compiled = compile_step(plan.experiment, topology, workload)
+      compiled = compile_step(
+        plan.experiment, topology, workload, limit=limit
+      )
     except UserError as error:
-      say(f"  not possible: {error}")
+      log(f"  left out: {error}")
       continue
     plans.append(evaluate(plan.experiment, topology, workload, compiled, price))
   if not plans:
@@ -82,13 +87,21 @@ def search(
   return sorted(plans, key=_order)
 
 
-def _order(plan: Plan):
+def _filled(plan: Plan) -> float:
+  """Returns the share of a device's memory that a plan takes."""
+  if plan.memory is None:
+    return math.inf
+  return plan.memory.total / plan.memory.limit
+
+
+def _order(plan: Plan) -> tuple[bool, float]:
+  """Returns the key by which plans are sorted, the best first."""
   days = plan.estimate.days if plan.estimate else math.inf
   return not plan.fits, days
 
 
 def describe(experiment: Experiment) -> str:
-  """The mesh and the rows in one line."""
+  """Returns the mesh and the rows in one line of text."""
   return (
     f"{experiment.mesh}; batch_rows={experiment.batch_rows},"
     f" accumulate={experiment.accumulate}, remat={experiment.model.remat}"
@@ -98,7 +111,16 @@ def describe(experiment: Experiment) -> str:
 def judge(
   experiment: Experiment, topology: Topology, workload: Workload
 ) -> list[Plan]:
-  """All candidates by formulas, the shortest epoch first."""
+  """Judges all candidates by formulas.
+
+  Args:
+    experiment: see `search`.
+    topology: see `search`.
+    workload: see `search`.
+
+  Returns:
+    Plans, the shortest epoch first.
+  """
   judged = []
   counted = count_parameters(experiment)
   for candidate in candidates(experiment, topology):
@@ -112,7 +134,14 @@ def judge(
 def candidates(
   experiment: Experiment, topology: Topology
 ) -> Iterator[Experiment]:
-  """The experiment on every mesh that divides devices, rows and parameters."""
+  """Yields the experiment on every mesh that it can be split over.
+
+  A mesh must divide the devices, the rows and the parameters.
+
+  Args:
+    experiment: about its rows of a step are kept.
+    topology: the devices.
+  """
   shapes, axes = param_shapes(experiment.model), param_axes(experiment.model)
   kv_heads = experiment.model.decoder.kv_heads
   for sizes in _meshes(topology.devices, kv_heads):
@@ -139,7 +168,8 @@ def candidates(
         )
 
 
-def _meshes(devices: int, kv_heads: int) -> Iterator[tuple[int, ...]]:
+def _meshes(devices: int, kv_heads: int) -> Iterator[tuple[int, int, int, int]]:
+  """Yields sizes of (data, fsdp, seq, tensor) whose product is `devices`."""
   for tensor in (1, 2, 4):
     if kv_heads % tensor or devices % tensor:
       continue
@@ -153,17 +183,28 @@ def _divisors(n: int) -> list[int]:
   return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _divides(sizes, shapes, axes) -> bool:
+def _divides(
+  sizes: tuple[int, ...],
+  shapes: Mapping[str, tuple[int, ...]],
+  axes: Mapping[str, tuple[str | None, ...]],
+) -> bool:
+  """Returns whether a mesh divides all dimensions that are split over it."""
   mesh = dict(zip(("data", "fsdp", "seq", "tensor"), sizes))
   return all(
-    size % math.prod(mesh[name] for name in RULES.get(axis, ())) == 0
+    axis is None
+    or size % math.prod(mesh[name] for name in RULES.get(axis, ())) == 0
     for path, shape in shapes.items()
     for axis, size in zip(axes[path], shape)
   )
 
 
 def count_parameters(experiment: Experiment) -> dict[str, float]:
-  """Numbers of parameters: the tower's, trained and frozen, and the rest's."""
+  """Counts parameters.
+
+  Returns:
+    Numbers of parameters: `tower`, of the vision tower; and of the rest
+    `learnt`, which are trained, and `frozen`.
+  """
   learnt = trained(experiment)
   found = {"tower": 0.0, "learnt": 0.0, "frozen": 0.0}
   for path, shape in param_shapes(experiment.model).items():
@@ -176,7 +217,16 @@ def count_parameters(experiment: Experiment) -> dict[str, float]:
 def formulas(
   experiment: Experiment, topology: Topology, counted: Mapping[str, float]
 ) -> dict[str, Any]:
-  """What `child.compile_step` would answer, roughly, in its form."""
+  """Returns roughly what the compiler would find, without it.
+
+  Args:
+    experiment: what runs.
+    topology: what it runs on.
+    counted: what `count_parameters` returned for any mesh.
+
+  Returns:
+    Data of the form that `compile_worker.compile_programs` returns.
+  """
   sizes = experiment.mesh.sizes(topology.devices)
   mesh = dict(zip(("data", "fsdp", "seq", "tensor"), sizes))
   split = mesh["fsdp"] * mesh["seq"] * mesh["tensor"]
@@ -216,14 +266,20 @@ def formulas(
 
 
 def _batch_bytes(experiment: Experiment, seq: int) -> float:
+  """Returns the bytes of one row's batch on one device."""
   spec, rows = experiment.row_spec, experiment.rows
   pixels = (rows.frames + rows.tiles) * spec.image_size**2 * 3
   numbers = 12 * rows.memory + 20 * rows.queries + 16 * rows.decoder
   return pixels + (rows.features * spec.width * 2 + numbers) / seq
 
 
-def _temporaries(experiment: Experiment, mesh, rows: float) -> float:
-  """What layers keep, what is gathered, and the buffers of one layer."""
+def _temporaries(
+  experiment: Experiment, mesh: Mapping[str, int], rows: float
+) -> float:
+  """Returns bytes of temporaries of a device with so many rows.
+
+  They are what layers keep, what is gathered, and the buffers of one layer.
+  """
   model, capacity = experiment.model, experiment.rows
   decoder = model.decoder
   width, seq = decoder.width, mesh["seq"]
@@ -255,8 +311,17 @@ def _temporaries(experiment: Experiment, mesh, rows: float) -> float:
   return 1.2 * (rows * row + words + layer) + code
 
 
-def _traffic(experiment: Experiment, mesh, rows: float, counted):
-  """Weights three times in bfloat16, gradients, queries, decoder heads."""
+def _traffic(
+  experiment: Experiment,
+  mesh: Mapping[str, int],
+  rows: float,
+  counted: Mapping[str, float],
+) -> list[dict[str, Any]]:
+  """Returns traffic in the form of `traffic.by_axis`.
+
+  Counted are the weights three times in bfloat16, the gradients, MemAug's
+  queries and the heads of the decoder's attention.
+  """
   model, capacity = experiment.model, experiment.rows
   decoder = model.decoder
   weights = (counted["learnt"] + counted["frozen"]) / mesh["tensor"]
@@ -292,11 +357,15 @@ def _traffic(experiment: Experiment, mesh, rows: float, counted):
   return found
 
 
-def _links(mesh, topology: Topology) -> dict[str, Any]:
-  """One dimension of the torus for an axis, two for two; closed if whole."""
+def _links(mesh: Mapping[str, int], topology: Topology) -> dict[str, Any]:
+  """Returns links in the form of `compile_worker.group_links`.
+
+  Each axis is taken to lie along one dimension of the torus, and two axes
+  along two; an axis of the dimension's length is a closed ring.
+  """
   whole = max(topology.shape)
 
-  def dim(devices):
+  def dim(devices: int) -> list[int]:
     return [min(devices, whole)] * 2 + [whole]
 
   both = [dim(mesh[name]) for name in ("fsdp", "seq") if mesh[name] > 1]

@@ -3,7 +3,7 @@
 import pytest
 
 from hourjax.benchmarks import schedule
-from hourjax.benchmarks.attention_compile import Job, compile_in_child
+from hourjax.benchmarks.attention_compile import Job, compile_attention
 from hourjax.parallel.chips import CHIPS
 
 # A grid with one guarded body: 0, 1 | 2, 3, 4 (branch; one bundle later it
@@ -50,7 +50,7 @@ def test_another_layout_is_an_error():
 def test_a_real_kernel(chip, rows):
   job = Job("forward", f"{chip}:2x4", 1, 2, 1, 128, 128, 1024)
   job = job._replace(tiles=(256, 512, 256, 256))
-  (kernel,) = compile_in_child(job, "attention_forward").kernels.values()
+  (kernel,) = compile_attention(job, "attention_forward").kernels.values()
   regions = schedule.forward_regions(kernel[0])
   (whole,), (mixed,) = regions.whole, regions.mixed
   assert whole.depth == 1 and mixed.depth == 2

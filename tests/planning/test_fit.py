@@ -52,7 +52,7 @@ def test_every_change_is_what_its_flags_say(start):
     experiment, topology = change.experiment, change.topology
     data, fsdp, _, _ = experiment.mesh.sizes(topology.devices)
     assert experiment.batch_rows % (data * fsdp) == 0
-    said = dict(flag[2:].split("=") for flag in change.flags)
+    named = dict(flag[2:].split("=") for flag in change.flags)
     values = {
       "config.batch_rows": experiment.batch_rows,
       "config.accumulate": experiment.accumulate,
@@ -62,17 +62,17 @@ def test_every_change_is_what_its_flags_say(start):
       "config.mesh.seq": experiment.mesh.seq,
       "topology": topology.name,
     }
-    for key, value in said.items():
+    for key, value in named.items():
       assert value == str(values[key])
     # Nothing else has changed.
-    unsaid = {
+    before = {
       "config.model.remat": start.model.remat,
       "config.optimizer.mu_dtype": start.optimizer.mu_dtype,
       "config.mesh.seq": start.mesh.seq,
       "config.batch_rows": start.batch_rows,
     }
-    for key, value in unsaid.items():
-      if key not in said:
+    for key, value in before.items():
+      if key not in named:
         assert values[key] == value
 
 
@@ -80,7 +80,8 @@ def test_the_first_that_fits_is_taken(start, monkeypatch):
   topology = parse_topology("v5e:8x8")
   workload = make_workload(start, "full")
 
-  def compile_step(experiment, topology, workload):
+  def compile_step(experiment, topology, workload, *, limit=9):
+    assert limit == 9
     counted = search.count_parameters(experiment)
     answer = search.formulas(experiment, topology, counted)
     program = answer["programs"]["accumulate"]
@@ -96,11 +97,11 @@ def test_the_first_that_fits_is_taken(start, monkeypatch):
     start, topology, workload, compile_step(start, topology, workload)
   )
   assert not plan.fits
-  said = []
-  change, found = fit.remedy(plan, said.append)
+  lines = []
+  change, found = fit.remedy(plan, lines.append, 9)
   assert change.flags == ("--config.model.remat=full",)
   assert found.fits
-  assert len(said) == 2
+  assert len(lines) == 2
 
 
 def test_nothing_may_help(start, monkeypatch):
@@ -110,6 +111,6 @@ def test_nothing_may_help(start, monkeypatch):
   )
   workload = make_workload(found, "full")
   never = Compiled(None, "Ran out of memory", 99 * GIB)
-  monkeypatch.setattr(fit, "compile_step", lambda *_: never)
+  monkeypatch.setattr(fit, "compile_step", lambda *_, **__: never)
   plan = evaluate(found, topology, workload, never)
   assert fit.remedy(plan, lambda _: None) is None

@@ -95,9 +95,10 @@ def test_hbm_is_flat_when_video_and_seq_double():
 @pytest.mark.slow
 def test_the_best_are_compiled_and_those_numbers_rank(stage3, monkeypatch):
   found, workload = stage3
-  asked, said, counted = [], [], search.count_parameters(found)
+  asked, lines, counted = [], [], search.count_parameters(found)
 
-  def compile_step(candidate, topology, workload):
+  def compile_step(candidate, topology, workload, *, limit):
+    assert limit == 9
     asked.append(candidate)
     if len(asked) == 2:
       raise UserError("cannot be split")
@@ -107,13 +108,15 @@ def test_the_best_are_compiled_and_those_numbers_rank(stage3, monkeypatch):
     return Compiled(answer)
 
   monkeypatch.setattr(search, "compile_step", compile_step)
-  plans = search.search(found, POD, workload, count=4, say=said.append)
+  plans = search.search(
+    found, POD, workload, count=4, limit=9, log=lines.append
+  )
   assert len(asked) == 4 and len(plans) == 3
   assert plans[-1].experiment == asked[0] and not plans[-1].fits
   assert plans[0].fits
   days = [plan.estimate.days for plan in plans[:-1]]
   assert days == sorted(days)
-  assert any("cannot be split" in line for line in said)
+  assert any("cannot be split" in line for line in lines)
   # By the formulas these were the shortest of those that fit.
   judged = search.judge(found, POD, workload)
   roomy = (p for p in judged if p.memory.total <= 0.85 * p.memory.limit)

@@ -1,4 +1,4 @@
-"""A child that ends as its task says."""
+"""A worker process that ends as its task says."""
 
 import json
 import os
@@ -13,10 +13,6 @@ if TASK == "raise":
   raise ValueError("the compiler's reason")
 if TASK == "sleep":
   time.sleep(60)
-if TASK == "cache":
-  import jax
-
-  print(json.dumps(jax.config.jax_enable_compilation_cache))
-  sys.exit()
 print("something else")
-print(json.dumps({"flags": os.environ["LIBTPU_INIT_ARGS"], "task": TASK}))
+names = ("LIBTPU_INIT_ARGS", "JAX_ENABLE_COMPILATION_CACHE")
+print(json.dumps({"task": TASK, **{name: os.environ[name] for name in names}}))

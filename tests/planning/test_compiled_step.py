@@ -1,4 +1,4 @@
-"""What a device holds, and how failures of the compiler are told."""
+"""What a device holds, and what a user reads if the compiler fails."""
 
 import pytest
 
@@ -56,7 +56,7 @@ def compiled(monkeypatch):
       assert task["topology"] == "v5e:4x4" and task["unknown_trips"] >= 1
       return outcome
 
-    monkeypatch.setattr(compiled_step, "ask_child", ask)
+    monkeypatch.setattr(compiled_step, "run_worker", ask)
     return compile_step(found, TOPOLOGY, workload)
 
   return run
@@ -78,14 +78,21 @@ def test_a_crash_names_the_topology(compiled):
     compiled(Outcome(None, False, "Check failed: x"))
 
 
-def test_a_mistake_found_by_the_child_is_passed_on(compiled):
+def test_a_mistake_found_by_the_worker_is_passed_on(compiled):
   with pytest.raises(UserError, match="rows"):
     compiled(Outcome({"user_error": "rows"}))
 
 
-def test_too_late_is_an_answer(compiled):
-  found = compiled(Outcome(None, True, "not compiled within 9 s"))
-  assert (found.answer, found.reason) == (None, "not compiled within 9 s")
+def test_a_compiler_that_takes_too_long_is_not_a_step_that_does_not_fit(
+  compiled,
+):
+  with pytest.raises(UserError) as error:
+    compiled(Outcome(None, True, "not compiled within 900 s"))
+  assert str(error.value) == (
+    "--topology=v5e:4x4: the compiler did not finish within 900 s, so it is"
+    " not known whether the step fits; give it more time, such as"
+    " --compile_limit=1800"
+  )
 
 
 def test_a_mesh_that_does_not_fill_the_devices_needs_no_compiler(compiled):
