@@ -11,10 +11,10 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float32, Float64, Int32, Int64
 
+from hourjax.data.media.frame_rules import MIN_FRAMES
 from hourjax.data.media.images import AnyresGeometry
 
 NEWLINE = -1  # the source of a newline token
-MIN_FRAMES = 128  # a video of fewer frames is repeated to so many
 
 
 @dataclasses.dataclass(frozen=True)

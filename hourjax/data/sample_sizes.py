@@ -15,7 +15,6 @@ from jaxtyping import Float64, Int64
 from hourjax.data.columns import MEASURED_AS, MODALITIES, Columns
 from hourjax.data.forgetting import Forgetting
 from hourjax.data.media import frame_rules, images
-from hourjax.data.repository import MIN_FRAMES
 from hourjax.data.rows import RowSpec, Size, check_fits
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
@@ -126,7 +125,7 @@ def pixel_frames(
       " known; prepare with --media, or extract its features and set"
       " config.data.features"
     )
-  return duration, frame_rules.shown_frames(num_frames, duration)
+  return duration, frame_rules.video_file_frames(num_frames, duration)
 
 
 def sample_sizes(
@@ -253,7 +252,7 @@ def _video_sizes(
     rule: of forgetting.
   """
   tokens = spec.frame_tokens
-  repeated = np.maximum(frames, MIN_FRAMES)
+  repeated = np.maximum(frames, frame_rules.MIN_FRAMES)
   sizes[at, _AT["memory"]] = repeated * (tokens + 1)
   if visual.stored:
     sizes[at, _AT["features"]] = frames * tokens

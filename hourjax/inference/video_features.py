@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from hourjax import schema
-from hourjax.data.media.frame_rules import MIN_FRAMES, shown_frames
+from hourjax.data.media.frame_rules import MIN_FRAMES, video_file_frames
 from hourjax.data.media.video import Reading, decode_frames, probe
 from hourjax.data.store.features import TOWER_FILE, FeatureStore
 from hourjax.errors import UserError
@@ -74,7 +74,7 @@ def read_video_features(
     UserError: the video cannot be read, or too little of it.
   """
   info = probe(path)
-  indices = shown_frames(info.frames, info.duration)
+  indices = video_file_frames(info.frames, info.duration)
   features = np.empty((len(indices), *encoder.shape), ml_dtypes.bfloat16)
   waiting: list[tuple[jax.Array, int]] = []
   done = 0

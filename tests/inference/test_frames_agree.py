@@ -73,7 +73,7 @@ def model(tmp_path_factory):
 def folder(tmp_path_factory):
   path = tmp_path_factory.mktemp("videos")
   for name, case in FILES.items():
-    videos.write(path / name, case.pictures, case.rate, size=(32, 24))
+    videos.write(path / name, case.frames, case.rate, size=(32, 24))
   return path
 
 
@@ -144,18 +144,18 @@ def test_training_on_files(model, folder, reading):
   for n, case in enumerate(FILES.values()):
     sample = made.sample(n)
     assert reading.frames[-1] == case.indices
-    assert len(sample.visual) == made.sizes[n][1] == case.shown
+    assert len(sample.visual) == made.sizes[n][1] == case.from_file
     sentence = _sentence(sample.layout.query_token, model.tokenizer)
-    assert sentence == _words(case.seconds, case.shown)
+    assert sentence == _words(case.seconds, case.from_file)
 
 
 def test_training_on_features(model, folder, store):
   made = _dataset(model, folder, [*FILES, SPARSE], features=store)
   for n, case in enumerate(FILES.values()):
     sample = made.sample(n)
-    assert len(sample.visual) == case.kept
+    assert len(sample.visual) == case.from_features
     sentence = _sentence(sample.layout.query_token, model.tokenizer)
-    assert sentence == _words(case.seconds, case.kept)
+    assert sentence == _words(case.seconds, case.from_features)
   assert made.sparse == [SPARSE]
 
 
@@ -164,10 +164,10 @@ def test_asking(model, folder, store, reading):
     memory = model.encode_memory(folder / name)
     assert reading.frames[-1] == case.indices and not memory.note
     sentence = _of_memory(memory, model.tokenizer)
-    assert sentence == _words(case.seconds, case.shown)
+    assert sentence == _words(case.seconds, case.from_file)
     assert _of_memory(
       model.encode_memory(store.path(name)), model.tokenizer
-    ) == (_words(case.seconds, case.kept))
+    ) == (_words(case.seconds, case.from_features))
 
 
 def test_attention_to_repeated_frames_is_that_of_the_frame(model, monkeypatch):
@@ -219,7 +219,7 @@ def test_evaluating(model, folder, store, reading, tmp_path):
     report = run.evaluate(recording, task, out)
     for memory, case in zip(recording.made, FILES.values()):
       sentence = _of_memory(memory, model.tokenizer)
-      frames = case.kept if features else case.shown
+      frames = case.from_features if features else case.from_file
       assert sentence == _words(case.seconds, frames)
     if not features:
       assert reading.frames == [case.indices for case in FILES.values()]

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import hourjax
-from hourjax.data.media.frame_rules import extraction_frames, shown_frames
+from hourjax.data.media.frame_rules import extraction_frames, video_file_frames
 from hourjax.data.media.video import probe
 from hourjax.data.pipeline import ReadOptions
 from hourjax.data.rows import Size
@@ -148,7 +148,7 @@ def test_a_video_is_its_stored_features(model, video, tmp_path):
   memory = model.encode_memory(video, progress=lambda *done: seen.append(done))
   info = probe(video)
   indices, duration = extraction_frames(info.frames, info.fps)
-  assert indices.tolist() == shown_frames(300, 60.0).tolist()
+  assert indices.tolist() == video_file_frames(300, 60.0).tolist()
   assert (memory.duration, memory.frames) == (60.0, 128)
   assert seen[0] == (0, len(indices)) and seen[-1] == (128, 128)
   features = model.read_video_features(video).features

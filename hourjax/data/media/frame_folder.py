@@ -1,8 +1,8 @@
-"""A video that is a folder of pictures, as LLaVA-Hound has its videos.
+"""Videos that are folders of images, as LLaVA-Hound has its videos.
 
 ShareGPTVideo (`shareVideoGPTV` in LLaVA-Video's lists) publishes frames in
-place of videos: one folder a video, two frames a second by the official
-loader's reckoning. Frames count in the order of the numbers in their names:
+place of videos: one folder for each video, which the official loader reads as
+two frames a second. Frames are ordered by the numbers in their names:
 
     frame_1.jpg  frame_2.jpg  frame_10.jpg
 """
@@ -26,10 +26,12 @@ _NUMBER = re.compile(r"(\d+)")
 
 
 def frame_files(path: str | os.PathLike) -> list[str]:
-  """The pictures of a folder in their order; other files do not count.
+  """Returns the paths of a folder's images in frame order.
+
+  Files of other kinds are left out.
 
   Raises:
-    UserError: there are none, or the folder cannot be read.
+    UserError: there are no images, or the folder cannot be read.
   """
   try:
     names = os.listdir(path)
@@ -52,10 +54,14 @@ def frame_files(path: str | os.PathLike) -> list[str]:
 
 
 def probe(path: str | os.PathLike) -> tuple[int, Fraction, float, int, int]:
-  """Frames, FPS, seconds, and width and height of the first readable frame.
+  """Reads a folder's number of frames, rate, duration and frame size.
+
+  Returns:
+    Number of frames, frames a second, seconds, and width and height in pixels
+    of the first frame that can be read.
 
   Raises:
-    UserError: see `frame_files`; or no frame can be read.
+    UserError: as `frame_files`; or no frame can be read.
   """
   files = frame_files(path)
   for file in files:
@@ -78,14 +84,17 @@ def decode_frames(
 
   Args:
     path: of the folder.
-    indices: frames to take, ascending; one may occur several times.
+    indices: frames to read, ascending; one may occur several times.
     size: side of the result, in pixels.
     batch: frames yielded at a time.
-    failed: gets the reason for each frame that cannot be read, for which the
-      nearest that can stands in; if not given, that is an error.
+    failed: receives an error for each frame that cannot be read, which is then
+      replaced by the nearest frame that can; if None, the error is raised.
+
+  Yields:
+    uint8 RGB frames, `batch` at a time; the last batch may be smaller.
 
   Raises:
-    UserError: a frame is not there, or cannot be read and none stands in.
+    UserError: a frame is missing, or cannot be read and is not replaced.
   """
   files = frame_files(path)
   if len(indices) and max(indices) >= len(files):
@@ -93,11 +102,11 @@ def decode_frames(
       f"{path} has {len(files)} frames but frame {max(indices)} is needed;"
       " frames are missing, fetch them again"
     )
-  pending, last, picture = [], -1, None
+  pending, last, frame = [], -1, None
   for index in indices:
     if index != last:
-      picture, last = resize(_load(files, int(index), failed), size), index
-    pending.append(picture)
+      frame, last = resize(_load(files, int(index), failed), size), index
+    pending.append(frame)
     if len(pending) == batch:
       yield np.stack(pending)
       pending = []
@@ -108,10 +117,15 @@ def decode_frames(
 def frame_at(
   path: str | os.PathLike, second: float, size: int
 ) -> UInt8[np.ndarray, "size size 3"]:
-  """What the folder shows at a moment; later ones show the last frame.
+  """Reads the frame at one moment.
+
+  Args:
+    path: of the folder.
+    second: since the first frame; beyond the end, the last frame is returned.
+    size: side of the result, in pixels.
 
   Raises:
-    UserError: see `decode_frames`.
+    UserError: as `decode_frames`.
   """
   files = frame_files(path)
   number = min(int(max(second, 0) * FPS), len(files) - 1)
@@ -121,7 +135,7 @@ def frame_at(
 def _load(
   files: Sequence[str], index: int, failed: list[UserError] | None
 ) -> UInt8[np.ndarray, "height width 3"]:
-  """A frame, or the nearest one that can be read; the earlier of two."""
+  """Reads a frame, or the nearest one that can be read, the earlier of two."""
   try:
     return load_image(files[index])
   except UserError as error:
@@ -135,7 +149,7 @@ def _load(
 
 
 def _order(name: str) -> tuple:
-  """Sorts a10 behind a2: parts of digits by their value."""
+  """Returns a sort key in which digits count by value: a2 before a10."""
   parts = _NUMBER.split(name)
   values = tuple(int(p) if i % 2 else p for i, p in enumerate(parts))
   return values, name

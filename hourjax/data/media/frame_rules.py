@@ -1,26 +1,27 @@
-"""Frame rules: which frames of a video are taken, and what the model is told.
+"""Rules for the frames that the model receives of a video.
 
-One rule for training, extraction, questions and evaluation:
+Training, extraction, answering and evaluation follow the same rule:
 
     video             as pixels                     as stored features
     below 128 s       128 uniform frames            all of 128 uniform frames
     128 s and longer  every round(fps)-th frame     one a second, uniform
 
-or all frames of a file that has fewer than 128; where every round(fps)-th are
-fewer, 128 uniform ones. The model is told how many frames it is shown; only
-fewer than 128 are repeated, in the memory.
+A file of fewer than 128 frames gives all of them. Where every round(fps)-th
+frame makes fewer than 128, the file gives 128 uniform frames. The time
+instruction states the number of frames; videos of fewer than 128 are repeated
+to 128 in the memory only.
 
-Single rules are the official ones, number by number, and index arrays ascend.
-Below 128 seconds two differences from the official code are deliberate:
+Each function gives the numbers of the official code, and all index arrays
+ascend. Below 128 seconds there are two deliberate differences from it:
 
-- Of stored features it shows int(duration) rows. Its short videos never come as
-  features, so no weights were trained on that, and the same video would be told
-  as 60 frames here and as 128 there.
-- It takes every round(fps)-th frame as soon as these are 128, which below 128
-  seconds happens in the last of them and at rates such as 1.4, where up to 191
-  frames would come.
+- The official code uses int(duration) rows of stored features. In its training
+  short videos never come as features, so no weights were trained on that, and
+  one video would have 60 frames as features and 128 as pixels.
+- The official code uses every round(fps)-th frame as soon as these are 128.
+  Below 128 seconds this happens just under 128 seconds, and at rates such as
+  1.4, where up to 191 frames would be used.
 
-Files are opened elsewhere, in `data/video.py`.
+Files are opened in `data/media/video.py`. See hourjax/README.md, Video tokens.
 """
 
 import math
@@ -31,16 +32,18 @@ from jaxtyping import Int32
 
 from hourjax.errors import UserError
 
-MIN_FRAMES = 128
-SHORT = 128  # seconds; a shorter video is shown by MIN_FRAMES uniform frames
+MIN_FRAMES = 128  # the memory repeats the frames of a shorter video to so many
+SHORT = 128  # seconds; of a shorter video MIN_FRAMES uniform frames are used
 # Rates of videos are fractions with smaller denominators, such as 30000/1001.
 _DENOMINATOR = 10**6
 
 Rate = Fraction | float | int  # frames a second
 
 
-def shown_frames(total_frames: int, duration: float) -> Int32[np.ndarray, "F"]:
-  """Frames that are shown of a video file, in training and in answering.
+def video_file_frames(
+  total_frames: int, duration: float
+) -> Int32[np.ndarray, "F"]:
+  """Returns the frames used of a video file, in training and in answering.
 
     300 frames, 10 s -> 128 frames 0, 2, 4, 7, ..., 299
     100 frames, 10 s -> all of them
@@ -48,10 +51,13 @@ def shown_frames(total_frames: int, duration: float) -> Int32[np.ndarray, "F"]:
 
   Args:
     total_frames: of the file.
-    duration: in seconds: `total_frames` over the rate.
+    duration: of the file, `total_frames` over the rate, in seconds.
+
+  Returns:
+    int32 [F] ascending frame indices.
 
   Raises:
-    UserError: no frames, or no positive duration.
+    UserError: there are no frames, or the duration is not positive.
   """
   if total_frames < 1 or not 0 < duration < math.inf:
     raise UserError(
@@ -69,18 +75,23 @@ def shown_frames(total_frames: int, duration: float) -> Int32[np.ndarray, "F"]:
 def extraction_frames(
   total_frames: int, fps: Rate
 ) -> tuple[Int32[np.ndarray, "F"], float]:
-  """Frames whose features are stored, about one a second, at least 128.
+  """Returns the frames whose features are stored: one a second, or 128.
 
     3000 frames, 30 fps: 100 s -> 128 frames 0, 23, 47, ..., 2999
     100 frames: fewer than 128 -> all of them
 
-  A video slower than one frame a second gives every frame once.
+  A video with less than one frame a second gives every frame once.
+
+  Args:
+    total_frames: of the file.
+    fps: frames a second.
 
   Returns:
-    Frame indices, and the duration in seconds rounded to 1/100 as stored.
+    int32 [F] ascending frame indices, and the duration in seconds, rounded to
+    1/100 as the store holds it.
 
   Raises:
-    UserError: no frames, or no positive rate.
+    UserError: there are no frames, or the rate is not positive.
   """
   _check_rate(total_frames, fps)
   duration = total_frames / float(fps)
@@ -94,36 +105,37 @@ def extraction_frames(
 def stored_feature_frames(
   stored: int, duration: float | int
 ) -> Int32[np.ndarray, "F"]:
-  """Rows of the stored features that are shown.
+  """Returns the rows of the stored features that the model receives.
 
     128 rows, 3.33 s -> all of them
     600 rows, 599.2 s -> 599 rows 0, 1, 2, ..., 597, 599
 
   Args:
-    stored: rows there are.
+    stored: number of stored rows.
     duration: of the video, in seconds, as stored.
 
   Returns:
-    Ascending indices: of a video below 128 seconds 128 (all rows where there
-    are fewer), of others one a second, min(stored, int(duration)).
+    int32 [F] ascending row indices. Of a video below 128 seconds there are 128,
+    or all rows where fewer are stored; of a longer video there is one a second,
+    min(stored, int(duration)).
   """
   return _linspace(stored, stored_feature_count(stored, duration))
 
 
 def stored_feature_count(stored: int, duration: float | int) -> int:
-  """How many frames `stored_feature_frames` gives."""
+  """Returns how many rows `stored_feature_frames` returns."""
   return min(stored, MIN_FRAMES if duration < SHORT else int(duration))
 
 
 def is_sparse(stored: int, duration: float | int) -> bool:
-  """Whether a short video's features are too few to follow the rule.
+  """Returns whether a short video has too few stored rows for the rule.
 
-  So they are if they were extracted at one frame a second (or less): 10.4 s
-  then have 10 or 11 rows. A file of so few frames has as many rows, and nothing
-  in a feature store tells the two apart.
+  This is so if its features were extracted at one frame a second or less: a
+  video of 10.4 s then has 10 or 11 rows. A file with so few frames has as many
+  rows, and nothing in a feature store distinguishes the two cases.
 
   Args:
-    stored: rows there are.
+    stored: number of stored rows.
     duration: of the video, in seconds, as stored.
   """
   few = stored < MIN_FRAMES and duration < SHORT
@@ -131,12 +143,16 @@ def is_sparse(stored: int, duration: float | int) -> bool:
 
 
 def sparse_note(videos: int) -> str:
-  """What is to be said where videos are sparse, "" where there are none."""
+  """Returns the warning about sparse videos, "" if there are none.
+
+  Args:
+    videos: number of videos for which `is_sparse` is true.
+  """
   if not videos:
     return ""
   many = "1 video" if videos == 1 else f"{videos:,} videos"
   return (
-    f"{many} below {SHORT} seconds shown at one frame a second at most, not"
+    f"{many} below {SHORT} seconds used at one frame a second at most, not"
     f" by {MIN_FRAMES} frames: the stored features hold no more. Where the"
     " video file does, extract it again."
   )
@@ -151,16 +167,25 @@ def raw_video_frames(
   frames_upbound: int = -1,
   force_sample: bool = True,
 ) -> Int32[np.ndarray, "F"]:
-  """Frames of a video that is read without stored features.
-
-  Every round(avg_fps / video_fps)-th frame; where these are fewer than
-  `min_frames`, that many (or all) spread uniformly; where `frames_upbound` is
-  positive and they are more, or `force_sample` is set, exactly that many.
+  """Returns frames of a video file at a fixed step, with the official options.
 
     1000 frames, 2.5 fps -> step round(2.5) = 2 -> 500 frames
 
+  Args:
+    total_frames: of the file.
+    avg_fps: frames a second of the file.
+    video_fps: frames a second that are wanted: every
+      round(avg_fps / video_fps)-th frame is used.
+    min_frames: where fewer result, this many uniform frames are used, or all.
+    frames_upbound: if positive, and more frames result, this many uniform
+      frames are used.
+    force_sample: whether `frames_upbound` frames are used even if fewer result.
+
+  Returns:
+    int32 [F] ascending frame indices.
+
   Raises:
-    UserError: no frames, or no positive rate.
+    UserError: there are no frames, or a rate is not positive.
   """
   _check_rate(total_frames, avg_fps)
   _check_rate(total_frames, video_fps)
@@ -175,7 +200,14 @@ def raw_video_frames(
 
 
 def time_instruction(duration: float | int, frames: int) -> str:
-  """What the model is told about a video (SPEC section 2)."""
+  """Returns the sentence on a video's duration and number of frames.
+
+  See hourjax/README.md, Conversations.
+
+  Args:
+    duration: of the video, in seconds.
+    frames: number of frames that the model receives.
+  """
   return (
     f"The video lasts for {duration:.2f} seconds, and {frames} frames are "
     "uniformly sampled from it. Please answer the following questions "
@@ -184,6 +216,7 @@ def time_instruction(duration: float | int, frames: int) -> str:
 
 
 def _check_rate(total_frames: int, fps: Rate) -> None:
+  """Refuses impossible numbers of frames and rates."""
   if total_frames < 1 or not fps > 0:
     raise UserError(
       f"a video of {total_frames} frames at {fps} frames a second; both must "
@@ -192,5 +225,5 @@ def _check_rate(total_frames: int, fps: Rate) -> None:
 
 
 def _linspace(total: int, count: int) -> Int32[np.ndarray, "count"]:
-  """`count` indices from 0 to total - 1, cut to integers (not rounded)."""
+  """Returns `count` indices from 0 to total - 1, cut to integers."""
   return np.linspace(0, total - 1, count, dtype=np.int64).astype(np.int32)

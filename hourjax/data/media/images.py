@@ -1,13 +1,13 @@
-"""Image files to pixels, whatever their format and depth.
+"""Image files as RGB pixels, and their resizing, padding and tiling.
 
-As in training, EXIF orientation is not applied, transparency is dropped, and of
-an animation the first picture counts. Unlike there, greyscale of more than 8
-bits is scaled: Pillow cuts it off at 255, which leaves white.
+Files of every usual format and depth are read. As in the published training,
+EXIF orientation is not applied, transparency is dropped, and of an animation
+only the first frame is read. Unlike there, greyscale of more than 8 bits is
+scaled: Pillow clips it at 255, which leaves a white image.
+
+Resizing, padding and tiling give the values of the published training bit for
+bit. All of hourjax resizes with Pillow's bicubic filter. Sizes are in pixels.
 """
-# MERGED hourjax.data.images:
-# Images: resizing, padding and tiling, bit for bit as in training.
-#
-# Sizes are in pixels. The one resize of the whole system is PIL's bicubic one.
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ from hourjax.errors import UserError
 
 _REMEDY = "save it as JPEG or PNG"
 _HEIF = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
-# What a file that is no image for Pillow is, by its first bytes.
+# Kinds of files that Pillow does not read, by their first bytes.
 _FORMATS = (
   (rb"%PDF-", "PDF"),
   (rb"%!PS", "PostScript"),
@@ -47,7 +47,7 @@ _PAGE = re.compile(
   rb"\s*(?:<!--.*?-->\s*)?<(?:!doctype html|html)", re.IGNORECASE
 )
 _LFS = b"version https://git-lfs"
-# Pillow hands these to another program, which runs what the file says.
+# Pillow hands these to another program, which executes the file's content.
 _REFUSED = ("EPS", "WMF")
 _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
@@ -55,16 +55,17 @@ _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 def load_image(path: str | os.PathLike) -> UInt8[np.ndarray, "height width 3"]:
   """Reads an image as RGB.
 
-  Greyscale of 16 bits becomes v * 255 / 65535, of 12 bits v * 255 / 4095. One
-  of 32 bits, whose range no header tells, is taken as 0 to 1 (floats alone), 0
-  to 255 or 0 to 65535, the first that holds all its values, or else from its
-  lowest to its highest.
+  Greyscale of 16 bits becomes v * 255 / 65535, of 12 bits v * 255 / 4095. The
+  header of a 32-bit image does not state its range: it is the first of 0 to 1
+  (only for floats), 0 to 255 and 0 to 65535 that holds all values, and if none
+  does, the range from the lowest value to the highest.
 
   Args:
     path: of a file, or of an image inside a parquet file.
 
   Raises:
-    UserError: missing, not an image, of an unsupported format, or damaged.
+    UserError: the file is missing, not an image, of an unsupported format, or
+      damaged.
   """
   with _opened(path) as image:
     if image.mode in _DEEP:
@@ -74,18 +75,20 @@ def load_image(path: str | os.PathLike) -> UInt8[np.ndarray, "height width 3"]:
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
-  """(width, height) in pixels, from the header alone.
+  """Returns (width, height) in pixels, read from the header only.
 
   Raises:
-    UserError: missing, not an image, or of an unsupported format.
+    UserError: the file is missing, not an image, or of an unsupported format.
   """
   with _opened(path) as image:
     return image.size
 
 
 def _white(image: Image.Image) -> tuple[int, bool]:
-  """The highest value of 16 bits or fewer, 0 where no header tells it; and
-  whether 0 is white.
+  """Returns the value of white, and whether the scale is inverted.
+
+  The value is 0 for images of more than 16 bits, whose range is not in the
+  header.
   """
   if image.mode == "I" and image.format in ("PNG", "PPM"):
     return 65535, False  # Pillow's mode for 16 bits of theirs
@@ -95,8 +98,9 @@ def _white(image: Image.Image) -> tuple[int, bool]:
 
 
 def _grey(
-  values: np.ndarray, white: tuple[int, bool], path
+  values: np.ndarray, white: tuple[int, bool], path: str | os.PathLike
 ) -> UInt8[np.ndarray, "height width"]:
+  """Scales greyscale values to 0..255."""
   known, inverted = white
   floats = values.dtype.kind == "f"
   values = values.astype(np.float64)
@@ -116,9 +120,9 @@ def _grey(
 
 
 @contextlib.contextmanager
-def _opened(path) -> Iterator[Image.Image]:
-  """An image file; what goes wrong inside becomes a UserError."""
-  source = path
+def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+  """Opens an image; every error of the block inside becomes a UserError."""
+  source: str | os.PathLike | io.BytesIO = path
   if parquet_images.inside(path):
     source = io.BytesIO(parquet_images.read(path))
   try:
@@ -144,7 +148,10 @@ def _opened(path) -> Iterator[Image.Image]:
     ) from error
 
 
-def _identified(source, path) -> Image.Image:
+def _identified(
+  source: str | os.PathLike | io.BytesIO, path: str | os.PathLike
+) -> Image.Image:
+  """Opens an image with Pillow, or raises a UserError that names its format."""
   try:
     return Image.open(source)
   except UnidentifiedImageError as error:
@@ -155,7 +162,7 @@ def _identified(source, path) -> Image.Image:
         raise _unsupported(
           path, "HEIC", "or install pillow-heif: pip install pillow-heif"
         ) from error
-      return Image.open(source)  # known now
+      return Image.open(source)  # Pillow now has the HEIC plugin
     if head.startswith(_LFS):
       raise UserError(
         f"{path} is a Git-LFS pointer, not the image itself; fetch it with"
@@ -177,15 +184,18 @@ def _identified(source, path) -> Image.Image:
     ) from error
 
 
-def _unsupported(path, name: str, more: str = "") -> UserError:
+def _unsupported(
+  path: str | os.PathLike, name: str, more: str = ""
+) -> UserError:
+  """Returns the error of an image in a format that is not read."""
   remedy = f"{_REMEDY}, {more}" if more else _REMEDY
   return UserError(
     f"{path} is of an unsupported format ({name}); {remedy}", kind="unsupported"
   )
 
 
-def _head(source) -> tuple[bytes, int]:
-  """The first bytes of a file, and how many it has."""
+def _head(source: str | os.PathLike | io.BytesIO) -> tuple[bytes, int]:
+  """Reads the first bytes of a file, and how many it has."""
   if isinstance(source, io.BytesIO):
     content = source.getvalue()
     return content[:2048], len(content)
@@ -194,7 +204,7 @@ def _head(source) -> tuple[bytes, int]:
 
 
 def _heif() -> bool:
-  """Makes Pillow read HEIC where its plugin is installed."""
+  """Registers Pillow's HEIC plugin; returns whether it is installed."""
   try:
     import pillow_heif  # optional, and seldom needed
   except ImportError:
@@ -202,8 +212,6 @@ def _heif() -> bool:
   pillow_heif.register_heif_opener()
   return True
 
-
-__all__ = ["image_size", "load_image"]  # read from files
 
 # SigLIP's processor: x / 255, then mean 0.5 and deviation 0.5. Written in its
 # order of float64 and float32 operations, since the values must be the same.
@@ -216,17 +224,17 @@ _MEAN_COLOUR = int(0.5 * 255)  # 127: the processor's mean, cut to an integer
 
 @dataclasses.dataclass(frozen=True)
 class AnyresGeometry:
-  """How an image is tiled and what is left of its grid of features.
+  """Describes how an image is tiled, and which of its features are kept.
 
   Attributes:
     grid_w: tiles from left to right.
     grid_h: tiles from top to bottom.
     tiles: all tiles, the base tile (the whole image) included.
-    unpadded_h: rows of features once the padding is cut off.
-    unpadded_w: columns likewise.
+    unpadded_h: rows of features without the padding.
+    unpadded_w: columns of features without the padding.
     scale: sqrt(features / features of `max_tiles` tiles).
     resized_h: rows after scaling down, which happens where scale > 1.1.
-    resized_w: columns likewise.
+    resized_w: columns after scaling down.
   """
 
   grid_w: int
@@ -242,19 +250,24 @@ class AnyresGeometry:
 def resize(
   image: UInt8[np.ndarray, "height width 3"], size: int
 ) -> UInt8[np.ndarray, "size size 3"]:
-  """Bicubic, straight to a square; the aspect ratio is not kept."""
+  """Resizes an image to a square (bicubic), without keeping the aspect ratio.
+
+  Args:
+    image: uint8 RGB.
+    size: side of the square, in pixels.
+  """
   return _resize(image, size, size)
 
 
 def to_pixels(image: UInt8[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
-  """0..255 to [-1, 1], as SigLIP expects it."""
+  """Scales pixel values from 0..255 to [-1, 1], as SigLIP expects them."""
   return _VALUES[image]
 
 
 def pad_to_square(
   image: UInt8[np.ndarray, "height width 3"],
 ) -> UInt8[np.ndarray, "side side 3"]:
-  """Centres the image on a grey square; for one image among several."""
+  """Centres an image on a grey square, as done for one image among several."""
   height, width = image.shape[:2]
   side = max(height, width)
   return _centred(image, side, side, _MEAN_COLOUR)
@@ -263,13 +276,20 @@ def pad_to_square(
 def best_resolution(
   width: int, height: int, tile: int = 384, max_grid: int = 6
 ) -> tuple[int, int]:
-  """The (width, height), in whole tiles, that shows an image best.
+  """Returns the (width, height) in whole tiles that fits an image best.
 
-  Best is what keeps most of the image's pixels, then what wastes fewest. Of
-  equals the first counts, in the order 1x1, 1x2, ..., 6x6 (width first).
+  The best grid keeps most of the image's pixels; among those it has the fewest
+  pixels of padding; among equals it comes first in the order 1x1, 1x2, ..., 6x6
+  (width first).
+
+  Args:
+    width: of the image, in pixels.
+    height: of the image, in pixels.
+    tile: side of a tile, in pixels.
+    max_grid: the most tiles along a side.
 
   Raises:
-    UserError: the image is so narrow that it vanishes in every grid.
+    UserError: the image is so narrow that no pixel is left in any grid.
   """
   best, best_kept, least_wasted = None, 0, math.inf
   steps = [tile * n for n in range(1, max_grid + 1)]
@@ -296,22 +316,23 @@ def anyres_geometry(
   side: int = 27,
   max_tiles: int = 9,
 ) -> AnyresGeometry:
-  """The tiles and features of an image (`anyres_max_9`, grids 1x1 to 6x6).
+  """Computes the tiles and features of an image (`anyres_max_9`).
 
-  A worked example, 640 x 480: 2 x 2 tiles give 54 x 54 features; the image is
-  wider than that, so 54 columns stay, int(480 * 54 / 640) = 40 rows are image
-  and 14 // 2 = 7 rows are cut off above and below: 40 x 54.
+  See hourjax/README.md, Images. Grids are 1x1 to 6x6. Example of 640 x 480: 2 x
+  2 tiles give 54 x 54 features. The image is wider than that grid, so all 54
+  columns stay; int(480 * 54 / 640) = 40 rows belong to the image, and 14 // 2 =
+  7 rows are cut off above and below, which leaves 40 x 54 features.
 
   Args:
     width: of the image, in pixels.
     height: of the image, in pixels.
     tile: side of a tile, in pixels.
     side: features along the side of a tile.
-    max_tiles: more features than these tiles have are scaled down.
+    max_tiles: an image of more features than these tiles have is scaled down.
 
   Raises:
-    UserError: see `best_resolution`; also where no feature of the image is
-      left, which only few features a tile and very narrow images bring about.
+    UserError: as `best_resolution`; also if no feature of the image is left,
+      as of very narrow images with few features in each tile.
   """
   best_w, best_h = best_resolution(width, height, tile)
   grid_w, grid_h = best_w // tile, best_h // tile
@@ -343,13 +364,13 @@ def anyres_geometry(
 def tile_image(
   image: UInt8[np.ndarray, "height width 3"], tile: int = 384
 ) -> UInt8[np.ndarray, "tiles tile tile 3"]:
-  """The whole image as one tile, then its tiles row by row.
+  """Cuts an image into tiles: first the whole image as one, then row by row.
 
-  For the latter the image is scaled to fit its best resolution and centred on
-  black.
+  For the row-by-row tiles the image is scaled to fit its best resolution and
+  centred on black.
 
   Raises:
-    UserError: see `best_resolution`.
+    UserError: as `best_resolution`.
   """
   height, width = image.shape[:2]
   best_w, best_h = best_resolution(width, height, tile)
@@ -367,18 +388,21 @@ def tile_image(
 
 
 def _resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
+  """Resizes with Pillow's bicubic filter, width first and then height."""
   if image.shape[:2] == (height, width):
     return image  # PIL would return an equal copy
   # Width first, then height: the order of every Pillow before 13, and hence of
   # the published training. Pillow 13 may choose the other order, which changes
   # 7 % of the values (https://github.com/python-pillow/Pillow/pull/9549).
-  wide = Image.fromarray(image).resize((width, image.shape[0]), Image.BICUBIC)
-  return np.asarray(wide.resize((width, height), Image.BICUBIC))
+  bicubic = Image.Resampling.BICUBIC
+  wide = Image.fromarray(image).resize((width, image.shape[0]), bicubic)
+  return np.asarray(wide.resize((width, height), bicubic))
 
 
 def _centred(
   image: np.ndarray, width: int, height: int, colour: int
 ) -> np.ndarray:
+  """Returns the image centred on a canvas of one grey value."""
   h, w = image.shape[:2]
   top, left = (height - h) // 2, (width - w) // 2
   canvas = np.full((height, width, 3), colour, np.uint8)

@@ -3,15 +3,16 @@
     ai2d/train-00000-of-00001.parquet/image/12      row 12 of column image
     m4/train-00003-of-00010.parquet/images/7.1      the second image of row 7
 
-Hugging Face's data sets hold their images in this way, a hundred rows to a
-group. Reading one image reads its group's column, which stays in memory for the
-next few reads; nothing else is read, and files are not unpacked.
+Hugging Face's datasets hold their images in this way, about a hundred rows in a
+row group. Reading one image reads the column of its row group, which stays in
+memory for the next few reads. Nothing else is read, and no file is unpacked.
 """
 
 import collections
 import os
 import pathlib
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,10 @@ import pyarrow.parquet
 from hourjax.errors import UserError
 
 SUFFIX = ".parquet"
-MOST_GROUP = 64 << 20  # bytes of a group's images that are read for one
+MOST_GROUP = 64 << 20  # most bytes of a group's images, read for one of them
 
-_FILES = 8  # whose rows are known at a time
-_GROUPS = 2  # whose images are in memory at a time
+_FILES = 8  # files whose row counts are cached
+_GROUPS = 2  # groups whose images are cached
 
 _lock = threading.Lock()
 _files: collections.OrderedDict[str, tuple] = collections.OrderedDict()
@@ -34,13 +35,20 @@ _groups: collections.OrderedDict[tuple, Any] = collections.OrderedDict()
 def name_of(
   file: str | os.PathLike, column: str, row: int, position: int | None
 ) -> str:
-  """The name of an image; `position` is in a list of images, else None."""
+  """Returns the name of an image inside a parquet file.
+
+  Args:
+    file: path of the parquet file.
+    column: that holds the images.
+    row: of the image.
+    position: in the row's list of images, None if the row has one image.
+  """
   at = f"{row}" if position is None else f"{row}.{position}"
   return f"{os.fspath(file)}/{column}/{at}"
 
 
 def inside(path: str | os.PathLike) -> pathlib.Path | None:
-  """The parquet file that holds the image of a name, None for other files."""
+  """Returns the parquet file that an image's name refers to, None if none."""
   parts = pathlib.Path(path).parts
   if len(parts) < 3 or not parts[-3].lower().endswith(SUFFIX):
     return None
@@ -50,10 +58,13 @@ def inside(path: str | os.PathLike) -> pathlib.Path | None:
 
 
 def read(path: str | os.PathLike) -> bytes:
-  """The bytes of an image by its name.
+  """Reads the encoded bytes of an image inside a parquet file.
+
+  Args:
+    path: name of the image, see `name_of`.
 
   Raises:
-    UserError: no such row or column, or the file is damaged.
+    UserError: there is no such row or column, or the file is damaged.
   """
   file = inside(path)
   if file is None:
@@ -79,10 +90,14 @@ def read(path: str | os.PathLike) -> bytes:
 
 
 def check_groups(path: str | os.PathLike, column: str) -> None:
-  """Refuses a file whose groups are too large to be read for one image.
+  """Refuses a file whose row groups are too large to be read for one image.
+
+  Args:
+    path: of the parquet file.
+    column: that holds the images.
 
   Raises:
-    UserError: names the largest group's bytes.
+    UserError: with the size of the largest group.
   """
   metadata = pyarrow.parquet.read_metadata(path)
   most = 0
@@ -103,7 +118,8 @@ def check_groups(path: str | os.PathLike, column: str) -> None:
 
 
 def _row(file: str, column: str, row: int) -> Any:
-  # A changed file is another one.
+  """Returns a row's value, through the caches of row counts and images."""
+  # A file that was changed must not be read from the cache.
   stat = os.stat(file)
   key = (file, stat.st_size, stat.st_mtime_ns)
   starts = _cached(_files, key, _FILES, lambda: _starts(file))
@@ -116,13 +132,19 @@ def _row(file: str, column: str, row: int) -> Any:
   return images[row - int(starts[at])].as_py()
 
 
-def _cached(cache: collections.OrderedDict, key: Any, most: int, make) -> Any:
+def _cached(
+  cache: collections.OrderedDict,
+  key: Any,
+  most: int,
+  make: Callable[[], Any],
+) -> Any:
+  """Returns a value of a cache of the last `most` ones, made if missing."""
   with _lock:
     found = cache.get(key)
     if found is not None:
       cache.move_to_end(key)
       return found
-  made = make()  # several threads may read at a time
+  made = make()  # outside of the lock: several threads may read at a time
   with _lock:
     cache[key] = made
     while len(cache) > most:
@@ -131,7 +153,7 @@ def _cached(cache: collections.OrderedDict, key: Any, most: int, make) -> Any:
 
 
 def _starts(file: str) -> np.ndarray:
-  """The first row of each group, and the number of rows."""
+  """Returns the first row of each group, and the number of rows at the end."""
   metadata = pyarrow.parquet.read_metadata(file)
   groups = range(metadata.num_row_groups)
   rows = [metadata.row_group(i).num_rows for i in groups]
@@ -139,6 +161,7 @@ def _starts(file: str) -> np.ndarray:
 
 
 def _group(file: str, column: str, group: int) -> Any:
+  """Reads one column of a row group."""
   with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as table:
     if column not in table.schema_arrow.names:
       raise LookupError(f"no column {column!r}")

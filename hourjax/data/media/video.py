@@ -1,36 +1,43 @@
-"""Frames of video files: chosen ones, upright, as squares."""
+"""Decoding of chosen frames of a video file, upright and resized to squares."""
 
 import contextlib
 import dataclasses
 import math
 import os
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 import av
 import numpy as np
+from av.sidedata.sidedata import SideData
 from av.video.reformatter import VideoReformatter
 from jaxtyping import Int, UInt8
 
 from hourjax.data.media import frame_folder
 from hourjax.data.media.images import resize
-from hourjax.data.media.video_file import HEALED, Picture, Pictures, open_video
+from hourjax.data.media.video_file import (
+  HEALED,
+  DecodedFrame,
+  FrameDecoder,
+  open_video,
+)
 from hourjax.data.media.video_probe import VideoInfo, probe
 from hourjax.errors import UserError
 
 # Of the frames wanted of a video, the share that must be read. Below it the
-# file is refused; above it the nearest pictures stand in for what is damaged.
+# file is refused; above it the nearest frames replace the damaged ones.
 MIN_SHARE = 0.95
-# No hidden pictures follow each other for so long: the rest is damage.
+# Hidden frames never follow each other for so long: a longer gap is damage.
 _HIDDEN = 32
 
 
 @dataclasses.dataclass
 class Reading:
-  """How much of what was wanted of a video was read; filled while decoding.
+  """Counts how many wanted frames of a video were read, while decoding.
 
   Attributes:
-    wanted: frames that were asked for.
-    read: of them, those that could be decoded without damage.
+    wanted: number of frames that were asked for.
+    read: how many of them could be decoded without damage.
   """
 
   wanted: int = 0
@@ -38,7 +45,7 @@ class Reading:
 
   @property
   def share(self) -> float:
-    """From 0 to 1, cut to four digits: 1 only if all were read."""
+    """Returns read / wanted, cut to four digits: 1 only if all were read."""
     return math.floor(1e4 * self.read / self.wanted) / 1e4 if self.wanted else 1
 
 
@@ -55,26 +62,26 @@ def decode_frames(
 ) -> Iterator[UInt8[np.ndarray, "n size size 3"]]:
   """Decodes frames in order, upright, resized to a square like any image.
 
-  For a frame that is damaged, the nearest picture that is not stands in; for
-  one that is meant to be unseen, the picture before it.
+  A damaged frame is replaced by the nearest frame without damage, and a hidden
+  frame by the frame before it.
 
   Args:
     path: of the video.
-    indices: frames to take, ascending; one may occur several times.
+    indices: frames to decode, ascending; one may occur several times.
     size: side of the result, in pixels.
-    info: what `probe` says; asked if not given.
-    batch: frames yielded at a time; the memory held is about theirs.
-    threads: of the decoder; 0 is one a core.
-    min_share: of the frames, that must be read; from 0 to 1.
-    reading: where to note how many were read; final when all is yielded.
+    info: result of `probe`, which is called if it is not given.
+    batch: frames yielded at a time; the memory in use is about theirs.
+    threads: of the decoder; 0 means one for each core.
+    min_share: share of the frames that must be read, from 0 to 1.
+    reading: receives how many frames were read; final after the last batch.
 
   Yields:
-    RGB frames: `batch` of them, in the end what is left.
+    uint8 RGB frames, `batch` at a time; the last batch may be smaller.
 
   Raises:
-    UserError: cannot be decoded, or too few of the frames can; that may come
-      after all of them were yielded.
-    ValueError: indices that do not ascend, or are negative.
+    UserError: the video cannot be decoded, or too few of the frames can; this
+      may be raised after all of them were yielded.
+    ValueError: indices do not ascend, or are negative.
   """
   wanted = np.asarray(indices, np.int64)
   if len(wanted) == 0:
@@ -96,21 +103,19 @@ def decode_frames(
     return
   info = info or probe(path)
   reading.read = int(info.readable(wanted).sum())
-  _check_share(path, reading, min_share, info, wanted)  # what is known already
+  _check_share(path, reading, min_share, info, wanted)  # before decoding
   reading.read = 0
   choice = _Choice(path, wanted.tolist(), size, info)
   with open_video(path) as container:
-    pictures = Pictures(
-      container, container.streams[info.stream], threads=threads
-    )
+    decoder = FrameDecoder(container, _stream(container, info), threads=threads)
     ready: list[np.ndarray] = []
-    for frame in choice.frames(pictures):
+    for frame in choice.frames(decoder):
       ready.append(frame)
       if len(ready) == batch:
         yield np.stack(ready)
         ready = []
   reading.read = choice.read
-  _check_share(path, reading, min_share, info, wanted, pictures.count)
+  _check_share(path, reading, min_share, info, wanted, decoder.count)
   if ready:
     yield np.stack(ready)
 
@@ -118,10 +123,15 @@ def decode_frames(
 def check_whole(
   path: str | os.PathLike, info: VideoInfo, min_share: float = MIN_SHARE
 ) -> None:
-  """Finds without decoding that too much of a file is missing.
+  """Refuses a file of which too much is missing, without decoding it.
+
+  Args:
+    path: of the video, for the message.
+    info: result of `probe`.
+    min_share: share of the frames that must be in the file, from 0 to 1.
 
   Raises:
-    UserError: with the share that is there.
+    UserError: with the share of frames that the file holds.
   """
   numbers = np.arange(info.frames)
   reading = Reading(len(numbers), int(info.readable(numbers).sum()))
@@ -131,18 +141,19 @@ def check_whole(
 def frame_at(
   path: str | os.PathLike, second: float, size: int
 ) -> UInt8[np.ndarray, "size size 3"]:
-  """What a video shows at a moment, as `decode_frames` gives it.
+  """Decodes the frame at one moment, with the values of `decode_frames`.
 
-  Decodes from the key frame before: an hour's end costs no more than its start.
-  Only where the file's times jump is it decoded from the start.
+  Decoding starts from the key frame before that moment, so the end of an hour
+  costs no more than its start. A file whose times jump is decoded from its
+  first frame.
 
   Args:
     path: of the video.
-    second: since its first frame; later ones show the last frame.
+    second: since the first frame; beyond the end, the last frame is returned.
     size: side of the result, in pixels.
 
   Raises:
-    UserError: cannot be decoded.
+    UserError: the frame cannot be decoded.
   """
   if os.path.isdir(path):
     return frame_folder.frame_at(path, second, size)
@@ -156,19 +167,21 @@ def frame_at(
   # Some formats have no index and are sought in too far, or not at all.
   for back in (0, 10, 60, math.inf):
     with open_video(path) as container:
-      stream = container.streams[info.stream]
-      start, base = stream.start_time or 0, stream.time_base
+      stream = _stream(container, info)
+      start, base = stream.start_time or 0, stream.time_base or Fraction(1)
       if back < math.inf:
         earlier = max(0, second - back)
         with contextlib.suppress(av.error.FFmpegError):
           container.seek(start + int(earlier / base), stream=stream)
-      first, best = None, None
-      for picture in _frames(container, info):
-        ticks = start if picture.time is None else picture.time
+      first: float = math.inf  # seconds of the first frame that came
+      best: DecodedFrame | None = None
+      for frame in FrameDecoder(container, stream):
+        ticks = start if frame.time is None else frame.time
         time = float((ticks - start) * base)
-        first = time if first is None else first
-        if picture.clean or best is None:
-          best = picture
+        if best is None:
+          first = time
+        if best is None or frame.clean:
+          best = frame
         if time > second - half and best.clean:
           break
       if best is not None and (first < second + half or back == math.inf):
@@ -176,94 +189,105 @@ def frame_at(
   raise UserError(f"{path}: no frame can be decoded; fetch it again")
 
 
-def _frames(container, info: VideoInfo) -> Iterator[Picture]:
-  """The pictures from where a file was sought to."""
-  yield from Pictures(container, container.streams[info.stream])
+def _stream(
+  container: av.container.InputContainer, info: VideoInfo
+) -> av.VideoStream:
+  """Returns the main video stream of an opened file."""
+  stream = container.streams[info.stream]
+  assert isinstance(stream, av.VideoStream)  # `probe` chose among these
+  return stream
 
 
 class _Choice:
-  """Picks the wanted ones of a stream of pictures, and what stands in."""
+  """Picks the wanted frames of a stream, and replaces those not readable."""
 
-  def __init__(self, path, wanted: list[int], size: int, info: VideoInfo):
+  def __init__(
+    self,
+    path: str | os.PathLike,
+    wanted: list[int],
+    size: int,
+    info: VideoInfo,
+  ) -> None:
     self.read = 0
     self._path = path
     self._wanted, self._next = wanted, 0
     self._size, self._info = size, info
     self._upright = _Upright()
-    self._before: Picture | None = None  # the last one without damage
-    # Wanted but not read so far: number, the damaged picture, and whether it is
-    # damage that hides it.
+    self._before: DecodedFrame | None = None  # the last one without damage
+    # Wanted but not read so far: number, the damaged frame if there is one, and
+    # whether it is missing for damage.
     self._waiting: list[tuple[int, np.ndarray | None, bool]] = []
 
-  def frames(self, pictures: Pictures) -> Iterator[np.ndarray]:
+  def frames(self, decoder: FrameDecoder) -> Iterator[np.ndarray]:
     """Yields a frame for each wanted one, in order.
 
-    Decodes no further than it needs to.
+    Decodes no further than the last wanted frame needs.
     """
     last, holes, doubtful = -1, list(self._info.lost), 0
-    for picture in pictures:
-      number = self._number(picture.number)
-      torn = picture.torn or number - last > _HIDDEN
+    for frame in decoder:
+      number = self._number(frame.number)
+      torn = frame.torn or number - last > _HIDDEN
       last = max(last, number)
-      # Pictures after a hole refer to what was in it, up to a key frame.
+      # Frames after a hole refer to what was in it, up to a key frame.
       if holes and number >= holes[0][0]:
         holes.pop(0)
         doubtful = HEALED
-      doubtful = 0 if picture.raw.key_frame else max(0, doubtful - 1)
+      doubtful = 0 if frame.raw.key_frame else max(0, doubtful - 1)
       if doubtful:
-        picture = dataclasses.replace(picture, clean=False)
+        frame = dataclasses.replace(frame, clean=False)
       while self._due() < number:
         self._wait(None, torn)
-      if picture.clean:
-        yield from self._stand_in(number, picture)
+      if frame.clean:
+        yield from self._stand_in(number, frame)
         while self._due() == number:
           self._next += 1
           self.read += 1
-          yield self._pixels(picture)
-        self._before = picture
+          yield self._pixels(frame)
+        self._before = frame
       else:
         while self._due() == number:
-          self._wait(self._pixels(picture), True)
+          self._wait(self._pixels(frame), True)
         if self._waiting and number - self._waiting[0][0] > HEALED:
           yield from self._stand_in(number, None)
       if self._next == len(self._wanted) and not self._waiting:
         return
-    end = self._number(pictures.end)
-    torn = pictures.torn or end - last > _HIDDEN
+    end = self._number(decoder.end)
+    torn = decoder.torn or end - last > _HIDDEN
     while self._next < len(self._wanted):
       self._wait(None, torn or self._due() >= end)
     yield from self._stand_in(end, None)
 
   def _due(self) -> float:
-    """The next wanted number."""
+    """Returns the next wanted number, infinity if there is none."""
     if self._next == len(self._wanted):
       return math.inf
     return self._wanted[self._next]
 
   def _number(self, number: int) -> int:
-    """A picture's number, counting those that are lost."""
+    """Returns a frame's number with the lost frames before it counted."""
     for first, count in self._info.lost:
       if number >= first:
         number += count
     return number
 
   def _wait(self, own: np.ndarray | None, damage: bool) -> None:
+    """Puts the next wanted frame among those that need a replacement."""
     number = self._wanted[self._next]
     damage |= not self._info.readable(np.array([number]))[0]
     self._waiting.append((number, own, damage))
     self._next += 1
 
   def _stand_in(
-    self, after_number: int, after: Picture | None
+    self, after_number: int, after: DecodedFrame | None
   ) -> Iterator[np.ndarray]:
-    """Yields a frame for each that waits."""
+    """Yields the replacement of each wanted frame that could not be read."""
     if not self._waiting:
       return
     before = self._before
-    pixels = {"before": None, "after": None}
+    pixels: dict[str, np.ndarray] = {}
     for number, own, damage in self._waiting:
-      # How far off each is; one that is damaged itself is better than one of
-      # another scene.
+      # Distances in frames. The damaged frame itself is better than a frame of
+      # another scene, so it counts as HEALED frames away.
       far = {"own": HEALED if own is not None else math.inf}
       far["before"] = math.inf if before is None else 0
       far["after"] = math.inf if after is None else after_number - number
@@ -276,33 +300,34 @@ class _Choice:
           " have can be decoded; the file is damaged, fetch it again"
         )
       self.read += not damage
-      if nearest == "own":
+      frame = before if nearest == "before" else after
+      if nearest == "own" and own is not None:
         yield own
-        continue
-      if pixels[nearest] is None:
-        picture = before if nearest == "before" else after
-        pixels[nearest] = self._pixels(picture)
-      yield pixels[nearest]
+      elif frame is not None:
+        if nearest not in pixels:
+          pixels[nearest] = self._pixels(frame)
+        yield pixels[nearest]
     self._waiting = []
 
-  def _pixels(self, picture: Picture) -> np.ndarray:
-    return resize(self._upright.rgb(picture.raw), self._size)
+  def _pixels(self, frame: DecodedFrame) -> np.ndarray:
+    return resize(self._upright.rgb(frame.raw), self._size)
 
 
 class _Upright:
-  """Converts decoded pictures to RGB, turned and mirrored as they are shown."""
+  """Converts decoded frames to RGB, turned and mirrored for display."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     # One converter for all frames: setting it up costs more than its work.
     self._converter = VideoReformatter()
 
   def rgb(self, raw: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns the upright RGB pixels of a decoded frame."""
     pixels = self._converter.reformat(raw, format="rgb24").to_ndarray()
     return _turned(pixels, _display_matrix(raw))
 
 
 def _display_matrix(raw: av.VideoFrame) -> Sequence[int]:
-  """The matrix (a, b, c, d) that takes a picture (x, y) to where it is shown.
+  """Returns the matrix (a, b, c, d) from pixels (x, y) to display positions.
 
   x' = a x + c y, y' = b x + d y, up to a shift; y points down.
   """
@@ -311,14 +336,14 @@ def _display_matrix(raw: av.VideoFrame) -> Sequence[int]:
   except ValueError:  # PyAV does not know the kind of other data of the frame
     turns = round(raw.rotation / 90) % 4  # counter-clockwise
     return [(1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0)][turns]
-  if data is None:
+  if not isinstance(data, SideData):
     return (1, 0, 0, 1)
-  a, b, _, c, d = np.frombuffer(data, np.int32)[:5].tolist()
+  a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
   return (a, b, c, d)
 
 
 def _turned(pixels: np.ndarray, matrix: Sequence[int]) -> np.ndarray:
-  """Pixels as a display matrix shows them, to the nearest right angle."""
+  """Turns pixels by a display matrix, to the nearest right angle."""
   a, b, c, d = matrix
   if abs(b) + abs(c) > abs(a) + abs(d):
     pixels = pixels.swapaxes(0, 1)
@@ -333,17 +358,17 @@ def _turned(pixels: np.ndarray, matrix: Sequence[int]) -> np.ndarray:
 
 
 def _check_share(
-  path,
+  path: str | os.PathLike,
   reading: Reading,
   min_share: float,
   info: VideoInfo,
   wanted: np.ndarray,
   decoded: int | None = None,
 ) -> None:
-  """Refuses a video of which too little was read, or can be.
+  """Refuses a video of which too few frames were read, or can be.
 
   Raises:
-    UserError: with the share.
+    UserError: with the share of frames read.
   """
   if reading.share >= min_share:
     return
@@ -355,7 +380,7 @@ def _check_share(
       f" header counts {info.frames}"
     )
   else:
-    problem = "damaged pictures"
+    problem = "damaged frames"
   raise UserError(
     f"{path}: {problem}; {reading.share:.1%} of {reading.wanted} frames can be"
     f" read, at least {min_share:.0%} must be; the file is truncated or"

@@ -1,17 +1,19 @@
-"""Video files: opening them, and their pictures numbered as they are decoded.
+"""Video files: opening them, and numbering their frames in display order.
 
-Whatever a file does to the libraries that read it ends here as a `UserError`
-that names the file: no damaged or odd video costs more than itself.
+Every error that a file causes in the libraries that read it is raised from here
+as a `UserError` that names the file, so a damaged or unusual video stops no
+other video.
 
-A picture's number is the count of pictures shown before it, not of pictures
-decoded before it. So what cannot be decoded costs itself, and moves nothing:
+A frame's number is the count of frames displayed before it, not of frames
+decoded before it. A frame that cannot be decoded therefore leaves the numbers
+of all other frames as they are:
 
     packets  I0 P3 B1 B2 P6 B4 B5     (times; B2 is damaged)
     decoded  0 1 3 4 5 6              numbers 0 1 3 4 5 6
 
-Not counted are packets that show nothing (cut off by an edit list, VP8's and
-VP9's hidden frames) and, where a file starts in mid-stream, the pictures before
-its first key frame that refer to what is not there.
+Packets that display nothing are not counted (those cut off by an edit list, and
+the hidden frames of VP8 and VP9). Where a file starts in mid-stream, the frames
+before its first key frame that refer to missing frames are not counted either.
 """
 
 import bisect
@@ -27,11 +29,11 @@ from av.stream import Disposition
 
 from hourjax.errors import UserError
 
-# 8192 x 8192: one picture of a damaged size must not take all memory.
+# 8192 x 8192: one frame of a damaged size must not take all memory.
 MAX_PIXELS = 2**26
 
-# Containers that hold their own pictures. Playlists and scripts (hls, dash,
-# concat, sdp) name other files or addresses, which a stranger's file must not
+# Containers that hold their own frames. Playlists and scripts (hls, dash,
+# concat, sdp) name other files or addresses, which an untrusted file must not
 # make this machine read; single images and text are no videos.
 _FORMATS = (
   "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,live_flv,kux,asf,asf_o,mpegts,"
@@ -39,12 +41,12 @@ _FORMATS = (
   "cavsvideo,dirac,av1,obu,ivf,ogg,mxf,gxf,lxf,nut,nuv,rm,rpl,wtv,dv,dhav,mjpeg,"
   "mjpeg_2000,yuv4mpegpipe,gif,apng,swf,nsv,pva,ty,roq,bink,smk,amv,mv,ifv,lmlm4"
 )
-# Formats without times of presentation: order and count tell instead.
+# Formats without presentation times: frames are numbered by order and count.
 TIMELESS = frozenset(
   {"avi", "h261", "h263", "h264", "hevc", "vvc", "mpegvideo", "m4v", "mjpeg"}
   | {"cavsvideo", "avs2", "avs3", "vc1", "dirac", "obu", "av1"}
 )
-# Streams beside the film.
+# Streams that are not the main video.
 _ASIDE = (
   Disposition.attached_pic
   | Disposition.timed_thumbnails
@@ -53,13 +55,13 @@ _ASIDE = (
   | Disposition.comment
   | Disposition.non_diegetic
 )
-# After damage, pictures refer to what is damaged until the next key frame. In
+# After damage, frames refer to what is damaged until the next key frame. In
 # endless groups they heal by degrees; 250 is x264's usual group.
 HEALED = 250
 # Seconds that times of decoding go back by where another recording begins.
 RESET = 0.3
-_REORDER = 32  # pictures, more than any codec holds back
-_B_PICTURE = 3  # AV_PICTURE_TYPE_B
+_REORDER = 32  # frames, more than any codec holds back
+_B_FRAME = 3  # AV_PICTURE_TYPE_B
 # Threads a frame each, or a slice. A decoder that is dropped in mid-stream
 # waits for its threads and keeps Python's interpreter locked meanwhile; if one
 # wants to log through Python (`av.logging.set_level`, of any library in the
@@ -73,23 +75,28 @@ _TRIES = 8  # at reading on after an error, before the rest is given up
 
 @contextlib.contextmanager
 def own_fault(path: str | os.PathLike) -> Iterator[None]:
-  """Whatever goes wrong inside becomes a `UserError` about this file.
+  """Turns every error of the block inside into a `UserError` about this file.
 
-  The one place for it: the libraries raise far more than their own errors
-  (UnicodeDecodeError of a title, AttributeError of an unknown codec,
-  MemoryError of an absurd size).
+  The libraries raise far more than their own errors (UnicodeDecodeError of a
+  title, AttributeError of an unknown codec, MemoryError of an absurd size).
+
+  Args:
+    path: of the video, for the message.
+
+  Raises:
+    UserError: with the reason, of kind "damaged".
   """
   try:
     yield
   except UserError:
     raise
   except Exception as error:
-    said = getattr(error, "strerror", None) or str(error)
+    reason = getattr(error, "strerror", None) or str(error)
     name = type(error).__name__
     raise UserError(
       f"{path}: cannot be read as a video"
-      f" ({name}{': ' if said else ''}{said}); the file is damaged, fetch it"
-      " again",
+      f" ({name}{': ' if reason else ''}{reason}); the file is damaged,"
+      " fetch it again",
       kind="damaged",
     ) from error
 
@@ -98,10 +105,10 @@ def own_fault(path: str | os.PathLike) -> Iterator[None]:
 def open_video(
   path: str | os.PathLike,
 ) -> Iterator[av.container.InputContainer]:
-  """Opens a video file; errors inside are the file's, as `own_fault` says.
+  """Opens a video file; errors in the block are handled as by `own_fault`.
 
   Raises:
-    UserError: missing, empty, or no video.
+    UserError: the file is missing, empty, or not a video.
   """
   with own_fault(path):
     try:
@@ -137,13 +144,15 @@ def open_video(
       yield container
 
 
-def film_streams(
+def main_streams(
   container: av.container.InputContainer, path: str | os.PathLike
 ) -> list[av.VideoStream]:
-  """The streams of which one is the film: no covers, thumbnails, previews.
+  """Returns the streams that may be the main video.
+
+  Covers, thumbnails and previews are left out.
 
   Raises:
-    UserError: there is none, or none that can be decoded.
+    UserError: there is no such stream, or none that can be decoded.
   """
   streams = [
     stream
@@ -156,16 +165,16 @@ def film_streams(
       f"{path} has no video stream (streams: {kinds}); drop the record, or"
       " fetch the file again if it should have one"
     )
-  films = [s for s in streams if not s.disposition & _ASIDE] or streams
-  if not any(s.codec_context for s in films):
+  candidates = [s for s in streams if not s.disposition & _ASIDE] or streams
+  if not any(s.codec_context for s in candidates):
     refuse_codec(path)
-  return films
+  return candidates
 
 
 def refuse_codec(path: str | os.PathLike) -> NoReturn:
-  """Raises the UserError of a film without a decoder."""
+  """Raises the UserError of a video stream without a decoder."""
   raise UserError(
-    f"{path}: its pictures are in a codec that cannot be decoded (encrypted, or"
+    f"{path}: its frames are in a codec that cannot be decoded (encrypted, or"
     " unknown); fetch the file in another format, e.g. H.264"
   )
 
@@ -174,14 +183,15 @@ def packets(
   container: av.container.InputContainer,
   stream: av.VideoStream | None = None,
 ) -> Iterator[av.Packet | None]:
-  """Yields what can be read of a file, over damage where there is some.
+  """Yields the packets of a file, and reads on behind damaged parts.
 
   Args:
-    container: from its present position.
-    stream: only its packets, or all if None.
+    container: read from its present position.
+    stream: whose packets are yielded; those of all streams if None.
 
   Yields:
-    Packets that are not empty, and None in place of what could not be read.
+    Packets that are not empty, and None in place of a part that could not be
+    read.
   """
   chosen = () if stream is None else (stream,)
   tries = 0
@@ -197,15 +207,20 @@ def packets(
       yield None
 
 
-def shows(packet: av.Packet, codec: str | None) -> bool:
-  """Whether decoding a packet gives a picture, as its first byte tells."""
+def is_visible(packet: av.Packet, codec: str | None) -> bool:
+  """Returns whether a packet gives a frame that is displayed.
+
+  Args:
+    packet: as demuxed; its first or last byte tells it of VP8 and VP9.
+    codec: name of the codec, as FFmpeg has it.
+  """
   if packet.is_discard:  # cut off by an edit list
     return False
   if codec == "vp8":  # the fifth bit of the frame tag
     return bool(memoryview(packet)[0] & 0x10)
   if codec == "vp9":
     content = memoryview(packet)
-    # A superframe holds hidden frames and one that is shown.
+    # A superframe holds hidden frames and one that is displayed.
     if content[-1] & 0xE0 == 0xC0:
       return True
     # marker (2 bits), profile (2, one more of profile 3), show_existing_frame,
@@ -216,16 +231,16 @@ def shows(packet: av.Packet, codec: str | None) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-  """A decoded picture.
+class DecodedFrame:
+  """Holds a decoded frame with its number.
 
   Attributes:
-    raw: not converted yet; its pts is not the file's.
-    time: in the file's own ticks, None where it has none.
-    number: of pictures that the file shows before it.
-    clean: neither damaged nor made from damaged pictures.
-    torn: whether pictures missing just before it are lost to damage, and not
-      hidden ones.
+    raw: the frame before conversion to RGB; its pts is not the file's.
+    time: in ticks of the stream's time base, None where the file has none.
+    number: how many frames the file displays before it.
+    clean: whether it is neither damaged nor predicted from damaged frames.
+    torn: whether frames that are missing just before it are lost to damage; if
+      not, they are hidden frames.
   """
 
   raw: av.VideoFrame
@@ -235,13 +250,13 @@ class Picture:
   torn: bool
 
 
-class Pictures:
-  """Decodes a stream, and numbers what comes out.
+class FrameDecoder:
+  """Decodes a stream and numbers its frames in display order.
 
   Attributes:
-    count: pictures that were decoded.
-    ahead: packets shown before the first key frame that gave no picture; None
-      until that frame is there.
+    count: number of frames decoded so far.
+    ahead: number of packets displayed before the first key frame that gave no
+      frame; None until that key frame is decoded.
   """
 
   def __init__(
@@ -252,13 +267,13 @@ class Pictures:
     threads: int = 0,
     most: int | None = None,
   ):
-    """Prepares; iterating decodes, once.
+    """Prepares the decoder; iterating over it decodes, and works only once.
 
     Args:
       container: at its start, or where it was sought to.
-      stream: of it.
-      threads: of the decoder; 0 is one a core.
-      most: packets that are decoded; all if None.
+      stream: the stream of `container` that is decoded.
+      threads: of the decoder; 0 means one for each core.
+      most: how many packets are decoded at most; all if None.
     """
     self._packets = itertools.islice(packets(container, stream), most)
     self._context = stream.codec_context
@@ -276,43 +291,47 @@ class Pictures:
 
   @property
   def end(self) -> int:
-    """Pictures that the packets so far should show."""
+    """Returns how many frames the packets read so far should display."""
     return self._order.total - (self.ahead or 0)
 
   @property
   def late(self) -> int:
-    """Packets that came after the time at which they should be shown."""
+    """Returns how many packets came after their own display time."""
     return self._order.late
 
   @property
   def torn(self) -> bool:
-    """Whether what is missing after the last picture is lost to damage."""
+    """Returns whether frames missing after the last one are lost to damage."""
     return self._torn or bool(self._hurt) or bool(self._doubt)
 
-  def __iter__(self) -> Iterator[Picture]:
+  def __iter__(self) -> Iterator[DecodedFrame]:
     try:
-      yield from self._pictures()
+      yield from self._frames()
     finally:
       self._context.flush_buffers()  # waits for its threads; see `_THREADS`
 
-  def _pictures(self) -> Iterator[Picture]:
+  def _frames(self) -> Iterator[DecodedFrame]:
+    """Decodes the packets one by one, then what the decoder holds back."""
     sent = 0
     for packet in self._packets:
       if packet is None:
         self._damage(sent)
         continue
-      self._order.send(packet, shows(packet, self._context.codec.name))
+      self._order.send(packet, is_visible(packet, self._context.codec.name))
       if packet.is_corrupt:
         self._doubt.append(sent)
-      # Decoders hand a packet's time on to its picture: by its number we know
-      # which packet a picture is of, even where times jump or are missing.
+      # Decoders hand a packet's time on to its frame: by its number we know
+      # which packet a frame is of, even where times jump or are missing.
       self._times[sent] = packet.pts
       packet.pts = packet.dts = sent
       yield from self._decoded(packet, sent)
       sent += 1
     yield from self._decoded(None, sent)
 
-  def _decoded(self, packet: av.Packet | None, sent: int) -> Iterator[Picture]:
+  def _decoded(
+    self, packet: av.Packet | None, sent: int
+  ) -> Iterator[DecodedFrame]:
+    """Sends a packet, or the end of the stream, and yields what comes out."""
     try:
       frames = self._context.decode(packet)
     except av.error.FFmpegError:
@@ -322,9 +341,10 @@ class Pictures:
       self._order.lost += 1
       return
     for frame in frames:
-      yield self._picture(frame)
+      yield self._numbered(frame)
 
-  def _picture(self, frame: av.VideoFrame) -> Picture:
+  def _numbered(self, frame: av.VideoFrame) -> DecodedFrame:
+    """Returns a frame with its number, and whether damage concerns it."""
     packet = frame.pts  # the number of its packet
     self._order.whole &= not self.torn
     number = self._order.number(packet, frame.key_frame)
@@ -335,22 +355,24 @@ class Pictures:
     torn, clean = self.torn, not frame.is_corrupt
     self._torn = False
     if not clean:
-      # Most B pictures are referred to by none.
-      self._damage(None if frame.pict_type == _B_PICTURE else packet)
+      # Most B frames are referred to by none.
+      self._damage(None if frame.pict_type == _B_FRAME else packet)
     elif (self._hurt or self._doubt) and packet is not None:
       self._hurt = _lasting(self._hurt, packet, frame.key_frame)
       self._doubt = _lasting(self._doubt, packet, frame.key_frame)
       clean = not any(hurt <= packet for hurt in self._hurt)
-    return Picture(frame, self._times.pop(packet, None), number, clean, torn)
+    time = None if packet is None else self._times.pop(packet, None)
+    return DecodedFrame(frame, time, number, clean, torn)
 
   def _damage(self, packet: int | None) -> None:
+    """Notes that a packet is damaged or lost, None if none refers to it."""
     self._torn = True
     if packet is not None:
       self._hurt.append(packet)
 
 
 def _lasting(hurt: list[int], packet: int, key_frame: bool) -> list[int]:
-  """Of damaged packets those that still matter once this one is decoded."""
+  """Returns the damaged packets that later frames may still refer to."""
   return [
     other
     for other in hurt
@@ -359,38 +381,41 @@ def _lasting(hurt: list[int], packet: int, key_frame: bool) -> list[int]:
 
 
 def _goes_back(packet: av.Packet, one: int | None, two: int | None) -> bool:
-  """Whether a second time, in ticks, is before a first by more than RESET."""
+  """Returns whether time `two`, in ticks, is over RESET before `one`."""
   if one is None or two is None or one <= two:
     return False
   return (one - two) * packet.time_base > RESET
 
 
 class _Timed:
-  """Numbers pictures by their packets' times of presentation.
+  """Numbers frames by their packets' presentation times.
 
   Attributes:
-    total: packets that show something, but for late ones.
-    late: packets that should have been shown before a picture that was.
-    head: how many are shown before the first key frame, or the first picture
-      after it that can be decoded; None until a picture from there on is.
+    total: number of packets that are displayed, without late ones.
+    late: number of packets whose display time is before that of a frame that
+      has already come out.
+    head: how many frames are displayed before the first key frame, or before
+      the first frame after it that can be decoded; None until such a frame is
+      decoded.
     whole: whether nothing was damaged so far.
-    lost: not needed here.
+    lost: number of decoding errors; this class does not need it.
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.total, self.late, self.lost = 0, 0, 0
     self.head: int | None = None
     self.whole = True
     self._sent, self._passed, self._last = 0, 0, -1
     # Times grow within a segment; recordings that were joined have several.
-    self._segment, self._clock, self._pts = 0, None, 0
+    self._segment, self._pts = 0, 0
+    self._clock: int | None = None  # the last decoding time, in ticks
     self._keys: dict[int, tuple[int, int, int]] = {}
     self._waiting: list[tuple[int, int, int]] = []
-    self._first = None  # the first key frame
-    self._shown = (-1, 0, 0)
+    self._first: tuple[int, int, int] | None = None  # the first key frame
+    self._newest = (-1, 0, 0)
 
-  def send(self, packet: av.Packet, shown: bool) -> None:
-    """Takes note of a packet that the decoder gets."""
+  def send(self, packet: av.Packet, visible: bool) -> None:
+    """Notes a packet that is sent to the decoder."""
     pts, dts = packet.pts, packet.dts
     if dts is not None:
       self._segment += _goes_back(packet, self._clock, dts)
@@ -404,21 +429,21 @@ class _Timed:
     self._sent += 1
     if self._first is None and packet.is_keyframe:
       self._first = key
-    if not shown:
+    if not visible:
       return
-    if key < self._shown:
+    if key < self._newest:
       self.late += 1
     else:
       bisect.insort(self._waiting, key)
       self.total += 1
 
   def number(self, packet: int | None, key_frame: bool) -> int:
-    """Pictures before the one that comes of a packet."""
-    key = self._keys.pop(packet, None)
-    if key is not None and key > self._shown:
+    """Returns how many frames are displayed before this packet's frame."""
+    key = None if packet is None else self._keys.pop(packet, None)
+    if key is not None and key > self._newest:
       first = key if self._first is None else self._first
       if self.head is None and key >= first:
-        # Decoders that find their way in by degrees give no picture at once.
+        # Decoders that start without a key frame give no frame at first.
         start = key if self.whole else first
         self.head = self._passed + bisect.bisect_left(self._waiting, start)
       before = bisect.bisect_left(self._waiting, key)
@@ -426,34 +451,37 @@ class _Timed:
       after = before + (self._waiting[before : before + 1] == [key])
       del self._waiting[:after]
       self._passed += after
-      self._shown = key
-    else:  # out of order: its time is wrong; the next ones' mend the count
+      self._newest = key
+    else:  # out of order: its time is wrong; later frames correct the count
       self._last += 1
     return self._last
 
 
 class _Counted:
-  """Numbers pictures of formats without times: by count, and by key frames.
+  """Numbers frames of formats without times, by count and by key frames.
 
-  When a key frame comes out, all packets before it have come out or never will;
-  the attributes are those of `_Timed`.
+  When a key frame comes out, every packet before it has come out or never will.
+  The attributes are those of `_Timed`.
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.total, self.late, self.lost = 0, 0, 0
     self.head: int | None = None
     self.whole = True
-    self._before: list[int] = []  # by packet: shown before it
+    self._before: list[int] = []  # by packet: frames displayed before it
     self._first: int | None = None
-    self._last, self._out = -1, []
+    self._last = -1
+    self._out: list[int] = []  # packets of the latest frames
 
-  def send(self, packet: av.Packet, shown: bool) -> None:
+  def send(self, packet: av.Packet, visible: bool) -> None:
+    """Notes a packet that is sent to the decoder."""
     if self._first is None and packet.is_keyframe:
       self._first = len(self._before)
     self._before.append(self.total)
-    self.total += shown
+    self.total += visible
 
   def number(self, packet: int | None, key_frame: bool) -> int:
+    """Returns how many frames are displayed before this packet's frame."""
     self._last += 1 + self.lost
     self.lost = 0
     if packet is None:

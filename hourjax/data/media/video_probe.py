@@ -1,7 +1,7 @@
-"""What a video file says about itself: its film, pictures, duration, damage.
+"""Properties of a video file: main stream, frame count, duration, lost frames.
 
-Nothing is decoded but the first pictures of files that start in mid-stream.
-MP4 and AVI have an index of their packets; others are read through once.
+Only the first frames of files that start in mid-stream are decoded. MP4 and AVI
+have an index of their packets; other files are read through once.
 """
 
 import array
@@ -21,29 +21,30 @@ from hourjax.data.media import frame_folder, video_file
 from hourjax.errors import UserError
 
 _TOLERANCE = 1.1  # between a header's frame rate and the packets' times
-_STILL = 10  # seconds that a picture may last before it is looked into
+_STILL = 10  # seconds; a frame that lasts longer may be a jump of the clock
 # Formats whose clock may jump where a recording was interrupted or joined.
 _LIVE = frozenset({"mpegts", "mpegtsraw", "mpeg", "flv", "live_flv", "kux"})
-# Formats whose header says how long the whole is, written when it was made.
+# Formats whose header states the duration that the complete file had.
 _PROMISING = frozenset({"matroska,webm", "flv", "asf", "avi", "mxf"})
-_HEAD = 4000  # packets in which the first key frame is looked for
+_HEAD = 4000  # packets among which the first key frame is searched
 _ASF_FILE = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-  """What a video file says about itself.
+  """Describes a video file as its header, index and packets state it.
 
   Attributes:
-    frames: pictures that it shows, or should show where some are lost.
+    frames: number of frames that it displays, lost ones included.
     fps: average frames a second.
     duration: frames / fps, in seconds.
-    width: of a decoded picture before rotation, in pixels.
-    height: likewise.
-    stream: of the film among the file's streams.
-    lost: (number, count): so many of the pictures from this number on are not
-      in the file, though its times or header speak of them; ascending.
-    seconds: at which each picture is shown, where the file's own times jump.
+    width: of a decoded frame before rotation, in pixels.
+    height: of a decoded frame before rotation, in pixels.
+    stream: index of the main video among the file's streams.
+    lost: ascending pairs (number, count): `count` frames from this number on
+      are not in the file, although its times or its header imply them.
+    seconds: display time of each frame, given only where the file's own times
+      jump.
   """
 
   frames: int
@@ -58,7 +59,7 @@ class VideoInfo:
   )
 
   def readable(self, numbers: np.ndarray) -> np.ndarray:
-    """Whether pictures of these numbers are in the file, as far as known."""
+    """Returns for each frame number whether the file holds that frame."""
     there = numbers < self.frames
     for first, count in self.lost:
       there &= (numbers < first) | (numbers >= first + count)
@@ -66,12 +67,14 @@ class VideoInfo:
 
 
 def probe(path: str | os.PathLike) -> VideoInfo:
-  """Reads the header or index, and every packet where it does not tell enough.
+  """Reads the properties of a video file, or of a folder of frames.
 
-  A folder of pictures is a video too, see `frame_folder`.
+  They come from the header or the index, and from every packet of the file
+  where these do not suffice. For folders see `frame_folder`.
 
   Raises:
-    UserError: missing, empty, not a video, without pictures or rate.
+    UserError: the file is missing, empty, not a video, or has no frames or no
+      frame rate.
   """
   if os.path.isdir(path):
     return VideoInfo(*frame_folder.probe(path))
@@ -82,10 +85,10 @@ def probe(path: str | os.PathLike) -> VideoInfo:
   return _probe(os.fspath(path), stamp)
 
 
-@functools.lru_cache(256)  # asked for rules, for decoding, for each moment
+@functools.lru_cache(256)  # sampling and decoding probe the same file again
 def _probe(path: str, stamp: tuple[int, ...] | None) -> VideoInfo:
   with video_file.open_video(path) as container:
-    track = _film(container, path)
+    track = _main_track(container, path)
     info = _describe(container, track, path)
     doubtful = track.doubtful_start(container)
   if doubtful:
@@ -96,17 +99,18 @@ def _probe(path: str, stamp: tuple[int, ...] | None) -> VideoInfo:
 
 @dataclasses.dataclass
 class _Track:
-  """The pictures of a stream, in the order in which the file has them.
+  """Holds the frames of a stream, in the order of the file.
 
   Attributes:
-    stream: which.
-    pts, dts: in seconds, NaN where there is none.
-    key: whether a key frame.
-    position: in the file, in bytes.
-    before: bytes of all packets before it, of any stream.
+    stream: the stream.
+    pts: presentation time of each frame in seconds, NaN where there is none.
+    dts: decoding time of each frame likewise.
+    key: whether each frame is a key frame.
+    position: of each frame in the file, in bytes.
+    before: bytes of all packets before each frame, of any stream.
     sounds: seconds at which packets of other streams begin, ascending.
-    indexed: whether it comes of an index, which has no pts.
-    cut: of the last pictures, how many lie behind the file's end.
+    indexed: whether the frames come from an index, which has no pts.
+    cut: how many of the last frames lie behind the file's end.
     reached: seconds at which the last packet of any stream ends.
   """
 
@@ -125,18 +129,19 @@ class _Track:
     return len(self.dts)
 
   def span(self) -> float:
-    """Seconds from the first picture to the last, as the stamps have it."""
+    """Returns the seconds from the first frame to the last by their times."""
     times = self.times()
     times = times[~np.isnan(times)]
     return float(times.max() - times.min()) if len(times) else 0.0
 
   def times(self) -> np.ndarray:
+    """Returns the display time of each frame in seconds, NaN if unknown."""
     with np.errstate(invalid="ignore"):  # a clock that ran over in between
       early = self.dts - self.pts > video_file.RESET
     return np.where(np.isnan(self.pts) | early, self.dts, self.pts)
 
   def segments(self) -> np.ndarray:
-    """Numbers of the recordings that were joined, by their clocks' resets."""
+    """Numbers the recordings that were joined, by the resets of the clock."""
     known = ~np.isnan(self.dts)
     if not known.any():
       return np.zeros(len(self), int)
@@ -145,8 +150,8 @@ class _Track:
     back = np.diff(clock, prepend=clock[0]) < -video_file.RESET
     return np.cumsum(back)
 
-  def doubtful_start(self, container) -> bool:
-    """Whether the first pictures may refer to what is not in the file."""
+  def doubtful_start(self, container: av.container.InputContainer) -> bool:
+    """Returns whether the first frames may refer to frames before the file."""
     if not len(self):
       return False
     if not self.indexed:
@@ -172,19 +177,24 @@ class _Track:
     return False
 
 
-def _film(container, path) -> _Track:
-  """The best of the streams: long, large, many pictures, marked as default."""
-  streams = video_file.film_streams(container, path)
-  tracks = [_indexed(container, stream) for stream in streams]
-  if not all(tracks):
+def _main_track(
+  container: av.container.InputContainer, path: str | os.PathLike
+) -> _Track:
+  """Chooses the main stream: long, large, many frames, marked as default."""
+  streams = video_file.main_streams(container, path)
+  indexed = [_indexed(container, stream) for stream in streams]
+  # An empty index counts as none.
+  tracks = [track for track in indexed if track]
+  if len(tracks) < len(streams):
     tracks = _demuxed(container, streams)
   longest = max(track.span() for track in tracks)
-  films = [track for track in tracks if track.span() >= longest / 2]
-  playable = [track for track in films if track.stream.codec_context]
+  candidates = [track for track in tracks if track.span() >= longest / 2]
+  playable = [track for track in candidates if track.stream.codec_context]
   if not playable:
     video_file.refuse_codec(path)
 
   def weight(track: _Track) -> int:
+    """Returns the number of pixels, doubled for the default stream."""
     stream = track.stream
     marked = bool(stream.disposition & Disposition.default)
     return len(track) * stream.width * stream.height * (1 + marked)
@@ -192,8 +202,10 @@ def _film(container, path) -> _Track:
   return max(playable, key=weight)
 
 
-def _indexed(container, stream) -> _Track | None:
-  """A track from the container's index; None where that is not the whole."""
+def _indexed(
+  container: av.container.InputContainer, stream: av.VideoStream
+) -> _Track | None:
+  """Reads a track from the container's index, None if that is incomplete."""
   mp4 = "mp4" in container.format.name.split(",")
   entries = stream.index_entries
   if not (mp4 or container.format.name == "avi") or not len(entries):
@@ -214,7 +226,7 @@ def _indexed(container, stream) -> _Track | None:
     ends = [entry.pos + entry.size for entry in entries if not entry.is_discard]
     cut = int((np.array(ends) > container.size).sum())
   nothing = np.full(len(rows), math.nan)
-  base = float(stream.time_base)
+  base = float(stream.time_base or 0)
   key = rows[:, 2].astype(bool)
   return _Track(
     stream, nothing, rows[:, 0] * base, key, rows[:, 1], nothing,
@@ -222,10 +234,14 @@ def _indexed(container, stream) -> _Track | None:
   )  # fmt: skip
 
 
-def _demuxed(container, streams) -> list[_Track]:
-  """Tracks from all packets of the file."""
+def _demuxed(
+  container: av.container.InputContainer, streams: list[av.VideoStream]
+) -> list[_Track]:
+  """Reads tracks from all packets of the file."""
   rows = {stream.index: array.array("d") for stream in streams}
-  codecs = {s.index: s.codec_context and s.codec_context.name for s in streams}
+  codecs = {
+    s.index: s.codec_context.name if s.codec_context else None for s in streams
+  }
   bases = {s.index: float(s.time_base or 0) for s in container.streams}
   ends: dict[int, float] = {}
   content, nan, sounds = 0, math.nan, array.array("d")
@@ -240,7 +256,7 @@ def _demuxed(container, streams) -> list[_Track]:
         ends[index] = end
       if index not in rows:
         sounds.append(pts * base)
-    if index in rows and video_file.shows(packet, codecs[index]):
+    if index in rows and video_file.is_visible(packet, codecs[index]):
       rows[index].extend(
         (
           nan if pts is None else pts * base,
@@ -261,7 +277,12 @@ def _demuxed(container, streams) -> list[_Track]:
   return tracks
 
 
-def _describe(container, track: _Track, path) -> VideoInfo:
+def _describe(
+  container: av.container.InputContainer,
+  track: _Track,
+  path: str | os.PathLike,
+) -> VideoInfo:
+  """Checks the main track and computes frame count, rate and lost frames."""
   stream, count = track.stream, len(track)
   if not count:
     raise UserError(f"{path} has a video stream of 0 frames; drop the record")
@@ -274,18 +295,18 @@ def _describe(container, track: _Track, path) -> VideoInfo:
     )
   if width * height > video_file.MAX_PIXELS:
     raise UserError(
-      f"{path}: pictures of {width} x {height} pixels, at most"
+      f"{path}: frames of {width} x {height} pixels, at most"
       f" {video_file.MAX_PIXELS:,} are read; the header is damaged, or encode"
       " the file smaller"
     )
-  shown = _timeline(container, track)
-  lost = list(shown.lost)
+  timeline = _timeline(container, track)
+  lost = list(timeline.lost)
   if track.cut:
     lost.append((count - track.cut, track.cut))
-  frames = count + sum(missing for _, missing in shown.lost)
+  frames = count + sum(missing for _, missing in timeline.lost)
   # A header without a count (Matroska) may give the rate of the first second
-  # alone; where the rate varies, the times of the packets tell.
-  span = shown.span
+  # only; where the rate varies, it is computed from the times of the packets.
+  span = timeline.span
   if span and not 1 / _TOLERANCE < frames / rate / span < _TOLERANCE:
     rate = Fraction(frames / span).limit_denominator(10**6)
   return VideoInfo(
@@ -296,24 +317,32 @@ def _describe(container, track: _Track, path) -> VideoInfo:
     height,
     stream.index,
     tuple(lost),
-    shown.seconds,
+    timeline.seconds,
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Timeline:
-  """When pictures are shown: seconds in all, what is lost, jumps mended."""
+  """Holds when frames are displayed, with jumps of the clock corrected.
+
+  Attributes:
+    span: seconds in all, 0 where the times do not give them.
+    lost: as in `VideoInfo`.
+    seconds: as in `VideoInfo`.
+  """
 
   span: float
   lost: tuple[tuple[int, int], ...] = ()
   seconds: np.ndarray | None = None
 
 
-def _timeline(container, track: _Track) -> _Timeline:
-  """Seconds from the steps between pictures, without those that are none.
+def _timeline(
+  container: av.container.InputContainer, track: _Track
+) -> _Timeline:
+  """Adds up the steps between frames; a jump of the clock counts as one step.
 
   times  0.0 0.1 0.2 36015.0 36015.1     recordings joined
-  steps    0.1 0.1  [0.1]   0.1          0.4 s, and the last picture lasts too
+  steps    0.1 0.1  [0.1]   0.1          0.4 s, and the last frame lasts too
   """
   times, segments = track.times(), track.segments()
   if len(times) < 2 or np.isnan(times).any():
@@ -336,7 +365,7 @@ def _timeline(container, track: _Track) -> _Timeline:
   seconds = _promised(container, track)
   end = float(times[-1]) + usual
   if track.indexed and container.format.name != "avi":
-    span = 0.0  # an MP4's header has its rate from the times of all pictures
+    span = 0.0  # an MP4's header has its rate from the times of all frames
   missing = seconds - end if track.indexed else seconds - track.reached
   still_on = track.indexed or end > track.reached - max(2, 5 * usual)
   if still_on and missing > max(1, 0.005 * seconds, 2 * usual):
@@ -348,9 +377,14 @@ def _timeline(container, track: _Track) -> _Timeline:
 
 
 def _implausible(
-  container, track: _Track, times, steps, jumps, usual: float
+  container: av.container.InputContainer,
+  track: _Track,
+  times: np.ndarray,
+  steps: np.ndarray,
+  jumps: np.ndarray,
+  usual: float,
 ) -> np.ndarray:
-  """Which steps are jumps of a clock, and not pictures that stand long."""
+  """Returns which steps are jumps of the clock, not frames of long display."""
   large = ~jumps & (steps > max(_STILL, 20 * usual))
   odd = np.zeros(len(steps), bool)
   rest = float(steps[~large & ~jumps].sum())
@@ -364,7 +398,7 @@ def _implausible(
     step = float(steps[i])
     heard = _heard(track, times[i], times[i + 1])
     if heard and heard > 0.3 * sounds * step:
-      continue  # heard on while the picture stands
+      continue  # the sound goes on while the frame is displayed
     alone = step > rest * (1 if i == 0 and live else 10) and not few
     whole = float(steps[~jumps].sum())
     header = promised and abs(whole - step - promised) < abs(whole - promised)
@@ -373,14 +407,16 @@ def _implausible(
 
 
 def _heard(track: _Track, first: float, last: float) -> int:
-  """Packets of other streams between two moments."""
+  """Counts packets of other streams between two moments."""
   return int(np.searchsorted(track.sounds, (first, last)) @ (-1, 1))
 
 
-def _holes(track: _Track, order, steps, usual: float) -> list[tuple[int, int]]:
-  """Pictures missing where the file has bytes that hold no packets.
+def _holes(
+  track: _Track, order: np.ndarray, steps: np.ndarray, usual: float
+) -> list[tuple[int, int]]:
+  """Finds frames missing where the file has bytes that hold no packets.
 
-  A picture that stands for long takes no bytes; one that was overwritten does.
+  A frame of long display takes no extra bytes, overwritten frames leave some.
   """
   long = np.flatnonzero(steps > 1.8 * usual)
   if not len(long) or np.isnan(track.position).any():
@@ -398,20 +434,20 @@ def _holes(track: _Track, order, steps, usual: float) -> list[tuple[int, int]]:
   return found
 
 
-def _promised(container, track: _Track) -> float:
-  """Seconds that the header promises of the film, 0 if it does not."""
+def _promised(container: av.container.InputContainer, track: _Track) -> float:
+  """Returns the main video's seconds by the header, 0 if it states none."""
   name = container.format.name
   if name not in _PROMISING:
     return 0.0
   whole = (container.duration or 0) / av.time_base
-  # Of the film itself, by Matroska's muxers; cutting tools may leave it behind.
+  # Matroska's muxers state it of each stream; cutting tools may not update it.
   tag = re.fullmatch(
     r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", track.stream.metadata.get("DURATION", "")
   )
   if tag:
     hours, minutes, seconds = tag.groups()
-    film = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    return min(film, whole) if whole else film
+    tagged = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    return min(tagged, whole) if whole else tagged
   if name == "avi":
     rate = track.stream.average_rate
     return float(track.stream.frames / rate) if rate else 0.0
@@ -421,7 +457,7 @@ def _promised(container, track: _Track) -> float:
 
 
 def _asf_seconds(path: str) -> float:
-  """Seconds that an ASF header promises; FFmpeg ignores it in a cut file."""
+  """Returns the seconds by an ASF header; FFmpeg ignores it in a cut file."""
   with open(path, "rb") as file:
     header = file.read(2**16)
   at = header.find(_ASF_FILE)
@@ -429,6 +465,7 @@ def _asf_seconds(path: str) -> float:
     return 0.0
 
   def number(offset: int, size: int = 8) -> int:
+    """Reads an integer of the header."""
     return int.from_bytes(header[at + offset : at + offset + size], "little")
 
   broadcast = number(88, 4) & 1
@@ -436,20 +473,21 @@ def _asf_seconds(path: str) -> float:
 
 
 def _missing_ahead(path: str, stream: int) -> int:
-  """Pictures at the start of a file that cannot be decoded, by decoding it."""
+  """Counts frames at a file's start that cannot be decoded, by decoding it."""
   with video_file.open_video(path) as container:
-    pictures = video_file.Pictures(
-      container, container.streams[stream], threads=1, most=_HEAD
-    )
+    main = container.streams[stream]
+    assert isinstance(main, av.VideoStream)  # `_main_track` chose among these
+    decoder = video_file.FrameDecoder(container, main, threads=1, most=_HEAD)
     after = 0
-    for _ in pictures:
-      after += pictures.ahead is not None
-      if after > 32:  # all that is shown before the key frame has come
+    for _ in decoder:
+      after += decoder.ahead is not None
+      if after > 32:  # every frame displayed before the key frame has come
         break
-    return (pictures.ahead or 0) + pictures.late
+    return (decoder.ahead or 0) + decoder.late
 
 
 def _without_ahead(info: VideoInfo, missing: int) -> VideoInfo:
+  """Removes the first frames from a description, which cannot be decoded."""
   frames = info.frames - missing
   if not missing or frames < 1:
     return info
@@ -463,4 +501,5 @@ def _without_ahead(info: VideoInfo, missing: int) -> VideoInfo:
 
 
 def _from(seconds: np.ndarray, first: int) -> np.ndarray:
+  """Returns the times from a frame on, counted from that frame."""
   return seconds[first:] - seconds[first]

@@ -1,4 +1,4 @@
-"""Videos of many lengths and rates, and what each way of reading them shows."""
+"""Videos of many lengths and rates, with the frames that each way of reading uses."""
 
 import dataclasses
 from fractions import Fraction
@@ -10,26 +10,29 @@ UNIFORM = 0  # no step: frames spread over the whole video
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One video.
+  """Describes one video.
 
   Attributes:
-    pictures: in its file.
-    rate: frames a second.
-    seconds: that the model is told of.
-    shown: frames as pixels: training without features, and asking about files.
-    step: between these, or UNIFORM.
+    frames: number of frames of its file.
+    rate: frames a second, as a fraction.
+    seconds: its duration in the time instruction.
+    from_file: frames used of the file, in training and answering without
+      stored features.
+    step: between those frames, or UNIFORM.
     stored: frames whose features extraction stores.
-    kept: those of them that are shown: training and asking with features.
-    sparse: whether its features may as well be of one frame a second.
+    from_features: how many of those are used, in training and answering with
+      stored features.
+    sparse: whether its features may also have been stored at one frame a
+      second.
   """
 
-  pictures: int
+  frames: int
   rate: str
   seconds: str
-  shown: int
+  from_file: int
   step: int
   stored: int
-  kept: int
+  from_features: int
   sparse: bool = False
 
   @property
@@ -38,19 +41,19 @@ class Case:
 
   @property
   def duration(self) -> float:
-    """As `video.probe` computes it."""
-    return float(self.pictures / self.fps)
+    """Returns the seconds that `video.probe` computes."""
+    return float(self.frames / self.fps)
 
   @property
   def indices(self) -> list[int]:
-    """Frames of the file that are shown as pixels."""
+    """Returns the frames that are used of the file."""
     if self.step == UNIFORM:
-      return uniform(self.pictures, self.shown)
-    return [n * self.step for n in range(self.shown)]
+      return uniform(self.frames, self.from_file)
+    return [n * self.step for n in range(self.from_file)]
 
   @property
   def name(self) -> str:
-    return f"{self.pictures} at {self.rate}"
+    return f"{self.frames} at {self.rate}"
 
 
 def uniform(total: int, count: int) -> list[int]:
@@ -66,7 +69,7 @@ def uniform(total: int, count: int) -> list[int]:
 
 
 CASES = [
-  # Fewer than 128 pictures: all of them.
+  # Fewer than 128 frames: all of them.
   Case(1, "30", "0.03", 1, UNIFORM, 1, 1, sparse=True),
   Case(15, "30", "0.50", 15, UNIFORM, 15, 15),
   Case(24, "24", "1.00", 24, UNIFORM, 24, 24),
@@ -89,7 +92,7 @@ CASES = [
   Case(210, "7/5", "150.00", 210, 1, 150, 150),
   Case(300, "2", "150.00", 150, 2, 150, 150),
   Case(375, "5/2", "150.00", 188, 2, 150, 150),
-  # Pictures over duration is not quite 7.5 and 12.5 in floats here. (Every 8th
+  # Frames over duration are not quite 7.5 and 12.5 in floats here. (Every 8th
   # are 123, so that there are 128 uniform ones.)
   Case(977, "15/2", "130.27", 128, UNIFORM, 130, 130),
   Case(1631, "25/2", "130.48", 136, 12, 130, 130),

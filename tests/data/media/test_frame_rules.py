@@ -58,12 +58,12 @@ def test_stored_feature_frames(entry):
     return
   assert len(indices) == entry["shape"][0]
   _check_stored(indices, entry["key"])
-  told = frame_rules.time_instruction(duration, len(indices))
-  assert told == entry["time_instruction"]
+  instruction = frame_rules.time_instruction(duration, len(indices))
+  assert instruction == entry["time_instruction"]
 
 
 def _raw_with_defaults():
-  """Official results that a video file is shown by, durations as told."""
+  """Official results on the frames of a video file, with its durations."""
   for entry in RULES.get("raw", []):
     args = {k: v for k, v in entry["args"].items() if k != "force_sample"}
     standard = args == {"video_fps": 1, "min_frames": 128, "frames_upbound": -1}
@@ -81,17 +81,17 @@ def test_raw_video_frames(entry):
     return
   assert len(indices) == entry["n_frames"]
   _check_stored(indices, entry["key"])
-  told = frame_rules.time_instruction(total / fps, len(indices))
-  assert told == entry["time_instruction"]
+  instruction = frame_rules.time_instruction(total / fps, len(indices))
+  assert instruction == entry["time_instruction"]
 
 
 @pytest.mark.parametrize("entry", list(_raw_with_defaults()))
-def test_what_is_shown_of_a_file_is_official(entry):
+def test_frames_of_a_file_are_official(entry):
   total, fps = entry["total_frames"], entry["avg_fps"]
-  indices = frame_rules.shown_frames(total, total / fps)
+  indices = frame_rules.video_file_frames(total, total / fps)
   _check_stored(indices, entry["key"])
-  told = frame_rules.time_instruction(total / fps, len(indices))
-  assert told == entry["time_instruction"]
+  instruction = frame_rules.time_instruction(total / fps, len(indices))
+  assert instruction == entry["time_instruction"]
 
 
 # --- one rule, side by side -------------------------------------------------
@@ -100,26 +100,28 @@ def test_what_is_shown_of_a_file_is_official(entry):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_training_on_pixels(case):
   duration, indices = sample_sizes.pixel_frames(
-    "a.mp4", case.pictures, float(case.pictures / case.fps)
+    "a.mp4", case.frames, float(case.frames / case.fps)
   )
-  assert indices.tolist() == case.indices and len(indices) == case.shown
-  told = frame_rules.time_instruction(duration, len(indices))
-  assert f" {case.seconds} seconds, and {case.shown} frames " in told
+  assert indices.tolist() == case.indices and len(indices) == case.from_file
+  instruction = frame_rules.time_instruction(duration, len(indices))
+  assert f" {case.seconds} seconds, and {case.from_file} frames " in instruction
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_extraction_and_training_on_features(case, tmp_path):
-  extracted, duration = frame_rules.extraction_frames(case.pictures, case.fps)
-  assert extracted.tolist() == uniform(case.pictures, case.stored)
+  extracted, duration = frame_rules.extraction_frames(case.frames, case.fps)
+  assert extracted.tolist() == uniform(case.frames, case.stored)
   line = {"video": "a.mp4", "frames": len(extracted), "duration": duration}
   (tmp_path / "index-00000.jsonl").write_text(json.dumps(line) + "\n")
   store = FeatureStore(tmp_path)
   duration, rows = sample_sizes.stored_frames(store, "a.mp4")
-  assert len(rows) == case.kept
-  told = frame_rules.time_instruction(duration, len(rows))
-  assert f" {case.seconds} seconds, and {case.kept} frames " in told
+  assert len(rows) == case.from_features
+  instruction = frame_rules.time_instruction(duration, len(rows))
+  assert (
+    f" {case.seconds} seconds, and {case.from_features} frames " in instruction
+  )
   assert bool(sample_sizes.sparse_videos(store, ["a.mp4"])) == case.sparse
-  if case.duration < 128:  # the frames that pixels show
+  if case.duration < 128:  # the frames used of the file
     assert extracted[rows].tolist() == case.indices
 
 
@@ -130,10 +132,10 @@ def test_frames_lie_evenly_over_a_video(case):
   Of both ways of reading: the n-th of N is on screen within the n-th of N equal
   parts.
   """
-  extracted, _ = frame_rules.extraction_frames(case.pictures, case.fps)
+  extracted, _ = frame_rules.extraction_frames(case.frames, case.fps)
   rows = frame_rules.stored_feature_frames(len(extracted), case.duration)
   for indices in (np.array(case.indices), extracted[rows]):
-    edges = np.linspace(0, case.pictures, len(indices) + 1)
+    edges = np.linspace(0, case.frames, len(indices) + 1)
     assert (indices < edges[1:]).all() and (indices + 1 > edges[:-1]).all()
 
 
@@ -148,12 +150,12 @@ def test_frames_lie_evenly_over_a_video(case):
 def test_rules_give_ascending_frames_of_the_video(total, fps):
   extracted, duration = frame_rules.extraction_frames(total, fps)
   raw = frame_rules.raw_video_frames(total, fps)
-  shown = frame_rules.shown_frames(total, float(total / fps))
+  from_file = frame_rules.video_file_frames(total, float(total / fps))
   kept = frame_rules.stored_feature_frames(len(extracted), duration)
   for indices, of in (
     (extracted, total),
     (raw, total),
-    (shown, total),
+    (from_file, total),
     (kept, len(extracted)),
   ):
     assert indices.dtype == np.int32
@@ -161,11 +163,11 @@ def test_rules_give_ascending_frames_of_the_video(total, fps):
     assert indices[0] == 0 and indices[-1] < of
   assert len(extracted) >= min(total, 128)
   if total / fps < 128:
-    assert len(shown) == len(kept) == min(total, 128)
-    assert shown.tolist() == extracted[kept].tolist()
+    assert len(from_file) == len(kept) == min(total, 128)
+    assert from_file.tolist() == extracted[kept].tolist()
   else:
     # From the rate that the quotient of floats stands for, exactly.
-    assert shown.tolist() == raw.tolist()
+    assert from_file.tolist() == raw.tolist()
     assert len(kept) == min(len(extracted), int(duration))
 
 
@@ -187,10 +189,10 @@ def test_rules_refuse_impossible_videos(total, fps):
 @pytest.mark.parametrize(
   "total, duration", [(0, 1.0), (10, 0.0), (10, float("nan"))]
 )
-def test_no_frame_is_shown_of_impossible_videos(total, duration):
+def test_no_frame_is_used_of_impossible_videos(total, duration):
   message = re.escape(f"{total} frames in {duration} seconds")
   with pytest.raises(UserError, match=message):
-    frame_rules.shown_frames(total, duration)
+    frame_rules.video_file_frames(total, duration)
 
 
 @pytest.mark.parametrize(

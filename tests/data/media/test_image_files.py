@@ -219,7 +219,7 @@ def test_heic_is_read_where_the_plugin_is(tmp_path, monkeypatch):
     Image.ID[:], Image.OPEN = known
 
 
-def test_pictures_that_run_programs_are_refused(tmp_path):
+def test_images_that_run_programs_are_refused(tmp_path):
   path = tmp_path / "a.png"
   _colours().save(path, format="EPS")
   with pytest.raises(UserError, match=r"unsupported format \(EPS\)"):

@@ -15,11 +15,11 @@ ENCODERS = sorted(
 )
 
 
-def _picture(i, width=64, height=48):
+def _pixels(i, width=64, height=48):
   """Frame i: its brightness tells i, a red corner tells what is up."""
-  picture = np.full((height, width, 3), 40 + 8 * (i % 20), np.uint8)
-  picture[: height // 4, : width // 4] = [255, 0, 0]
-  return picture
+  pixels = np.full((height, width, 3), 40 + 8 * (i % 20), np.uint8)
+  pixels[: height // 4, : width // 4] = [255, 0, 0]
+  return pixels
 
 
 def _write(
@@ -31,8 +31,8 @@ def _write(
     if rotation is not None:
       stream.set_display_rotation(rotation)
     for i in range(frames):
-      picture = av.VideoFrame.from_ndarray(_picture(i), format="rgb24")
-      container.mux(stream.encode(picture))
+      frame = av.VideoFrame.from_ndarray(_pixels(i), format="rgb24")
+      container.mux(stream.encode(frame))
     container.mux(stream.encode())
   return str(path)
 
@@ -69,7 +69,7 @@ def test_probe(tmp_path, suffix, rate):
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "webm"])
 @pytest.mark.parametrize("live", ["0", "1"])
 def test_a_varying_rate(tmp_path, suffix, live):
-  """30 pictures in the first second, then one a second until 10 s.
+  """30 frames in the first second, then one a second until 10 s.
 
   Matroska's header gives the rate of the first second, and a live one no
   duration either.
@@ -135,14 +135,14 @@ def test_frame_at_a_moment(tmp_path, suffix, monkeypatch):
   every = [resize(frame, 32) for frame in _all_frames(str(path))]
   assert len(every) == 200
   decoded = []
-  frames = video._frames
+  frames = video.FrameDecoder.__iter__
 
-  def counted(*args, **options):
-    for frame in frames(*args, **options):
+  def counted(decoder):
+    for frame in frames(decoder):
       decoded.append(frame)
       yield frame
 
-  monkeypatch.setattr(video, "_frames", counted)
+  monkeypatch.setattr(video.FrameDecoder, "__iter__", counted)
   wanted = [0, 1, 19, 20, 57, 123, 199, 140]
   for n in wanted:
     frame = video.frame_at(path, n / 10, 32)
@@ -167,7 +167,7 @@ def test_moments_of_rotated_and_broken_videos(tmp_path):
   [(0, (0, 0)), (90, (-1, 0)), (180, (-1, -1)), (-90, (0, -1))],
 )
 def test_rotated_videos_are_upright(tmp_path, angle, corner):
-  """Counter-clockwise angles move the red corner as told."""
+  """Counter-clockwise angles move the red corner to where they say."""
   path = _write(tmp_path / "a.mp4", 2, 30, rotation=angle)
   (frame,) = _decode(path, [1])
   red = (frame[..., 0].astype(int) - frame[..., 1]) > 150

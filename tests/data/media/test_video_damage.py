@@ -1,4 +1,4 @@
-"""Damaged and cut videos: what is read, what stands in, what is said."""
+"""Damaged and cut videos: what is read, what replaces it, which errors are raised."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ ALL = list(range(400))  # of 40 s
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-  """The same 400 pictures in every container."""
+  """The same 400 frames in every container."""
   folder = tmp_path_factory.mktemp("whole")
   codecs = {"avi": "mpeg4", "wmv": "wmv2"}
   made = {}
@@ -30,8 +30,8 @@ def files(tmp_path_factory):
   return made
 
 
-def _pictures(path):
-  """Where the content of each picture lies in an MP4."""
+def _frame_bytes(path):
+  """Where the content of each frame lies in an MP4."""
   import av
 
   with av.open(str(path)) as container:
@@ -39,11 +39,11 @@ def _pictures(path):
     return [(entry.pos, entry.size) for entry in entries]
 
 
-def _spoil(path, data, pictures):
+def _spoil(path, data, frames):
   path.write_bytes(data)
   spoiled = bytearray(data)
-  places = _pictures(path)
-  for n in pictures:
+  places = _frame_bytes(path)
+  for n in frames:
     at, size = places[n]
     spoiled[at + 4 : at + size] = bytes(size - 4)
   path.write_bytes(spoiled)
@@ -51,19 +51,19 @@ def _spoil(path, data, pictures):
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_a_few_damaged_pictures_cost_themselves(tmp_path, files, threads):
-  """And what refers to them, up to the next key frame."""
+def test_a_few_damaged_frames_are_replaced(tmp_path, files, threads):
+  """So are frames that refer to them, up to the next key frame."""
   path = _spoil(tmp_path / "a.mp4", files["mp4"], [55, 395])
-  info, shown, share = numbered.read(path, threads=threads)
+  info, numbers, share = numbered.read(path, threads=threads)
   assert info.frames == 400
   bad = [*range(55, 60), *range(395, 400)]
   assert share == 390 / 400
-  assert [shown[n] for n in ALL if n not in bad] == [
+  assert [numbers[n] for n in ALL if n not in bad] == [
     n for n in ALL if n not in bad
   ]
   # The nearest one before or after; nothing is after the last.
-  assert shown[55:60] == [54, 54, 54, 60, 60]
-  assert shown[395:] == [394] * 5
+  assert numbers[55:60] == [54, 54, 54, 60, 60]
+  assert numbers[395:] == [394] * 5
   # A moment among them.
   assert numbered.number(video.frame_at(path, 39.9, 48)) == 394
   assert numbered.number(video.frame_at(path, 12.3, 48)) == 123
@@ -74,8 +74,8 @@ def test_only_what_is_wanted_counts(tmp_path, files):
   reading = video.Reading()
   wanted = [0, 10, 59, 80, 81, 399]
   chunks = video.decode_frames(path, wanted, 48, reading=reading)
-  shown = [numbered.number(frame) for chunk in chunks for frame in chunk]
-  assert shown == wanted and reading.share == 1
+  numbers = [numbered.number(frame) for chunk in chunks for frame in chunk]
+  assert numbers == wanted and reading.share == 1
   with pytest.raises(UserError, match=r"damaged.* 95.0% of 20 frames|95.0%"):
     list(video.decode_frames(path, [*range(40, 59), 61], 48, min_share=0.951))
   chunks = video.decode_frames(path, [*range(40, 59), 61], 48)
@@ -93,9 +93,9 @@ def test_the_share_decides(tmp_path, files, min_share, refused):
     with pytest.raises(UserError, match=message):
       numbered.read(path, min_share=min_share)
   else:
-    _, shown, share = numbered.read(path, min_share=min_share)
-    assert share == 0.9 and shown[:100] == ALL[:100]
-    assert shown[100:110] == [99] * 10 and shown[110:121] == [
+    _, numbers, share = numbered.read(path, min_share=min_share)
+    assert share == 0.9 and numbers[:100] == ALL[:100]
+    assert numbers[100:110] == [99] * 10 and numbers[110:121] == [
       *[120] * 10,
       120,
     ]
@@ -119,10 +119,10 @@ def test_twenty_bad_bytes_in_a_long_video(tmp_path):
   for at in rng.integers(len(data) // 10, len(data) * 9 // 10, 20):
     data[at] ^= 0xFF
   path.write_bytes(data)
-  info, shown, share = numbered.read(path, step=7)
+  info, numbers, share = numbered.read(path, step=7)
   assert 4900 <= info.frames <= 5000
   assert 0.95 < share < 1
-  right = np.mean([n == 7 * i % 20 for i, n in enumerate(shown)])
+  right = np.mean([n == 7 * i % 20 for i, n in enumerate(numbers)])
   assert right > 0.95
 
 
@@ -138,10 +138,10 @@ def test_two_thirds_of_a_file(tmp_path, files, suffix):
     numbered.read(path)
   with pytest.raises(UserError, match=r"6\d\.\d% of"):
     video.check_whole(path, info)
-  _, shown, share = numbered.read(path, min_share=0.5)
+  _, numbers, share = numbered.read(path, min_share=0.5)
   there = int(share * info.frames)
-  assert shown[: there - 1] == ALL[: there - 1]
-  assert len(set(shown[there + 1 :])) == 1  # the last one stands in
+  assert numbers[: there - 1] == ALL[: there - 1]
+  assert len(set(numbers[there + 1 :])) == 1  # replaced by the last one
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "flv"])
@@ -149,11 +149,11 @@ def test_a_file_that_lacks_its_last_second(tmp_path, files, suffix):
   data = files[suffix]
   path = tmp_path / f"a.{suffix}"
   path.write_bytes(data[: len(data) * 385 // 400])
-  info, shown, share = numbered.read(path)
+  info, numbers, share = numbered.read(path)
   assert info.frames == pytest.approx(400, abs=2)
   assert info.duration == pytest.approx(40, abs=0.2)
   assert 0.955 < share < 0.975
-  assert shown[:380] == ALL[:380]
+  assert numbers[:380] == ALL[:380]
 
 
 @pytest.mark.parametrize("suffix", ["mkv", "ts", "flv"])
@@ -164,13 +164,13 @@ def test_a_hole(tmp_path, files, suffix):
   data[middle : middle + span] = bytes(span)
   path = tmp_path / f"a.{suffix}"
   path.write_bytes(data)
-  info, shown, share = numbered.read(path, min_share=0.5)
+  info, numbers, share = numbered.read(path, min_share=0.5)
   assert info.frames == pytest.approx(400, abs=2)
   assert info.duration == pytest.approx(40, abs=0.2)
   assert 0.5 < share < 0.99
-  off = np.abs(np.array(shown[:398]) - ALL[:398])
+  off = np.abs(np.array(numbers[:398]) - ALL[:398])
   assert np.mean(off <= 2) > 0.8  # before the hole, and after it
-  assert shown[:150] == ALL[:150]
+  assert numbers[:150] == ALL[:150]
 
 
 def test_nothing_can_be_decoded(tmp_path, files):

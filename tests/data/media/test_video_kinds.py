@@ -1,4 +1,4 @@
-"""Whole and usable videos that are unlike most: each shows its own pictures."""
+"""Whole and usable videos that are unlike most: each shows its own frames."""
 
 import os
 import subprocess
@@ -17,15 +17,15 @@ GROUP = {"g": "20", "bf": "2", "sc_threshold": "0"}
 ALL = list(range(60))
 
 
-def _reads(path, shown, seconds, *, threads=0):
+def _reads(path, numbers, seconds, *, threads=0):
   info, got, share = numbered.read(path, threads=threads)
-  assert got == list(shown)
+  assert got == list(numbers)
   assert info.frames == len(got) and share == 1
   assert info.duration == pytest.approx(seconds, rel=0.03)
   return info
 
 
-# --- which pictures a file shows --------------------------------------------
+# --- which frames a file shows --------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_a_file_that_starts_between_key_frames(
   + [("libx265", suffix) for suffix in ("mp4", "mkv", "ts")],
 )
 def test_a_cut_at_an_open_group(tmp_path, codec, suffix):
-  """Its first pictures in time refer to what was cut off."""
+  """Its first frames in time refer to what was cut off."""
   name = codec.removeprefix("lib")
   rules = "open-gop=1:keyint=20:min-keyint=20:bframes=4:b-adapt=0:scenecut=0"
   if codec == "libx265":
@@ -69,11 +69,11 @@ def test_a_cut_at_an_open_group(tmp_path, codec, suffix):
   dts = next(row[2] for row in cut if row[2] is not None)
   path = tmp_path / f"a.{suffix}"
   numbered.remux(path, first, cut, later=-dts / 1000)
-  shown = round(cut[0][1] / 100)
-  _reads(path, ALL[shown:], 6.0 - shown / 10)
+  missing = round(cut[0][1] / 100)
+  _reads(path, ALL[missing:], 6.0 - missing / 10)
 
 
-def test_hidden_pictures_of_vp8_do_not_count(tmp_path):
+def test_hidden_frames_of_vp8_do_not_count(tmp_path):
   options = {"auto-alt-ref": "0", "lag-in-frames": "0", "g": "100"}
   options |= {"deadline": "realtime", "cpu-used": "8"}
   first = numbered.write(
@@ -92,34 +92,34 @@ def test_hidden_pictures_of_vp8_do_not_count(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "first, last, shown",
+  "first, last, visible",
   [
     (0b10_00_0_1_0_0, 0x00, False),  # marker, profile, existing, type, show
     (0b10_00_0_1_1_0, 0x00, True),
     (0b10_00_1_000, 0x00, True),  # shows one that was hidden
     (0b10_11_0_0_1_0, 0x00, False),  # profile 3 has a bit more
     (0b10_11_0_0_1_1, 0x00, True),
-    (0b10_00_0_1_0_0, 0b110_01_001, True),  # hidden and shown in one packet
+    (0b10_00_0_1_0_0, 0b110_01_001, True),  # hidden and displayed in one packet
   ],
 )
-def test_hidden_pictures_of_vp9(first, last, shown):
+def test_hidden_frames_of_vp9(first, last, visible):
   packet = av.Packet(bytes([first, 0, 0, last]))
-  assert video_file.shows(packet, "vp9") == shown
+  assert video_file.is_visible(packet, "vp9") == visible
 
 
-def test_repeats_of_an_avi_are_no_pictures(tmp_path):
+def test_repeats_of_an_avi_are_no_frames(tmp_path):
   """Screen recorders write an empty chunk where nothing changed."""
-  shown = [n for n in ALL if n % 3 != 1]
+  numbers = [n for n in ALL if n % 3 != 1]
   path = numbered.write(
     tmp_path / "a.avi",
-    shown,
+    numbers,
     codec="mpeg4",
-    times=[100 * n for n in shown],
+    times=[100 * n for n in numbers],
     before=lambda out, stream: setattr(
       stream.codec_context, "time_base", Fraction(1, 10)
     ),
   )
-  _reads(path, shown, 6.0)
+  _reads(path, numbers, 6.0)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_recordings_joined(tmp_path, whole, later):
 
 
 @pytest.mark.parametrize("suffix", ["flv", "mkv", "mp4"])
-def test_a_live_recording_whose_first_picture_is_at_0(tmp_path, suffix):
+def test_a_live_recording_whose_first_frame_is_at_0(tmp_path, suffix):
   times = [0, *(3 * 3_600_000 + 100 * i for i in range(1, 60))]
   path = numbered.write(
     tmp_path / f"a.{suffix}", ALL, times=times, codec_options={"bf": "0"}
@@ -184,7 +184,7 @@ def test_a_live_recording_whose_first_picture_is_at_0(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["flv", "mkv", "mp4"])
-def test_a_picture_that_stands_long(tmp_path, suffix):
+def test_a_frame_that_stands_long(tmp_path, suffix):
   """A page of a lecture: its time counts."""
   sound = _sound if suffix == "flv" else None  # else nothing speaks for it
   times = [100 * i + (30_000 if i > 25 else 0) for i in range(60)]
@@ -227,7 +227,7 @@ def _sound(out, seconds, rate=16_000):
   return until
 
 
-def test_sound_that_is_longer_promises_no_pictures(tmp_path):
+def test_sound_that_is_longer_promises_no_frames(tmp_path):
   path = tmp_path / "a.mkv"
   with av.open(str(path), "w") as out:
     stream = out.add_stream("libx264", rate=10)
@@ -257,7 +257,7 @@ def test_sound_that_is_longer_promises_no_pictures(tmp_path):
     ("ts", "libx264", 6, (48, 36), 0),
   ],
 )
-def test_the_film_is_not_the_first_stream(
+def test_the_main_video_is_not_the_first_stream(
   tmp_path, suffix, codec, count, size, flag
 ):
   path = tmp_path / f"a.{suffix}"
@@ -265,14 +265,14 @@ def test_the_film_is_not_the_first_stream(
     small = out.add_stream(codec, rate=1)
     small.width, small.height = size
     small.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-    film = out.add_stream("libx264", rate=10)
-    film.width, film.height = numbered.SIZE
-    film.pix_fmt = "yuv420p"
-    small.disposition, film.disposition = flag, 0
-    for stream, numbers in ((small, range(100, 100 + count)), (film, ALL)):
+    main = out.add_stream("libx264", rate=10)
+    main.width, main.height = numbered.SIZE
+    main.pix_fmt = "yuv420p"
+    small.disposition, main.disposition = flag, 0
+    for stream, numbers in ((small, range(100, 100 + count)), (main, ALL)):
       for n in numbers:
-        shown = numbered.picture(n, (stream.width, stream.height))
-        frame = av.VideoFrame.from_ndarray(shown, format="rgb24")
+        pixels = numbered.picture(n, (stream.width, stream.height))
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
         out.mux(stream.encode(frame))
       out.mux(stream.encode())
   _reads(path, ALL, 6.0)
@@ -291,9 +291,9 @@ def test_all_orientations(tmp_path, turn, mirrored, suffix):
     )
   }
   numbered.write(path, [0x8421 ^ 0x0007] * 2, **options)
-  shown = np.rot90(numbered.picture(0x8421 ^ 0x0007), turn // 90)
-  shown = shown[:, ::-1] if mirrored else shown
-  square = video.resize(np.ascontiguousarray(shown), numbered.SIDE)
+  pixels = np.rot90(numbered.picture(0x8421 ^ 0x0007), turn // 90)
+  pixels = pixels[:, ::-1] if mirrored else pixels
+  square = video.resize(np.ascontiguousarray(pixels), numbered.SIDE)
   (frame,) = np.concatenate(list(video.decode_frames(path, [1], 48)))
   off = np.abs(frame.astype(int) - square)
   assert off.mean() < 8 and np.percentile(off, 90) < 40
@@ -398,7 +398,7 @@ def test_an_absurd_size(tmp_path):
   path = numbered.write(tmp_path / "a.mp4", [1], codec="mpeg4")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(video_file, "MAX_PIXELS", 96 * 72 - 1)
-    with pytest.raises(UserError, match=r"pictures of 96 x 72 pixels, at most"):
+    with pytest.raises(UserError, match=r"frames of 96 x 72 pixels, at most"):
       video.probe(path)
 
 
@@ -416,7 +416,7 @@ def test_whatever_a_file_raises_is_its_own_failure(
   def fails(*_, **__):
     raise error
 
-  monkeypatch.setattr(video_file.Pictures, "_picture", fails)
+  monkeypatch.setattr(video_file.FrameDecoder, "_numbered", fails)
   with pytest.raises(UserError, match=r"a\.mp4: cannot be read as a video"):
     list(video.decode_frames(path, [0], 48, info=info))
   with pytest.raises(UserError, match=type(error).__name__):
