@@ -5,7 +5,7 @@ import signal
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# One cache of compiled programs for a whole run: the workers of pytest-xdist and
+# One cache of compiled programs for a whole run: pytest-xdist's workers and
 # the processes that tests start inherit it. The first process makes it and
 # removes it; nothing is left in, or read from, the user's own cache.
 if "HOURJAX_COMPILATION_CACHE" not in os.environ:
