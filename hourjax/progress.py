@@ -1,15 +1,19 @@
 """Progress of a command: bars, and a line where one thing takes long.
 
-Both can also be read in a log file.
+`bar` counts units of work, `ProgressBar` shows the metrics of a training run
+beside its steps, and `step` names what takes long. All of them can also be read
+in a log file.
 """
 
 import contextlib
+import logging
+import os
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -82,3 +86,180 @@ def step(text: str) -> Iterator[None]:
   finally:
     done.set()
     thread.join()
+
+
+_MIN_BAR = 8  # columns that the numbers leave to the bar
+
+
+class ProgressBar:
+  """Shows the logged steps on stderr."""
+
+  def __init__(self, *, steps: int, start: int):
+    """Draws the bar if stderr is a terminal.
+
+    While it is there, what Python prints or logs appears above it. Lines that a
+    library writes in another language follow the bar.
+
+    Args:
+      steps: of the run.
+      start: step that the run goes on from.
+    """
+    self._steps, self._terminal = steps, sys.stderr
+    self._bar: tqdm | None = None
+    self._undo = contextlib.ExitStack()
+    if sys.stderr.isatty():
+      self._bar = tqdm(
+        total=steps,
+        initial=start,
+        file=sys.stderr,
+        dynamic_ncols=True,
+        mininterval=0.3,
+        bar_format="{n_fmt}/{total_fmt} {bar} {desc}",
+      )
+      self._undo.enter_context(_print_above_bars())
+
+  def update(self, done: int) -> None:
+    """Moves the bar.
+
+    Args:
+      done: number of steps taken.
+    """
+    if self._bar is not None:
+      self._bar.update(done - self._bar.n)
+
+  def show(self, step: int, row: Mapping[str, Any], left: float) -> None:
+    """Shows the metrics of a step, as many as there is room for.
+
+    Args:
+      step: that was taken.
+      row: metrics as in metrics.jsonl; those that it lacks are left out.
+      left: seconds to the end of the run.
+    """
+    count = f"{step}/{self._steps}"
+    if self._bar is None:
+      numbers = "  ".join(_numbers(row, left))
+      print(f"step {count}  {numbers}", file=sys.stderr, flush=True)
+      return
+    room = _columns(self._terminal) - len(count) - _MIN_BAR
+    fitting = []
+    for part in _numbers(row, left):
+      room -= len(part) + 2
+      if room >= 0:
+        fitting.append(part)
+    self._bar.set_description_str("  ".join(fitting), refresh=False)
+    self.update(step)
+    self._bar.refresh()
+
+  def close(self) -> None:
+    """Leaves the last state of the bar, and ends its line."""
+    self._undo.close()
+    if self._bar is not None:
+      self._bar.close()
+
+
+def duration(seconds: float) -> str:
+  """Returns 3 h 25 min as "3:25:00", from a day on as "2 d 3:25"."""
+  minutes, rest = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours >= 24:
+    return f"{hours // 24} d {hours % 24}:{minutes:02}"
+  return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def _numbers(row: Mapping[str, Any], left: float) -> list[str]:
+  """Returns metrics as text, the most important ones first."""
+  forms = {
+    "loss": "loss {:.3f}",
+    "grad_norm": "grad norm {:.2f}",
+    "step_seconds": "{:.3g} s/step",
+    "mfu": "MFU {:.1%}",
+    "video_hours_per_second": "{:.3g} video h/s",
+  }
+  found = {k: form.format(row[k]) for k, form in forms.items() if k in row}
+  found["left"] = f"{duration(left)} left"
+  order = ("loss", "grad_norm", "step_seconds", "left", "mfu",
+           "video_hours_per_second")  # fmt: skip
+  return [found[key] for key in order if key in found]
+
+
+def _columns(terminal: TextIO) -> int:
+  """Returns the width of a terminal; 80 if it does not know it."""
+  try:
+    return os.get_terminal_size(terminal.fileno()).columns or 80
+  except (OSError, ValueError):
+    return 80
+
+
+@contextlib.contextmanager
+def _print_above_bars() -> Iterator[None]:
+  """Makes prints and logs of Python appear above all bars."""
+  real = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+  above = {
+    name: _LinesAboveBars(stream)
+    for name, stream in real.items()
+    if stream.isatty()
+  }
+  handlers = [
+    (handler, name)
+    for handler in _stream_handlers()
+    for name in above
+    if handler.stream is real[name]
+  ]
+  for name, stream in above.items():
+    setattr(sys, name, stream)
+  for handler, name in handlers:
+    handler.setStream(above[name])
+  try:
+    yield
+  finally:
+    for handler, name in handlers:
+      handler.setStream(real[name])
+    for name, stream in above.items():
+      stream.end()
+      if getattr(sys, name) is stream:
+        setattr(sys, name, real[name])
+
+
+def _stream_handlers() -> list[logging.StreamHandler]:
+  """Returns the root logger's stream handlers.
+
+  absl's own handler is none, but holds one.
+  """
+  found = [getattr(h, "python_handler", h) for h in logging.root.handlers]
+  return [h for h in found if isinstance(h, logging.StreamHandler)]
+
+
+class _LinesAboveBars:
+  """Passes on whole lines to a stream, while tqdm hides its bars."""
+
+  def __init__(self, stream: TextIO):
+    # Under this name tqdm looks for the stream that its bars are on.
+    self._wrapped = stream
+    self._held, self._lock = "", threading.RLock()
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._wrapped, name)
+
+  def write(self, text: str) -> int:
+    """Writes the lines that are complete, and holds back the rest."""
+    with self._lock:
+      lines, newline, self._held = (self._held + text).rpartition("\n")
+      if newline:
+        self._print(lines + newline)
+    return len(text)
+
+  def writelines(self, lines: Iterable[str]) -> None:
+    """Writes texts one after the other."""
+    self.write("".join(lines))
+
+  def end(self) -> None:
+    """Writes what was held back."""
+    with self._lock:
+      if self._held:
+        self._print(self._held + "\n")
+      self._held = ""
+
+  def _print(self, text: str) -> None:
+    with tqdm.external_write_mode(file=self):
+      self._wrapped.write(text)
+      self._wrapped.flush()

@@ -17,9 +17,9 @@ import pydantic
 from hourjax import schema
 from hourjax.errors import UserError
 from hourjax.jsonl import JsonlWriter, read_valid_rows
+from hourjax.progress import ProgressBar
 from hourjax.training.config import MetricsConfig
 from hourjax.training.profiling import Profiler, parse_steps
-from hourjax.training.progress_bar import ProgressBar
 from hourjax.training.throughput import Goodput, hbm_usage, wall_clock
 from hourjax.training.trackers import (
   TensorBoardWriter,

@@ -12,7 +12,7 @@ import threading
 
 import pytest
 
-from hourjax.training.progress_bar import ProgressBar, duration
+from hourjax.progress import ProgressBar, duration
 
 ROW = {
   "loss": 2.3104,
