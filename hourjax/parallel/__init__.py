@@ -1,1 +1,1 @@
-"""Mesh, axis rules and what crosses devices."""
+"""The mesh, axis rules, the table of TPU chips, and what crosses devices."""

@@ -1,1 +1,1 @@
-"""What a training run takes of a pod, before it is rented."""
+"""Memory, time and cost of training on a pod, before it is rented."""

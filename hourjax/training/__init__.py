@@ -1,1 +1,1 @@
-"""Loss, optimizer, step, checkpoints and the loop that joins them."""
+"""The train step, its state, checkpoints, and the loop that joins them."""

@@ -1,1 +1,1 @@
-"""The feature store: arrays, index and ledgers in a folder or a bucket."""
+"""The feature store: arrays and index files in a folder or a bucket."""
