@@ -21,11 +21,12 @@ from PIL import Image
 
 import hourjax
 from configs import demo
-from hourjax.data.demo.tokens import write_tokenizer
+from hourjax.data.demo.tokenizer import write_tokenizer
 from hourjax.data.store.features import FeatureStore
 from hourjax.models.params import init_params
-from hourjax.training.checkpoint import read_config, restore_params
-from hourjax.training.experiment import build_experiment
+from hourjax.training.checkpoint import restore_params
+from hourjax.training.config import build_experiment
+from hourjax.training.workdir import read_config
 from hourjax.weights.checkpoint import save_params
 from tests import test_held
 
