@@ -135,7 +135,7 @@ class PreparedWriter:
     """
     video = record.media[0] if record.modality == "video" else None
     encoded = encode_record(
-      record, measures, stream=stream, duration=duration, pictures=num_frames
+      record, measures, stream=stream, duration=duration, frames=num_frames
     )
     self.add_encoded(
       encoded, measures, record.source, stream, video, duration, num_frames

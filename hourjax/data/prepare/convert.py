@@ -206,7 +206,7 @@ class Converter:
         measures,
         stream=job.stream,
         duration=duration,
-        pictures=fact.num_frames,
+        frames=fact.num_frames,
       ),
       measures=measures,
       source=record.source,

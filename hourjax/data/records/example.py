@@ -1,4 +1,4 @@
-"""A conversation as TFDS stores it, both ways; TensorFlow is not needed."""
+"""Conversations as TFDS stores them, encoded and decoded without TensorFlow."""
 
 import functools
 import json
@@ -12,12 +12,14 @@ from tensorflow_datasets.proto import tf_example_pb2
 from hourjax.data.columns import Measures
 from hourjax.data.records.record import Record, Turn
 
+_EXAMPLE = tf_example_pb2.Example  # pyrefly: ignore[missing-attribute]  made at import by protobuf
+
 NUMBERS = ("tokens", "prompt", "answer", "images", "width", "height")
 
 
 @functools.cache
 def features() -> tfds.features.FeaturesDict:
-  """Names and types of what is stored."""
+  """Returns the names and types of the stored features."""
   text = tfds.features.Text
   return tfds.features.FeaturesDict(
     {
@@ -36,7 +38,7 @@ def features() -> tfds.features.FeaturesDict:
 
 
 def features_json() -> dict[str, Any]:
-  """Content of the features.json that TFDS writes of `features`."""
+  """Returns the content of the features.json that TFDS writes of `features`."""
   return json_format.MessageToDict(features().to_proto())
 
 
@@ -46,16 +48,16 @@ def encode_record(
   *,
   stream: str = "default",
   duration: float | None = None,
-  pictures: int = 0,
+  frames: int = 0,
 ) -> bytes:
-  """One conversation as it is stored: a serialised tf.train.Example.
+  """Encodes one conversation as a serialised tf.train.Example.
 
   Args:
     record: checked; `extra` is stored as JSON text.
-    measures: its numbers.
-    stream: whose rows it belongs to.
-    duration: of its video in seconds, None where it is not known.
-    pictures: in the video's file, 0 where they are not known.
+    measures: its lengths and sizes.
+    stream: name of the stream that packs it into rows.
+    duration: of its video in seconds, None if unknown.
+    frames: number of frames of the video's file, 0 if unknown.
   """
   example = {
     "id": record.id,
@@ -64,29 +66,31 @@ def encode_record(
     "source": record.source,
     "stream": stream,
     "duration": np.float32(np.nan if duration is None else duration),
-    "pictures": pictures,
+    "pictures": frames,
     "turns": [{"from": turn.role, "value": turn.text} for turn in record.turns],
     "extra": json.dumps(record.extra, ensure_ascii=False),
   }
   numbers = {name: getattr(measures, name) for name in NUMBERS}
   written = features().serialize_example(example | numbers)
-  # A protocol buffer's map is written in an order that differs from process to
-  # process, unless it is asked for: the same record, the same bytes.
-  again = tf_example_pb2.Example.FromString(written)
+  # By default the order in which a protocol buffer's map is written differs
+  # between processes; the same record must always give the same bytes.
+  again = _EXAMPLE.FromString(written)
   return again.SerializeToString(deterministic=True)
 
 
 def parse_example(encoded: bytes) -> dict[str, Any]:
-  """An example by the features that are defined here, whatever a file names.
+  """Parses an example with `features`, whatever a file's features.json names.
 
   Raises:
-    Exception: it is none with these features; of many types, some bare.
+    Exception: it has other features. TFDS raises errors of many types.
   """
-  return features().deserialize_example_np(encoded)
+  example = features().deserialize_example_np(encoded)
+  assert isinstance(example, dict)  # as of every FeaturesDict
+  return example
 
 
 def decode_record(example: dict[str, Any]) -> Record:
-  """The record in an example as TFDS reads it."""
+  """Returns the record in an example as TFDS reads it."""
   turns = example["turns"]
   return Record(
     id=example["id"].decode(),

@@ -1,4 +1,4 @@
-"""Files of records, read as a stream: memory does not grow with the file."""
+"""Files of records, read as a stream so that memory does not grow with them."""
 
 import codecs
 import contextlib
@@ -7,14 +7,15 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from hourjax.data.records import json_stream
 from hourjax.data.records.record import TURNS, Record, Skipped, parse_record
 from hourjax.errors import UserError
 
-_BLOCK = 1 << 16  # bytes looked at to find the first that is no space
+_BLOCK = 1 << 16  # bytes read at a time to find the first that is no space
 _LINE = json_stream.MOST  # bytes of the longest line that counts as one record
 _SPACE = b" \t\r\n"
 _KINDS = {b'"': "str", b"t": "bool", b"f": "bool", b"n": "null"}
@@ -30,22 +31,21 @@ _GZIP = b"\x1f\x8b"
 
 
 def stream_records(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
-  """Reads a `.jsonl` file, or any other name as one JSON list.
+  """Reads a file of records: `.jsonl` line by line, others as one JSON list.
 
-  A file that starts with two objects on lines of their own is read as `.jsonl`
-  whatever its name.
-
-  The list may be the only one in an object, as in {"data": [...]}. Both may be
-  packed with gzip (`.json.gz`). NaN and Infinity are read as null.
+  A file whose first two lines hold an object each is read as `.jsonl`, whatever
+  its name. The list may be the only one in an object, as in {"data": [...]}.
+  Both kinds may be packed with gzip (`.json.gz`). NaN and Infinity are read as
+  null.
 
   Yields:
     (place, record as read), in file order. A broken line of a `.jsonl` file
-    gives its json.JSONDecodeError instead; the lines after it are good.
+    gives its json.JSONDecodeError instead, and reading goes on behind it.
 
   Raises:
-    UserError: the file cannot be read, is not UTF-8, or is no list of records
-      at all; a list that breaks in the middle raises there, with the byte,
-      after all that comes before has been yielded.
+    UserError: the file cannot be read, is not UTF-8, or is not a list of
+      records. If a list breaks in the middle, the records before that byte are
+      yielded first.
   """
   path = Path(path)
   with opened_text(path) as file:
@@ -57,12 +57,12 @@ def stream_records(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
 
 
 @contextlib.contextmanager
-def opened_text(path: Path) -> Iterator[BinaryIO]:
-  """Opens a file of text, unpacked if it is packed with gzip.
+def opened_text(path: Path) -> Iterator[BufferedReader | gzip.GzipFile]:
+  """Opens a text file, and unpacks it if it is packed with gzip.
 
   Raises:
-    UserError: it cannot be read, is packed otherwise, or something else that
-      its first bytes tell.
+    UserError: it cannot be read, is packed otherwise, or its first bytes are
+      those of another kind of file.
   """
   try:
     if path.exists() and not path.is_dir() and not path.is_file():
@@ -73,8 +73,9 @@ def opened_text(path: Path) -> Iterator[BinaryIO]:
       file.seek(0)
       _check_head(path, head)
       if head.startswith(_GZIP):
-        file = stack.enter_context(gzip.open(file))
-      yield file
+        yield stack.enter_context(gzip.open(file))
+      else:
+        yield file
   except (EOFError, zlib.error, gzip.BadGzipFile) as error:
     raise UserError(
       f"{path} cannot be unpacked ({error}); fetch it again"
@@ -90,11 +91,15 @@ def read_records(
 ) -> tuple[list[Record], list[Skipped]]:
   """Reads and checks a whole file of records, as `stream_records` does.
 
+  Args:
+    path: of the file.
+    require_answer: whether a record without an answer is refused.
+
   Returns:
     The good records in file order, and the bad ones with the reason.
 
   Raises:
-    UserError: the file cannot be read, or is no list of records at all.
+    UserError: the file cannot be read, or is not a list of records.
   """
   records, skipped = [], []
   for where, raw in stream_records(path):
@@ -108,7 +113,8 @@ def read_records(
   return records, skipped
 
 
-def _list(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+def _list(path: Path, file: BufferedIOBase) -> Iterator[tuple[str, Any]]:
+  """Reads a file as one JSON list, with messages for other contents."""
   first = _first_byte(file)
   if first in _KINDS or first.isdigit():
     raise UserError(
@@ -122,7 +128,7 @@ def _list(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
   start, count = _skip_mark(file), 0
   try:
     for key, raw in json_stream.stream_list(file, start):
-      if key in TURNS:  # of one record, which the whole file is
+      if key in TURNS:  # the whole file is one record
         raise KeyError({key: True})
       yield f"{path}[{count}]", raw
       count += 1
@@ -136,8 +142,8 @@ def _list(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
     ) from error
 
 
-def _has_records_on_lines(file: BinaryIO) -> bool:
-  """Whether the first two lines are, or begin, an object each."""
+def _has_records_on_lines(file: BufferedIOBase) -> bool:
+  """Returns whether the first two lines are, or begin, an object each."""
   _skip_mark(file)
   first = file.readline(_LINE).strip(_SPACE)
   if not (first.startswith(b"{") and first.endswith(b"}")):
@@ -149,7 +155,7 @@ def _has_records_on_lines(file: BinaryIO) -> bool:
 
 
 def _which_list(path: Path, keys: dict[str, bool]) -> str:
-  """What is told of an object that holds no list, or several."""
+  """Returns the message about an object that holds no list, or several."""
   one = set(keys).intersection((*TURNS, "image", "video"))
   lists = [key for key, is_list in keys.items() if is_list and not one]
   named = ", ".join(map(repr, (lists or list(keys))[:8])) or "none"
@@ -165,7 +171,8 @@ def _which_list(path: Path, keys: dict[str, bool]) -> str:
   )
 
 
-def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+def _lines(path: Path, file: BufferedIOBase) -> Iterator[tuple[str, Any]]:
+  """Reads a file with one record a line."""
   offset, number, filled, objects = _skip_mark(file), 0, 0, 0
   # Not str.splitlines(): JSON strings may hold U+2028 and its like.
   while line := file.readline(_LINE):
@@ -196,15 +203,15 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
     )
 
 
-def _skip_mark(file: BinaryIO) -> int:
-  """Goes to the start of the text, behind a byte order mark; its offset."""
+def _skip_mark(file: BufferedIOBase) -> int:
+  """Seeks to the text behind a byte order mark, and returns its offset."""
   file.seek(0)
   marked = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
   return file.seek(len(codecs.BOM_UTF8) if marked else 0)
 
 
-def _first_byte(file: BinaryIO) -> bytes:
-  """The first byte that is no space, or b""."""
+def _first_byte(file: BufferedIOBase) -> bytes:
+  """Returns the first byte that is no space, or b""."""
   _skip_mark(file)
   while block := file.read(_BLOCK):
     if text := block.lstrip(_SPACE):
@@ -233,7 +240,13 @@ def _check_head(path: Path, head: bytes) -> None:
 
 
 def not_utf8(path: Path, byte: int, error: UnicodeDecodeError) -> UserError:
-  """What is told of a byte that is no UTF-8."""
+  """Returns the error of a file with a byte that is not UTF-8.
+
+  Args:
+    path: of the file.
+    byte: its offset in the file.
+    error: as the decoder raised it.
+  """
   return UserError(
     f"{path} is not UTF-8 text (byte {byte}: {error.reason}); save it as UTF-8,"
     " or fetch it again if it should be"

@@ -1,12 +1,11 @@
-"""JSON lists of any length, one item at a time, and JSON values as records have
-them.
+"""JSON lists of any length, read item by item, and single JSON values.
 
-Each item is parsed alone, from the text that is in memory. Where a block ends
-within one, more is read until a regular expression finds its last bracket.
-Memory holds a block or an item, and a list is read like a file of lines.
+Each item is parsed separately from the text in memory. Where a block of the
+file ends within an item, more is read until a regular expression finds the
+bracket that closes the item. Memory holds one block or one item at a time.
 
-The usual library for it, ijson, stops at NaN and Infinity, which pandas and
-`json.dump` write for values that are missing.
+The usual library for this, ijson, stops at NaN and Infinity, which pandas and
+`json.dump` write for missing values.
 """
 
 import codecs
@@ -14,7 +13,8 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from io import BufferedIOBase
+from typing import Any
 
 DEPTH = 64  # of nested lists and objects; no record has more
 MOST = 1 << 26  # bytes of the longest item
@@ -30,11 +30,11 @@ _SCALAR = re.compile(_STRING + r'|[^"{}\[\],: \t\r\n]++', re.DOTALL)
 
 
 class BrokenJson(ValueError):
-  """JSON that ends early or cannot be read.
+  """Reports JSON that ends early or cannot be parsed.
 
   Attributes:
     reason: in words.
-    byte: of the file, where it shows.
+    byte: offset in the file at which parsing fails.
   """
 
   def __init__(self, reason: str, byte: int):
@@ -45,20 +45,27 @@ class BrokenJson(ValueError):
 def parse(text: str) -> Any:
   """Parses one JSON value.
 
-  NaN, Infinity and numbers beyond them are what programs write for a value
-  that is missing, and become None.
+  Programs write NaN and Infinity for missing values. These, and numbers beyond
+  the range of floats, become None.
 
   Raises:
-    json.JSONDecodeError: no JSON, or nested deeper than DEPTH.
+    json.JSONDecodeError: it is not JSON, or nested deeper than DEPTH.
   """
-  value, end = _parse(text, _SPACE.match(text).end())
-  if _SPACE.match(text, end).end() < len(text):
+  value, end = _parse(text, _after_space(text, 0))
+  if _after_space(text, end) < len(text):
     raise json.JSONDecodeError("Extra data", text, end)
   return value
 
 
+def _after_space(text: str, start: int) -> int:
+  """Returns the position behind the white space at `start`."""
+  match = _SPACE.match(text, start)
+  assert match is not None  # the pattern matches nothing too
+  return match.end()
+
+
 def _parse(text: str, start: int) -> tuple[Any, int]:
-  """The value that starts there, and where it ends."""
+  """Returns the value that begins at `start`, and where it ends."""
   try:
     value, end = _DECODER.raw_decode(text, start)
   except RecursionError:
@@ -69,20 +76,20 @@ def _parse(text: str, start: int) -> tuple[Any, int]:
   return value, end
 
 
-def stream_list(file: BinaryIO, start: int) -> Iterator[tuple[str, Any]]:
+def stream_list(file: BufferedIOBase, start: int) -> Iterator[tuple[str, Any]]:
   """Reads a JSON list, or an object of which one key holds the list.
 
   Args:
-    file: bytes, at `start`.
-    start: of the JSON in the file.
+    file: binary file, at position `start`.
+    start: where the JSON begins in the file, in bytes.
 
   Yields:
     (key of the list or "", item), in order.
 
   Raises:
-    BrokenJson: where the reading stops.
+    BrokenJson: the JSON cannot be parsed; all items before are yielded first.
     UnicodeDecodeError: its `start` counts from the beginning of the file.
-    KeyError: an object with no list or several; the argument is
+    KeyError: an object has no list or several; the argument is
       {key: whether it holds a list}.
   """
   scan = _Scanner(file, start)
@@ -95,6 +102,7 @@ def stream_list(file: BinaryIO, start: int) -> Iterator[tuple[str, Any]]:
 
 
 def _in_object(scan: "_Scanner") -> Iterator[tuple[str, Any]]:
+  """Yields the items of the only list in an object, with its key."""
   keys: dict[str, bool] = {}
   scan.take("{")
   while scan.peek() != "}":
@@ -117,6 +125,7 @@ def _in_object(scan: "_Scanner") -> Iterator[tuple[str, Any]]:
 
 
 def _items(scan: "_Scanner") -> Iterator[Any]:
+  """Yields the items of a list."""
   scan.take("[")
   first = True
   while scan.peek() != "]":
@@ -130,9 +139,9 @@ def _items(scan: "_Scanner") -> Iterator[Any]:
 
 
 class _Scanner:
-  """A place in a file of JSON."""
+  """Reads a JSON file token by token, and holds its present position."""
 
-  def __init__(self, file: BinaryIO, start: int):
+  def __init__(self, file: BufferedIOBase, start: int):
     self._file, self._base = file, start
     self._text, self._at = "", 0
     self._decoder = codecs.getincrementaldecoder("utf-8")()
@@ -140,18 +149,18 @@ class _Scanner:
 
   @property
   def byte(self) -> int:
-    """Of the file, where the scanner is."""
+    """Returns the present position in the file, in bytes."""
     return self._base + len(self._text[: self._at].encode())
 
   def peek(self) -> str:
-    """The next character that is no space, "" at the end."""
+    """Returns the next character that is no space, "" at the end."""
     while True:
-      self._at = _SPACE.match(self._text, self._at).end()
+      self._at = _after_space(self._text, self._at)
       if self._at < len(self._text) or not self._fill():
         return self._text[self._at : self._at + 1]
 
   def take(self, wanted: str) -> None:
-    """Goes past the next character, which must be this one."""
+    """Moves behind the next character, which must be `wanted`."""
     found = self.peek()
     if found != wanted:
       found = repr(found) if found else "the end of the file"
@@ -159,7 +168,7 @@ class _Scanner:
     self._at += 1
 
   def value(self) -> Any:
-    """Parses the next value."""
+    """Parses the next value and moves behind it."""
     first = self.peek()
     try:
       value, end = _parse(self._text, self._at)
@@ -178,7 +187,7 @@ class _Scanner:
       raise BrokenJson(reason, self.byte) from error
 
   def _nested(self) -> int:
-    """Characters up to the bracket that closes the one here."""
+    """Counts the characters up to the bracket that closes the present one."""
     depth, at = 0, self._at
     while True:
       match = _BRACKET.match(self._text, at)
@@ -195,7 +204,7 @@ class _Scanner:
         return at - self._at
 
   def _scalar(self) -> int:
-    """Characters of a string, a number or a word."""
+    """Counts the characters of a string, a number or a word."""
     while True:
       match = _SCALAR.match(self._text, self._at)
       # A number or word may go on in the next block.
@@ -209,7 +218,7 @@ class _Scanner:
         raise BrokenJson("expected a value", self.byte)
 
   def _fill(self) -> bool:
-    """Reads on; what lies behind is forgotten. False at the end."""
+    """Reads on, and drops the text before the position; False at the end."""
     pending = len(self._text) - self._at
     if pending > MOST:
       raise BrokenJson(f"a value of more than {MOST >> 20} MiB", self.byte)
@@ -217,12 +226,12 @@ class _Scanner:
       raise self._bad
     self._base = self.byte
     self._text, self._at = self._text[self._at :], 0
-    # As much again as is there: a long value is looked at only twice.
+    # Doubled each time, so that a long value is scanned only twice.
     block = self._file.read(max(_BLOCK, pending))
     try:
       self._text += self._decoder.decode(block, final=not block)
     except UnicodeDecodeError as error:
-      # What comes before is read yet.
+      # The text before the bad byte is parsed first.
       self._text += error.object[: error.start].decode()
       error.start = self._base + len(self._text.encode())
       self._bad = error
@@ -230,12 +239,13 @@ class _Scanner:
 
 
 def _finite(text: str) -> float | None:
+  """Parses a float, None beyond the range of floats."""
   value = float(text)
   return value if math.isfinite(value) else None
 
 
 def _integer(text: str) -> int | None:
-  # Python parses no more digits; and an integer nobody can print is no value.
+  """Parses an integer, None if it has more digits than Python parses."""
   return int(text) if len(text) < 4300 else None
 
 
@@ -245,6 +255,7 @@ _DECODER = json.JSONDecoder(
 
 
 def _depth(value: Any) -> int:
+  """Returns how deep lists and objects are nested."""
   depth, level = 0, [value]
   while level := [part for part in level if isinstance(part, dict | list)]:
     depth += 1

@@ -1,23 +1,23 @@
-"""Which key of a record names its video or images.
+"""Keys of a record that name its video or images.
 
-`video` and `image` are the keys of LLaVA and VideoMarathon. The same under
-another trainer's name (`videos`, `image_path`, `Video`) is read where it is
-plain what is meant. A record that names a medium in any other way is refused:
-trained as text, it would teach to answer without looking.
+`video` and `image` are the keys of LLaVA and VideoMarathon. Keys of other
+trainers (`videos`, `image_path`, `Video`) are read where their meaning is
+plain. A record that names a medium in any other way is refused: if it were
+trained as text, the model would learn to answer without visual input.
 """
 
 import functools
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from hourjax.errors import UserError
 from hourjax.schema import shorten
 
-MODALITIES = ("video", "image")
+MODALITIES: tuple[Literal["video", "image"], ...] = ("video", "image")
 
-_KEYS = {
+_KEYS: dict[str, Literal["video", "image"]] = {
   f"{kind}{ending}": kind
   for kind in MODALITIES
   for ending in ("", "s", "_path", "_paths", "_file", "_files")
@@ -30,7 +30,7 @@ _SEEN = {
   *("vid", "vids", "pic", "pics"),
 }
 _STARTS = ("video", "image", "img")
-# Numbers and words about a medium that is not there do no harm.
+# Keys that end so describe a medium; without the medium they are harmless.
 _ABOUT = {
   *("type", "caption", "captions", "description", "descriptions", "prompt"),
   *("width", "height", "size", "duration", "fps", "count", "tokens", "num"),
@@ -42,24 +42,25 @@ _FILE = re.compile(
   r"(?:[?#][^\n]*)?",
   re.IGNORECASE,
 )
-_DEPTH = 4  # of nested values that are looked through
+_DEPTH = 4  # levels of nested values that are searched
 
 
-def modality_of(key: str) -> str | None:
-  """What a key of this name holds, None if it is none of ours."""
+def modality_of(key: str) -> Literal["video", "image"] | None:
+  """Returns the modality that a key of this name holds, None if none."""
   return _KEYS.get(key.strip().lower())
 
 
 def media_key(raw: Mapping[str, Any], at: str) -> str | None:
-  """The key that holds a record's video or images, None for text.
+  """Returns the key that holds a record's video or images, None for text.
 
   Args:
-    raw: the record; null is the same as no key, and so is `image: ""`, which
-      LLaVA's lists have in text records.
+    raw: the record. A key that holds null counts as missing, and so does
+      `image: ""`, which LLaVA's lists have in text records.
     at: file, place and record, for messages.
 
   Raises:
-    UserError: media of two sorts, or two keys that name different files.
+    UserError: the record has a video and images, or two keys that name
+      different files.
   """
   found: dict[str, list[str]] = {}
   for key, value in raw.items():
@@ -91,13 +92,22 @@ def media_key(raw: Mapping[str, Any], at: str) -> str | None:
 
 def read_media(
   raw: Mapping[str, Any], key: str, at: str
-) -> tuple[str, tuple[str, ...]]:
-  """Modality and paths under the key that `media_key` found.
+) -> tuple[Literal["video", "image"], tuple[str, ...]]:
+  """Reads the modality and paths under the key that `media_key` found.
+
+  Args:
+    raw: the record.
+    key: that holds its video or images.
+    at: file, place and record, for messages.
+
+  Returns:
+    Modality, and paths as written in the record.
 
   Raises:
-    UserError: no path or list of paths, or several videos.
+    UserError: the key holds no path or list of paths, or several videos.
   """
   kind, value = modality_of(key), raw[key]
+  assert kind is not None  # as `media_key` checked
   paths = value if isinstance(value, list) else [value]
   if not paths or not all(isinstance(p, str) and p for p in paths):
     raise UserError(
@@ -116,12 +126,12 @@ def check_unread(
   Args:
     raw: the record.
     known: keys that are read, and may hold anything.
-    text: whether no video or image was found; then nothing else may look like
-      one. Sound is refused beside them too.
+    text: whether no video or image was found; if so, no other key may hold
+      something that looks like one. Sound is refused in every record.
     at: file, place and record, for messages.
 
   Raises:
-    UserError: names the key and what it holds.
+    UserError: with the key and its value.
   """
   others = {k: v for k, v in raw.items() if k not in known}
   for key, value in _leaves(others, most=_DEPTH if text else 2):
@@ -141,11 +151,12 @@ def check_unread(
 
 @functools.lru_cache(4096)
 def _words(key: str) -> tuple[str, ...]:
+  """Splits a key such as video_path or imgUrl into lower-case words."""
   return tuple(word.lower() for word in _WORD.findall(key))
 
 
 def _looks(words: tuple[str, ...], value: Any) -> bool:
-  """Whether a key of these words holds a medium."""
+  """Returns whether a key of these words holds a medium."""
   seen = any(
     word.startswith(_STARTS) or word in _SEEN or word in _SOUND
     for word in words
@@ -158,10 +169,12 @@ def _looks(words: tuple[str, ...], value: Any) -> bool:
 
 
 def _holds(value: Any) -> bool:
+  """Returns whether a value is text or bytes, and not empty."""
   return isinstance(value, str | bytes) and bool(value.strip())
 
 
 def _is_file(value: Any) -> bool:
+  """Returns whether a value is the name of a media file, or its content."""
   if isinstance(value, bytes):
     return bool(value)
   if not isinstance(value, str) or len(value) > 1100 or "." not in value:
@@ -172,7 +185,7 @@ def _is_file(value: Any) -> bool:
 def _leaves(
   value: Any, key: str = "", depth: int = 0, most: int = _DEPTH
 ) -> Iterator[tuple]:
-  """Values that are no list or object, each with all keys above it."""
+  """Yields all keys above each value that is no list or object, and it."""
   if isinstance(value, Mapping | list):
     if depth < most:
       parts = value.items() if isinstance(value, Mapping) else enumerate(value)
@@ -185,5 +198,6 @@ def _leaves(
 
 
 def _names(value: Any) -> list[str]:
+  """Returns the file names of a path or of a list of paths."""
   values = value if isinstance(value, list) else [value]
   return [os.path.basename(str(path)) for path in values]

@@ -1,6 +1,6 @@
-"""Records: one question set about one video, image set or nothing.
+"""Records: conversations about one video, some images or nothing.
 
-A record is checked once, here; what follows on the data path may rely on it.
+A record is checked once, here; the later steps of the data path rely on it.
 """
 
 import contextlib
@@ -30,18 +30,18 @@ _KNOWN = ("id", "video", "image", "data_source", *TURNS)
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """A checked record.
+  """Holds one checked record.
 
   Attributes:
     id: name of the record; numbers are turned into text.
     modality: what the record is about.
     media: paths as written in the file, relative to the media folder; one for
       a video, one or more for images, none for text.
-    turns: human and gpt in turn, starting with human.
-    source: the file's `data_source`, or "".
-    extra: every key that has no meaning here, as read.
-    repairs: in what it is read otherwise than it is written, one kind each;
-      not stored.
+    turns: of human and gpt; the first is of human.
+    source: the record's `data_source`, or "".
+    extra: all keys that hourjax does not read, with their values.
+    repairs: the kinds of differences between the record as read and as
+      written; not stored.
   """
 
   id: str
@@ -55,7 +55,10 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-  """A record that is left out, and why; never replaced by another one."""
+  """Names a record that is left out, and the reason.
+
+  It is not replaced by another record.
+  """
 
   id: str
   reason: str
@@ -64,19 +67,20 @@ class Skipped:
 def parse_record(
   raw: Any, where: str, *, require_answer: bool = True
 ) -> Record:
-  """Checks one record as read from JSON (SPEC section 2).
+  """Checks one record as read from JSON, see hourjax/README.md, Conversations.
 
-  What LLaVA's lists and other trainers write differently is read as the
-  official loaders read it: `record_turns` has the table, `record_media` the
-  keys. A record without id is named after its place.
+  Records in the form of LLaVA's lists and of other trainers are read as the
+  official loaders read them: `turns.py` has the table of differences, and
+  `media_keys.py` the keys. A record without id is named after its place.
 
   Args:
     raw: {"id", "video" | "image" | neither, "data_source", "conversations"}.
     where: file and place, for messages.
-    require_answer: training needs an answer to learn from; inference does not.
+    require_answer: whether a record without an answer is refused, as it is in
+      training and not in inference.
 
   Raises:
-    UserError: naming `where`, the record and what is wrong with it.
+    UserError: with `where`, the name of the record, and its fault.
   """
   if not isinstance(raw, dict):
     raise UserError(
@@ -86,7 +90,10 @@ def parse_record(
   name, repairs = _name(raw, where)
   at = f"{where}: record {name}"
   key = media_key(raw, at)
-  modality, media = read_media(raw, key, at) if key else ("text", ())
+  modality: Literal["video", "image", "text"] = "text"
+  media: tuple[str, ...] = ()
+  if key:
+    modality, media = read_media(raw, key, at)
   if key not in (None, "video", "image"):
     repairs.append(f"{modality} under another key")
   elif raw.get("image") == "":
@@ -113,7 +120,14 @@ def parse_record(
 def check_media(
   records: Iterable[Record], root: str | os.PathLike
 ) -> tuple[list[Record], list[Skipped]]:
-  """Keeps the records whose media are files under `root`.
+  """Keeps the records whose media are files below the media folder.
+
+  Args:
+    records: checked.
+    root: the media folder.
+
+  Returns:
+    The records that are kept, and the others with the reason.
 
   Raises:
     UserError: `root` is not a folder.
@@ -125,7 +139,7 @@ def check_media(
     for name in record.media:
       if name not in problems:
         problems[name] = media_problem(root, name)
-    found = [problems[name] for name in record.media if problems[name]]
+    found = [text for name in record.media if (text := problems[name])]
     if found:
       reason = f"record {record.id}: {'; '.join(found)}"
       skipped.append(Skipped(record.id, reason))
@@ -141,10 +155,14 @@ def check_root(root: str | os.PathLike) -> None:
 
 
 def media_problem(root: str | os.PathLike, name: str) -> str | None:
-  """Why a path of a record is no file below the media folder, or None.
+  """Returns why a record's path names no medium below a folder, or None.
 
-  A folder counts too: it may hold a video's frames. So do the images in a
-  parquet file.
+  A medium is a file, a folder, which may hold a video's frames, or an image
+  inside a parquet file.
+
+  Args:
+    root: the media folder.
+    name: path as written in the record.
   """
   base = os.path.normpath(root)
   path = os.path.normpath(os.path.join(base, name))
@@ -158,7 +176,7 @@ def media_problem(root: str | os.PathLike, name: str) -> str | None:
   near = _near(path)
   but = f", but {', '.join(near)} does" if near else ""
   if any(_form(other) == _form(os.path.basename(path)) for other in near):
-    # They look alike: what tells them apart is written out.
+    # The names look alike, so the characters that differ are written as codes.
     path, but = ascii(path), f", but {', '.join(map(ascii, near))} does"
   elif path != path.strip() or name != name.strip() or not path.isprintable():
     path = repr(path)
@@ -166,11 +184,16 @@ def media_problem(root: str | os.PathLike, name: str) -> str | None:
 
 
 def on_disk(root: str | os.PathLike, name: str) -> str | None:
-  """The name of a file below a folder, however its accents are written.
+  """Finds a file below a folder by its name in any Unicode form.
+
+  Args:
+    root: the folder.
+    name: path relative to it, with "/".
 
   Returns:
-    `name` itself where it is there; else the one name that differs in nothing
-    but the Unicode form of its characters; None where there is none, or more.
+    `name` itself if that file exists; otherwise the only path that differs just
+    in the Unicode form of its characters; None if there is no such path, or
+    more than one.
   """
   if os.path.exists(os.path.join(root, name)):
     return name
@@ -188,17 +211,18 @@ def on_disk(root: str | os.PathLike, name: str) -> str | None:
 
 
 def _form(name: str) -> str:
+  """Returns a name in Unicode's composed form."""
   return unicodedata.normalize("NFC", name)
 
 
 def _key(name: str) -> str:
-  """What names share that differ only in case, spaces or Unicode form."""
+  """Returns a key shared by names of other case, spaces or Unicode form."""
   return _form(name).strip().casefold()
 
 
 @functools.lru_cache(16)
 def _listing(folder: str) -> dict[str, tuple[str, ...]]:
-  """The names in a folder, by `_key`."""
+  """Lists the names in a folder, by `_key`."""
   names: dict[str, tuple[str, ...]] = {}
   with contextlib.suppress(OSError, ValueError):
     for name in sorted(os.listdir(folder)):
@@ -207,7 +231,7 @@ def _listing(folder: str) -> dict[str, tuple[str, ...]]:
 
 
 def _near(path: str) -> list[str]:
-  """What is there of almost that name: other case, spaces, ending, accents."""
+  """Finds names of other case, spaces, ending or accents in the folder."""
   folder, name = os.path.split(path)
   names = _listing(folder)
   found = names.get(_key(name.rsplit("\\", 1)[-1]), ())
@@ -218,7 +242,7 @@ def _near(path: str) -> list[str]:
 
 
 def _name(raw: dict[str, Any], where: str) -> tuple[str, list[str]]:
-  """The record's name, and what it was repaired by."""
+  """Returns the record's name, and the repairs it needed."""
   for key in ("id", "sample_id"):
     name = raw.get(key)
     if name is None or name == "":

@@ -1,8 +1,9 @@
-"""What both sides of a record say, read as the official loaders read it.
+"""Turns and `<image>` markers of a record, read as the official loaders do.
 
-Those are `preprocess_multimodal`, `preprocess_qwen` and `sharding_*_data.py` of
-Hour-LLaVA (LLaVA-NeXT's are the same). A reading that alters a record is
-counted as a repair; what the official code cannot read either is refused.
+The official loaders are `preprocess_multimodal`, `preprocess_qwen` and
+`sharding_*_data.py` of Hour-LLaVA (those of LLaVA-NeXT are the same). A reading
+that alters a record is counted as a repair. A record that the official code
+cannot read is repaired or refused, as this table says.
 
 | in the record | official code | here |
 |---|---|---|
@@ -35,7 +36,7 @@ from typing import Any, Literal
 from hourjax.errors import UserError
 from hourjax.schema import shorten
 
-MARKER = "<image>"  # where the text refers to what is seen
+MARKER = "<image>"  # stands in the text where the video or image belongs
 SYSTEM = "You are a helpful assistant."  # written before every conversation
 
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
@@ -44,8 +45,8 @@ _OTHER_FORMS = {
   "image": re.compile(r"<\s*image\s*/?\s*>", re.IGNORECASE),
   "video": re.compile(r"<\s*(?:image|video)\s*/?\s*>", re.IGNORECASE),
 }
-# A line that is nothing but a marker, or a text that starts with ours, refers
-# to something seen; within a sentence it is a word like any other.
+# A marker that is a whole line, or `<image>` at the start of a text, refers to
+# visual input; within a sentence it is a word like any other.
 _ALONE = re.compile(r"^\s*<(?:image|video)>\s*$", re.IGNORECASE | re.MULTILINE)
 _FOREIGN = re.compile(
   r"<\|(?:image|video|audio)(?:_pad)?\|>|<\|vision_start\|>|<ImageHere>"
@@ -56,7 +57,7 @@ _FOREIGN = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-  """What one side says."""
+  """Holds one turn of a conversation."""
 
   role: Literal["human", "gpt"]
   text: str
@@ -70,39 +71,41 @@ def read_turns(
   Args:
     raw: a list of {"from", "value"} or {"role", "content"}.
     at: file, place and record, for messages.
-    require_answer: training needs an answer to learn from; inference does not.
+    require_answer: whether turns without an answer are refused, as they are in
+      training and not in inference.
 
   Returns:
-    The turns, markers as written, and what was repaired.
+    The turns with their markers as written, and the kinds of repairs.
 
   Raises:
-    UserError: no such list, a system turn, or nothing to learn from.
+    UserError: `raw` is no such list, has a system turn, or has no answer.
   """
   if not isinstance(raw, list) or not raw:
     raise UserError(
       f"{at}: 'conversations' must be a non-empty list, found {shorten(raw)}"
     )
   repairs = []
-  said = [_turn(part, f"{at}: turn {i}") for i, part in enumerate(raw)]
+  spoken = [_turn(part, f"{at}: turn {i}") for i, part in enumerate(raw)]
   if any("from" not in part for part in raw):
     repairs.append("turns by role and content")
-  elif any(part["from"] != role for part, (role, _) in zip(raw, said)):
+  elif any(part["from"] != role for part, (role, _) in zip(raw, spoken)):
     repairs.append("roles of another name")
-  role, text = said[0]
+  role, text = spoken[0]
   if role == "system":
     if text.strip() != SYSTEM:
       raise UserError(
         f"{at}: turn 0 is from 'system', expected 'human': the model is always"
         f" told {SYSTEM!r}; remove the turn, or put its words into the question"
       )
-    said, repairs = said[1:], [*repairs, "usual system turn left out"]
-  for i, (role, _) in enumerate(said):
-    if role not in ("human", "gpt"):
+    spoken, repairs = spoken[1:], [*repairs, "usual system turn left out"]
+  turns: list[Turn] = []
+  for i, (role, text) in enumerate(spoken):
+    if role != "human" and role != "gpt":
       raise UserError(
         f"{at}: turn {i} is from {role!r}, expected human or gpt; remove it or"
         " name who speaks"
       )
-  turns = [Turn(role, text) for role, text in said]
+    turns.append(Turn(role, text))
   if turns and turns[0].role == "gpt":
     turns, repairs = turns[1:], [*repairs, "answer before the first question"]
   if not turns:
@@ -121,25 +124,25 @@ def read_turns(
 def place_markers(
   turns: list[Turn], modality: str, count: int, at: str
 ) -> tuple[list[Turn], list[str]]:
-  """Gives every image its marker where the official loaders put it.
+  r"""Places every image's marker where the official loaders place it.
 
-    one image     "What is this?\\n<image>"  ->  "<image>\\nWhat is this?"
-                  "What is this?"           ->  "<image>\\nWhat is this?"
+    one image     "What is this?\n<image>"  ->  "<image>\nWhat is this?"
+                  "What is this?"           ->  "<image>\nWhat is this?"
 
   A video's turns stay as they are: `encode_conversation` removes their markers
   and writes one before the time instruction. See the table above for the rest.
 
   Args:
-    turns: human first.
+    turns: of the record; the first is of human.
     modality: video, image or text.
-    count: of images or videos.
+    count: number of images or videos.
     at: file, place and record, for messages.
 
   Returns:
-    The turns, and what was repaired.
+    The turns, and the kinds of repairs.
 
   Raises:
-    UserError: markers that no image or video belongs to.
+    UserError: there are markers without an image or video.
   """
   foreign = _first(_FOREIGN, turns)
   if foreign:
@@ -177,7 +180,7 @@ def place_markers(
 
 
 def _turn(raw: Any, where: str) -> tuple[str, str]:
-  """Who speaks, if known under our name, and what."""
+  """Reads the role of a turn, in hourjax's names if known, and its text."""
   keys = ("from", "value") if isinstance(raw, dict) else ()
   if keys and "from" not in raw and "role" in raw:
     keys = ("role", "content")
@@ -189,8 +192,10 @@ def _turn(raw: Any, where: str) -> tuple[str, str]:
   return _ROLES.get(role.strip().lower(), role), text.replace(_NOISE, "")
 
 
-def _answered(turns, repairs, at) -> tuple[list[Turn], list[str]]:
-  """The turns up to the last answer."""
+def _answered(
+  turns: list[Turn], repairs: list[str], at: str
+) -> tuple[list[Turn], list[str]]:
+  """Returns the turns up to the last answer, and the kinds of repairs."""
   last = max((i for i, t in enumerate(turns) if t.role == "gpt"), default=-1)
   if last < 0:
     raise UserError(f"{at}: the last turn is from human; add its gpt answer")
@@ -204,7 +209,7 @@ def _answered(turns, repairs, at) -> tuple[list[Turn], list[str]]:
 
 
 def _check_words(turns: list[Turn], at: str) -> list[str]:
-  """What a text's markers are counted as; refuses those that miss an image."""
+  """Returns the repairs of a text with markers; refuses those of an image."""
   asked = [turn for turn in turns if turn.role == "human"]
   found = sum(turn.text.count(MARKER) for turn in turns)
   first = any(turn.text.lstrip().startswith(MARKER) for turn in asked)
@@ -216,8 +221,10 @@ def _check_words(turns: list[Turn], at: str) -> list[str]:
   return [f"{MARKER} in a text: words"] if found else []
 
 
-def _known_forms(turns, modality) -> tuple[list[Turn], list[str]]:
-  """Other spellings of the marker replaced, where ours occurs nowhere."""
+def _known_forms(
+  turns: list[Turn], modality: str
+) -> tuple[list[Turn], list[str]]:
+  """Replaces other spellings of the marker, if `<image>` occurs nowhere."""
   if any(MARKER in turn.text for turn in turns):
     return turns, []
   form = _OTHER_FORMS[modality]
@@ -229,7 +236,7 @@ def _known_forms(turns, modality) -> tuple[list[Turn], list[str]]:
 
 
 def _joined(turns: list[Turn]) -> list[Turn]:
-  """One image's markers: only one of them, in the first turn that has any."""
+  """Leaves one marker of one image, in the first turn that has any."""
   joined, seen = [], False
   for turn in turns:
     text = turn.text
@@ -242,6 +249,7 @@ def _joined(turns: list[Turn]) -> list[Turn]:
 
 
 def _marker_first(text: str) -> str:
+  """Moves the only marker of a turn to its front."""
   if text.count(MARKER) != 1 or text.startswith(MARKER):
     return text
   # Stripped as a whole, so that an empty question leaves no newline.
@@ -249,5 +257,6 @@ def _marker_first(text: str) -> str:
 
 
 def _first(pattern: re.Pattern, turns: list[Turn]) -> str:
+  """Returns the first match in the human turns, "" if there is none."""
   found = (pattern.search(t.text) for t in turns if t.role == "human")
   return next((match[0] for match in found if match), "")

@@ -16,7 +16,12 @@ from hourjax.storage import Bucket, Folder
 
 
 class Stored(NamedTuple):
-  """What the index knows of a video: frames stored and seconds of video."""
+  """Holds a video's entry in the index.
+
+  Attributes:
+    frames: number of stored frames.
+    duration: of the video, in seconds.
+  """
 
   frames: int
   duration: float
@@ -25,7 +30,7 @@ class Stored(NamedTuple):
 class FeatureWriter:
   """Writes one video's features to a temporary file, then moves it in place.
 
-  As a context manager it finishes, or leaves nothing if an error passes.
+  As a context manager it calls `finish`, or `abandon` after an error.
   """
 
   def __init__(
@@ -39,11 +44,11 @@ class FeatureWriter:
     """Opens the temporary file and writes its header.
 
     Args:
-      storage: where the array goes in the end.
-      key: under which name.
+      storage: receives the finished array.
+      key: name of the array in the storage.
       partial: temporary file.
-      stored: frames that will come, and the duration.
-      shape: (Q, V) of each.
+      stored: number of frames that will be added, and the duration.
+      shape: (Q, V) of each frame.
     """
     self.stored = stored
     self._storage, self._key, self._partial = storage, key, partial
@@ -55,21 +60,24 @@ class FeatureWriter:
       self.abandon()
       raise
 
-  def __enter__(self):
+  def __enter__(self) -> "FeatureWriter":
     return self
 
-  def __exit__(self, kind, *_):
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     if kind is None:
       self.finish()
     else:
       self.abandon()
 
   def add(self, features: Shaped[np.ndarray, "n Q V"]) -> None:
-    """Appends frames, in any float type.
+    """Appends frames.
+
+    Args:
+      features: of any float type; stored as bfloat16.
 
     Raises:
-      UserError: values that are not finite in bfloat16.
-      ValueError: another shape, or more frames than announced.
+      UserError: some values are not finite in bfloat16.
+      ValueError: the shape differs, or there are more frames than announced.
       OSError: the disk is full.
     """
     end = self._frames + len(features)
@@ -84,15 +92,15 @@ class FeatureWriter:
         f"frames {self._frames} to {end - 1}: the tower gives NaN or infinite"
         " features; check its weights"
       )
-    self._write(bits.reshape(-1).view(np.uint8))
+    self._write(bits.reshape(-1).view(np.uint8).data)
     self._frames = end
 
   def finish(self) -> None:
-    """Puts the array in place.
+    """Moves the array to its place in the storage.
 
     Raises:
       UserError: the store's file system refuses the name.
-      ValueError: fewer frames than announced.
+      ValueError: there are fewer frames than announced.
       OSError: the disk is full.
     """
     try:
@@ -100,7 +108,7 @@ class FeatureWriter:
         raise ValueError(
           f"{self._key}: {self._frames} frames of {self.stored.frames}"
         )
-      # The index line must not reach the disk before what it speaks of.
+      # The array must be on disk before the index line that refers to it.
       os.fsync(self._file)
       self._file.close()
       self._storage.put_file(self._partial, self._key)
@@ -117,18 +125,23 @@ class FeatureWriter:
       raise
 
   def abandon(self) -> None:
-    """Removes what was written."""
+    """Removes the temporary file."""
     self._file.close()
     self._partial.unlink(missing_ok=True)
 
-  def _write(self, data) -> None:
+  def _write(self, data: bytes | memoryview) -> None:
+    """Writes all bytes of `data`."""
     view = memoryview(data)
     while view:  # unbuffered writes may take less, e.g. on a full disk
       view = view[self._file.write(view) :]
 
 
-def header_bytes(shape: tuple[int, int, int]) -> bytes:
-  """What precedes the values in a `.npy` of bfloat16."""
+def header_bytes(shape: tuple[int, ...]) -> bytes:
+  """Returns the header of a `.npy` file of bfloat16.
+
+  Args:
+    shape: (F, Q, V) of the array.
+  """
   file = io.BytesIO()
   about = {"descr": "|V2", "fortran_order": False, "shape": tuple(shape)}
   np.lib.format.write_array_header_1_0(file, about)
@@ -136,10 +149,13 @@ def header_bytes(shape: tuple[int, int, int]) -> bytes:
 
 
 def parse_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
-  """Shape and dtype that a `.npy` header states.
+  """Parses a `.npy` header.
+
+  Returns:
+    Shape and dtype of the array.
 
   Raises:
-    OSError: it is none.
+    OSError: the bytes are not such a header.
   """
   file = io.BytesIO(header)
   try:
@@ -152,10 +168,14 @@ def parse_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def is_finite(bits: UInt16[np.ndarray, "*any"]) -> bool:
-  """Whether no bfloat16 among these bits is NaN or infinite.
+  """Returns whether none of these bfloat16 values is NaN or infinite.
 
-  All exponent bits are set in 0x7f80 to 0x7fff, the largest int16, and in
-  0xff80 to 0xffff, the largest uint16: two maxima, without temporaries.
+  Values that are not finite have all exponent bits set: 0x7f80 to 0x7fff, which
+  are the largest int16, and 0xff80 to 0xffff, which are the largest uint16. Two
+  maxima find them without temporary arrays.
+
+  Args:
+    bits: the values, viewed as uint16.
   """
   if not bits.size:
     return True

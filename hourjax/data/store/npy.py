@@ -1,4 +1,4 @@
-"""Headers of `.npy` arrays, read without trust in what they claim."""
+"""Headers of `.npy` arrays of unknown origin."""
 
 import io
 import math
@@ -9,14 +9,17 @@ import numpy as np
 def read_header(file: io.BufferedIOBase) -> tuple[tuple[int, ...], np.dtype]:
   """Reads the header of a `.npy` array in C order.
 
-  No memory is taken for what it claims: compare `array_bytes` with the bytes
-  that there are.
+  No memory is allocated for the shape that it states. Compare `array_bytes`
+  with the size of the file before the values are read.
+
+  Args:
+    file: at the start of the header; then at the first value.
 
   Returns:
-    Shape and dtype. The file then stands at the first value.
+    Shape and dtype.
 
   Raises:
-    ValueError: it is none, or of a layout that is not read here.
+    ValueError: there is no such header, or the layout is not supported.
   """
   try:
     version = np.lib.format.read_magic(file)
@@ -31,5 +34,5 @@ def read_header(file: io.BufferedIOBase) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def array_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
-  """Bytes of an array, as a Python integer: a claim may be beyond int64."""
+  """Returns the bytes of an array, which may be more than int64 holds."""
   return math.prod(shape) * dtype.itemsize

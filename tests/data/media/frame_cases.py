@@ -1,4 +1,4 @@
-"""Videos of many lengths and rates, with the frames that each way of reading uses."""
+"""Videos of many lengths and rates, with the frames used of each."""
 
 import dataclasses
 from fractions import Fraction

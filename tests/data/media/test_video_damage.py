@@ -1,4 +1,4 @@
-"""Damaged and cut videos: what is read, what replaces it, which errors are raised."""
+"""Damaged and cut videos: frames read, frames replaced, and errors."""
 
 import numpy as np
 import pytest

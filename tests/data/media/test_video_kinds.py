@@ -429,7 +429,7 @@ def test_whatever_a_file_raises_is_its_own_failure(
 _STOPS = """
 import sys, threading
 import av
-from hourjax.data import video
+from hourjax.data.media import video
 
 path = sys.argv[1]
 info = video.probe(path)
@@ -452,17 +452,19 @@ print("stopped")
 """
 
 
+@pytest.mark.slow
 def test_decoders_may_be_stopped_early(tmp_path):
-  """Not even while something logs through Python do they hang.
+  """Stopped decoders do not hang while a library logs through Python.
 
-  In a process of its own: one that hangs keeps the interpreter locked.
+  They run in a process of their own: one that hangs keeps the interpreter
+  locked.
   """
   options = {"g": "30", "preset": "ultrafast"}
   path = numbered.write(
     tmp_path / "a.mkv", ALL, size=(320, 240), codec_options=options
   )
   data = bytearray(path.read_bytes())
-  for at in range(3000, len(data), 997):  # it has to complain
+  for at in range(3000, len(data), 997):  # damaged, so that FFmpeg logs
     data[at] ^= 0xFF
   path.write_bytes(data)
   done = subprocess.run(
