@@ -11,7 +11,7 @@ from hourjax.storage import Bucket, Folder, open_storage
 
 @pytest.fixture(params=["folder", "file", "memory"])
 def store(request, tmp_path):
-  """The same contract over a folder and over TensorStore."""
+  """Storage in a folder, and in a bucket of TensorStore."""
   if request.param == "folder":
     return open_storage(tmp_path / "store")
   if request.param == "file":
@@ -110,7 +110,7 @@ def test_urls_that_cannot_be(url):
 
 
 def test_a_silent_server_ends_in_a_remedy(monkeypatch):
-  """Here nothing answers; with a network, the bucket does not exist."""
+  """Without a network there is no response; with one, no such bucket."""
   monkeypatch.setattr(storage, "_READ_SECONDS", 1)
   with pytest.raises(UserError, match=r"^gs://hourjax-.*check the network.*cr"):
     Bucket("gs://hourjax-none-such/x").read("index.jsonl")
@@ -119,12 +119,10 @@ def test_a_silent_server_ends_in_a_remedy(monkeypatch):
 def test_a_server_that_refuses(monkeypatch):
   bucket = Bucket(f"memory://{uuid.uuid4().hex}")
 
-  class Refused:
-    def result(self, timeout):
-      raise PermissionError("PERMISSION_DENIED: no access")
-
+  refused, future = ts.Promise.new()
+  refused.set_exception(PermissionError("PERMISSION_DENIED: no access"))
   monkeypatch.setattr(
-    bucket, "_store", type("S", (), {"read": lambda *_: Refused()})()
+    bucket, "_store", type("S", (), {"read": lambda *_: future})()
   )
   with pytest.raises(UserError, match="PERMISSION_DENIED: no access; check"):
     bucket.read("a")

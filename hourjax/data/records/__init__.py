@@ -1,1 +1,1 @@
-"""Records: one question set about a video, images or nothing."""
+"""Records: conversations about a video, images or nothing."""

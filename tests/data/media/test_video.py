@@ -16,7 +16,7 @@ ENCODERS = sorted(
 
 
 def _pixels(i, width=64, height=48):
-  """Frame i: its brightness tells i, a red corner tells what is up."""
+  """Frame i: its brightness encodes i, a red corner marks the top."""
   pixels = np.full((height, width, 3), 40 + 8 * (i % 20), np.uint8)
   pixels[: height // 4, : width // 4] = [255, 0, 0]
   return pixels

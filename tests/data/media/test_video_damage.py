@@ -158,7 +158,7 @@ def test_a_file_that_lacks_its_last_second(tmp_path, files, suffix):
 
 @pytest.mark.parametrize("suffix", ["mkv", "ts", "flv"])
 def test_a_hole(tmp_path, files, suffix):
-  """Bytes that were overwritten: what they held counts as not read."""
+  """Frames in overwritten bytes count as not read."""
   data = bytearray(files[suffix])
   middle, span = len(data) // 2, len(data) // 40
   data[middle : middle + span] = bytes(span)

@@ -1,4 +1,4 @@
-"""Whole and usable videos that are unlike most: each shows its own frames."""
+"""Undamaged videos of unusual kinds, each with the frames it displays."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def _reads(path, numbers, seconds, *, threads=0):
   return info
 
 
-# --- which frames a file shows --------------------------------------------
+# --- frames that a file displays -------------------------------------------
 
 
 @pytest.fixture(scope="module")

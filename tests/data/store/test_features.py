@@ -107,7 +107,7 @@ def test_an_out_that_cannot_be_filled(store):
 
 
 def test_a_file_of_numpys_own(local):
-  """As written by the first version of the store."""
+  """An array as the first version of the store wrote it."""
   with open(local.path(NAME), "wb") as file:
     np.save(file, _features(seed=3).astype(BF16).view("V2"))
   read = local.read(NAME, np.arange(5), SHAPE)
@@ -185,6 +185,7 @@ def test_values_that_are_not_finite(store, value):
     store.read(NAME, np.array([0, 3]), SHAPE)
 
 
+@pytest.mark.slow
 def test_every_bfloat16_is_judged_right():
   bits = np.arange(2**16, dtype=np.uint16)
   judged = [is_finite(bits[i : i + 1]) for i in range(2**16)]
@@ -345,7 +346,7 @@ def test_keys_that_are_not_known_are_left_alone(store, root):
 
 
 @pytest.mark.parametrize(
-  ("content", "said"),
+  ("content", "message"),
   [
     (tampering.POINTER, "Git-LFS pointer"),
     (b"[" * 20_000 + b"\n", "line 1 is broken"),
@@ -354,9 +355,9 @@ def test_keys_that_are_not_known_are_left_alone(store, root):
     (b"9" * 5000 + b"\n", "line 1 is broken"),
   ],
 )
-def test_an_index_that_is_something_else(store, root, content, said):
+def test_an_index_that_is_something_else(store, root, content, message):
   store.storage.write("index-00000.jsonl", content)
-  with pytest.raises(UserError, match=rf"index-00000\.jsonl.*{said}"):
+  with pytest.raises(UserError, match=rf"index-00000\.jsonl.*{message}"):
     FeatureStore(root)
 
 

@@ -1,4 +1,4 @@
-"""How the turns of a record are read; the table stands in `record_turns`."""
+"""Reading of a record's turns, by the table in `data/records/turns.py`."""
 
 import copy
 import random
@@ -173,8 +173,8 @@ TALKS = {
 @pytest.mark.parametrize("name", TALKS)
 @pytest.mark.parametrize("key", ["conversations", "messages", "conversation"])
 def test_who_speaks(name, key):
-  talk, roles, repair = TALKS[name]
-  record = parse_record({"id": 1, key: talk}, "here")
+  turns, roles, repair = TALKS[name]
+  record = parse_record({"id": 1, key: turns}, "here")
   assert "".join(turn.role[0] for turn in record.turns) == roles
   assert record.repairs == (repair,)
   assert record.extra == {}

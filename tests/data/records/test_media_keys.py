@@ -1,4 +1,4 @@
-"""Which keys of a record hold its media, and which must not be ignored."""
+"""Keys of a record that hold its media, and keys that must not be ignored."""
 
 import pytest
 

@@ -116,12 +116,12 @@ def test_a_list_that_breaks_in_the_middle_tells_where(tmp_path):
   start = json.dumps(good, ensure_ascii=False)[:-1] + ", "
   path = tmp_path / "a.json"
   path.write_text(start + '{"id": tru}, {"id": 3}]', encoding="utf-8")
-  seen = []
+  read = []
   with pytest.raises(UserError, match="after 40 whole records") as error:
     for where, raw in stream_records(path):
-      seen.append((where, raw))
-  assert [raw for _, raw in seen] == good
-  assert seen[7][0] == f"{path}[7]"
+      read.append((where, raw))
+  assert [raw for _, raw in read] == good
+  assert read[7][0] == f"{path}[7]"
   byte = len((start + '{"id": tru}').encode())
   assert f"at byte {byte} " in str(error.value)
   assert "fetch it again" in str(error.value)
