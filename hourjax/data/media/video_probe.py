@@ -15,6 +15,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.stream import Disposition
 
 from hourjax.data.media import frame_folder, video_file
@@ -150,7 +151,7 @@ class _Track:
     back = np.diff(clock, prepend=clock[0]) < -video_file.RESET
     return np.cumsum(back)
 
-  def doubtful_start(self, container: av.container.InputContainer) -> bool:
+  def doubtful_start(self, container: InputContainer) -> bool:
     """Returns whether the first frames may refer to frames before the file."""
     if not len(self):
       return False
@@ -177,9 +178,7 @@ class _Track:
     return False
 
 
-def _main_track(
-  container: av.container.InputContainer, path: str | os.PathLike
-) -> _Track:
+def _main_track(container: InputContainer, path: str | os.PathLike) -> _Track:
   """Chooses the main stream: long, large, many frames, marked as default."""
   streams = video_file.main_streams(container, path)
   indexed = [_indexed(container, stream) for stream in streams]
@@ -203,7 +202,7 @@ def _main_track(
 
 
 def _indexed(
-  container: av.container.InputContainer, stream: av.VideoStream
+  container: InputContainer, stream: av.VideoStream
 ) -> _Track | None:
   """Reads a track from the container's index, None if that is incomplete."""
   mp4 = "mp4" in container.format.name.split(",")
@@ -235,7 +234,7 @@ def _indexed(
 
 
 def _demuxed(
-  container: av.container.InputContainer, streams: list[av.VideoStream]
+  container: InputContainer, streams: list[av.VideoStream]
 ) -> list[_Track]:
   """Reads tracks from all packets of the file."""
   rows = {stream.index: array.array("d") for stream in streams}
@@ -278,7 +277,7 @@ def _demuxed(
 
 
 def _describe(
-  container: av.container.InputContainer,
+  container: InputContainer,
   track: _Track,
   path: str | os.PathLike,
 ) -> VideoInfo:
@@ -336,9 +335,7 @@ class _Timeline:
   seconds: np.ndarray | None = None
 
 
-def _timeline(
-  container: av.container.InputContainer, track: _Track
-) -> _Timeline:
+def _timeline(container: InputContainer, track: _Track) -> _Timeline:
   """Adds up the steps between frames; a jump of the clock counts as one step.
 
   times  0.0 0.1 0.2 36015.0 36015.1     recordings joined
@@ -377,7 +374,7 @@ def _timeline(
 
 
 def _implausible(
-  container: av.container.InputContainer,
+  container: InputContainer,
   track: _Track,
   times: np.ndarray,
   steps: np.ndarray,
@@ -434,7 +431,7 @@ def _holes(
   return found
 
 
-def _promised(container: av.container.InputContainer, track: _Track) -> float:
+def _promised(container: InputContainer, track: _Track) -> float:
   """Returns the main video's seconds by the header, 0 if it states none."""
   name = container.format.name
   if name not in _PROMISING:
@@ -491,15 +488,13 @@ def _without_ahead(info: VideoInfo, missing: int) -> VideoInfo:
   frames = info.frames - missing
   if not missing or frames < 1:
     return info
+  seconds = info.seconds
+  if seconds is not None:
+    seconds = seconds[missing:] - seconds[missing]
   return dataclasses.replace(
     info,
     frames=frames,
     duration=float(frames / info.fps),
     lost=tuple((max(0, at - missing), count) for at, count in info.lost),
-    seconds=None if info.seconds is None else _from(info.seconds, missing),
+    seconds=seconds,
   )
-
-
-def _from(seconds: np.ndarray, first: int) -> np.ndarray:
-  """Returns the times from a frame on, counted from that frame."""
-  return seconds[first:] - seconds[first]

@@ -71,7 +71,7 @@ class FeatureStore:
     self.storage = open_storage(root)
     self.temp_files = TempFiles(root, f"{worker:>05}")
     self._index: dict[str, Stored] = {}
-    self._shares: dict[str, float] = {}
+    self._share_by_video: dict[str, float] = {}
     keys = [k for k in self.storage.list("index") if k.endswith(".jsonl")]
     if not keys and not create:
       raise UserError(
@@ -82,7 +82,7 @@ class FeatureStore:
       rows, where = read_rows(self.storage, key), self.storage.location(key)
       for line in (_line(row, where) for row in rows):
         self._index[line.video] = Stored(line.frames, line.duration)
-        self._shares[line.video] = line.share
+        self._share_by_video[line.video] = line.share
     self._lines = JsonlWriter(self.storage, f"index-{worker:>05}.jsonl")
 
   def __contains__(self, video: str) -> bool:
@@ -112,7 +112,7 @@ class FeatureStore:
     Raises:
       KeyError: the video is not in the index.
     """
-    return self._shares[video]
+    return self._share_by_video[video]
 
   def path(self, video: str) -> pathlib.Path | str:
     """Returns the file or URL of a video's features."""
@@ -214,7 +214,7 @@ class FeatureStore:
     """
     row = {"video": video, **stored._asdict()}
     self._lines.add(row if share == 1 else row | {"share": share})
-    self._index[video], self._shares[video] = stored, share
+    self._index[video], self._share_by_video[video] = stored, share
 
   def write(
     self, video: str, features: Shaped[np.ndarray, "F Q V"], duration: float
@@ -235,7 +235,7 @@ class FeatureStore:
     self.record(video, writer.stored)
 
   def claim(self, tower: str, shape: tuple[int, int]) -> None:
-    """Notes which tower writes; a store holds the features of one tower only.
+    """Records which tower writes; a store holds the features of one tower only.
 
     Args:
       tower: fingerprint of its parameters.

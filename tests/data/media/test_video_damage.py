@@ -101,6 +101,7 @@ def test_the_share_decides(tmp_path, files, min_share, refused):
     ]
 
 
+@pytest.mark.slow
 def test_twenty_bad_bytes_in_a_long_video(tmp_path):
   """Players show it to 99 %."""
   path = tmp_path / "a.mkv"
