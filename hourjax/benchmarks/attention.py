@@ -330,7 +330,9 @@ def measure_attention(options: Options) -> dict[str, Any]:
   return collect_figures(options, run_all("attention", calls))
 
 
-def collect_figures(options: Options, compiled: dict[str, Compiled]) -> dict[str, Any]:
+def collect_figures(
+  options: Options, compiled: dict[str, Compiled]
+) -> dict[str, Any]:
   """Returns the figures of `measure_attention` from compiled programs.
 
   Args:

@@ -1,4 +1,4 @@
-"""One plan: what a step holds, sends and takes, as plain data."""
+"""One plan as plain data: memory, traffic, time and cost of a step."""
 
 import dataclasses
 from typing import Any
@@ -16,9 +16,9 @@ from hourjax.training.config import Experiment
 ASSUMED = (
   "products run at {dense:.0%} of the chip's bf16 peak, MemAug's attention at"
   " {memaug[0]:.0%} forward and {memaug[1]:.0%} backward, the decoder's at"
-  " {causal[0]:.0%} and {causal[1]:.0%}: schedules of the compiler (README)"
-  f" times {CLOCK_SHARE}, and what large models report; no TPU was"
-  " timed",
+  " {causal[0]:.0%} and {causal[1]:.0%}: schedules of the compiler"
+  f" (hourjax/benchmarks/README.md) times {CLOCK_SHARE}, and what large models"
+  " report; no TPU was timed",
   "a micro-batch waits for the device whose rows are the most work, and for"
   " the traffic that the compiler's schedule does not run beside other work;"
   " rings use the links that the devices of an axis have on the torus",
@@ -27,13 +27,16 @@ ASSUMED = (
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What is known of one configuration on one topology.
+  """Holds what is known of one configuration on one topology.
 
   Attributes:
-    experiment, topology, workload, price: what was planned.
+    experiment: the configuration.
+    topology: what it runs on.
+    workload: the rows that it trains on.
+    price: $ of a chip-hour.
     compiled: the programs, or why there are none.
-    memory: of a device; None if the compiler ran out of it.
-    estimate: of the step; None likewise.
+    memory: the memory of a device; None if the compiler ran out of it.
+    estimate: the time of a step; None if the compiler ran out of memory.
   """
 
   experiment: Experiment
@@ -46,10 +49,12 @@ class Plan:
 
   @property
   def fits(self) -> bool:
+    """Returns whether a device holds the step."""
     return self.memory is not None and self.memory.fits
 
   @property
   def mesh(self) -> dict[str, int]:
+    """Returns the sizes of the mesh's axes by name."""
     names = ("data", "fsdp", "seq", "tensor")
     sizes = self.experiment.mesh.sizes(self.topology.devices)
     return dict(zip(names, sizes))
@@ -62,13 +67,13 @@ def evaluate(
   compiled: Compiled,
   price: float | None = None,
 ) -> Plan:
-  """A plan of what was compiled.
+  """Makes the plan of a step that was compiled.
 
   Args:
-    experiment: what runs.
-    topology: on what.
-    workload: its rows.
-    compiled: its programs.
+    experiment: the configuration.
+    topology: what it was compiled for.
+    workload: the rows that it trains on.
+    compiled: the result of compiling it.
     price: $ of a chip-hour; None takes the example of the generation.
   """
   price = topology.chip.price if price is None else price
@@ -82,7 +87,7 @@ def evaluate(
 
 
 def assumptions(plan: Plan) -> list[str]:
-  """What the estimate rests on, a sentence each."""
+  """Returns what the estimate takes for granted, a sentence each."""
   rates = plan.topology.chip.efficiency._asdict()
   return [
     *plan.workload.assumptions,
@@ -94,7 +99,17 @@ def assumptions(plan: Plan) -> list[str]:
 
 
 def as_data(plan: Plan) -> dict[str, Any]:
-  """The plan as JSON takes it: what was computed and what is estimated."""
+  """Returns a plan as data for JSON.
+
+  Args:
+    plan: the plan.
+
+  Returns:
+    The configuration, and whether it fits. If the compiler had memory enough,
+    also `computed`, what was compiled and counted; `estimated`, the fields of
+    `roofline.Estimate`; and `assumed`, what the estimate takes for granted. If
+    not, `needed_gib`.
+  """
   experiment, topology = plan.experiment, plan.topology
   data = {
     "topology": topology.name,
@@ -111,9 +126,9 @@ def as_data(plan: Plan) -> dict[str, Any]:
     "fits": plan.fits,
     "reason": plan.compiled.reason,
   }
-  if plan.memory is None:
+  memory, estimate, answer = plan.memory, plan.estimate, plan.compiled.answer
+  if memory is None or estimate is None or answer is None:
     return data | {"needed_gib": plan.compiled.needed / GIB}
-  memory, answer = plan.memory, plan.compiled.answer
   traffic = [
     {**line, "program": name, "times": times}
     for name, times in _times(experiment).items()
@@ -127,14 +142,14 @@ def as_data(plan: Plan) -> dict[str, Any]:
       name: each["seconds"] for name, each in answer["programs"].items()
     },
     "flops": {
-      name: part._asdict() for name, part in plan.estimate.components.items()
+      name: part._asdict() for name, part in estimate.components.items()
     },
-    "useful_flops": plan.estimate.useful,
+    "useful_flops": estimate.useful,
     "samples_a_row": plan.workload.samples / plan.workload.rows,
     "fill": fill(plan),
   }
   estimated = {
-    field.name: getattr(plan.estimate, field.name)
+    field.name: getattr(estimate, field.name)
     for field in dataclasses.fields(Estimate)
     if field.name not in ("components", "useful")
   }
@@ -146,15 +161,25 @@ def as_data(plan: Plan) -> dict[str, Any]:
 
 
 def _times(experiment: Experiment) -> dict[str, int]:
-  """How often a step runs each program."""
+  """Returns how often a step runs each program."""
   return {"accumulate": experiment.accumulate, "update": 1}
 
 
 def sent_by_axis(plan: Plan) -> dict[str, dict[str, float]]:
-  """Bytes that a device sends in a step, by axes: waited for and not."""
+  """Returns the bytes that a device sends in a step, by axes of the mesh.
+
+  Args:
+    plan: the plan.
+
+  Returns:
+    By axes, those that send the most first: `waited`, bytes for which the
+    device waits, and `beside`, bytes that travel beside other work. Empty if
+    the step was not compiled.
+  """
   found: dict[str, dict[str, float]] = {}
+  programs = plan.compiled.answer["programs"] if plan.compiled.answer else {}
   for name, times in _times(plan.experiment).items():
-    for line in plan.compiled.answer["programs"][name]["traffic"]:
+    for line in programs.get(name, {}).get("traffic", ()):
       entry = found.setdefault(line["axes"], {"waited": 0.0, "beside": 0.0})
       key = "beside" if line["asynchronous"] else "waited"
       entry[key] += times * line["sent"]
@@ -162,7 +187,7 @@ def sent_by_axis(plan: Plan) -> dict[str, dict[str, float]]:
 
 
 def fill(plan: Plan) -> dict[str, float]:
-  """Share of each capacity of a row that is used on average."""
+  """Returns the share of each capacity of a row that is used on average."""
   used = plan.workload.sizes.mean(axis=0)
   capacity = plan.experiment.rows.astuple()
   return {

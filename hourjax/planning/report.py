@@ -1,4 +1,4 @@
-"""Plans for people to read: a page of one, a table of many."""
+"""Plans as text: a page for one plan, a table for several."""
 
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 from hourjax import schema
 from hourjax.errors import UserError
 from hourjax.parallel.chips import CHIPS, GIB
+from hourjax.planning.compiled_step import Memory
 from hourjax.planning.plan import Plan, as_data
 from hourjax.planning.roofline import HOST_READS
 from hourjax.planning.search import describe
@@ -15,13 +16,13 @@ _WIDE = 79
 
 
 def page(plan: Plan) -> str:
-  """Everything that is known of a plan."""
+  """Returns a page of text with everything that is known of a plan."""
   data = as_data(plan)
   lines = [*_folded(_title(data), ""), *_heading(data)]
   if plan.memory is None:
     return "\n".join([*lines, "", f"DOES NOT FIT: {data['reason']}"])
   lines += ["", *_rule("computed: what the compiler allots, GiB a device")]
-  lines += _memory(plan)
+  lines += _memory(plan.memory)
   lines += ["", *_rule("computed: TFLOP of a step, all chips")]
   lines += _flops(data["computed"])
   lines += ["", *_rule("computed: MiB that a device sends in a step")]
@@ -34,7 +35,10 @@ def page(plan: Plan) -> str:
 
 
 def number(value: float) -> str:
-  """Three digits, or all those before the point: 1,234, 56.7, 0.00123."""
+  """Formats a number: three digits, or all those before the point.
+
+  For example 1,234, 56.7 and 0.00123.
+  """
   if not value or abs(value) >= 100:
     return f"{value:,.0f}"
   return f"{value:.3g}" if abs(value) >= 1e-4 else f"{value:.1e}"
@@ -69,8 +73,7 @@ def _heading(data: Mapping[str, Any]) -> list[str]:
   return lines
 
 
-def _memory(plan: Plan) -> list[str]:
-  memory = plan.memory
+def _memory(memory: Memory) -> list[str]:
   names = ("parameters", "optimizer", "gradients", "batches", "temporaries")
   note = {
     "batches": "two micro-batches",
@@ -158,6 +161,7 @@ def _estimate(plan: Plan, found: Mapping[str, Any]) -> list[str]:
 
 
 def _folded(text: str, indent: str = "  ") -> list[str]:
+  """Folds text into lines of the page's width; later lines are indented."""
   lines, line = [], indent
   for word in text.split():
     if len(line) + len(word) > _WIDE:
@@ -168,10 +172,10 @@ def _folded(text: str, indent: str = "  ") -> list[str]:
 
 
 def ranking(plans: Sequence[Plan]) -> str:
-  """Candidates of a search, a line each."""
+  """Returns the candidates of a search as text, a line each."""
   lines = [f"  {'GiB':>6}{'step':>8}{'rows':>6}{'MFU':>8}{'days':>8}  mesh"]
   for plan in plans:
-    if plan.estimate is None:
+    if plan.estimate is None or plan.memory is None:
       lines.append(f"  {'--':>6}{'':30}  {describe(plan.experiment)}")
       continue
     found = plan.estimate
@@ -184,7 +188,7 @@ def ranking(plans: Sequence[Plan]) -> str:
 
 
 def flags(plan: Plan) -> str:
-  """What to write on the command line to get a plan's mesh and rows."""
+  """Returns the options that give training a plan's mesh and rows."""
   experiment = plan.experiment
   values = {
     **{f"mesh.{axis}": size for axis, size in plan.mesh.items()},
@@ -202,7 +206,10 @@ _COLUMNS = (
 
 
 def table(paths: Iterable[str]) -> str:
-  """A Markdown table of plans that were printed with --json into files.
+  """Returns a Markdown table of plans that were written with --json.
+
+  Args:
+    paths: files, each of which holds a plan; its name stands in the table.
 
   Raises:
     UserError: a file that is missing or is no plan.

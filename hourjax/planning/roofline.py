@@ -1,8 +1,7 @@
-"""How long a step takes: an estimate, and what it takes for granted.
+"""The estimate of how long a step takes.
 
 Operations, bytes in memory and bytes between devices are counted; how fast a
-chip works them off is assumed (`parallel.chips`). Nothing here has been held
-against a stopwatch on a TPU.
+chip works is assumed (`parallel.chips`). No TPU was timed to check this.
 """
 
 import dataclasses
@@ -15,19 +14,21 @@ from jaxtyping import Float64
 from hourjax.kernels.ulysses import head_blocks
 from hourjax.models.config import ModelConfig
 from hourjax.models.flops import Flops, Work, count_flops
-from hourjax.parallel.chips import Chip
+from hourjax.parallel.chips import Chip, Efficiency
 from hourjax.planning.topology import Topology
 from hourjax.planning.workload import Workload, trained
 from hourjax.training.config import Experiment
 
 HOP = 1e-6  # seconds that a collective takes for each device of its group
-HOST_READS = 5e9  # bytes of features a second that a host reads (README)
+# Bytes of features that a host reads a second, as measured; see
+# hourjax/benchmarks/README.md.
+HOST_READS = 5e9
 
 
 def collective_seconds(
   line: Mapping[str, Any], links: Mapping[str, Any], chip: Chip
 ) -> float:
-  """Time of one line of `traffic.by_axis`.
+  """Returns the seconds that one line of `traffic.by_axis` takes.
 
   A ring along a dimension of the torus uses both of a chip's links if the
   dimension is closed to a ring, else one of them at a time; dimensions add
@@ -35,8 +36,9 @@ def collective_seconds(
   slices everything goes over the data-centre network.
 
   Args:
-    line: with `sent` bytes, `count` and `devices`.
-    links: of its axes, as `child.group_links` gives them.
+    line: one total, with `sent` bytes, `count` and `devices`.
+    links: where the devices of its axes lie, as `compile_worker.group_links`
+      describes it.
     chip: the generation.
   """
   latency = line["count"] * line["devices"] * HOP
@@ -55,7 +57,17 @@ def collective_seconds(
 def axis_seconds(
   program: Mapping[str, Any], links: Mapping[str, Any], chip: Chip
 ) -> dict[str, tuple[float, float]]:
-  """Seconds of a program's traffic by axes: (waited for, beside others)."""
+  """Returns the seconds that a program's traffic takes, by axes.
+
+  Args:
+    program: a program with its `traffic`.
+    links: by axes, where the devices lie.
+    chip: the generation.
+
+  Returns:
+    By axes, seconds of the traffic that the program waits for, and of the
+    traffic that runs beside other work.
+  """
   found: dict[str, list[float]] = {}
   for line in program["traffic"]:
     entry = found.setdefault(line["axes"], [0.0, 0.0])
@@ -64,7 +76,8 @@ def axis_seconds(
   return {axes: (waited, beside) for axes, (waited, beside) in found.items()}
 
 
-# Operations that tiles of several segments, or half outside of a row, add.
+# Factor of the operations that attention adds in tiles that hold several
+# segments, or that lie partly outside of a row.
 PACKED = 1.05
 CAUSAL_BLOCK = 1024  # splash skips whole blocks above the diagonal only
 _ATTENTION = {
@@ -76,25 +89,27 @@ _ATTENTION = {
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """Seconds of a step of one chip, and what follows from them.
+  """Holds the estimated seconds of a step, and what follows from them.
 
   Attributes:
-    components: operations of a step by component, of all chips: forward,
-      backward, again.
-    useful: operations that count for MFU.
+    components: by component, operations of a step of all chips: forward,
+      backward, and again (what the backward pass computes a second time).
+    useful: operations of a step that count for MFU.
     compute: seconds that the products of a step take on the slowest chip.
     balanced: the same if all rows held the same work.
     memory: seconds that a step's HBM traffic takes.
-    axes: seconds of traffic by axes of the mesh, (waited for, overlapped).
+    axes: by axes of the mesh, seconds of the traffic that a step waits for,
+      and of the traffic beside other work.
     update: seconds of the optimizer, traffic included.
-    step: seconds of a step; between `hidden` and `exposed`, which are those
-      of all traffic overlapped and of none.
+    step: seconds of a step.
+    hidden: seconds of a step if all traffic ran beside other work.
+    exposed: seconds of a step if none did.
     mfu: useful operations a second as a share of the chips' bf16 peak.
-    rows: of a step.
-    video_hours_a_day: of video that is trained on.
-    days: of an epoch.
-    cost: of it.
-    host_bytes: of features that a host must read a second.
+    rows: rows of a step.
+    video_hours_a_day: hours of video that are trained on in a day.
+    days: days of an epoch.
+    cost: $ of an epoch.
+    host_bytes: bytes of features that a host must read a second.
   """
 
   components: dict[str, Flops]
@@ -118,12 +133,21 @@ class Estimate:
 def executed_work(
   experiment: Experiment, workload: Workload, mesh: Mapping[str, int]
 ) -> Work:
-  """What the compiled step does for each drawn row, arrays [N].
+  """Returns the work that the compiled step does for each drawn row.
 
-  Linear layers see whole capacities, the tower too, and as many images as
-  the devices that share a row divide; attention visits only tiles that meet,
-  and the vocabulary only labelled positions. Where the decoder has fewer
-  blocks of heads than `seq` has devices, several compute the same one.
+  Linear layers and the tower compute whole capacities, padding included, and
+  images are filled up to a multiple of the devices that share a row.
+  Attention computes only tiles whose queries and keys share a segment, and
+  the vocabulary only positions with a label. Where the decoder has fewer
+  blocks of heads than `seq` has devices, several compute the same block.
+
+  Args:
+    experiment: the configuration.
+    workload: the N drawn rows.
+    mesh: sizes of the mesh by axis.
+
+  Returns:
+    Counts of work, arrays `[N]`.
   """
   spec, capacity = experiment.row_spec, experiment.rows
   drawn = workload.work
@@ -157,7 +181,14 @@ def executed_work(
 def row_seconds(
   config: ModelConfig, work: Work, learnt: frozenset[str], chip: Chip
 ) -> Float64[np.ndarray, "N"]:
-  """Seconds that one device would need for each row's products."""
+  """Returns the seconds that one device would need for each row's products.
+
+  Args:
+    config: the model.
+    work: the work of each row, arrays `[N]`.
+    learnt: components that are trained.
+    chip: the generation.
+  """
   parts = count_flops(config, work, learnt, executed=True)
   rates = chip.efficiency
   seconds = np.zeros(np.shape(work.memory))
@@ -172,10 +203,16 @@ def row_seconds(
   return seconds / chip.device_flops
 
 
-def _tower_seconds(config, part, rates):
-  """Of its operations a fixed share is attention: 4 P V of P x V x 8 V ..."""
+def _tower_seconds(
+  config: ModelConfig, part: Flops, rates: Efficiency
+) -> Float64[np.ndarray, "N"]:
+  """Returns operations of the tower over the share of the peak they reach.
+
+  A fixed share of them is attention, which runs at another rate.
+  """
   vision = config.vision
   patches, width = vision.side**2, vision.width
+  # For each patch of a layer: products with weights, and both of attention's.
   dense = 2 * (4 * width**2 + 2 * width * vision.mlp)
   meet = 4 * patches * width
   share = meet / (meet + dense)
@@ -185,16 +222,20 @@ def _tower_seconds(config, part, rates):
 def slowest(
   seconds: Float64[np.ndarray, "N"], rows: int, shards: int
 ) -> tuple[float, float]:
-  """(expected time of a micro-batch, the same if it were spread evenly).
+  """Returns the expected time of a micro-batch.
 
   Devices wait for one another at every gather of parameters, so a micro-batch
   takes as long as the shard whose rows are the most work. Micro-batches are
   consecutive rows of the plan.
 
   Args:
-    seconds: of each drawn row, in the plan's order.
-    rows: of a micro-batch.
-    shards: among which they are split.
+    seconds: seconds of each drawn row, in the plan's order.
+    rows: rows of a micro-batch.
+    shards: shards among which they are split.
+
+  Returns:
+    The time of the slowest shard on average, and the time of a shard if all
+    were alike.
   """
   times = max(1, -(-4 * rows // len(seconds)))
   repeated = np.concatenate([np.roll(seconds, 7919 * i) for i in range(times)])
@@ -206,12 +247,18 @@ def slowest(
 def memory_bytes(
   experiment: Experiment, kinds: Mapping[str, int], mesh: Mapping[str, int]
 ) -> float:
-  """Bytes that a device moves from and to HBM in a micro-batch, roughly.
+  """Estimates the bytes that a device moves from and to HBM in a micro-batch.
 
   Parameters of every layer are gathered in bfloat16, and read, for each of
   three passes; gradients are written, summed and added in float32; each
-  layer reads and writes its tokens' activations some times over; a sweep of
-  MemAug's attention reads all keys for each tile of queries.
+  layer reads and writes the activations of its tokens several times; MemAug's
+  attention reads all keys once for each tile of queries.
+
+  Args:
+    experiment: the configuration.
+    kinds: bytes of a device by what they are, see
+      `compile_worker.argument_kinds`.
+    mesh: sizes of the mesh by axis.
   """
   model, capacity = experiment.model, experiment.rows
   decoder = model.decoder
@@ -253,17 +300,17 @@ def estimate(
   compiled: Mapping[str, Any],
   price: float,
 ) -> Estimate:
-  """The step's time from what was counted and compiled.
+  """Estimates the time of a step from what was counted and compiled.
 
-  A micro-batch takes the longest of its products, of its HBM traffic and of
-  the traffic that the compiler runs beside them, and then the traffic that it
-  waits for, by the compiler's schedule.
+  A micro-batch takes as long as the longest of three: its products, its HBM
+  traffic, and the traffic that the compiler runs beside them. To this the
+  traffic is added for which it waits by the compiler's schedule.
 
   Args:
     experiment: rows, accumulation and the model.
     topology: what it runs on.
     workload: the rows.
-    compiled: as `child.compile_step` answers.
+    compiled: what `compile_worker.compile_programs` returned.
     price: $ of a chip-hour.
   """
   chip, mesh = topology.chip, compiled["mesh"]

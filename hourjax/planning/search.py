@@ -75,9 +75,7 @@ def search(
     log(f"compiling {number + 1} of {min(count, len(fitting))}:"
         f" {describe(plan.experiment)}")  # fmt: skip
     try:
-      compiled = compile_step(
-        plan.experiment, topology, workload, limit=limit
-      )
+      compiled = compile_step(plan.experiment, topology, workload, limit=limit)
     except UserError as error:
       log(f"  left out: {error}")
       continue

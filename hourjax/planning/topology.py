@@ -1,4 +1,4 @@
-"""Topologies by name: which exist, and how many devices and hosts they are."""
+"""Topologies by name: which exist, and how many devices and hosts they have."""
 
 import math
 import re
@@ -11,12 +11,12 @@ _LAYOUT = re.compile(r"\d+(x\d+){1,2}")
 
 
 class Topology(NamedTuple):
-  """Slices of TPU chips.
+  """Describes one or several slices of TPU chips.
 
   Attributes:
     chip: the generation.
     shape: chips along each dimension of a slice.
-    slices: how many there are.
+    slices: how many slices there are.
   """
 
   chip: Chip
@@ -25,33 +25,41 @@ class Topology(NamedTuple):
 
   @property
   def name(self) -> str:
-    """Of one slice, as the compiler wants it."""
+    """Returns the name of one slice as the compiler wants it, "v5e:4x4"."""
     return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
   @property
   def chips(self) -> int:
-    """Of all slices."""
+    """Returns the chips of all slices."""
     return math.prod(self.shape) * self.slices
 
   @property
   def devices(self) -> int:
-    """Of all slices, as jax counts them."""
+    """Returns the devices of all slices, as jax counts them."""
     return self.chips * self.chip.devices
 
   @property
   def hosts(self) -> int:
-    """VMs of all slices."""
+    """Returns the hosts (virtual machines) of all slices."""
     return max(self.slices, self.chips // self.chip.host)
 
   @property
   def bounds(self) -> dict[str, tuple[int, int, int]]:
-    """What the compiler must be told of slices smaller than a host."""
+    """Returns what the compiler must know of a slice smaller than a host.
+
+    Returns:
+      Arguments of `topologies.get_topology_desc`; none for larger slices.
+    """
     if math.prod(self.shape) >= self.chip.host:
       return {}
-    return {"chips_per_host_bounds": (*self.shape, 1, 1)[:3]}
+    x, y, z = (*self.shape, 1, 1)[:3]
+    return {"chips_per_host_bounds": (x, y, z)}
 
   def doubled(self) -> "Topology | None":
-    """The next larger slice, or None if there is none: 2x2, 2x4, 4x4, ..."""
+    """Returns the next larger slice: 2x2, 2x4, 4x4, ...; None after the last.
+
+    The shortest dimension that can be doubled is doubled.
+    """
     bigger = [
       (*self.shape[:i], 2 * size, *self.shape[i + 1 :])
       for i, size in reversed([*enumerate(self.shape)])
@@ -63,7 +71,11 @@ class Topology(NamedTuple):
 
 
 def parse_topology(name: str, slices: int = 1) -> Topology:
-  """ "v5e:16x16" to a Topology.
+  """Parses the name of a topology.
+
+  Args:
+    name: a generation and the chips of a slice, such as "v5e:16x16".
+    slices: how many slices there are.
 
   Raises:
     UserError: an unknown generation, or a shape that does not exist: the
@@ -99,7 +111,7 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
 
 
 def _exists(chip: Chip, shape: tuple[int, ...]) -> bool:
-  """Whether chips are sold, or at least compiled for, in this shape."""
+  """Returns whether there are slices of this shape, or a compiler for it."""
   fits = all(
     size in (1, 2) or (0 < size <= most and size % 4 == 0)
     for size, most in zip(sorted(shape), sorted(chip.largest))
