@@ -1,17 +1,24 @@
-import atexit
 import os
 import shutil
 import signal
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# One cache of compiled programs for a whole run: pytest-xdist's workers and
-# the processes that tests start inherit it. The first process makes it and
-# removes it; nothing is left in, or read from, the user's own cache.
-if "HOURJAX_COMPILATION_CACHE" not in os.environ:
-  _CACHE = tempfile.mkdtemp(prefix="hourjax-compiled-")
-  atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
-  os.environ["HOURJAX_COMPILATION_CACHE"] = _CACHE
+# Nothing of ours is left in, or read from, the user's own cache.
+os.environ.setdefault("HOURJAX_COMPILATION_CACHE", "off")
+# Instead one folder serves a whole run: this process makes it, and the workers
+# of pytest-xdist and the processes that tests start inherit these variables.
+# Eager calls of a model, for one, compile the same programs again and again;
+# the second time costs a twentieth.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  os.environ["HOURJAX_TESTS_PROCESS"] = str(os.getpid())
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(
+    prefix="hourjax-tests-"
+  )
+  # Without a bound of its size no lock is taken at every look into it.
+  os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = "-1"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # A script starts what it leaves in the background without Ctrl-C, and the
 # processes that tests interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -19,6 +26,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 import hypothesis
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 from tests import typechecks
@@ -26,12 +34,6 @@ from tests import typechecks
 # Must come before anything imports hourjax.
 install_import_hook("hourjax", f"{typechecks.__name__}.typechecked")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-if os.environ["HOURJAX_COMPILATION_CACHE"] != "off":
-  # The tests' own process, which no command of ours starts.
-  jax.config.update(
-    "jax_compilation_cache_dir", os.environ["HOURJAX_COMPILATION_CACHE"]
-  )
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 # HYPOTHESIS_PROFILE=ci (the default) tries few examples of each property, and
 # always the same ones; nightly tries many, and other ones every time. A test
 # that asks for a number of its own gets that in both.
@@ -43,3 +45,9 @@ _PROFILES = {
 for _name, _settings in _PROFILES.items():
   hypothesis.settings.register_profile(_name, **_ALWAYS, **_settings)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+  """Removes the programs that a run compiled, in the process that began it."""
+  if os.environ.get("HOURJAX_TESTS_PROCESS") == str(os.getpid()):
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
