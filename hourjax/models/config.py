@@ -33,8 +33,8 @@ PLATFORM_ATTENTION = AttentionConfig()
 class VisionConfig:
   """Describes a SigLIP vision tower without its last layer.
 
-  The defaults are those of so400m patch14-384; see hourjax/README.md, Vision
-  encoder.
+  The defaults are those of so400m patch14-384.
+  See hourjax/README.md, Vision encoder.
 
   Attributes:
     image_size: side of an image, in pixels.

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_durations_follow_the_histogram():
   drawn = synthetic.video_durations(100_000, 1)
-  # SPEC section 4 states 20.9 minutes; its rounded histogram gives 20.5.
+  # The paper states 20.9 minutes; its rounded histogram gives 20.5.
   assert 20 < drawn.mean() / 60 < 21.5
   assert drawn.min() >= 180 and drawn.max() <= 3600
   share = np.histogram(drawn, np.arange(13) * 300)[0] / len(drawn)

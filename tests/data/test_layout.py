@@ -79,7 +79,7 @@ def test_example_of_the_docstring():
 
 
 def _reference(ids, labels, positions, kept):
-  """Token by token, as SPEC section 1 tells it."""
+  """Token by token, as hourjax/README.md, MemAug, specifies it."""
   queries, decoder = [], []
   count, slot = 0, 0
   for word, label in zip(ids, labels):
