@@ -1,12 +1,13 @@
-"""What a first and a second question about an hour of video cost.
+"""The cost of a first and of a second question about an hour of video.
 
-The film is a real file of an hour, made here. Each question is asked once
+The video is a real file of an hour, made here. Each question is asked once
 before the clock starts, so that nothing is compiled while it runs.
 """
 
 import dataclasses
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,28 +36,29 @@ _REPEATS = 2
 def measure_ask(
   folder: pathlib.Path, seconds: int = _SECONDS
 ) -> dict[str, Any]:
-  """All figures as plain data, seconds to the first token.
+  """Measures the seconds from a question to the first token of its answer.
 
   Args:
-    folder: for the film.
-    seconds: of the film.
+    folder: where the video is written.
+    seconds: length of the video.
 
   Returns:
-    `film`: of a first question about a video file, which is read and encoded;
-    `features`: of a first question about its features; `second`: of another
-    question about the same video; their ratios; `peak_mib`; and for 3B the
-    operations behind them.
+    `tiny`: for a tiny model the seconds `film` of a first question about a
+    video file, which is read and encoded, `features` of a first question about
+    the video's features, and `second` of another question about the same
+    video; their ratios; and `peak_mib`. `3b`: what `operations` returns for
+    the 3B model.
   """
-  film = folder / "hour.mp4"
-  write_video(film, make_script(0, "test", 1, (seconds,) * 2))
+  video = folder / "hour.mp4"
+  write_video(video, make_script(0, "test", 1, (seconds,) * 2))
   model = tiny_model(folder)
-  features = _features(model, film)
+  features = model.read_video_features(video).features
 
-  def from_film():
-    return _first_token(model.encode_memory(film), _FIRST)
+  def from_file() -> None:
+    _first_token(model.encode_memory(video), _FIRST)
 
-  def from_features():
-    return _first_token(model.encode_memory(features), _FIRST)
+  def from_features() -> None:
+    _first_token(model.encode_memory(features), _FIRST)
 
   memory = model.encode_memory(features)
   _first_token(memory, _FIRST)
@@ -64,7 +66,7 @@ def measure_ask(
   first = _seconds(from_features, _REPEATS)
   found = {
     "frames": memory.num_frames,
-    "film": _seconds(from_film, _REPEATS),
+    "film": _seconds(from_file, _REPEATS),
     "features": first,
     "second": second,
     "peak_mib": peak_mib(),
@@ -75,18 +77,23 @@ def measure_ask(
 
 
 def operations(config: ModelConfig, frames: int) -> dict[str, float]:
-  """TFLOP to the first token, from the model's own count.
+  """Counts the TFLOP from a question to the first token of its answer.
 
   Args:
-    config: of the model.
-    frames: of the video, at least 2048.
+    config: the model.
+    frames: frames of the video, at least 2048.
+
+  Returns:
+    TFLOP to encode the video, to project its memory and to answer a question,
+    and by what factor a first question costs more than a second one: about a
+    video file (`film_over_second`), and about features.
   """
   tokens = config.pool_side**2
   kept = 512 * (tokens // 4 + 1)
   text = 60
   length = kept + text
 
-  def total(**changes):
+  def total(**changes: float) -> float:
     nothing = Work(*[0.0] * len(Work._fields))
     parts = count_flops(config, nothing._replace(**changes), frozenset())
     return sum(float(part.forward) for part in parts.values()) / 1e12
@@ -102,7 +109,7 @@ def operations(config: ModelConfig, frames: int) -> dict[str, float]:
     cross_pairs=float(length) * memory,
     causal_pairs=float(length) ** 2 / 2,
   )
-  # Encoded tokens go through the projector too: counted once, with `project`.
+  # The projector's share of the encoded tokens is counted in `project`.
   encode -= total(encoded=float(frames * tokens))
   return {
     "encode_tflop": encode,
@@ -114,7 +121,11 @@ def operations(config: ModelConfig, frames: int) -> dict[str, float]:
 
 
 def tiny_model(folder: pathlib.Path) -> Model:
-  """A tiny model with weights as they are drawn, and a tokenizer."""
+  """Returns a tiny model with random weights, and a tokenizer.
+
+  Args:
+    folder: where the tokenizer is written.
+  """
   write_tokenizer(folder / "tokenizer", [*MARKUP, _FIRST, _SECOND])
   config = dataclasses.replace(
     TINY, decoder=dataclasses.replace(TINY.decoder, vocab=1024)
@@ -125,17 +136,12 @@ def tiny_model(folder: pathlib.Path) -> Model:
   return Model(params, config, tokenizer, name="tiny", mesh=mesh)
 
 
-def _features(model: Model, film: pathlib.Path) -> np.ndarray:
-  features = model.read_video_features(film).features
-  return features
-
-
 def _first_token(memory: Memory, question: str) -> None:
   memory.answer([question], max_tokens=1)
 
 
-def _seconds(function, repeats: int) -> float:
-  """The least of some times; the first call, which compiles, is none."""
+def _seconds(function: Callable[[], None], repeats: int) -> float:
+  """Returns the least seconds of several calls after a first one."""
   function()
   seconds = []
   for _ in range(repeats):

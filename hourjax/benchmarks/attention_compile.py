@@ -326,7 +326,7 @@ def splash(
     The output `[1, T, H, C]`.
   """
   block = SPLASH_BLOCK
-  q_, k_, v_ = (_pad_to_blocks(x, block).swapaxes(1, 2) for x in (q, k, v))
+  q_, k_, v_ = (jnp.swapaxes(_pad_to_blocks(x, block), 1, 2) for x in (q, k, v))
   mask = library.FullMask((q_.shape[2], k_.shape[2]))
   call = library.make_splash_mha(
     library.MultiHeadMask([mask] * q.shape[2]),
@@ -348,7 +348,8 @@ def splash(
     _pad_to_blocks(query_segment, block), _pad_to_blocks(key_segment, block)
   )
   out = jax.vmap(call)(q_, k_, v_, ids)
-  return out.swapaxes(1, 2)[:, : q.shape[1]]
+  assert isinstance(out, jax.Array)  # residuals come only if asked for
+  return jnp.swapaxes(out, 1, 2)[:, : q.shape[1]]
 
 
 def xla(

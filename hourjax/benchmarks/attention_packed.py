@@ -1,7 +1,8 @@
-"""What packing costs: cycles of a row with several videos, from its visits.
+"""The cost of packing: cycles of a row that holds several videos.
 
-The kernels' own list of visits is made for the row, and every visit is
-weighed with the cycles of the pieces of the kernel that it runs.
+The block schedule of the kernels is made for the row. A visit is one pair of a
+query tile and a key tile; each visit is weighed with the cycles of the pieces
+of the kernel that it runs.
 """
 
 import collections
@@ -23,42 +24,64 @@ FRAME = 65  # memory tokens of a frame: 8 x 8 and a newline
 
 
 class Row(NamedTuple):
-  """A row of the batch in which each video has as many queries and keys."""
+  """Describes a row of the batch in which all videos are of one size.
+
+  Attributes:
+    videos: how many videos there are.
+    queries: queries of each video.
+    keys: memory tokens of each video.
+    query_slots: queries of the row, padding included.
+    key_slots: memory tokens of the row, padding included.
+  """
 
   videos: int
-  queries: int  # of each video
+  queries: int
   keys: int
-  query_slots: int  # of the row, padding included
+  query_slots: int
   key_slots: int
 
   def segments(self) -> tuple[np.ndarray, np.ndarray]:
-    """Segment ids 1, 2, ... of queries [T] and keys [S], then padding."""
+    """Returns segment ids of queries `[T]` and of keys `[S]`.
+
+    They are 1, 2, ... for the videos, and then 0 for padding.
+    """
     ids = np.arange(1, self.videos + 1, dtype=np.int32)
-    filled = (np.repeat(ids, n) for n in (self.queries, self.keys))
-    return tuple(
-      np.pad(x, (0, slots - len(x)))
-      for x, slots in zip(filled, (self.query_slots, self.key_slots))
+
+    def padded(each: int, slots: int) -> np.ndarray:
+      return np.pad(np.repeat(ids, each), (0, slots - self.videos * each))
+
+    return (
+      padded(self.queries, self.query_slots),
+      padded(self.keys, self.key_slots),
     )
 
   def alone(self) -> "Row":
-    """One of its videos, in the smallest row that holds it."""
+    """Returns the smallest row that holds one of the videos."""
     return Row(1, self.queries, self.keys, self.queries, self.keys)
 
 
 def packed_row(queries: int, keys: int, videos: int = 6) -> Row:
-  """Six videos of ten minutes, or shorter ones where `keys` are fewer."""
+  """Returns a row of videos of ten minutes, or shorter where `keys` are fewer.
+
+  Args:
+    queries: queries of the row.
+    keys: memory tokens of the row.
+    videos: how many videos it holds.
+  """
   frames = min(600, keys // FRAME // videos)
   return Row(videos, queries // videos, frames * FRAME, queries, keys)
 
 
 class Call(NamedTuple):
-  """A kernel on one chip.
+  """Describes a kernel on one chip.
 
   Attributes:
-    regions: its pieces, as compiled with the chip's tiles.
-    generation: of the chip.
-    tiles: the kernels' tiles and limits.
-    heads, kv_heads, dim: of the arrays.
+    regions: the pieces of the kernel, as compiled with the chip's tiles.
+    generation: the generation of the chip.
+    tiles: the tiles and limits of the kernels.
+    heads: query heads of the arrays.
+    kv_heads: key and value heads of the arrays.
+    dim: width of a head.
   """
 
   regions: Forward | Backward
@@ -70,11 +93,20 @@ class Call(NamedTuple):
 
   @property
   def by_key(self) -> bool:
-    """Whether it is the backward kernel, which goes key tile by key tile."""
+    """Returns whether it goes key tile by key tile, as the backward kernel."""
     return isinstance(self.regions, Backward)
 
   def cut(self, queries: int, keys: int) -> tuple[int, Shape]:
-    """Parts of the queries, each with a sweep of its own, and its shape."""
+    """Returns how a call of these sizes is cut.
+
+    Args:
+      queries: queries of the call.
+      keys: keys of the call.
+
+    Returns:
+      The number of parts of the queries, for each of which all keys are read
+      once, and how one part is cut into tiles.
+    """
     if self.by_key:
       q, k = (
         jax.ShapeDtypeStruct((1, length, heads, self.dim), jnp.bfloat16)
@@ -92,7 +124,11 @@ class Call(NamedTuple):
 
 
 def packed_figures(call: Call, row: Row) -> dict[str, Any]:
-  """A packed row beside its parts.
+  """Compares a packed row with its videos in calls of their own.
+
+  Args:
+    call: the kernel.
+    row: the packed row.
 
   Returns:
     `cycles` of one core for the row; `ratio_to_sum_of_parts`, over one call
@@ -126,10 +162,18 @@ def packed_figures(call: Call, row: Row) -> dict[str, Any]:
 def count_visits(
   row: Row, shape: Shape, *, parts: int, by_key: bool
 ) -> dict[str, int]:
-  """How often the visits of a row run each piece of the kernel.
+  """Counts how often the visits of a row run each piece of the kernel.
 
-  Keys are the names of `schedule.Forward`: "always" counts the visits,
-  "chunk" the chunks of those whose keys are of several segments.
+  Args:
+    row: the row.
+    shape: how a part of it is cut into tiles.
+    parts: parts of its queries.
+    by_key: whether the kernel goes key tile by key tile.
+
+  Returns:
+    Counts by the names of the fields of `schedule.Forward`: "always" counts
+    the visits, "chunk" the chunks of those visits whose keys are of several
+    segments.
   """
   query, key = row.segments()
   length = shape.query_tiles * shape.queries
@@ -158,6 +202,7 @@ def count_visits(
 def _count(
   grid: block_schedule.BlockSchedule, chunks: int
 ) -> collections.Counter:
+  """Counts the pieces that one block schedule runs; see `count_visits`."""
   codes = grid.blocks[0, : int(grid.count)]
   counts = collections.Counter(always=len(codes))
   for name in ("FIRST", "LAST", "WHOLE", "NEW"):
@@ -182,8 +227,16 @@ def _count(
 def visits_cycles(
   counts: dict[str, int], regions: Forward | Backward, chip: str
 ) -> int:
-  """Cycles of these visits, for one KV head."""
-  if isinstance(regions, Backward):  # it masks every chunk of several segments
+  """Returns the cycles of visits, for one KV head.
+
+  Args:
+    counts: what `count_visits` returned.
+    regions: the pieces of the kernel.
+    chip: the generation.
+  """
+  # The backward kernel has one branch for all chunks of a tile of several
+  # segments, and always masks.
+  if isinstance(regions, Backward):
     mixed = counts.get("mixed", 0) + counts.get("uniform", 0)
     counts = counts | {"mixed": mixed}
   return sum(

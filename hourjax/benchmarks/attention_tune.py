@@ -53,7 +53,7 @@ def tune(job: Job, limits: AttentionTiles) -> dict[str, Any]:
   compiled = run_all("tune", calls)
   figures, best = {}, {}
   for what in ("forward", "backward"):
-    ranked = [
+    ranked: list[dict[str, Any]] = [
       {"tiles": tiles._asdict(), **_figures(job, what, tiles, found)}
       for (kernel, tiles), found in compiled.items()
       if kernel == what

@@ -1,10 +1,11 @@
-"""The same features as torch files, read as the official trainer does."""
-# MERGED hourjax.benchmarks.data:
-# How full the rows are, and how fast they are planned, read and resumed.
-#
-# The planned conversations are as many as VideoMarathon's; only their numbers
-# exist. What is read has real bytes and real text, as much as fits in memory,
-# and is still there from being written: the disk is not what is measured.
+"""How full rows are, and how fast they are planned, read and resumed.
+
+As many conversations are planned as VideoMarathon has; of these only sizes and
+durations exist. What is read has real bytes and real text, as much as fits in
+memory, and it is still in the page cache from being written: the disk is not
+measured. The same features are also read from torch files, as the official
+trainer reads them.
+"""
 
 import dataclasses
 import importlib.util
@@ -12,8 +13,8 @@ import itertools
 import os
 import pathlib
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, overload
 
 import jax
 import numpy as np
@@ -35,7 +36,7 @@ from hourjax.training.batch_sharding import BatchSharding
 from hourjax.training.config import Experiment
 from hourjax.training.data_loader import DataLoader
 
-_WARM = 3  # rows that are read before the clock starts
+_WARM_TORCH = 3  # rows that torch reads before the clock starts
 
 
 def measure_torch(
@@ -45,14 +46,17 @@ def measure_torch(
   folder: pathlib.Path,
   rows: int,
 ) -> dict[str, float]:
-  """One padded sample a row through a DataLoader; bf16 `.pt` files.
+  """Measures torch's DataLoader with one padded sample a row.
 
   Args:
-    store: with the features.
-    videos: to write and read.
-    spec: of the rows that samples are padded to.
-    folder: for the files.
-    rows: to read.
+    store: a store with the features.
+    videos: names of the videos that are written and read.
+    spec: the rows that samples are padded to.
+    folder: where bfloat16 `.pt` files are written.
+    rows: how many rows to read.
+
+  Returns:
+    GB and rows a second, without and with two worker processes.
   """
   import torch  # not among the requirements
 
@@ -66,10 +70,10 @@ def measure_torch(
     torch.save(torch.from_numpy(features).view(kind), paths[-1])
 
   class Padded(torch.utils.data.Dataset):
-    def __len__(self):
-      return rows + _WARM
+    def __len__(self) -> int:
+      return rows + _WARM_TORCH
 
-    def __getitem__(self, k):
+    def __getitem__(self, k: int) -> tuple[torch.Tensor, int]:
       features = torch.load(paths[k % len(paths)], weights_only=True)
       features = features.reshape(-1, spec.width)
       row = torch.zeros(spec.capacity.features, spec.width, dtype=kind)
@@ -81,7 +85,7 @@ def measure_torch(
     loader = iter(
       torch.utils.data.DataLoader(Padded(), batch_size=1, num_workers=workers)
     )
-    for _ in range(_WARM):
+    for _ in range(_WARM_TORCH):
       next(loader)
     began, used = time.monotonic(), 0
     for _ in range(rows):
@@ -96,20 +100,20 @@ _SLOTS = ("memory", "queries", "decoder")
 _COLUMNS, _STORE, _READ = "columns.npz", "index", "read"
 _EACH = 3  # conversations about each video that is read
 _ROWS = 2  # in a batch
-_WARM_data = 2  # batches before the clock starts
+_WARM = 2  # batches that are read before the clock starts
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """How much is measured.
+  """Says how much is measured.
 
   Attributes:
-    conversations: that are planned.
-    videos: that they are about.
-    gigabytes: of features that are written and read.
-    rows: that are read for each figure, an even number.
-    step_rows: rows of a step, to turn steps into positions.
-    seed: of everything.
+    conversations: how many conversations are planned.
+    videos: how many videos they are about.
+    gigabytes: GB of features that are written and read.
+    rows: rows that are read for each figure, an even number.
+    step_rows: rows of a step, to turn steps into positions in the data.
+    seed: the seed of everything that is drawn.
   """
 
   conversations: int = 700_000
@@ -123,21 +127,27 @@ class Options:
 def measure_data(
   experiment: Experiment, options: Options, folder: pathlib.Path
 ) -> dict[str, Any]:
-  """All figures as plain data; `folder` gets the files that are read."""
+  """Returns all figures as plain data.
+
+  Args:
+    experiment: its rows, data and reading options count.
+    options: how much is measured.
+    folder: where the files are written that are read.
+  """
   durations = synthetic.video_durations(options.videos, options.seed)
   columns = synthetic.conversation_columns(
     durations, options.conversations, options.seed
   )
   columns.save(folder / _COLUMNS)
   synthetic.write_index(folder / _STORE, durations)
-  planned = _in_child(measure_plan, experiment, options, folder)
-  resumed = _in_child(measure_resume, experiment, options, folder)
+  planned = _in_a_process(measure_plan, experiment, options, folder)
+  resumed = _in_a_process(measure_resume, experiment, options, folder)
   spec = experiment.row_spec
   store, read = synthetic.write_features(
     folder / _READ, spec, options.gigabytes, options.seed
   )
   synthetic.write_conversations(folder / "text", len(read), _EACH)
-  shown = np.array([synthetic.video_name(i) for i in range(len(read))]).tolist()
+  videos = [synthetic.video_name(i) for i in range(len(read))]
   return {
     "capacity": {name: getattr(experiment.rows, name) for name in _SLOTS},
     "video_minutes": round(float(durations.mean()) / 60, 2),
@@ -145,7 +155,7 @@ def measure_data(
     "resume_seconds": resumed,
     "read": measure_reading(experiment, options, folder, packed=True),
     "read_padded": measure_reading(experiment, options, folder, packed=False),
-    "read_torch": measure_torch(store, shown, spec, folder, options.rows)
+    "read_torch": measure_torch(store, videos, spec, folder, options.rows)
     if importlib.util.find_spec("torch")
     else None,
     "machine": {
@@ -159,7 +169,17 @@ def measure_data(
 def measure_plan(
   experiment: Experiment, options: Options, folder: pathlib.Path
 ) -> dict[str, Any]:
-  """Goodput of an epoch's rows, and what planning them takes."""
+  """Measures how full an epoch's rows are, and the planning of them.
+
+  Args:
+    experiment: its rows and data count.
+    options: not used.
+    folder: where the columns and the index of the features are.
+
+  Returns:
+    `goodput`: the share of each capacity that is in use, and that share with
+    one sample a row; seconds to open the data and to pack it; and MiB at peak.
+  """
   before = peak_mib()
   began = time.monotonic()
   dataset, plan = _planned(experiment, folder)
@@ -191,11 +211,16 @@ def measure_plan(
 def measure_resume(
   experiment: Experiment, options: Options, folder: pathlib.Path
 ) -> dict[str, float]:
-  """Seconds until the first row of a step is known, by step.
+  """Measures the seconds until the first row of a step is known, by step.
 
   Columns and index are read, samples sized, the plan is compared with the
-  checkpoint's, and the row's window is packed. Not in it: starting Python, the
-  tokenizer's file, and the state.
+  checkpoint's, and the window of the row is packed. Not counted are starting
+  Python, reading the tokenizer, and restoring the state.
+
+  Args:
+    experiment: its rows and data count.
+    options: how many rows a step has.
+    folder: where the columns and the index of the features are.
   """
   dataset, plan = _planned(experiment, folder)
   steps_in_epoch = plan.rows_in_epoch(0) / options.step_rows
@@ -214,13 +239,16 @@ def measure_resume(
 def measure_reading(
   experiment: Experiment, options: Options, folder: pathlib.Path, packed: bool
 ) -> dict[str, float]:
-  """Rows through the whole pipeline onto the device.
+  """Measures rows through the whole pipeline onto the device.
 
   Args:
     experiment: rows and reading options.
-    options: how many rows.
-    folder: with conversations and features.
-    packed: or one sample a row, padded to its capacity.
+    options: how many rows are read.
+    folder: where conversations and features are.
+    packed: whether rows are packed; if not, each holds one sample and padding.
+
+  Returns:
+    GB, rows and hours of video a second.
   """
   prepared = Prepared(folder / "text")
   store = FeatureStore(folder / _READ)
@@ -237,9 +265,9 @@ def measure_reading(
   loader = DataLoader(
     delivered, BatchSharding(mesh, experiment.row_spec, _ROWS)
   )
-  for batch, _ in itertools.islice(loader, _WARM_data):
+  for batch, _ in itertools.islice(loader, _WARM):
     jax.block_until_ready(batch)
-  position = plan.advance(0, _WARM_data * _ROWS)
+  position = plan.advance(0, _WARM * _ROWS)
   began, minutes, slots = time.monotonic(), 0.0, 0
   for batch, _ in itertools.islice(loader, options.rows // _ROWS):
     jax.block_until_ready(batch)
@@ -262,8 +290,10 @@ def measure_reading(
   }
 
 
-def _planned(experiment, folder) -> tuple[Dataset, RowPlan]:
-  """What a run does before its first row."""
+def _planned(
+  experiment: Experiment, folder: pathlib.Path
+) -> tuple[Dataset, RowPlan]:
+  """Opens the data and makes the plan, as a run does before its first row."""
   columns = Columns.load(folder / _COLUMNS)
   store = FeatureStore(folder / _STORE)
   dataset = _dataset(experiment, _Nameless(len(columns)), columns, store)
@@ -280,8 +310,8 @@ def _planned(experiment, folder) -> tuple[Dataset, RowPlan]:
   )
 
 
-class _Nameless(Sequence):
-  """Records of which only a name is asked for."""
+class _Nameless(Sequence[Record]):
+  """Holds records of which only the name is ever read."""
 
   def __init__(self, count: int):
     self._count = count
@@ -289,11 +319,24 @@ class _Nameless(Sequence):
   def __len__(self) -> int:
     return self._count
 
-  def __getitem__(self, index: int) -> Record:
+  @overload
+  def __getitem__(self, index: int) -> Record: ...
+
+  @overload
+  def __getitem__(self, index: slice) -> Sequence[Record]: ...
+
+  def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+    if isinstance(index, slice):
+      return [self[i] for i in range(*index.indices(self._count))]
     return Record(str(index), "video", ("",), (), "", {})
 
 
-def _dataset(experiment, records, columns, store) -> Dataset:
+def _dataset(
+  experiment: Experiment,
+  records: Sequence[Record],
+  columns: Columns,
+  store: FeatureStore,
+) -> Dataset:
   return Dataset(
     records,
     columns,
@@ -305,8 +348,15 @@ def _dataset(experiment, records, columns, store) -> Dataset:
   )
 
 
-def _used(rows, sizes: np.ndarray) -> np.ndarray:
-  """Slots of `_SLOTS` in use; a memory that is shared counts once."""
+def _used(
+  rows: Sequence[Sequence[Sequence[int]]], sizes: np.ndarray
+) -> np.ndarray:
+  """Returns how many of the `_SLOTS` are used; a shared memory counts once.
+
+  Args:
+    rows: each a list of groups of samples that share a memory.
+    sizes: the size of each sample.
+  """
   groups = [group for row in rows for group in row]
   first = np.array([group[0] for group in groups])
   every = np.array([i for group in groups for i in group])
@@ -319,7 +369,9 @@ def _named(values: np.ndarray) -> dict[str, float]:
   return {n: round(float(v), 3) for n, v in zip(_SLOTS, values)}
 
 
-def _in_child(function, *arguments):
-  """In a process of its own, so that its memory is its own."""
+def _in_a_process(
+  function: Callable[..., dict[str, Any]], *arguments: Any
+) -> dict[str, Any]:
+  """Runs a function in a new process, so that its peak memory is its own."""
   with processes.pool(1) as pool:
     return pool.submit(function, *arguments).result()

@@ -1,6 +1,4 @@
-"""The most memory that this process has held."""
-# MERGED hourjax.benchmarks.figures:
-# Figures on a terminal.
+"""Figures of benchmarks: peak memory of a process, and how they are printed."""
 
 import json
 import pathlib
@@ -13,10 +11,10 @@ _STATUS = pathlib.Path("/proc/self/status")
 
 
 def peak_mib() -> float:
-  """Peak of resident memory in MiB.
+  """Returns the peak of this process's resident memory in MiB.
 
-  Where Linux tells it, of this program alone: `ru_maxrss` of a child that was
-  started by a large process begins with that process's size.
+  It is read from /proc where that exists: `ru_maxrss` of a process that a
+  large process started begins with the size of the large one.
   """
   if _STATUS.exists():
     found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
@@ -26,12 +24,12 @@ def peak_mib() -> float:
 
 
 def show(figures: Mapping[str, Any], as_json: bool) -> None:
-  """Prints one JSON object, or `a.b.c   value` a line."""
+  """Prints figures as one JSON object, or in lines of `a.b.c   value`."""
   print(json.dumps(figures) if as_json else "\n".join(lines(figures)))
 
 
 def lines(figures: Any, path: tuple[str, ...] = ()) -> list[str]:
-  """`a.b.c   value` for each value of nested mappings."""
+  """Returns a line `a.b.c   value` for each value of nested mappings."""
   if not isinstance(figures, Mapping):
     return [f"{'.'.join(path):<44}{figures}"]
   return [x for k, v in figures.items() for x in lines(v, (*path, k))]

@@ -1,10 +1,10 @@
-"""Cycles of a Pallas TPU kernel, read from the compiler's final bundles.
+"""The cycles of a Pallas TPU kernel, read from the compiler's final bundles.
 
 The TPU is a machine of long instruction words: the compiler decides which
-bundle of instructions is issued in which cycle, and writes that down. What it
-does not foresee are waits for memory, and on v5e and v5p it issues products
-faster than the matrix unit takes rows. So the rows are counted too, and the
-longer of the two times is what counts.
+bundle of instructions is issued in which cycle, and writes that down. It does
+not foresee waits for memory, and on v5e and v5p it issues products faster than
+the matrix unit takes rows. So the rows are counted too, and the longer of the
+two times counts.
 """
 
 import collections
@@ -28,13 +28,13 @@ _BRANCH = "= sbr."
 
 
 class Piece(NamedTuple):
-  """Bundles that are issued one after the other.
+  """Describes bundles that are issued one after the other.
 
   Attributes:
     start: number of the first bundle.
-    cycles: how many bundles there are, one a cycle.
-    depth: of the loops around it; the grid is the outermost.
-    labelled: whether a label begins it, and not the end of a branch.
+    cycles: how many bundles there are; one is issued in each cycle.
+    depth: how many loops are around it; the grid is the outermost loop.
+    labelled: whether it begins with a label, and not at the end of a branch.
     rows: rows that its products send through each matrix unit.
   """
 
@@ -45,11 +45,11 @@ class Piece(NamedTuple):
   rows: dict[str, int]
 
   def matrix_cycles(self, chip: str) -> int:
-    """Cycles that the busiest matrix unit needs for its rows."""
+    """Returns the cycles that the busiest matrix unit needs for its rows."""
     return max(self.rows.values(), default=0) // CHIPS[chip].matrix_rows
 
   def cost(self, chip: str) -> int:
-    """Cycles: what is issued, or what the matrix unit needs if longer."""
+    """Returns its cycles: of issue, or of the matrix unit if it needs more."""
     return max(self.cycles, self.matrix_cycles(chip))
 
 
@@ -60,7 +60,7 @@ def pieces(text: str) -> list[Piece]:
   the least, between a branch and the next label.
 
   Args:
-    text: of the compiler's file.
+    text: the text of the compiler's file.
   """
   labels, branches, depths, rows = [], [], [], []
   for line in text.splitlines():
@@ -91,7 +91,7 @@ def pieces(text: str) -> list[Piece]:
 
 
 def _rows(line: str) -> collections.Counter:
-  """Rows by matrix unit of one bundle's products.
+  """Returns the rows of one bundle's products, by matrix unit.
 
   A register holds 16 rows of bfloat16 or 8 of float32; `lmr` takes 8 rows of
   an operand that is transposed on the way.
@@ -103,7 +103,10 @@ def _rows(line: str) -> collections.Counter:
 
 
 class Forward(NamedTuple):
-  """Pieces of `attention_forward`, by what a visit does in them."""
+  """Holds the pieces of `attention_forward` by what a visit does in them.
+
+  A visit is one pair of a query tile and a key tile.
+  """
 
   first: list[Piece]  # begins an output tile
   new: list[Piece]  # the reference of a new segment
@@ -116,7 +119,7 @@ class Forward(NamedTuple):
 
 
 class Backward(NamedTuple):
-  """Pieces of `attention_backward`; names as in `Forward`."""
+  """Holds the pieces of `attention_backward`, named as in `Forward`."""
 
   first: list[Piece]
   whole: list[Piece]
@@ -129,8 +132,11 @@ class Backward(NamedTuple):
 def forward_regions(found: list[Piece]) -> Forward:
   """Names the pieces of the forward kernel.
 
+  Args:
+    found: all pieces of the kernel.
+
   Raises:
-    ValueError: if the compiler has laid it out in another way.
+    ValueError: the compiler has laid the kernel out in another way.
   """
   (new, whole), (uniform, mixed) = _products(found, 2, 2)
   return Forward(
@@ -143,14 +149,29 @@ def forward_regions(found: list[Piece]) -> Forward:
 
 
 def backward_regions(found: list[Piece]) -> Backward:
-  """Names the pieces of the backward kernel; raises as `forward_regions`."""
+  """Names the pieces of the backward kernel.
+
+  Args:
+    found: all pieces of the kernel.
+
+  Raises:
+    ValueError: the compiler has laid the kernel out in another way.
+  """
   (whole,), (mixed,) = _products(found, 1, 1)
   rest = _rest(found, whole, whole, (whole,), (mixed,))
   return Backward(whole=[whole], mixed=[mixed], **rest)
 
 
-def _products(found, outside: int, inside: int):
-  """Pieces with products: those of the grid's body and of the chunk loop."""
+def _products(
+  found: list[Piece], outside: int, inside: int
+) -> tuple[list[Piece], list[Piece]]:
+  """Returns the pieces with products: of the grid's body, of the chunk loop.
+
+  Args:
+    found: all pieces of the kernel.
+    outside: how many are expected in the grid's body.
+    inside: how many are expected in the loop over chunks.
+  """
   with_rows = [piece for piece in found if piece.rows]
   depths = [piece.depth for piece in with_rows]
   if depths != [1] * outside + [2] * inside:
@@ -162,8 +183,22 @@ def _products(found, outside: int, inside: int):
   return with_rows[:outside], with_rows[outside:]
 
 
-def _rest(found, entered, whole, branches, chunks):
-  """The other pieces, by where they lie beside those with products."""
+def _rest(
+  found: list[Piece],
+  entered: Piece,
+  whole: Piece,
+  branches: tuple[Piece, ...],
+  chunks: tuple[Piece, ...],
+) -> dict[str, list[Piece]]:
+  """Names the other pieces, by where they lie beside those with products.
+
+  Args:
+    found: all pieces of the kernel.
+    entered: the first piece with products that a visit may run.
+    whole: the piece of a visit whose keys are of one segment.
+    branches: all pieces with products in the grid's body.
+    chunks: all pieces with products in the loop over chunks.
+  """
   body = [piece for piece in found if piece.depth == 1]
   loop = [
     piece for piece in found if piece.depth == 2 and whole.start < piece.start
@@ -192,7 +227,12 @@ def _rest(found, entered, whole, branches, chunks):
 
 
 def read_kernels(folder: pathlib.Path, name: str) -> list[list[Piece]]:
-  """Pieces of each kernel of this name (a pattern) in the compiler's folder."""
+  """Reads the pieces of each kernel of a name.
+
+  Args:
+    folder: where the compiler has written its bundles.
+    name: a pattern that the name must match.
+  """
   pattern = re.compile(rf"\d+-(?:{name})[.\d]*-\d+-final_bundles\.txt")
   return [
     pieces(path.read_text())
@@ -202,15 +242,20 @@ def read_kernels(folder: pathlib.Path, name: str) -> list[list[Piece]]:
 
 
 def total(parts: list[Piece], chip: str) -> int:
-  """Cycles of pieces that are issued in turn."""
+  """Returns the cycles of pieces that are issued one after the other."""
   return sum(piece.cost(chip) for piece in parts)
 
 
 def share_of_peak(flops: float, cycles: int, chip: str) -> float:
-  """Part of what one core could do in these cycles, between 0 and 1.
+  """Returns the share of what one core could do in some cycles.
+
+  Args:
+    flops: operations that are done in them.
+    cycles: the cycles.
+    chip: a generation of `parallel.chips`.
 
   Raises:
-    ValueError: if it is above 1: then cycles are missing.
+    ValueError: the share is above 1, so cycles are missing.
   """
   share = flops / (CHIPS[chip].flops_per_cycle * cycles)
   if share > 1:
@@ -222,11 +267,11 @@ def share_of_peak(flops: float, cycles: int, chip: str) -> float:
 
 
 def region_figures(flops: float, hot: list[Piece], chip: str) -> dict[str, Any]:
-  """Share of peak of pieces that are issued in turn, and what limits it.
+  """Returns the share of the peak that pieces reach, and what limits it.
 
   Args:
     flops: operations that are done in them.
-    hot: the pieces.
+    hot: pieces that are issued one after the other.
     chip: a generation of `parallel.chips`.
   """
   issued = sum(piece.cycles for piece in hot)
@@ -243,11 +288,16 @@ def region_figures(flops: float, hot: list[Piece], chip: str) -> dict[str, Any]:
 def overhead_share(
   flops: float, regions: Forward | Backward, chip: str
 ) -> float:
-  """Share of peak of a whole visit that neither begins nor ends a tile.
+  """Returns the share of the peak of a visit that begins and ends no tile.
 
   Counted are the branch for keys of one segment and all that every visit
   runs: addresses, transfers that are started, branches. Not counted is time
   that is spent waiting for a transfer.
+
+  Args:
+    flops: operations of the visit.
+    regions: the pieces of the kernel.
+    chip: a generation of `parallel.chips`.
   """
   cycles = total(regions.whole, chip) + total(regions.always, chip)
   return share_of_peak(flops, cycles, chip)

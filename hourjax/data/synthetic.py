@@ -1,8 +1,6 @@
-"""Synthetic data with VideoMarathon's durations and sizes.
+"""Generated data with VideoMarathon's durations and sizes.
 
-Durations are drawn from the histogram of the published set; see
-hourjax/README.md, VideoMarathon. Planning and benchmarks use it where the real
-data is not at hand.
+See hourjax/README.md, VideoMarathon.
 """
 
 import json
@@ -25,13 +23,21 @@ from hourjax.data.tokenizer import Tokenizer
 # Thousands of videos in each 5 minutes of duration, from 0 to 60.
 HISTOGRAM = (4.0, 4.9, 3.4, 3.1, 3.1, 2.75, 2.05, 1.05, 0.85, 1.3, 1.0, 0.4)
 SHORTEST = 180.0  # seconds; the paper's videos last 3 to 60 minutes
-# Tokens of a conversation's markup and instruction, and of each question and
-# answer: the range they are drawn from.
+# Tokens of a conversation's markup and instruction; then the ranges from which
+# tokens of a question, tokens of an answer and numbers of questions are drawn.
 _MARKUP, _QUESTION, _ANSWER, _QUESTIONS = 75, (15, 110), (5, 80), (4, 6)
 
 
 def video_durations(count: int, seed: int) -> Float64[np.ndarray, "count"]:
-  """Draws the durations of videos, in seconds, from the histogram."""
+  """Draws durations of videos from the histogram.
+
+  Args:
+    count: how many to draw.
+    seed: the same seed gives the same durations.
+
+  Returns:
+    Seconds `[count]`.
+  """
   rng = np.random.default_rng(seed)
   share = np.array(HISTOGRAM) / sum(HISTOGRAM)
   start = rng.choice(len(share), count, p=share) * 300.0
@@ -45,18 +51,18 @@ def conversation_columns(
   """Draws columns of conversations, each about a random one of the videos.
 
   Args:
-    durations: float [M], of the videos in seconds.
-    conversations: how many.
-    seed: of what is drawn.
+    durations: seconds of each video.
+    conversations: how many to draw.
+    seed: the same seed gives the same columns.
   """
   rng = np.random.default_rng([seed, 1])
   questions = rng.integers(*_QUESTIONS, conversations)
   prompt = _MARKUP + questions * rng.integers(*_QUESTION, conversations)
-  said = questions * rng.integers(*_ANSWER, conversations)
+  answers = questions * rng.integers(*_ANSWER, conversations)
   none = np.zeros(conversations, np.int32)
   return Columns(
     modality=np.ones(conversations, np.uint8),
-    tokens=(prompt + said).astype(np.int32),
+    tokens=(prompt + answers).astype(np.int32),
     prompt=prompt.astype(np.int32),
     answer=(_MARKUP + (prompt - _MARKUP) // questions).astype(np.int32),
     images=none,
@@ -74,17 +80,22 @@ def conversation_columns(
 
 
 def video_name(number: int) -> str:
-  """Returns the name of a drawn video: 3 is 000003.mp4."""
+  """Returns the name of the video of a number."""
   return f"{number:06d}.mp4"
 
 
 def tokenizer() -> Tokenizer:
-  """Returns a small tokenizer: nothing here depends on words."""
+  """Returns a small tokenizer, since nothing here depends on words."""
   return Tokenizer(train_tokenizer([]), "synthetic")
 
 
 def write_index(root: pathlib.Path, durations: np.ndarray) -> None:
-  """Writes the index of a feature store, without the features themselves."""
+  """Writes the index of a feature store, but not the features.
+
+  Args:
+    root: the folder of the store.
+    durations: seconds of each video.
+  """
   root.mkdir(parents=True, exist_ok=True)
   with open(root / "index-00000.jsonl", "w") as file:
     for number, duration in enumerate(durations.tolist()):
@@ -103,13 +114,13 @@ def write_features(
   """Writes a feature store with real bytes.
 
   Args:
-    root: of the store.
-    spec: of rows, for the shape of a frame.
-    gigabytes: size of the store, about.
-    seed: of what is drawn.
+    root: the folder of the store.
+    spec: the tokens of a frame and their width.
+    gigabytes: about how many GB to write.
+    seed: the same seed gives the same bytes.
 
   Returns:
-    The store, and its videos' durations in seconds.
+    The store, and the seconds of each of its videos.
   """
   frame = spec.frame_tokens * spec.width * 2
   durations, size = [], 0.0
@@ -134,12 +145,12 @@ def write_features(
 
 
 def write_conversations(folder: pathlib.Path, videos: int, each: int) -> None:
-  """Writes a prepared dataset of conversations about the first videos.
+  """Writes a prepared dataset with conversations about the first videos.
 
   Args:
-    folder: of the dataset.
-    videos: how many of them.
-    each: conversations about each.
+    folder: where it is written.
+    videos: how many videos there are.
+    each: conversations about each of them.
   """
   words, tokens = "what is to be seen here before the end of it", tokenizer()
   rng = np.random.default_rng(0)
@@ -152,10 +163,10 @@ def write_conversations(folder: pathlib.Path, videos: int, each: int) -> None:
 
 
 def _turns(words: Sequence[str], rng: np.random.Generator) -> tuple[Turn, ...]:
-  """Draws five questions and answers; the first has the video's marker."""
-  turns: list[Turn] = []
+  """Draws five questions and answers of random words."""
+  turns = []
   for number in range(5):
     mark = "" if number else "<image>\n"
-    asked, said = (" ".join(rng.choice(words, n)) for n in (12, 8))
-    turns += [Turn("human", mark + asked), Turn("gpt", said)]
+    question, answer = (" ".join(rng.choice(words, n)) for n in (12, 8))
+    turns += [Turn("human", mark + question), Turn("gpt", answer)]
   return tuple(turns)

@@ -216,7 +216,8 @@ def _tower_seconds(
   dense = 2 * (4 * width**2 + 2 * width * vision.mlp)
   meet = 4 * patches * width
   share = meet / (meet + dense)
-  return part.total * (share / rates.tower + (1 - share) / rates.dense)
+  slowed = share / rates.tower + (1 - share) / rates.dense
+  return np.asarray(part.total * slowed)
 
 
 def slowest(

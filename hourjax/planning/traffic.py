@@ -168,7 +168,7 @@ _Branched = tuple[tuple[tuple[str, int], ...], Collective]
 
 def _of_taken_branches(found: Sequence[_Branched]) -> list[Collective]:
   """Returns collectives without those of branches that send less."""
-  sent = collections.Counter()
+  sent: dict[tuple[str, int], float] = collections.defaultdict(float)
   for branch, each in found:
     for name, number in branch:
       sent[name, number] += each.times * each.sent

@@ -1,13 +1,15 @@
-"""What a stage's rows hold: its data drawn from published numbers, packed.
+"""The rows of a stage: its data drawn from published numbers, and packed.
 
-How many samples of which kind is the paper's (SPEC section 3), and so are the
-durations of VideoMarathon (section 4). Lengths of texts, of short videos and
-sizes of images are assumptions, all of them below. The samples are then
-measured and packed by the code that does it in training.
+How many samples there are of each kind is the paper's (hourjax/README.md,
+Training), and so are the durations of VideoMarathon (hourjax/README.md,
+VideoMarathon). Lengths of texts, lengths of short videos and sizes of images
+are assumptions, all of them below. The samples are measured and packed by the
+code that does it in training.
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -31,9 +33,9 @@ _IMAGES = (
   (0.15, 1240, 1754),
 )
 _SEVERAL = (2, 6)  # images of a sample with more than one, inclusive
-_SHORT_SECONDS = (35.0, 0.8)  # median and spread (of the logarithm)
+_SHORT_SECONDS = (35.0, 0.8)  # median, and standard deviation of the logarithm
 _SHORT_RANGE = (5.0, 180.0)
-# Tokens of the prompt and of the answers: ranges they are drawn from.
+# Ranges from which tokens of the prompt and of the answers are drawn.
 _WORDS = {
   "image": ((60, 140), (20, 260)),
   "text": ((60, 400), (100, 500)),
@@ -42,7 +44,7 @@ _WORDS = {
 
 
 class Part(NamedTuple):
-  """Samples of one kind in a stage."""
+  """Describes the samples of one kind in a stage."""
 
   kind: str  # "image", "images", "text", "short" or "marathon"
   samples: float
@@ -50,7 +52,7 @@ class Part(NamedTuple):
 
 
 def _stage3() -> tuple[Part, ...]:
-  """Short videos and VideoMarathon, each with half of images and text."""
+  """Returns short videos and VideoMarathon, each with half of the rest."""
   mixed = [
     Part(kind, samples / 2, stream)
     for stream in ("short", "marathon")
@@ -78,17 +80,17 @@ STAGES = {
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-  """Rows of a training run, N of which have been drawn.
+  """Holds the rows of a training run, N of which have been drawn.
 
   Attributes:
     name: "stage3", or "video=3600".
-    samples: of an epoch.
-    rows: of an epoch.
-    work: of each drawn row, arrays [N].
+    samples: how many samples an epoch has.
+    rows: how many rows an epoch has.
+    work: the work of each drawn row, arrays `[N]`.
     useful: operations of each drawn row that count for MFU.
-    seconds: of video in each drawn row.
-    sizes: what each drawn row's samples take of its capacities, [N, 7].
-    assumptions: one line each.
+    seconds: seconds of video in each drawn row.
+    sizes: what the samples of each drawn row take of its capacities, `[N, 7]`.
+    assumptions: what was assumed, a sentence each.
   """
 
   name: str
@@ -102,13 +104,13 @@ class Workload:
 
 
 def trained(experiment: Experiment) -> frozenset[str]:
-  """Components with a learning rate."""
+  """Returns the components that are trained: their learning rate is not 0."""
   names = ("vision", "projector", "memaug", "decoder")
   return frozenset(n for n in names if experiment.optimizer.rate(n) > 0)
 
 
 def stage_of(experiment: Experiment) -> str:
-  """The stage whose data a configuration is for, by what it trains."""
+  """Returns the stage whose data a configuration takes, by what it trains."""
   found = trained(experiment)
   if "vision" in found:
     return "stage2"
@@ -116,15 +118,15 @@ def stage_of(experiment: Experiment) -> str:
 
 
 def make_workload(experiment: Experiment, name: str = "") -> Workload:
-  """Rows of a stage, or rows that hold one video each.
+  """Draws the rows of a stage, or makes rows that hold one sample each.
 
   Args:
     experiment: capacities, forgetting, and what is trained.
-    name: "stage1" to "stage3"; "video=SECONDS"; "full" for rows that one
-      sample fills; empty for `stage_of`.
+    name: "stage1" to "stage3"; "video=SECONDS" for rows of one video each;
+      "full" for rows that one sample fills; empty for `stage_of`.
 
   Raises:
-    UserError: another name, or samples that no row holds.
+    UserError: the name is unknown, or no row holds a sample.
   """
   name = name or stage_of(experiment)
   if name.startswith("video="):
@@ -179,6 +181,7 @@ def make_workload(experiment: Experiment, name: str = "") -> Workload:
 
 
 def _one_video(experiment: Experiment, name: str) -> Workload:
+  """Returns rows that hold one video each, of the duration in the name."""
   text = name.removeprefix("video=")
   if not text.isdigit() or not int(text):
     raise UserError(f"--data={name}: give whole seconds, such as video=3600")
@@ -198,7 +201,7 @@ def _one_video(experiment: Experiment, name: str) -> Workload:
 
 
 def _full(experiment: Experiment) -> Workload:
-  """One sample that takes all of a row."""
+  """Returns rows that one sample fills."""
   size = np.array([experiment.rows.astuple()], np.int64)
   frames = experiment.rows.frames
   frames += experiment.rows.features / experiment.row_spec.frame_tokens
@@ -211,13 +214,25 @@ def _full(experiment: Experiment) -> Workload:
   )
 
 
-def _rows(experiment, sizes, rows, seconds):
-  """Sums over the samples of each row."""
+def _rows(
+  experiment: Experiment,
+  sizes: np.ndarray,
+  rows: Sequence[np.ndarray],
+  seconds: np.ndarray,
+) -> dict[str, Any]:
+  """Returns sums over the samples of each row, as fields of a `Workload`.
+
+  Args:
+    experiment: the model, and what is trained.
+    sizes: sizes of all samples, `[samples, 7]`.
+    rows: for each row the numbers of its samples.
+    seconds: seconds of video of each sample.
+  """
   config = experiment.model
   order = np.concatenate(rows)
   starts = np.cumsum([0, *(len(row) for row in rows[:-1])])
 
-  def summed(values):
+  def summed(values: Any) -> np.ndarray:
     return np.add.reduceat(np.asarray(values)[order], starts, axis=0)
 
   work = sample_work(config, sizes)
@@ -229,7 +244,10 @@ def _rows(experiment, sizes, rows, seconds):
   }
 
 
-def _measure(experiment, columns, stored):
+def _measure(
+  experiment: Experiment, columns: Columns, stored: bool
+) -> tuple[np.ndarray, dict[int, str]]:
+  """Returns the sizes of samples, and problems by the number of the sample."""
   return sample_sizes(
     columns,
     _video_input(columns, stored),
@@ -241,8 +259,13 @@ def _measure(experiment, columns, stored):
   )
 
 
-def _video_input(columns: Columns, stored: bool) -> VideoInput:
-  """Frames of the drawn videos, as extraction stores them or as pixels."""
+def _shown(columns: Columns, stored: bool) -> Shown:
+  """Returns the frames of the drawn videos.
+
+  Args:
+    columns: the samples.
+    stored: whether frames are features that extraction stores, or pixels.
+  """
   if not stored:
     return video_input(columns, None)
   frames = [
@@ -252,8 +275,16 @@ def _video_input(columns: Columns, stored: bool) -> VideoInput:
   return VideoInput(np.array(frames, np.int64), columns.duration, True, {})
 
 
-def _draw(parts, scale, rng) -> Columns:
-  """Columns of the parts' samples, each of a video of its own."""
+def _draw(
+  parts: Sequence[Part], scale: float, rng: np.random.Generator
+) -> Columns:
+  """Draws samples, each with a video of its own.
+
+  Args:
+    parts: the kinds of samples.
+    scale: how many samples of the stage one drawn sample stands for.
+    rng: the source of random numbers.
+  """
   streams = tuple(dict.fromkeys(part.stream for part in parts))
   columns: dict[str, list[np.ndarray]] = {}
   durations: list[np.ndarray] = []
@@ -291,18 +322,24 @@ _COLUMNS = {
 }  # fmt: skip
 
 
-def _draw_part(kind, count, rng):
-  """Columns of samples of one kind, and seconds of their videos."""
+def _draw_part(
+  kind: str, count: int, rng: np.random.Generator
+) -> tuple[dict[str, Any], np.ndarray | None]:
+  """Draws samples of one kind.
+
+  Returns:
+    Their columns by name, and the seconds of their videos, if they have any.
+  """
   if kind == "marathon":
     seconds = synthetic.video_durations(count, 0)
     made = synthetic.conversation_columns(seconds, count, 0)
     names = ("tokens", "prompt", "answer", "modality")
     return {name: getattr(made, name) for name in names}, seconds
-  asked, said = _WORDS["image" if kind == "images" else kind]
-  prompt = rng.integers(*asked, count)
+  prompts, answers = _WORDS["image" if kind == "images" else kind]
+  prompt = rng.integers(*prompts, count)
   made = {
     "prompt": prompt,
-    "tokens": prompt + rng.integers(*said, count),
+    "tokens": prompt + rng.integers(*answers, count),
     "answer": prompt,
     "modality": MODALITIES.index(
       {"images": "image", "short": "video"}.get(kind, kind)

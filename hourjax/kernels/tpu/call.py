@@ -253,7 +253,9 @@ def split_backward(tiles: AttentionTiles, q: jax.Array, k: jax.Array) -> Shape:
 
 
 def split(
-  tiles: AttentionTiles, q: jax.Array, k: jax.Array
+  tiles: AttentionTiles,
+  q: jax.Array | jax.ShapeDtypeStruct,
+  k: jax.Array | jax.ShapeDtypeStruct,
 ) -> tuple[int, Shape]:
   """Splits the queries of the backward pass so that VMEM holds a part's dq.
 
@@ -323,7 +325,11 @@ def row_scalars(shape: Shape) -> int:
   return 4 * (blocks + ranges)
 
 
-def _cut(tiles: Tiles, q: jax.Array, k: jax.Array) -> Shape:
+def _cut(
+  tiles: Tiles,
+  q: jax.Array | jax.ShapeDtypeStruct,
+  k: jax.Array | jax.ShapeDtypeStruct,
+) -> Shape:
   """Cuts the whole call into tiles."""
   return cut(
     tiles,
