@@ -259,7 +259,7 @@ def _measure(
   )
 
 
-def _shown(columns: Columns, stored: bool) -> Shown:
+def _video_input(columns: Columns, stored: bool) -> VideoInput:
   """Returns the frames of the drawn videos.
 
   Args:
