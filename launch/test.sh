@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Ruff and the tests: bash launch/test.sh [--quick] [--eval] [pytest arguments]
+# Ruff, types and the tests: bash launch/test.sh [--quick] [--eval] [pytest arguments]
 #
 # --quick leaves the long tests out; --eval also installs what lmms-eval needs
 # (PyTorch among it), without which its tests are skipped.
@@ -20,4 +20,5 @@ environment "${extras[@]}"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} TF_CPP_MIN_LOG_LEVEL=2
 ruff check .
 ruff format --check .
+pyrefly check --output-format min-text
 python -m pytest -n 2 --dist loadfile ${marks[@]+"${marks[@]}"} "$@"
