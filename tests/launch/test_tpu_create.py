@@ -11,6 +11,7 @@ ASK = (
 )
 
 
+@pytest.mark.slow
 def test_waits_in_line(cloud):
   cloud.plays(
     futures=[
@@ -25,6 +26,7 @@ def test_waits_in_line(cloud):
   assert words == list(states)
 
 
+@pytest.mark.slow
 def test_exists_already(cloud):
   cloud("create", *SPOT)
   assert "hour exists already: ACTIVE" in cloud("create", *SPOT).stderr
@@ -35,6 +37,7 @@ def test_exists_already(cloud):
   assert "another --name" in said
 
 
+@pytest.mark.slow
 def test_made_by_another_in_the_meantime(cloud):
   text = "ALREADY_EXISTS: Resource 'hour' already exists"
   cloud.fails("tpu-vm.create", text)
@@ -51,6 +54,7 @@ def test_at_once(cloud):
   assert cloud.exists() == ([], ["hour"])
 
 
+@pytest.mark.slow
 def test_slices(cloud):
   cloud("create", "--accelerator=v5p-16", "--num_slices=2", "--reserved")
   assert cloud.calls() == [
@@ -63,6 +67,7 @@ def test_slices(cloud):
   assert cloud.exists() == ([], [])
 
 
+@pytest.mark.slow
 def test_request_that_fails(cloud):
   cloud.plays(futures=[["PROVISIONING", "FAILED"]], why="no such network: vpc")
   said = cloud("create", *SPOT, code=2).stderr
@@ -74,6 +79,7 @@ def test_request_that_fails(cloud):
   assert cloud.calls() == [ASK, delete, ASK]
 
 
+@pytest.mark.slow
 def test_delete_is_repeatable(cloud):
   cloud("create", *PLAIN)
   cloud("delete")
@@ -123,6 +129,7 @@ QUOTA = (
     ("INTERNAL: oops", "try the command by hand: gcloud compute tpus tpu-vm"),
   ],
 )
+@pytest.mark.slow
 def test_refusals(cloud, text, remedy):
   cloud.fails("tpu-vm.create", text)
   said = cloud("create", *PLAIN, code=2).stderr.splitlines()
@@ -135,6 +142,7 @@ def test_refusals(cloud, text, remedy):
   assert len(cloud.calls()) == 1
 
 
+@pytest.mark.slow
 def test_network_that_comes_back(cloud):
   text = "UNAVAILABLE: The service is currently unavailable."
   cloud.fails("queued-resources.describe", text, 3)
@@ -143,6 +151,7 @@ def test_network_that_comes_back(cloud):
   assert "there is no TPU hour in us-west4-a; `create` makes one" in said
 
 
+@pytest.mark.slow
 def test_no_gcloud(cloud):
   cloud.hide_gcloud()
   said = cloud("delete", code=2).stderr

@@ -46,6 +46,7 @@ def ready(cloud):
   return cloud
 
 
+@pytest.mark.slow
 def test_under_nohup_a_closed_terminal_ends_nothing():
   launch = str(Path(__file__).parents[2] / "launch")
   code = f"""
@@ -70,6 +71,7 @@ def steps(cloud, node="hour"):
   return int(path.read_text()) if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_setup(many):
   calls = many.calls()[1:]
   tarball = calls[0].split()[5]
@@ -99,6 +101,7 @@ def test_setup(many):
     )
 
 
+@pytest.mark.slow
 def test_setup_again_keeps_the_environment(ready):
   code = ready.home("hour") / "hourjax" / "code"
   (code / "left over.txt").touch()
@@ -108,6 +111,7 @@ def test_setup_again_keeps_the_environment(ready):
   assert (ready.home("hour") / "pip.txt").read_text().count("\n") == 1
 
 
+@pytest.mark.slow
 def test_setup_fails(cloud):
   cloud("create", "--accelerator=v6e-1")
   (cloud.root / "pip_fails").touch()
@@ -166,6 +170,7 @@ def test_whole_life(many):
   until(lambda: many("status").stdout.count("ended with 0 ") == 4)
 
 
+@pytest.mark.slow
 def test_exit_status_is_kept(ready):
   ready.storage("crash").write_text("7")
   ready("run", *TRAIN)
@@ -173,6 +178,7 @@ def test_exit_status_is_kept(ready):
   assert "Traceback: it broke" in ready.log("hour")
 
 
+@pytest.mark.slow
 def test_killed_without_a_word(ready):
   ready("run", *TRAIN)
   ready.preempt("hour", warn=False, vanish=False)
@@ -181,6 +187,7 @@ def test_killed_without_a_word(ready):
   assert ready("status").stdout.count(": running ") == 2
 
 
+@pytest.mark.slow
 def test_stop_that_is_not_heard(ready):
   ready.storage("deaf").touch()
   ready("run", *TRAIN)
@@ -192,6 +199,7 @@ def test_stop_that_is_not_heard(ready):
   assert ready("status").stdout.count("ended with 137 stopped") == 2
 
 
+@pytest.mark.slow
 def test_follow(ready):
   ready("run", *TRAIN)
   ready.loses(1, where=["--worker=1", "worker.sh follow"], when="cut")
@@ -207,6 +215,7 @@ def test_follow(ready):
   assert "hour:1: connection lost; again from line 3" in ready.output()
 
 
+@pytest.mark.slow
 def test_lost_connection_while_starting(ready):
   # The command went through, the answer did not: it is not started twice.
   ready.loses(2, where=["--worker=1"], when="after")
@@ -218,6 +227,7 @@ def test_lost_connection_while_starting(ready):
   assert len(logs) == 2
 
 
+@pytest.mark.slow
 def test_lost_connection_that_stays_lost(ready):
   ready.loses(99, where=["--worker=1"])
   said = ready("status", code=2).stderr
@@ -228,6 +238,7 @@ def test_lost_connection_that_stays_lost(ready):
   assert "  gcloud: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh]" in said
 
 
+@pytest.mark.slow
 def test_none_is_left_when_one_does_not_start(ready):
   where = ["--worker=1", "worker.sh start"]
   ready.fails("tpu-vm.ssh", "INTERNAL: oops", where=where)
@@ -238,6 +249,7 @@ def test_none_is_left_when_one_does_not_start(ready):
   assert text.count("1: none") == 1
 
 
+@pytest.mark.slow
 def test_secrets_travel_in_a_file(ready, tmp_path):
   secret = tmp_path / "secret.env"
   secret.write_text("# for W&B\n\nNOTE=s3cret = $HOME\n")
@@ -250,6 +262,7 @@ def test_secrets_travel_in_a_file(ready, tmp_path):
   assert "secret.env: line 1 is no KEY=VALUE" in said
 
 
+@pytest.mark.slow
 def test_lines_of_a_file_end_as_the_workers_read_them(ready, tmp_path):
   secrets = tmp_path / "secrets"
   secrets.write_bytes("A=one\u2028line\n\n# two\nB=\x85\n".encode())
@@ -265,6 +278,7 @@ def test_lines_of_a_file_end_as_the_workers_read_them(ready, tmp_path):
     assert says in done.stderr
 
 
+@pytest.mark.slow
 def test_prepare(ready):
   line = 'echo "$PWD $(command -v python)" >>~/"it\'s done"; [ $? = 0 ]'
   ready("run", "--prepare", line, *TRAIN)
@@ -315,6 +329,7 @@ def test_refused(ready, arguments, says):
   assert not [x for x in ready.calls() if " start " in x]
 
 
+@pytest.mark.slow
 def test_shared_workdir(ready):
   shared = ready.root / "mount"
   workdir = f"--workdir={shared}/run"

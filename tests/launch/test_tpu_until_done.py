@@ -70,6 +70,7 @@ def test_preempted_resumed_done(cloud, warn, late):
   assert done.count("start") >= 4
 
 
+@pytest.mark.slow
 def test_interrupted_supervisor_takes_the_run_up(cloud):
   process = cloud.begin("run", *DONE, *TRAIN)
   until(lambda: steps(cloud) > 3)
@@ -89,6 +90,7 @@ def test_interrupted_supervisor_takes_the_run_up(cloud):
   assert verbs(cloud) == ["create", "install", "start"]
 
 
+@pytest.mark.slow
 def test_stopped_by_hand_is_left_alone(cloud):
   process = cloud.begin("run", *DONE, *TRAIN)
   until(lambda: steps(cloud) > 3)
@@ -103,6 +105,7 @@ def test_stopped_by_hand_is_left_alone(cloud):
   assert process.wait(90) == 0, cloud.output()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("status", "starts"), [(1, 3), (2, 1)])
 def test_training_that_fails(cloud, status, starts):
   """A crash is tried again so many times, a mistake in the options is not."""
@@ -116,6 +119,7 @@ def test_training_that_fails(cloud, status, starts):
   assert verbs(cloud) == ["create", "install", "install", *rounds]
 
 
+@pytest.mark.slow
 def test_reboot(cloud):
   """Machines that come back without having been taken away."""
   process = cloud.begin("run", *DONE, "--restarts=0", *TRAIN)
@@ -129,6 +133,7 @@ def test_reboot(cloud):
   assert "a machine shut down beneath the training" in cloud.output()
 
 
+@pytest.mark.slow
 def test_requests_that_fail(cloud):
   cloud.plays(futures=[["FAILED"]] * 3, why="out of luck")
   said = cloud("run", *DONE, "--restarts=2", *TRAIN, code=2).stderr
@@ -137,6 +142,7 @@ def test_requests_that_fail(cloud):
   assert verbs(cloud) == ["create", "delete", "create", "delete", "create"]
 
 
+@pytest.mark.slow
 def test_quota_ends_it(cloud):
   text = "Quota 'TPUV5sPreemptibleLitepodPerProjectPerZoneForTPUAPI' exhausted."
   cloud.fails("queued-resources.create", text)
@@ -145,6 +151,7 @@ def test_quota_ends_it(cloud):
   assert "TPUV5sPreemptibleLitepod" in said
 
 
+@pytest.mark.slow
 def test_passing_trouble(cloud):
   """A lost network, and a state that changes between two questions."""
   process = cloud.begin("run", *DONE, "--attempts=2", *TRAIN)
@@ -158,6 +165,7 @@ def test_passing_trouble(cloud):
   assert verbs(cloud) == ["create", "install", "start"]
 
 
+@pytest.mark.slow
 def test_nobody_answers_any_more(cloud):
   cloud("create", "--accelerator=v5litepod-16")
   cloud.loses(999)

@@ -66,6 +66,7 @@ def test_states(home):
   assert home("start", "c", *SLEEP, code=3) == "worker: not set up"
 
 
+@pytest.mark.slow
 def test_only_one_of_many_starts(home):
   starts = [home.begin("start", f"r{i}", *SLEEP) for i in range(6)]
   answers = [process.communicate()[0] for process in starts]
@@ -74,6 +75,7 @@ def test_only_one_of_many_starts(home):
   assert answers[codes.index(0)].strip() == f"hourjax-state: {home('state')}"
 
 
+@pytest.mark.slow
 def test_dead_is_dead_though_its_number_lives(home):
   home("start", "a", *SLEEP)
   os.killpg(home.group(), signal.SIGKILL)
@@ -85,6 +87,7 @@ def test_dead_is_dead_though_its_number_lives(home):
     other.kill()
 
 
+@pytest.mark.slow
 def test_survives_the_death_of_its_watcher(home):
   home("start", "a", *SLEEP)
   os.kill(home.group(), signal.SIGKILL)
@@ -93,6 +96,7 @@ def test_survives_the_death_of_its_watcher(home):
   assert home("stop", "10") == "lost a"
 
 
+@pytest.mark.slow
 def test_machine_that_shuts_down(home):
   """Everything is signalled: how the run ended is kept, and why."""
   script = "trap 'sleep 0.3; exit 5' TERM; while :; do sleep 0.05; done"
@@ -102,6 +106,7 @@ def test_machine_that_shuts_down(home):
   until(lambda: home("state") == "ended a 5 signalled")
 
 
+@pytest.mark.slow
 def test_variables_from_a_file(home, tmp_path):
   file = tmp_path / "variables"
   file.write_text("# a comment\n\nONE=1 $HOME\nTWO=a=b")
@@ -109,6 +114,7 @@ def test_variables_from_a_file(home, tmp_path):
   assert text == "1 $HOME|a=b"
 
 
+@pytest.mark.slow
 def test_brings_a_python_where_there_is_none(home, tmp_path):
   """The images of TPU VMs have 3.10: uv from PyPI fetches one."""
   tools, asked = tmp_path / "bin", tmp_path / "asked"
