@@ -21,7 +21,7 @@ from hourjax.data.conversations import (
 )
 from hourjax.data.forgetting import Embedder, Forgetting
 from hourjax.data.layout import build_layout
-from hourjax.data.media import video
+from hourjax.data.media import video, video_probe
 from hourjax.data.records.record import Record, Skipped, Turn
 from hourjax.data.repository import (
   Repository,
@@ -180,7 +180,7 @@ class Dataset:
         if record.modality == "video":
           name = record.media[0]
           if features is None:
-            known = video.probe(pathlib.Path(media_root) / name)
+            known = video_probe.probe(pathlib.Path(media_root) / name)
       except UserError as error:
         skipped.append(Skipped(record.id, str(error)))
         continue
@@ -316,7 +316,7 @@ class Dataset:
       duration, frames = stored_frames(self._features, name)
       kind, images_ = "features", len(frames) * self._spec.frame_tokens
     else:
-      info = video.probe(self._media / name)
+      info = video_probe.probe(self._media / name)
       duration, frames = pixel_frames(name, info.frames, info.duration)
       kind, images_ = "frames", len(frames)
     conversation = self._encode(record, (duration, len(frames)))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from hourjax.data.columns import LONGEST, Measures, measure_record
-from hourjax.data.media import video
+from hourjax.data.media import video, video_probe
 from hourjax.data.records.example import encode_record
 from hourjax.data.records.media_keys import media_key, read_media
 from hourjax.data.records.record import Record, media_problem, parse_record
@@ -90,7 +90,7 @@ def _probe(media: pathlib.Path, name: str) -> VideoFact:
   if problem:
     return VideoFact(problem=("missing file", problem))
   try:
-    info = video.probe(media / name)
+    info = video_probe.probe(media / name)
     video.check_whole(media / name, info)
   except UserError as error:
     return VideoFact(problem=("unreadable video", str(error)))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from hourjax.data.columns import MEASURED_AS, MODALITIES
 from hourjax.data.conversations import IGNORE, IMAGE, encode_conversation
-from hourjax.data.media import video
+from hourjax.data.media import video_probe
 from hourjax.data.prepare import build as building
 from hourjax.data.prepare.build import build
 from hourjax.data.prepare.lists import Item, Options, read_list
@@ -101,9 +101,9 @@ def test_counts_are_those_of_the_conversation(
 
 def test_media_are_looked_into(tmp_path, tokenizer_folder, media, monkeypatch):
   probed = []
-  probe = video.probe
+  probe = video_probe.probe
   monkeypatch.setattr(
-    video, "probe", lambda path: probed.append(path) or probe(path)
+    video_probe, "probe", lambda path: probed.append(path) or probe(path)
   )
   good = [
     _raw("v1", video="a.mp4"),
