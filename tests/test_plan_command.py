@@ -1,4 +1,4 @@
-"""The plan command, with the real TPU compiler."""
+"""The plan command, with the real TPU compiler and without it."""
 
 import json
 import subprocess
@@ -10,12 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def _run(*arguments):
+def _run(*arguments, module="hourjax.plan"):
   return subprocess.run(
     [
       sys.executable,
       "-m",
-      "hourjax.plan",
+      module,
       "--config=configs/demo.py:stage=1",
       *arguments,
     ],
@@ -33,6 +33,8 @@ def test_a_step_that_fits():
     "--data=full",
     "--config.mesh.fsdp=2",
     "--config.mesh.seq=4",
+    "--config.model.memaug_layers=1",
+    "--config.model.decoder.layers=1",
     "--json",
   )
   assert done.returncode == 0, done.stderr
@@ -54,15 +56,30 @@ def test_a_step_that_fits():
 
 
 @pytest.mark.slow
-def test_a_step_that_does_not_fit_and_what_would():
-  done = _run("--topology=v5e:1x1", "--data=full", "--config.batch_rows=2048")
+def test_a_step_that_does_not_fit():
+  done = _run(
+    "--topology=v5e:1x1", "--data=full", "--config.batch_rows=2048", "--nofix"
+  )
+  assert done.returncode == 1, done.stderr
+  assert "DOES NOT FIT: accumulate: RESOURCE_EXHAUSTED" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_change_with_which_a_step_fits():
+  done = _run(
+    "--topology=v5e:1x1",
+    "--data=full",
+    "--config.batch_rows=2048",
+    "--compile_limit=9",
+    module="tests.planning.small_memory",
+  )
   assert done.returncode == 1, done.stderr
   assert "DOES NOT FIT: accumulate: RESOURCE_EXHAUSTED" in done.stdout
   last = done.stdout.splitlines()[-1]
   assert last == "fits with --config.batch_rows=1024 --config.accumulate=2"
 
 
-def test_mistakes_are_told_without_a_traceback():
+def test_mistakes_are_reported_without_a_traceback():
   done = _run("--topology=v5e:32x16")
   assert done.returncode == 2
   assert done.stderr.startswith("error: --topology=v5e:32x16: there is no such")

@@ -174,7 +174,7 @@ def _of_taken_branches(found: Sequence[_Branched]) -> list[Collective]:
       sent[name, number] += each.times * each.sent
   largest: dict[str, int] = {}
   for (name, number), total in sent.items():
-    if total > sent[name, largest.get(name, -1)]:
+    if total > sent.get((name, largest.get(name, -1)), 0.0):
       largest[name] = number
   return [
     each

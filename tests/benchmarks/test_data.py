@@ -47,7 +47,14 @@ def test_one_json_object(tmp_path):
   assert not list(tmp_path.iterdir())  # nothing stays behind
 
 
-@pytest.mark.parametrize("arguments", [[], ["dat"], ["data", "x"]])
+@pytest.mark.parametrize(
+  "arguments",
+  [
+    ["dat"],
+    pytest.param([], marks=pytest.mark.slow),
+    pytest.param(["data", "x"], marks=pytest.mark.slow),
+  ],
+)
 def test_unknown_benchmark(arguments):
   done = subprocess.run(
     [sys.executable, "-m", "hourjax.bench", *arguments],

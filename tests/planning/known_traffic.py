@@ -31,7 +31,9 @@ ROWS = 4096
 def main(where: str) -> None:
   devices = _devices(where)
   programs = {
-    "islands": _islands(Mesh(devices.reshape(2, 2, 2), ("a", "b", "c"))),
+    "collectives": _collectives(
+      Mesh(devices.reshape(2, 2, 2), ("a", "b", "c"))
+    ),
     "layers": _layers(Mesh(devices.reshape(4, 2), ("fsdp", "seq"))),
   }
   print(json.dumps(programs))
@@ -49,7 +51,7 @@ def _devices(where: str) -> np.ndarray:
   return np.array(found.devices)
 
 
-def _islands(mesh):
+def _collectives(mesh):
   """One collective of each kind, by hand, in loops."""
 
   def here(x, turns):

@@ -43,7 +43,7 @@ def test_slices_are_joined_by_data_alone(stage3):
 
 def test_parameters_are_counted():
   counted = search.count_parameters(experiment())
-  assert sum(counted.values()) == 3_700_088_352  # published
+  assert sum(counted.values()) == 3_700_088_352  # hourjax/README.md, Model
   assert counted["tower"] == 397_747_744
   assert counted["frozen"] == 0
   first = search.count_parameters(experiment(stage=1))

@@ -214,7 +214,7 @@ ARRAY = 4 * MIB  # float32 of 1024 x 1024
 
 
 def _compiled(where):
-  child = subprocess.run(
+  done = subprocess.run(
     [sys.executable, "-m", "tests.planning.known_traffic", where],
     cwd=ROOT,
     env=os.environ
@@ -227,26 +227,26 @@ def _compiled(where):
     text=True,
     timeout=240,
   )
-  assert child.returncode == 0, child.stderr[-2000:]
-  return json.loads(child.stdout.splitlines()[-1])
+  assert done.returncode == 0, done.stderr[-2000:]
+  return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["cpu", "v5e:2x4"])
 def test_known_traffic(where):
   found = _compiled(where)
-  islands = {
+  by_hand = {
     (line["axes"], line["kind"]): (line["count"], line["sent"])
-    for line in found["islands"]["traffic"]
+    for line in found["collectives"]["traffic"]
   }
-  assert islands == {
+  assert by_hand == {
     ("b", "all-gather"): (TURNS, TURNS * 2 * ARRAY / 2),
     ("c", "reduce-scatter"): (TURNS, TURNS * 2 * ARRAY / 2),
     ("a+c", "all-reduce"): (TURNS, TURNS * 2 * ARRAY * 3 / 4),
     ("b", "collective-permute"): (TURNS, TURNS * ARRAY),
     ("a", "all-reduce"): (UNKNOWN, UNKNOWN * 2 * ARRAY / 2),
   }
-  guessed = [x["axes"] for x in found["islands"]["traffic"] if x["guessed"]]
+  guessed = [x["axes"] for x in found["collectives"]["traffic"] if x["guessed"]]
   assert guessed == ["a"]
 
   # The weights of each layer are gathered twice and their gradients summed.

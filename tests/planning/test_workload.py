@@ -22,8 +22,7 @@ def test_a_stage_is_recognised_and_packed(stages, stage):
   found = stages[stage]
   workload = make_workload(found)
   assert workload.name == f"stage{stage}" == stage_of(found)
-  # Published counts (see hourjax/README.md, Training) in millions; a few do not
-  # fit.
+  # Published counts, in millions; a few do not fit.
   published = {1: 3.2, 2: 0.56, 3: 4.45}[stage]
   assert workload.samples / 1e6 == pytest.approx(published, rel=0.02)
   capacity = np.array(found.rows.astuple())

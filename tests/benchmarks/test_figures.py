@@ -1,9 +1,11 @@
+"""Peak memory of a process."""
+
 import subprocess
 import sys
 
 import numpy as np
 
-_CHILD = """
+_SCRIPT = """
 import sys
 from hourjax.benchmarks.figures import peak_mib
 before = peak_mib()
@@ -14,10 +16,10 @@ print(before, peak_mib())
 """
 
 
-def test_a_child_of_a_large_process_counts_its_own_memory():
+def test_a_process_that_a_large_one_starts_counts_its_own_memory():
   large = np.ones(600 << 17)  # 600 MiB
   done = subprocess.run(
-    [sys.executable, "-c", _CHILD], capture_output=True, text=True, check=True
+    [sys.executable, "-c", _SCRIPT], capture_output=True, text=True, check=True
   )
   before, peak = map(float, done.stdout.split())
   # Not peak - before >= 200: what was freed after the first peak is used again.

@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hourjax.benchmarks import attention
+from hourjax.benchmarks import attention, attention_compile
 from hourjax.benchmarks.attention import Options
 from hourjax.benchmarks.attention_compile import (
   Job,
   collective_bytes,
-  collectives,
-  compile_in_child,
+  compile_attention,
 )
 from hourjax.benchmarks.attention_packed import (
   Row,
@@ -24,6 +23,9 @@ from hourjax.benchmarks.attention_packed import (
 )
 from hourjax.errors import UserError
 from hourjax.kernels.tpu.tiles import Tiles, cut
+from hourjax.planning import hlo
+from hourjax.planning.compile_pool import Outcome
+from hourjax.planning.traffic import Layout
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--queries=640", "--keys=12480")
@@ -40,32 +42,28 @@ def _run(*arguments, timeout=60):
 
 
 def test_collectives_of_a_snippet():
-  hlo = """
+  text = """ENTRY %main (x: f32[2,8]) -> f32[3] {
   %a = f32[2,8]{1,0} all-reduce(%x), to_apply=%add
   %b = (f32[4]{0}, bf16[2]{0}) all-reduce-start(%y, %z), to_apply=%add
   %c = f32[4]{0} all-reduce-done(%b)
   %d = (bf16[1,4]{1,0}, bf16[8,4]{1,0}) all-gather-start(%w), dimensions={0}
   %e = f32[3]{0} add(%c, %c), metadata={op_name="all-reduce(x)"}
-  """
-  assert collectives(hlo) == [
-    ("all-reduce", "f32", 64),
-    ("all-reduce", "f32", 16),
-    ("all-reduce", "bf16", 4),
-    ("all-gather", "bf16", 64),
-  ]
-  assert collective_bytes(hlo) == 148
+}
+"""
+  # A collective of several arrays counts under the dtype of the largest.
+  assert collective_bytes(hlo.parse(text), Layout(("seq",), (8,))) == {
+    "all-reduce f32": 64 + 16 + 4,
+    "all-gather bf16": 64,
+  }
 
 
 @pytest.mark.slow
-def test_traffic_does_not_grow_with_the_memory():
+def test_only_sums_over_queries_are_sent():
+  # That traffic does not grow with the memory: test_one_json_object.
   job = Job("sharded", "v5e:2x4", 8, 4, 2, 128, 128, 8 * 256)
-  traffic = [
-    compile_in_child(job._replace(keys=keys)).figures["collectives"]
-    for keys in (8 * 256, 2 * 8 * 256)
-  ]
-  assert traffic[0] == traffic[1]
   reduced = 128 * 4 * 128 * 4  # float32 [T, H, C]
-  (name, sent), *others = traffic[0].items()
+  traffic = compile_attention(job).figures["collectives"]
+  (name, sent), *others = traffic.items()
   assert name == "all-reduce f32" and not others
   # Output and dq; a maximum and a sum for each query and head.
   assert 2 * reduced <= sent <= 2.1 * reduced
@@ -111,8 +109,9 @@ def test_times_of_a_tiny_call():
       "--topology=v9:2x2: 'v9' is no generation of TPU; known are v5e, v5p,"
       " v6e, tpu7x",
     ),
-    ({"topology": "v5e"}, "--topology=v5e: give its chips, such as v5e:2x4"),
+    ({"topology": "v5e"}, "--topology=v5e: give its chips, such as v5e:4x4"),
     ({"topology": "v5e:2by4"}, "--topology=v5e:2by4: give its chips"),
+    ({"topology": "v5p:3x3x3"}, "--topology=v5p:3x3x3: there is no such slice"),
     ({"model": "70b"}, "--model=70b: known are 3b, 7b"),
     ({"keys": 0}, "--keys=0: give at least 1"),
   ],
@@ -122,18 +121,33 @@ def test_nonsense(changes, message):
     Options(**changes).check()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-  "arguments, message",
+  "outcome, figures, missing",
   [
-    (["--model=70b"], "--model=70b: known are 3b, 7b"),
-    (["--topology=v5p:3x3x3", *SMALL], "--topology=v5p:3x3x3: cannot compile"),
+    (Outcome({"temporaries": 1}), {"temporaries": 1}, ""),
+    (Outcome({"exhausted": "too much\nof it"}), None, "too much"),
+    (Outcome(None, True, "not compiled within 240 s"), None,
+     "not compiled within 240 s"),
   ],
-)
-def test_nonsense_in_a_process(arguments, message):
-  done = _run(*arguments)
+)  # fmt: skip
+def test_what_a_worker_answers(outcome, figures, missing, monkeypatch):
+  monkeypatch.setattr(attention_compile, "run_worker", lambda *_, **__: outcome)
+  found = compile_attention(Job("xla", "v5e:2x4", 1, 2, 1, 8, 8, 8))
+  assert (found.figures, found.missing) == (figures, missing)
+
+
+def test_a_crash_names_what_was_compiled(monkeypatch):
+  crash = Outcome(None, False, "Check failed: x")
+  monkeypatch.setattr(attention_compile, "run_worker", lambda *_, **__: crash)
+  with pytest.raises(UserError, match=r"cannot compile xla .*: Check failed"):
+    compile_attention(Job("xla", "v5e:2x4", 1, 2, 1, 8, 8, 8))
+
+
+@pytest.mark.slow
+def test_nonsense_in_a_process():
+  done = _run("--model=70b")
   assert done.returncode == 2, done.stderr
-  assert f"error: {message}" in done.stderr
+  assert "error: --model=70b: known are 3b, 7b" in done.stderr
   assert "Traceback" not in done.stderr
 
 
