@@ -7,9 +7,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Nothing of ours is left in, or read from, the user's own cache.
 os.environ.setdefault("HOURJAX_COMPILATION_CACHE", "off")
 # Instead one folder serves a whole run: this process makes it, and the workers
-# of pytest-xdist and the processes that tests start inherit these variables.
-# Eager calls of a model, for one, compile the same programs again and again;
-# the second time costs a twentieth.
+# of pytest-xdist and the processes that tests start inherit these variables. A
+# folder named in JAX_COMPILATION_CACHE_DIR is used and kept, which halves the
+# time of a second run.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["HOURJAX_TESTS_PROCESS"] = str(os.getpid())
   os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(
