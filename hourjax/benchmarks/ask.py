@@ -43,7 +43,7 @@ def measure_ask(
     seconds: length of the video.
 
   Returns:
-    `tiny`: for a tiny model the seconds `film` of a first question about a
+    `tiny`: for a tiny model the seconds `video` of a first question about a
     video file, which is read and encoded, `features` of a first question about
     the video's features, and `second` of another question about the same
     video; their ratios; and `peak_mib`. `3b`: what `operations` returns for
@@ -66,12 +66,12 @@ def measure_ask(
   first = _seconds(from_features, _REPEATS)
   found = {
     "frames": memory.num_frames,
-    "film": _seconds(from_file, _REPEATS),
+    "video": _seconds(from_file, _REPEATS),
     "features": first,
     "second": second,
     "peak_mib": peak_mib(),
   }
-  found["film_over_second"] = found["film"] / second
+  found["video_over_second"] = found["video"] / second
   found["features_over_second"] = first / second
   return {"tiny": found, "3b": operations(HOUR_LLAVA_3B, seconds)}
 
@@ -86,7 +86,7 @@ def operations(config: ModelConfig, frames: int) -> dict[str, float]:
   Returns:
     TFLOP to encode the video, to project its memory and to answer a question,
     and by what factor a first question costs more than a second one: about a
-    video file (`film_over_second`), and about features.
+    video file (`video_over_second`), and about features.
   """
   tokens = config.pool_side**2
   kept = 512 * (tokens // 4 + 1)
@@ -115,7 +115,7 @@ def operations(config: ModelConfig, frames: int) -> dict[str, float]:
     "encode_tflop": encode,
     "project_tflop": project,
     "question_tflop": ask,
-    "film_over_second": (encode + project + ask) / ask,
+    "video_over_second": (encode + project + ask) / ask,
     "features_over_second": (project + ask) / ask,
   }
 

@@ -63,10 +63,10 @@ def test_a_real_kernel(chip, rows):
     f"mxu{n}": flops * waste / (2 * units * rows**2) for n in range(units)
   }
   assert whole.rows == sent
-  shares = schedule.region_figures(flops, regions.whole, chip)
-  assert 0.1 < shares["share_of_peak"] <= 1
+  found = schedule.region_figures(flops, regions.whole, chip)
+  assert 0.1 < found["share_of_peak"] <= 1
   with_overhead = schedule.overhead_share(flops, regions, chip)
-  assert 0.05 < with_overhead < shares["share_of_peak"]
+  assert 0.05 < with_overhead < found["share_of_peak"]
   # All pieces of the grid's body have one name.
   named = [piece for part in regions for piece in part]
   inside = [piece for piece in kernel[0] if piece.depth]

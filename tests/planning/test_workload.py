@@ -41,7 +41,7 @@ def test_videomarathon_has_its_hours(stages):
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_short_videos_are_shown_as_training_shows_them(stored):
+def test_short_videos_have_the_frames_of_training(stored):
   parts = (workloads.Part("short", 400, "short"),)
   columns = workloads._draw(parts, 1.0, np.random.default_rng(0))
   visual = workloads._video_input(columns, stored)

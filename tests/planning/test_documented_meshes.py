@@ -1,4 +1,4 @@
-"""Meshes that documents and commands show are meshes that training takes."""
+"""Meshes in documents and in printed commands are meshes that training takes."""
 
 import ast
 import re
@@ -46,7 +46,7 @@ def _texts():
       yield path.relative_to(ROOT), text
 
 
-def _shown():
+def _documented():
   """(place, options) of every command or code span that sets a mesh."""
   for path, text in _texts():
     fenced = re.findall(r"^```.*?^```", text, re.M | re.S)
@@ -64,7 +64,7 @@ def _shown():
         yield f"{path}: {line.strip()}", dict(options)
 
 
-SHOWN = list(_shown())
+DOCUMENTED = list(_documented())
 
 
 def _experiment(options):
@@ -106,13 +106,13 @@ def _devices(options, mesh):
 
 
 def test_they_are_found():
-  places = {place.partition(":")[0] for place, _ in SHOWN}
+  places = {place.partition(":")[0] for place, _ in DOCUMENTED}
   assert places >= {"configs/README.md", "launch/README.md", "hourjax/plan.py"}
 
 
-@pytest.mark.parametrize("options", [x for _, x in SHOWN],
-                         ids=[place for place, _ in SHOWN])  # fmt: skip
-def test_a_mesh_that_is_shown_is_taken(options):
+@pytest.mark.parametrize("options", [x for _, x in DOCUMENTED],
+                         ids=[place for place, _ in DOCUMENTED])  # fmt: skip
+def test_a_mesh_in_a_document_is_taken(options):
   experiment = _experiment(options)
   slices = int(options.get("num_slices", 1))
   devices = _devices(options, experiment.mesh) * slices
@@ -125,16 +125,18 @@ def test_plan_refuses_what_training_would_and_says_what_it_takes():
   experiment = _experiment(given)
   with pytest.raises(UserError) as error:
     compile_step(experiment, topology, make_workload(experiment, "full"))
-  said = str(error.value)
-  assert said.startswith("config.batch_rows=16 cannot be split over 64 groups")
-  remedy = dict(re.findall(r"--([\w.]+)=(\d+)", said))
+  message = str(error.value)
+  assert message.startswith(
+    "config.batch_rows=16 cannot be split over 64 groups"
+  )
+  remedy = dict(re.findall(r"--([\w.]+)=(\d+)", message))
   assert remedy == {"config.batch_rows": "64", "config.accumulate": "1"}
-  assert "(64 rows a step instead of 48)" in said
+  assert "(64 rows a step instead of 48)" in message
   check_mesh(_experiment(given | remedy), topology.devices)
 
 
 @pytest.mark.parametrize(
-  "mesh, said",
+  "mesh, message",
   [
     ({"fsdp": 256}, "--config.batch_rows=256 --config.accumulate=1"),
     ({"fsdp": 6, "seq": 1}, "--config.batch_rows=18 --config.accumulate=3"),
@@ -142,10 +144,10 @@ def test_plan_refuses_what_training_would_and_says_what_it_takes():
     ({"fsdp": 5, "seq": 5}, "choose sizes whose product is 192"),
   ],
 )
-def test_other_meshes_that_do_not_fit(mesh, said):
+def test_other_meshes_that_do_not_fit(mesh, message):
   options = {f"config.mesh.{axis}": size for axis, size in mesh.items()}
   devices = mesh["fsdp"] * mesh.get("seq", 1) if mesh["fsdp"] != 5 else 192
-  with pytest.raises(UserError, match=re.escape(said)):
+  with pytest.raises(UserError, match=re.escape(message)):
     check_mesh(_experiment(options), devices)
 
 
