@@ -1,4 +1,4 @@
-"""Meshes in documents and in printed commands are meshes that training takes."""
+"""Meshes of documents and configurations divide what they have to divide."""
 
 import ast
 import re
