@@ -13,6 +13,11 @@ if TASK == "raise":
   raise ValueError("the compiler's reason")
 if TASK == "sleep":
   time.sleep(60)
+if TASK == "cache":
+  import jax
+
+  print(json.dumps(jax.config.jax_enable_compilation_cache))
+  sys.exit()
 print("something else")
 names = ("LIBTPU_INIT_ARGS", "JAX_ENABLE_COMPILATION_CACHE")
 print(json.dumps({"task": TASK, **{name: os.environ[name] for name in names}}))

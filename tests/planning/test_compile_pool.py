@@ -11,8 +11,6 @@ WORKER = "tests.planning.ending_worker"
 
 
 def test_an_answer_with_flags_and_without_the_compilation_cache():
-  # jax reads its own variable when it is imported: the worker need not, and
-  # saves the seconds of importing it.
   found = run_worker(WORKER, {"a": [1, 2]}, limit=60, flags="--x")
   assert found.answer == {
     "task": {"a": [1, 2]},
@@ -20,6 +18,12 @@ def test_an_answer_with_flags_and_without_the_compilation_cache():
     "JAX_ENABLE_COMPILATION_CACHE": "false",
   }
   assert (found.late, found.reason) == (False, "")
+
+
+@pytest.mark.slow
+def test_a_worker_compiles_whatever_is_in_the_cache(monkeypatch, tmp_path):
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+  assert run_worker(WORKER, "cache", limit=60).answer is False
 
 
 def test_an_abort_is_survived_and_says_why():
