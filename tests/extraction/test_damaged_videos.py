@@ -133,7 +133,7 @@ def test_prepare(folder):
   facts = {name: videos.fact(name) for name in names}
   videos.close()
   assert {name for name in names if facts[name].problem} == BAD
-  assert facts["12:30 title.mp4"].pictures == 20
+  assert facts["12:30 title.mp4"].num_frames == 20
   assert facts["part.mkv"].duration == pytest.approx(40, abs=0.1)
 
 
