@@ -23,7 +23,7 @@ from hourjax.training.checkpoint_format import (
 
 @runtime_checkable
 class _State(Protocol):
-  """A NamedTuple of pytrees, one of which is `step`, as `TrainState` is.
+  """Describes a NamedTuple of pytrees with a field `step`, as `TrainState`.
 
   A protocol, since `train_state` imports this module to start from a
   checkpoint's parameters.

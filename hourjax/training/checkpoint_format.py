@@ -56,15 +56,13 @@ def silence_orbax_errors() -> None:
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
-  """Returns whether a record is no error that Orbax logs."""
-  """Returns whether a record is no error that Orbax logs."""
+  """Returns whether a record is not an error that Orbax logs."""
   inside = f"{os.sep}orbax{os.sep}" in record.pathname
   return not inside or record.levelno < logging.ERROR
 
 
 def _not_abandoned(record: logging.LogRecord) -> bool:
-  """Returns whether a record is not about a coroutine given up by an error."""
-  """Returns whether a record is not about a coroutine given up by an error."""
+  """Returns whether a record is not about a coroutine that an error ended."""
   return "exception was never retrieved" not in record.getMessage()
 
 
@@ -170,7 +168,7 @@ def checkpoint_folder(workdir: str | os.PathLike) -> epath.Path:
 def checkpoint_steps(folder: epath.Path) -> list[int]:
   """Returns the steps of complete checkpoints, oldest first.
 
-  Whether they have been damaged since is not looked at.
+  It is not checked whether they have been damaged since.
   """
   if not folder.exists():
     return []
@@ -182,8 +180,7 @@ def checkpoint_steps(folder: epath.Path) -> list[int]:
 
 
 def _dtype(name: str) -> str:
-  """Returns the name of a dtype; raises ValueError if there is none of it."""
-  """Returns the name of a dtype; raises ValueError if there is none of it."""
+  """Checks that jax knows a dtype, and returns its name."""
   try:
     jnp.dtype(name)
   except TypeError:
@@ -212,7 +209,7 @@ class _Manifest(schema.Schema):
 def make_manifest(
   tree: Any, *, step: int, position: int, plan: str, config: dict[str, Any]
 ) -> dict[str, Any]:
-  """Returns what a checkpoint says of itself, with a checksum of this.
+  """Returns the manifest of a checkpoint, with a checksum of the manifest.
 
   Args:
     tree: of the arrays to be saved.
@@ -395,12 +392,10 @@ def _kind(value: list[Any] | None) -> str:
 
 def _crc(about: Mapping[str, Any]) -> int:
   """Returns the checksum of a manifest."""
-  """Returns the checksum of a manifest."""
   return zlib.crc32(json.dumps(about, sort_keys=True).encode())
 
 
 def _version(name: str) -> str:
-  """Returns the version of an installed package."""
   """Returns the version of an installed package."""
   try:
     return metadata.version(name)

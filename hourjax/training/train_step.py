@@ -145,8 +145,8 @@ def loss_sums(
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
   """Returns a batch's summed cross entropy and its number of label tokens.
 
-  Sums and not means: those of several micro-batches can be added, whatever
-  their numbers of label tokens.
+  Sums and not means, so that those of micro-batches with different numbers of
+  label tokens can be added.
   """
   hidden = model(batch)
   loss = vocabulary.cross_entropy(hidden, model.output_embedding, batch.target)
@@ -167,7 +167,7 @@ def token_losses(
 
 
 def gradient_norms(grads: Params) -> Scalars:
-  """Returns the global norm and that of each component that is trained.
+  """Returns the global gradient norm and the norm of each trained component.
 
   Returns:
     "grad_norm", and "grad_norm/COMPONENT" such as "grad_norm/memaug".
@@ -189,7 +189,7 @@ class TrainStep:
   exists once, however many micro-batches a step has.
 
   Attributes:
-    mesh: that everything is compiled for.
+    mesh: the mesh that both programs are compiled for.
     programs: the jitted functions "accumulate" and "update".
   """
 
@@ -199,7 +199,7 @@ class TrainStep:
     optimizer: optax.GradientTransformation,
     shardings: TrainState,
   ):
-    """Compiles nothing yet.
+    """Makes the jitted programs; they are compiled at their first call.
 
     Args:
       config: of the model.
@@ -236,17 +236,20 @@ class TrainStep:
       return self.programs["update"](state, sums)
 
 
-# Of the schedule in programs that are only lowered; it changes nothing there.
+# Steps of the learning-rate schedule in programs that are only lowered; the
+# number makes no difference to them.
 _STEPS = 1000
 
 
 def check_mesh(experiment: Experiment, devices: int, slices: int = 1) -> None:
-  """Refuses an experiment that so many devices cannot share; needs none.
+  """Checks that an experiment can be split over so many devices.
+
+  Only numbers are compared; no device is needed.
 
   Args:
     experiment: with its mesh.
     devices: how many there are.
-    slices: of TPU pods that they come from.
+    slices: how many TPU slices they belong to.
 
   Raises:
     UserError: the mesh does not use all devices, or does not divide the rows
@@ -259,14 +262,14 @@ def check_mesh(experiment: Experiment, devices: int, slices: int = 1) -> None:
 def lower_programs(
   experiment: Experiment, mesh: Mesh
 ) -> dict[str, jax.stages.Lowered]:
-  """Lowers the two programs of a train step; no array exists.
+  """Lowers the two programs of a train step, without any array.
 
   One optimizer step is `experiment.accumulate` calls of "accumulate" and one
   of "update".
 
   Args:
     experiment: of the run.
-    mesh: of real devices, or of a topology's.
+    mesh: of real devices, or of the devices of a topology.
 
   Raises:
     UserError: rows or parameters cannot be split over the mesh.
@@ -290,7 +293,7 @@ def lower_programs(
 
 
 def _check_split(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
-  """Raises a UserError if a mesh cannot share rows or parameters."""
+  """Raises a UserError if a mesh does not divide rows or parameters."""
   check_rows(
     mesh.shape,
     experiment.row_spec,
