@@ -58,7 +58,7 @@ def encode_conversation(
       several turns in a row.
     tokenizer: has the markup's tokens.
     system: the system prompt.
-    video: (duration in seconds, frames told to the model). The first human
+    video: (duration in seconds, frames stated in the prompt). The first human
       turn then opens with the visual slot and the time instruction; markers
       in the turns are dropped. What is left of the question is not stripped:
       "<image>\nWhy?" gives "...this video.\n\nWhy?", as in training.

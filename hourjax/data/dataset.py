@@ -211,7 +211,7 @@ class Dataset:
 
   @property
   def vocab_size(self) -> int:
-    """Number of ids that the tokenizer may give."""
+    """Returns the number of ids that the tokenizer may give."""
     return self._tokenizer.vocab_size
 
   def record(self, index: int) -> Record:

@@ -1,10 +1,10 @@
 """Forgetting: which memory tokens MemAug's queries start from.
 
-Everything about it is asked of one object, `Forgetting`, the configuration's
-`forgetting` section. It says
+One object, `Forgetting`, is the whole interface to it: the `forgetting` section
+of the configuration. It says
 
-    how many tokens it keeps   frame_count, cell_count: numbers alone, so that
-                               rows are planned before any file is opened
+    how many tokens it keeps   frame_count, cell_count: from counts alone, so
+                               that rows are planned before any file is opened
     what it needs              summarise_frames, needs_question
     what it keeps              kept_tokens: indices into the memory
 
@@ -82,10 +82,10 @@ class Embedder:
 
 
 class _Seen(NamedTuple):
-  """Holds what a temporal strategy may look at.
+  """Holds what a temporal strategy may use to choose frames.
 
   Attributes:
-    rng: used by strategies that draw.
+    rng: used by random strategies.
     summary: what the strategy's `summarise` returned.
     question: word ids of the question.
   """
@@ -147,8 +147,8 @@ def _nearest_to_question(
 ) -> Int[np.ndarray, "n"]:
   """Keeps the frames whose mean projected token is nearest to the question.
 
-  Nearness is the cosine to the mean word embedding. Without any word there is
-  nothing to be near to, and frames are kept evenly spaced.
+  Nearness is the cosine to the mean word embedding. For a question without any
+  word, evenly spaced frames are kept.
   """
   if seen.question is None:
     raise UserError(
@@ -185,7 +185,7 @@ TEMPORAL_STRATEGIES: dict[str, TemporalStrategy] = {
 
 @dataclasses.dataclass(frozen=True)
 class Forgetting:
-  """Describes how much is kept, and answers all questions about it.
+  """Describes a rule of forgetting: how many tokens are kept, and which.
 
   One of `ratio` tokens of a frame is kept, and one of `ratio` frames.
 
@@ -195,7 +195,7 @@ class Forgetting:
     temporal: "uniform" keeps evenly spaced frames, "random" draws them,
       "keyframe" keeps those that differ most from their neighbours, and
       "question" those that are nearest to the question.
-    ratio: kept share, as its inverse.
+    ratio: one frame of so many, and one token of so many in a frame, is kept.
     max_frames: at most so many frames are kept.
   """
 
@@ -217,7 +217,7 @@ class Forgetting:
 
   @property
   def needs_question(self) -> bool:
-    """Whether each question about a memory keeps tokens of its own."""
+    """Returns whether the kept tokens depend on the question."""
     return TEMPORAL_STRATEGIES[self.temporal].needs_question
 
   def frame_count(self, frames: Any) -> Any:
@@ -247,13 +247,13 @@ class Forgetting:
     Several conversations about one video can share the result.
 
     Args:
-      features: of the frames before their repetition; None where there are
-        none, as of images and of videos whose pixels are read.
+      features: of the frames before their repetition; None for images, and for
+        videos of which pixels are read.
       embedder: of the model; used if `needs_question`.
 
     Returns:
-      The argument of `kept_tokens`; None where nothing is needed or there are
-      no features.
+      The argument `summary` of `kept_tokens`; None where the strategy needs
+      nothing or there are no features.
     """
     summarise = TEMPORAL_STRATEGIES[self.temporal].summarise
     if summarise is None or features is None:
@@ -272,7 +272,7 @@ class Forgetting:
 
     Args:
       repository: the memory of one sample.
-      rng: used only by what is drawn.
+      rng: used only by random strategies.
       summary: what `summarise_frames` returned.
       question: word ids; used if `needs_question`.
 
@@ -331,11 +331,11 @@ class Forgetting:
 
 
 class KeptTokens:
-  """Holds what is kept of one memory, whatever is asked about it.
+  """Computes which tokens of one memory are kept for each question about it.
 
   Attributes:
-    candidates: int32, memory indices that some question may keep: all tokens
-      if the strategy asks for the question, else those that are kept.
+    candidates: int32, memory indices that may be kept for some question: all
+      of them if the strategy depends on the question, else the kept tokens.
   """
 
   candidates: Int32[np.ndarray, "n"]
@@ -348,12 +348,12 @@ class KeptTokens:
     features: Num[np.ndarray, "F Q V"] | None = None,
     embedder: Embedder | None = None,
   ):
-    """Prepares to answer for all questions; see `Forgetting`.
+    """Computes what does not depend on the question; see `Forgetting`.
 
     Args:
       rule: what to keep.
       repository: the memory.
-      seed: of what is drawn, the same for every question.
+      seed: of random strategies, the same for every question.
       features: as in `Forgetting.summarise_frames`.
       embedder: likewise.
     """

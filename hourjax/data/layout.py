@@ -21,8 +21,9 @@ from hourjax.errors import UserError
 class Layout:
   """Holds sources and positions of one sample, int32.
 
-  In a token or a source -1 means that the entry comes from the other of the
-  two.
+  Each query and each decoder position comes either from a word or from an
+  index into other tokens. Its token holds the word id and its source the index;
+  the one of the two that does not apply is -1.
 
   Attributes:
     repository: the memory, S tokens.
@@ -44,7 +45,7 @@ class Layout:
 
   @property
   def targets(self) -> np.ndarray:
-    """The label of the next position, [L]: what the logits are scored on.
+    """Returns the label of the next position, [L]: the target of its logits.
 
     Labels [-100 8 9] give targets [8 9 -100].
     """
@@ -97,7 +98,7 @@ def build_layout(
     )
   queries, decoder = _Columns(), _Columns()
   count = 0  # the next query position
-  start = 0  # of the text that is not laid out yet
+  start = 0  # index of the first word that is not laid out yet
   # Each round lays out the text before a slot and then the slot; the last
   # round has only text.
   for slot, index in [*zip(slots, kept), (len(ids), None)]:

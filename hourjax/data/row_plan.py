@@ -27,7 +27,7 @@ from hourjax.errors import UserError
 # at most WINDOW items has at most WINDOW rows.
 EPOCH = 10**10
 VERSION = 1  # changes with the rows that the same input gives
-WINDOW = 1000  # at most so many items are packed together
+WINDOW = 1000  # at most so many groups of samples are packed together
 
 Group = tuple[int, ...]  # samples that share one memory
 Row = tuple[Group, ...]
@@ -80,8 +80,9 @@ class RowPlan:
       members: the samples to use; all if None.
       memory: samples of the same number >= 0 read the same memory.
       stream: samples of different streams never share a row.
-      weight: how often each sample is taken in an epoch. Of weight 0.25, one
-        in four is taken, each in every fourth epoch.
+      weight: how often each sample is taken in an epoch. A sample of weight
+        0.25 is taken in one epoch of four, so that an epoch has a quarter of
+        the samples of that weight.
 
     Raises:
       UserError: there is no sample to plan with.
@@ -105,11 +106,11 @@ class RowPlan:
     self._planning = threading.RLock()  # rows are built in several threads
     self._epoch_order = functools.lru_cache(maxsize=2)(self._shuffle_epoch)
     self._pack = functools.lru_cache(maxsize=8)(self._pack_window)
-    # (epoch, window) -> rows; counting is all that walking over them takes.
+    # (epoch, window) -> number of rows, which is all that `advance` needs.
     self._counts: dict[tuple[int, int], int] = {}
 
   def row(self, position: int) -> tuple[int, Row]:
-    """Returns the row at a position: (epoch, groups of sample indices).
+    """Returns the epoch of a position and its row, groups of sample indices.
 
     Raises:
       IndexError: there is no row at this position.
@@ -188,8 +189,8 @@ class RowPlan:
   def _shuffle_epoch(self, epoch: int) -> "_EpochOrder":
     """Shuffles an epoch and cuts it into windows.
 
-    Windows of a stream are of equal length to one group, as a short last one
-    would pack badly: 2,500 groups become 833, 833 and 834.
+    The lengths of a stream's windows differ by at most one group, since a short
+    last window would pack badly: 2,500 groups become 833, 833 and 834.
     """
     samples, starts, windows = [], [], []
     taken, groups = 0, 0
@@ -208,7 +209,8 @@ class RowPlan:
     return _EpochOrder(
       np.concatenate(samples),
       np.append(np.concatenate(starts), taken),
-      # Without one where every weight is below 1 and no sample is due.
+      # One empty window if no sample is due in this epoch, which happens where
+      # every weight is below 1.
       windows or [(0, 0)],
     )
 
@@ -267,7 +269,7 @@ class RowPlan:
     most[video < 0] = 1
     first = np.flatnonzero(np.diff(video, prepend=-2))  # of each video
     lengths = np.diff(first, append=len(video))
-    # By the largest conversation about the video.
+    # All groups of a video are as small as its largest conversation demands.
     most = np.repeat(np.minimum.reduceat(most, first), lengths)
     place = np.arange(len(video)) - np.repeat(first, lengths)
     return taken, np.flatnonzero(place % most == 0)
@@ -316,7 +318,7 @@ class RowPlan:
   def _rng(
     self, epoch: int, purpose: str, part: int = 0
   ) -> np.random.Generator:
-    """Returns the random stream of one purpose, never used for another."""
+    """Returns a random generator that serves this purpose only."""
     code = ("samples", "windows", "rows", "turns").index(purpose)
     return np.random.default_rng([self._options.seed, epoch, code, part])
 
@@ -326,8 +328,9 @@ class _EpochOrder(NamedTuple):
 
   Attributes:
     samples: of all streams, group after group.
-    starts: where each group starts in `samples`, and their number.
-    windows: first group, and the one after the last, of each window.
+    starts: where each group starts in `samples`, and last the number of
+      samples.
+    windows: of each window the first group, and the group after its last.
   """
 
   samples: np.ndarray
@@ -346,7 +349,7 @@ def _permute_groups(
   order = rng.permutation(len(starts))
   lengths = lengths[order]
   ends = np.cumsum(lengths)
-  # Each sample's place before: its group's start and its place in the group.
+  # A sample's old place is its group's old start plus its place in the group.
   within = np.arange(len(samples)) - np.repeat(ends - lengths, lengths)
   return samples[np.repeat(starts[order], lengths) + within], ends - lengths
 

@@ -1,4 +1,4 @@
-"""Rows: samples packed side by side in fixed capacities, told apart by ids.
+"""Rows: samples packed into fixed capacities, distinguished by segment ids.
 
 Two samples of 3 and 2 decoder positions in a row of capacity 8:
 
@@ -62,7 +62,7 @@ class Size:
     return dataclasses.astuple(self)
 
   def fits(self, capacity: "Size") -> bool:
-    """Returns whether no number is larger than that of the capacity."""
+    """Returns whether every number is at most that of the capacity."""
     return all(a <= b for a, b in zip(self.astuple(), capacity.astuple()))
 
 
@@ -96,8 +96,8 @@ class Sample:
     kind: where its visual tokens come from.
     visual: [F, Q, V] stored features, or [n, h, w, 3] pixels (uint8, or float
       in [-1, 1]); None for text.
-    shares: the memory is that of the sample before it in the row, and is not
-      stored again.
+    shares: the sample reads the memory of the sample before it in the row,
+      and has none of its own in the row.
   """
 
   name: str
@@ -108,7 +108,7 @@ class Sample:
 
   @property
   def size(self) -> Size:
-    """What the sample takes of a row; a shared memory takes nothing."""
+    """Returns what the sample takes of a row; a shared memory takes nothing."""
     images = 0 if self.visual is None else len(self.visual)
     size = layout_size(self.layout, self.kind, images)
     if self.shares:
@@ -154,9 +154,10 @@ class RowSpec:
   image_size: int
 
   def visual_base(self, kind: Visual) -> int:
-    """Returns the row's number of the first visual token of a kind.
+    """Returns the index in a row at which visual tokens of a kind begin.
 
-    Numbers run through [features | frames | tiles | blends], as `batch` says.
+    Visual tokens are indexed through [features | frames | tiles | blends], as
+    `hourjax.batch` says.
     With room for 8 feature tokens, 2 frames of 4 tokens and 1 tile, features
     begin at 0, frames at 8 and tiles at 16.
     """
@@ -167,7 +168,7 @@ class RowSpec:
 
   @property
   def blend_base(self) -> int:
-    """The row's number of the first blended token."""
+    """Returns the index in a row at which blended tokens begin."""
     tiles = self.visual_base("tiles")
     return tiles + self.capacity.tiles * self.tile_tokens
 
@@ -190,9 +191,9 @@ def build_row(samples: Sequence[Sample], spec: RowSpec) -> Batch:
 def empty_rows(
   spec: RowSpec, rows: int, pixels: npt.DTypeLike = np.uint8
 ) -> Batch:
-  """Allocates arrays [rows, ...] whose content does not matter yet.
+  """Allocates uninitialised arrays [rows, ...].
 
-  They are aligned, so that the CPU backend takes them without a copy.
+  Their memory is aligned, so that the CPU backend takes them without a copy.
 
   Args:
     spec: of the rows.
@@ -247,20 +248,20 @@ class Row:
 
     Args:
       spec: of the row.
-      arrays: that are filled; their content before does not matter.
+      arrays: filled in place; what they hold before does not matter.
     """
     self._spec, self._arrays = spec, arrays
     self._count = 0
-    # Segment id of the last memory, and what lay before it in the row. A
-    # sample that shares its memory reads that one.
+    # Of the memory placed last: its segment id, and how much of the row was
+    # used before it. A sample with `shares` reads this memory.
     self._memory = (0, Size())
     self.used = Size()
 
   @property
   def features_left(self) -> np.ndarray:
-    """The place [n, V] for the next sample's stored features.
+    """Returns the part [n, V] of the row that holds the next stored features.
 
-    Whoever reads features right into it saves a copy.
+    Reading features from disk directly into it saves a copy.
     """
     return self._arrays.features[self.used.features :]
 
@@ -384,7 +385,7 @@ def _pixel_dtype(samples: Sequence[Sample]) -> npt.DTypeLike:
 
 
 def _visual_offset(sample: Sample, used: Size, spec: RowSpec) -> int:
-  """Returns the row's number of a sample's first visual token."""
+  """Returns the index in a row of a sample's first visual token."""
   tokens = {
     "features": 1,
     "frames": spec.frame_tokens,

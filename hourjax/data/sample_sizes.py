@@ -28,7 +28,7 @@ class VideoInput(NamedTuple):
   """Holds the visual input of M videos, in numbers.
 
   Attributes:
-    num_frames: that the model is shown of each video, before any repetition;
+    num_frames: how many frames of each video are used, before any repetition;
       0 where the video cannot be used.
     duration: in seconds; 0 where the video cannot be used.
     stored: whether frames come as features or, False, as pixels.
@@ -42,7 +42,7 @@ class VideoInput(NamedTuple):
 
 
 def video_input(columns: Columns, features: FeatureStore | None) -> VideoInput:
-  """Counts the frames that are shown of each video; see `frame_rules`.
+  """Counts the frames that are used of each video; see `frame_rules`.
 
   Args:
     columns: name the videos.
@@ -67,7 +67,7 @@ def video_input(columns: Columns, features: FeatureStore | None) -> VideoInput:
 def stored_frames(
   features: FeatureStore, name: str
 ) -> tuple[float, np.ndarray]:
-  """Returns a stored video's duration and the indices of the frames shown.
+  """Returns a stored video's duration and the indices of the frames used.
 
   Args:
     features: the store.
@@ -82,7 +82,7 @@ def stored_frames(
 
 
 def _stored_count(features: FeatureStore, name: str) -> tuple[float, int]:
-  """Returns duration and number of frames shown.
+  """Returns a stored video's duration and the number of frames used.
 
   Only numbers: arrays of frames would take seconds for 28,000 videos.
   """
@@ -246,7 +246,7 @@ def _video_sizes(
   Args:
     sizes: [N, 7], of which the columns of memory and visual input are set.
     at: int [n], the samples about videos.
-    frames: int [n], shown of each sample's video.
+    frames: int [n], how many are used of each sample's video.
     visual: says whether they come as features.
     spec: of the rows.
     rule: of forgetting.

@@ -108,7 +108,7 @@ class Tokenizer:
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """Sixteen hexadecimal digits, the same for tokenizers that agree."""
+    """Returns 16 hexadecimal digits, the same for tokenizers that agree."""
     whole = self._backend.to_str().encode()
     return hashlib.sha256(whole).hexdigest()[:16]
 
