@@ -1,4 +1,4 @@
-"""The attention calls of the model, and the choice of who computes them.
+"""The attention calls of the model, and the choice of their implementation.
 
 `attention` is differentiable attention between whole rows, for training and
 prefill. `cached_attention` serves decoding: a few new tokens read a cache.
@@ -22,14 +22,14 @@ from hourjax.kernels.sharded import Backend, Sharding
 from hourjax.kernels.tpu import call as tpu
 from hourjax.kernels.tpu.tiles import AttentionTiles
 
-# Who computes attention -> the platform that it runs on ("": on any).
+# Implementation -> the platform that it runs on ("": on any).
 IMPLEMENTATIONS = {"tpu": "tpu", "triton": "gpu", "reference": ""}
 _OF_PLATFORM = {"tpu": "tpu", "gpu": "triton"}  # elsewhere the reference
-_NEVER = -1e30  # the score of a key that is not seen; finite, see constants
+_NEVER = -1e30  # the score of a masked key; finite, see constants
 
 
 class _Options(NamedTuple):
-  """Holds what a call fixes while it is traced."""
+  """Holds the static arguments of a call."""
 
   causal: bool
   sharding: Sharding | None
@@ -92,7 +92,7 @@ def attention(
 def choose_implementation(
   name: str | None, sharding: Sharding | None = None
 ) -> str:
-  """Returns who computes attention: a key of `IMPLEMENTATIONS`.
+  """Returns the implementation that a call uses, a key of `IMPLEMENTATIONS`.
 
   Args:
     name: what the caller asks for; None leaves it to the platform.
@@ -119,10 +119,11 @@ def choose_implementation(
 
 
 def platform(sharding: Sharding | None = None) -> str:
-  """Returns what is compiled for: "tpu", "gpu" or "cpu".
+  """Returns the platform that is compiled for: "tpu", "gpu" or "cpu".
 
-  The devices of the given mesh or of the one that is set (they may be of a
-  topology, for compiling without a TPU), else the default device.
+  That is the platform of the given mesh, else of the mesh that is set (its
+  devices may be of a topology, for compiling without a TPU), else of the
+  default device.
   """
   mesh = None if sharding is None else sharding.mesh
   if isinstance(mesh, jax.sharding.Mesh):
@@ -185,8 +186,9 @@ def _attention(
   sharding = options.sharding
   if not options.causal or sharding is None:
     return _computed(q, k, v, query_segment, key_segment, options)
-  # Each device attends whole sequences: no collective is within what has a
-  # gradient of its own, so it may stand inside of shard_map.
+  # After the all-to-all each device has whole sequences of some heads. The part
+  # with a custom gradient then has no collective, so it may be differentiated
+  # inside of shard_map.
   specs = sharding.specs()
   local = functools.partial(_computed, options=options._replace(sharding=None))
   call = _shard_map(
@@ -400,7 +402,7 @@ def cached_attention(
   """Computes causal attention of a few new tokens that follow cached ones.
 
   New token m sees the first `length` cached tokens and the new ones up to
-  itself. A decoder does this for every word that it writes: little arithmetic
+  itself. A decoder does this for every token that it decodes: little arithmetic
   over much memory, so it is plain JAX. On a mesh the compiler splits it as
   the cache is split, and sums over devices what is small.
 
@@ -429,7 +431,7 @@ def cached_attention(
   before = jnp.tril(jnp.ones((new, new), bool))
   own = jnp.where(before[None, None, None], _scores(q, k) * scale, _NEVER)
   # One softmax over both parts, which are never joined: joining would copy
-  # the cache for every word.
+  # the cache for every token.
   top = jnp.maximum(earlier.max(-1), own.max(-1))[..., None]
   earlier, own = jnp.exp(earlier - top), jnp.exp(own - top)
   total = earlier.sum(-1) + own.sum(-1)

@@ -193,16 +193,16 @@ def _kernel(
   most: int,
   scale: float,
 ) -> None:
-  """Works off one block, as the module's docstring shows.
+  """Computes one block, as the module's docstring shows.
 
   Args:
-    blocks_ref: and the references after it: operands, results and scratch, of
-      the shapes above.
+    blocks_ref: blocks of the schedule. Shapes of all references are beside the
+      parameters above.
     query_low: least segment id of each query tile.
     query_high: largest segment id of each query tile.
     key_low: least segment id of each key chunk.
     key_high: largest segment id of each key chunk.
-    key_only: the id that a key chunk is all of, or 0.
+    key_only: the one id that all keys of a chunk have, or 0 if they differ.
     q_ref: a query tile.
     d_out_ref: gradient of its output.
     lse_ref: its log-sum-exp.
@@ -268,7 +268,8 @@ def _kernel(
       score: S^T of the unit.
       d_weight: dP^T of the unit.
       lse: of the rows, in powers of two.
-      allowed: which scores count; None leaves that to lse.
+      allowed: which scores count, bool [chunk, unit]; None if `lse` already
+        masks whole rows.
     """
     keys = pl.ds(key, shape.chunk)
     weight = jnp.exp2(score * (scale * LOG2E) - lse)

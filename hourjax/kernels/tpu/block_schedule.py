@@ -63,7 +63,7 @@ class BlockSchedule(NamedTuple):
     blocks: int32 [B, most], the blocks of each row in order; the places after
       its last block repeat that block without flags, so that nothing is
       computed there and no tile is fetched anew.
-    count: int32 [], blocks of the row that has most.
+    count: int32 [], the number of blocks of the row that has the most.
     query: ranges of the query tiles.
     key: ranges of the key chunks.
   """
@@ -115,7 +115,7 @@ class IndexMaps(NamedTuple):
 
 
 def index_maps(most: int) -> IndexMaps:
-  """Returns where the tiles of a block lie.
+  """Returns the functions by which Pallas finds the tiles of a block.
 
   Args:
     most: blocks for which each row of the schedule has room.
@@ -163,8 +163,9 @@ def make_schedule(
     query_tiles: number of query tiles.
     key_tiles: number of key tiles.
     chunks: chunks of a key tile; ranges of keys are kept by chunk.
-    by_key: whether blocks of one key tile are neighbours, else those of one
-      query tile. Every tile of that kind has a block, if only to write zeros.
+    by_key: True lists the blocks key tile by key tile, False query tile by
+      query tile. Each of these tiles has at least one block, if only to write
+      zeros.
   """
   query = _ranges(query_segment, query_tiles)
   key = _ranges(key_segment, key_tiles * chunks)

@@ -11,8 +11,9 @@ bits. A call that needs more is made in parts (`kernels.chunking`):
             keys         the schedule is too long, or    dq summed: float32
                          these sums are
 
-An hour of video is one call, and no length is refused. Of the rows of a batch
-as many are taken at once as there is scalar memory for.
+An hour of video is one call, and no length is refused. Rows of a batch are
+computed together as far as scalar memory holds their schedules, else in groups
+one after the other.
 """
 
 import functools
@@ -38,8 +39,8 @@ from hourjax.kernels.tpu.tiles import (
 
 _DTYPES = (jnp.bfloat16, jnp.float32)
 # Most bytes of float32 dk and dv that are summed over parts of the queries.
-# The keys that they are of are a tenth of a second's work, beside which the
-# cost of another part does not show.
+# Computing the gradients of so many keys takes about a tenth of a second. One
+# more part costs next to nothing beside that.
 SUMS = 256 * MIB
 
 
@@ -136,19 +137,19 @@ def check(
   vmem: int,
   tiles: AttentionTiles,
 ) -> None:
-  """Refuses, by name, what the kernels do not do.
+  """Checks that the kernels can compute a call.
 
   Args:
     q: queries.
     k: keys.
     v: values.
     shape: how the call is cut into tiles.
-    vmem: bytes of VMEM that the kernel takes with it.
-    tiles: whose limit counts.
+    vmem: bytes of VMEM that the kernel takes for this shape.
+    tiles: for their limit of VMEM.
 
   Raises:
-    ValueError: for dtypes other than bfloat16 and float32 or that differ, and
-      tiles that VMEM does not hold. Neither depends on how long anything is.
+    ValueError: for dtypes that differ or are neither bfloat16 nor float32, and
+      for tiles that VMEM does not hold. Neither depends on a length.
   """
   check_dtypes(q, k, v)
   if vmem > tiles.vmem:
@@ -161,7 +162,7 @@ def check(
 
 
 def check_dtypes(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
-  """Refuses dtypes that are not all bfloat16 or all float32.
+  """Checks that the dtypes are all bfloat16 or all float32.
 
   Raises:
     ValueError: with the dtypes.
@@ -280,8 +281,9 @@ def split(
 def _split_keys(shape: Shape, fits: Callable[[Shape], bool]) -> Shape:
   """Reduces the key tiles to those of one part that fits.
 
-  Up to twice as many parts as need be are taken if they are of one length:
-  else all keys would be copied to pad the last part.
+  If the least number of parts does not divide the key tiles, up to twice as
+  many are taken to find one that does: else padding the last part would copy
+  all keys.
   """
   fewest = _fewest(shape, "key_tiles", fits)
   even = (n for n in range(fewest, 2 * fewest) if shape.key_tiles % n == 0)
@@ -289,7 +291,7 @@ def _split_keys(shape: Shape, fits: Callable[[Shape], bool]) -> Shape:
 
 
 def _fewest(whole: Shape, name: str, fits: Callable[[Shape], bool]) -> int:
-  """Returns the least number of parts of which each fits.
+  """Returns the least number of parts such that each of them fits.
 
   If none does, every tile is a part.
   """
@@ -299,7 +301,7 @@ def _fewest(whole: Shape, name: str, fits: Callable[[Shape], bool]) -> int:
 
 
 def _part(whole: Shape, name: str, parts: int) -> Shape:
-  """Reduces the tiles of this kind to those of one of so many parts."""
+  """Divides the tiles counted in the field `name` by `parts`, rounding up."""
   return whole._replace(**{name: -(-getattr(whole, name) // parts)})
 
 
@@ -312,7 +314,7 @@ def _lengths(shape: Shape) -> dict[str, int]:
 
 
 def _listed(shape: Shape) -> bool:
-  """Returns whether blocks can name the tiles, and scalar memory holds all."""
+  """Returns whether 13 bits number the tiles and SMEM holds the schedule."""
   tiles = max(shape.query_tiles, shape.key_tiles)
   return tiles <= block_schedule.MOST_TILES and row_scalars(shape) <= SMEM
 
@@ -320,7 +322,7 @@ def _listed(shape: Shape) -> bool:
 def row_scalars(shape: Shape) -> int:
   """Returns the bytes of scalar memory for one row's block schedule."""
   blocks = shape.query_tiles * shape.key_tiles  # at most: if all tiles meet
-  # Least and largest id of query tiles; of key chunks also the only one.
+  # Ranges of ids: low and high of query tiles; low, high and only of chunks.
   ranges = 2 * shape.query_tiles + 3 * shape.key_tiles * shape.chunks
   return 4 * (blocks + ranges)
 

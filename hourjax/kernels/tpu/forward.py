@@ -232,16 +232,16 @@ def _kernel(
   to_power: float,
   running: bool,
 ) -> None:
-  """Works off one block, as the module's docstring shows.
+  """Computes one block, as the module's docstring shows.
 
   Args:
-    blocks_ref: and the references after it: operands, results and scratch, of
-      the shapes above.
+    blocks_ref: blocks of the schedule. Shapes of all references are beside the
+      parameters above.
     query_low: least segment id of each query tile.
     query_high: largest segment id of each query tile.
     key_low: least segment id of each key chunk.
     key_high: largest segment id of each key chunk.
-    key_only: the id that a key chunk is all of, or 0.
+    key_only: the one id that all keys of a chunk have, or 0 if they differ.
     q_ref: a query tile.
     k_ref: a key tile.
     v_ref: its values.
@@ -298,7 +298,7 @@ def _kernel(
     """
     mine = query_segment[0, 0] == key_only[chunk]
 
-    # Only where the segment may begin can there be rows without a reference.
+    # Rows without a reference exist only in the first key tile of a segment.
     @pl.when(block_schedule.has(block, block_schedule.NEW))
     def _() -> None:
       for at in shape.row_units:
@@ -325,7 +325,7 @@ def _kernel(
     i = block_schedule.query_tile(block) + b * shape.query_tiles
 
     def add_chunk(c: jax.Array, only: jax.Array | None) -> None:
-      """Adds chunk c; `only` is the segment of all of it, or None."""
+      """Adds chunk c; `only` is the segment of all its keys, or None."""
       key = pl.multiple_of(c * shape.chunk, shape.chunk)
       value = values(key)
       for at in shape.row_units:
@@ -370,7 +370,7 @@ def _kernel(
     safe = jnp.where(seen, total, 1.0)
     out_ref[0, 0, 0] = (acc_ref[...] / safe).astype(out_ref.dtype)
     lse = top_ref[...] / LOG2E + jnp.log(safe)
-    # Infinite where the sum is too large, because the reference was left too
-    # far behind, or is not a number: `forward` then repeats the call.
+    # Infinite where the sum is not a number or too large, which happens when
+    # scores rise far above the reference: `forward` then repeats the call.
     lse = jnp.where(total <= LARGEST, lse, jnp.inf)
     lse_ref[0, 0, 0] = jnp.where(total == 0, NEVER, lse)

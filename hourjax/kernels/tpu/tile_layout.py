@@ -41,7 +41,7 @@ def dot_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
   """Contracts the last dimension of a with dimension `axis` of b."""
-  # The precision is set outright: under a global "highest", which a caller may
+  # The precision is set here: under a global "highest", which a caller may
   # have set, the compiler refuses bfloat16 products.
   choice = jax.lax.Precision
   precision = choice.HIGHEST if a.dtype == jnp.float32 else choice.DEFAULT
@@ -55,7 +55,7 @@ def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
 
 
 def mask(key_segment: jax.Array, query_segment: jax.Array) -> jax.Array:
-  """Returns which scores are of one segment, bool [keys, rows].
+  """Returns for which scores key and query have one segment, bool [keys, rows].
 
   Args:
     key_segment: int32 [1, keys].

@@ -13,7 +13,7 @@ candidates for a chip and prints the best ones.
                   v +-------+-------+-------+-------+
 
 A block, the scores of one query tile and one key tile, is `keys` x `rows`. It
-is worked off in units of `chunk` x `unit`: row by row of the picture, the
+is computed in units of `chunk` x `unit`: row by row of this figure, the
 scores of the next unit being multiplied while the softmax of this one runs.
 """
 
@@ -29,11 +29,12 @@ SMEM = 512 << 10
 
 
 class Tiles(NamedTuple):
-  """Holds the sizes of what one block of a kernel works on.
+  """Holds the sizes of a kernel's tiles and of the units within a block.
 
   Attributes:
-    rows: columns of a query tile, the G heads of a KV group side by side, so
-      that a key that is read from HBM serves all of them.
+    rows: score rows of a query tile, which are its columns in memory: the
+      queries of all G heads of a KV group side by side, so that a key that is
+      read from HBM serves all of them.
     keys: keys of a key tile.
     chunk: keys of a unit; divides `keys`.
     unit: rows of a unit; best a divisor of `rows`.
@@ -105,7 +106,7 @@ class Shape(NamedTuple):
 def cut(
   tiles: Tiles, *, queries: int, keys: int, groups: int, dim: int
 ) -> Shape:
-  """Cuts a call into tiles; smaller ones than asked for where it is small.
+  """Cuts a call into tiles, smaller ones than `tiles` if the call is small.
 
   With tiles of 1,024 rows and G = 8 heads, a tile holds 128 queries; 9,728
   queries are 76 tiles.
