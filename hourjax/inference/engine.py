@@ -40,13 +40,13 @@ from hourjax.training.batch_sharding import BatchSharding
 
 # On a CPU, a model of this many parameters takes seconds a layer.
 _SLOW_PARAMETERS = 10**9
-# Capacities are multiples of this: whole tiles that many meshes divide.
+# Capacities are multiples of this: whole tiles, divisible by many mesh sizes.
 _CAPACITY_STEP = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedMemory:
-  """Holds a memory cache, and which memory tokens lie where in it.
+  """Holds a memory cache, and the place of each memory token in it.
 
   Without arguments: the memory of a prompt of text alone, which has no tokens.
 
@@ -69,7 +69,7 @@ class EncodedMemory:
 
 
 class _LayerProgress:
-  """Shows a bar over the layers that have read a prompt.
+  """Shows a progress bar over the layers through which a prompt has run.
 
   There is one object for the process, since a compiled program keeps the
   callback that it was traced with.
@@ -99,7 +99,7 @@ _LAYER_PROGRESS = _LayerProgress()
 
 
 class Engine:
-  """Runs a model on a mesh: memories are encoded, prompts read and answered.
+  """Encodes memories, prefills prompts and decodes answers on a mesh.
 
   Lengths are rounded up to few capacities, so that few shapes are compiled.
 
@@ -171,8 +171,8 @@ class Engine:
       cache = steps.encode_memory(
         self._step_params, self._on_devices(batch, spec), config=self.config
       )
-    # Sequence sharding reorders memory positions too: with the tokens' indices
-    # in their place it tells which token lies where.
+    # Sequence sharding reorders `memory_position`. Given the tokens' indices
+    # instead of positions, it returns which token lies at each place.
     index = np.arange(size.memory, dtype=np.int32)
     padding = np.full(spec.capacity.memory - size.memory, -1, np.int32)
     indexed = batch._replace(memory_position=np.append(index, padding)[None])
@@ -282,7 +282,7 @@ class Engine:
     """Decodes up to `num_steps` tokens more of each answer.
 
     Args:
-      state: answers so far; used up.
+      state: answers so far; its buffers are donated.
       sampling: how tokens are chosen.
       stop_tokens: tokens that end an answer.
       max_tokens: longest answer.
@@ -306,7 +306,7 @@ class Engine:
     """Appends the next turn to the one conversation that is decoded.
 
     Args:
-      state: state of one row; used up.
+      state: state of one row; its buffers are donated.
       tokens: tokens of the turn, after what is in the KV cache.
       max_tokens: longest answer that the KV cache has room for.
     """
@@ -336,7 +336,7 @@ class Engine:
   def _reading(
     self, layers: int, spec: RowSpec
   ) -> contextlib.AbstractContextManager[None]:
-    """Shows the layers of a slow model, or reports that it is compiled."""
+    """Shows the layers that a slow model has run, or reports a compilation."""
     if self.slow:
       return _LAYER_PROGRESS.over(layers)
     return self._compiling("the question", spec)
@@ -347,7 +347,7 @@ class Engine:
   def _sharded_queries(
     self, queries: Int[np.ndarray, "W"], spec: RowSpec
   ) -> Int[jax.Array, "1 w"]:
-    """Returns where sequence sharding puts these queries of a row, padded.
+    """Returns the places of these queries in a sharded row, padded with -1.
 
     Of n devices, query t lies on device t % n, there at place t // n.
     """
@@ -422,7 +422,7 @@ def _rounded_visual(size: Size, kind: Visual, frame_tokens: int) -> int:
 
 
 def _count_kept(layout: Layout, kept: np.ndarray) -> Layout:
-  """Returns a layout whose query sources count the kept tokens.
+  """Returns a layout whose query sources are indices into the kept tokens.
 
   With kept 20 30 10, sources -1 30 10 20 become -1 1 2 0.
   """

@@ -197,7 +197,7 @@ class Model:
 
   @functools.cached_property
   def _embedder(self) -> Embedder:
-    """Word embeddings and projector on the host, for the forgetting rule."""
+    """Copies word embeddings and projector to the host, for forgetting."""
     params = self.engine.params
     return Embedder(
       {path: np.asarray(params[path]) for path in EMBEDDER_PARAMS}
