@@ -28,7 +28,8 @@ MIB = 1 << 20
 # reading it raises.
 UNKNOWN: Any = None
 
-# What a clock on the wall leaves of a schedule, which knows of no waiting.
+# Assumed ratio of measured speed to that of the compiler's schedule, which
+# contains neither stalls nor waiting for HBM.
 CLOCK_SHARE = 0.85
 
 
@@ -52,7 +53,7 @@ class Efficiency(NamedTuple):
 
 
 class Accelerator(NamedTuple):
-  """Describes how Cloud TPU rents a generation, as "v5litepod-16".
+  """Describes how Cloud TPU names slices to rent, such as "v5litepod-16".
 
   `launch/tpu/accelerators.py` runs on laptops without jax and so repeats
   these facts; a test compares the two.
@@ -61,7 +62,7 @@ class Accelerator(NamedTuple):
     prefix: what stands before the hyphen.
     counts: what the number after the hyphen counts in one chip: 1, or 2 where
       it counts TensorCores.
-    one_host: most chips that are rented as one host.
+    one_host: chips of the largest slice that has a single host.
   """
 
   prefix: str
@@ -99,8 +100,8 @@ class Chip:
     hbm_bandwidth: bytes a second of a chip.
     dims: dimensions of its torus; a chip has two links in each.
     link: bytes a second of one ICI link in one direction.
-    wraps: length of a torus dimension from whose multiples on the last chip
-      is linked to the first.
+    wraps: a dimension of the torus whose length is a multiple of this is a
+      ring: its last chip is linked to its first.
     dcn: bytes a second of a chip between slices, in one direction.
     largest: chips of the largest slice along each dimension.
     host: chips of a VM.
@@ -391,7 +392,7 @@ CHIPS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-  """Returns the generation of a jax device; None if it is no known TPU."""
+  """Returns the generation of a jax device; None if it is not a known TPU."""
   for chip in CHIPS.values():
     if device_kind in chip.kinds:
       return chip

@@ -1,4 +1,4 @@
-"""Collectives of functions that run on each device's own part of arrays.
+"""Collectives for functions that run on each device's own part of arrays.
 
 `local_shard_map` makes such a function, and the others are called within it.
 They are named as in `jax.lax`, and take names of mesh axes. Where no mesh is

@@ -71,7 +71,7 @@ def weight_gradients(
     d_y: gradient of its output.
     axes: logical axes of the kernel.
     lead: logical axes of a and b.
-    dtype: of the sums; the kernel's.
+    dtype: of the sums; that of the stored kernel.
 
   Returns:
     The gradients in `dtype`, split as the parameters are stored.
@@ -120,7 +120,7 @@ def _gathered_axes(axis: str | None) -> tuple[str, ...]:
 
 
 def _summed(lead: Names, scattered: tuple[str, ...]) -> tuple[str, ...]:
-  """Returns the mesh axes of the leading dimensions, less the scattered."""
+  """Returns the mesh axes of the leading dimensions, without the scattered."""
   names = [name for axis in lead if axis for name in RULES[axis]]
   return tuple(name for name in names if name not in scattered)
 
@@ -140,10 +140,10 @@ def _join(part: jax.Array, names: tuple[str, ...], dim: int) -> jax.Array:
 def _gather_steps(names: tuple[str, ...], size: int) -> list[tuple[str, ...]]:
   """Returns which mesh axes are gathered over together, the innermost first.
 
-  On a two-dimensional torus all of them at once, which uses all its links. On
-  one of three dimensions, or for few bytes, the compiler would make of that a
-  sum of zeros and parts over all devices, which sends twice as much; there it
-  is one axis after the other.
+  On a two-dimensional torus all axes are gathered at once, which uses all its
+  links. On a three-dimensional torus, and for few bytes, the compiler would
+  turn that into a sum over all devices of parts padded with zeros, which sends
+  twice as much; there one axis is gathered after the other.
 
   Args:
     names: of the mesh axes.
@@ -175,8 +175,8 @@ def _scatter(whole: jax.Array, names: tuple[str, ...], dim: int) -> jax.Array:
 def _as_tiles(part: jax.Array) -> jax.Array:
   """Reshapes a part to rows of 128 numbers where that is possible.
 
-  The TPU stores arrays in tiles of 8 x 128 numbers. A few rows of a matrix are
-  no whole tile: they would be padded before they are sent, or summed together
+  The TPU stores arrays in tiles of 8 x 128 numbers. A few rows of a matrix do
+  not fill a tile: they would be padded before they are sent, or summed together
   with the rows of all other devices.
   """
   return part.reshape(-1, LANES if part.size % LANES == 0 else part.size)

@@ -29,7 +29,7 @@ _WAIT = "HOURJAX_WAIT_SECONDS"
 _MESSAGE_BYTES = 4096
 # Seconds after which the others notice that a process is gone.
 _SILENCE = 60
-_LAST_WORDS = 2  # seconds in which others may print why they failed
+_LAST_WORDS = 2  # seconds that process 0 leaves others to print their errors
 
 
 def start_hosts() -> None:
@@ -58,8 +58,8 @@ def start_hosts() -> None:
     except UserError as error:
       if by_hand:
         raise
-      # Nobody's mistake: a machine was taken away or is late. Without a
-      # UserError, whoever looks after the run (launch/tpu_vm.py) restarts it.
+      # Not a mistake of the user: a machine was preempted or is late. As it is
+      # no UserError, launch/tpu_vm.py starts the run again.
       sys.exit(f"error: {error}")
   try:
     jax.distributed.initialize(heartbeat_timeout_seconds=_SILENCE, **settings)
@@ -105,7 +105,7 @@ def _detected(seconds: float) -> dict[str, Any]:
 
 
 def settings_of(environ: Mapping[str, str]) -> dict[str, Any] | None:
-  """Returns arguments of `jax.distributed.initialize`; None: do not call it.
+  """Returns arguments for `jax.distributed.initialize`, None not to call it.
 
   They are empty on TPU VMs, where jax asks the metadata server for them. On a
   machine without TPU chips, importing jax has set TPU_SKIP_MDS_QUERY.
@@ -163,7 +163,7 @@ def index() -> int:
 
 
 def is_primary() -> bool:
-  """Returns whether this process writes what only one may write."""
+  """Returns whether this is process 0, which writes what only one may write."""
   return index() == 0
 
 
@@ -184,21 +184,21 @@ def agree(message: str) -> dict[int, str]:
   data = np.frombuffer(message.encode()[:_MESSAGE_BYTES], np.uint8)
   mine[: len(data)] = data
   every = np.asarray(multihost_utils.process_allgather(mine))
-  told = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in every]
-  return {i: text for i, text in enumerate(told) if text}
+  texts = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in every]
+  return {i: text for i, text in enumerate(texts) if text}
 
 
 def tell(message: str) -> str:
-  """Returns the first process's message, on all of them; see `agree`."""
+  """Returns the message of process 0, on all processes; see `agree`."""
   return agree(message if is_primary() else "").get(0, "")
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """Runs a block so that it fails on all processes or on none.
+  """Runs a block; if it fails on one process, it fails on all of them.
 
-  So no process waits in a collective for one that has ended. The block must
-  have no collectives itself.
+  So no process waits in a collective for one that has ended. The block itself
+  must contain no collective.
 
   Raises:
     UserError: it failed on another process; with its message.
@@ -209,17 +209,17 @@ def together() -> Iterator[None]:
   except Exception as error:
     failure = error
   message = f"{failure or type(failure).__name__}" if failure else ""
-  told = agree(message)
+  messages = agree(message)
   if failure is not None:
     raise failure
-  if told:
-    process, text = min(told.items())
+  if messages:
+    process, text = min(messages.items())
     raise UserError(f"process {process} of {count()}: {text}")
 
 
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
-  """Ends the process at once on an error of which others may not know.
+  """Ends the process at once on an error that others may not have noticed.
 
   An ordinary exit would wait for the other processes, and these, in a
   collective, for this one. Once this process is gone jax ends the others,
@@ -241,7 +241,7 @@ def leaving() -> Iterator[None]:
       flush=True,
     )
     if is_primary():
-      # It is the one that all are connected to: where all have failed alike,
-      # the others shall have said why.
+      # All are connected to process 0 and end with it. Where all have failed
+      # alike, the others can print their errors first.
       time.sleep(_LAST_WORDS)
     os._exit(2 if expected else 1)

@@ -2,10 +2,10 @@
 
 jax answers a port that is taken with a segmentation fault, and a process that
 does not come with an abort after five silent minutes. So they meet here first,
-at the same address, and get messages. Process 0 listens. Each process, 0 as
-well, to see that the address is its own, says who it is. Process 0 then tells
-all of them for whom they wait, that they can go on once all are there, or what
-is wrong.
+at the same address, with messages for what goes wrong. Process 0 listens. Each
+process connects and sends its number; process 0 does so too, which shows
+whether the address is its own. Process 0 then sends to all of them which
+processes are missing, that they can go on once all are there, or an error.
 
   process i to 0   hourjax-rendezvous I OF_N
   process 0 to i   wait WORDS       a few times a second
@@ -26,11 +26,11 @@ from hourjax.errors import UserError
 
 _HELLO = re.compile(r"hourjax-rendezvous (\d{1,7}) (\d{1,7})")
 _LINE = 4096  # bytes of a message, at most
-_QUIET = 5.0  # seconds of waiting before it is spoken of
-_EVERY = 15.0  # seconds between two lines about it
-_ANSWER = 10.0  # seconds in which a process 0 says something
+_QUIET = 5.0  # seconds of waiting before a line about it is printed
+_EVERY = 15.0  # seconds between two such lines
+_ANSWER = 10.0  # seconds within which process 0 answers
 _RETRY = 0.5
-_LINGER = 1.5  # seconds in which late ones still learn what is wrong
+_LINGER = 1.5  # seconds in which late processes are still sent the error
 
 
 def meet(address: str, processes: int, process: int, *, seconds: float) -> None:
@@ -43,8 +43,8 @@ def meet(address: str, processes: int, process: int, *, seconds: float) -> None:
     seconds: to wait for the others.
 
   Raises:
-    UserError: the port is taken, somebody does not come, or they disagree
-      about who they are. On all processes that came.
+    UserError: the port is taken, a process does not come, or two claim one
+      number or different counts. It is raised on all processes that came.
   """
   host, _, port = address.rpartition(":")
   host = host.strip("[]") or "localhost"
@@ -97,7 +97,7 @@ def _names(processes: Iterable[int]) -> str:
 
 
 class _Server:
-  """Runs the side of process 0: counts who is there."""
+  """Runs the side of process 0, which counts the processes that came."""
 
   def __init__(self, listener: socket.socket, processes: int, seconds: float):
     self._listener, self._processes = listener, processes
@@ -160,12 +160,12 @@ class _Server:
         self._here[process] = connection
 
   def _refuse(self, words: str) -> None:
-    """Fails the rendezvous; who comes in the next seconds is told so, too."""
+    """Fails the rendezvous; processes that come late get the error too."""
     self._error = self._error or words
     self._until = time.monotonic() + _LINGER
 
   def _judge(self) -> bool:
-    """Tells all processes the state; returns whether the rendezvous is over."""
+    """Sends all processes the state; returns whether the rendezvous is over."""
     with self._lock:
       late = time.monotonic() > self._until
       if self._stop.is_set() and not self._error:
@@ -286,7 +286,7 @@ class _Client:
       self._say(f"waiting {words} at {self._address}")
 
   def _stranger(self, heard: bool) -> str:
-    """Returns the error for an answer that is none of process 0's."""
+    """Returns the error for an answer that no waiting process 0 would give."""
     if heard:
       return (
         f"coordinator {self._address}: process 0 has ended; start all"

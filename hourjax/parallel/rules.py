@@ -25,19 +25,19 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
 }
 PARAMETERS: dict[str, tuple[str, ...]] = {
   "layers": (),
-  # Split where they are stored, and gathered layer by layer where they are
-  # used (FSDP): the width of the decoder, and the tower's, which few numbers
-  # divide.
+  # Split in storage, and gathered layer by layer for use (FSDP): the width of
+  # the decoder, and that of the tower, which few numbers divide.
   "width": ("fsdp", "seq"),
   "tower": ("fsdp",),
   "table": ("fsdp",),
-  # Split in use too.
+  # Split in storage and in use.
   "heads": ("tensor",),
   "mlp": ("tensor",),
   "words": ("seq", "tensor"),
 }
 RULES = ACTIVATIONS | PARAMETERS
-# What a product finds split of its parameters; the rest has been gathered.
+# Mesh axes over which parameters stay split in a product; over all other axes
+# they have been gathered.
 _IN_USE = ("tensor",)
 
 
@@ -54,7 +54,7 @@ def spec(*axes: str | None) -> P:
 
 
 def in_use(*axes: str | None) -> P:
-  """Returns how a parameter is split that was gathered for a product.
+  """Returns how a parameter is still split after it was gathered for a product.
 
   Args:
     *axes: its logical axes.
@@ -98,8 +98,8 @@ def attention_sharding(kind: str) -> Sharding | None:
   """Returns how the mesh that is set splits the arrays of attention.
 
   Args:
-    kind: "self", or "cross" for queries that read a memory which stays on
-      the devices that have it.
+    kind: "self"; or "cross" for queries that attend to a memory, of which each
+      device keeps its own part.
   """
   if not has_mesh():
     return None
@@ -126,7 +126,7 @@ def param_shardings(
 
   Raises:
     UserError: a dimension that its mesh axes do not divide.
-    ValueError: an axis without a rule, or a rule for parameters that none has.
+    ValueError: an axis without a rule, or a rule that no parameter uses.
   """
   used = {axis for names in axes.values() for axis in names}
   unmatched = sorted(set(PARAMETERS) - used)

@@ -1,8 +1,8 @@
 """Sharded gathers: of rows that lie on other devices, with their gradients.
 
-Each device looks up what it holds of the wanted rows and adds zeros for the
-others; a sum over the devices completes them. It sends as much as there are
-results, and nothing of the table. A number and zeros add without rounding.
+Each device looks up those of the wanted rows that it holds, with zeros in place
+of the others; the sum over the devices is the result. So only results are sent,
+and nothing of the table, and adding zeros rounds nothing.
 """
 
 import jax
@@ -41,7 +41,7 @@ def _gather_forward(
   table: jax.Array, index: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """Returns the rows, and what the backward pass needs."""
-  # An array of no size: the shape that the backward pass needs.
+  # An array of size 0, which carries shape and dtype to the backward pass.
   like = jnp.zeros((0, *table.shape[1:]), table.dtype)
   return gather_rows(table, index), (index, like)
 
@@ -97,7 +97,7 @@ def _memory_forward(
     _memory_local, (_SPLIT, _ROWS, spec(None), _INDEX), _SPLIT
   )
   memory = function(stored, encoded, newline, source)
-  # Arrays of no size, for the shapes, as in `_gather_forward`.
+  # Arrays of size 0 for shapes and dtypes, as in `_gather_forward`.
   likes = tuple(
     jnp.zeros((0, *x.shape[1:]), x.dtype) for x in (stored, encoded)
   )
@@ -123,9 +123,10 @@ def _memory_backward(
     d_memory: jax.Array, source: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     own = stored.shape[1] // collectives.axis_size("seq")
-    # Where there are no encoded tokens every source below 0 is a newline.
+    # `_scatter` drops the newlines, whose source is below 0.
     d_table = _scatter(d_memory, source, own + encoded.shape[1])
-    # All devices have all encoded tokens, and each has some of their readers.
+    # Every device has all encoded tokens, but only some of the memory tokens
+    # that are copies of them: their gradients are summed.
     d_encoded = collectives.psum(d_table[:, own:], "seq")
     is_newline = (source < 0)[..., None]
     d_newline = jnp.where(is_newline, d_memory.astype(jnp.float32), 0)

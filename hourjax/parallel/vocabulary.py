@@ -1,8 +1,9 @@
 """Word embeddings and cross entropy over a vocabulary split over devices.
 
-Every device has a part of the words, gathered over FSDP for the time of its
-use. Devices along `seq` and `tensor` work on the same rows, so each serves all
-positions of these rows with its own words.
+Every device has the embeddings of some words. Along `fsdp` their width is split
+in storage, and gathered while they are used. Devices along `seq` and `tensor`
+work on the same rows, so each computes all positions of these rows for its own
+words.
 """
 
 import functools
@@ -59,7 +60,7 @@ def _embed_forward(
   table: jax.Array, token: jax.Array, dtype: jax.typing.DTypeLike
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """Returns the embeddings, and what the backward pass needs."""
-  # An array of no size: the shape that the backward pass needs.
+  # An array of size 0, which carries length and dtype to the backward pass.
   like = jnp.zeros((table.shape[0], 0), table.dtype)
   return embed(table, token, dtype), (token, like)
 
@@ -169,7 +170,7 @@ def _entropy(
     hidden: the device's part.
     table: the device's part.
     target: of the device's rows, all positions.
-    gradients: whether they are wanted; else they are empty.
+    gradients: whether to compute the gradients; else they are empty arrays.
 
   Returns:
     Losses [B, L], and the gradients of hidden and table.
@@ -240,9 +241,10 @@ def _entropy(
 def _labelled_first(
   target: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the positions with a target in order, and how many they are.
+  """Returns the positions that have a target, in order, and their number.
 
-  Numbers past the end follow them, up to whole chunks. For the targets
+  The array is filled up to whole chunks with the length of `target`, which is
+  no position. For the targets
   -1 7 -1 9 in chunks of 4: [1, 3, 4, 4] and 2.
   """
   there = target >= 0
