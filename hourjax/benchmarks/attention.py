@@ -291,10 +291,10 @@ class Options:
 def measure_attention(options: Options) -> dict[str, Any]:
   """Returns all figures as plain data, or with `tune` those of the tiles.
 
-  Shares are of the bf16 peak of one core. The kernel visits one pair of a
-  query tile and a key tile after the other. `share_of_peak` is the share of
-  the branch that a visit takes if all its keys are of one segment;
-  `share_with_overhead` adds what every visit runs besides, but not what
+  Shares are of the bf16 peak of one core. The kernel computes one block, which
+  is a query tile and a key tile, after the other. `share_of_peak` is the share
+  of the branch that a block takes if all its keys are of one segment;
+  `share_with_overhead` adds what every block runs besides, but not what
   begins and ends an output tile.
 
   Raises:
@@ -440,7 +440,7 @@ def _splash(
 ) -> dict[str, Any]:
   """Returns figures of splash's kernels of these names, taken together.
 
-  The pieces with products are taken to be the visit of one block of queries
+  The pieces with products are taken to be those for one block of queries
   and one block of keys.
 
   Args:

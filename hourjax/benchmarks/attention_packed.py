@@ -1,8 +1,9 @@
 """The cost of packing: cycles of a row that holds several videos.
 
-The block schedule of the kernels is made for the row. A visit is one pair of a
-query tile and a key tile; each visit is weighed with the cycles of the pieces
-of the kernel that it runs.
+The block schedule of the kernels is made for the row. A block is one pair of a
+query tile and a key tile (`kernels.tpu.block_schedule`), here also called a
+visit of the kernel. Its cost is the cycles of the pieces of the kernel that it
+runs.
 """
 
 import collections
@@ -133,7 +134,8 @@ def packed_figures(call: Call, row: Row) -> dict[str, Any]:
   Returns:
     `cycles` of one core for the row; `ratio_to_sum_of_parts`, over one call
     for each video; `share_of_useful_peak`, where only pairs of a query and a
-    key of its video are useful; and the row's visits by kind, for one KV head.
+    key of its video are useful; and `visits`, the counts of `count_visits` for
+    the row, for one KV head.
   """
   visited = []
   for case in (row, row.alone()):
@@ -162,7 +164,7 @@ def packed_figures(call: Call, row: Row) -> dict[str, Any]:
 def count_visits(
   row: Row, shape: Shape, *, parts: int, by_key: bool
 ) -> dict[str, int]:
-  """Counts how often the visits of a row run each piece of the kernel.
+  """Counts how often the blocks of a row run each piece of the kernel.
 
   Args:
     row: the row.
@@ -172,7 +174,7 @@ def count_visits(
 
   Returns:
     Counts by the names of the fields of `schedule.Forward`: "always" counts
-    the visits, "chunk" the chunks of those visits whose keys are of several
+    the blocks, "chunk" the chunks of those blocks whose keys are of several
     segments.
   """
   query, key = row.segments()
@@ -227,7 +229,7 @@ def _count(
 def visits_cycles(
   counts: dict[str, int], regions: Forward | Backward, chip: str
 ) -> int:
-  """Returns the cycles of visits, for one KV head.
+  """Returns the cycles of a row's blocks, for one KV head.
 
   Args:
     counts: what `count_visits` returned.

@@ -20,7 +20,7 @@ from hourjax.planning.compile_pool import run_all
 
 _ROWS, _KEYS = (512, 1024, 2048), (512, 1024, 2048, 4096)
 _CHUNKS, _UNITS = (256, 512, 1024), (256, 512, 1024)
-# Scores of a visit: with fewer its overhead shows, with more the unrolled
+# Scores of a block: with fewer its overhead shows, with more the unrolled
 # branch takes minutes to compile. Scores of a unit: with fewer the units wait
 # for each other, with more they spill from registers.
 _SCORES = {"forward": (1 << 20, 1 << 22), "backward": (1 << 20, 1 << 21)}
@@ -42,7 +42,7 @@ def tune(job: Job, limits: AttentionTiles) -> dict[str, Any]:
 
   Returns:
     For each kernel the candidates, best first, with the share of peak of a
-    visit; those that the compiler refuses with its reason. `line`: what to
+    block; those that the compiler refuses with its reason. `line`: what to
     write for bfloat16 into `parallel.chips.CHIPS`.
   """
   calls = {
@@ -72,7 +72,7 @@ def candidates(job: Job, limits: AttentionTiles, what: str) -> list[Tiles]:
   """Returns tiles that fit VMEM, neither too small nor too large to compile.
 
   Tiles of one chunk are left out: the compiler makes no loop over one chunk,
-  and so the pieces of the kernel could not be told apart.
+  and so the pieces of the kernel could not be distinguished.
 
   Args:
     job: its sizes count.

@@ -103,9 +103,9 @@ def _rows(line: str) -> collections.Counter:
 
 
 class Forward(NamedTuple):
-  """Holds the pieces of `attention_forward` by what a visit does in them.
+  """Holds the pieces of `attention_forward` by what a block does in them.
 
-  A visit is one pair of a query tile and a key tile.
+  A block is one pair of a query tile and a key tile.
   """
 
   first: list[Piece]  # begins an output tile
@@ -115,7 +115,7 @@ class Forward(NamedTuple):
   uniform: list[Piece]  # a chunk of one segment, in a tile of several
   mixed: list[Piece]  # a chunk of several
   last: list[Piece]  # ends an output tile
-  always: list[Piece]  # of every visit: addresses, transfers, branches
+  always: list[Piece]  # of every block: addresses, transfers, branches
 
 
 class Backward(NamedTuple):
@@ -194,8 +194,8 @@ def _rest(
 
   Args:
     found: all pieces of the kernel.
-    entered: the first piece with products that a visit may run.
-    whole: the piece of a visit whose keys are of one segment.
+    entered: the first piece with products that a block may run.
+    whole: the piece of a block whose keys are of one segment.
     branches: all pieces with products in the grid's body.
     chunks: all pieces with products in the loop over chunks.
   """
@@ -288,14 +288,14 @@ def region_figures(flops: float, hot: list[Piece], chip: str) -> dict[str, Any]:
 def overhead_share(
   flops: float, regions: Forward | Backward, chip: str
 ) -> float:
-  """Returns the share of the peak of a visit that begins and ends no tile.
+  """Returns the share of the peak of a block that begins and ends no tile.
 
-  Counted are the branch for keys of one segment and all that every visit
+  Counted are the branch for keys of one segment and all that every block
   runs: addresses, transfers that are started, branches. Not counted is time
   that is spent waiting for a transfer.
 
   Args:
-    flops: operations of the visit.
+    flops: operations of the block.
     regions: the pieces of the kernel.
     chip: a generation of `parallel.chips`.
   """
