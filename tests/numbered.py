@@ -1,4 +1,4 @@
-"""Videos whose pictures show their own number, and reading it back."""
+"""Videos whose frames show their own number, and reading it back."""
 
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
@@ -48,7 +48,7 @@ def write(
   format: str | None = None,
   before: Callable | None = None,
 ) -> pathlib.Path:
-  """Encodes pictures; `times` are in ms."""
+  """Encodes frames; `times` are in ms."""
   with av.open(str(path), "w", options=options or {}, format=format) as out:
     stream = out.add_stream(
       codec, rate=Fraction(rate), options=codec_options or {}

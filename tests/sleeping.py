@@ -1,4 +1,4 @@
-"""A child that writes its process number into a file, and sleeps."""
+"""A process that writes its process number into a file, and sleeps."""
 
 import os
 import pathlib

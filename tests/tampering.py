@@ -183,7 +183,7 @@ KINDS: dict[str, tuple[Callable, Callable]] = {
 
 
 def tamper(folder: pathlib.Path, rng: random.Random) -> str:
-  """Changes one file in a folder; tells which, and how."""
+  """Changes one file in a folder; returns which, and how."""
   path = rng.choice(sorted(p for p in folder.rglob("*") if p.is_file()))
   ways = [_truncate, _flip, _replace]
   if path.suffix in (".json", ".jsonl") or path.name == "metadata":
@@ -191,8 +191,8 @@ def tamper(folder: pathlib.Path, rng: random.Random) -> str:
   elif path.suffix == ".npz":
     ways += [_npz] * 8
   way = rng.choice(ways)
-  told = way(path, rng)
-  return f"{path.relative_to(folder)}: {way.__name__[1:]} {told}"
+  change = way(path, rng)
+  return f"{path.relative_to(folder)}: {way.__name__[1:]} {change}"
 
 
 def _truncate(path: pathlib.Path, rng: random.Random) -> str:
@@ -204,8 +204,8 @@ def _truncate(path: pathlib.Path, rng: random.Random) -> str:
 
 def _flip(path: pathlib.Path, rng: random.Random) -> str:
   content = bytearray(path.read_bytes())
-  # The text of a ledger's numbers may change into that of others: no test can
-  # tell. Bytes that are no text can be told.
+  # In a file of JSON lines a digit may change into another digit, which nobody
+  # can notice. So bytes there become bytes that are no text.
   low = 128 if path.suffix in (".json", ".jsonl") else 0
   # Nor that of a feature into another one: a store has no checksums.
   end = 100 if path.suffix == ".npy" else len(content)
@@ -266,7 +266,7 @@ def _npz(path: pathlib.Path, rng: random.Random) -> str:
   name = rng.choice(sorted(arrays))
   old = arrays[name]
   ways = {
-    # 99 pictures or seconds are a number like another.
+    # 99 frames or seconds are possible values.
     "out of range": lambda: np.full_like(
       old, -9 if name in ("pictures", "duration") else 99
     ),
@@ -340,7 +340,7 @@ def outcomes(
       expected = read(scratch)
       shutil.rmtree(scratch)
       shutil.copytree(made, scratch)
-    told = tamper(scratch, random.Random(seed))
+    change = tamper(scratch, random.Random(seed))
     try:
       outcome = "same" if read(scratch) == expected else "different"
     except UserError:
@@ -349,7 +349,7 @@ def outcomes(
       outcome = f"{type(error).__name__}: {error}"[:200]
     counts[outcome if outcome in ("same", "refused") else "wrong"] += 1
     if outcome not in ("same", "refused"):
-      wrong.append(f"seed {seed}, {told}: {outcome}")
+      wrong.append(f"seed {seed}, {change}: {outcome}")
   return counts, wrong
 
 

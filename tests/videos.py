@@ -55,7 +55,7 @@ def write(
 def write_repeated(
   path: pathlib.Path, frames: int, rate: int, *, size: tuple[int, int]
 ) -> None:
-  """A long video, cheaply: sixty encoded pictures over and over again."""
+  """A long video, cheaply: sixty encoded frames over and over again."""
   once = write(
     path.with_suffix(".once.mp4"),
     60,
@@ -98,7 +98,7 @@ def truncate(path: pathlib.Path, keep: float) -> None:
 
 
 def good(folder: pathlib.Path) -> dict[str, tuple[int, float]]:
-  """Videos that must work; name -> (pictures, seconds)."""
+  """Videos that must work; name -> (frames, seconds)."""
   write(folder / "plain.mp4", 150)
   write(folder / "slow.mp4", 20, "1/2")
   write(folder / "slower.mkv", 12, "1/5")
@@ -118,7 +118,7 @@ def good(folder: pathlib.Path) -> dict[str, tuple[int, float]]:
   write(folder / "live.webm", 9, codec="libvpx-vp9", options={"live": "1"})
   write(folder / "live.mkv", 33, options={"live": "1"})
   write(folder / "shows" / "a b - été 東京.mp4", 8)
-  # 30 pictures in the first second, then one a second.
+  # 30 frames in the first second, then one a second.
   times = [i * 33 for i in range(30)] + [1000 * i for i in range(1, 11)]
   write(folder / "varying.mp4", 40, 30, times=times)
   seconds = {
@@ -156,7 +156,7 @@ def bad(folder: pathlib.Path) -> dict[str, str]:
   write(folder / "no index.mp4", 20)
   truncate(folder / "no index.mp4", 0.5)
   # Its header, which comes first, still promises every frame; the last
-  # pictures of 300 are missing, so that it breaks in mid-decode.
+  # frames of 300 are missing, so that it breaks in mid-decode.
   write(folder / "cut.mp4", 300, options={"movflags": "faststart"})
   truncate(folder / "cut.mp4", 0.9)
   return {

@@ -51,7 +51,7 @@ SPEC = RowSpec(
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory):
-  """Two videos, three pictures, and stored features of the first video."""
+  """Two videos, three images, and stored features of the first video."""
   folder = tmp_path_factory.mktemp("media")
   _write_video(folder / "clip.mp4", SECONDS)
   _write_video(folder / "long.mp4", 140)
@@ -379,7 +379,7 @@ def test_what_cannot_be_read_is_reported_not_raised(media):
     "test",
   )
   dataset = _dataset([_record("good"), lost], media)
-  assert len(dataset) == 2  # only pictures that stand alone are opened before
+  assert len(dataset) == 2  # only single images are opened before
   made, (failure,) = dataset.samples((1,), 0)
   assert made == []
   assert failure.id == "bad" and "gone.png" in failure.reason

@@ -54,10 +54,8 @@ def _sample(kind, number):
 
 
 def _flat_pictures(count, tag):
-  pictures = np.zeros((count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-  return (
-    pictures + (tag + np.arange(count, dtype=np.uint8))[:, None, None, None]
-  )
+  pixels = np.zeros((count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+  return pixels + (tag + np.arange(count, dtype=np.uint8))[:, None, None, None]
 
 
 def _spec(samples, spare=0):
@@ -70,13 +68,13 @@ def _spec(samples, spare=0):
 def _resolved(row, segment):
   """What one sample's memory, queries and decoder positions hold.
 
-  Visual tokens are the pair (picture, place in the picture), as if an encoder
+  Visual tokens are the pair (frame or tile, place in it), as if an encoder
   returned that.
   """
 
-  def encoded(pictures, tokens):
-    pairs = np.zeros((len(pictures), tokens, WIDTH))
-    pairs[..., 0] = pictures[:, 0, 0, :1]
+  def encoded(pixels, tokens):
+    pairs = np.zeros((len(pixels), tokens, WIDTH))
+    pairs[..., 0] = pixels[:, 0, 0, :1]
     pairs[..., 1] = np.arange(tokens)
     return pairs.reshape(-1, WIDTH)
 

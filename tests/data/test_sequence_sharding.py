@@ -1,4 +1,4 @@
-"""Dealt rows mean what they meant: checked by following the numbers."""
+"""Rows in round-robin order mean the same, by resolving all their indices."""
 
 import dataclasses
 

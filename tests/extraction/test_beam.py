@@ -84,10 +84,10 @@ def test_a_pipeline_of_several_processes(job, tmp_path, capsys):
   store = FeatureStore(job.out)
   indices = store.storage.list("index-beam-")
   assert len(indices) == 2  # two processes, none of which is this one
-  ledgers = store.storage.list(f"failures-beam-{job.run}-")
+  failure_files = store.storage.list(f"failures-beam-{job.run}-")
   (row,) = [
     json.loads(line)
-    for key in ledgers
+    for key in failure_files
     for line in store.storage.read(key).splitlines()
   ]
   assert row["file"] == "bad.mp4"

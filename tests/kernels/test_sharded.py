@@ -1,6 +1,6 @@
 """A memory split over devices gives what one device gives.
 
-The devices are virtual ones of a child process, whose numbers are compared
+The devices are virtual ones of a worker process, whose numbers are compared
 here with float64.
 """
 

@@ -33,24 +33,25 @@ def port():
 
 
 def _met(address, claims, seconds=10.0, late=0.0):
-  """What each of these (process, processes) was told; "" if it may go on."""
-  told = [None] * len(claims)
+  """The error of each of these (process, processes); "" if it may go on."""
+  errors = [None] * len(claims)
 
   def one(number):
     process, processes = claims[number]
     time.sleep(late * number)
     try:
       rendezvous.meet(address, processes, process, seconds=seconds)
-      told[number] = ""
+      errors[number] = ""
     except UserError as error:
-      told[number] = str(error)
+      errors[number] = str(error)
 
-  threads = [threading.Thread(target=one, args=(n,)) for n in range(len(told))]
+  numbers = range(len(claims))
+  threads = [threading.Thread(target=one, args=(n,)) for n in numbers]
   for thread in threads:
     thread.start()
   for thread in threads:
     thread.join(30)
-  return told
+  return errors
 
 
 def test_all_are_there_and_the_port_is_free_again(port):
@@ -61,12 +62,12 @@ def test_all_are_there_and_the_port_is_free_again(port):
 
 def test_some_do_not_come(port, monkeypatch, capsys):
   monkeypatch.setattr(rendezvous, "_QUIET", 0.3)
-  told = _met(f"localhost:{port}", [(0, 4), (2, 4)], seconds=1.5)
+  errors = _met(f"localhost:{port}", [(0, 4), (2, 4)], seconds=1.5)
   said = (
     f"coordinator localhost:{port}: processes 1, 3 of 4 did not come within"
     " 2 s; start one on every host"
   )
-  assert all(words.startswith(said) for words in told)
+  assert all(words.startswith(said) for words in errors)
   lines = capsys.readouterr().err.splitlines()
   waiting = rf"waiting for processes 1, 3 of 4 at localhost:{port} \(\d+ s\)"
   assert re.fullmatch(waiting, lines[-1])
@@ -74,9 +75,9 @@ def test_some_do_not_come(port, monkeypatch, capsys):
 
 def test_process_0_does_not_come(port, monkeypatch, capsys):
   monkeypatch.setattr(rendezvous, "_QUIET", 0.3)
-  (told,) = _met(f"localhost:{port}", [(1, 2)], seconds=1)
+  (error,) = _met(f"localhost:{port}", [(1, 2)], seconds=1)
   assert f"localhost:{port}: connection refused after 1 s; start process 0" in (
-    told
+    error
   )
   assert f"waiting for process 0 at localhost:{port}" in capsys.readouterr().err
 
@@ -123,18 +124,18 @@ def test_another_program_answers(port, monkeypatch, words):
 
     thread = threading.Thread(target=answer)
     thread.start()
-    (told,) = _met(f"localhost:{port}", [(1, 2)])
+    (error,) = _met(f"localhost:{port}", [(1, 2)])
     thread.join()
-    assert "what answers there is no process 0 that waits" in told
-    (told,) = _met(f"localhost:{port}", [(0, 2)])
-    assert f"port {port} is taken on this machine" in told
+    assert "what answers there is no process 0 that waits" in error
+    (error,) = _met(f"localhost:{port}", [(0, 2)])
+    assert f"port {port} is taken on this machine" in error
 
 
 def test_an_address_that_is_not_ours(port):
-  (told,) = _met(f"nowhere.invalid:{port}", [(0, 2)], seconds=1)
-  assert "no machine of the name 'nowhere.invalid' is known, and it" in told
-  (told,) = _met(f"nowhere.invalid:{port}", [(1, 2)], seconds=1)
-  assert "known after 1 s; start process 0 there, or correct" in told
+  (error,) = _met(f"nowhere.invalid:{port}", [(0, 2)], seconds=1)
+  assert "no machine of the name 'nowhere.invalid' is known, and it" in error
+  (error,) = _met(f"nowhere.invalid:{port}", [(1, 2)], seconds=1)
+  assert "known after 1 s; start process 0 there, or correct" in error
 
 
 @pytest.mark.parametrize("given", ["soon", "0", "-3", "nan", "1e9"])

@@ -1,6 +1,6 @@
 """Loss and every gradient on 8 devices are those of one device.
 
-The devices are virtual ones of a child process; rows are packed with videos,
+The devices are virtual ones of a worker process; rows are packed with videos,
 frames and images for the encoder, tiled images and text.
 """
 

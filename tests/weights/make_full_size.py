@@ -7,7 +7,7 @@ tokenizer's files: 7.4 GB for 3B, 17.4 GB for 7B. Names and shapes are the
 official ones (`tests/golden/params_real.json`). Not run with the tests; for
 measurements of loading and asking at full size:
 
-  /usr/bin/time -v python -m hourjax.ask --model=OUT --video=film.mp4 "question"
+  /usr/bin/time -v python -m hourjax.ask --model=OUT --video=v.mp4 "question"
 """
 
 import argparse

@@ -26,10 +26,10 @@ def _seconds(video):
   return [s for s in video.scenes for _ in range(s.start, s.end)]
 
 
-def _where(film, **values):
+def _where(scenes, **values):
   return [
     t
-    for t, s in enumerate(film)
+    for t, s in enumerate(scenes)
     if all(getattr(s, k) == v for k, v in values.items())
   ]
 
@@ -39,27 +39,27 @@ def _one(values):
   return next(iter(values))
 
 
-def _answer(task, film, text):
+def _answer(task, scenes, text):
   """The answer to a question; None for tasks not recomputed here."""
   text = text.rstrip("?")
   if task == "duration_perception":
-    counts = collections.Counter(s.place for s in film)
+    counts = collections.Counter(s.place for s in scenes)
     return counts.most_common(1)[0][0]
   if task == "temporal_reasoning":
     one, two = re.fullmatch(r"Is the (\w+) .* than the (\w+)", text).groups()
-    longer = len(_where(film, place=one)) > len(_where(film, place=two))
+    longer = len(_where(scenes, place=one)) > len(_where(scenes, place=two))
     return "yes" if longer else "no"
   if task == "temporal_gap_estimation":
     one, two = re.search(r"of the (\w+) does the (\w+)", text).groups()
-    gap = min(_where(film, place=two)) - min(_where(film, place=one))
+    gap = min(_where(scenes, place=two)) - min(_where(scenes, place=one))
     return f"{gap} seconds"
   if task in ("scene_transition", "action_sequence"):
     place = re.search(r"(?:follows|after) the (\w+)", text)[1]
-    after = film[max(_where(film, place=place)) + 1]
+    after = scenes[max(_where(scenes, place=place)) + 1]
     return after.place if task == "scene_transition" else after.action
   if task == "object_existence":
     colour, kind = re.search(r"an? (\w+) (\w+) in", text).groups()
-    return "yes" if _where(film, colour=colour, kind=kind) else "no"
+    return "yes" if _where(scenes, colour=colour, kind=kind) else "no"
   field = {
     "object_attribute": "colour",
     "action_recognition": "action",
@@ -67,8 +67,8 @@ def _answer(task, film, text):
   }.get(task)
   if field:
     kind, place = re.search(r"the (\w+) in the (\w+)", text).groups()
-    found = _where(film, kind=kind, place=place)
-    return _one([getattr(film[t], field) for t in found])
+    found = _where(scenes, kind=kind, place=place)
+    return _one([getattr(scenes[t], field) for t in found])
   return None
 
 

@@ -81,10 +81,10 @@ def test_shorter_videos_are_refused():
 @pytest.mark.parametrize("action", world.ACTIONS)
 def test_every_second_moves(action):
   scene = script.Scene(0, 60, "beach", "boat", "red", action, "left", "top")
-  film = script.Script(
+  video = script.Script(
     "x", 60, (scene,), script.Needle((), "flag", "red", True)
   )
-  frames = [drawing.frame(film, t).astype(int) for t in range(10)]
+  frames = [drawing.frame(video, t).astype(int) for t in range(10)]
   for one, two in itertools.pairwise(frames):
     assert one.shape == (96, 96, 3)
     assert (np.abs(one - two).max(axis=-1) > 30).sum() > 100

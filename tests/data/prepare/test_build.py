@@ -93,9 +93,9 @@ def test_counts_are_those_of_the_conversation(
     assert columns.tokens[i] == text.sum()
     assert columns.prompt[i] == (text & (talk.labels == IGNORE)).sum()
     assert columns.modality[i] == MODALITIES.index(record.modality)
-    pictures = len(record.media) if record.modality == "image" else 0
-    assert columns.images[i] == pictures
-    size = (40, 30) if pictures == 1 else (0, 0)
+    num_images = len(record.media) if record.modality == "image" else 0
+    assert columns.images[i] == num_images
+    size = (40, 30) if num_images == 1 else (0, 0)
     assert (columns.width[i], columns.height[i]) == size
 
 
@@ -142,8 +142,8 @@ def test_media_are_looked_into(tmp_path, tokenizer_folder, media, monkeypatch):
   assert found == {k: {raw["id"] for raw in v} for k, v in bad.items()}
   facts = dict(zip(data.columns.videos, data.columns.duration))
   assert facts == {"a.mp4": 2.0, "in/b ü.mp4": 4.0}
-  pictures = dict(zip(data.columns.videos, data.columns.num_frames))
-  assert pictures == {"a.mp4": 10, "in/b ü.mp4": 20}
+  num_frames = dict(zip(data.columns.videos, data.columns.num_frames))
+  assert num_frames == {"a.mp4": 10, "in/b ü.mp4": 20}
   # Each video once, however many records are about it.
   assert sorted(p.name for p in probed) == ["a.mp4", "b ü.mp4", "broken.mp4"]
   assert summary["kept"] == {

@@ -1,4 +1,4 @@
-"""Every interpreted kernel of these tests is watched for races."""
+"""Every interpreted kernel of these tests is checked for races."""
 
 import pytest
 from jax._src.pallas.mosaic.interpret import (

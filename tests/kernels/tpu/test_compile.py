@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[3]
 
 # In a process of its own: where the compiler does not know a topology, it
 # ends the process.
-CHILD = """
+PROGRAM = """
 import json, re, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
@@ -76,15 +76,15 @@ def compiled(topology, queries, keys):
     "TPU_SKIP_MDS_QUERY": "1",  # asks no metadata server
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another test may compile, too
   }
-  child = subprocess.run(
-    [sys.executable, "-c", CHILD, topology, str(queries), str(keys)],
+  worker = subprocess.run(
+    [sys.executable, "-c", PROGRAM, topology, str(queries), str(keys)],
     env=environment,
     capture_output=True,
     text=True,
     timeout=300,
   )
-  assert child.returncode == 0, child.stderr[-3000:]
-  found = json.loads(child.stdout.splitlines()[-1])
+  assert worker.returncode == 0, worker.stderr[-3000:]
+  found = json.loads(worker.stdout.splitlines()[-1])
   assert found["forward"]["calls"] == [
     "attention_forward",
     "attention_forward_running",
