@@ -157,12 +157,12 @@ def cache_folder(environ: Mapping[str, str]) -> pathlib.Path | None:
 
 def _processor() -> str:
   """Returns a digest of the processor's model and instruction sets."""
-  told = [platform.machine(), platform.processor()]
+  facts = [platform.machine(), platform.processor()]
   with contextlib.suppress(OSError):
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     kept = ("model name", "flags", "Features", "CPU part")
-    told += sorted({line for line in lines if line.startswith(kept)})
-  return hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
+    facts += sorted({line for line in lines if line.startswith(kept)})
+  return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
 
 
 def _usable(folder: pathlib.Path) -> bool:

@@ -198,10 +198,10 @@ def validate(
     return schema.model_validate(raw)
   except pydantic.ValidationError as error:
     problems = [_problem(item) for item in error.errors(include_url=False)]
-    told = problems[:_SHOWN]
+    listed = problems[:_SHOWN]
     if len(problems) > _SHOWN:
-      told.append(f"and {len(problems) - _SHOWN} more")
-    raise UserError(f"{where}: {'; '.join(told)}; {remedy}") from None
+      listed.append(f"and {len(problems) - _SHOWN} more")
+    raise UserError(f"{where}: {'; '.join(listed)}; {remedy}") from None
   except RecursionError:
     raise UserError(f"{where} is nested too deep; {remedy}") from None
 

@@ -106,7 +106,7 @@ class BoundedQueue:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """Tells how the extraction of one video ended.
+  """Describes how the extraction of one video ended.
 
   Attributes:
     name: name of the video.

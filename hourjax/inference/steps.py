@@ -8,7 +8,7 @@
 
 `encode_memory` does not depend on the question, so its result serves all
 questions about a memory. Several prompts about one memory lie in one packed
-row, told apart by segment ids; from `prefill` on each has a row of its own.
+row, distinguished by segment ids; from `prefill` on each has a row of its own.
 """
 
 import functools
@@ -98,7 +98,7 @@ def read_memory(
   Args:
     params: parameters by path.
     memory: cache of the memory that all prompts ask about.
-    batch: one row of prompts; its `query_source` counts the kept tokens.
+    batch: one row of prompts; its `query_source` indexes the kept tokens.
     probe_queries: indices of the queries whose attention is returned; -1 is
       padding.
     config: configuration of the model.

@@ -59,7 +59,7 @@ def abstract_batch(rows: RowSpec, count: int, mesh: Mesh) -> Batch:
 def check_rows(
   sizes: Mapping[str, int], rows: RowSpec, count: int, accumulate: int = 1
 ) -> None:
-  """Refuses rows that a mesh cannot share; needs no devices.
+  """Checks that a mesh can share rows, from numbers alone.
 
   Args:
     sizes: number of devices along each axis of the mesh.

@@ -132,14 +132,14 @@ class Checkpoints:
         self._open().wait_until_finished()
       except Exception as error:
         failure = error
-    told = hosts.agree(f"{failure!r:.600}" if failure else "")
-    if not told:
+    failures = hosts.agree(f"{failure!r:.600}" if failure else "")
+    if not failures:
       self._failed = ""
       return
     self._discard(step)
     self._failed = (
       f"the checkpoint of step {step} could not be saved in {self.folder}: "
-      + "; ".join(told.values())
+      + "; ".join(failures.values())
       + f"; the newest is that of step {self.latest()}"
     )
     if self._on_error == "stop":
@@ -196,15 +196,15 @@ class Checkpoints:
           tree = checkpoint_format.read_arrays(self.folder, step, tree_like)
         except DamagedCheckpoint as damage:
           problem = str(damage)
-      told = hosts.agree(problem)
-      if not told:
+      failures = hosts.agree(problem)
+      if not failures:
         try:
           checkpoint_format.verify(tree, manifest)
           _move_damaged(self.folder, problems, step)
           return type(like)(**(tree or {})), manifest["position"]
         except DamagedCheckpoint as damage:
-          told = {0: str(damage)}
-      problems[step] = "; ".join(told.values())
+          failures = {0: str(damage)}
+      problems[step] = "; ".join(failures.values())
       del tree
     raise UserError(_none_left(self.folder, problems))
 

@@ -1,4 +1,4 @@
-"""What a run does when it is told to stop, or its loss is not finite.
+"""What a run does on a signal to stop, or if its loss is not finite.
 
 `Preemption` handles signals: SIGTERM, which a preempted machine and `stop`
 send, and Ctrl-C. `NonFiniteSteps` lists and counts steps whose loss or gradient

@@ -430,8 +430,8 @@ def _encode(path: pathlib.Path, script: Script) -> None:
     stream.codec_context.thread_count = 1
     stream.codec_context.time_base = Fraction(1, 1)
     for second in range(script.duration):
-      picture = frame(script, second)
-      image = av.VideoFrame.from_ndarray(picture, format="rgb24")
+      pixels = frame(script, second)
+      image = av.VideoFrame.from_ndarray(pixels, format="rgb24")
       image.pts = second
       container.mux(stream.encode(image))
     container.mux(stream.encode())

@@ -113,7 +113,7 @@ def _pairs(record: Record, at: str) -> list[tuple[str, str]]:
 
 
 def _facts(record: Record, number: int) -> dict[str, Any]:
-  """Returns what the record tells of a question; {} if it tells nothing."""
+  """Returns the facts that a record states about a question; {} if none."""
   questions = record.extra.get("questions")
   if not isinstance(questions, list) or number >= len(questions):
     return {}
