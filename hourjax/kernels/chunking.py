@@ -1,9 +1,8 @@
-"""Attention in chunks, where one kernel call does not take all of it.
+"""Attention in parts, where one kernel call cannot take all queries and keys.
 
-A kernel takes only so many queries or keys at once: its block schedule has to
-fit into scalar memory, its sums into VMEM, the number of an element into an
-index of 32 bits. What is longer is cut here into parts, so that no length is
-refused. Forward:
+A kernel call is limited: its block schedule has to fit into scalar memory, its
+sums into VMEM, and indices into 32 bits. Longer calls are cut here into parts,
+so that no length is refused. Forward:
 
     for each part of the queries:            exact: queries do not affect others
       for each part of the keys:             merged by log-sum-exp, float32
@@ -16,8 +15,7 @@ and backward, from the log-sum-exp over all keys:
         dq, dk, dv = call(queries, keys)     dq is summed over the keys, float32
 
 These are loops in the program (`lax.scan`), not copies of it: a kernel is
-compiled once for all parts. What fits into one part is one call with the
-arrays as they are.
+compiled once for all parts. A call that fits is passed on as it is.
 """
 
 from collections.abc import Callable

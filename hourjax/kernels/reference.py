@@ -1,4 +1,4 @@
-"""Tiled attention in plain JAX: the reference, and what runs off TPU and GPU.
+"""Tiled attention in plain JAX: the reference, and the CPU's implementation.
 
 The online softmax of FlashAttention (arXiv 2205.14135) over tiles of queries
 and keys, with its own gradient:
@@ -65,7 +65,7 @@ def forward(
   """Computes segment-masked grouped-query attention and its log-sum-exp.
 
   Args:
-    q: as for `kernels.attention.attention`, which see also for the rest.
+    q: queries, as for `kernels.attention.attention`; so are the others.
     k: keys.
     v: values.
     query_segment: ids of the queries.

@@ -11,18 +11,18 @@ log-sum-exp. With (out_i, lse_i) of device i:
 
 In the backward pass every device recomputes its weights from the global lse,
 dq is summed over the devices, and dk and dv stay where the keys are. What is
-sent grows with the queries and never with the keys. Keys carry their
-positions, so they may lie in any order, and a device may hold none of a
-segment.
+sent grows with the queries and never with the keys. Positions (RoPE) are
+applied before the call, so keys may lie in any order, and a device may hold no
+key of a segment.
 
 In self-attention over a split sequence the keys travel instead, since there
 are few KV heads: each device has its own queries and gathers all keys. (Causal
 self-attention over a split sequence is in `kernels.ulysses`.)
 
-What is split is taken to be in round-robin order, as `data.sequence_sharding`
-orders queries: device d of n has the positions d, d + n, d + 2 n, ... Gathered
-again it is in the order of the row, where neighbours are of one segment.
-Results do not depend on the order; what they cost does.
+Queries that are split are taken to be in round-robin order, as in
+`data.sequence_sharding`: device d of n has the positions d, d + n, d + 2 n, ...
+They are gathered to the order of the row, in which neighbours are of one
+segment, so that few tiles meet. Another order gives the same results, slower.
 """
 
 import functools
@@ -58,7 +58,7 @@ class Sharding(NamedTuple):
   sequence: str | None = None
 
   def check(self, **sizes: tuple[int, tuple[str, ...]]) -> None:
-    """Refuses a size that its axes do not divide.
+    """Checks that mesh axes divide the sizes that are split over them.
 
     Args:
       **sizes: (length, axes) by the name of what is split.
@@ -108,7 +108,7 @@ class Sharding(NamedTuple):
 
 
 class Specs(NamedTuple):
-  """Holds partition specs; q's is also that of out, lse, delta and d_out."""
+  """Holds partition specs; that of q serves out, lse, delta and d_out too."""
 
   q: P
   k: P
@@ -117,7 +117,7 @@ class Specs(NamedTuple):
 
 
 class Backend(NamedTuple):
-  """Holds who computes attention on one device, as `kernels.reference` does.
+  """Holds the functions of an implementation, which compute on one device.
 
   Attributes:
     forward: (q, k, v, query_segment, key_segment, out_dtype=) -> (out, lse).
@@ -141,7 +141,7 @@ def forward(
   """Computes attention of one device's queries to the keys of all devices.
 
   Args:
-    backend: computes it for the keys of this device.
+    backend: computes attention to the keys of this device.
     sharding: of the call; None on one device.
     q: the device's queries.
     k: its keys.
@@ -195,7 +195,7 @@ def backward(
   """Computes the gradients of the queries, keys and values of one device.
 
   Args:
-    backend: computes them for the keys of this device.
+    backend: computes gradients for the keys of this device.
     sharding: of the call; None on one device.
     q: the device's queries.
     k: its keys.
@@ -229,8 +229,8 @@ def backward(
     everyone(delta),
     everyone(d_out),
   )
-  # A factor between sum and cast: XLA would else sum in the narrow type, as
-  # it does through a select or a barrier.
+  # A multiplication between sum and cast. Without it XLA casts first and sums
+  # in the narrow type; it does so even through a select or a barrier.
   seen = (lse != NO_KEYS).astype(jnp.float32)
   dq = mine(dq) * seen[..., None]
   dk, dv = (_own_keys(x, sharding) for x in (dk, dv))
@@ -240,8 +240,8 @@ def backward(
 def _collectives(sharding: Sharding | None) -> tuple[Callable, Callable]:
   """Returns two functions of arrays of queries.
 
-  The first gathers all queries that read this device's keys from a device's
-  own. The second returns a device's own part of the sum over devices.
+  The first gathers the queries of all devices, since all of them read this
+  device's keys. The second sums over devices and returns this device's part.
   """
   if sharding is None or sharding.memory is None:
     return (lambda x: x), (lambda x: x)

@@ -84,7 +84,7 @@ def head_blocks(heads: int, kv_heads: int, devices: int) -> int:
 
 
 def _to_heads(x: jax.Array, axis: str, blocks: int, copies: int) -> jax.Array:
-  """Exchanges [B, L / n, H, C] for [B, L, H / blocks, C]."""
+  """Turns [B, L / n, H, C] into [B, L, H / blocks, C], by all-to-all."""
   rows, length, heads, dim = x.shape
   x = x.reshape(rows, length, blocks, 1, heads // blocks, dim)
   x = jnp.broadcast_to(x, (rows, length, blocks, copies, *x.shape[4:]))
@@ -93,7 +93,7 @@ def _to_heads(x: jax.Array, axis: str, blocks: int, copies: int) -> jax.Array:
 
 
 def _to_positions(x: jax.Array, axis: str, copies: int) -> jax.Array:
-  """Inverts `_to_heads`; of `copies` equal results it keeps the first."""
+  """Inverts `_to_heads`, and keeps the first of `copies` equal results."""
   rows, _, heads, dim = x.shape
   x = jax.lax.all_to_all(x, axis, split_axis=1, concat_axis=2, tiled=True)
   x = x.reshape(rows, x.shape[1], -1, copies, heads, dim)[:, :, :, 0]
