@@ -19,7 +19,7 @@ from hourjax.data.row_plan import RowPlan
 from hourjax.data.rows import Row, RowSpec, empty_rows, row_bytes, row_of
 from hourjax.errors import UserError
 
-_FAR = 2**40  # the plan has no end; Grain wants one
+_FAR = 2**40  # stands for the end of the plan, which Grain asks for
 IN_USE = 3  # batches being filled, copied and computed with
 
 
@@ -73,7 +73,7 @@ class Delivered(NamedTuple):
   Attributes:
     batch: the rows.
     position: of the row after the global batch.
-    samples: that are in this host's rows.
+    samples: how many samples are in this host's rows.
     unread: samples that were left out of this host's rows.
   """
 
@@ -104,7 +104,7 @@ def batches(
     spec: of the rows.
     rows: in the global batch.
     start: position of its first row.
-    mine: numbers of this host's rows in the global batch; all if None.
+    mine: indices of this host's rows in the global batch; all if None.
     options: how far to read ahead.
   """
   mine = range(rows) if mine is None else mine
@@ -144,7 +144,7 @@ def fill_row(
     plan: which samples share the row.
     spec: of the row.
     position: of the row in the plan.
-    arrays: of the row, that are filled.
+    arrays: of the row, filled in place.
 
   Returns:
     Number of samples in the row, and those that were left out.

@@ -1,4 +1,4 @@
-"""Sequence sharding: the order in which the devices of a row hold it.
+"""Sequence sharding: in which order the devices that share a row hold it.
 
 The `seq` devices of the mesh share each row. A memory is not cut into n long
 stretches, which would leave devices idle where videos are short: each device
@@ -38,7 +38,7 @@ def check_sequence_sharding(spec: RowSpec, devices: int) -> None:
   """Checks that `devices` devices can share rows evenly.
 
   Raises:
-    UserError: they cannot; names every capacity that stands in the way.
+    UserError: they cannot; names every capacity that prevents it.
   """
   capacity, problems = spec.capacity, []
   if capacity.features and spec.frame_tokens % devices:
@@ -67,10 +67,11 @@ def check_sequence_sharding(spec: RowSpec, devices: int) -> None:
 def round_robin_order(batch: Batch, spec: RowSpec, devices: int) -> Batch:
   """Returns rows in the order in which `devices` devices hold them.
 
-  What a device holds is contiguous, but for features, of which
-  `features_part` gives each device its own. Sources are renumbered:
-  memory_source counts a device's own features, then encoded tokens;
-  query_source and decoder_source count memory and queries in the new order.
+  Each array is reordered so that a device's part is contiguous, except for
+  features, which stay; `features_part` returns a device's part of them. Sources
+  are renumbered: memory_source indexes the device's own features and then the
+  encoded tokens; query_source and decoder_source index memory and queries in
+  the new order.
 
   With 2 devices queries [q0 q1 q2 q3] become [q0 q2 | q1 q3], and decoder
   sources [0 1 2 3] become [0 2 1 3].
@@ -78,7 +79,7 @@ def round_robin_order(batch: Batch, spec: RowSpec, devices: int) -> Batch:
   Args:
     batch: [B, ...] numpy arrays as `rows` fills them.
     spec: of the rows; `check_sequence_sharding` has passed it.
-    devices: that share a row.
+    devices: how many share a row.
   """
   if devices == 1:
     return batch
@@ -140,7 +141,7 @@ def _memory_order(
   stored = (source >= 0) & (source < spec.capacity.features)
   # Tokens 0 .. each-1 of every frame lie on device 0, and so on.
   device = np.where(stored, source % spec.frame_tokens // max(each, 1), 0)
-  # All others, padding at the end included, in turn.
+  # All other tokens, padding at the end included, go to devices in turn.
   free = ~stored
   turn = np.cumsum(free, axis=1) - 1
   device = np.where(free, turn % devices, device)
@@ -181,7 +182,7 @@ def _own_source(
 def _renumbered(
   source: Int32[np.ndarray, "B N"], place: Int32[np.ndarray, "b X"]
 ) -> Int32[np.ndarray, "B N"]:
-  """Returns place[source]; -1 stays -1. One row of places is for all rows."""
+  """Returns place[source]; -1 stays -1. A single row of places serves all."""
   if not place.shape[1]:
     return source  # nothing to point to
   found = np.take_along_axis(place, np.maximum(source, 0), axis=1)
