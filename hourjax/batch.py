@@ -19,8 +19,9 @@ Array = Any  # numpy on the host, jax on the device
 class Batch(NamedTuple):
   """Holds B rows.
 
-  Integers are int32. In a source or token, -1 says that the value comes from
-  elsewhere.
+  Integers are int32. A query or decoder position comes from a word or by an
+  index from other tokens; that of its token and source that does not apply is
+  -1.
 
   Attributes:
     features: bfloat16 or float32 [B, X, V], tower features pooled per frame.

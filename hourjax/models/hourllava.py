@@ -63,7 +63,7 @@ class HourLLaVA(nnx.Module):
 
     Args:
       embeddings: of `embeddings`.
-      batch: says the position and the sample of each embedding.
+      batch: for position and segment id of each embedding.
     """
     return self.decoder(
       embeddings,
@@ -122,7 +122,7 @@ class HourLLaVA(nnx.Module):
     """Returns what MemAug starts from: prompt tokens and kept memory tokens.
 
     Args:
-      memory: that `batch.query_source` counts, whole or the kept tokens alone.
+      memory: indexed by `batch.query_source`; all tokens or the kept ones only.
       batch: rows of queries.
     """
     kept = gather_rows(memory, batch.query_source)
@@ -164,7 +164,7 @@ class HourLLaVA(nnx.Module):
     Args:
       cache: keys and values of the memory, of `encode_memory`.
       kept: kept memory tokens, of `encode_memory`.
-      batch: rows of queries; `query_source` counts the kept tokens.
+      batch: rows of queries; `query_source` indexes the kept tokens.
       probe_queries: indices of queries whose attention is returned; -1 is
         none.
 
@@ -243,8 +243,9 @@ class HourLLaVA(nnx.Module):
 
     Args:
       pixels: of frames or tiles.
-      pool_side: side of the grid that each is pooled to; None is not pooled.
-      trains: 1 where the tower learns from an image; None is everywhere.
+      pool_side: side of the grid that each image is pooled to; None for no
+        pooling.
+      trains: 1 where the tower learns from an image; None for all of them.
     """
     rows, images = pixels.shape[:2]
     if not images:

@@ -16,7 +16,8 @@ from hourjax.kernels.constants import SAVED
 from hourjax.models.config import Remat
 from hourjax.parallel.fsdp import gather_weight, weight_gradients
 
-# Called on the host after each layer of a stack in what is traced meanwhile.
+# Called on the host after each layer of the stacks that are traced while it is
+# set; see `layer_callback`.
 _CALLBACK: contextvars.ContextVar[Callable[[], None] | None] = (
   contextvars.ContextVar("layer_callback", default=None)
 )

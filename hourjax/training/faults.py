@@ -116,8 +116,8 @@ class NonFiniteSteps:
 
   Attributes:
     skipped: number of such steps since the run began.
-    in_a_row: how many of the last steps were skipped without one in between
-      that was not. While this is not 0 no checkpoint is saved.
+    in_a_row: how many steps up to the last one were skipped one after the
+      other. While this is not 0, no checkpoint is saved.
   """
 
   def __init__(

@@ -27,7 +27,7 @@ from hourjax.training.optimizer import COMPONENTS
 
 
 class RowTotals(NamedTuple):
-  """Holds what rows amount to.
+  """Holds the seconds of video and the FLOPs of some rows.
 
   Attributes:
     video_seconds: duration of their videos; one that several conversations of a
