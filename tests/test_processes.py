@@ -21,13 +21,13 @@ from tests import test_processes as own
 if __name__ == "__main__":
   signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup pytest` ignores it
   folder = pathlib.Path(sys.argv[1])
-  child = subprocess.Popen(
+  sleeper = subprocess.Popen(
     processes.module_command("tests.sleeping"),
     stdin=subprocess.PIPE,
     start_new_session=True,
   )
-  child.stdin.write(str(folder / "child").encode() + b"\\n")
-  child.stdin.flush()
+  sleeper.stdin.write(str(folder / "sleeper").encode() + b"\\n")
+  sleeper.stdin.flush()
   with processes.pool(2, own.note, (str(folder),)) as pool:
     list(pool.map(own.rest, range(2)))
 """

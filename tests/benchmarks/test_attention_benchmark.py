@@ -77,12 +77,12 @@ def test_visits_of_a_packed_row():
   tiles = Tiles(128, 256, 128, 128)
   shape = cut(tiles, queries=512, keys=1024, groups=1, dim=8)
   counts = count_visits(row, shape, parts=1, by_key=False)
-  visits = {"always": 8, "first": 4, "last": 4, "whole": 4, "new": 2}
-  visits |= {"chunk": 8, "uniform": 4}
-  assert counts == visits
-  # Backward, key tile by key tile: the last one has a visit that does nothing.
+  expected = {"always": 8, "first": 4, "last": 4, "whole": 4, "new": 2}
+  expected |= {"chunk": 8, "uniform": 4}
+  assert counts == expected
+  # Backward, key tile by key tile: the last one has a block that does nothing.
   counts = count_visits(row, shape, parts=1, by_key=True)
-  assert counts == visits | {"always": 9}
+  assert counts == expected | {"always": 9}
 
 
 def test_six_videos_of_ten_minutes():
