@@ -1,9 +1,8 @@
 """The cost of packing: cycles of a row that holds several videos.
 
 The block schedule of the kernels is made for the row. A block is one pair of a
-query tile and a key tile (`kernels.tpu.block_schedule`), here also called a
-visit of the kernel. Its cost is the cycles of the pieces of the kernel that it
-runs.
+query tile and a key tile (`kernels.tpu.block_schedule`). Its cost is the cycles
+of the pieces of the kernel that it runs.
 """
 
 import collections
@@ -134,20 +133,20 @@ def packed_figures(call: Call, row: Row) -> dict[str, Any]:
   Returns:
     `cycles` of one core for the row; `ratio_to_sum_of_parts`, over one call
     for each video; `share_of_useful_peak`, where only pairs of a query and a
-    key of its video are useful; and `visits`, the counts of `count_visits` for
+    key of its video are useful; and `blocks`, the counts of `count_blocks` for
     the row, for one KV head.
   """
-  visited = []
+  counted = []
   for case in (row, row.alone()):
     parts, shape = call.cut(case.query_slots, case.key_slots)
-    counts = count_visits(case, shape, parts=parts, by_key=call.by_key)
+    counts = count_blocks(case, shape, parts=parts, by_key=call.by_key)
     tile = shape._replace(query_tiles=0, key_tiles=0)
-    visited.append((tile, counts))
-  (tile, counts), (smaller, part_counts) = visited
+    counted.append((tile, counts))
+  (tile, counts), (smaller, part_counts) = counted
   if tile != smaller:
     return {"missing": "a video of the row is smaller than one tile"}
   cycles, part = (
-    visits_cycles(each, call.regions, call.generation) * call.kv_heads
+    block_cycles(each, call.regions, call.generation) * call.kv_heads
     for each in (counts, part_counts)
   )
   flops = (10 if call.by_key else 4) * call.dim * call.heads
@@ -157,11 +156,11 @@ def packed_figures(call: Call, row: Row) -> dict[str, Any]:
     "cycles": cycles,
     "ratio_to_sum_of_parts": round(cycles / (row.videos * part), 3),
     "share_of_useful_peak": round(share, 3),
-    "visits": counts,
+    "blocks": counts,
   }
 
 
-def count_visits(
+def count_blocks(
   row: Row, shape: Shape, *, parts: int, by_key: bool
 ) -> dict[str, int]:
   """Counts how often the blocks of a row run each piece of the kernel.
@@ -204,7 +203,7 @@ def count_visits(
 def _count(
   grid: block_schedule.BlockSchedule, chunks: int
 ) -> collections.Counter:
-  """Counts the pieces that one block schedule runs; see `count_visits`."""
+  """Counts the pieces that one block schedule runs; see `count_blocks`."""
   codes = grid.blocks[0, : int(grid.count)]
   counts = collections.Counter(always=len(codes))
   for name in ("FIRST", "LAST", "WHOLE", "NEW"):
@@ -226,13 +225,13 @@ def _count(
   return counts
 
 
-def visits_cycles(
+def block_cycles(
   counts: dict[str, int], regions: Forward | Backward, chip: str
 ) -> int:
   """Returns the cycles of a row's blocks, for one KV head.
 
   Args:
-    counts: what `count_visits` returned.
+    counts: what `count_blocks` returned.
     regions: the pieces of the kernel.
     chip: the generation.
   """

@@ -241,7 +241,7 @@ class Dataset:
       room: memory [n, V] for stored features, which saves copying them.
 
     Returns:
-      Samples, of which all but the first have `shares` set, and what could
+      Samples, of which all but the first have `reuses_memory` set, and what could
       not be read.
     """
     done: list[Sample] = []
@@ -257,7 +257,7 @@ class Dataset:
           visual = self._read(plan, room)
           summary = self._summary(plan, visual)
         sample = self._lay_out(plan, visual, summary, index, epoch)
-        done.append(dataclasses.replace(sample, shares=bool(done)))
+        done.append(dataclasses.replace(sample, reuses_memory=bool(done)))
       except UserError as error:
         failed.append(Unread(name, error.kind, str(error)))
       except OSError as error:

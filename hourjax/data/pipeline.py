@@ -161,9 +161,9 @@ def fill_row(
         samples += 1
       except UserError as error:  # other files than were measured
         unread.append(Unread(sample.name, "size", str(error)))
-        if not sample.shares:
+        if not sample.reuses_memory:
           unread += [
-            Unread(s.name, "size", str(error)) for s in found if s.shares
+            Unread(s.name, "size", str(error)) for s in found if s.reuses_memory
           ]
           break
   row.finish()

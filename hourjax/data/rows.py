@@ -96,22 +96,22 @@ class Sample:
     kind: where its visual tokens come from.
     visual: [F, Q, V] stored features, or [n, h, w, 3] pixels (uint8, or float
       in [-1, 1]); None for text.
-    shares: the sample reads the memory of the sample before it in the row,
-      and has none of its own in the row.
+    reuses_memory: the sample reads the memory of the sample before it in the
+      row, and has none of its own there.
   """
 
   name: str
   layout: Layout
   kind: Visual = "features"
   visual: np.ndarray | None = None
-  shares: bool = False
+  reuses_memory: bool = False
 
   @property
   def size(self) -> Size:
     """Returns what the sample takes of a row; a shared memory takes nothing."""
     images = 0 if self.visual is None else len(self.visual)
     size = layout_size(self.layout, self.kind, images)
-    if self.shares:
+    if self.reuses_memory:
       return Size(queries=size.queries, decoder=size.decoder)
     return size
 
@@ -253,7 +253,7 @@ class Row:
     self._spec, self._arrays = spec, arrays
     self._count = 0
     # Of the memory placed last: its segment id, and how much of the row was
-    # used before it. A sample with `shares` reads this memory.
+    # used before it. A sample with `reuses_memory` reads it.
     self._memory = (0, Size())
     self.used = Size()
 
@@ -275,7 +275,7 @@ class Row:
     """
     check_fits(self.used + sample.size, self._spec.capacity, sample.name)
     self._count += 1
-    if not sample.shares:
+    if not sample.reuses_memory:
       self._memory = (self._count, self.used)
       self._place_memory(sample)
     self._place_text(sample)

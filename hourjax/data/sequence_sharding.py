@@ -64,7 +64,7 @@ def check_sequence_sharding(spec: RowSpec, devices: int) -> None:
     )
 
 
-def round_robin_order(batch: Batch, spec: RowSpec, devices: int) -> Batch:
+def sequence_sharding_order(batch: Batch, spec: RowSpec, devices: int) -> Batch:
   """Returns rows in the order in which `devices` devices hold them.
 
   Each array is reordered so that a device's part is contiguous, except for

@@ -23,7 +23,7 @@ from hourjax.data.rows import (
   build_row,
   stack_rows,
 )
-from hourjax.data.sequence_sharding import round_robin_order
+from hourjax.data.sequence_sharding import sequence_sharding_order
 from hourjax.errors import UserError
 from hourjax.inference import steps
 from hourjax.inference.sampling import RowSampling
@@ -176,7 +176,7 @@ class Engine:
     index = np.arange(size.memory, dtype=np.int32)
     padding = np.full(spec.capacity.memory - size.memory, -1, np.int32)
     indexed = batch._replace(memory_position=np.append(index, padding)[None])
-    token_index = round_robin_order(
+    token_index = sequence_sharding_order(
       indexed, spec, self.mesh.shape["seq"]
     ).memory_position[0]
     return EncodedMemory(
@@ -207,7 +207,9 @@ class Engine:
       in each block (None without probe queries).
     """
     samples = [
-      Sample(f"prompt {n}", _count_kept(layout, memory.kept), shares=True)
+      Sample(
+        f"prompt {n}", _count_kept(layout, memory.kept), reuses_memory=True
+      )
       for n, layout in enumerate(layouts)
     ]
     lengths = [len(layout.decoder_token) for layout in layouts]

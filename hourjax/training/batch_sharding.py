@@ -12,7 +12,7 @@ from hourjax.data.rows import RowSpec, empty_rows
 from hourjax.data.sequence_sharding import (
   check_sequence_sharding,
   features_part,
-  round_robin_order,
+  sequence_sharding_order,
 )
 from hourjax.errors import UserError
 from hourjax.parallel.rules import RULES, spec
@@ -121,7 +121,7 @@ class BatchSharding:
     Args:
       batch: numpy arrays of the rows `local_rows`.
     """
-    ordered = round_robin_order(batch, self._rows, self._sharing)
+    ordered = sequence_sharding_order(batch, self._rows, self._sharing)
     return Batch(*map(self._placed, Batch._fields, ordered, self._shardings))
 
   def _placed(

@@ -18,7 +18,7 @@ from hourjax.benchmarks.attention_compile import (
 )
 from hourjax.benchmarks.attention_packed import (
   Row,
-  count_visits,
+  count_blocks,
   packed_row,
 )
 from hourjax.errors import UserError
@@ -69,19 +69,19 @@ def test_only_sums_over_queries_are_sent():
   assert 2 * reduced <= sent <= 2.1 * reduced
 
 
-def test_visits_of_a_packed_row():
+def test_blocks_of_a_packed_row():
   # Queries 1 1 2 2 in tiles of one, and keys 1 1 | 1 2 | 2 2 | 0 0 in tiles of
   # two chunks: each query tile meets a whole key tile and the mixed one, in
   # which one chunk concerns it. Segment 2 is seen before its whole tile.
   row = Row(2, 256, 384, 512, 1024)
   tiles = Tiles(128, 256, 128, 128)
   shape = cut(tiles, queries=512, keys=1024, groups=1, dim=8)
-  counts = count_visits(row, shape, parts=1, by_key=False)
+  counts = count_blocks(row, shape, parts=1, by_key=False)
   expected = {"always": 8, "first": 4, "last": 4, "whole": 4, "new": 2}
   expected |= {"chunk": 8, "uniform": 4}
   assert counts == expected
   # Backward, key tile by key tile: the last one has a block that does nothing.
-  counts = count_visits(row, shape, parts=1, by_key=True)
+  counts = count_blocks(row, shape, parts=1, by_key=True)
   assert counts == expected | {"always": 9}
 
 

@@ -275,7 +275,7 @@ def test_the_scene_that_the_human_turns_name_is_kept(scenes):
 def test_samples_that_share_a_memory_keep_what_they_keep_alone(scenes):
   dataset = _guided(scenes, ("red",), ("blue",))
   together, failed = dataset.samples((0, 1), 3)
-  assert not failed and [s.shares for s in together] == [False, True]
+  assert not failed and [s.reuses_memory for s in together] == [False, True]
   for index, sample in enumerate(together):
     alone = dataset.sample(index, 3).layout
     for name in ("query_token", "query_source", "query_position"):
@@ -354,7 +354,7 @@ def test_samples_share_one_reading_of_a_video(media):
   made, failed = dataset.samples((2, 0), 4, room)
   assert not failed
   assert [s.name for s in made] == ["2", "0"]
-  assert [s.shares for s in made] == [False, True]
+  assert [s.reuses_memory for s in made] == [False, True]
   for index, sample in zip((2, 0), made):
     alone = dataset.sample(index, 4)
     np.testing.assert_array_equal(sample.visual, alone.visual)

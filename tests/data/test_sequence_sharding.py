@@ -16,7 +16,7 @@ from hourjax.data.layout import build_layout
 from hourjax.data.sequence_sharding import (
   check_sequence_sharding,
   features_part,
-  round_robin_order,
+  sequence_sharding_order,
 )
 from hourjax.errors import UserError
 
@@ -115,7 +115,7 @@ def _meaning(batch, devices):
 )
 def test_every_reference_is_kept(lengths, others, devices):
   batch = _batch(lengths, others)
-  ordered = round_robin_order(batch, SPEC, devices)
+  ordered = sequence_sharding_order(batch, SPEC, devices)
   assert _meaning(ordered, devices) == _meaning(batch, 1)
   assert ordered.memory_source.dtype == np.int32
   assert ordered.query_source.dtype == ordered.decoder_source.dtype == np.int32
@@ -124,7 +124,7 @@ def test_every_reference_is_kept(lengths, others, devices):
 def test_every_device_has_as_much_to_do():
   """Whatever the videos, also those whose frames are repeated."""
   batch = _batch([37, 140], ["images"])
-  ordered = round_robin_order(batch, SPEC, 8)
+  ordered = sequence_sharding_order(batch, SPEC, 8)
   for name in ("memory_segment", "query_segment"):
     parts = getattr(ordered, name)[0].reshape(8, -1)
     for segment in (1, 2, 3):
@@ -137,7 +137,7 @@ def test_every_device_has_as_much_to_do():
 
 def test_one_device_gets_the_row_as_it_is():
   batch = _batch([20], [])
-  assert round_robin_order(batch, SPEC, 1) is batch
+  assert sequence_sharding_order(batch, SPEC, 1) is batch
   part = features_part(batch.features, SPEC.frame_tokens, 1, 0)
   assert np.shares_memory(part, batch.features)
 

@@ -308,7 +308,10 @@ def test_sharing_a_memory_changes_neither_loss_nor_gradients(params):
   """Three conversations about one video, alone and around one memory."""
   first, *others = (_sample("video", 3 + n, n) for n in range(3))
   others = [dataclasses.replace(s, visual=first.visual) for s in others]
-  shared = [first, *(dataclasses.replace(s, shares=True) for s in others)]
+  shared = [
+    first,
+    *(dataclasses.replace(s, reuses_memory=True) for s in others),
+  ]
   capacity = sum((s.size for s in shared), rows.Size())
   spec = rows.RowSpec(capacity, SIDE**2, CONFIG.vision.side**2, WIDTH, PIXELS)
 
