@@ -241,8 +241,8 @@ class Dataset:
       room: memory [n, V] for stored features, which saves copying them.
 
     Returns:
-      Samples, of which all but the first have `reuses_memory` set, and what could
-      not be read.
+      Samples, of which all but the first have `reuses_memory` set, and what
+      could not be read.
     """
     done: list[Sample] = []
     failed: list[Unread] = []
