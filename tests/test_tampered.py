@@ -179,5 +179,10 @@ def test_no_reader_runs_what_data_says():
     for path in (ROOT / part).rglob("*.py")
     if (dangers := set(_dangers(ast.parse(path.read_text()))))
   }
-  # A worker process runs the module that the process which starts it names.
-  assert found == {"hourjax/processes.py": ["run_module"]}
+  # None of these names comes from a file: a worker process runs the module that
+  # the process which starts it names, the others import our own modules.
+  assert found == {
+    "hourjax/processes.py": ["run_module"],
+    "hourjax/evaluation/benchmarks/__init__.py": ["import_module"],
+    "launch/docs.py": ["import_module"],
+  }

@@ -149,7 +149,7 @@ def test_a_video_is_its_stored_features(model, video, tmp_path):
   info = probe(video)
   indices, duration = extraction_frames(info.frames, info.fps)
   assert indices.tolist() == video_file_frames(300, 60.0).tolist()
-  assert (memory.duration, memory.frames) == (60.0, 128)
+  assert (memory.duration, memory.num_frames) == (60.0, 128)
   assert seen[0] == (0, len(indices)) and seen[-1] == (128, 128)
   features = model.read_video_features(video).features
   assert features.dtype == ml_dtypes.bfloat16
