@@ -24,6 +24,7 @@ def _choice(config, *, causal=False, dtype=jnp.bfloat16):
       width=16,
       heads=2,
       kv_heads=1,
+      head_dim=8,
       rotary_dim=8,
       rope_base=1e4,
       out_bias=True,

@@ -130,4 +130,4 @@ def test_rows_that_suit_no_mesh_are_refused(stage3):
   found = dataclasses.replace(found, batch_rows=1, accumulate=1)
   topology = parse_topology("v5p:16x16x16")
   with pytest.raises(UserError, match="no mesh of 4096 devices suits 1 rows"):
-    search.search(found, topology, workload, say=print)
+    search.search(found, topology, workload, log=print)
