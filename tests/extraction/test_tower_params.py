@@ -50,7 +50,7 @@ def _checkpoint(workdir, frozen, trained, steps=(7,)):
       opt_state=[{"mu": trained}],
     )
     checkpoints.save(state, position=step, plan="", config={})
-    checkpoints.settle()
+    checkpoints.wait_for_save()
   checkpoints.close()
   return str(workdir)
 
