@@ -81,7 +81,7 @@ def test_it_runs_on_a_small_demo(work):
 
 def test_without_a_demo_it_says_what_to_run():
   with pytest.raises(CellExecutionError) as caught:
-    notebooks.execute(NOTEBOOK, runs.ROOT, "no_work")
+    notebooks.execute(NOTEBOOK, NOTEBOOK.parents[1], "no_work")
   assert caught.value.evalue == (
     "no no_work/memaug/stage2: run `bash launch/local.sh` first, or set"
     " HOURJAX_WORK to its folder"
