@@ -11,7 +11,7 @@ from flax import nnx
 from hourjax.models import decoder
 from hourjax.models.config import TINY
 from hourjax.models.layers import rematerialised
-from tests.models import random_params
+from tests.drawn_params import draw_module
 
 
 def _layer():
@@ -19,7 +19,7 @@ def _layer():
 
 
 def _loss(remat):
-  graph, params = random_params.module(_layer)
+  graph, params = draw_module(_layer)
   where = {
     "position": jnp.arange(16)[None],
     "segment": jnp.ones((1, 16), jnp.int32),

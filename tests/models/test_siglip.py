@@ -15,7 +15,7 @@ from hourjax.models.config import TINY, DecoderConfig, ModelConfig, VisionConfig
 from hourjax.models.params import with_params
 from hourjax.models.siglip import VisionTower, pool_frames, pool_matrix
 from tests import golden_files, official
-from tests.models import random_params
+from tests.drawn_params import draw_nonzero_params
 
 ATOL = 1e-5
 
@@ -133,7 +133,7 @@ def test_pixels_beyond_the_last_patch_are_not_seen():
   )
   tower = jax.jit(
     with_params(
-      config, random_params.params(config, "vision/"), prefix="vision/"
+      config, draw_nonzero_params(config, "vision/"), prefix="vision/"
     ).vision
   )
   pixels = np.random.default_rng(0).normal(size=(1, 17, 17, 3))
@@ -194,7 +194,7 @@ def test_bytes_are_encoded_as_the_images_module_says():
     remat="none",
   )
   pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 6, 6, 3), np.uint8)
-  encode = jax.jit(with_params(config, random_params.params(config)).encode)
+  encode = jax.jit(with_params(config, draw_nonzero_params(config)).encode)
   got = encode(jnp.asarray(pixels))
   assert got.shape == (6, 9, 8)
   expected = encode(jnp.asarray(images.to_pixels(pixels)))
