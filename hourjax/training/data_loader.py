@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hourjax import schema
+from hourjax.atomic_file import replace_file
 from hourjax.batch import Batch
 from hourjax.data.columns import Columns
 from hourjax.data.dataset import Dataset, Unread
@@ -351,15 +352,12 @@ def _on_host(array: jax.Array, name: str, config: ModelConfig) -> np.ndarray:
 
 
 def _write_embedder(path: pathlib.Path, params: dict[str, np.ndarray]) -> None:
-  partial = path.with_name(f".{path.name}.partial")
   # numpy would forget the name of bfloat16, so bits are written.
   bits: dict[str, Any] = {name: _as_bits(x) for name, x in params.items()}
   try:
-    with open(partial, "wb") as file:
+    with replace_file(path) as partial, open(partial, "wb") as file:
       np.savez(file, **bits)
-    os.replace(partial, path)
   except OSError as error:
-    partial.unlink(missing_ok=True)
     raise UserError(
       f"{path} cannot be written ({error}); make room, or choose another"
       " --workdir"
