@@ -1,21 +1,19 @@
 import os
-import shutil
+import pathlib
 import signal
-import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Nothing of ours is left in, or read from, the user's own cache.
 os.environ.setdefault("HOURJAX_COMPILATION_CACHE", "off")
-# Instead one folder serves a whole run: this process makes it, and the workers
-# of pytest-xdist and the processes that tests start inherit these variables. A
-# folder named in JAX_COMPILATION_CACHE_DIR is used and kept, which halves the
-# time of a second run.
+# Instead one folder of the checkout serves all runs of the tests, and all their
+# processes, which inherit these variables: a second run takes half the time.
+# Programs are found by their content, so what is found is never stale.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["HOURJAX_TESTS_PROCESS"] = str(os.getpid())
-  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(
-    prefix="hourjax-tests-"
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
+    pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
   )
-  # Without a bound of its size no lock is taken at every look into it.
+  # A bound set here would cost a lock at every look; see `pytest_unconfigure`.
   os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = "-1"
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
   os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
@@ -47,7 +45,22 @@ for _name, _settings in _PROFILES.items():
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+_MAX_BYTES = 4 * 2**30  # of compiled programs that are kept
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
-  """Removes the programs that a run compiled, in the process that began it."""
-  if os.environ.get("HOURJAX_TESTS_PROCESS") == str(os.getpid()):
-    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+  """Removes the compiled programs that were not used for longest.
+
+  Only in the process that began the run, and only what exceeds `_MAX_BYTES`.
+  """
+  if os.environ.get("HOURJAX_TESTS_PROCESS") != str(os.getpid()):
+    return
+  folder = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+  files = [(path, path.stat()) for path in folder.glob("*")]
+  files.sort(key=lambda file: file[1].st_atime)
+  excess = sum(stat.st_size for _, stat in files) - _MAX_BYTES
+  for path, stat in files:
+    if excess <= 0:
+      break
+    path.unlink(missing_ok=True)
+    excess -= stat.st_size

@@ -19,8 +19,9 @@ LIMIT = 1e-5
 _CASES = [
   # Rows and parameters over one axis, the memory over the other.
   {"mesh": {"fsdp": 2, "seq": 4}},
-  # Copies of the parameters, and heads, MLP width and words in parts.
-  {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
+  # Copies of the parameters, and heads, MLP width and words in parts; no stored
+  # features, as in stages 1 and 2.
+  {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}, "stored": False},
   # Fewer blocks of heads than devices, and a head that is not the embedding.
   {
     "mesh": {"fsdp": 1, "seq": 4, "tensor": 2},
@@ -30,8 +31,6 @@ _CASES = [
   },
   # The decoder reads kept tokens from other devices, without MemAug.
   {"mesh": {"data": 2, "fsdp": 2, "seq": 2}, "model": {"memaug_layers": 0}},
-  # No stored features, as in stages 1 and 2.
-  {"mesh": {"fsdp": 2, "seq": 4}, "stored": False},
 ]
 
 
