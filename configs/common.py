@@ -52,6 +52,9 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
 def experiment(model: ModelConfig, rows: Size, **overrides: Any) -> ConfigDict:
   """Returns an Experiment's defaults as a ConfigDict.
 
+  Where the defaults keep what a saved configuration means that lacks a key,
+  and the official runs did something else, the latter is set here.
+
   Args:
     model: sizes of the model.
     rows: capacity of one row.
@@ -65,6 +68,7 @@ def experiment(model: ModelConfig, rows: Size, **overrides: Any) -> ConfigDict:
     optimizer=OptimizerConfig(),
     read=ReadOptions(),
     mesh=MeshConfig(),
+    loss="samples",
   )
   config = ConfigDict(dataclasses.asdict(base))
   config.update(overrides)

@@ -46,6 +46,8 @@ class Batch(NamedTuple):
     decoder_position: [B, L] 0, 1, 2, ... in each sample.
     decoder_segment: [B, L].
     target: [B, L] the label of the next position, -100 where there is none.
+    target_weight: float32 [B, L], weight of each label in the loss; 0 where
+      there is no label.
   """
 
   features: Array
@@ -67,6 +69,7 @@ class Batch(NamedTuple):
   decoder_position: Array
   decoder_segment: Array
   target: Array
+  target_weight: Array
 
 
 IGNORE = -100

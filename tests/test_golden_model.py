@@ -20,7 +20,7 @@ from hourjax.inference.sampling import GREEDY, row_sampling
 from hourjax.models.hourllava import HourLLaVA
 from hourjax.models.params import param_shapes, with_params
 from hourjax.parallel.mesh import MeshConfig, make_mesh
-from hourjax.training.train_step import loss_sums, token_losses
+from hourjax.training.train_step import loss_sum, token_losses
 from tests import golden_cases, golden_files, official
 
 ACTIVATIONS = 2e-5
@@ -87,7 +87,7 @@ def _forward(params, batch, config):
 @functools.partial(jax.jit, static_argnames="config")
 def _summed_gradients(params, batch, config):
   def loss(params):
-    return loss_sums(with_params(config, params), batch)[0]
+    return loss_sum(with_params(config, params), batch)
 
   return jax.grad(loss)(params)
 

@@ -17,12 +17,14 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+from jaxtyping import Float32, Int32
 
 from hourjax.batch import IGNORE, TOWER_FRAMES, Batch
 from hourjax.data.layout import Layout
 from hourjax.errors import UserError
 
 Visual = Literal["features", "frames", "tiles"]
+Loss = Literal["samples", "tokens"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +147,7 @@ class RowSpec:
     tile_tokens: tokens of a tile (P).
     width: of the tower's features (V).
     image_size: pixels along one side of frames and tiles.
+    loss: how labels are weighted, see `label_weights`.
   """
 
   capacity: Size
@@ -152,6 +155,7 @@ class RowSpec:
   tile_tokens: int
   width: int
   image_size: int
+  loss: Loss = "tokens"
 
   def visual_base(self, kind: Visual) -> int:
     """Returns the index in a row at which visual tokens of a kind begin.
@@ -171,6 +175,27 @@ class RowSpec:
     """Returns the index in a row at which blended tokens begin."""
     tiles = self.visual_base("tiles")
     return tiles + self.capacity.tiles * self.tile_tokens
+
+
+def label_weights(
+  targets: Int32[np.ndarray, "L"], loss: Loss
+) -> Float32[np.ndarray, "L"]:
+  """Returns the weight of each label of one sample in the loss.
+
+  The loss of a step is the weighted mean over its labels. With "tokens" each
+  label weighs 1. With "samples" those of a sample weigh 1 together, so that the
+  loss is the mean of the samples' own means. Targets [8 -100 9 -100] weigh
+  [1 0 1 0] or [0.5 0 0.5 0]; a sample without labels weighs nothing.
+
+  Args:
+    targets: of the sample, after its sequence was cut.
+    loss: "samples" or "tokens".
+  """
+  labelled = targets != IGNORE
+  weights = labelled.astype(np.float32)
+  if loss == "tokens":
+    return weights
+  return weights / np.float32(max(labelled.sum(), 1))
 
 
 def build_row(samples: Sequence[Sample], spec: RowSpec) -> Batch:
@@ -224,6 +249,7 @@ def _arrays(
     "tiles": ((side, side, 3), pixels),
     "blend_source": ((4,), np.int32),
     "blend_weight": ((4,), np.float32),
+    "target_weight": ((), np.float32),
   }
   return [
     ((getattr(spec.capacity, _LENGTH[name]), *shapes[name][0]), shapes[name][1])
@@ -324,6 +350,7 @@ class Row:
     """Writes the sample's queries and decoder positions, indices shifted."""
     layout, size = sample.layout, sample.size
     reads, place = self._memory
+    targets = layout.targets
     values = {
       "query_token": layout.query_token,
       "query_source": _shift(layout.query_source, place.memory),
@@ -334,7 +361,8 @@ class Row:
       "decoder_source": _shift(layout.decoder_source, self.used.queries),
       "decoder_position": np.arange(size.decoder),
       "decoder_segment": self._count,
-      "target": layout.targets,
+      "target": targets,
+      "target_weight": label_weights(targets, self._spec.loss),
     }
     for name, value in values.items():
       self._part(name, size)[:] = value
@@ -348,7 +376,7 @@ _LENGTH = {
   **{n: "memory" for n in Batch._fields if n.startswith("memory_")},
   **{n: "queries" for n in Batch._fields if n.startswith("query_")},
   **{n: "decoder" for n in Batch._fields if n.startswith("decoder_")},
-  "target": "decoder",
+  **dict.fromkeys(("target", "target_weight"), "decoder"),
 }
 # What pads an array; 0 where it is not named.
 _PADDING = {

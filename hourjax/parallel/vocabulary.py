@@ -99,20 +99,22 @@ def cross_entropy(
   hidden: Float[Array, "B L D"],
   table: Float[Array, "N D"],
   target: Int[Array, "B L"],
+  weight: Float[Array, "B L"],
 ) -> Float[Array, ""]:
-  """Returns cross entropy in float32, summed over positions with a target.
+  """Returns weight x cross entropy in float32, summed over all labels.
 
-  Logits are computed only for these positions, `CHUNK` of them at a time: no
-  more of the B x L x N logits ever exist, and padding and visual tokens cost
-  nothing. Loss and gradients are computed in one pass of three products, and
-  nothing is computed again in the backward pass.
+  Logits are computed only for positions with a target, `CHUNK` of them at a
+  time: no more of the B x L x N logits ever exist, and padding and visual
+  tokens cost nothing. Loss and gradients are computed in one pass of three
+  products, and nothing is computed again in the backward pass.
 
   Args:
     hidden: split over rows and positions; its dtype is that of the products.
     table: row n is the output vector of word n.
     target: the word, or below 0 where there is none.
+    weight: of each position, float32. It has no gradient.
   """
-  return token_losses(hidden, table, target).sum()
+  return (token_losses(hidden, table, target) * weight).sum()
 
 
 def token_losses(
@@ -122,7 +124,7 @@ def token_losses(
 ) -> Float[Array, "B L"]:
   """Returns the cross entropy of each position; 0 where there is no target.
 
-  As `cross_entropy`, but without a gradient.
+  As `cross_entropy`, but without weights and without a gradient.
 
   Args:
     hidden: as for `cross_entropy`.
@@ -130,7 +132,7 @@ def token_losses(
     target: as for `cross_entropy`.
   """
   function = collectives.local_shard_map(
-    lambda *parts: _entropy(*parts, gradients=False)[0],
+    lambda *parts: _entropy(*parts, None)[0],
     (_SPLIT, _TABLE, _TOKENS),
     _TOKENS,
   )
@@ -138,16 +140,14 @@ def token_losses(
 
 
 def _entropy_forward(
-  hidden: jax.Array, table: jax.Array, target: jax.Array
+  hidden: jax.Array, table: jax.Array, target: jax.Array, weight: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  """Returns the sum of the losses, and its gradients."""
+  """Returns the weighted sum of the losses, and its gradients."""
   function = collectives.local_shard_map(
-    functools.partial(_entropy, gradients=True),
-    (_SPLIT, _TABLE, _TOKENS),
-    (_TOKENS, _SPLIT, _TABLE),
+    _entropy, (_SPLIT, _TABLE, _TOKENS, _TOKENS), (_TOKENS, _SPLIT, _TABLE)
   )
-  losses, d_hidden, d_table = function(hidden, table, target)
-  return losses.sum(), (d_hidden, d_table)
+  losses, d_hidden, d_table = function(hidden, table, target, weight)
+  return (losses * weight).sum(), (d_hidden, d_table)
 
 
 def _entropy_backward(
@@ -155,26 +155,32 @@ def _entropy_backward(
 ) -> tuple[jax.Array | None, ...]:
   """Returns the gradients of the hidden states and of the table."""
   d_hidden, d_table = saved
-  return (d_loss * d_hidden).astype(d_hidden.dtype), d_loss * d_table, None
+  d_hidden = (d_loss * d_hidden).astype(d_hidden.dtype)
+  return d_hidden, d_loss * d_table, None, None
 
 
 cross_entropy.defvjp(_entropy_forward, _entropy_backward)
 
 
 def _entropy(
-  hidden: jax.Array, table: jax.Array, target: jax.Array, *, gradients: bool
+  hidden: jax.Array,
+  table: jax.Array,
+  target: jax.Array,
+  weight: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Computes the losses of a device's rows, and the gradients of their sum.
+  """Computes the losses of a device's rows, and gradients of a weighted sum.
 
   Args:
     hidden: the device's part.
     table: the device's part.
     target: of the device's rows, all positions.
-    gradients: whether to compute the gradients; else they are empty arrays.
+    weight: of each position in the sum; None for no gradients, which are then
+      empty arrays.
 
   Returns:
-    Losses [B, L], and the gradients of hidden and table.
+    Losses [B, L], not weighted, and the gradients of hidden and table.
   """
+  gradients = weight is not None
   dtype, width = hidden.dtype, hidden.shape[-1]
   words = collectives.all_gather(table.astype(dtype), "fsdp", dim=1)
   own_words = collectives.axis_index(*_WORDS) * words.shape[0] + jnp.arange(
@@ -184,6 +190,7 @@ def _entropy(
   hidden = collectives.all_gather(hidden, "seq", dim=1)
   rows = hidden.shape[:2]
   hidden, target = hidden.reshape(-1, width), target.reshape(-1)
+  weight = None if weight is None else weight.reshape(-1)
   chunk = min(CHUNK, target.size)
   order, count = _labelled_first(target, chunk)
 
@@ -203,8 +210,10 @@ def _entropy(
     own = label[:, None] == own_words[None]
     score = collectives.psum(jnp.where(own, logits, 0).sum(-1), *_WORDS)
     losses = losses.at[at].set(jnp.where(trained, lse - score, 0), mode="drop")
-    if gradients:
-      d_logits = jnp.exp(logits - lse[:, None]) - own
+    if weight is not None:
+      # Weighted in float32, before the one rounding to the products' dtype.
+      share = weight.at[at].get(mode="fill", fill_value=0)
+      d_logits = (jnp.exp(logits - lse[:, None]) - own) * share[:, None]
       d_logits = jnp.where(trained[:, None], d_logits, 0).astype(dtype)
       d_x = collectives.psum(_dot("in,nd->id", d_logits, words), *_WORDS)
       # A factor between sum and cast: without it the compiler casts first, and

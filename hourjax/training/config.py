@@ -21,7 +21,7 @@ from hourjax import schema
 from hourjax.data.dataset import SampleOptions
 from hourjax.data.forgetting import Forgetting
 from hourjax.data.pipeline import ReadOptions
-from hourjax.data.rows import RowSpec, Size
+from hourjax.data.rows import Loss, RowSpec, Size
 from hourjax.errors import UserError
 from hourjax.models.config import ModelConfig
 from hourjax.parallel.chips import parse_tiles
@@ -174,6 +174,9 @@ class Experiment:
     steps: of the run; 0 takes their number from `epochs`.
     epochs: passes over the data, if `steps` is 0.
     max_length: of the decoder's sequence of one sample, in tokens.
+    loss: "samples", the mean of the samples' mean losses, or "tokens", the
+      mean over all label tokens of a step, as runs had that were saved before
+      there was a choice.
     log_every: steps between two that are logged.
     checkpoint_every: steps between two checkpoints.
     keep_checkpoints: how many stay on disk.
@@ -198,6 +201,7 @@ class Experiment:
   steps: int = 0
   epochs: float = 1.0
   max_length: int = 32_768
+  loss: Loss = "tokens"
   log_every: int = 10
   checkpoint_every: int = 500
   keep_checkpoints: int = 2
@@ -241,6 +245,7 @@ class Experiment:
       tile_tokens=vision.side**2,
       width=vision.width,
       image_size=vision.image_size,
+      loss=self.loss,
     )
 
   @property

@@ -40,13 +40,15 @@ class Sums(NamedTuple):
   """Holds what is added up over the micro-batches of a step.
 
   Attributes:
-    loss: cross entropy summed over label tokens, float32 [].
+    loss: weight x cross entropy, summed over label tokens, float32 [].
+    weight: sum of these weights, float32 [].
     tokens: number of label tokens, int32 [].
     grads: gradients of the summed loss, by path of the trained parameters,
       float32.
   """
 
   loss: jax.Array
+  weight: jax.Array
   tokens: jax.Array
   grads: Params
 
@@ -60,9 +62,10 @@ def train_step(
 ) -> tuple[TrainState, Scalars]:
   """Takes one optimizer step over micro-batches.
 
-  Losses and gradients are summed over all micro-batches and divided once by
-  the number of all label tokens. So every label token weighs the same, and
-  accumulation and packing change nothing but rounding.
+  Weighted losses and gradients are summed over all micro-batches and divided
+  once by the sum of all weights (`config.loss` says which). So a label weighs
+  the same wherever it stands, and accumulation and packing change nothing but
+  rounding.
 
   Args:
     state: before the step.
@@ -83,6 +86,7 @@ def zero_sums(trained: Params) -> Sums:
   """Returns the sums over no micro-batch."""
   return Sums(
     jnp.zeros((), jnp.float32),
+    jnp.zeros((), jnp.float32),
     jnp.zeros((), jnp.int32),
     {path: jnp.zeros_like(value) for path, value in trained.items()},
   )
@@ -96,16 +100,18 @@ def accumulate(
   *,
   config: ModelConfig,
 ) -> Sums:
-  """Adds one micro-batch's summed loss, label tokens and gradients.
+  """Adds one micro-batch's summed loss, weights, label tokens and gradients.
 
   Gradients are taken with respect to `trained` only.
   """
 
-  def summed_loss(trained: Params) -> tuple[jax.Array, jax.Array]:
-    return loss_sums(with_params(config, {**frozen, **trained}), batch)
+  def summed_loss(trained: Params) -> jax.Array:
+    return loss_sum(with_params(config, {**frozen, **trained}), batch)
 
-  (loss, tokens), grads = jax.value_and_grad(summed_loss, has_aux=True)(trained)
-  return jax.tree.map(jnp.add, sums, Sums(loss, tokens, grads))
+  loss, grads = jax.value_and_grad(summed_loss)(trained)
+  tokens = (batch.target != IGNORE).sum()
+  own = Sums(loss, batch.target_weight.sum(), tokens, grads)
+  return jax.tree.map(jnp.add, sums, own)
 
 
 def update(
@@ -117,14 +123,14 @@ def update(
   state stay as they are; only the step is counted.
 
   Returns:
-    The next state, and scalars: "loss" (mean over label tokens), "grad_norm"
-    (before clipping), "grad_norm/COMPONENT", "tokens", and "finite", which is
-    False where the update was left out.
+    The next state, and scalars: "loss" (weighted mean over label tokens),
+    "grad_norm" (before clipping), "grad_norm/COMPONENT", "tokens", and
+    "finite", which is False where the update was left out.
   """
   # A batch without any label has zero gradients; it must not make NaNs.
-  count = jnp.maximum(sums.tokens, 1)
-  loss = sums.loss / count
-  grads = jax.tree.map(lambda g: g / count, sums.grads)
+  weight = jnp.where(sums.weight > 0, sums.weight, 1)
+  loss = sums.loss / weight
+  grads = jax.tree.map(lambda g: g / weight, sums.grads)
   norms = gradient_norms(grads)
   finite = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"])
 
@@ -140,17 +146,15 @@ def update(
   return TrainState(state.step + 1, trained, state.frozen, opt_state), scalars
 
 
-def loss_sums(
-  model: HourLLaVA, batch: Batch
-) -> tuple[Float[Array, ""], Int[Array, ""]]:
-  """Returns a batch's summed cross entropy and its number of label tokens.
+def loss_sum(model: HourLLaVA, batch: Batch) -> Float[Array, ""]:
+  """Returns a batch's cross entropy, weighted and summed over its labels.
 
-  Sums and not means, so that those of micro-batches with different numbers of
-  label tokens can be added.
+  A sum and not a mean, so that those of micro-batches with different labels
+  can be added.
   """
-  hidden = model(batch)
-  loss = vocabulary.cross_entropy(hidden, model.output_embedding, batch.target)
-  return loss, (batch.target != IGNORE).sum()
+  return vocabulary.cross_entropy(
+    model(batch), model.output_embedding, batch.target, batch.target_weight
+  )
 
 
 def token_losses(
@@ -208,7 +212,7 @@ class TrainStep:
     """
     self.mesh = shardings.step.mesh
     replicated = shardings.step
-    sums = Sums(replicated, replicated, shardings.trained)
+    sums = Sums(replicated, replicated, replicated, shardings.trained)
     self._zero_sums = jax.jit(zero_sums, out_shardings=sums)
     self.programs = {
       "accumulate": jax.jit(
@@ -281,7 +285,8 @@ def lower_programs(
   def scalar(dtype: Any) -> Any:
     return jax.ShapeDtypeStruct((), dtype, sharding=state.step.sharding)
 
-  sums = Sums(scalar(jnp.float32), scalar(jnp.int32), state.trained)
+  total, count = scalar(jnp.float32), scalar(jnp.int32)
+  sums = Sums(total, total, count, state.trained)
   batch = abstract_batch(experiment.row_spec, experiment.batch_rows, mesh)
   with jax.set_mesh(mesh):
     return {

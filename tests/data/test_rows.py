@@ -53,6 +53,19 @@ def _sample(kind, number):
   return rows.Sample(f"{kind} {number}", layout, source, visual)
 
 
+def _text(labelled, number, max_length=None):
+  """Three words of prompt and so many labels."""
+  ids = np.arange(3 + labelled, dtype=np.int32) + 1
+  labels = np.where(np.arange(len(ids)) < 3, np.int32(IGNORE), ids)
+  layout = build_layout(
+    Conversation(ids, labels),
+    repository.empty_repository(),
+    [],
+    max_length=max_length,
+  )
+  return rows.Sample(f"text {number}", layout)
+
+
 def _flat_pictures(count, tag):
   pixels = np.zeros((count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
   return pixels + (tag + np.arange(count, dtype=np.uint8))[:, None, None, None]
@@ -110,6 +123,7 @@ def _resolved(row, segment):
     "decoder": decoder[of_decoder],
     "decoder_position": row.decoder_position[of_decoder],
     "target": row.target[of_decoder],
+    "target_weight": row.target_weight[of_decoder],
   }
 
 
@@ -141,7 +155,33 @@ def test_segments_rise_and_padding_is_zero(kinds):
     assert ids[-2:].tolist() == [0, 0]
     assert (np.diff(ids[:-2]) >= 0).all()
   assert (row.target[row.decoder_segment == 0] == IGNORE).all()
+  assert (row.target_weight[row.decoder_segment == 0] == 0).all()
   assert (row.query_reads[row.query_segment == 0] == 0).all()
+
+
+@given(
+  counts=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+  loss=st.sampled_from(["samples", "tokens"]),
+)
+def test_labels_weigh_what_the_loss_says(counts, loss):
+  samples = [_text(count, n) for n, count in enumerate(counts)]
+  spec = dataclasses.replace(_spec(samples, spare=2), loss=loss)
+  row = rows.build_row(samples, spec)
+  assert row.target_weight.dtype == np.float32
+  assert ((row.target_weight > 0) == (row.target != IGNORE)).all()
+  for number, count in enumerate(counts, start=1):
+    own = row.target_weight[row.decoder_segment == number]
+    each = 1 if loss == "tokens" else np.float32(1) / np.float32(count or 1)
+    assert (own[own > 0] == each).all() and (own > 0).sum() == count
+
+
+def test_a_label_that_is_cut_off_weighs_nothing():
+  """Of 6 labels two are left when the sequence is cut at 5 positions."""
+  sample = _text(6, 0, max_length=5)
+  assert (sample.layout.targets != IGNORE).sum() == 2
+  spec = dataclasses.replace(_spec([sample]), loss="samples")
+  row = rows.build_row([sample], spec)
+  assert row.target_weight.tolist() == [0, 0, 0.5, 0.5, 0]
 
 
 def test_memory_content():

@@ -19,7 +19,7 @@ from hourjax.training.optimizer import (
   OptimizerConfig,
   split_params,
 )
-from hourjax.training.train_step import loss_sums
+from hourjax.training.train_step import loss_sum
 
 STAGE3 = {"projector", "memaug", "decoder"}
 # An hour: 3,600 frames of 65 tokens, 512 of 17 kept, a thousand of text; the
@@ -229,7 +229,7 @@ def _traced_products(config, trained):
   )
 
   def loss(learnt, frozen, batch):
-    return loss_sums(with_params(config, {**learnt, **frozen}), batch)[0]
+    return loss_sum(with_params(config, {**learnt, **frozen}), batch)
 
   closed = jax.make_jaxpr(jax.grad(loss))(
     learnt, frozen, empty_rows(spec, _ROWS)

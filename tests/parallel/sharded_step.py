@@ -62,6 +62,7 @@ SPEC = rows.RowSpec(
   tile_tokens=CONFIG.vision.side**2,
   width=CONFIG.vision.width,
   image_size=PIXELS,
+  loss="samples",
 )
 
 
@@ -85,13 +86,14 @@ def main(cases: list[dict]) -> None:
 def differences(
   mesh: dict, model: dict | None = None, stored: bool = True
 ) -> dict[str, float]:
-  """Of loss, label tokens and gradients between a mesh and one device."""
+  """Of loss, weights, labels and gradients between a mesh and one device."""
   config = dataclasses.replace(CONFIG, **_nested(model or {}))
   batch, spec = packed_batch(stored)
   params, expected = on_one_device(config, stored)
   got = on_mesh(MeshConfig(**mesh), config, params, batch, spec)
   found = {
     "loss": abs(float(got.loss) / float(expected.loss) - 1),
+    "weight": abs(float(got.weight) / float(expected.weight) - 1),
     "tokens": abs(int(got.tokens) - int(expected.tokens)),
   }
   for path, grad in expected.grads.items():
@@ -203,7 +205,8 @@ def _sample(kind: str, seed: int) -> rows.Sample:
     source, visual = "tiles", _pixels(rng, geometry.tiles)
   slots = len(memory.slots)
   words[3 : 3 + slots] = IMAGE
-  labels = np.where(np.arange(24) < 12, np.int32(IGNORE), words)
+  # From 8 to 13 labels, so that labels of samples weigh differently.
+  labels = np.where(np.arange(24) < 11 + seed % 6, np.int32(IGNORE), words)
   layout = build_layout(
     Conversation(words, labels), memory, Forgetting().kept_tokens(memory, rng)
   )

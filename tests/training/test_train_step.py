@@ -37,6 +37,8 @@ RATES = OptimizerConfig(
   vision=1e-2, projector=1e-2, memaug=1e-2, decoder=1e-2, eps=1e-3, warmup=0.0
 )
 
+WEIGHTS = pytest.mark.parametrize("weights", ["samples", "tokens"])
+
 
 def _sample(kind, labelled, seed, frames=4):
   """A sample of 20 words, the last `labelled` of them trained."""
@@ -61,7 +63,7 @@ def _sample(kind, labelled, seed, frames=4):
   return rows.Sample(f"{kind} {seed}", layout, source, visual)
 
 
-def _batches(samples, shape) -> list[Batch]:
+def _batches(samples, shape, weights="samples") -> list[Batch]:
   """One row a sample: A micro-batches of B rows."""
   sizes = np.array([sample.size.astuple() for sample in samples])
   spec = rows.RowSpec(
@@ -72,6 +74,7 @@ def _batches(samples, shape) -> list[Batch]:
     tile_tokens=CONFIG.vision.side**2,
     width=WIDTH,
     image_size=PIXELS,
+    loss=weights,
   )
   stacked = rows.stack_rows([rows.build_row([s], spec) for s in samples])
   return [
@@ -104,6 +107,12 @@ def _compiled(step):
   return jax.jit(step, compiler_options=quick)
 
 
+@jax.jit
+def _sums(params, batch):
+  """Sums of one micro-batch with every parameter trained."""
+  return loss.accumulate(zero_sums(params), params, {}, batch, config=CONFIG)
+
+
 @pytest.fixture(scope="module")
 def all_trained(params):
   """A state with every parameter trained, and the compiled step."""
@@ -118,8 +127,9 @@ def pair():
 
 
 @pytest.mark.slow
-def test_loss_is_the_dense_cross_entropy(params, all_trained, pair):
-  (flat,) = _batches(pair, (1, 2))
+@WEIGHTS
+def test_loss_is_the_dense_cross_entropy(params, all_trained, pair, weights):
+  (flat,) = _batches(pair, (1, 2), weights)
   state, step = all_trained
   _, scalars = step(state, [flat])
   model = with_params(CONFIG, params)
@@ -127,12 +137,20 @@ def test_loss_is_the_dense_cross_entropy(params, all_trained, pair):
   total = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1))
   total += logits.max(-1)
   losses = [
-    total[place] - logits[place][word]
-    for place, word in np.ndenumerate(np.asarray(flat.target))
-    if word != IGNORE
+    [
+      total[row, place] - logits[row, place, word]
+      for place, word in enumerate(words)
+      if word != IGNORE
+    ]
+    for row, words in enumerate(np.asarray(flat.target))
   ]
-  assert len(losses) == scalars["tokens"] == 12
-  assert scalars["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+  assert list(map(len, losses)) == [3, 9] and scalars["tokens"] == 12
+  expected = {
+    "samples": np.mean([np.mean(part) for part in losses]),
+    "tokens": np.mean(np.concatenate(losses)),
+  }
+  assert abs(expected["samples"] - expected["tokens"]) > 1e-3
+  assert scalars["loss"] == pytest.approx(expected[weights], rel=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [7, 1024])
@@ -143,6 +161,7 @@ def test_chunks_change_neither_loss_nor_gradient(params, monkeypatch, chunk):
   )
   target = rng.integers(0, CONFIG.decoder.vocab, (2, 15)).astype(np.int32)
   target[:, ::3] = IGNORE
+  weight = rng.uniform(0.1, 2, (2, 15)).astype(np.float32)
   model = with_params(CONFIG, params)
 
   def dense(hidden):
@@ -159,21 +178,31 @@ def test_chunks_change_neither_loss_nor_gradient(params, monkeypatch, chunk):
   assert (np.asarray(losses)[target == IGNORE] == 0).all()
 
   def summed(hidden):
-    return vocabulary.cross_entropy(hidden, model.output_embedding, target)
+    return vocabulary.cross_entropy(
+      hidden, model.output_embedding, target, jnp.asarray(weight)
+    )
 
+  def weighted(hidden):
+    return (dense(hidden) * weight).sum()
+
+  # Without a gradient, it is computed in another way.
+  np.testing.assert_allclose(summed(hidden), weighted(hidden), rtol=1e-5)
   got, expected = (
-    jax.grad(lambda h, f=f: 3 * f(h).sum())(hidden) for f in (summed, dense)
+    jax.value_and_grad(lambda h, f=f: 3 * f(h))(hidden)
+    for f in (summed, weighted)
   )
-  np.testing.assert_allclose(got, expected, atol=1e-5)
+  np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+  np.testing.assert_allclose(got[1], expected[1], atol=1e-5)
 
 
 @pytest.mark.slow
+@WEIGHTS
 def test_micro_batches_with_different_label_counts_equal_one_batch(
-  params, all_trained, pair
+  params, all_trained, pair, weights
 ):
   state, step = all_trained
-  one, first = step(state, _batches(pair, (1, 2)))
-  two, second = step(state, _batches(pair, (2, 1)))
+  one, first = step(state, _batches(pair, (1, 2), weights))
+  two, second = step(state, _batches(pair, (2, 1), weights))
   assert first["tokens"] == second["tokens"] == 12
   assert first["loss"] == pytest.approx(float(second["loss"]), rel=1e-6)
   moved = 0.0
@@ -205,7 +234,13 @@ def test_frozen_parts_get_no_gradient_and_stay(params, pair):
 def test_no_label_no_nan(params, all_trained, pair):
   state, step = all_trained
   batch = _batches(pair, (2, 1))
-  batch = [b._replace(target=jnp.full_like(b.target, IGNORE)) for b in batch]
+  batch = [
+    b._replace(
+      target=jnp.full_like(b.target, IGNORE),
+      target_weight=jnp.zeros_like(b.target_weight),
+    )
+    for b in batch
+  ]
   after, scalars = step(state, batch)
   assert scalars["tokens"] == scalars["loss"] == scalars["grad_norm"] == 0
   for path, value in after.trained.items():
@@ -304,7 +339,24 @@ def test_stored_features_skip_the_tower(params, pair):
 
 
 @pytest.mark.slow
-def test_sharing_a_memory_changes_neither_loss_nor_gradients(params):
+def test_a_sample_without_labels_counts_nothing(all_trained, pair):
+  """Its sequence was cut before its first answer: as if it were not there."""
+  state, step = all_trained
+  cut = _sample("text", 0, 3)
+  assert (cut.layout.targets == IGNORE).all()
+  with_it, first = step(state, _batches([*pair, cut, cut], (2, 2)))
+  without, second = step(state, _batches(pair, (1, 2)))
+  assert first["loss"] == pytest.approx(float(second["loss"]), rel=1e-6)
+  assert first["tokens"] == second["tokens"] == 12
+  for path, value in without.trained.items():
+    np.testing.assert_allclose(
+      value, with_it.trained[path], rtol=0, atol=1e-6, err_msg=path
+    )
+
+
+@pytest.mark.slow
+@WEIGHTS
+def test_sharing_a_memory_changes_neither_loss_nor_gradients(params, weights):
   """Three conversations about one video, alone and around one memory."""
   first, *others = (_sample("video", 3 + n, n) for n in range(3))
   others = [dataclasses.replace(s, visual=first.visual) for s in others]
@@ -313,29 +365,24 @@ def test_sharing_a_memory_changes_neither_loss_nor_gradients(params):
     *(dataclasses.replace(s, reuses_memory=True) for s in others),
   ]
   capacity = sum((s.size for s in shared), rows.Size())
-  spec = rows.RowSpec(capacity, SIDE**2, CONFIG.vision.side**2, WIDTH, PIXELS)
-
-  @jax.jit
-  def sums(params, batch):
-    def summed(params):
-      return loss.loss_sums(with_params(CONFIG, params), batch)
-
-    return jax.value_and_grad(summed, has_aux=True)(params)
+  spec = rows.RowSpec(
+    capacity, SIDE**2, CONFIG.vision.side**2, WIDTH, PIXELS, weights
+  )
 
   def batch(*packed):
     made = rows.stack_rows([rows.build_row(part, spec) for part in packed])
     return Batch(*map(jnp.asarray, made))
 
-  (one, tokens), grads = sums(params, batch(shared))
-  (alone, tokens_alone), wanted = sums(
-    params, batch([first], *([s] for s in others))
-  )
-  assert int(tokens) == int(tokens_alone) == 3 + 4 + 5
-  np.testing.assert_allclose(one, alone, rtol=1e-5)
-  for path, grad in wanted.items():
+  one = _sums(params, batch(shared))
+  alone = _sums(params, batch([first], *([s] for s in others)))
+  assert int(one.tokens) == int(alone.tokens) == 3 + 4 + 5
+  np.testing.assert_allclose(one.loss, alone.loss, rtol=1e-5)
+  whole = {"samples": 3, "tokens": 12}[weights]
+  np.testing.assert_allclose([one.weight, alone.weight], whole, rtol=1e-6)
+  for path, grad in alone.grads.items():
     scale = np.abs(grad).max()
     np.testing.assert_allclose(
-      grads[path], grad, atol=1e-4 * scale + 1e-7, err_msg=path
+      one.grads[path], grad, atol=1e-4 * scale + 1e-7, err_msg=path
     )
   memory = np.asarray(batch(shared).memory_segment)
   assert set(memory[0]) == {1}  # there once, and nothing else

@@ -122,6 +122,7 @@ RUN = runs.changed(BUILT, steps=6, batch_rows=1, accumulate=2)
     ({"batch_rows": 2}, ["batch_rows"]),
     ({"batch_rows": 4, "accumulate": 1}, ["accumulate", "batch_rows"]),
     ({"steps": 12}, ["steps"]),
+    ({"loss": "tokens"}, ["loss"]),
     ({"seed": 1, "data__weights": "train=2"}, ["data.weights", "seed"]),
     ({"data__media": "elsewhere"}, []),
   ],
@@ -139,6 +140,16 @@ def test_keys_of_other_versions():
   del old["max_length"], old["mesh"], old["rows"]["tiles"]
   assert config_diff(old, new) == {}
   assert config_diff({**old, "gone": 3}, new)["gone"] == ("3", "(not set)")
+
+
+def test_a_run_without_a_choice_of_loss_goes_on_over_tokens():
+  """Configurations ask for `samples`, which no older version had."""
+  old = json.loads(json.dumps(dataclasses.asdict(RUN)))
+  del old["loss"]
+  assert build_experiment(old).row_spec.loss == "tokens"
+  assert RUN.row_spec.loss == "samples"
+  found = config_diff(old, dataclasses.asdict(RUN))
+  assert found == {"loss": ('"tokens"', '"samples"')}
 
 
 def test_keys_under_their_old_names(tmp_path):

@@ -32,6 +32,7 @@ def install() -> None:
 
 def _accumulate(sums, trained, frozen, batch, *, config):
   labels = batch.target != IGNORE
+  total = batch.target_weight.sum()
   weight = 1 + jnp.where(labels, batch.target, 0).sum() % 997 / 997
 
   def summed_loss(trained):
@@ -42,8 +43,8 @@ def _accumulate(sums, trained, frozen, batch, *, config):
     # tanh would hide features that are far too large.
     large = jnp.abs(batch.features.astype(jnp.float32)).max() > 1e30
     bad = jnp.where(large, jnp.nan, 0.0)
-    return (jnp.square(hidden - weight).mean() + bad) * labels.sum()
+    return (jnp.square(hidden - weight).mean() + bad) * total
 
   loss, grads = jax.value_and_grad(summed_loss)(trained)
-  own = train_step.Sums(loss, labels.sum(), grads)
+  own = train_step.Sums(loss, total, labels.sum(), grads)
   return jax.tree.map(jnp.add, sums, own)
