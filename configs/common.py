@@ -65,7 +65,7 @@ def experiment(model: ModelConfig, rows: Size, **overrides: Any) -> ConfigDict:
     forgetting=Forgetting(),
     data=DataConfig(),
     rows=rows,
-    optimizer=OptimizerConfig(),
+    optimizer=OptimizerConfig(clip=1.0),
     read=ReadOptions(),
     mesh=MeshConfig(),
     loss="samples",

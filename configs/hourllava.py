@@ -87,10 +87,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.optimizer.update(_STAGES[given.stage])
   config.batch_rows = 16
   config.accumulate = {1: 2, 2: 3, 3: 3}[given.stage]
-  if given.size == "7b":
-    config.optimizer.decoder /= 2
-    if given.stage == 3:
-      config.accumulate *= 2
+  if given.size == "7b" and given.stage == 2:
+    config.optimizer.decoder = 1e-5
+  if given.size == "7b" and given.stage == 3:
+    config.accumulate *= 2
   if given.stage == 1:
     config.draw_missing = "memaug"
   return config

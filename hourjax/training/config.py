@@ -53,7 +53,7 @@ LIMITS: dict[str, tuple[float, float]] = {
   "data.max_skipped": (0, 1),
   "forgetting.ratio": (1, 10**6),
   "forgetting.max_frames": (1, 10**7),
-  **{f"optimizer.{name}": (0, 10) for name in COMPONENTS},
+  **{f"optimizer.{name}": (0, 10) for name in (*COMPONENTS, "single_rate")},
   **dict.fromkeys(("optimizer.b1", "optimizer.b2"), (0, 1 - 1e-9)),
   "optimizer.eps": (1e-30, 1),
   "optimizer.weight_decay": (0, 100),

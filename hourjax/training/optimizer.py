@@ -26,11 +26,14 @@ class OptimizerConfig:
     projector: peak learning rate of the projector.
     memaug: peak learning rate of MemAug.
     decoder: peak learning rate of the decoder and the newline token.
+    single_rate: peak learning rate of every component that is trained, in place
+      of its own; 0 is off. Which are trained is still decided by their own.
     b1: decay of the first moment.
     b2: decay of the second moment.
     eps: added to the root of the second moment.
-    weight_decay: of AdamW, times the learning rate.
-    warmup: share of all steps in which the learning rate rises.
+    weight_decay: of AdamW, times the learning rate; see `decays` for what is
+      spared.
+    warmup: share of all steps in which the learning rate rises; see `schedule`.
     clip: gradients of a larger global norm are scaled down to it; 0 is off.
     mu_dtype: "float32" or "bfloat16", of the first moment. The second is always
       float32: with b2 = 0.999 it changes by a thousandth of itself at most,
@@ -41,6 +44,7 @@ class OptimizerConfig:
   projector: float = 1e-4
   memaug: float = 1e-4
   decoder: float = 2e-5
+  single_rate: float = 0.0
   b1: float = 0.9
   b2: float = 0.999
   eps: float = 1e-8
@@ -57,14 +61,25 @@ class OptimizerConfig:
       )
 
   def rate(self, component: str) -> float:
-    """Returns the peak learning rate of a component."""
-    return getattr(self, component)
+    """Returns the peak learning rate of a component; 0 if it is frozen."""
+    own = getattr(self, component)
+    return self.single_rate if own and self.single_rate else own
 
 
 def component(path: str) -> str:
   """Returns the component that a parameter is trained with."""
   head = path.split("/")[0]
   return "decoder" if head == "newline" else head
+
+
+def decays(path: str) -> bool:
+  """Returns whether weight decay applies to a parameter.
+
+  As in Hugging Face's Trainer (`get_decay_parameter_names`), it spares biases
+  and the scales of LayerNorm and RMSNorm. It does apply to embeddings, the
+  tower's positions and the newline token.
+  """
+  return path.rpartition("/")[2] not in ("bias", "scale")
 
 
 def split_params(
@@ -92,13 +107,19 @@ def split_params(
 
 
 def schedule(peak: float, steps: int, warmup: float) -> optax.Schedule:
-  """Returns the learning rate as a function of the step, counted from 0.
+  """Returns the learning rate as a function of the updates taken before.
+
+  It is that of Hugging Face's `get_cosine_schedule_with_warmup` with
+  `warmup_ratio`. With 100 steps and a warm-up of 3 % the rates of the updates
+  are 0, 1/3, 2/3 and 1 of the peak, then a cosine; that of the last update is
+  not 0 yet, but what the cosine gives one step before its end. So the first
+  update changes nothing but the optimizer's moments.
 
   Args:
     peak: the largest rate.
-    steps: of the run; the rate is 0 at its end.
-    warmup: share of the steps in which the rate rises linearly from 0. Then it
-      falls as a cosine.
+    steps: of the run; the rate after the last one is 0.
+    warmup: share of the steps in which the rate rises linearly from 0, rounded
+      up to whole steps. Then it falls as a cosine.
   """
   rise = math.ceil(warmup * steps)
 
@@ -121,6 +142,9 @@ def make_optimizer(
     paths: of the trained parameters.
   """
   labels = {path: component(path) for path in paths}
+  # None where nothing decays: a mask adds a level to the optimizer's state, and
+  # checkpoints from before there was one have the state without it.
+  mask = _decay_mask if config.weight_decay else None
   rules: dict[Hashable, optax.GradientTransformation] = {
     name: optax.adamw(
       schedule(config.rate(name), steps, config.warmup),
@@ -128,6 +152,7 @@ def make_optimizer(
       b2=config.b2,
       eps=config.eps,
       weight_decay=config.weight_decay,
+      mask=mask,
       mu_dtype=config.mu_dtype,
     )
     for name in sorted(set(labels.values()))
@@ -136,3 +161,7 @@ def make_optimizer(
   if not config.clip:
     return adam
   return optax.chain(optax.clip_by_global_norm(config.clip), adam)
+
+
+def _decay_mask(params: Mapping[str, Any]) -> dict[str, bool]:
+  return {path: decays(path) for path in params}

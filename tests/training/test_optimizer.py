@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +12,18 @@ from configs import hourllava
 from hourjax.errors import UserError
 from hourjax.models.config import TINY
 from hourjax.models.params import param_shapes
+from hourjax.training.checkpoint_format import named_arrays
 from hourjax.training.config import build_experiment
 from hourjax.training.optimizer import (
   COMPONENTS,
   OptimizerConfig,
   component,
+  decays,
   make_optimizer,
   schedule,
   split_params,
 )
+from hourjax.weights.names import key_table
 
 SHAPES = param_shapes(TINY)
 # See hourjax/README.md, Training.
@@ -34,6 +38,19 @@ ONE_EACH = {
   "memaug/w": jnp.array([[4.0, 5.0]]),
   "decoder/w": jnp.array([6.0]),
   "newline": jnp.array([7.0]),
+  "decoder/layers/norm1/scale": jnp.array([8.0]),
+  "memaug/layers/fc1/bias": jnp.array([9.0, -1.0]),
+}
+SPARED = {"decoder/layers/norm1/scale", "memaug/layers/fc1/bias"}
+# Streams of a stage in thousands of samples, steps of an epoch and of its
+# warm-up by size, counted by hand from hourjax/README.md, Training.
+STEPS = {
+  ("3b", 1): ([3200], 128, 25_000, 750),
+  ("3b", 2): ([560], 128, 4375, 132),
+  ("3b", 3): ([2525, 1925], 128, 34_767, 1044),
+  ("7b", 1): ([3200], 128, 25_000, 750),
+  ("7b", 2): ([560], 128, 4375, 132),
+  ("7b", 3): ([2525, 1925], 256, 17_384, 522),
 }
 
 
@@ -72,7 +89,18 @@ def test_rates_of_the_stages():
     assert config.memaug == 1e-4
     assert (config.b1, config.b2, config.eps) == (0.9, 0.999, 1e-8)
     assert config.weight_decay == 0 and config.warmup == 0.03
-  assert _stage(3, "7b").decoder == _stage(3).decoder / 2 == 1e-5
+  for size, stage, rate in [
+    ("3b", 1, 0), ("3b", 2, 2e-5), ("3b", 3, 2e-5),
+    ("7b", 1, 0), ("7b", 2, 1e-5), ("7b", 3, 2e-5),
+  ]:  # fmt: skip
+    assert _stage(stage, size).decoder == rate
+
+
+@pytest.mark.parametrize("size", ["3b", "7b"])
+@pytest.mark.parametrize("stage", TRAINED)
+def test_gradients_are_clipped_as_in_the_official_runs(stage, size):
+  assert _stage(stage, size).clip == 1.0
+  assert OptimizerConfig().clip == 0  # of runs that were saved without the key
 
 
 @pytest.mark.parametrize("stage", TRAINED)
@@ -109,8 +137,154 @@ def test_schedule():
   for step in (4, 50, 99):
     expected = 1 + math.cos(math.pi * (step - 3) / 97)
     assert values[step] == pytest.approx(expected, rel=1e-4)
-  assert max(values) == values[3] == 2 and values[100] == 0
+  assert max(values) == values[3] == 2 and values[100] == 0 < values[99]
   assert float(schedule(2.0, 100, 0.0)(0)) == 2
+
+
+def test_the_first_update_has_rate_0():
+  """As in the official trainer, whose schedule starts at 0 too."""
+  optimizer = make_optimizer(OptimizerConfig(warmup=0.03), 50, ONE_EACH)
+  grads = jax.tree.map(jnp.ones_like, ONE_EACH)
+  state, moved = optimizer.init(ONE_EACH), []
+  for _ in range(3):
+    updates, state = optimizer.update(grads, state, ONE_EACH)
+    moved.append(float(updates["memaug/w"][0, 0]))
+  # Half of the peak of 1e-4, and all of it: 3 % of 50 steps are two.
+  np.testing.assert_allclose(moved, [0, -0.5e-4, -1e-4], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "stage"), STEPS)
+def test_rates_are_those_of_the_official_trainer(size, stage):
+  """At every step of an epoch, within the rounding of float32."""
+  pytest.importorskip("torch")
+  optimization = pytest.importorskip("transformers.optimization")
+  streams, batch, steps, rise = STEPS[size, stage]
+  assert sum(math.ceil(1000 * n / batch) for n in streams) == steps
+  config = _stage(stage, size)
+  official = _official_schedule(optimization, config.warmup, steps)
+  assert official.warmup == rise
+  expected = np.array([official.factor(step) for step in range(steps)])
+  assert expected[0] == 0 and expected[rise] == 1 and 0 < expected[-1] < 1e-6
+  for name in COMPONENTS:
+    if peak := config.rate(name):
+      ours = schedule(peak, steps, config.warmup)(jnp.arange(steps))
+      np.testing.assert_allclose(
+        ours, peak * expected, rtol=1e-6, atol=2e-7 * peak
+      )
+
+
+@pytest.mark.parametrize("steps", [1, 2, 33, 34, 100, 101])
+def test_warmup_of_short_runs_is_the_official_one(steps):
+  """By the rates that a real optimizer has when it takes its steps."""
+  torch = pytest.importorskip("torch")
+  optimization = pytest.importorskip("transformers.optimization")
+  official = _official_schedule(optimization, 0.03, steps)
+  taken = []
+  for _ in range(steps):
+    taken.append(official.optimizer.param_groups[0]["lr"])
+    official.optimizer.step()
+    official.scheduler.step()
+  assert isinstance(official.optimizer, torch.optim.Optimizer)
+  ours = schedule(1.0, steps, 0.03)(jnp.arange(steps))
+  np.testing.assert_allclose(ours, taken, rtol=1e-6, atol=2e-7)
+
+
+def _official_schedule(optimization, warmup, steps):
+  """The official trainer's schedule at a learning rate of 1."""
+  import torch
+  from transformers import TrainingArguments
+
+  # The method reads nothing else of the arguments, whose own checks need
+  # packages that are not installed here.
+  share = types.SimpleNamespace(warmup_steps=warmup)
+  rise = TrainingArguments.get_warmup_steps(share, steps)
+  optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+  scheduler = optimization.get_cosine_schedule_with_warmup(
+    optimizer, rise, steps
+  )
+  return types.SimpleNamespace(
+    warmup=rise,
+    factor=scheduler.lr_lambdas[0],
+    optimizer=optimizer,
+    scheduler=scheduler,
+  )
+
+
+def test_a_single_rate_is_that_of_all_that_is_trained():
+  own = _stage(2)
+  single = dataclasses.replace(own, single_rate=3e-5)
+  assert [own.rate(name) for name in COMPONENTS] == [5e-6, 1e-4, 1e-4, 2e-5]
+  assert {single.rate(name) for name in COMPONENTS} == {3e-5}
+  # What is frozen stays frozen.
+  first = dataclasses.replace(_stage(1), single_rate=3e-5)
+  assert _heads(split_params(SHAPES, first)[0]) == {"memaug"}
+  still = dataclasses.replace(single, warmup=0.0, eps=1e-12)
+  grads = jax.tree.map(jnp.ones_like, ONE_EACH)
+  optimizer = make_optimizer(still, 100, ONE_EACH)
+  updates, _ = optimizer.update(grads, optimizer.init(ONE_EACH), ONE_EACH)
+  for path, update in updates.items():
+    np.testing.assert_allclose(update, -3e-5, rtol=1e-4, err_msg=path)
+
+
+def test_decay_spares_what_the_official_trainer_spares():
+  """By the names of Qwen2's and SigLIP's parameters in transformers."""
+  pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  decoder = transformers.Qwen2ForCausalLM(
+    transformers.Qwen2Config(
+      vocab_size=32, hidden_size=16, intermediate_size=16,
+      num_hidden_layers=TINY.decoder.layers, num_attention_heads=2,
+      num_key_value_heads=1, tie_word_embeddings=False,
+    )
+  )  # fmt: skip
+  tower = transformers.SiglipVisionModel(
+    transformers.SiglipVisionConfig(
+      hidden_size=16, intermediate_size=16, num_attention_heads=2,
+      num_hidden_layers=TINY.vision.layers, image_size=28, patch_size=14,
+      vision_use_head=False,
+    )
+  )  # fmt: skip
+  officials = {"": decoder, "model.vision_tower.vision_tower.": tower}
+  names, spared = set(), set()
+  for prefix, model in officials.items():
+    own = {name for name, _ in model.named_parameters()}
+    decayed = transformers.Trainer.get_decay_parameter_names(None, model)
+    names |= {prefix + name for name in own}
+    spared |= {prefix + name for name in own - set(decayed)}
+  seen = 0
+  for entry in key_table(TINY):
+    for name in entry.names():
+      if name in names:
+        seen += 1
+        assert decays(entry.paths[0]) == (name not in spared), name
+  assert seen > 40 and 0 < len(spared) < seen
+  # Of the parts that transformers does not have, by the same rules.
+  assert decays("newline") and decays("memaug/layers/fc1/kernel")
+  assert not decays("memaug/layers/norm1/scale")
+  assert not decays("projector/fc1/bias")
+  kinds = {path.rpartition("/")[2] for path in SHAPES}
+  assert kinds == {
+    "bias", "embedding", "kernel", "newline", "position", "scale"
+  }  # fmt: skip
+
+
+def test_without_decay_the_state_is_what_it_was():
+  """Checkpoints from before norms were spared are restored into it."""
+  states = [
+    make_optimizer(OptimizerConfig(weight_decay=decay), 10, ONE_EACH).init(
+      ONE_EACH
+    )
+    for decay in (0.0, 0.1)
+  ]
+  constant = optax.adamw(lambda _: 1e-4, weight_decay=0.0)
+  before = optax.partition(
+    dict.fromkeys(COMPONENTS, constant),
+    {path: component(path) for path in ONE_EACH},
+  ).init(ONE_EACH)
+  assert jax.tree.structure(states[0]) == jax.tree.structure(before)
+  # A run with decay has its arrays under the same names too.
+  plain, decayed = map(named_arrays, states)
+  assert list(plain) == list(decayed)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -145,7 +319,8 @@ def test_updates_are_adam_with_a_rate_for_each_component(decay):
       rate = config.rate(component(path))
       rate *= (1 + math.cos(math.pi * (step - 1) / steps)) / 2
       expected[path] -= rate * (
-        mean / (np.sqrt(square) + config.eps) + decay * expected[path]
+        mean / (np.sqrt(square) + config.eps)
+        + (decay if path not in SPARED else 0) * expected[path]
       )
   for path, value in expected.items():
     np.testing.assert_allclose(params[path], value, rtol=1e-5, err_msg=path)
