@@ -268,20 +268,22 @@ def linear(
   *,
   axes: WeightAxes,
   bias: bool = True,
+  variance: float = 1.0,
   dtype: str,
   rngs: nnx.Rngs,
 ) -> Linear:
-  """Builds a linear layer with float32 parameters drawn from N(0, 1 / in).
+  """Builds a linear layer with parameters drawn from N(0, variance / in).
 
-  At the widths of the published decoders that is their standard deviation of
-  0.02; a tiny model trained from scratch needs the larger weights that its
-  own width gives.
+  At the widths of the published decoders 1 / in is the variance of their
+  standard deviation of 0.02; a tiny model trained from scratch needs the larger
+  weights that its own width gives. Parameters are float32.
 
   Args:
     in_width: input channels.
     out_width: output channels.
     axes: logical axes of the kernel.
     bias: whether there is a bias.
+    variance: of the kernel, times `in_width`.
     dtype: of the computation.
     rngs: streams of random numbers.
   """
@@ -291,7 +293,9 @@ def linear(
     axes=axes,
     use_bias=bias,
     dtype=jnp.dtype(dtype),
-    kernel_init=nnx.initializers.lecun_normal(),
+    kernel_init=nnx.initializers.variance_scaling(
+      variance, "fan_in", "truncated_normal"
+    ),
     rngs=rngs,
   )
 

@@ -76,7 +76,9 @@ class MemAugBlock(nnx.Module):
     self.self_attn, self.cross_attn = attention(), attention()
     make = functools.partial(linear, dtype=dtype, rngs=rngs)
     self.fc1 = make(width, 4 * width, axes=("width", "mlp"))
-    self.fc2 = make(4 * width, width, axes=("mlp", "width"))
+    # The official code draws all weights with one deviation. By its own input,
+    # which is four times as wide, this layer's would be half of the others'.
+    self.fc2 = make(4 * width, width, axes=("mlp", "width"), variance=4.0)
     self.norm1, self.norm2, self.norm3 = norm(), norm(), norm()
 
   def __call__(
