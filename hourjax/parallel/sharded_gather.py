@@ -160,13 +160,15 @@ def _lookup(table: jax.Array, index: jax.Array) -> jax.Array:
 def _scatter(values: jax.Array, index: jax.Array, length: int) -> jax.Array:
   """Adds values [B, N, D] to the rows of a table of zeros [B, length, D].
 
-  The transpose of `_lookup`.
+  The transpose of `_lookup`, in float32: the only frame of a video of one frame
+  is in memory 128 times, and of 128 terms bfloat16 has lost most bits of the
+  later ones.
   """
 
   def row(values: jax.Array, index: jax.Array) -> jax.Array:
-    table = jnp.zeros((length, values.shape[-1]), values.dtype)
+    table = jnp.zeros((length, values.shape[-1]), jnp.float32)
     # An index below 0 would count from the end; beyond the end it is dropped.
     index = jnp.where(index < 0, length, index)
-    return table.at[index].add(values, mode="drop")
+    return table.at[index].add(values.astype(jnp.float32), mode="drop")
 
   return jax.vmap(row)(values, index)
