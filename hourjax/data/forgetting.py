@@ -3,8 +3,9 @@
 One object, `Forgetting`, is the whole interface to it: the `forgetting` section
 of the configuration. It says
 
-    how many tokens it keeps   frame_count, cell_count: from counts alone, so
-                               that rows are planned before any file is opened
+    how many tokens it keeps   frame_count, cell_count, newline_count: from
+                               counts alone, so that rows are planned before
+                               any file is opened
     what it needs              summarise_frames, needs_question
     what it keeps              kept_tokens: indices into the memory
 
@@ -237,6 +238,18 @@ class Forgetting:
       return math.ceil(high / 2) * math.ceil(wide / 2)
     return math.ceil(high * wide / self.ratio)
 
+  def newline_count(self, high: int, wide: int) -> int:
+    """Returns how many newlines of a tiled image's grid are kept, at most.
+
+    A newline is kept where a token of its row is. For "uniform" this is the
+    number itself, ceil(high / 2). For "random" it is an upper bound, since
+    which rows have a token depends on the draw: of a grid of 40 x 54 all rows
+    have one but for one draw in 160,000, of 124 x 2 more than half have none.
+    """
+    if self.spatial == "uniform":
+      return math.ceil(high / 2)
+    return min(high, self.cell_count(high, wide))
+
   def summarise_frames(
     self,
     features: Num[np.ndarray, "F Q V"] | None,
@@ -388,20 +401,31 @@ class KeptTokens:
 def memory_indices(
   grid: Grid, frames: Int[np.ndarray, "n"], cells: Int[np.ndarray, "n m"]
 ) -> Int32[np.ndarray, "k"]:
-  """Returns the memory indices of chosen cells and of their frames' newlines.
+  """Returns the memory indices of chosen cells and of their newlines.
 
   Two frames of 1 x 2 cells and a newline are memory tokens 0 1 2 | 3 4 5.
   Frames [0 1] and cells [[1] [0]] give [1 2 3 5].
+
+  A tiled image has a newline after each row, of which those are kept whose row
+  has a kept cell, as in the official code. One of 3 x 2 cells is 0 1 2 | 3 4 5
+  | 6 7 8; cells [[1 4]] give [1 2 6 8].
 
   Args:
     grid: F frames of h x w cells.
     frames: kept frames, ascending.
     cells: kept cells of each kept frame, numbered row by row.
   """
-  flat = grid.index.reshape(grid.index.shape[0], -1)
+  count, high, wide = grid.index.shape
+  flat = grid.index.reshape(count, -1)
   tokens = np.take_along_axis(flat[frames], cells, axis=1)
-  both = np.concatenate([tokens, grid.newline[frames]], axis=1)
-  return np.sort(both, axis=1).reshape(-1).astype(np.int32)
+  newlines = grid.newline[frames]
+  if newlines.shape[1] == high:  # one for each row; of a single row, the same
+    kept = np.zeros(newlines.shape, bool)
+    kept[np.arange(len(cells))[:, None], cells // wide] = True
+    newlines = newlines[kept]
+  # Frames ascend, and so do their tokens in the memory.
+  both = np.concatenate([tokens.reshape(-1), newlines.reshape(-1)])
+  return np.sort(both).astype(np.int32)
 
 
 def neighbour_similarity(

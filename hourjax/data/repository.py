@@ -23,7 +23,9 @@ class Grid:
 
   Attributes:
     index: int32 [F, h, w] indices into the memory.
-    newline: int32 [F, n] newline tokens that stay with each frame.
+    newline: int32 [F, n] newline tokens: one that stays with each frame, or
+      one for each row (n = h), which stays where a token of the row does, or
+      none.
     temporal: whether whole frames are forgotten too (videos).
   """
 

@@ -2,7 +2,9 @@
 
 Rows of millions of samples are planned from these sizes before any file is
 opened. They are the numbers that `rows.layout_size` gives for a sample that is
-laid out; a test holds the two together.
+laid out, but for queries and decoder positions of a tiled image: where random
+forgetting leaves rows of it without a token, their newlines are planned and not
+kept (`Forgetting.newline_count`). A test holds the two together.
 """
 
 import math
@@ -312,5 +314,5 @@ def _tiled_size(
     blends=high * wide if scaled else 0,
     memory=side * side + high * (wide + 1),
   )
-  kept = rule.cell_count(side, side) + rule.cell_count(high, wide) + high
-  return size.astuple(), kept
+  cells = rule.cell_count(side, side) + rule.cell_count(high, wide)
+  return size.astuple(), cells + rule.newline_count(high, wide)

@@ -134,7 +134,64 @@ def test_base_and_grid_of_a_tiled_image_are_kept_apart():
   cells = geometry.unpadded_h * geometry.unpadded_w
   assert np.isin(kept, grid.index).sum() == -(-cells // 4)
   newlines = kept[memory.source[kept] == repository.NEWLINE]
-  np.testing.assert_array_equal(newlines, grid.newline[0])
+  rows = np.isin(grid.index[0], kept).any(axis=1)
+  np.testing.assert_array_equal(newlines, grid.newline[0][rows])
+
+
+def _official_newlines(positions, high, wide):
+  """Positions of kept cells with newlines among them, as the official code.
+
+  It goes through the first cells of the rows and puts a newline before the
+  first kept cell from there on, unless it has just done so, and one at the end.
+  """
+  parts, start = [], 0
+  for first in range(wide, high * wide, wide):
+    end = int(np.searchsorted(positions, first))
+    if start < end < len(positions):
+      parts += [positions[start:end], [high * wide]]
+      start = end
+  return np.concatenate([*parts, positions[start:], [high * wide]])
+
+
+@pytest.mark.parametrize("spatial", ["random", "uniform"])
+@pytest.mark.parametrize(
+  "size", [(400, 30), (30, 400), (90, 60), (1000, 41), (20, 20), (7, 300)]
+)
+def test_newlines_of_a_tiled_image_are_the_official_ones(size, spatial):
+  """Only those of rows in which a token is kept, however narrow the image."""
+  geometry = images.anyres_geometry(*size, tile=10, side=3, max_tiles=4)
+  memory = repository.tiled_repository(geometry, 3)
+  ((base, grid),) = memory.slots
+  _, high, wide = grid.index.shape
+  rule = Forgetting(spatial=spatial)
+  fewest = high
+  for seed in range(20):
+    rng = _rng(seed)
+    kept_base = rule.kept_cells(base, 1, rng)
+    cells = rule.kept_cells(grid, 1, rng)[0]
+    (kept,) = rule.kept_tokens(memory, _rng(seed))
+    of_grid = kept[kept >= base.index.size]
+    np.testing.assert_array_equal(
+      memory.position[of_grid], _official_newlines(cells, high, wide)
+    )
+    assert len(kept) - len(of_grid) == kept_base.size
+    newlines = int((memory.source[kept] == repository.NEWLINE).sum())
+    assert newlines <= rule.newline_count(high, wide)
+    fewest = min(fewest, newlines)
+    if spatial == "uniform":
+      assert newlines == rule.newline_count(high, wide) == -(-high // 2)
+  if spatial == "random" and wide <= 4 and high > 4:
+    assert fewest < high  # the narrowest do lose some
+
+
+def test_uniform_forgetting_of_a_tiled_image():
+  """An image of 1100 x 700: 26 of the 52 rows keep a newline, in real sizes."""
+  geometry = images.anyres_geometry(1100, 700)
+  assert (geometry.resized_h, geometry.resized_w) == (52, 81)
+  memory = repository.tiled_repository(geometry, 27)
+  (kept,) = Forgetting(spatial="uniform").kept_tokens(memory, _rng(0))
+  newlines = (memory.source[kept] == repository.NEWLINE).sum()
+  assert (newlines, len(kept)) == (26, 14 * 14 + 26 * 41 + 26)
 
 
 # --- keyframes --------------------------------------------------------------

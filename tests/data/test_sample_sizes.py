@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from hourjax.data import sample_sizes
-from hourjax.data.columns import ColumnsBuilder, measure_record
+from hourjax.data.columns import ColumnsBuilder, Measures, measure_record
 from hourjax.data.dataset import Dataset, SampleOptions
 from hourjax.data.demo.tokenizer import train_tokenizer
 from hourjax.data.forgetting import Forgetting
@@ -91,22 +91,94 @@ def test_planned_sizes_are_the_real_ones(rule, single, tokenizer, root):
     if options.max_length > 400:
       assert not dataset.skipped
     for index in dataset.usable.tolist():
-      assert dataset.sample(index).size == Size(*dataset.sizes[index].tolist())
+      sample = dataset.sample(index)
+      planned = Size(*dataset.sizes[index].tolist())
+      unkept = _newlines_not_kept(sample.layout, rule)
+      assert sample.size.queries == planned.queries - unkept
+      cut = planned.decoder == options.max_length
+      assert sample.size.decoder == planned.decoder - unkept or cut
+      assert sample.size.decoder <= planned.decoder
+      same = {"queries": 0, "decoder": 0}
+      assert dataclasses.replace(sample.size, **same) == dataclasses.replace(
+        planned, **same
+      )
+      if rule.spatial == "uniform":
+        assert sample.size == planned
+
+
+def _newlines_not_kept(layout, rule) -> int:
+  """Newlines of a tiled image that are planned, but whose row has no token."""
+  kept = layout.query_source[layout.query_source >= 0]
+  grids = [grid for slot in layout.repository.slots for grid in slot]
+  return sum(
+    rule.newline_count(*grid.index.shape[1:])
+    - int(np.isin(grid.index[0], kept).any(axis=1).sum())
+    for grid in grids
+    if grid.newline.shape[1] > 1
+  )
+
+
+def test_uniform_forgetting_of_a_tiled_image():
+  """1,323 decoder positions, where all newlines of it would make 1,349."""
+  columns = ColumnsBuilder()
+  columns.add(Measures(2, 35, 20, 30, 1, 1100, 700), "", "default")
+  built = columns.build()
+  made, problems = sample_sizes.sample_sizes(
+    built,
+    sample_sizes.video_input(built, None),
+    tokenizer=Tokenizer(train_tokenizer([]), "test"),
+    spec=dataclasses.replace(SPEC, tile_tokens=729, image_size=384),
+    forgetting=Forgetting(spatial="uniform"),
+    max_length=10_000,
+    single_image="tiled",
+  )
+  size = Size(*made[0].tolist())
+  assert not problems and size.decoder == 1349 - 26 == 1323
+  assert size.queries == 20 + 1323 - 35
+
+
+def test_narrow_images_are_planned_with_the_most_that_they_may_keep(root):
+  """Their rows of one or two tokens often keep none, but never in the plan."""
+  for n, size in enumerate([(6, 190), (190, 6), (18, 200)]):
+    Image.new("RGB", size).save(root / f"narrow {n}.png")
+  talk = [
+    {"from": "human", "value": "<image>\nWhat?"},
+    {"from": "gpt", "value": "It."},
+  ]
+  records = [
+    parse_record(
+      {"id": n, "image": f"narrow {n}.png", "conversations": talk}, "test"
+    )
+    for n in range(3)
+  ]
+  dataset = Dataset.from_records(
+    records,
+    tokenizer=Tokenizer(train_tokenizer([]), "test"),
+    spec=SPEC,
+    options=SampleOptions(),
+    media_root=root,
+  )
+  fewer = 0
+  for index in range(3):
+    planned = Size(*dataset.sizes[index].tolist())
+    for epoch in range(30):
+      real = dataset.sample(index, epoch).size
+      assert real.fits(planned)
+      fewer += real.decoder < planned.decoder
+  assert fewer > 20
+
+
+def _about(video):
+  talk = [
+    {"from": "human", "value": "<image>\nWhat?"},
+    {"from": "gpt", "value": "It."},
+  ]
+  return parse_record({"id": 1, "video": video, "conversations": talk}, "test")
 
 
 def test_pixel_videos_come_with_frames_not_features(root):
   columns = ColumnsBuilder()
-  record = parse_record(
-    {
-      "id": 1,
-      "video": "a.mp4",
-      "conversations": [
-        {"from": "human", "value": "<image>\nWhat?"},
-        {"from": "gpt", "value": "It."},
-      ],
-    },
-    "test",
-  )
+  record = _about("a.mp4")
   tokenizer = Tokenizer(train_tokenizer([]), "test")
   measures = measure_record(record, tokenizer, None)
   facts = {"a.mp4": (20.0, 600), "b.mp4": (None, 0), "c.mp4": (129.0, 3870)}
