@@ -27,10 +27,11 @@ def write(
   size: tuple[int, int] = SIZE,
   rotation: int | None = None,
   times: list[int] | None = None,
+  ticks: int = 1000,
   options: dict | None = None,
   codec_options: dict | None = None,
 ) -> pathlib.Path:
-  """A video of `picture`s; `times` in ms are for a varying rate."""
+  """A video of `picture`s; `times` in 1 / `ticks` s are for a varying rate."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   with av.open(str(path), "w", options=options or {}) as container:
@@ -40,13 +41,13 @@ def write(
     stream.width, stream.height = size
     stream.pix_fmt = "yuv444p" if size[0] % 2 or size[1] % 2 else "yuv420p"
     if times:
-      stream.codec_context.time_base = Fraction(1, 1000)
+      stream.codec_context.time_base = Fraction(1, ticks)
     if rotation is not None:
       stream.set_display_rotation(rotation)
     for i in range(frames):
       frame = av.VideoFrame.from_ndarray(picture(i, size), format="rgb24")
       if times:
-        frame.pts, frame.time_base = times[i], Fraction(1, 1000)
+        frame.pts, frame.time_base = times[i], Fraction(1, ticks)
       container.mux(stream.encode(frame))
     container.mux(stream.encode())
   return path

@@ -38,11 +38,13 @@ MEASURED_AS = (0.0, 1)
 # cost memory by the second.
 LONGEST = 1e7
 
+_FASTEST = 1e9  # frames a second; a clock of nanoseconds gives no more
 _MOST_BYTES = 4 * 2**30  # 100 million conversations
 _NAMES = ("videos", "sources", "streams")
 # The file keeps the name that the column had in its first version.
 _NAMES_IN_FILE = {"num_frames": "pictures"}
-_FLOATS, _BYTES = ("duration",), ("modality", *_NAMES)
+_FLOATS, _BYTES = ("duration", "fps"), ("modality", *_NAMES)
+_ADDED = ("fps",)  # columns that older versions did not write
 
 
 class Measures(NamedTuple):
@@ -78,6 +80,8 @@ class Columns:
     streams: names of the streams that share no row.
     duration: of each video in seconds, NaN where it is not known.
     num_frames: in each video's file, 0 where it is not known.
+    fps: average frames a second of each video's file, as it states them; NaN
+      where they are not known, and in datasets prepared by older versions.
   """
 
   modality: UInt8[np.ndarray, "N"]
@@ -95,6 +99,7 @@ class Columns:
   streams: tuple[str, ...]
   duration: Float64[np.ndarray, "M"]
   num_frames: Int32[np.ndarray, "M"]
+  fps: Float64[np.ndarray, "M"]
 
   def __len__(self) -> int:
     return len(self.modality)
@@ -122,6 +127,8 @@ class Columns:
     try:
       schema.check_file(path, remedy="`prepare` writes it")
       found: dict[str, Any] = _read_members(path, wanted)
+      for name in _ADDED:
+        found.setdefault(name, np.full(len(found["duration"]), np.nan))
       for name in _NAMES:
         found[name] = _unpack(found[name], name)
       _check_lengths(found)
@@ -142,6 +149,7 @@ class ColumnsBuilder:
     names = (*Measures._fields, "video", "source", "stream")
     self._columns = {n: array.array(kinds.get(n, "i")) for n in names}
     self._duration, self._num_frames = array.array("d"), array.array("i")
+    self._fps = array.array("d")
     self._names: dict[str, dict[str, int]] = {
       kind: {} for kind in ("videos", "sources", "streams")
     }
@@ -154,6 +162,7 @@ class ColumnsBuilder:
     video: str | None = None,
     duration: float | None = None,
     num_frames: int = 0,
+    fps: float | None = None,
   ) -> None:
     """Adds a conversation.
 
@@ -163,8 +172,10 @@ class ColumnsBuilder:
       stream: name of its stream.
       video: name of its video, if it has one.
       duration: of the video in seconds; None where it is not known.
-      num_frames: in the video's file; 0 where it is not known. Of several
-        conversations about a video the first that knows tells both.
+      num_frames: in the video's file; 0 where it is not known.
+      fps: average frames a second of the file; None where they are not known.
+        Of several conversations about a video the first that knows tells each
+        of the three.
     """
     number = -1
     if video is not None:
@@ -172,9 +183,12 @@ class ColumnsBuilder:
       if number == len(self._duration):
         self._duration.append(np.nan)
         self._num_frames.append(0)
+        self._fps.append(np.nan)
       if duration is not None and np.isnan(self._duration[number]):
         self._duration[number] = duration
       self._num_frames[number] = self._num_frames[number] or num_frames
+      if fps is not None and np.isnan(self._fps[number]):
+        self._fps[number] = fps
     row = measures._asdict() | {
       "video": number,
       "source": self._number("sources", source),
@@ -195,6 +209,7 @@ class ColumnsBuilder:
       **columns,
       duration=np.array(self._duration, np.float64),
       num_frames=np.array(self._num_frames, np.int32),
+      fps=np.array(self._fps, np.float64),
     )
 
   def _number(self, kind: str, name: str) -> int:
@@ -264,7 +279,10 @@ def _read_members(
   with zipfile.ZipFile(path) as archive:
     if (size := os.path.getsize(path)) > _MOST_BYTES:
       raise ValueError(f"it has {size} bytes, at most {_MOST_BYTES} are meant")
+    present = {member.filename for member in archive.infolist()}
     for name in names:
+      if name in _ADDED and f"{name}.npy" not in present:
+        continue
       info = archive.getinfo(f"{name}.npy")
       if info.compress_type != zipfile.ZIP_STORED or info.file_size > size:
         raise ValueError(
@@ -289,7 +307,8 @@ def _read_members(
 def _check_lengths(columns: dict) -> None:
   """Checks that columns have one length; raises ValueError if not."""
   lengths = {name: len(column) for name, column in columns.items()}
-  videos = [lengths.pop(name) for name in ("videos", "duration", "pictures")]
+  of_video = ("videos", "duration", "pictures", "fps")
+  videos = [lengths.pop(name) for name in of_video]
   for name in ("sources", "streams"):
     lengths.pop(name)
   if len(set(lengths.values())) > 1 or len(set(videos)) > 1:
@@ -317,11 +336,15 @@ def _check_numbers(columns: Mapping[str, Any]) -> None:
       at = int(np.argmax((values < low) | (values > high)))
       raise ValueError(f"{name} {at} is {values[at]}, not {low} to {high}")
   duration, modality = columns["duration"], columns["modality"]
+  fps = columns["fps"]
   single = (modality == MODALITIES.index("image")) & (columns["images"] == 1)
   video = modality == MODALITIES.index("video")
   wrong = {
     f"duration is no number from 0 to {LONGEST:.0f} s": ~(
       np.isnan(duration) | ((duration >= 0) & (duration <= LONGEST))
+    ),
+    f"fps is no number above 0 and to {_FASTEST:.0f}": ~(
+      np.isnan(fps) | ((fps > 0) & (fps <= _FASTEST))
     ),
     "modality and video do not agree": video != (columns["video"] >= 0),
     "width or height of the single image is 0": single

@@ -6,6 +6,7 @@ what was read. All of it is a function of (seed, epoch, index of the record).
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -191,6 +192,7 @@ class Dataset:
         name,
         known.duration if known else None,
         known.frames if known else 0,
+        float(known.fps) if known else None,
       )
       kept.append(record)
     made = cls(
@@ -224,7 +226,7 @@ class Dataset:
     Raises:
       UserError: its files cannot be read.
     """
-    plan = self._plan(self._records[index])
+    plan = self._plan(self._records[index], index)
     visual = self._read(plan, None)
     return self._lay_out(
       plan, visual, self._summary(plan, visual), index, epoch
@@ -252,7 +254,7 @@ class Dataset:
       try:
         record = self._records[index]
         name = record.id
-        plan = self._plan(record)
+        plan = self._plan(record, index)
         if not done:
           visual = self._read(plan, room)
           summary = self._summary(plan, visual)
@@ -297,10 +299,10 @@ class Dataset:
     )
     return Sample(plan.record.id, layout, plan.kind, visual)
 
-  def _plan(self, record: Record) -> _Planned:
+  def _plan(self, record: Record, index: int) -> _Planned:
     """Plans a record; of media files it reads only their sizes."""
     if record.modality == "video":
-      return self._plan_video(record)
+      return self._plan_video(record, int(self.columns.video[index]))
     conversation = self._encode(record)
     if record.modality == "text":
       return _Planned(record, conversation, empty_repository(), "features", 0)
@@ -310,14 +312,19 @@ class Dataset:
     )
     return _Planned(record, conversation, repository, "tiles", count)
 
-  def _plan_video(self, record: Record) -> _Planned:
+  def _plan_video(self, record: Record, video: int) -> _Planned:
+    """Plans a record about the video of this number in the columns."""
     name = record.media[0]
     if self._features is not None:
       duration, frames = stored_frames(self._features, name)
       kind, images_ = "features", len(frames) * self._spec.frame_tokens
     else:
       info = video_probe.probe(self._media / name)
-      duration, frames = pixel_frames(name, info.frames, info.duration)
+      # The rate is used only where the sizes were planned with it: older
+      # datasets do not have it.
+      planned = self.columns.fps[video] > 0
+      fps = float(info.fps) if planned else math.nan
+      duration, frames = pixel_frames(name, info.frames, info.duration, fps)
       kind, images_ = "frames", len(frames)
     conversation = self._encode(record, (duration, len(frames)))
     side = round(self._spec.frame_tokens**0.5)

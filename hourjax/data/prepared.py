@@ -123,6 +123,7 @@ class PreparedWriter:
     stream: str = "default",
     duration: float | None = None,
     num_frames: int = 0,
+    fps: float | None = None,
   ) -> None:
     """Adds a conversation.
 
@@ -132,13 +133,14 @@ class PreparedWriter:
       stream: name of its stream.
       duration: of its video in seconds; None where it is not known.
       num_frames: in the video's file; 0 where it is not known.
+      fps: average frames a second of the file; None where they are not known.
     """
     video = record.media[0] if record.modality == "video" else None
     encoded = encode_record(
       record, measures, stream=stream, duration=duration, frames=num_frames
     )
     self.add_encoded(
-      encoded, measures, record.source, stream, video, duration, num_frames
+      encoded, measures, record.source, stream, video, duration, num_frames, fps
     )
 
   def add_encoded(
@@ -150,6 +152,7 @@ class PreparedWriter:
     video: str | None,
     duration: float | None,
     num_frames: int,
+    fps: float | None = None,
   ) -> None:
     """Adds a conversation that `encode_record` has serialised; see `add`."""
     with self._writing():
@@ -159,7 +162,9 @@ class PreparedWriter:
       file.write(encoded)
     self._shards[-1] += 1
     self._bytes += len(encoded)
-    self._columns.add(measures, source, stream, video, duration, num_frames)
+    self._columns.add(
+      measures, source, stream, video, duration, num_frames, fps
+    )
 
   def columns(self) -> Columns:
     """Returns the columns of all conversations so far."""

@@ -58,9 +58,10 @@ def video_input(columns: Columns, features: FeatureStore | None) -> VideoInput:
       if features is not None:
         duration[i], frames[i] = _stored_count(features, name)
       else:
-        known = int(columns.num_frames[i]), float(columns.duration[i])
-        duration[i], chosen = pixel_frames(name, *known)
-        frames[i] = len(chosen)
+        duration[i] = columns.duration[i]
+        count, fps = int(columns.num_frames[i]), float(columns.fps[i])
+        rate = _pixel_rate(name, count, float(duration[i]), fps)
+        frames[i] = frame_rules.video_file_count(count, rate)
     except UserError as error:
       problems[i] = str(error)
   return VideoInput(frames, duration, features is not None, problems)
@@ -109,7 +110,7 @@ def sparse_videos(features: FeatureStore, names: Iterable[str]) -> list[str]:
 
 
 def pixel_frames(
-  name: str, num_frames: int, duration: float
+  name: str, num_frames: int, duration: float, fps: float = math.nan
 ) -> tuple[float, np.ndarray]:
   """Returns duration and frame indices of a video encoded in the step.
 
@@ -117,6 +118,20 @@ def pixel_frames(
     name: of the video.
     num_frames: in its file; 0 where it is not known.
     duration: in seconds.
+    fps: average frames a second of the file; NaN where they are not known, and
+      then taken from the other two.
+
+  Raises:
+    UserError: the number of frames or the duration is not known.
+  """
+  rate = _pixel_rate(name, num_frames, duration, fps)
+  return duration, frame_rules.video_file_frames(num_frames, rate)
+
+
+def _pixel_rate(
+  name: str, num_frames: int, duration: float, fps: float
+) -> frame_rules.Rate:
+  """Returns the rate by which frames of a file are chosen; see `pixel_frames`.
 
   Raises:
     UserError: the number of frames or the duration is not known.
@@ -127,7 +142,8 @@ def pixel_frames(
       " known; prepare with --media, or extract its features and set"
       " config.data.features"
     )
-  return duration, frame_rules.video_file_frames(num_frames, duration)
+  known = 0 < fps < math.inf
+  return fps if known else frame_rules.rate_from_duration(num_frames, duration)
 
 
 def sample_sizes(

@@ -76,6 +76,7 @@ def conversation_columns(
     streams=("default",),
     duration=durations,
     num_frames=np.zeros(len(durations), np.int32),
+    fps=np.full(len(durations), np.nan),
   )
 
 

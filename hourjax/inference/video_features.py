@@ -74,7 +74,7 @@ def read_video_features(
     UserError: the video cannot be read, or too little of it.
   """
   info = probe(path)
-  indices = video_file_frames(info.frames, info.duration)
+  indices = video_file_frames(info.frames, info.fps)
   features = np.empty((len(indices), *encoder.shape), ml_dtypes.bfloat16)
   waiting: list[tuple[jax.Array, int]] = []
   done = 0

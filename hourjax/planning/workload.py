@@ -24,7 +24,7 @@ from hourjax.models.flops import Work, sample_flops, sample_work
 from hourjax.training.config import Experiment
 
 _DRAWN = 20_000  # samples; the stage's numbers are scaled up from them
-_FPS = 30  # of short videos' files, which decides their frames as pixels
+_FPS = 30.0  # of short videos' files, which decides their frames as pixels
 # Share of images, and their sizes: photographs, screens, charts, pages.
 _IMAGES = (
   (0.5, 640, 480),
@@ -309,6 +309,7 @@ def _draw(
     streams=streams,
     duration=duration,
     num_frames=np.rint(duration * _FPS).astype(np.int32),
+    fps=np.full(len(duration), _FPS, np.float64),
   )
 
 

@@ -36,7 +36,7 @@ def _columns():
   builder.add(Measures(1, 9, 5, 6), "ego4d", "long", "ä b.mp4", None, 0)
   builder.add(Measures(0, 7, 0, 3), "", "short")
   builder.add(Measures(1, 8, 5, 6), "panda", "long", "ä b.mp4", 12.5, 30)
-  builder.add(Measures(1, 8, 5, 6), "panda", "long", "c.mp4", 7, 2)
+  builder.add(Measures(1, 8, 5, 6), "panda", "long", "c.mp4", 7, 2, 7.5)
   builder.add(Measures(2, 8, 5, 6, 1, 640, 480), "panda", "short")
   return builder.build()
 
@@ -77,6 +77,18 @@ def test_saved_columns_come_back(made, tmp_path):
       assert getattr(back, name).dtype == value.dtype
 
 
+def test_columns_of_older_versions_have_no_rates(tmp_path):
+  made = _columns()
+  assert made.fps.tolist()[1] == 7.5 and np.isnan(made.fps[0])
+  made.save(tmp_path / "columns.npz")
+  with np.load(tmp_path / "columns.npz") as file:
+    kept = {name: file[name] for name in file if name != "fps"}
+  np.savez(tmp_path / "older.npz", **kept)
+  older = Columns.load(tmp_path / "older.npz")
+  assert np.isnan(older.fps).all() and len(older.fps) == 2
+  np.testing.assert_array_equal(older.num_frames, made.num_frames)
+
+
 def test_damaged_columns(tmp_path):
   path = tmp_path / "columns.npz"
   _columns().save(path)
@@ -115,6 +127,9 @@ def test_damaged_columns(tmp_path):
     ("duration", lambda c: c * 1e7, "duration is no number from 0 to 1000000"),
     ("duration", lambda c: -c, "duration is no number"),
     ("duration", lambda c: c * np.inf, "duration is no number"),
+    ("fps", lambda c: -c, "fps is no number above 0 and to 1000000000"),
+    ("fps", lambda c: c * np.inf, "fps is no number above 0"),
+    ("fps", lambda c: c[:-1], "columns of different lengths"),
     ("pictures", lambda c: c - 99, "pictures 0 is -69"),
     ("videos", lambda c: _names(3), "videos is 3, not a list"),
     ("videos", lambda c: _names(["a", 1]), "videos is .'a', 1., not a list"),

@@ -1,13 +1,17 @@
 """Training, extraction, asking and evaluating use the same frames of a file."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from hourjax.data import dataset
-from hourjax.data.media import frame_rules
+from hourjax.data.media import frame_rules, video_probe
+from hourjax.data.prepare import build, lists
+from hourjax.data.prepared import Prepared
 from hourjax.data.records.record import Turn, parse_record
 from hourjax.data.rows import Size
 from hourjax.data.store.features import FeatureStore
@@ -25,12 +29,20 @@ from tests.data.media.frame_cases import CASES
 from tests.evaluation import fakes
 from tests.inference import models
 
-# Few frames, a short video, a long one, and one of a rate that is rounded.
+# Few frames, a short video, long ones, and rates that are rounded, of which one
+# is less than 7.5 in the seventh digit.
+LATE = "1125 at 101250000/13500001"
 FILES = {
   f"{case.name.replace('/', ' by ')}.mp4": case
   for case in CASES
-  if case.name in ("15 at 30", "300 at 30", "300 at 2", "375 at 5/2")
-}
+  if case.name
+  in ("15 at 30", "300 at 30", "300 at 2", "375 at 5/2", "1125 at 15/2",
+      "1875 at 25/2", LATE)
+}  # fmt: skip
+TALK = [
+  {"from": "human", "value": "<image>\nWho?"},
+  {"from": "gpt", "value": "Ann."},
+]
 SPARSE = "slow.mp4"  # features of one frame a second, as others extract them
 
 
@@ -73,7 +85,13 @@ def model(tmp_path_factory):
 def folder(tmp_path_factory):
   path = tmp_path_factory.mktemp("videos")
   for name, case in FILES.items():
-    videos.write(path / name, case.frames, case.rate, size=(32, 24))
+    times, rate = None, case.rate
+    if case.name == LATE:
+      times = [12_000 * n + (n > 500) for n in range(case.frames)]
+      rate = "15/2"
+    videos.write(path / name, case.frames, rate, size=(32, 24), times=times,
+                 ticks=90_000)  # fmt: skip
+    assert video_probe.probe(path / name).fps == case.fps
   return path
 
 
@@ -119,14 +137,8 @@ def _of_memory(memory, tokenizer) -> str:
 
 
 def _dataset(model, folder, names, features=None):
-  conversation = [
-    {"from": "human", "value": "<image>\nWho?"},
-    {"from": "gpt", "value": "Ann."},
-  ]
   records = [
-    parse_record(
-      {"id": name, "video": name, "conversations": conversation}, "test"
-    )
+    parse_record({"id": name, "video": name, "conversations": TALK}, "test")
     for name in names
   ]
   return dataset.Dataset.from_records(
@@ -147,6 +159,66 @@ def test_training_on_files(model, folder, reading):
     assert len(sample.visual) == made.sizes[n][1] == case.from_file
     sentence = _sentence(sample.layout.query_token, model.tokenizer)
     assert sentence == _words(case.seconds, case.from_file)
+
+
+@pytest.fixture(scope="module")
+def prepared(folder, tmp_path_factory):
+  """A dataset about the files."""
+  path = tmp_path_factory.mktemp("prepared")
+  models.tokenizer(path)
+  records = [
+    {"id": name, "video": name, "conversations": TALK} for name in FILES
+  ]
+  (path / "records.json").write_text(json.dumps(records))
+  options = lists.Options(
+    items=(lists.Item.of_files([str(path / "records.json")]),),
+    tokenizer=str(path),
+    media=str(folder),
+  )
+  build.build(path / "dataset", options, workers=1)
+  return path / "dataset"
+
+
+def _opened(model, folder, path):
+  """Sizes are planned from the columns, before any file is opened."""
+  found = Prepared(path)
+  return dataset.Dataset(
+    found.records,
+    found.columns,
+    tokenizer=model.tokenizer,
+    spec=row_spec(model.config, Size(*[10**6] * 7)),
+    options=dataset.SampleOptions(),
+    media_root=folder,
+  )
+
+
+def test_training_on_prepared_columns(model, folder, prepared, reading):
+  made = _opened(model, folder, prepared)
+  for n, case in enumerate(FILES.values()):
+    assert made.columns.fps[n] == float(case.fps)
+    assert made.sizes[n][1] == case.from_file
+    sample = made.sample(n)
+    assert reading.frames[-1] == case.indices
+    assert sample.size == Size(*made.sizes[n].tolist())
+
+
+def test_a_dataset_prepared_without_rates(
+  model, folder, prepared, reading, tmp_path
+):
+  """Its videos have the frames that older versions used, in plan and file."""
+  shutil.copytree(prepared, tmp_path / "older")
+  path = tmp_path / "older" / "columns.npz"
+  with np.load(path) as columns:
+    kept = {name: columns[name] for name in columns if name != "fps"}
+  np.savez(path, **kept)
+  made = _opened(model, folder, tmp_path / "older")
+  assert np.isnan(made.columns.fps).all()
+  for n, case in enumerate(FILES.values()):
+    sample = made.sample(n)
+    assert sample.size == Size(*made.sizes[n].tolist())
+    late = case.name == LATE  # taken for 7.5
+    every_8th = list(range(0, case.frames, 8))
+    assert reading.frames[-1] == (every_8th if late else case.indices)
 
 
 def test_training_on_features(model, folder, store):

@@ -34,27 +34,57 @@ from hourjax.errors import UserError
 
 MIN_FRAMES = 128  # the memory repeats the frames of a shorter video to so many
 SHORT = 128  # seconds; of a shorter video MIN_FRAMES uniform frames are used
-# Rates of videos are fractions with smaller denominators, such as 30000/1001.
+# Rates that encoders are set to are fractions with smaller denominators, such
+# as 30000/1001.
 _DENOMINATOR = 10**6
 
 Rate = Fraction | float | int  # frames a second
 
 
-def video_file_frames(
-  total_frames: int, duration: float
-) -> Int32[np.ndarray, "F"]:
+def video_file_frames(total_frames: int, fps: Rate) -> Int32[np.ndarray, "F"]:
   """Returns the frames used of a video file, in training and in answering.
 
-    300 frames, 10 s -> 128 frames 0, 2, 4, 7, ..., 299
-    100 frames, 10 s -> all of them
-    6000 frames, 200 s -> 200 frames 0, 30, 60, ..., 5970
+    300 frames, 30 fps: 10 s -> 128 frames 0, 2, 4, 7, ..., 299
+    100 frames, 10 fps: 10 s -> all of them
+    6000 frames, 30 fps: 200 s -> 200 frames 0, 30, 60, ..., 5970
 
   Args:
     total_frames: of the file.
-    duration: of the file, `total_frames` over the rate, in seconds.
+    fps: average frames a second, as the file states it. Of 7.5 every 8th frame
+      is used, and of a rate that is less by a millionth every 7th: the official
+      code rounds it as it is, halves to the even number.
 
   Returns:
     int32 [F] ascending frame indices.
+
+  Raises:
+    UserError: there are no frames, or the rate is not positive.
+  """
+  _check_rate(total_frames, fps)
+  if total_frames / float(fps) < SHORT:
+    return _linspace(total_frames, min(total_frames, MIN_FRAMES))
+  return raw_video_frames(total_frames, fps)
+
+
+def video_file_count(total_frames: int, fps: Rate) -> int:
+  """Returns how many frames `video_file_frames` returns."""
+  _check_rate(total_frames, fps)
+  uniform = min(total_frames, MIN_FRAMES)
+  if total_frames / float(fps) < SHORT:
+    return uniform
+  return max(-(-total_frames // _step(fps)), uniform)
+
+
+def rate_from_duration(total_frames: int, duration: float) -> Fraction:
+  """Returns the rate of a video of which only number and seconds are known.
+
+  The quotient of floats may be a little less than a rate of 7.5, which would
+  round to 7 and not to 8, so the nearest simple fraction is taken. That is a
+  guess: a file may state a rate that differs from 7.5 in the seventh digit.
+
+  Args:
+    total_frames: of the file.
+    duration: of the file, in seconds.
 
   Raises:
     UserError: there are no frames, or the duration is not positive.
@@ -64,12 +94,7 @@ def video_file_frames(
       f"a video of {total_frames} frames in {duration} seconds; both must be"
       " positive, check the file"
     )
-  if duration < SHORT:
-    return _linspace(total_frames, min(total_frames, MIN_FRAMES))
-  # The quotient of floats may be a little less than a rate of 7.5, which would
-  # round to 7 and not to 8.
-  rate = Fraction(total_frames / duration).limit_denominator(_DENOMINATOR)
-  return raw_video_frames(total_frames, rate)
+  return Fraction(total_frames / duration).limit_denominator(_DENOMINATOR)
 
 
 def extraction_frames(
@@ -189,8 +214,7 @@ def raw_video_frames(
   """
   _check_rate(total_frames, avg_fps)
   _check_rate(total_frames, video_fps)
-  # Videos of 0.5 fps or less round to 0, where the official code fails.
-  step = max(1, round(float(avg_fps) / video_fps))
+  step = _step(avg_fps, video_fps)
   indices = np.arange(0, total_frames, step, dtype=np.int32)
   if len(indices) < min_frames:
     indices = _linspace(total_frames, min(total_frames, min_frames))
@@ -215,9 +239,17 @@ def time_instruction(duration: float | int, frames: int) -> str:
   )
 
 
+def _step(avg_fps: Rate, video_fps: Rate = 1) -> int:
+  """Returns the step between frames of a rate, halves rounded to even.
+
+  Videos of 0.5 fps or less round to 0, where the official code fails.
+  """
+  return max(1, round(float(avg_fps) / video_fps))
+
+
 def _check_rate(total_frames: int, fps: Rate) -> None:
   """Refuses impossible numbers of frames and rates."""
-  if total_frames < 1 or not fps > 0:
+  if total_frames < 1 or not 0 < fps < math.inf:
     raise UserError(
       f"a video of {total_frames} frames at {fps} frames a second; both must "
       "be positive, check the file"

@@ -362,6 +362,7 @@ def _write(
         item.video,
         item.duration,
         item.num_frames,
+        item.fps,
       )
 
 

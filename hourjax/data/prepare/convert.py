@@ -31,11 +31,13 @@ class VideoFact(NamedTuple):
   Attributes:
     duration: in seconds, None if it is not known.
     num_frames: frames in the file, 0 if they are not known.
+    fps: average frames a second of the file, None if they are not known.
     problem: (kind, reason) why its records must be left out, or None.
   """
 
   duration: float | None = None
   num_frames: int = 0
+  fps: float | None = None
   problem: tuple[str, str] | None = None
 
 
@@ -94,7 +96,7 @@ def _probe(media: pathlib.Path, name: str) -> VideoFact:
     video.check_whole(media / name, info)
   except UserError as error:
     return VideoFact(problem=("unreadable video", str(error)))
-  return VideoFact(info.duration, info.frames)
+  return VideoFact(info.duration, info.frames, float(info.fps))
 
 
 class Job(NamedTuple):
@@ -128,6 +130,7 @@ class Kept(NamedTuple):
     video: name of its video, or None.
     duration: duration of the video in seconds, None if it is not known.
     num_frames: frames in the video's file, 0 if they are not known.
+    fps: frames a second of the video's file, None if they are not known.
     content: digest, the same for equal records.
     questions: (topic, task, format) of each question, "" if not known.
     repairs: repairs that reading the record took.
@@ -142,6 +145,7 @@ class Kept(NamedTuple):
   video: str | None
   duration: float | None
   num_frames: int
+  fps: float | None
   content: int
   questions: list[tuple[str, ...]]
   repairs: tuple[str, ...] = ()
@@ -217,6 +221,7 @@ class Converter:
       stream=job.stream,
       duration=duration,
       num_frames=fact.num_frames,
+      fps=fact.fps,
     )
 
   def _measure(self, record: Record) -> Measures:

@@ -88,7 +88,8 @@ def test_raw_video_frames(entry):
 @pytest.mark.parametrize("entry", list(_raw_with_defaults()))
 def test_frames_of_a_file_are_official(entry):
   total, fps = entry["total_frames"], entry["avg_fps"]
-  indices = frame_rules.video_file_frames(total, total / fps)
+  indices = frame_rules.video_file_frames(total, fps)
+  assert len(indices) == frame_rules.video_file_count(total, fps)
   _check_stored(indices, entry["key"])
   instruction = frame_rules.time_instruction(total / fps, len(indices))
   assert instruction == entry["time_instruction"]
@@ -100,7 +101,10 @@ def test_frames_of_a_file_are_official(entry):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_training_on_pixels(case):
   duration, indices = sample_sizes.pixel_frames(
-    "a.mp4", case.frames, float(case.frames / case.fps)
+    "a.mp4", case.frames, float(case.frames / case.fps), float(case.fps)
+  )
+  assert len(indices) == frame_rules.video_file_count(
+    case.frames, float(case.fps)
   )
   assert indices.tolist() == case.indices and len(indices) == case.from_file
   instruction = frame_rules.time_instruction(duration, len(indices))
@@ -150,7 +154,7 @@ def test_frames_lie_evenly_over_a_video(case):
 def test_rules_give_ascending_frames_of_the_video(total, fps):
   extracted, duration = frame_rules.extraction_frames(total, fps)
   raw = frame_rules.raw_video_frames(total, fps)
-  from_file = frame_rules.video_file_frames(total, float(total / fps))
+  from_file = frame_rules.video_file_frames(total, fps)
   kept = frame_rules.stored_feature_frames(len(extracted), duration)
   for indices, of in (
     (extracted, total),
@@ -162,13 +166,23 @@ def test_rules_give_ascending_frames_of_the_video(total, fps):
     assert (np.diff(indices) > 0).all()
     assert indices[0] == 0 and indices[-1] < of
   assert len(extracted) >= min(total, 128)
+  assert len(from_file) == frame_rules.video_file_count(total, fps)
   if total / fps < 128:
     assert len(from_file) == len(kept) == min(total, 128)
     assert from_file.tolist() == extracted[kept].tolist()
   else:
-    # From the rate that the quotient of floats stands for, exactly.
     assert from_file.tolist() == raw.tolist()
     assert len(kept) == min(len(extracted), int(duration))
+
+
+@pytest.mark.parametrize("rate", ["15/2", "25/2", "30000/1001", "30"])
+def test_a_rate_taken_back_from_the_duration_is_the_simple_one(rate):
+  """As of datasets that were prepared without the rates of their videos."""
+  for total in range(1000, 40_000, 777):
+    duration = float(total / Fraction(rate))
+    assert frame_rules.rate_from_duration(total, duration) == Fraction(rate)
+  duration, indices = sample_sizes.pixel_frames("a.mp4", 1125, 150.0)
+  assert indices.tolist() == list(range(0, 1125, 8))
 
 
 def test_slow_videos_give_every_frame_once():
@@ -181,7 +195,12 @@ def test_slow_videos_give_every_frame_once():
 
 @pytest.mark.parametrize("total, fps", [(0, 30), (10, 0), (10, -1.0)])
 def test_rules_refuse_impossible_videos(total, fps):
-  for rule in (frame_rules.extraction_frames, frame_rules.raw_video_frames):
+  for rule in (
+    frame_rules.extraction_frames,
+    frame_rules.raw_video_frames,
+    frame_rules.video_file_frames,
+    frame_rules.video_file_count,
+  ):
     with pytest.raises(UserError, match=f"{total} frames at {fps}"):
       rule(total, fps)
 
@@ -189,10 +208,10 @@ def test_rules_refuse_impossible_videos(total, fps):
 @pytest.mark.parametrize(
   "total, duration", [(0, 1.0), (10, 0.0), (10, float("nan"))]
 )
-def test_no_frame_is_used_of_impossible_videos(total, duration):
+def test_no_rate_is_taken_of_impossible_videos(total, duration):
   message = re.escape(f"{total} frames in {duration} seconds")
   with pytest.raises(UserError, match=message):
-    frame_rules.video_file_frames(total, duration)
+    frame_rules.rate_from_duration(total, duration)
 
 
 @pytest.mark.parametrize(
