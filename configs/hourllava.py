@@ -46,7 +46,8 @@ _ROWS = {
     decoder=6144,
   ),
   # Images, and videos as pixels: two short ones of 128 frames each, or a longer
-  # one, from which the vision encoder does not learn.
+  # one of up to 3 minutes, from which the vision encoder does not learn. With
+  # 320 frames an epoch takes the same time by `plan`'s formulas.
   2: Size(
     frames=256,
     tiles=40,
@@ -55,9 +56,16 @@ _ROWS = {
     queries=4096,
     decoder=8192,
   ),
-  # One hour of stored features, or several shorter videos and images.
+  # One hour of stored features, or several shorter videos and images; beside
+  # them five short videos of 128 frames as pixels.
   3: Size(
     features=64 * _HOUR,
+    # The tower encodes so many frames of every row, also of VideoMarathon's,
+    # where all of them are padding; with fewer, short videos fill more rows. An
+    # epoch takes 1.33, 1.13, 1.06, 1.05, 1.05 and 1.09 days with 256, 384, 512,
+    # 640, 768 and 1024 frames, by rows and formulas of `planning` for v5e:8x8.
+    # Where short videos are extracted too, 0 saves the tower: 0.57 days.
+    frames=640,
     tiles=40,
     blends=81 * 81,
     memory=235_520,

@@ -22,7 +22,7 @@ from hourjax.data.conversations import (
 )
 from hourjax.data.forgetting import Embedder, Forgetting
 from hourjax.data.layout import build_layout
-from hourjax.data.media import video, video_probe
+from hourjax.data.media import frame_rules, video, video_probe
 from hourjax.data.records.record import Record, Skipped, Turn
 from hourjax.data.repository import (
   Repository,
@@ -31,6 +31,7 @@ from hourjax.data.repository import (
 )
 from hourjax.data.rows import RowSpec, Sample, Visual
 from hourjax.data.sample_sizes import (
+  VideoInput,
   pixel_frames,
   sample_sizes,
   sparse_videos,
@@ -106,6 +107,7 @@ class Dataset:
     usable: indices of the records that can be used, ascending.
     skipped: the other records with the reason; never replaced.
     sparse: videos whose features are too few for the rule of short videos.
+    visual: how each video of the columns comes, and what is used of it.
     embedder: compares frames with words, for question-guided forgetting; set
       before the first sample is read if `forgetting.needs_question`.
   """
@@ -115,6 +117,7 @@ class Dataset:
   usable: Int64[np.ndarray, "n"]
   skipped: list[Skipped]
   sparse: list[str]
+  visual: VideoInput
   embedder: Embedder | None
 
   def __init__(
@@ -137,15 +140,17 @@ class Dataset:
       spec: of the rows.
       options: how records become samples.
       media_root: folder of videos and images.
-      features: store of the videos; None to read their pixels.
+      features: store of videos; one that it does not have is read as pixels
+        from its file, and without a store all are.
     """
     self._records, self.columns = records, columns
     self._tokenizer, self._spec, self._options = tokenizer, spec, options
     self._media, self._features = pathlib.Path(media_root), features
     self.embedder = None
+    self.visual = video_input(columns, features)
     self.sizes, problems = sample_sizes(
       columns,
-      video_input(columns, features),
+      self.visual,
       tokenizer=tokenizer,
       spec=spec,
       forgetting=options.forgetting,
@@ -180,8 +185,10 @@ class Dataset:
         name, known = None, None
         if record.modality == "video":
           name = record.media[0]
-          if features is None:
-            known = video_probe.probe(pathlib.Path(media_root) / name)
+          path = pathlib.Path(media_root) / name
+          # What is neither stored nor there is reported with the sizes.
+          if features is None or (name not in features and path.exists()):
+            known = video_probe.probe(path)
       except UserError as error:
         skipped.append(Skipped(record.id, str(error)))
         continue
@@ -212,9 +219,29 @@ class Dataset:
     return len(self.usable)
 
   @property
+  def notes(self) -> list[str]:
+    """Returns what a user should know of the videos, a sentence each."""
+    found = []
+    pixels = len(self.pixel_videos())
+    if pixels and (stored := int(self.visual.stored.sum())):
+      found.append(
+        f"{stored:,} videos come as stored features, {pixels:,} that the"
+        " feature store does not have come as pixels"
+      )
+    if note := frame_rules.sparse_note(len(self.sparse)):
+      found.append(note)
+    return found
+
+  @property
   def vocab_size(self) -> int:
     """Returns the number of ids that the tokenizer may give."""
     return self._tokenizer.vocab_size
+
+  def pixel_videos(self) -> list[str]:
+    """Returns the names of the videos whose samples are read as pixels."""
+    video = self.columns.video[self.usable]
+    used = np.unique(video[video >= 0])
+    return [self.columns.videos[i] for i in used[~self.visual.stored[used]]]
 
   def record(self, index: int) -> Record:
     """Returns a record, usable or not."""
@@ -315,7 +342,7 @@ class Dataset:
   def _plan_video(self, record: Record, video: int) -> _Planned:
     """Plans a record about the video of this number in the columns."""
     name = record.media[0]
-    if self._features is not None:
+    if self._features is not None and self.visual.stored[video]:
       duration, frames = stored_frames(self._features, name)
       kind, images_ = "features", len(frames) * self._spec.frame_tokens
     else:

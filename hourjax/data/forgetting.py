@@ -6,7 +6,7 @@ of the configuration. It says
     how many tokens it keeps   frame_count, cell_count, newline_count: from
                                counts alone, so that rows are planned before
                                any file is opened
-    what it needs              summarise_frames, needs_question
+    what it needs              summarise_frames, needs_features, needs_question
     what it keeps              kept_tokens: indices into the memory
 
 A temporal strategy is one entry of TEMPORAL_STRATEGIES. A new one is written
@@ -220,6 +220,11 @@ class Forgetting:
   def needs_question(self) -> bool:
     """Returns whether the kept tokens depend on the question."""
     return TEMPORAL_STRATEGIES[self.temporal].needs_question
+
+  @property
+  def needs_features(self) -> bool:
+    """Returns whether a video's frames are chosen by its stored features."""
+    return TEMPORAL_STRATEGIES[self.temporal].summarise is not None
 
   def frame_count(self, frames: Any) -> Any:
     """Returns how many of so many frames are kept, an int or an array.

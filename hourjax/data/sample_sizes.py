@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 
 from hourjax.data.columns import MEASURED_AS, MODALITIES, Columns
 from hourjax.data.forgetting import Forgetting
@@ -33,38 +33,47 @@ class VideoInput(NamedTuple):
     num_frames: how many frames of each video are used, before any repetition;
       0 where the video cannot be used.
     duration: in seconds; 0 where the video cannot be used.
-    stored: whether frames come as features or, False, as pixels.
+    stored: whether the frames of each video come as features of the store or,
+      False, as pixels of its file.
     problems: why a video cannot be used, by its index.
   """
 
   num_frames: Int64[np.ndarray, "M"]
   duration: Float64[np.ndarray, "M"]
-  stored: bool
+  stored: Bool[np.ndarray, "M"]
   problems: dict[int, str]
 
 
 def video_input(columns: Columns, features: FeatureStore | None) -> VideoInput:
   """Counts the frames that are used of each video; see `frame_rules`.
 
+  A video comes as features if the store has it, and else as pixels. Of clip.mp4
+  in the store and walk.mp4 beside it, the first has `stored` True, the second
+  False.
+
   Args:
     columns: name the videos.
-    features: store of their features; None where pixels are read.
+    features: store of features; None where all videos come as pixels.
   """
   frames = np.zeros(len(columns.videos), np.int64)
   duration = np.zeros(len(columns.videos))
+  stored = np.zeros(len(columns.videos), bool)
   problems = {}
-  for i, name in enumerate(columns.videos):
+  numbers = zip(
+    columns.num_frames.tolist(), columns.duration.tolist(), columns.fps.tolist()
+  )
+  for i, (name, known) in enumerate(zip(columns.videos, numbers)):
+    stored[i] = features is not None and name in features
     try:
-      if features is not None:
+      if features is not None and stored[i]:
         duration[i], frames[i] = _stored_count(features, name)
       else:
-        duration[i] = columns.duration[i]
-        count, fps = int(columns.num_frames[i]), float(columns.fps[i])
-        rate = _pixel_rate(name, count, float(duration[i]), fps)
-        frames[i] = frame_rules.video_file_count(count, rate)
+        rate = _pixel_rate(name, *known, features)
+        frames[i] = frame_rules.video_file_count(known[0], rate)
+        duration[i] = known[1]
     except UserError as error:
       problems[i] = str(error)
-  return VideoInput(frames, duration, features is not None, problems)
+  return VideoInput(frames, duration, stored, problems)
 
 
 def stored_frames(
@@ -129,21 +138,39 @@ def pixel_frames(
 
 
 def _pixel_rate(
-  name: str, num_frames: int, duration: float, fps: float
+  name: str,
+  num_frames: int,
+  duration: float,
+  fps: float,
+  features: FeatureStore | None = None,
 ) -> frame_rules.Rate:
-  """Returns the rate by which frames of a file are chosen; see `pixel_frames`.
+  """Returns the rate by which frames of a file are chosen.
+
+  Args:
+    name: of the video.
+    num_frames: see `pixel_frames`.
+    duration: likewise.
+    fps: likewise.
+    features: store that does not have the video, for the message.
 
   Raises:
     UserError: the number of frames or the duration is not known.
   """
-  if not num_frames or not 0 < duration < math.inf:
-    raise UserError(
-      f"{name}: number of frames ({num_frames}) or duration ({duration} s) not"
-      " known; prepare with --media, or extract its features and set"
-      " config.data.features"
+  if num_frames and 0 < duration < math.inf:
+    known = 0 < fps < math.inf
+    return (
+      fps if known else frame_rules.rate_from_duration(num_frames, duration)
     )
-  known = 0 < fps < math.inf
-  return fps if known else frame_rules.rate_from_duration(num_frames, duration)
+  unknown = f"number of frames ({num_frames}) or duration ({duration} s)"
+  if features is None:
+    raise UserError(
+      f"{name}: {unknown} not known; prepare with --media, or extract its"
+      " features and set config.data.features"
+    )
+  raise UserError(
+    f"{name} is not in {features.root}; extract it first, or prepare with"
+    f" --media so that it comes as pixels ({unknown} not known)"
+  )
 
 
 def sample_sizes(
@@ -184,11 +211,12 @@ def sample_sizes(
     longer = _instruction_growth(visual, tokenizer)[which]
     for count in (tokens, prompt, answer):
       count[at] += longer
-    kept[at] = _video_sizes(sizes, at, visual.num_frames[which], visual, spec,
-                           forgetting)  # fmt: skip
-    bad = np.isin(which, np.fromiter(visual.problems, int))
-    for i in at[bad]:
-      problems[int(i)] = visual.problems[int(columns.video[i])]
+    kept[at] = _video_sizes(sizes, at, visual.num_frames[which],
+                           visual.stored[which], spec, forgetting)  # fmt: skip
+    unusable = visual.problems | _without_features(columns, visual, forgetting)
+    bad = np.isin(which, np.fromiter(unusable, int))
+    for i in at[bad].tolist():
+      problems[i] = unusable[int(columns.video[i])]
   for i, size, tokens_kept in _image_sizes(
     columns, spec, forgetting, single_image, problems
   ):
@@ -210,8 +238,34 @@ def sample_sizes(
     try:
       check_fits(Size(*sizes[i].tolist()), spec.capacity, "it")
     except UserError as error:
-      problems.setdefault(i, str(error))
+      pixels = _pixel_note(columns, i, sizes[i], spec.capacity)
+      problems.setdefault(i, f"{pixels}{error}")
   return sizes, problems
+
+
+def _without_features(
+  columns: Columns, visual: VideoInput, rule: Forgetting
+) -> dict[int, str]:
+  """Returns why videos cannot be used whose rule needs stored features."""
+  if not rule.needs_features:
+    return {}
+  return {
+    i: f"{columns.videos[i]} comes as pixels, and config.forgetting.temporal="
+    f"{rule.temporal} needs stored features; extract it, or choose uniform or"
+    " random"
+    for i in np.flatnonzero(~visual.stored).tolist()
+    if i not in visual.problems
+  }
+
+
+def _pixel_note(
+  columns: Columns, index: int, size: np.ndarray, capacity: Size
+) -> str:
+  """Says that a video comes as pixels if its frames are what is too large."""
+  if size[_AT["frames"]] <= capacity.frames:
+    return ""
+  name = columns.videos[columns.video[index]]
+  return f"{name} comes as pixels (extract it, and it comes as features): "
 
 
 def _instruction_growth(visual: VideoInput, tokenizer: Tokenizer) -> np.ndarray:
@@ -255,7 +309,7 @@ def _video_sizes(
   sizes: np.ndarray,
   at: np.ndarray,
   frames: np.ndarray,
-  visual: VideoInput,
+  stored: np.ndarray,
   spec: RowSpec,
   rule: Forgetting,
 ) -> np.ndarray:
@@ -265,17 +319,15 @@ def _video_sizes(
     sizes: [N, 7], of which the columns of memory and visual input are set.
     at: int [n], the samples about videos.
     frames: int [n], how many are used of each sample's video.
-    visual: says whether they come as features.
+    stored: bool [n], whether they come as features and not as pixels.
     spec: of the rows.
     rule: of forgetting.
   """
   tokens = spec.frame_tokens
   repeated = np.maximum(frames, frame_rules.MIN_FRAMES)
   sizes[at, _AT["memory"]] = repeated * (tokens + 1)
-  if visual.stored:
-    sizes[at, _AT["features"]] = frames * tokens
-  else:
-    sizes[at, _AT["frames"]] = frames
+  sizes[at, _AT["features"]] = np.where(stored, frames * tokens, 0)
+  sizes[at, _AT["frames"]] = np.where(stored, 0, frames)
   side = round(tokens**0.5)
   return rule.frame_count(repeated) * (rule.cell_count(side, side) + 1)
 

@@ -2,13 +2,13 @@
 
 How many samples there are of each kind is the paper's (hourjax/README.md,
 Training), and so are the durations of VideoMarathon (hourjax/README.md,
-VideoMarathon). Lengths of texts, lengths of short videos and sizes of images
-are assumptions, all of them below. The samples are measured and packed by the
-code that does it in training.
+VideoMarathon). Lengths of texts and sizes of images are assumptions, and so in
+part are lengths of short videos, all of them below. The samples are measured
+and packed by the code that does it in training.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,13 @@ from hourjax.data import synthetic
 from hourjax.data.columns import MODALITIES, Columns
 from hourjax.data.media.frame_rules import MIN_FRAMES, stored_feature_count
 from hourjax.data.row_plan import PlanOptions, RowPlan
-from hourjax.data.sample_sizes import VideoInput, sample_sizes, video_input
+from hourjax.data.rows import Size
+from hourjax.data.sample_sizes import (
+  FIELDS,
+  VideoInput,
+  sample_sizes,
+  video_input,
+)
 from hourjax.errors import UserError
 from hourjax.models.flops import Work, sample_flops, sample_work
 from hourjax.training.config import Experiment
@@ -33,8 +39,16 @@ _IMAGES = (
   (0.15, 1240, 1754),
 )
 _SEVERAL = (2, 6)  # images of a sample with more than one, inclusive
-_SHORT_SECONDS = (35.0, 0.8)  # median, and standard deviation of the logarithm
-_SHORT_RANGE = (5.0, 180.0)
+# Seconds of short videos: share of the conversations, from, to. These are the
+# ranges in which LLaVA-Video-178K is published. Videos of 2 to 3 minutes have
+# 234,306 of its 1.3 million conversations, counted in its files; the other
+# shares are assumed.
+_SHORT_SECONDS = (
+  (0.50, 4, 30),
+  (0.16, 30, 60),
+  (0.16, 60, 120),
+  (0.18, 120, 180),
+)
 # Ranges from which tokens of the prompt and of the answers are drawn.
 _WORDS = {
   "image": ((60, 140), (20, 260)),
@@ -141,9 +155,8 @@ def make_workload(experiment: Experiment, name: str = "") -> Workload:
   rng = np.random.default_rng(0)
   total = sum(part.samples for part in parts)
   scale = total / _DRAWN
-  stored = not experiment.rows.frames
   columns = _draw(parts, scale, rng)
-  sizes, problems = _measure(experiment, columns, stored)
+  sizes, problems = _measure(experiment, columns, _stored(experiment, columns))
   usable = np.setdiff1d(np.arange(len(columns)), list(problems))
   if not len(usable):
     raise UserError(
@@ -167,10 +180,7 @@ def make_workload(experiment: Experiment, name: str = "") -> Workload:
     " published counts and durations; texts, images and short videos as"
     " planning/workload.py assumes them"
   )
-  dropped = len(problems) / len(columns)
-  notes = [note]
-  if dropped > 0.001:
-    notes.append(f"{dropped:.1%} of the samples fit no row and are left out")
+  notes = [note, *_left_out(columns, sizes, experiment.rows, problems)]
   return Workload(
     name,
     len(usable) * scale,
@@ -188,7 +198,7 @@ def _one_video(experiment: Experiment, name: str) -> Workload:
   parts = (Part("marathon", 1, "marathon"),)
   columns = _draw(parts, 1.0, np.random.default_rng(0))
   columns = dataclasses.replace(columns, duration=np.array([float(text)]))
-  sizes, problems = _measure(experiment, columns, True)
+  sizes, problems = _measure(experiment, columns, np.ones(1, bool))
   if problems:
     raise UserError(f"--data={name}: a row does not hold it: {problems[0]}")
   return Workload(
@@ -245,7 +255,7 @@ def _rows(
 
 
 def _measure(
-  experiment: Experiment, columns: Columns, stored: bool
+  experiment: Experiment, columns: Columns, stored: np.ndarray
 ) -> tuple[np.ndarray, dict[int, str]]:
   """Returns the sizes of samples, and problems by the number of the sample."""
   return sample_sizes(
@@ -259,20 +269,65 @@ def _measure(
   )
 
 
-def _video_input(columns: Columns, stored: bool) -> VideoInput:
+def _stored(experiment: Experiment, columns: Columns) -> np.ndarray:
+  """Returns which of the drawn videos come as stored features, bool `[M]`.
+
+  VideoMarathon's do. Short videos come as pixels, as in the published stages 2
+  and 3, where rows have room for frames, and else as features too.
+  """
+  if not experiment.rows.frames:
+    return np.ones(len(columns.videos), bool)
+  stored = np.zeros(len(columns.videos), bool)
+  if "marathon" in columns.sources:
+    of_marathon = columns.source == columns.sources.index("marathon")
+    stored[columns.video[of_marathon & (columns.video >= 0)]] = True
+  return stored
+
+
+def _video_input(columns: Columns, stored: np.ndarray) -> VideoInput:
   """Returns the frames of the drawn videos.
 
   Args:
     columns: the samples.
-    stored: whether frames are features that extraction stores, or pixels.
+    stored: bool `[M]`, whether a video's frames are features that extraction
+      stores, or pixels.
   """
-  if not stored:
-    return video_input(columns, None)
-  frames = [
-    stored_feature_count(max(int(seconds), MIN_FRAMES), seconds)
-    for seconds in columns.duration.tolist()
-  ]
-  return VideoInput(np.array(frames, np.int64), columns.duration, True, {})
+  found = video_input(columns, None)
+  for i in np.flatnonzero(stored).tolist():
+    seconds = float(columns.duration[i])
+    count = max(int(seconds), MIN_FRAMES)
+    found.num_frames[i] = stored_feature_count(count, seconds)
+  return found._replace(stored=stored)
+
+
+def _left_out(
+  columns: Columns,
+  sizes: np.ndarray,
+  capacity: Size,
+  problems: Mapping[int, str],
+) -> list[str]:
+  """Returns sentences on the samples that fit no row, by kind.
+
+  Args:
+    columns: of the samples.
+    sizes: what they take, `[samples, 7]`.
+    capacity: of a row.
+    problems: why samples are left out, by index.
+  """
+  over = sizes > np.array(capacity.astuple())
+  notes = []
+  for number, kind in enumerate(columns.sources):
+    of_kind = np.flatnonzero(columns.source == number)
+    left = [i for i in of_kind.tolist() if i in problems]
+    if not left:
+      continue
+    names = [name for name, lacks in zip(FIELDS, over[left].any(0)) if lacks]
+    why = (
+      f"they fit no row's {', '.join(names)}" if names else problems[left[0]]
+    )
+    share = len(left) / len(of_kind)
+    notes.append(f"{share:.1%} of the samples of kind {kind} left out: {why}")
+  return notes
 
 
 def _draw(
@@ -286,6 +341,7 @@ def _draw(
     rng: the source of random numbers.
   """
   streams = tuple(dict.fromkeys(part.stream for part in parts))
+  kinds = tuple(dict.fromkeys(part.kind for part in parts))
   columns: dict[str, list[np.ndarray]] = {}
   durations: list[np.ndarray] = []
   for part in parts:
@@ -296,6 +352,7 @@ def _draw(
       made["video"] = first + np.arange(count)
       durations.append(seconds)
     made["stream"] = np.full(count, streams.index(part.stream))
+    made["source"] = np.full(count, kinds.index(part.kind))
     for name in _COLUMNS:
       value = made.get(name, -1 if name == "video" else 0)
       columns.setdefault(name, []).append(np.broadcast_to(value, count))
@@ -305,7 +362,7 @@ def _draw(
   return Columns(
     **joined,
     videos=tuple(map(synthetic.video_name, range(len(duration)))),
-    sources=("drawn",),
+    sources=kinds,
     streams=streams,
     duration=duration,
     num_frames=np.rint(duration * _FPS).astype(np.int32),
@@ -356,8 +413,6 @@ def _draw_part(
     made["images"] = rng.integers(low, high + 1, count)
   if kind != "short":
     return made, None
-  median, spread = _SHORT_SECONDS
-  seconds = np.clip(
-    median * np.exp(spread * rng.standard_normal(count)), *_SHORT_RANGE
-  )
-  return made, np.round(seconds, 2)
+  shares, low, high = np.array(_SHORT_SECONDS).T
+  chosen = rng.choice(len(shares), count, p=shares)
+  return made, np.round(rng.uniform(low[chosen], high[chosen]), 2)

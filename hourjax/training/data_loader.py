@@ -38,7 +38,7 @@ from hourjax.models.config import ModelConfig
 from hourjax.models.params import narrow_dtype
 from hourjax.parallel import hosts
 from hourjax.training.batch_sharding import BatchSharding
-from hourjax.training.config import Experiment
+from hourjax.training.config import DataConfig, Experiment
 from hourjax.training.train_state import TrainState
 
 _LISTED = 20  # reasons in a message
@@ -57,8 +57,9 @@ def open_dataset(experiment: Experiment) -> Dataset:
 
   Raises:
     UserError: `data.dataset` or `data.tokenizer` is empty, the dataset was
-      prepared for another tokenizer, or more than `data.max_skipped` of its
-      records cannot be used.
+      prepared for another tokenizer, more than `data.max_skipped` of its
+      records cannot be used, or `data.media` is empty and videos come as
+      pixels.
   """
   data = experiment.data
   for key in ("dataset", "tokenizer"):
@@ -95,7 +96,22 @@ def open_dataset(experiment: Experiment) -> Dataset:
       f" used, config.data.max_skipped={data.max_skipped} allows fewer; mend"
       " them or raise it:\n  " + "\n  ".join(reasons)
     )
+  _check_media(data, dataset)
   return dataset
+
+
+def _check_media(data: DataConfig, dataset: Dataset) -> None:
+  """Raises a UserError if videos come as pixels and no media folder is set."""
+  pixels = dataset.pixel_videos()
+  if data.media or not pixels or pathlib.Path(pixels[0]).exists():
+    return
+  wanted = f"set --config.data.media=FOLDER to read the pixels of {pixels[0]}"
+  if data.features:
+    wanted += f", or extract them to {data.features}"
+  raise UserError(
+    f"config.data.media is empty, and {len(pixels):,} videos come as pixels;"
+    f" {wanted}"
+  )
 
 
 def row_plan(experiment: Experiment, dataset: Dataset) -> RowPlan:

@@ -35,7 +35,6 @@ import numpy as np
 from hourjax import progress
 from hourjax.batch import Batch
 from hourjax.data.dataset import Dataset
-from hourjax.data.media.frame_rules import sparse_note
 from hourjax.data.pipeline import Delivered, batches, check_memory
 from hourjax.data.records.record import Skipped
 from hourjax.data.row_plan import RowPlan
@@ -466,10 +465,9 @@ def _summary(
   """Returns what is printed before the first step."""
   trained = sum(x.size for x in state.trained.values())
   frozen = sum(x.size for x in state.frozen.values())
-  note = sparse_note(len(dataset.sparse))
   return (
     f"{len(dataset)} samples in {rows['rows']} rows an epoch; {trained:,}"
     f" parameters trained, {frozen:,} frozen; {steps} steps of"
     f" {experiment.step_rows} rows, from step"
     f" {int(state.step)}; {jax.devices()[0].platform} x {jax.device_count()}"
-  ) + (f"\nnote: {note}" if note else "")
+  ) + "".join(f"\nnote: {note}" for note in dataset.notes)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 
 import av
 import jax
@@ -301,7 +302,8 @@ def _only_reason(dataset, name):
 def test_bad_records_are_listed_with_values_and_remedy(media):
   good = _record("good", video="clip.mp4")
   stored = {
-    "lost.mp4": "record bad: lost.mp4 is not in .*features; extract it first",
+    "lost.mp4": "record bad: lost.mp4 is not in .*features; extract it first, "
+    "or prepare with --media",
     "never.mp4": "never.mp4 has 1 frames and lasts 0.0 s .* extract it again",
   }
   for name, message in stored.items():
@@ -345,6 +347,41 @@ def test_an_answer_that_is_cut_off(media):
     skipped.reason
   )
   assert f"max_length is {spoken}; raise config.max_length" in skipped.reason
+
+
+def test_videos_of_a_store_and_others_in_one_row(media):
+  """The store has clip.mp4; copies of it and a longer video come as pixels."""
+  shutil.copy(media / "clip.mp4", media / "raw.mp4")
+  names = ("clip", "raw", "long", "lost")
+  records = [_record(name, video=f"{name}.mp4") for name in names]
+  capacity = dataclasses.replace(SPEC.capacity, frames=160, memory=2000)
+  spec = dataclasses.replace(SPEC, capacity=capacity)
+  dataset = _dataset(records, media, stored=True, spec=spec)
+  assert _only_skipped(dataset).startswith("record lost: lost.mp4 is not in ")
+  assert dataset.pixel_videos() == ["raw.mp4", "long.mp4"]
+  assert dataset.notes[0].startswith("1 videos come as stored features, 2 that")
+  clip, raw, long = samples = [dataset.sample(n) for n in range(3)]
+  for n, sample in enumerate(samples):
+    assert sample.size == _size(dataset, n)
+  assert [s.kind for s in samples] == ["features", "frames", "frames"]
+  assert clip.size.features == 4 * SECONDS and clip.size.frames == 0
+  assert raw.size.features == 0 and raw.size.frames == SECONDS
+  assert clip.size.memory == raw.size.memory == 128 * 5
+  # The same is said of the file and of its features.
+  assert clip.layout.query_token.tolist() == raw.layout.query_token.tolist()
+  row = build_row([raw, clip, long], spec)
+  # Tower and memory find each in its part of the visual tokens.
+  base, pixels = spec.visual_base("frames"), row.memory_segment == 1
+  features = row.memory_segment == 2
+  source = row.memory_source
+  assert source[features].max() == 4 * SECONDS - 1
+  assert source[pixels & (source >= 0)].min() == base
+  assert row.frame_trains.tolist() == [1] * SECONDS + [0] * 140
+
+
+def _only_skipped(dataset):
+  (skipped,) = dataset.skipped
+  return skipped.reason
 
 
 def test_samples_share_one_reading_of_a_video(media):
@@ -397,6 +434,9 @@ def test_keyframes_need_features(media):
   rule = Forgetting(temporal="keyframe")
   records = [_record("clip", video="clip.mp4"), _record("text")]
   pixels = _dataset(records, media, forgetting=rule)
+  (skipped,) = pixels.skipped
+  assert skipped.id == "clip" and pixels.usable.tolist() == [1]
+  assert "clip.mp4 comes as pixels, and config.forgetting" in skipped.reason
   made, (failure,) = pixels.samples((0,), 0)
   assert not made and "keyframe needs stored features" in failure.reason
   stored = _dataset(records, media, stored=True, forgetting=rule)

@@ -1,6 +1,7 @@
 """Planned sizes are those of samples that are laid out."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -204,6 +205,71 @@ def test_pixel_videos_come_with_frames_not_features(root):
   size = dict(zip(sample_sizes.FIELDS, made[0].tolist()))
   assert size["frames"] == 128 and size["features"] == 0
   assert size["memory"] == 128 * 10
+
+
+def test_each_video_comes_as_features_or_pixels(root):
+  """What the store has as features, other files as pixels, and no third."""
+  columns = ColumnsBuilder()
+  record = _about("0.mp4")
+  tokenizer = Tokenizer(train_tokenizer([]), "test")
+  measures = measure_record(record, tokenizer, None)
+  facts = {
+    "0.mp4": (1.0, 0, None),  # in the store
+    "4.mp4": (301.5, 9045, 30.0),  # in the store, and its frames are known
+    "raw.mp4": (150.0, 4500, 30.0),
+    "unknown.mp4": (None, 0, None),
+  }
+  for name, known in facts.items():
+    columns.add(measures, "", "default", name, *known)
+  built, store = columns.build(), FeatureStore(root)
+  visual = sample_sizes.video_input(built, store)
+  assert visual.stored.tolist() == [True, True, False, False]
+  assert visual.num_frames.tolist() == [128, 301, 150, 0]
+  assert visual.duration[:3].tolist() == [1.0, 301.5, 150.0]
+  assert list(visual.problems) == [3]
+  assert re.fullmatch(
+    "unknown.mp4 is not in .*; extract it first, or prepare with --media so"
+    " that it comes as pixels .number of frames .0. or duration .nan s. not"
+    " known.",
+    visual.problems[3],
+  )
+
+  def sized(frames=1000, **rule):
+    return sample_sizes.sample_sizes(
+      built,
+      visual,
+      tokenizer=tokenizer,
+      spec=dataclasses.replace(
+        SPEC, capacity=dataclasses.replace(UNBOUNDED, frames=frames)
+      ),
+      forgetting=Forgetting(**rule),
+      max_length=10_000,
+      single_image="tiled",
+    )
+
+  made, problems = sized()
+  sizes = [Size(*row) for row in made.tolist()]
+  assert set(problems) == {3}
+  assert [size.features for size in sizes[:3]] == [128 * 9, 301 * 9, 0]
+  assert [size.frames for size in sizes[:3]] == [0, 0, 150]
+  assert [size.memory for size in sizes[:3]] == [1280, 3010, 1500]
+  _, problems = sized(frames=0)
+  assert set(problems) == {2, 3}
+  assert problems[2].startswith("raw.mp4 comes as pixels (extract it, ")
+  assert "config.rows.frames=0 < 150 of it; raise" in problems[2]
+  # Rules that look at features cannot choose among pixels.
+  for temporal in ("keyframe", "question"):
+    _, problems = sized(temporal=temporal)
+    assert set(problems) == {2, 3}
+    assert problems[2] == (
+      "raw.mp4 comes as pixels, and config.forgetting.temporal="
+      f"{temporal} needs stored features; extract it, or choose uniform or"
+      " random"
+    )
+  # Without a store, all come as pixels.
+  pixels = sample_sizes.video_input(built, None)
+  assert not pixels.stored.any()
+  assert pixels.num_frames.tolist() == [0, 302, 150, 0]
 
 
 def test_an_image_that_no_grid_can_show(root):

@@ -30,8 +30,8 @@ from tests.evaluation import fakes
 from tests.inference import models
 
 # Few frames, a short video, long ones, and rates that are rounded, of which one
-# is less than 7.5 in the seventh digit.
-LATE = "1125 at 101250000/13500001"
+# is just below 7.5.
+LATE = "1125 at 1012500000/135000001"
 FILES = {
   f"{case.name.replace('/', ' by ')}.mp4": case
   for case in CASES
@@ -87,10 +87,10 @@ def folder(tmp_path_factory):
   for name, case in FILES.items():
     times, rate = None, case.rate
     if case.name == LATE:
-      times = [12_000 * n + (n > 500) for n in range(case.frames)]
+      times = [120_000 * n + (n > 500) for n in range(case.frames)]
       rate = "15/2"
     videos.write(path / name, case.frames, rate, size=(32, 24), times=times,
-                 ticks=90_000)  # fmt: skip
+                 ticks=900_000)  # fmt: skip
     assert video_probe.probe(path / name).fps == case.fps
   return path
 

@@ -80,7 +80,7 @@ def rate_from_duration(total_frames: int, duration: float) -> Fraction:
 
   The quotient of floats may be a little less than a rate of 7.5, which would
   round to 7 and not to 8, so the nearest simple fraction is taken. That is a
-  guess: a file may state a rate that differs from 7.5 in the seventh digit.
+  guess: a file may state a rate that is 7.49999994.
 
   Args:
     total_frames: of the file.

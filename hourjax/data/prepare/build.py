@@ -60,6 +60,20 @@ class _Kind(schema.Schema):
   examples: list[str] = pydantic.Field(min_length=1)
 
 
+class _Unstored(schema.Schema):
+  """Describes the videos that the feature store lacks."""
+
+  count: int
+  as_pixels: int = 0
+  examples: list[str]
+
+  @pydantic.model_validator(mode="after")
+  def _check(self) -> "_Unstored":
+    if self.count and not self.examples:
+      raise ValueError(f"count is {self.count} and examples are none")
+    return self
+
+
 class _Summary(schema.Schema):
   """Describes the keys of a summary that are printed."""
 
@@ -68,7 +82,7 @@ class _Summary(schema.Schema):
   streams: dict[str, _Count]
   dropped: dict[str, _Kind]
   repaired: dict[str, _Kind] = pydantic.Field(default_factory=dict)
-  videos_without_features: _Kind | None = None
+  videos_without_features: _Unstored | None = None
   repeated_ids: int
 
 

@@ -297,11 +297,7 @@ class Report:
       "tokens": int(columns.tokens.sum(dtype=np.int64)),
     }
     if unstored is not None:
-      names = sorted(unstored.intersection(columns.videos))
-      summary["videos_without_features"] = {
-        "count": len(names),
-        "examples": names[:EXAMPLES],
-      }
+      summary["videos_without_features"] = _without_features(columns, unstored)
     for kind, column in (
       ("sources", columns.source),
       ("streams", columns.stream),
@@ -337,17 +333,54 @@ def table(summary: dict) -> str:
   if kept["videos_of_unknown_duration"]:
     count = kept["videos_of_unknown_duration"]
     lines.append(f"{count:,} videos are of unknown duration and add no hours")
-  if summary.get("videos_without_features", {}).get("count"):
-    found = summary["videos_without_features"]
-    lines.append(
-      f"{found['count']:,} videos are not in the feature store, such as"
-      f" {found['examples'][0]}; extract them before training"
-    )
+  lines += _unstored_lines(summary.get("videos_without_features", {}))
   if summary["repeated_ids"]:
     count = summary["repeated_ids"]
     lines.append(f"{count:,} kept records have the id of another one")
   lines += _repaired_lines(summary.get("repaired", {}))
   return "\n".join(lines + _dropped_lines(summary["dropped"]))
+
+
+def _without_features(columns: Columns, unstored: set[str]) -> dict[str, Any]:
+  """Counts the videos that the feature store lacks.
+
+  Those whose number of frames is known come as pixels; examples are of the
+  others, if there are any.
+  """
+  missing = [
+    (known > 0, name)
+    for name, known in zip(columns.videos, columns.num_frames.tolist())
+    if name in unstored
+  ]
+  missing.sort()
+  return {
+    "count": len(missing),
+    "as_pixels": sum(pixels for pixels, _ in missing),
+    "examples": [name for _, name in missing[:EXAMPLES]],
+  }
+
+
+def _unstored_lines(found: dict[str, Any]) -> list[str]:
+  """Says how many videos are not in the feature store, and what that means.
+
+  Args:
+    found: as `_without_features` returns it; older versions counted no pixels.
+  """
+  pixels = found.get("as_pixels", 0)
+  unusable = found.get("count", 0) - pixels
+  lines = []
+  if pixels:
+    lines.append(
+      f"{pixels:,} videos are not in the feature store and come as pixels: set"
+      " config.data.media, and config.rows.frames for their frames"
+    )
+  if unusable:
+    lines.append(
+      f"{unusable:,} videos are not in the feature store and their frames were"
+      f" not counted, such as {found['examples'][0]}; extract them before"
+      " training, or prepare with --media so that they come as pixels"
+    )
+  return lines
 
 
 def _repaired_lines(repaired: dict[str, dict]) -> list[str]:

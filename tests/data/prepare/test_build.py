@@ -171,6 +171,7 @@ def test_durations_come_from_the_feature_store(tmp_path, tokenizer_folder):
   np.testing.assert_array_equal(data.columns.duration, [3.21, np.nan, 60.0])
   assert summary["videos_without_features"] == {
     "count": 2,
+    "as_pixels": 0,
     "examples": ["later.mp4", "told.mp4"],
   }
   assert summary["kept"]["videos_of_unknown_duration"] == 1
