@@ -6,11 +6,12 @@ r"""Hour-LLaVA 3B and 7B, stages 1 to 3, as published (paper, appendix A).
       --config.init=stage2 --workdir=stage3
 
 The stages are described in hourjax/README.md, Training; they differ only in
-what stands below by stage. The paper gives the global batch in samples: 128,
-and 256 for 7B in stage 3. A row holds several samples, so `batch_rows` x
-`accumulate` is that number divided by the samples of an average row: some 4
-images in stage 1, 2.8 samples in stage 2, and 2.8 conversations about
-VideoMarathon's videos in stage 3.
+what stands below by stage. A step is the paper's global batch: 128 samples of
+one stream, and 256 for 7B in stage 3. They take as many rows as they need, in
+micro-batches of `batch_rows` rows. What is left over of a stream at the end of
+the epoch is left out, as in the official run. With --config.batch_samples=0
+--config.drop_last=False --config.accumulate=3 a step is 3 micro-batches, with
+as many samples as these hold: fewer steps an epoch, and fewer empty rows.
 """
 
 from ml_collections import ConfigDict
@@ -94,11 +95,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config = common.experiment(SIZES[given.size], _ROWS[given.stage])
   config.optimizer.update(_STAGES[given.stage])
   config.batch_rows = 16
-  config.accumulate = {1: 2, 2: 3, 3: 3}[given.stage]
+  config.batch_samples = 256 if (given.size, given.stage) == ("7b", 3) else 128
+  config.drop_last = True
   if given.size == "7b" and given.stage == 2:
     config.optimizer.decoder = 1e-5
-  if given.size == "7b" and given.stage == 3:
-    config.accumulate *= 2
   if given.stage == 1:
     config.draw_missing = "memaug"
   return config

@@ -63,7 +63,8 @@ def check_memory(spec: RowSpec, rows: int, options: ReadOptions) -> None:
       f" {batches_} batches at a time (config.read.ahead + {IN_USE}) take"
       f" {each * rows * batches_ / 2**30:,.0f} GiB of this host's"
       f" {available / 2**30:,.0f} GiB of memory; lower config.batch_rows or"
-      " config.read.ahead, and raise config.accumulate"
+      " config.read.ahead, and where config.batch_samples is 0 raise"
+      " config.accumulate"
     )
 
 
@@ -73,12 +74,14 @@ class Delivered(NamedTuple):
   Attributes:
     batch: the rows.
     position: of the row after the global batch.
+    ends_step: whether a step of `PlanOptions.batch_samples` samples ends here.
     samples: how many samples are in this host's rows.
     unread: samples that were left out of this host's rows.
   """
 
   batch: Batch
   position: int
+  ends_step: bool
   samples: int
   unread: tuple[Unread, ...]
 
@@ -96,7 +99,8 @@ def batches(
   """Yields batches without end, from a position of the plan on.
 
   The global batch is the same for any number of hosts; each fills, and reads
-  files for, the rows that its devices need.
+  files for, the rows that its devices need. Where a step is a number of
+  samples, the last of its batches is filled up with empty rows.
 
   Args:
     dataset: samples by index.
@@ -115,14 +119,16 @@ def batches(
       """Fills batch `number`; batches are asked for one after another."""
       first = firsts.pop(number)
       batch = empty_rows(spec, len(mine))
-      positions = [plan.advance(first, row) for row in mine]
+      found, after = plan.take(first, rows)
+      positions = [found[row] if row < len(found) else None for row in mine]
       filled = pool.map(
         lambda i: fill_row(dataset, plan, spec, positions[i], row_of(batch, i)),
         range(len(mine)),
       )
       samples, unread = zip(*filled)
-      after = firsts[number + 1] = plan.advance(first, rows)
-      return Delivered(batch, after, sum(samples), sum(unread, ()))
+      firsts[number + 1] = after
+      ends = plan.begins_step(after)
+      return Delivered(batch, after, ends, sum(samples), sum(unread, ()))
 
     source = grain.MapDataset.range(_FAR).map(fill)
     reader = source.to_iter_dataset(
@@ -133,7 +139,11 @@ def batches(
 
 
 def fill_row(
-  dataset: Dataset, plan: RowPlan, spec: RowSpec, position: int, arrays: Batch
+  dataset: Dataset,
+  plan: RowPlan,
+  spec: RowSpec,
+  position: int | None,
+  arrays: Batch,
 ) -> tuple[int, tuple[Unread, ...]]:
   """Fills one row.
 
@@ -143,14 +153,14 @@ def fill_row(
     dataset: samples by index.
     plan: which samples share the row.
     spec: of the row.
-    position: of the row in the plan.
+    position: of the row in the plan; None for a row that stays empty.
     arrays: of the row, filled in place.
 
   Returns:
     Number of samples in the row, and those that were left out.
   """
-  epoch, groups = plan.row(position)
   row, samples = Row(spec, arrays), 0
+  epoch, groups = (0, ()) if position is None else plan.row(position)
   unread: list[Unread] = []
   for group in groups:
     found, failed = dataset.samples(group, epoch, row.features_left)

@@ -8,6 +8,10 @@ An epoch becomes rows in three steps, each a function of (seed, epoch):
 
 Only the window that a row is in is packed, so any row is found without those
 before it, and a run goes on at a position that is one integer.
+
+With `PlanOptions.batch_samples` = n a window is an optimizer step: exactly n
+samples of one stream, in as many rows as they need. The last window of a stream
+in an epoch has what is left, or is left out (`drop_last`).
 """
 
 import dataclasses
@@ -24,7 +28,8 @@ from hourjax.data.rows import Size
 from hourjax.errors import UserError
 
 # position = epoch * EPOCH + window * WINDOW + row in the window. A window of
-# at most WINDOW items has at most WINDOW rows.
+# at most WINDOW items has at most WINDOW rows. Where a window is a step of n
+# samples, the smallest power of ten that is at least n stands for WINDOW.
 EPOCH = 10**10
 VERSION = 1  # changes with the rows that the same input gives
 WINDOW = 1000  # at most so many groups of samples are packed together
@@ -41,11 +46,18 @@ class PlanOptions:
     seed: of every shuffle.
     shuffle: False keeps the order of the samples (evaluation).
     share: samples of one video that may share its memory in a row.
+    batch_samples: samples of an optimizer step, all of one stream; 0 lets a
+      step be any number of rows.
+    drop_last: whether the samples of a stream that are left over at the end of
+      an epoch are left out, where they are fewer than `batch_samples`. As
+      streams are shuffled anew, they are others in each epoch.
   """
 
   seed: int = 0
   shuffle: bool = True
   share: int = 1
+  batch_samples: int = 0
+  drop_last: bool = False
 
 
 class RowPlan:
@@ -85,7 +97,8 @@ class RowPlan:
         the samples of that weight.
 
     Raises:
-      UserError: there is no sample to plan with.
+      UserError: there is no sample to plan with, or every stream has fewer
+        than a step takes and they are to be left out.
     """
     count = len(sizes)
     self._sizes, self._capacity = sizes, np.array(capacity.astuple())
@@ -108,6 +121,16 @@ class RowPlan:
     self._pack = functools.lru_cache(maxsize=8)(self._pack_window)
     # (epoch, window) -> number of rows, which is all that `advance` needs.
     self._counts: dict[tuple[int, int], int] = {}
+    batch = options.batch_samples
+    self._stride = 10 ** len(str(batch - 1)) if batch else WINDOW
+    if batch and options.drop_last and not self.steps_in_epoch(0):
+      there = self.samples_by_stream(0).values()
+      raise UserError(
+        f"config.batch_samples={batch} is more than any stream has in an epoch"
+        f" ({', '.join(map(str, there))} samples), and config.drop_last leaves"
+        " smaller batches out, so that nothing is left; lower"
+        " config.batch_samples or set config.drop_last=False"
+      )
 
   def row(self, position: int) -> tuple[int, Row]:
     """Returns the epoch of a position and its row, groups of sample indices.
@@ -115,7 +138,7 @@ class RowPlan:
     Raises:
       IndexError: there is no row at this position.
     """
-    epoch, window, row = _split(position)
+    epoch, window, row = self._split(position)
     rows = self._rows(epoch, window)
     if row >= len(rows):
       raise IndexError(
@@ -129,28 +152,90 @@ class RowPlan:
     After an epoch comes the next one. If window 0 has 5 rows, 4 rows after
     position 3 is row 2 of window 1: position 1002.
     """
-    epoch, window, row = _split(position)
+    epoch, window, row = self._split(position)
     row += rows
     while row >= (count := self._count(epoch, window)):
       row -= count
       window += 1
       if window == self._windows(epoch):
         epoch, window = epoch + 1, 0
-    return epoch * EPOCH + window * WINDOW + row
+    return epoch * EPOCH + window * self._stride + row
+
+  def take(self, position: int, rows: int) -> tuple[list[int], int]:
+    """Returns the positions of the next rows, and the position after them.
+
+    With `batch_samples` no row of another step is taken: where a step has 5
+    rows, the next 4 from position 0 on are 0, 1, 2 and 3, and then 4 alone.
+
+    Args:
+      position: of the first row.
+      rows: how many are wanted.
+    """
+    first = self.advance(position, 0)
+    if not self._options.batch_samples:
+      return (
+        [self.advance(first, row) for row in range(rows)],
+        self.advance(first, rows),
+      )
+    epoch, window, row = self._split(first)
+    rows = min(rows, self._count(epoch, window) - row)
+    return list(range(first, first + rows)), self.advance(first, rows)
+
+  def begins_step(self, position: int) -> bool:
+    """Returns whether a step of `batch_samples` samples begins at a position.
+
+    Args:
+      position: as `advance` or `take` returned it.
+    """
+    return position % self._stride == 0
 
   def rows_in_epoch(self, epoch: int) -> int:
     """Counts an epoch's rows, which packs all of it.
 
     This takes seconds for a million samples.
     """
+    return sum(self.rows_by_window(epoch))
+
+  def rows_by_window(self, epoch: int) -> list[int]:
+    """Counts the rows of each window of an epoch, which packs all of it.
+
+    With `batch_samples` these are the rows of each step.
+    """
     windows = range(self._windows(epoch))
-    return sum(self._count(epoch, window) for window in windows)
+    return [self._count(epoch, window) for window in windows]
+
+  def samples_by_stream(self, epoch: int) -> dict[int, int]:
+    """Counts the samples that an epoch takes of each stream; packs nothing."""
+    streams = self._stream[self._members]
+    return {
+      stream: int(
+        self._times(epoch, self._members[streams == stream], stream).sum()
+      )
+      for stream in np.unique(streams).tolist()
+    }
+
+  def steps_in_epoch(self, epoch: int) -> int:
+    """Counts the steps of `batch_samples` samples of an epoch; packs nothing.
+
+    As the data loader of the official code does: whole batches of each stream,
+    and without `drop_last` what is left of each.
+    """
+    return sum(map(self._cuts, self.samples_by_stream(epoch).values()))
 
   def fingerprint(self) -> str:
     """Returns 16 hexadecimal digits, the same for plans of the same rows."""
     parts = (self._sizes, self._capacity, self._members, self._memory,
              self._stream, self._weight)  # fmt: skip
-    whole = hashlib.sha256(f"{VERSION} {self._options}".encode())
+    options = self._options
+    # The text that stood here before there were batches of samples, so that
+    # runs of that time go on.
+    text = (
+      f"{VERSION} PlanOptions(seed={options.seed}, shuffle={options.shuffle},"
+      f" share={options.share})"
+    )
+    if options.batch_samples:
+      text += f" {options.batch_samples} {options.drop_last}"
+    whole = hashlib.sha256(text.encode())
     for part in parts:
       whole.update(np.ascontiguousarray(part, np.float64).data)
     return whole.hexdigest()[:16]
@@ -187,20 +272,14 @@ class RowPlan:
     return self._counts[epoch, window]
 
   def _shuffle_epoch(self, epoch: int) -> "_EpochOrder":
-    """Shuffles an epoch and cuts it into windows.
-
-    The lengths of a stream's windows differ by at most one group, since a short
-    last window would pack badly: 2,500 groups become 833, 833 and 834.
-    """
+    """Shuffles an epoch and cuts it into windows."""
     samples, starts, windows = [], [], []
     taken, groups = 0, 0
     for stream in np.unique(self._stream[self._members]).tolist():
       part, first = self._shuffle_stream(epoch, stream)
       samples.append(part)
       starts.append(first + taken)
-      cuts = -(-len(first) // WINDOW)
-      # The borders of the stream's windows, as numbers of groups.
-      ends = groups + len(first) * np.arange(cuts + 1) // max(cuts, 1)
+      ends = groups + self._borders(first, len(part))
       windows += zip(ends[:-1].tolist(), ends[1:].tolist())
       taken, groups = taken + len(part), groups + len(first)
     if self._options.shuffle:
@@ -213,6 +292,28 @@ class RowPlan:
       # every weight is below 1.
       windows or [(0, 0)],
     )
+
+  def _borders(
+    self, starts: Int64[np.ndarray, "g"], samples: int
+  ) -> Int64[np.ndarray, "w"]:
+    """Returns the borders of a stream's windows, as numbers of groups.
+
+    The lengths of windows of rows differ by at most one group, since a short
+    last window would pack badly: 2,500 groups become 833, 833 and 834.
+
+    Args:
+      starts: the number of the sample that each group begins with.
+      samples: of the stream in this epoch.
+    """
+    if batch := self._options.batch_samples:
+      return np.searchsorted(starts, batch * np.arange(self._cuts(samples) + 1))
+    cuts = -(-len(starts) // WINDOW)
+    return len(starts) * np.arange(cuts + 1) // max(cuts, 1)
+
+  def _cuts(self, samples: int) -> int:
+    """Returns how many steps the samples of a stream make."""
+    whole, left = divmod(samples, self._options.batch_samples)
+    return whole + (left > 0 and not self._options.drop_last)
 
   def _shuffle_stream(
     self, epoch: int, stream: int
@@ -228,6 +329,9 @@ class RowPlan:
     taken, starts = self._share(taken)
     if self._options.shuffle:
       taken, starts = _permute_groups(taken, starts, rng)
+    if batch := self._options.batch_samples:
+      # A group that lies in two steps becomes two.
+      starts = np.union1d(starts, np.arange(0, len(taken), batch))
     return taken, starts
 
   def _times(self, epoch: int, members: np.ndarray, stream: int) -> np.ndarray:
@@ -315,6 +419,11 @@ class RowPlan:
         sizes[i, -2:] = self._sizes[list(group), -2:].sum(axis=0)
     return groups, sizes
 
+  def _split(self, position: int) -> tuple[int, int, int]:
+    """Splits a position into (epoch, window, row)."""
+    epoch, rest = divmod(position, EPOCH)
+    return epoch, *divmod(rest, self._stride)
+
   def _rng(
     self, epoch: int, purpose: str, part: int = 0
   ) -> np.random.Generator:
@@ -352,9 +461,3 @@ def _permute_groups(
   # A sample's old place is its group's old start plus its place in the group.
   within = np.arange(len(samples)) - np.repeat(ends - lengths, lengths)
   return samples[np.repeat(starts[order], lengths) + within], ends - lengths
-
-
-def _split(position: int) -> tuple[int, int, int]:
-  """Splits a position into (epoch, window, row)."""
-  epoch, rest = divmod(position, EPOCH)
-  return epoch, *divmod(rest, WINDOW)

@@ -86,6 +86,8 @@ def changes(experiment: Experiment, topology: Topology) -> Iterator[Change]:
 def fewer_rows(change: Change) -> Change | None:
   """Halves the rows of a micro-batch and doubles the micro-batches.
 
+  In batches of samples there are as many micro-batches as these then take.
+
   Returns:
     The change with these options too, or None if it is not possible.
   """
@@ -94,7 +96,7 @@ def fewer_rows(change: Change) -> Change | None:
   rows = experiment.batch_rows // 2
   if experiment.batch_rows % 2 or not rows or rows % (data * fsdp):
     return None
-  return _set(change, batch_rows=rows, accumulate=2 * experiment.accumulate)
+  return _set_rows(change, rows, 2 * experiment.accumulate)
 
 
 def full_remat(change: Change) -> Change | None:
@@ -147,10 +149,8 @@ def longer_seq(change: Change) -> Change | None:
   mesh = dataclasses.replace(
     experiment.mesh, data=data, fsdp=fsdp // 2, seq=2 * seq, tensor=tensor
   )
-  changed = _set(
-    change,
-    batch_rows=experiment.batch_rows // 2,
-    accumulate=2 * experiment.accumulate,
+  changed = _set_rows(
+    change, experiment.batch_rows // 2, 2 * experiment.accumulate
   )
   flags = (f"config.mesh.fsdp={mesh.fsdp}", f"config.mesh.seq={mesh.seq}")
   return Change(
@@ -178,13 +178,22 @@ def more_chips(change: Change) -> Change | None:
   accumulate = experiment.accumulate
   if rows % (2 * data * fsdp):  # a row for each of the new groups
     rows, accumulate = 2 * rows, max(1, accumulate // 2)
-  changed = _set(change, batch_rows=rows, accumulate=accumulate)
+  if experiment.batch_samples and rows > experiment.batch_samples:
+    return None
+  changed = _set_rows(change, rows, accumulate)
   flags = (f"config.mesh.fsdp={mesh.fsdp}", f"topology={topology.name}")
   return Change(
     _flags(changed, *flags),
     dataclasses.replace(changed.experiment, mesh=mesh),
     topology,
   )
+
+
+def _set_rows(change: Change, rows: int, accumulate: int) -> Change:
+  """Returns the change with other micro-batches."""
+  if change.experiment.batch_samples:
+    return _set(change, batch_rows=rows)
+  return _set(change, batch_rows=rows, accumulate=accumulate)
 
 
 def _set(change: Change, **values: Any) -> Change:

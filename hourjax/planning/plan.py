@@ -9,7 +9,7 @@ from hourjax.planning import roofline
 from hourjax.planning.compiled_step import Compiled, Memory, device_memory
 from hourjax.planning.roofline import Estimate
 from hourjax.planning.topology import Topology
-from hourjax.planning.workload import Workload
+from hourjax.planning.workload import Workload, steps_of
 from hourjax.training.config import Experiment
 
 # What an estimate takes for granted, in words.
@@ -119,6 +119,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
     "mesh": plan.mesh,
     "batch_rows": experiment.batch_rows,
     "accumulate": experiment.accumulate,
+    "batch_samples": experiment.batch_samples,
     "rows": experiment.rows.__dict__,
     "remat": experiment.model.remat,
     "mu_dtype": experiment.optimizer.mu_dtype,
@@ -131,7 +132,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
     return data | {"needed_gib": plan.compiled.needed / GIB}
   traffic = [
     {**line, "program": name, "times": times}
-    for name, times in _times(experiment).items()
+    for name, times in _times(plan).items()
     for line in answer["programs"][name]["traffic"]
   ]
   computed = {
@@ -160,9 +161,10 @@ def as_data(plan: Plan) -> dict[str, Any]:
   }
 
 
-def _times(experiment: Experiment) -> dict[str, int]:
-  """Returns how often a step runs each program."""
-  return {"accumulate": experiment.accumulate, "update": 1}
+def _times(plan: Plan) -> dict[str, float]:
+  """Returns how often a step runs each program, on average."""
+  steps = steps_of(plan.experiment, plan.workload)
+  return {"accumulate": steps.micro_batches, "update": 1}
 
 
 def sent_by_axis(plan: Plan) -> dict[str, dict[str, float]]:
@@ -178,7 +180,7 @@ def sent_by_axis(plan: Plan) -> dict[str, dict[str, float]]:
   """
   found: dict[str, dict[str, float]] = {}
   programs = plan.compiled.answer["programs"] if plan.compiled.answer else {}
-  for name, times in _times(plan.experiment).items():
+  for name, times in _times(plan).items():
     for line in programs.get(name, {}).get("traffic", ()):
       entry = found.setdefault(line["axes"], {"waited": 0.0, "beside": 0.0})
       key = "beside" if line["asynchronous"] else "waited"

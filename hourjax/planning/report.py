@@ -10,7 +10,7 @@ from hourjax.parallel.chips import CHIPS, GIB
 from hourjax.planning.compiled_step import Memory
 from hourjax.planning.plan import Plan, as_data
 from hourjax.planning.roofline import HOST_READS
-from hourjax.planning.search import describe
+from hourjax.planning.search import describe, row_options
 
 _WIDE = 79
 
@@ -58,13 +58,28 @@ def _title(data: Mapping[str, Any]) -> str:
 
 def _heading(data: Mapping[str, Any]) -> list[str]:
   mesh = " x ".join(f"{k} {v}" for k, v in data["mesh"].items())
-  rows = data["batch_rows"] * data["accumulate"]
-  lines = _folded(
-    f"mesh {mesh}; {rows} rows a step in {data['accumulate']} micro-batches;"
-    f" remat {data['remat']}",
-    "",
-  )
+  rows, samples = data["batch_rows"], data["batch_samples"]
+  step = (
+    f"{samples} samples a step in micro-batches of {rows} rows" if samples else
+    f"{rows * data['accumulate']} rows a step in {data['accumulate']}"
+    " micro-batches"
+  )  # fmt: skip
+  lines = _folded(f"mesh {mesh}; {step}; remat {data['remat']}", "")
   if "computed" in data:
+    found = data["estimated"]
+    if samples:
+      lines += _folded(
+        f"a step has {found['rows']:.1f} rows in {found['micro_batches']:.2f}"
+        f" micro-batches on average, {found['empty']:.0%} of whose rows are"
+        f" empty; an epoch has {found['steps']:,.0f} steps",
+        "",
+      )
+    else:
+      lines += _folded(
+        f"a step has {found['samples']:.0f} samples on average; an epoch has"
+        f" {found['steps']:,.0f} steps",
+        "",
+      )
     filled = ", ".join(
       f"{k} {v:.0%}" for k, v in data["computed"]["fill"].items()
     )
@@ -181,7 +196,7 @@ def ranking(plans: Sequence[Plan]) -> str:
     found = plan.estimate
     mark = "" if plan.fits else "  DOES NOT FIT"
     lines.append(
-      f"  {plan.memory.total / GIB:6.2f}{found.step:8.2f}{found.rows:6d}"
+      f"  {plan.memory.total / GIB:6.2f}{found.step:8.2f}{found.rows:6.0f}"
       f"{found.mfu:8.1%}{found.days:8.2f}  {describe(plan.experiment)}{mark}"
     )
   return "\n".join(lines)
@@ -192,8 +207,7 @@ def flags(plan: Plan) -> str:
   experiment = plan.experiment
   values = {
     **{f"mesh.{axis}": size for axis, size in plan.mesh.items()},
-    "batch_rows": experiment.batch_rows,
-    "accumulate": experiment.accumulate,
+    **row_options(experiment),
     "model.remat": experiment.model.remat,
   }
   return " ".join(f"--config.{key}={value}" for key, value in values.items())
@@ -233,7 +247,11 @@ def table(paths: Iterable[str]) -> str:
 def _row(name: str, data: Mapping[str, Any]) -> str:
   limit = CHIPS[data["topology"].partition(":")[0]].usable
   mesh = ", ".join(str(size) for size in data["mesh"].values())
-  rows = f"{data['batch_rows']} x {data['accumulate']}"
+  # Written before a step could be a number of samples, the plan lacks them.
+  times = f"{data['accumulate']}"
+  if data.get("batch_samples") and "computed" in data:
+    times = number(data["estimated"]["micro_batches"])
+  rows = f"{data['batch_rows']} x {times}"
   start = [name, f"{data['chips']} ({data['topology']})", mesh, rows]
   if "computed" not in data:
     return _joined([*start, f"more than {limit}", *["--"] * 5])

@@ -16,7 +16,7 @@ from hourjax.models.config import ModelConfig
 from hourjax.models.flops import Flops, Work, count_flops
 from hourjax.parallel.chips import Chip, Efficiency
 from hourjax.planning.topology import Topology
-from hourjax.planning.workload import Workload, trained
+from hourjax.planning.workload import Workload, steps_of, trained
 from hourjax.training.config import Experiment
 
 HOP = 1e-6  # seconds that a collective takes for each device of its group
@@ -105,7 +105,12 @@ class Estimate:
     hidden: seconds of a step if all traffic ran beside other work.
     exposed: seconds of a step if none did.
     mfu: useful operations a second as a share of the chips' bf16 peak.
-    rows: rows of a step.
+    rows: rows of a step, on average; empty ones do not count.
+    samples: samples of a step, on average.
+    micro_batches: micro-batches of a step, on average.
+    empty: share of the rows of micro-batches that are empty, which cost as
+      much as others but for attention and the vocabulary.
+    steps: steps of an epoch.
     video_hours_a_day: hours of video that are trained on in a day.
     days: days of an epoch.
     cost: $ of an epoch.
@@ -123,7 +128,11 @@ class Estimate:
   hidden: float
   exposed: float
   mfu: float
-  rows: int
+  rows: float
+  samples: float
+  micro_batches: float
+  empty: float
+  steps: float
   video_hours_a_day: float
   days: float
   cost: float
@@ -133,7 +142,7 @@ class Estimate:
 def executed_work(
   experiment: Experiment, workload: Workload, mesh: Mapping[str, int]
 ) -> Work:
-  """Returns the work that the compiled step does for each drawn row.
+  """Returns the work that the compiled step does for each row.
 
   Linear layers and the tower compute whole capacities, padding included, and
   images are filled up to a multiple of the devices that share a row.
@@ -147,11 +156,12 @@ def executed_work(
     mesh: sizes of the mesh by axis.
 
   Returns:
-    Counts of work, arrays `[N]`.
+    Counts of work of each drawn row and, last, of an empty row, arrays
+    `[N + 1]`.
   """
   spec, capacity = experiment.row_spec, experiment.rows
-  drawn = workload.work
-  whole = np.ones(len(workload.useful))
+  drawn = Work(*(np.append(column, 0) for column in workload.work))
+  whole = np.ones(len(workload.useful) + 1)
   sharing = mesh["seq"] * mesh["tensor"]
   images = sum(
     -(-count // sharing) * sharing
@@ -221,27 +231,22 @@ def _tower_seconds(
 
 
 def slowest(
-  seconds: Float64[np.ndarray, "N"], rows: int, shards: int
+  seconds: Float64[np.ndarray, "M R"], shards: int
 ) -> tuple[float, float]:
   """Returns the expected time of a micro-batch.
 
   Devices wait for one another at every gather of parameters, so a micro-batch
-  takes as long as the shard whose rows are the most work. Micro-batches are
-  consecutive rows of the plan.
+  takes as long as the shard whose rows are the most work.
 
   Args:
-    seconds: seconds of each drawn row, in the plan's order.
-    rows: rows of a micro-batch.
-    shards: shards among which they are split.
+    seconds: seconds of each row of each micro-batch.
+    shards: shards among which the rows are split.
 
   Returns:
     The time of the slowest shard on average, and the time of a shard if all
     were alike.
   """
-  times = max(1, -(-4 * rows // len(seconds)))
-  repeated = np.concatenate([np.roll(seconds, 7919 * i) for i in range(times)])
-  batches = len(repeated) // rows
-  split = repeated[: batches * rows].reshape(batches, shards, -1).sum(axis=2)
+  split = seconds.reshape(len(seconds), shards, -1).sum(axis=2)
   return float(split.max(axis=1).mean()), float(split.mean())
 
 
@@ -321,7 +326,8 @@ def estimate(
   within = mesh["seq"] * mesh["tensor"]
   shards = mesh["data"] * mesh["fsdp"]
   seconds = row_seconds(experiment.model, work, learnt, chip) / within
-  compute, balanced = slowest(seconds, experiment.batch_rows, shards)
+  steps = steps_of(experiment, workload)
+  compute, balanced = slowest(seconds[steps.order], shards)
   kinds = programs["accumulate"]["kinds"]
   bandwidth = chip.hbm_bandwidth / chip.devices
   memory = memory_bytes(experiment, kinds, mesh) / bandwidth
@@ -331,18 +337,22 @@ def estimate(
   state = programs["update"]["arguments"]
   update_axes = axis_seconds(programs["update"], compiled["links"], chip)
   update = 2 * state / bandwidth + sum(map(sum, update_axes.values()))
-  times = experiment.accumulate
+  times = steps.micro_batches
   busy = max(compute, memory)
   step = times * (max(busy, beside) + waited) + update
-  rows = experiment.step_rows
-  useful = float(workload.useful.mean()) * rows
-  per_second = rows / step
+  useful = float(workload.useful.mean()) * steps.rows
+  per_second = steps.rows / step
   features = workload.sizes[:, 0].mean() * experiment.model.vision.width * 2
   components = count_flops(experiment.model, work, learnt, executed=True)
-  days = workload.rows / per_second / 86400
+  # Rows of a step with the empty ones, each of which is as often in `order`.
+  filled = times * experiment.batch_rows
+  row_of_step = filled * np.bincount(
+    steps.order.ravel(), minlength=len(seconds)
+  ) / steps.order.size  # fmt: skip
+  days = steps.number * step / 86400
   return Estimate(
     components={
-      name: Flops(*(float(np.mean(x)) * rows for x in part))
+      name: Flops(*(float(np.sum(x * row_of_step)) for x in part))
       for name, part in components.items()
     },
     useful=useful,
@@ -355,7 +365,11 @@ def estimate(
     hidden=times * max(busy, beside + waited) + update,
     exposed=times * (busy + beside + waited) + update,
     mfu=useful / step / (topology.devices * chip.device_flops),
-    rows=rows,
+    rows=steps.rows,
+    samples=steps.samples,
+    micro_batches=times,
+    empty=float((steps.order == len(workload.useful)).mean()),
+    steps=steps.number,
     video_hours_a_day=float(workload.seconds.mean()) * per_second * 24,
     days=days,
     cost=days * 24 * topology.chips * price,

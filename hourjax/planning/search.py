@@ -45,7 +45,8 @@ def search(
   """Compiles the best candidates and ranks their plans.
 
   Args:
-    experiment: a configuration; about its rows of a step are kept.
+    experiment: a configuration; its samples of a step are kept, or about its
+      rows of a step.
     topology: the topology to run on.
     workload: the rows.
     price: $ of a chip-hour; None takes the example of the generation.
@@ -62,10 +63,14 @@ def search(
   with progress.step("judging meshes by formulas"):
     judged = judge(experiment, topology, workload)
   if not judged:
+    what, keys = (
+      ("samples", "config.batch_samples")
+      if experiment.batch_samples
+      else ("rows", "config.batch_rows or config.accumulate")
+    )
     raise UserError(
       f"--search: no mesh of {topology.devices} devices suits"
-      f" {experiment.step_rows} rows of a step; change config.batch_rows or"
-      " config.accumulate"
+      f" {experiment.step_rows} {what} of a step; change {keys}"
     )
   fitting = [plan for plan in judged if _filled(plan) <= _ROOM]
   if not fitting:
@@ -100,10 +105,19 @@ def _order(plan: Plan) -> tuple[bool, float]:
 
 def describe(experiment: Experiment) -> str:
   """Returns the mesh and the rows in one line of text."""
-  return (
-    f"{experiment.mesh}; batch_rows={experiment.batch_rows},"
-    f" accumulate={experiment.accumulate}, remat={experiment.model.remat}"
-  )
+  rows = ", ".join(f"{k}={v}" for k, v in row_options(experiment).items())
+  return f"{experiment.mesh}; {rows}, remat={experiment.model.remat}"
+
+
+def row_options(experiment: Experiment) -> dict[str, int]:
+  """Returns the options of micro-batches, by their keys in the configuration.
+
+  In batches of samples, `accumulate` is none of them.
+  """
+  options = {"batch_rows": experiment.batch_rows}
+  if not experiment.batch_samples:
+    options["accumulate"] = experiment.accumulate
+  return options
 
 
 def judge(
@@ -137,7 +151,7 @@ def candidates(
   A mesh must divide the devices, the rows and the parameters.
 
   Args:
-    experiment: about its rows of a step are kept.
+    experiment: its samples of a step are kept, or about its rows of a step.
     topology: the devices.
   """
   shapes, axes = param_shapes(experiment.model), param_axes(experiment.model)
@@ -152,10 +166,15 @@ def candidates(
       continue
     for rows in _ROWS:
       batch = mesh.data * mesh.fsdp * rows
-      accumulate = max(1, round(experiment.step_rows / batch))
-      share = batch * accumulate / experiment.step_rows
-      if not _STEP[0] <= share <= _STEP[1]:
-        continue
+      accumulate = 1
+      if experiment.batch_samples:
+        if batch > experiment.batch_samples:
+          continue
+      else:
+        accumulate = max(1, round(experiment.step_rows / batch))
+        share = batch * accumulate / experiment.step_rows
+        if not _STEP[0] <= share <= _STEP[1]:
+          continue
       for remat in get_args(Remat):
         yield dataclasses.replace(
           experiment,

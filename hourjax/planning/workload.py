@@ -80,6 +80,7 @@ def _stage3() -> tuple[Part, ...]:
   )
 
 
+_NO_STEPS = np.zeros(0, np.int64)
 STAGES = {
   "stage1": (Part("image", 3.2e6, "default"),),
   "stage2": (
@@ -104,6 +105,9 @@ class Workload:
     useful: operations of each drawn row that count for MFU.
     seconds: seconds of video in each drawn row.
     sizes: what the samples of each drawn row take of its capacities, `[N, 7]`.
+    steps: rows of each drawn step of `config.batch_samples` samples, which
+      follow one another; empty where a step is a number of rows, or each row
+      is one sample.
     assumptions: what was assumed, a sentence each.
   """
 
@@ -114,7 +118,67 @@ class Workload:
   useful: Float64[np.ndarray, "N"]
   seconds: Float64[np.ndarray, "N"]
   sizes: Int64[np.ndarray, "N 7"]
+  steps: Int64[np.ndarray, "K"]
   assumptions: tuple[str, ...]
+
+
+class Steps(NamedTuple):
+  """Holds the micro-batches of a run's steps, and how large a step is.
+
+  Attributes:
+    order: the drawn rows of each micro-batch, by their numbers; an empty row
+      has the number of all drawn rows.
+    micro_batches: of a step, on average.
+    rows: of a step, on average; empty ones do not count.
+    samples: of a step, on average.
+    number: of steps of an epoch.
+  """
+
+  order: Int64[np.ndarray, "M R"]
+  micro_batches: float
+  rows: float
+  samples: float
+  number: float
+
+
+def steps_of(experiment: Experiment, workload: Workload) -> Steps:
+  """Puts the drawn rows into micro-batches, as training does.
+
+  Steps that are a number of rows take consecutive ones; few drawn rows are
+  repeated, in another place each time. In batches of samples, with
+  `batch_rows` 2 and steps of 3 and 1 rows, of 4 drawn rows:
+
+      0 1    2 4    3 4        4 is the empty row
+  """
+  each, count = experiment.batch_rows, len(workload.useful)
+  if experiment.batch_samples:
+    order, first = [], 0
+    steps = workload.steps.tolist() or [experiment.batch_samples]
+    for rows in steps:
+      filled = np.full(-(-rows // each) * each, count)
+      filled[:rows] = (first + np.arange(rows)) % count
+      order.append(filled.reshape(-1, each))
+      first += rows
+    micro = np.concatenate(order)
+    return Steps(
+      micro,
+      len(micro) / len(steps),
+      sum(steps) / len(steps),
+      experiment.batch_samples,
+      workload.samples / experiment.batch_samples,
+    )
+  times = max(1, -(-4 * each // count))
+  numbers = np.arange(count)
+  rows = np.concatenate([np.roll(numbers, 7919 * i) for i in range(times)])
+  micro = rows[: len(rows) // each * each].reshape(-1, each)
+  mean = workload.samples / workload.rows
+  return Steps(
+    micro,
+    experiment.accumulate,
+    experiment.step_rows,
+    mean * experiment.step_rows,
+    workload.rows / experiment.step_rows,
+  )
 
 
 def trained(experiment: Experiment) -> frozenset[str]:
@@ -163,10 +227,17 @@ def make_workload(experiment: Experiment, name: str = "") -> Workload:
       f"--data={name}: no sample fits a row: {next(iter(problems.values()))};"
       " --data=full takes rows that are filled"
     )
+  batch = experiment.batch_samples
+  # Of so few samples what is left over would count too much. Where a stream has
+  # less than a step, its steps are made of what there is.
+  fewest = np.bincount(columns.stream[usable])
   plan = RowPlan(
     sizes,
     experiment.rows,
-    PlanOptions(share=1),
+    PlanOptions(
+      batch_samples=batch,
+      drop_last=bool(batch) and fewest[fewest > 0].min() >= batch,
+    ),
     members=usable,
     stream=columns.stream,
   )
@@ -184,8 +255,10 @@ def make_workload(experiment: Experiment, name: str = "") -> Workload:
   return Workload(
     name,
     len(usable) * scale,
-    len(rows) * scale,
+    # Scaled by samples, of which some may be left out of the drawn rows.
+    len(rows) * scale * len(usable) / sum(map(len, rows)),
     **_rows(experiment, sizes, rows, seconds),
+    steps=np.array(plan.rows_by_window(0)) if batch else _NO_STEPS,
     assumptions=tuple(notes),
   )
 
@@ -206,6 +279,7 @@ def _one_video(experiment: Experiment, name: str) -> Workload:
     1,
     1,
     **_rows(experiment, sizes, [np.array([0])], columns.duration),
+    steps=_NO_STEPS,
     assumptions=(f"every row holds one video of {text} s and 5 questions",),
   )
 
@@ -220,6 +294,7 @@ def _full(experiment: Experiment) -> Workload:
     1,
     1,
     **_rows(experiment, size, [np.array([0])], np.array([frames])),
+    steps=_NO_STEPS,
     assumptions=("every row is filled by one sample, at one frame a second",),
   )
 

@@ -57,7 +57,11 @@ def abstract_batch(rows: RowSpec, count: int, mesh: Mesh) -> Batch:
 
 
 def check_rows(
-  sizes: Mapping[str, int], rows: RowSpec, count: int, accumulate: int = 1
+  sizes: Mapping[str, int],
+  rows: RowSpec,
+  count: int,
+  accumulate: int = 1,
+  samples: int = 0,
 ) -> None:
   """Checks that a mesh can share rows, from numbers alone.
 
@@ -66,12 +70,31 @@ def check_rows(
     rows: capacities.
     count: rows of a micro-batch, on all hosts together.
     accumulate: micro-batches in a step.
+    samples: in a step, which takes as many micro-batches as they need; 0 if a
+      step is `accumulate` micro-batches.
 
   Raises:
     UserError: the rows cannot be split; names both values and what to give
       instead.
   """
   groups = _devices(sizes, "rows")
+  if samples and samples < groups:
+    raise UserError(
+      f"config.batch_samples={samples} cannot be split over {groups} groups of"
+      f" devices (data={sizes['data']} x fsdp={sizes['fsdp']}), which take a"
+      " row each; make config.mesh.seq or tensor larger and fsdp smaller, use"
+      f" at most {samples} groups, or raise config.batch_samples"
+    )
+  if count % groups and samples:
+    most = samples // groups * groups
+    fitting = min(max(1, round(count / groups)) * groups, most)
+    raise UserError(
+      f"config.batch_rows={count} cannot be split over {groups} groups of"
+      f" devices (data={sizes['data']} x fsdp={sizes['fsdp']}); give"
+      f" --config.batch_rows={fitting} (the config.batch_samples={samples} of"
+      " a step take as many micro-batches as they need), or make"
+      " config.mesh.seq or tensor larger and fsdp smaller"
+    )
   if count % groups:
     fitting = max(1, round(count / groups)) * groups
     times = max(1, round(count * accumulate / fitting))

@@ -35,6 +35,7 @@ _MANY = 10**12  # steps: more than any run has
 LIMITS: dict[str, tuple[float, float]] = {
   "batch_rows": (1, 2**16),
   "accumulate": (1, 2**16),
+  "batch_samples": (0, 2**14),
   "steps": (0, 10**9),
   "epochs": (0, 10**5),
   "seed": (0, 2**32 - 1),  # JAX drops higher bits
@@ -170,7 +171,12 @@ class Experiment:
       are drawn fresh. Stage 1 starts from LLaVA-OneVision with "memaug".
     seed: of weights, shuffling and forgetting.
     batch_rows: rows in a micro-batch, over all devices.
-    accumulate: micro-batches in a step.
+    accumulate: micro-batches in a step, if `batch_samples` is 0.
+    batch_samples: samples in a step, all of one stream, which take as many
+      micro-batches as they need; 0 lets a step be `accumulate` micro-batches
+      and take as many samples as these hold.
+    drop_last: whether the samples of a stream that are left over at the end of
+      an epoch, fewer than `batch_samples`, are left out.
     steps: of the run; 0 takes their number from `epochs`.
     epochs: passes over the data, if `steps` is 0.
     max_length: of the decoder's sequence of one sample, in tokens.
@@ -198,6 +204,8 @@ class Experiment:
   seed: int = 0
   batch_rows: int = 8
   accumulate: int = 1
+  batch_samples: int = 0
+  drop_last: bool = False
   steps: int = 0
   epochs: float = 1.0
   max_length: int = 32_768
@@ -213,7 +221,7 @@ class Experiment:
     at_least_one = ("batch_rows", "accumulate", "max_length", "log_every",
                     "checkpoint_every", "keep_checkpoints",
                     "max_nonfinite")  # fmt: skip
-    for name in (*at_least_one, "steps", "seed"):
+    for name in (*at_least_one, "batch_samples", "steps", "seed"):
       low = int(name in at_least_one)
       if getattr(self, name) < low:
         raise UserError(
@@ -229,11 +237,47 @@ class Experiment:
         f"config.epochs is {self.epochs} and config.steps 0; one must be"
         " positive"
       )
+    self._check_batch()
+
+  def _check_batch(self) -> None:
+    """Raises a UserError if the keys of a step's size contradict each other."""
+    samples, rows = self.batch_samples, self.batch_rows
+    if not samples:
+      if self.drop_last:
+        raise UserError(
+          "config.drop_last is True and config.batch_samples 0: only batches of"
+          " samples can be left over; set config.batch_samples, or"
+          " config.drop_last=False"
+        )
+      return
+    if self.accumulate > 1:
+      raise UserError(
+        f"config.accumulate is {self.accumulate} and config.batch_samples"
+        f" {samples}: a step takes as many micro-batches as its samples need;"
+        " set config.accumulate=1, or config.batch_samples=0 for steps of"
+        f" {self.accumulate} micro-batches"
+      )
+    if rows > samples:
+      raise UserError(
+        f"config.batch_rows is {rows} and config.batch_samples {samples}: a"
+        f" step has at most a row for each sample, so {rows - samples} rows of"
+        f" every micro-batch would be empty; set config.batch_rows={samples} or"
+        " fewer, on a mesh whose data x fsdp divides it, or raise"
+        " config.batch_samples"
+      )
+
+  @property
+  def micro_batches(self) -> int:
+    """Returns a step's micro-batches; 0 for as many as its samples need."""
+    return 0 if self.batch_samples else self.accumulate
 
   @property
   def step_rows(self) -> int:
-    """Returns the number of rows in an optimizer step."""
-    return self.batch_rows * self.accumulate
+    """Returns the number of rows in an optimizer step.
+
+    With `batch_samples` it is the most that a step can have, a row a sample.
+    """
+    return self.batch_samples or self.batch_rows * self.accumulate
 
   @property
   def row_spec(self) -> RowSpec:
@@ -444,7 +488,8 @@ def config_diff(
   """Returns the keys whose values differ, and change what a run computes.
 
   Keys of `HARMLESS` may differ, and so may batch_rows and accumulate if their
-  product, the rows of a step, is the same: micro-batches change only rounding.
+  product, the rows of a step, is the same, or if a step is `batch_samples`
+  samples in any case: micro-batches change only rounding.
   Not even `steps` or `epochs` may grow: the learning rate of every step depends
   on them, and would jump.
 
@@ -466,7 +511,7 @@ def config_diff(
     if was.get(key) != now.get(key) and not _harmless(key)
   }
   if set(found) & {"batch_rows", "accumulate"} and (
-    _step_rows(was) == _step_rows(now)
+    _step_size(was) == _step_size(now)
   ):
     found.pop("batch_rows", None)
     found.pop("accumulate", None)
@@ -489,9 +534,11 @@ def _harmless(key: str) -> bool:
   return any(fnmatch.fnmatchcase(key, pattern) for pattern in HARMLESS)
 
 
-def _step_rows(texts: Mapping[str, str]) -> int | None:
-  """Returns the rows of a step, None if they are not known."""
+def _step_size(texts: Mapping[str, str]) -> tuple[str, int] | None:
+  """Returns the samples or rows of a step, None if they are not known."""
   try:
-    return int(texts["batch_rows"]) * int(texts["accumulate"])
+    if samples := int(texts.get("batch_samples", "0")):
+      return "samples", samples
+    return "rows", int(texts["batch_rows"]) * int(texts["accumulate"])
   except (KeyError, ValueError):
     return None

@@ -120,7 +120,12 @@ def row_plan(experiment: Experiment, dataset: Dataset) -> RowPlan:
   return RowPlan(
     dataset.sizes,
     experiment.rows,
-    PlanOptions(seed=experiment.seed, share=data.share_memory),
+    PlanOptions(
+      seed=experiment.seed,
+      share=data.share_memory,
+      batch_samples=experiment.batch_samples,
+      drop_last=experiment.drop_last,
+    ),
     members=dataset.usable,
     memory=columns.video,
     stream=columns.stream,

@@ -20,9 +20,9 @@ batches that the interrupted one would have seen. All processes of a run go
 through the same order; the first one writes the files.
 """
 
+import collections
 import contextlib
 import dataclasses
-import math
 import pathlib
 import sys
 import time
@@ -55,6 +55,13 @@ from hourjax.training.data_loader import (
 from hourjax.training.faults import NonFiniteSteps, Preemption
 from hourjax.training.metric_writer import MetricWriter
 from hourjax.training.optimizer import COMPONENTS, schedule
+from hourjax.training.run_length import (
+  EpochCounts,
+  count_epoch,
+  describe_steps,
+  left_out,
+  total_steps,
+)
 from hourjax.training.throughput import ThroughputCounter, record_ids
 from hourjax.training.train_state import (
   TrainState,
@@ -63,11 +70,7 @@ from hourjax.training.train_state import (
   state_shardings,
 )
 from hourjax.training.train_step import TrainStep
-from hourjax.training.workdir import (
-  check_workdir,
-  epoch_rows,
-  write_run_files,
-)
+from hourjax.training.workdir import check_workdir, write_run_files
 
 
 def train(experiment: Experiment, workdir: pathlib.Path) -> int | None:
@@ -104,15 +107,15 @@ def _train(
       dataset = open_dataset(experiment)
       _check_vocabulary(experiment, dataset)
       plan = row_plan(experiment, dataset)
-      rows = epoch_rows(plan, workdir)
+      counts = count_epoch(experiment, plan, workdir)
     mesh = make_mesh(experiment.mesh)
     check_rows(
       mesh.shape, experiment.row_spec, experiment.batch_rows,
-      experiment.accumulate,
+      experiment.accumulate, experiment.batch_samples,
     )  # fmt: skip
     sharding = BatchSharding(mesh, experiment.row_spec, experiment.batch_rows)
     check_memory(experiment.row_spec, len(sharding.local_rows), experiment.read)
-    steps = total_steps(experiment, rows["rows"])
+    steps = total_steps(experiment, counts)
     like, optimizer = abstract_state(experiment, mesh, steps)
   checkpoints = Checkpoints(
     workdir,
@@ -126,14 +129,14 @@ def _train(
         state = fresh_state(experiment, like, optimizer)
     else:
       with progress.step(f"restoring step {checkpoints.latest()}"):
-        state, position = checkpoints.restore(like, plan=rows["plan"])
+        state, position = checkpoints.restore(like, plan=counts.plan)
       _check_position(plan, position, workdir)
     restoring = time.monotonic() - restoring
     with hosts.together():
       if hosts.is_primary():
-        write_run_files(experiment, rows, dataset.skipped, workdir)
+        write_run_files(experiment, counts, dataset.skipped, workdir)
         print(
-          _summary(experiment, dataset, rows, state, steps), file=sys.stderr
+          _summary(experiment, dataset, counts, state, steps), file=sys.stderr
         )
     if experiment.forgetting.needs_question:
       dataset.embedder = question_embedder(state, experiment.model, workdir)
@@ -214,7 +217,7 @@ class _Run:
       metrics.add_lost(restoring, "restore")
       for step in range(start + 1, self.steps + 1):
         metrics.begin_step(step)
-        micro = _MicroBatches(loader, experiment.accumulate)
+        micro = _MicroBatches(loader, experiment.micro_batches)
         if step == start + 1:
           state, scalars = self._compile_and_step(
             train_step, state, micro, loader, metrics
@@ -227,7 +230,7 @@ class _Run:
         for delivered in micro.delivered:
           unread.add(step, delivered)
         finite = nonfinite.check(step, scalars, self._record_ids(position))
-        interval.add(position, scalars)
+        interval.add(position, scalars, len(micro.delivered))
         if step % experiment.log_every == 0 or step in (1, self.steps):
           counts = {f"unread_{kind}": n for kind, n in unread.counts.items()}
           counts["skipped_steps"] = nonfinite.skipped
@@ -329,21 +332,25 @@ class _Run:
 class _MicroBatches:
   """Iterates over one step's micro-batches on the devices.
 
+  There are `count` of them, or if that is 0 as many as the step's samples need.
+
   Attributes:
     delivered: the rows that each of them was made of, so far.
   """
 
   def __init__(self, loader: DataLoader, count: int):
-    self._loader, self._left = loader, count
+    self._loader, self._count = loader, count
     self.delivered: list[Delivered] = []
 
   def __iter__(self) -> Iterator[Batch]:
     return self
 
   def __next__(self) -> Batch:
-    if not self._left:
+    done = self.delivered
+    if done and (
+      len(done) == self._count if self._count else done[-1].ends_step
+    ):
       raise StopIteration
-    self._left -= 1
     batch, delivered = next(self._loader)
     self.delivered.append(delivered)
     return batch
@@ -369,14 +376,22 @@ class _IntervalMetrics:
       if optimizer.rate(name) > 0
     }
     self._waited = loader.waited
-    self._tokens, self._seconds, self._flops = 0, 0.0, 0.0
+    self._sums: collections.defaultdict[str, float]
+    self._sums = collections.defaultdict(float)
 
-  def add(self, position: int, scalars: Mapping[str, Any]) -> None:
+  def add(
+    self, position: int, scalars: Mapping[str, Any], micro_batches: int
+  ) -> None:
     """Counts a step whose first row is at `position`."""
     totals = self._throughput.count(position, self._rows)
-    self._tokens += int(scalars["tokens"])
-    self._seconds += totals.video_seconds
-    self._flops += totals.flops
+    step = {
+      **totals._asdict(),
+      "tokens": int(scalars["tokens"]),
+      "micro_batches": micro_batches,
+      "steps": 1,
+    }
+    for name, value in step.items():
+      self._sums[name] += value
 
   def write(
     self, step: int, scalars: Mapping[str, Any], counts: Mapping[str, int]
@@ -395,9 +410,7 @@ class _IntervalMetrics:
     self._writer.write(
       step,
       {key: value for key, value in scalars.items() if key != "finite"},
-      tokens=self._tokens,
-      video_seconds=self._seconds,
-      model_flops=self._flops,
+      sums=self._sums,
       data_wait=waited,
       learning_rates={
         name: float(np.asarray(rate(updates)))
@@ -405,7 +418,7 @@ class _IntervalMetrics:
       },
       counts=counts,
     )
-    self._tokens, self._seconds, self._flops = 0, 0.0, 0.0
+    self._sums.clear()
 
 
 def report_skipped(skipped: list[Skipped]) -> None:
@@ -417,18 +430,6 @@ def report_skipped(skipped: list[Skipped]) -> None:
   if len(skipped) > 20:
     lines.append("  ... all of them are in skipped.json")
   print("\n".join(lines), file=sys.stderr)
-
-
-def total_steps(experiment: Experiment, rows: int) -> int:
-  """Returns the number of steps of the run.
-
-  Args:
-    experiment: with `steps`, or with `epochs` if that is 0.
-    rows: in an epoch.
-  """
-  if experiment.steps:
-    return experiment.steps
-  return math.ceil(rows * experiment.epochs / experiment.step_rows)
 
 
 def _check_position(
@@ -458,16 +459,20 @@ def _check_vocabulary(experiment: Experiment, dataset: Dataset) -> None:
 def _summary(
   experiment: Experiment,
   dataset: Dataset,
-  rows: Mapping[str, Any],
+  counts: EpochCounts,
   state: TrainState,
   steps: int,
 ) -> str:
   """Returns what is printed before the first step."""
   trained = sum(x.size for x in state.trained.values())
   frozen = sum(x.size for x in state.frozen.values())
-  return (
-    f"{len(dataset)} samples in {rows['rows']} rows an epoch; {trained:,}"
+  notes = [
+    *left_out(experiment, counts, dataset.columns.streams), *dataset.notes
+  ]
+  line = (
+    f"{counts.samples} samples in {counts.rows} rows an epoch; {trained:,}"
     f" parameters trained, {frozen:,} frozen; {steps} steps of"
-    f" {experiment.step_rows} rows, from step"
+    f" {describe_steps(experiment, counts)}, from step"
     f" {int(state.step)}; {jax.devices()[0].platform} x {jax.device_count()}"
-  ) + "".join(f"\nnote: {note}" for note in dataset.notes)
+  )
+  return "\n".join([line, *(f"note: {text}" for text in notes)])

@@ -215,9 +215,7 @@ class MetricWriter:
     step: int,
     scalars: Mapping[str, SupportsFloat],
     *,
-    tokens: int,
-    video_seconds: float,
-    model_flops: float,
+    sums: Mapping[str, float],
     data_wait: float,
     learning_rates: Mapping[str, float],
     counts: Mapping[str, int],
@@ -228,9 +226,9 @@ class MetricWriter:
       step: that was taken; the devices must be done with it.
       scalars: of this step, as the train step returns them: "loss",
         "grad_norm", "grad_norm/COMPONENT" and so on.
-      tokens: label tokens of the steps since the last call.
-      video_seconds: seconds of video of the steps since the last call.
-      model_flops: FLOPs of the steps since the last call.
+      sums: over the steps since the last call: "steps", how many they are;
+        "samples", "rows", "micro_batches" and label "tokens"; "video_seconds";
+        and "flops", as MFU counts them.
       data_wait: seconds waited for data since the last call.
       learning_rates: by component.
       counts: of events since the run began, by key, such as "unread_damaged".
@@ -242,13 +240,19 @@ class MetricWriter:
     lost = self._goodput.lost_seconds
     speed = {
       "step_seconds": took / max(step - self._last, 1),
-      "tokens_per_second": tokens / took,
-      "video_hours_per_second": video_seconds / 3600 / took,
+      "tokens_per_second": sums["tokens"] / took,
+      "video_hours_per_second": sums["video_seconds"] / 3600 / took,
     }
     if self._peak is not None:
-      speed["mfu"] = model_flops / took / self._peak
+      speed["mfu"] = sums["flops"] / took / self._peak
+    steps, hours = max(sums["steps"], 1), sums["video_seconds"] / 3600
+    a_step = {
+      f"{name}_per_step": sums[name] / steps
+      for name in ("samples", "rows", "micro_batches", "tokens")
+    } | {"video_hours_per_step": hours / steps}
     groups: dict[str, Mapping[str, Any]] = {
-      "train": {"tokens": tokens, **scalars},
+      "train": {"tokens": sums["tokens"], **scalars},
+      "step": a_step,
       "learning_rate": _named("learning_rate", learning_rates),
       "speed": speed,
       "time": {

@@ -27,15 +27,19 @@ from hourjax.training.optimizer import COMPONENTS
 
 
 class RowTotals(NamedTuple):
-  """Holds the seconds of video and the FLOPs of some rows.
+  """Holds what the rows of a step hold together.
 
   Attributes:
+    rows: how many rows these are.
+    samples: how many samples are in them.
     video_seconds: duration of their videos; one that several conversations of a
       row share counts once.
     flops: floating-point operations of a step that the model needs (see
       `models.flops`): the numerator of MFU.
   """
 
+  rows: int
+  samples: int
   video_seconds: float
   flops: float
 
@@ -55,19 +59,16 @@ class ThroughputCounter:
     }
 
   def count(self, position: int, rows: int) -> RowTotals:
-    """Returns the totals of consecutive rows.
+    """Returns the totals of a step's rows.
 
     Args:
       position: in the data, of the first row.
-      rows: how many there are.
+      rows: how many there are; where a step is a number of samples, at most.
     """
-    groups = [
-      group
-      for k in range(rows)
-      for group in self._plan.row(self._plan.advance(position, k))[1]
-    ]
+    positions, _ = self._plan.take(position, rows)
+    groups = [group for at in positions for group in self._plan.row(at)[1]]
     if not groups:
-      return RowTotals(0.0, 0.0)
+      return RowTotals(len(positions), 0, 0.0, 0.0)
     samples = np.concatenate([np.asarray(group, int) for group in groups])
     # Samples of a group share a memory. It is encoded for the first one, and
     # the others only read it.
@@ -83,7 +84,12 @@ class ThroughputCounter:
     )
     parts = count_flops(self._config, work, self._trained)
     flops = sum(np.sum(part.total) for part in parts.values())
-    return RowTotals(float(self._seconds(samples[first]).sum()), float(flops))
+    return RowTotals(
+      len(positions),
+      len(samples),
+      float(self._seconds(samples[first]).sum()),
+      float(flops),
+    )
 
   def _seconds(self, samples: np.ndarray) -> np.ndarray:
     """Returns each sample's seconds of video, float [samples].
@@ -103,17 +109,16 @@ class ThroughputCounter:
 def record_ids(
   dataset: Dataset, plan: RowPlan, position: int, rows: int
 ) -> dict[int, list[str]]:
-  """Returns the ids of the records in consecutive rows, by the row's position.
+  """Returns the ids of the records in a step's rows, by the row's position.
 
   Args:
     dataset: with the records.
     plan: which samples share a row.
     position: in the data, of the first row.
-    rows: how many there are.
+    rows: how many there are; where a step is a number of samples, at most.
   """
   found: dict[int, list[str]] = {}
-  for k in range(rows):
-    at = plan.advance(position, k)
+  for at in plan.take(position, rows)[0]:
     groups = plan.row(at)[1]
     found[at] = [dataset.record(i).id for group in groups for i in group]
   return found

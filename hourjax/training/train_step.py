@@ -268,8 +268,8 @@ def lower_programs(
 ) -> dict[str, jax.stages.Lowered]:
   """Lowers the two programs of a train step, without any array.
 
-  One optimizer step is `experiment.accumulate` calls of "accumulate" and one
-  of "update".
+  One optimizer step is a call of "accumulate" for each of its micro-batches
+  and one of "update".
 
   Args:
     experiment: of the run.
@@ -304,6 +304,7 @@ def _check_split(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
     experiment.row_spec,
     experiment.batch_rows,
     experiment.accumulate,
+    experiment.batch_samples,
   )
   model = experiment.model
   param_shardings(mesh, param_shapes(model), param_axes(model))

@@ -1,12 +1,14 @@
 """The folder of a run: its configuration, and whether a run may go on in it.
 
     config.json     the configuration
-    plan.json       fingerprint of the row plan, and rows of the first epoch
+    plan.json       fingerprint of the row plan, and rows of the first epoch; in
+                    batches of samples, also how many rows its steps have
     skipped.json    records of the dataset that cannot be used, and why
 
 The other files of the folder are described where they are written: metrics and
 events in `metric_writer`, goodput.jsonl in `throughput`, unread.jsonl in
-`data_loader`, nonfinite.jsonl in `faults`, checkpoints/ in `checkpoint`.
+`data_loader`, nonfinite.jsonl in `faults`, checkpoints/ in `checkpoint`; the
+numbers of plan.json in `run_length`.
 """
 
 import contextlib
@@ -17,12 +19,9 @@ import pathlib
 import uuid
 from typing import Any
 
-import pydantic
-
 from hourjax import schema
 from hourjax.atomic_file import write_file
 from hourjax.data.records.record import Skipped
-from hourjax.data.row_plan import RowPlan
 from hourjax.errors import UserError
 from hourjax.parallel import hosts
 from hourjax.training.checkpoint_format import (
@@ -36,6 +35,7 @@ from hourjax.training.config import (
   check_config_change,
   rename_old_keys,
 )
+from hourjax.training.run_length import EpochCounts
 
 
 def check_workdir(experiment: Experiment, workdir: pathlib.Path) -> None:
@@ -85,34 +85,9 @@ def find_config(workdir: str | os.PathLike) -> dict[str, Any] | None:
   return None
 
 
-class _Plan(schema.Schema):
-  """Describes plan.json."""
-
-  plan: str
-  rows: int = pydantic.Field(gt=0)
-
-
-def epoch_rows(plan: RowPlan, workdir: pathlib.Path) -> dict[str, Any]:
-  """Returns the number of rows of the first epoch.
-
-  To count them the whole epoch is packed, which takes seconds for a million
-  samples; a run that goes on finds the number in its plan.json.
-
-  Returns:
-    {"plan": fingerprint of the plan, "rows": number}.
-  """
-  path, fingerprint = workdir / "plan.json", plan.fingerprint()
-  # One that cannot be read is counted again.
-  with contextlib.suppress(UserError):
-    known = schema.read_schema(_Plan, path, remedy="")
-    if known.plan == fingerprint:
-      return known.model_dump()
-  return {"plan": fingerprint, "rows": plan.rows_in_epoch(0)}
-
-
 def write_run_files(
   experiment: Experiment,
-  rows: dict[str, Any],
+  counts: EpochCounts,
   skipped: list[Skipped],
   workdir: pathlib.Path,
 ) -> None:
@@ -120,7 +95,7 @@ def write_run_files(
 
   Args:
     experiment: of the run.
-    rows: as `epoch_rows` returns it.
+    counts: of an epoch.
     skipped: records that cannot be used.
     workdir: is made if it is not there.
 
@@ -128,7 +103,7 @@ def write_run_files(
     UserError: the folder cannot be written to.
   """
   files = {
-    "plan.json": json.dumps(rows),
+    "plan.json": json.dumps(counts.saved()),
     "config.json": json.dumps(dataclasses.asdict(experiment), indent=2),
     "skipped.json": json.dumps(
       [dataclasses.asdict(item) for item in skipped], indent=2

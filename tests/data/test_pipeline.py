@@ -4,13 +4,13 @@ import itertools
 import numpy as np
 import pytest
 
-from hourjax.batch import Batch
+from hourjax.batch import IGNORE, Batch
 from hourjax.data.dataset import Dataset, SampleOptions
 from hourjax.data.demo.tokenizer import train_tokenizer
 from hourjax.data.pipeline import ReadOptions, batches
 from hourjax.data.records.record import Record, Turn
 from hourjax.data.row_plan import EPOCH, PlanOptions, RowPlan
-from hourjax.data.rows import RowSpec, Size, build_row, stack_rows
+from hourjax.data.rows import RowSpec, Size, build_row, row_of, stack_rows
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 
@@ -55,11 +55,11 @@ def _dataset(records, root, spec=SPEC):
   return made
 
 
-def _plan(dataset):
+def _plan(dataset, batch_samples=0):
   return RowPlan(
     dataset.sizes,
     SPEC.capacity,
-    PlanOptions(seed=1),
+    PlanOptions(seed=1, batch_samples=batch_samples),
     memory=dataset.columns.video,
   )
 
@@ -91,10 +91,40 @@ def test_batches_are_the_rows_of_the_plan(dataset):
   assert position > EPOCH  # into the second epoch
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_step_of_samples_is_filled_up_with_empty_rows(dataset, rows):
+  """Steps of 3, 3 and 1 samples; each sample once, the rest is padding."""
+  plan, position, steps = _plan(dataset, 3), 0, [[]]
+  empty = build_row([], SPEC)
+  assert (empty.target == IGNORE).all() and not empty.decoder_segment.any()
+  stream = batches(dataset, plan, SPEC, rows=rows)
+  while len(steps) <= 4:
+    made = next(stream)
+    found, position = plan.take(position, rows)
+    assert 0 < len(found) <= rows and made.position == position
+    assert made.samples == sum(len(plan.row(at)[1]) for at in found)
+    for number in range(rows):
+      groups, epoch = (), 0
+      if number < len(found):
+        epoch, groups = plan.row(found[number])
+        steps[-1] += [i for (i,) in groups]
+      samples = [dataset.sample(i, epoch) for (i,) in groups]
+      _assert_same(row_of(made.batch, number), build_row(samples, SPEC))
+    if made.ends_step:
+      steps.append([])
+  assert sorted(map(len, steps[:3])) == [1, 3, 3]
+  assert sorted(itertools.chain(*steps[:3])) == list(range(7))
+  assert len(steps[3]) in (1, 3)  # of the second epoch
+
+
+@pytest.mark.parametrize("batch_samples", [0, 3])
 @pytest.mark.parametrize("steps", [1, 3, 6])
-def test_starting_at_a_position_equals_coming_there(dataset, steps):
-  whole = _take(dataset, 8)
-  rest = _take(dataset, 8 - steps, start=whole[steps - 1].position)
+def test_starting_at_a_position_equals_coming_there(
+  dataset, steps, batch_samples
+):
+  plan = _plan(dataset, batch_samples)
+  whole = _take(dataset, 8, plan)
+  rest = _take(dataset, 8 - steps, plan, start=whole[steps - 1].position)
   for one, two in zip(whole[steps:], rest, strict=True):
     _assert_same(one.batch, two.batch)
     assert one.position == two.position
@@ -107,9 +137,13 @@ def test_threads_change_nothing(dataset):
     _assert_same(x.batch, y.batch)
 
 
+@pytest.mark.parametrize("batch_samples", [0, 5])
 @pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_fill_parts_of_the_same_global_batches(dataset, hosts):
-  plan = _plan(dataset)
+def test_hosts_fill_parts_of_the_same_global_batches(
+  dataset, hosts, batch_samples
+):
+  """In the steps of 5 and 2 samples some hosts have nothing but padding."""
+  plan = _plan(dataset, batch_samples)
   streams = [
     batches(dataset, plan, SPEC, rows=4, mine=range(i, 4, hosts))
     for i in range(hosts)
@@ -122,6 +156,7 @@ def test_hosts_fill_parts_of_the_same_global_batches(dataset, hosts):
       together = together.reshape(array.shape)
       np.testing.assert_array_equal(together, array, err_msg=name)
     assert {p.position for p in parts} == {one.position}
+    assert {p.ends_step for p in parts} == {one.ends_step}
     assert sum(p.samples for p in parts) == one.samples
 
 

@@ -30,15 +30,15 @@ import sys
 import jax
 from pathlib import Path
 from tests.data.test_pipeline_hosts import write_steps
-port, index, start, root = sys.argv[1:]
+port, index, start, root, batch_samples = sys.argv[1:]
 jax.distributed.initialize(f"localhost:{port}", 2, int(index))
 host = (jax.process_index(), jax.process_count())
 assert host == (int(index), 2)
-write_steps(Path(root), int(start), host)
+write_steps(Path(root), int(start), host, int(batch_samples))
 """
 
 
-def write_steps(root, start, host):
+def write_steps(root, start, host, batch_samples):
   """What a host's rows are in each step, and where the next one starts."""
   prepared = Prepared(root / "text")
   dataset = Dataset(
@@ -54,7 +54,7 @@ def write_steps(root, start, host):
   plan = RowPlan(
     dataset.sizes,
     SPEC.capacity,
-    PlanOptions(seed=4, share=2),
+    PlanOptions(seed=4, share=2, batch_samples=batch_samples),
     memory=prepared.columns.video,
   )
   index, hosts = host
@@ -90,18 +90,17 @@ def _steps(root, host):
 
 
 @pytest.mark.slow
-def test_two_processes_read_the_batches_of_one(root):
-  write_steps(root, 0, (0, 1))
+@pytest.mark.parametrize("batch_samples", [0, 5])
+def test_two_processes_read_the_batches_of_one(root, batch_samples):
+  write_steps(root, 0, (0, 1), batch_samples)
   whole = _steps(root, (0, 1))
   # The cluster starts where one process was after its second step.
   start = int(whole[1]["position"])
   port = _free_port()
+  values = [(port, i, start, root, batch_samples) for i in range(2)]
   hosts = [
-    subprocess.Popen(
-      [sys.executable, "-c", HOST, str(port), str(i), str(start), str(root)],
-      cwd=ROOT,
-    )
-    for i in range(2)
+    subprocess.Popen([sys.executable, "-c", HOST, *map(str, each)], cwd=ROOT)
+    for each in values
   ]
   assert [host.wait(120) for host in hosts] == [0, 0]
   parts = [_steps(root, (i, 2)) for i in range(2)]

@@ -20,6 +20,13 @@ def experiment(size="3b", stage=3, mesh=None, **values) -> Experiment:
   return dataclasses.replace(found, mesh=mesh, **values)
 
 
+def in_rows(found: Experiment, accumulate: int) -> Experiment:
+  """The same with steps of `accumulate` micro-batches, full of samples."""
+  return dataclasses.replace(
+    found, batch_samples=0, drop_last=False, accumulate=accumulate
+  )
+
+
 def plan_by_formulas(
   found: Experiment, topology: Topology | str, data="", price=1.0, **changes
 ) -> Plan:

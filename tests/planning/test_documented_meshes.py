@@ -130,16 +130,25 @@ def test_plan_refuses_what_training_would_and_says_what_it_takes():
     "config.batch_rows=16 cannot be split over 64 groups"
   )
   remedy = dict(re.findall(r"--([\w.]+)=(\d+)", message))
+  assert remedy == {"config.batch_rows": "64"}
+  check_mesh(_experiment(given | remedy), topology.devices)
+  with pytest.raises(UserError) as error:
+    check_mesh(examples.in_rows(experiment, 3), topology.devices)
+  message = str(error.value)
+  remedy = dict(re.findall(r"--([\w.]+)=(\d+)", message))
   assert remedy == {"config.batch_rows": "64", "config.accumulate": "1"}
   assert "(64 rows a step instead of 48)" in message
-  check_mesh(_experiment(given | remedy), topology.devices)
 
 
 @pytest.mark.parametrize(
   "mesh, message",
   [
-    ({"fsdp": 256}, "--config.batch_rows=256 --config.accumulate=1"),
-    ({"fsdp": 6, "seq": 1}, "--config.batch_rows=18 --config.accumulate=3"),
+    (
+      {"fsdp": 256},
+      "config.batch_samples=128 cannot be split over 256 groups of devices",
+    ),
+    ({"fsdp": 96}, "--config.batch_rows=96 (the config.batch_samples=128"),
+    ({"fsdp": 6, "seq": 1}, "--config.batch_rows=18 (the"),
     ({"fsdp": 8, "seq": 24}, "config.mesh.seq=24 cannot share rows"),
     ({"fsdp": 5, "seq": 5}, "choose sizes whose product is 192"),
   ],
@@ -161,5 +170,5 @@ def test_flags_that_plan_prints_are_taken():
   found = examples.experiment(mesh={"fsdp": 64, "seq": 4}, batch_rows=64)
   plan = examples.plan_by_formulas(found, "v5e:16x16", "full")
   options = dict(re.findall(r"--([\w.]+)=(\S+)", report.flags(plan)))
-  assert {"config.batch_rows", "config.accumulate"} <= set(options)
+  assert "config.batch_rows" in options
   check_mesh(_experiment(options), plan.topology.devices)

@@ -10,7 +10,7 @@ from hourjax.planning.compiled_step import Compiled
 from hourjax.planning.plan import evaluate
 from hourjax.planning.topology import parse_topology
 from hourjax.planning.workload import make_workload
-from tests.planning.examples import experiment
+from tests.planning.examples import experiment, in_rows
 
 GIB = 1 << 30
 
@@ -18,6 +18,7 @@ GIB = 1 << 30
 @pytest.fixture(scope="module")
 def start():
   found = experiment(mesh={"fsdp": 16, "seq": 4}, batch_rows=32)
+  found = in_rows(found, 3)
   model = dataclasses.replace(found.model, remat="none")
   return dataclasses.replace(found, model=model)
 
@@ -45,6 +46,19 @@ def test_changes_go_from_small_to_large(start):
   assert [f for f in flags[5] if "topology" in f] == ["--topology=v5e:8x16"]
   assert [f for f in flags[6] if "topology" in f] == ["--topology=v5e:16x16"]
   assert len(flags) == 7
+
+
+def test_batches_of_samples_are_never_accumulated(start):
+  """Micro-batches become smaller, and as many as the samples need."""
+  found = dataclasses.replace(start, accumulate=1, batch_samples=128)
+  topology = parse_topology("v5e:8x8")
+  flags = [change.flags for change in fit.changes(found, topology)]
+  assert flags[0] == ("--config.batch_rows=16",)
+  assert not any("accumulate" in flag for each in flags for flag in each)
+  few = dataclasses.replace(found, batch_samples=32)
+  more = fit.more_chips(fit.Change((), few, topology))
+  assert more is not None and more.experiment.batch_rows == 32
+  assert fit.more_chips(more) is None  # 64 groups for 32 samples
 
 
 def test_every_change_is_what_its_flags_say(start):

@@ -1,5 +1,6 @@
 """Plans for people."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from hourjax.errors import UserError
 from hourjax.planning import report
 from hourjax.planning.compiled_step import Compiled
 from hourjax.planning.plan import as_data, evaluate
-from tests.planning.examples import experiment, plan_by_formulas
+from tests.planning.examples import experiment, in_rows, plan_by_formulas
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,14 @@ def test_a_page_says_what_is_computed_and_what_estimated(plan):
   assert f"of 15.75 ({plan.memory.total / plan.memory.limit:.0%}): fits" in text
   assert f"MFU {plan.estimate.mfu:.1%}" in text
   assert "$1.50 a chip-hour" in text
+  assert "128 samples a step in micro-batches of 16 rows" in text
+  found = plan.estimate
+  assert f"{found.empty:.0%} of whose rows are" in text
+  assert f"an epoch has {found.steps:,.0f} steps" in " ".join(text.split())
+  rows = plan_by_formulas(in_rows(plan.experiment, 3), "v5e:16x16")
+  text = report.page(rows)
+  assert "48 rows a step in 3 micro-batches" in text
+  assert f"a step has {rows.estimate.samples:.0f} samples on average" in text
   assert all(len(line) <= 80 for line in text.splitlines())
 
 
@@ -91,6 +100,7 @@ def test_numbers_have_three_digits(value, text):
 def test_flags_give_the_plan_again(plan):
   assert report.flags(plan) == (
     "--config.mesh.data=1 --config.mesh.fsdp=16 --config.mesh.seq=16"
-    " --config.mesh.tensor=1 --config.batch_rows=16 --config.accumulate=3"
-    " --config.model.remat=full"
+    " --config.mesh.tensor=1 --config.batch_rows=16 --config.model.remat=full"
   )
+  rows = dataclasses.replace(plan, experiment=in_rows(plan.experiment, 3))
+  assert "--config.batch_rows=16 --config.accumulate=3" in report.flags(rows)

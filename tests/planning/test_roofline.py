@@ -6,8 +6,8 @@ import pytest
 from hourjax.parallel.chips import CHIPS
 from hourjax.planning import roofline
 from hourjax.planning.roofline import collective_seconds, row_seconds, slowest
-from hourjax.planning.workload import make_workload, trained
-from tests.planning.examples import experiment, plan_by_formulas
+from hourjax.planning.workload import make_workload, steps_of, trained
+from tests.planning.examples import experiment, in_rows, plan_by_formulas
 
 V5E, V5P = CHIPS["v5e"], CHIPS["v5p"]
 
@@ -57,13 +57,11 @@ def test_many_small_collectives_take_their_hops():
 
 
 def test_the_slowest_shard_sets_the_pace():
-  seconds = np.array([1.0, 1, 1, 5, 1, 1, 1, 1])
-  # Micro-batches of four rows on two shards: (2, 6) and (2, 2), again and
-  # again from other rows.
-  expected, even = slowest(seconds[:4], 4, 2)
-  assert (expected, even) == (6, 4)
-  assert slowest(np.ones(8), 4, 4) == (1, 1)
-  assert slowest(np.array([2.0]), 16, 8) == (4, 4)
+  seconds = np.array([[1.0, 1, 1, 5], [1, 1, 1, 1]])
+  # Micro-batches of four rows on two shards: (2, 6) and (2, 2).
+  assert slowest(seconds, 2) == (4, 3)
+  assert slowest(np.ones((2, 4)), 4) == (1, 1)
+  assert slowest(np.full((3, 16), 2.0), 8) == (4, 4)
 
 
 def test_an_hour_by_hand():
@@ -72,7 +70,10 @@ def test_an_hour_by_hand():
   workload = make_workload(found, "video=3600")
   mesh = {"data": 1, "fsdp": 1, "seq": 1, "tensor": 1}
   work = roofline.executed_work(found, workload, mesh)
-  assert (work.memory, work.queries, work.decoder) == (235520, 15872, 16640)
+  for each in (0, 1):  # the video's row, and an empty one
+    whole = (work.memory[each], work.queries[each], work.decoder[each])
+    assert whole == (235520, 15872, 16640)
+  assert (work.cross_pairs[1], work.labels[1]) == (0, 0)
   rates = V5P.efficiency
   seconds = row_seconds(found.model, work, trained(found), V5P)[0]
   cross = 4 * 9280 * 234000 * 2048 * 4 * roofline.PACKED
@@ -82,10 +83,19 @@ def test_an_hour_by_hand():
   assert 1.15 < seconds < 4  # 1.15 s is an hour's ideal, without padding
 
 
-def test_the_parts_of_an_estimate_add_up():
-  plan = plan_by_formulas(
-    experiment(mesh={"fsdp": 16, "seq": 16}, batch_rows=16), "v5e:16x16"
-  )
+def test_an_empty_row_costs_less_than_an_hour_but_not_nothing():
+  found = experiment()
+  workload = make_workload(found, "video=3600")
+  mesh = {"data": 1, "fsdp": 1, "seq": 1, "tensor": 1}
+  work = roofline.executed_work(found, workload, mesh)
+  hour, empty = row_seconds(found.model, work, trained(found), V5P)
+  assert 0.2 * hour < empty < 0.7 * hour
+
+
+@pytest.mark.parametrize("samples", [True, False])
+def test_the_parts_of_an_estimate_add_up(samples):
+  given = experiment(mesh={"fsdp": 16, "seq": 16}, batch_rows=16)
+  plan = plan_by_formulas(given if samples else in_rows(given, 3), "v5e:16x16")
   found = plan.estimate
   waited = sum(a for a, _ in found.axes.values())
   beside = sum(b for _, b in found.axes.values())
@@ -94,14 +104,27 @@ def test_the_parts_of_an_estimate_add_up():
   assert found.step == pytest.approx(step)
   assert found.hidden <= found.step <= found.exposed
   assert found.balanced < found.compute
-  assert found.rows == 48
+  steps = steps_of(plan.experiment, plan.workload)
+  if samples:
+    assert found.samples == 128
+    assert 0.1 < found.empty < 0.6
+    assert 16 * found.micro_batches * (1 - found.empty) == pytest.approx(
+      found.rows
+    )
+  else:
+    assert (found.rows, found.micro_batches, found.empty) == (48, 3, 0)
+    assert found.samples == pytest.approx(421, rel=0.01)  # more than published
+  assert found.steps == pytest.approx(plan.workload.samples / found.samples)
+  assert found.rows == steps.rows
+  executed = sum(part.total for part in found.components.values())
+  assert found.useful < executed
   peak = 256 * 197e12
   assert found.mfu == pytest.approx(found.useful / found.step / peak)
   assert found.days == pytest.approx(
-    plan.workload.rows / 48 * found.step / 86400
+    plan.workload.rows / found.rows * found.step / 86400
   )
   assert found.cost == pytest.approx(found.days * 24 * 256 * plan.price)
-  per_second = 48 / found.step
+  per_second = found.rows / found.step
   assert found.video_hours_a_day == pytest.approx(
     plan.workload.seconds.mean() / 3600 * per_second * 86400
   )

@@ -9,7 +9,7 @@ from hourjax.planning import search
 from hourjax.planning.compiled_step import Compiled
 from hourjax.planning.topology import parse_topology
 from hourjax.planning.workload import make_workload
-from tests.planning.examples import experiment, plan_by_formulas
+from tests.planning.examples import experiment, in_rows, plan_by_formulas
 
 GIB = 1 << 30
 POD = parse_topology("v5e:16x16")
@@ -21,15 +21,21 @@ def stage3():
   return found, make_workload(found)
 
 
-def test_candidates_can_be_split(stage3):
+@pytest.mark.parametrize("samples", [True, False])
+def test_candidates_can_be_split(stage3, samples):
   found, _ = stage3
+  found = found if samples else in_rows(found, 3)
   candidates = list(search.candidates(found, POD))
   assert len(candidates) > 50
   assert len(set(candidates)) == len(candidates)
   for each in candidates:
     data, fsdp, seq, tensor = each.mesh.sizes(256)
     assert each.batch_rows % (data * fsdp) == 0
-    assert 0.75 <= each.step_rows / found.step_rows <= 1.34
+    if samples:
+      assert each.batch_rows <= each.batch_samples == 128
+      assert each.accumulate == 1
+    else:
+      assert 0.75 <= each.step_rows / 48 <= 1.34
     assert 64 % seq == 0  # tokens of a frame
     assert 2 % tensor == 0  # KV heads
   assert {each.model.remat for each in candidates} == {"full", "dots", "none"}
@@ -127,7 +133,10 @@ def test_the_best_are_compiled_and_those_numbers_rank(stage3, monkeypatch):
 
 def test_rows_that_suit_no_mesh_are_refused(stage3):
   found, workload = stage3
-  found = dataclasses.replace(found, batch_rows=1, accumulate=1)
   topology = parse_topology("v5p:16x16x16")
+  rows = dataclasses.replace(in_rows(found, 1), batch_rows=1)
   with pytest.raises(UserError, match="no mesh of 4096 devices suits 1 rows"):
-    search.search(found, topology, workload, log=print)
+    search.search(rows, topology, workload, log=print)
+  few = dataclasses.replace(found, batch_samples=8, batch_rows=8)
+  with pytest.raises(UserError, match=r"suits 8 samples .*batch_samples"):
+    search.search(few, topology, workload, log=print)

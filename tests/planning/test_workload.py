@@ -12,7 +12,7 @@ from hourjax.errors import UserError
 from hourjax.models.flops import sample_flops
 from hourjax.planning import workload as workloads
 from hourjax.planning.workload import make_workload, stage_of, trained
-from tests.planning.examples import experiment
+from tests.planning.examples import experiment, in_rows
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,8 @@ def test_what_fits_no_row_is_counted_by_kind(stages):
 def test_one_video_a_row(stages):
   found = stages[3]
   workload = make_workload(found, "video=3600")
-  sizes = dict(zip(Size.names(), workload.sizes[0].tolist()))
+  (row,) = workload.sizes.tolist()
+  sizes = dict(zip(Size.names(), row))
   assert sizes["features"] == 3600 * 64
   assert sizes["memory"] == 3600 * 65
   assert 512 * 17 < sizes["queries"] < sizes["decoder"] < 512 * 17 + 1200
@@ -136,6 +137,43 @@ def test_one_video_a_row(stages):
 def test_full_rows(stages):
   workload = make_workload(stages[1], "full")
   assert workload.sizes.tolist() == [list(stages[1].rows.astuple())]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_steps_are_those_of_training(stages, stage):
+  """As many samples as published, in micro-batches that hold their rows."""
+  found = stages[stage]
+  workload = make_workload(found)
+  steps = workloads.steps_of(found, workload)
+  count = len(workload.useful)
+  assert steps.samples == 128
+  assert steps.number == workload.samples / 128
+  assert steps.rows == pytest.approx(workload.steps.mean())
+  times = -(-workload.steps // found.batch_rows)
+  assert len(steps.order) == times.sum()
+  assert steps.micro_batches == pytest.approx(times.mean())
+  # Each drawn row once, and no micro-batch of nothing but empty rows.
+  there = steps.order[steps.order < count]
+  assert there.tolist() == list(range(count))
+  assert (steps.order.min(axis=1) < count).all()
+  samples = workload.samples / workload.rows * steps.rows
+  assert samples == pytest.approx(128, rel=1e-6)
+
+
+def test_steps_by_hand(stages):
+  """Steps of 3 and 1 rows in micro-batches of 2; row 4 is the empty one."""
+  found = dataclasses.replace(stages[3], batch_rows=2)
+  workload = make_workload(found, "video=3600")
+  workload = dataclasses.replace(
+    workload, useful=np.ones(4), steps=np.array([3, 1])
+  )
+  steps = workloads.steps_of(found, workload)
+  assert steps.order.tolist() == [[0, 1], [2, 4], [3, 4]]
+  assert (steps.micro_batches, steps.rows) == (1.5, 2)
+  rows = in_rows(found, 3)
+  steps = workloads.steps_of(rows, workload)
+  assert steps.order[:2].tolist() == [[0, 1], [2, 3]]
+  assert (steps.micro_batches, steps.rows) == (3, 6)
 
 
 @pytest.mark.parametrize(

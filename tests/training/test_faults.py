@@ -96,6 +96,25 @@ def test_killed_twenty_times(start, alone, tmp_path):
   assert not _half_saved(tmp_path)
 
 
+def test_steps_of_samples_killed_and_asked_to_leave(start, tmp_path):
+  """Of 4 and 2 samples, in micro-batches of one row and then of two."""
+  samples = {"batch_samples": 4, "accumulate": 1, "batch_rows": 2, "steps": 48}
+  status, said = start(tmp_path / "alone", **samples).ended()
+  assert status == 0, said
+  workdir = tmp_path / "run"
+  for signals in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+    run = start(workdir, checkpoint_every=3, **samples)
+    before = runs.logged(workdir)
+    run.when(lambda before=before: runs.logged(workdir) >= before + 5)
+    run.process.send_signal(signals)
+    assert run.ended()[0] in (-signal.SIGKILL, 0)
+  status, said = start(workdir, **samples).ended()
+  assert status == 0 and "4 samples of one stream" in said, said
+  assert runs.losses(workdir) == runs.losses(tmp_path / "alone")
+  rows = runs.read_metrics(workdir)
+  assert {row["samples_per_step"] for row in rows} == {2, 4}
+
+
 @pytest.mark.parametrize(
   "number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 130)]
 )

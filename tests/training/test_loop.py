@@ -1,23 +1,29 @@
 """Whole runs through the loop on a small demo; losses are equal floats."""
 
 import dataclasses
+import functools
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs import demo
+from hourjax.batch import Batch
 from hourjax.data.dataset import Dataset
 from hourjax.data.media.frame_rules import sparse_note
 from hourjax.errors import UserError
+from hourjax.models.params import init_params
 from hourjax.training import loop
 from hourjax.training.checkpoint import restore_params
 from hourjax.training.config import build_experiment
 from hourjax.training.metric_writer import MetricWriter, read_metrics
+from hourjax.training.run_length import EpochCounts
 from hourjax.training.train_state import TrainState
-from hourjax.training.train_step import TrainStep
+from hourjax.training.train_step import TrainStep, accumulate, zero_sums
 from tests.training import runs
 
 STEPS = 6
@@ -66,21 +72,92 @@ def _files(workdir):
   }
 
 
-@pytest.mark.slow
-def test_a_resumed_run_has_the_losses_of_a_whole_one(
-  experiment, whole, tmp_path, monkeypatch
-):
+def _stop(experiment, workdir, monkeypatch, after):
+  """Begins a run, which is interrupted once it has written a step."""
   wrote = MetricWriter.write
 
   def stop(self, step, *args, **values):
     wrote(self, step, *args, **values)
-    if step == 5:
+    if step == after:
       raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
     patch.setattr(MetricWriter, "write", stop)
     with pytest.raises(KeyboardInterrupt):
-      loop.train(experiment, tmp_path)
+      loop.train(experiment, workdir)
+
+
+@pytest.fixture(scope="module")
+def samples(experiment):
+  """Eighteen samples an epoch, in steps of 8, 8 and 2 that follow anyhow."""
+  return runs.changed(
+    experiment, batch_samples=8, accumulate=1, batch_rows=2,
+    data__weights="train=3", steps=5,
+  )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_steps_of_samples(samples, tmp_path, monkeypatch, capsys):
+  """Interrupted after a step whose last micro-batch has an empty row."""
+  loop.train(samples, tmp_path / "whole")
+  said = capsys.readouterr().err
+  assert "5 steps of 8 samples of one stream, in" in said
+  assert "of them empty; 3 steps an epoch), from step 0" in said
+  rows = read_metrics(tmp_path / "whole")
+  taken = [row["samples_per_step"] for row in rows]
+  assert sorted(taken[:3]) == [2, 8, 8]
+  for row in rows:
+    assert row["tokens_per_step"] == row["tokens"]
+    assert row["micro_batches_per_step"] == -(-row["rows_per_step"] // 2)
+    assert row["video_hours_per_step"] > 0
+  run = tmp_path / "run"
+  _stop(samples, run, monkeypatch, after=4)
+  plan = json.loads((run / "plan.json").read_text())
+  counted = {int(rows): n for rows, n in plan["step_rows"].items()}
+  assert sum(counted.values()) == 3
+  assert sum(rows * n for rows, n in counted.items()) == plan["rows"]
+  loop.train(samples, run)
+  assert runs.losses(run) == runs.losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_gradients_of_a_step_in_any_micro_batches(samples):
+  """The same samples in 1 to 4 micro-batches, the last with empty rows."""
+  dataset = loop.open_dataset(samples)
+  plan = loop.row_plan(samples, dataset)
+  trained = jax.tree.map(jnp.asarray, init_params(samples.model, 0))
+  add = jax.jit(functools.partial(accumulate, config=samples.model))
+  found, empty = {}, set()
+  for rows in (2, 4, 8):
+    sums, read = zero_sums(trained), 0
+    delivered = loop.batches(dataset, plan, samples.row_spec, rows=rows)
+    for micro in delivered:
+      sums = add(sums, trained, {}, Batch(*map(jnp.asarray, micro.batch)))
+      read += micro.samples
+      used = (micro.batch.decoder_segment > 0).any(axis=1)
+      empty.add(int((~used).sum()))
+      if micro.ends_step:
+        break
+    delivered.close()
+    assert read in (2, 8) and sums.tokens > 0
+    found[rows] = jax.tree.map(np.asarray, sums)
+  assert len(empty) > 1
+  one = found[2]
+  whole = np.sqrt(sum(np.square(g).sum() for g in one.grads.values()))
+  assert np.isfinite(whole) and whole > 0
+  for other in (found[4], found[8]):
+    assert other.tokens == one.tokens
+    np.testing.assert_allclose(other.loss, one.loss, rtol=1e-6)
+    for path, grad in other.grads.items():
+      apart = np.abs(grad - one.grads[path]).max()
+      assert apart <= 1e-6 * whole, path
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_the_losses_of_a_whole_one(
+  experiment, whole, tmp_path, monkeypatch
+):
+  _stop(experiment, tmp_path, monkeypatch, after=5)
   # Steps 4 and 5 are after the checkpoint; they are taken and written again.
   assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
   loop.train(experiment, tmp_path)
@@ -183,19 +260,19 @@ def test_no_dataset_given(tmp_path):
 def test_the_start_says_what_is_not_shown_of_short_videos():
   class Samples(Dataset):
     sparse = ()
+    columns = types.SimpleNamespace(streams=("default",))
 
     def __init__(self):
       pass
-
-    def __len__(self):
-      return 5
 
   dataset = Samples()
   state = TrainState(jnp.int32(0), {}, {}, ())
   experiment = build_experiment(demo.get_config().to_dict())
 
   def said():
-    return loop._summary(experiment, dataset, {"rows": 3}, state, 4)
+    return loop._summary(
+      experiment, dataset, EpochCounts("", 3, {0: 5}), state, 4
+    )
 
   assert "note" not in said()
   dataset.sparse = ["a.mp4", "b.mp4"]

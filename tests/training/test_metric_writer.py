@@ -32,6 +32,12 @@ class Clock:
     return self.now
 
 
+SUMS = {
+  "steps": 5, "samples": 640, "rows": 95, "micro_batches": 8, "tokens": 3000,
+  "video_seconds": 7200.0, "flops": 4e15,
+}  # fmt: skip
+
+
 def _writer(workdir, config=None, **changed):
   options = {"run_config": {"seed": 7}, "steps": 100, "start": 0,
              "flops_per_second": 1e15, **changed}  # fmt: skip
@@ -41,9 +47,7 @@ def _writer(workdir, config=None, **changed):
 def _wrote(writer, step, **changed):
   options = {
     "scalars": {"loss": 2.5, "grad_norm": 0.5, "grad_norm/memaug": 0.25},
-    "tokens": 3000,
-    "video_seconds": 7200.0,
-    "model_flops": 4e15,
+    "sums": SUMS,
     "data_wait": 2.0,
     "learning_rates": {"memaug": 1e-4, "decoder": 2e-5},
     "counts": {"unread_damaged": 3},
@@ -83,6 +87,11 @@ def test_the_values(tmp_path, capsys):
     "tokens_per_second": 300.0,
     "video_hours_per_second": pytest.approx(0.2),
     "mfu": pytest.approx(0.4),
+    "samples_per_step": 128,
+    "rows_per_step": 19,
+    "micro_batches_per_step": 1.6,
+    "tokens_per_step": 600,
+    "video_hours_per_step": 0.4,
     "data_wait": 0.2,
     "goodput": pytest.approx(10 / 34),
     "lost_seconds/restore": 4,
@@ -103,6 +112,11 @@ def test_the_values(tmp_path, capsys):
     "speed/tokens_per_second": np.float32(300),
     "speed/video_hours_per_second": np.float32(0.2),
     "speed/mfu": np.float32(0.4),
+    "step/samples_per_step": np.float32(128),
+    "step/rows_per_step": np.float32(19),
+    "step/micro_batches_per_step": np.float32(1.6),
+    "step/tokens_per_step": np.float32(600),
+    "step/video_hours_per_step": np.float32(0.4),
     "time/data_wait": np.float32(0.2),
     "time/goodput": np.float32(10 / 34),
     "lost_seconds/restore": np.float32(4),

@@ -82,6 +82,25 @@ def test_two_processes_one_and_two_again(start, alone, tmp_path):
   assert runs.losses(tmp_path) == alone
 
 
+def test_steps_of_samples_on_two_processes_and_one(start, tmp_path):
+  """Of 4 and 2 samples; in the last micro-batch one process has no sample."""
+  samples = {"batch_samples": 4, "steps": 16}
+  (run,) = start([tmp_path / "alone"], devices=2, **samples)
+  status, said = run.ended()
+  assert status == 0 and "4 samples of one stream" in said, said
+  workdir = tmp_path / "run"
+  processes = start([workdir] * 2, **samples)
+  assert processes[0].when(lambda: runs.logged(workdir) >= 3)
+  processes[1].process.send_signal(signal.SIGTERM)
+  statuses, said = _ended(processes, timeout=60)
+  assert set(statuses) == {0}, said
+  assert max(checkpoint_steps(checkpoint_folder(workdir))) < 16
+  (run,) = start([workdir], devices=2, **samples)
+  status, said = run.ended()
+  assert status == 0, said
+  assert runs.losses(workdir) == runs.losses(tmp_path / "alone")
+
+
 def test_another_mesh_on_the_way(start, alone, tmp_path):
   """A checkpoint of one device goes on on two, split over seq."""
   processes = start([tmp_path])

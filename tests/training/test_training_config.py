@@ -123,6 +123,7 @@ RUN = runs.changed(BUILT, steps=6, batch_rows=1, accumulate=2)
     ({"batch_rows": 4, "accumulate": 1}, ["accumulate", "batch_rows"]),
     ({"steps": 12}, ["steps"]),
     ({"loss": "tokens"}, ["loss"]),
+    ({"batch_samples": 2, "accumulate": 1}, ["accumulate", "batch_samples"]),
     ({"seed": 1, "data__weights": "train=2"}, ["data.weights", "seed"]),
     ({"data__media": "elsewhere"}, []),
   ],
@@ -131,6 +132,60 @@ def test_what_may_change(changes, refused):
   old = json.loads(json.dumps(dataclasses.asdict(RUN)))
   new = dataclasses.asdict(runs.changed(RUN, **changes))
   assert list(config_diff(old, new)) == refused
+
+
+@pytest.mark.parametrize(
+  "changes, refused",
+  [
+    ({"batch_rows": 8}, []),
+    ({"batch_samples": 8}, ["batch_samples"]),
+    ({"drop_last": True}, ["drop_last"]),
+    (
+      {"batch_samples": 0, "accumulate": 4},
+      ["accumulate", "batch_samples"],
+    ),
+  ],
+)
+def test_what_may_change_in_batches_of_samples(changes, refused):
+  """Micro-batches of any size, as a step is the same samples."""
+  run = runs.changed(RUN, accumulate=1, batch_rows=4, batch_samples=16)
+  old = json.loads(json.dumps(dataclasses.asdict(run)))
+  new = dataclasses.asdict(runs.changed(run, **changes))
+  assert list(config_diff(old, new)) == refused
+
+
+@pytest.mark.parametrize(
+  "changes, said",
+  [
+    (
+      {"batch_samples": 128, "accumulate": 3},
+      r"accumulate is 3 and config\.batch_samples 128: .*accumulate=1, or",
+    ),
+    (
+      {"batch_samples": 8, "batch_rows": 16},
+      r"batch_rows is 16 and config\.batch_samples 8: .*set .*batch_rows=8",
+    ),
+    ({"drop_last": True}, r"drop_last is True and config\.batch_samples 0: "),
+  ],
+)
+def test_a_step_is_either_samples_or_micro_batches(changes, said):
+  with pytest.raises(UserError, match=said):
+    runs.changed(BUILT, **changes)
+
+
+@pytest.mark.parametrize(
+  "argument, samples",
+  [
+    (f"size={size},stage={stage}", 256 if (size, stage) == ("7b", 3) else 128)
+    for size in ("3b", "7b")
+    for stage in (1, 2, 3)
+  ],
+)
+def test_published_batches(argument, samples):
+  """Appendix A of the paper; the official scripts drop the last batch."""
+  made = build_experiment(hourllava.get_config(argument).to_dict())
+  assert (made.batch_samples, made.drop_last) == (samples, True)
+  assert (made.accumulate, made.step_rows) == (1, samples)
 
 
 def test_keys_of_other_versions():

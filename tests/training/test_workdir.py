@@ -3,12 +3,9 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 
 from configs import demo
-from hourjax.data.row_plan import RowPlan
-from hourjax.data.rows import Size
 from hourjax.errors import UserError
 from hourjax.training.config import build_experiment
 from hourjax.training.data_loader import UnreadSampleLog
@@ -17,7 +14,6 @@ from hourjax.training.metric_writer import MetricsFile, read_curve, read_metrics
 from hourjax.training.throughput import Goodput
 from hourjax.training.workdir import (
   check_workdir,
-  epoch_rows,
   find_config,
   read_config,
 )
@@ -101,17 +97,6 @@ def test_a_configuration_that_is_something_else(tmp_path, content, said):
   with pytest.raises(UserError, match=f"config.json.* {said}"):
     read_config(tmp_path)
   assert find_config(tmp_path) is None
-
-
-@pytest.mark.parametrize("rows", [0, -5, "7", 7.5, None, [7]])
-def test_a_count_of_rows_that_cannot_be_meant_is_counted_anew(tmp_path, rows):
-  plan = RowPlan(np.full((6, 7), 1), Size(*[3] * 7))
-  there = {"plan": plan.fingerprint(), "rows": 7}
-  path = tmp_path / "plan.json"
-  path.write_text(json.dumps(there))
-  assert epoch_rows(plan, tmp_path) == there
-  path.write_text(json.dumps(there | {"rows": rows}))
-  assert epoch_rows(plan, tmp_path) == there | {"rows": 2}
 
 
 def test_an_older_configuration_still_goes_on(tmp_path):
