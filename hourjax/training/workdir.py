@@ -30,11 +30,8 @@ from hourjax.training.checkpoint_format import (
   checkpoint_steps,
   read_manifest,
 )
-from hourjax.training.config import (
-  Experiment,
-  check_config_change,
-  rename_old_keys,
-)
+from hourjax.training.config import Experiment, rename_old_keys
+from hourjax.training.config_change import check_config_change
 from hourjax.training.run_length import EpochCounts
 
 

@@ -14,9 +14,9 @@ from hourjax.training import config as module
 from hourjax.training.config import (
   LIMITS,
   build_experiment,
-  config_diff,
   rename_old_keys,
 )
+from hourjax.training.config_change import config_diff
 from hourjax.training.workdir import check_workdir, find_config, read_config
 from tests.training import runs
 
