@@ -13,7 +13,7 @@ from hourjax.errors import UserError
 from hourjax.parallel.vocabulary import CHUNK
 from hourjax.planning.compile_pool import run_worker
 from hourjax.planning.topology import Topology
-from hourjax.planning.workload import Workload
+from hourjax.planning.workload import Workload, steps_of
 from hourjax.training.config import Experiment
 from hourjax.training.train_step import check_mesh
 
@@ -90,11 +90,13 @@ def label_chunks(
   It is the one loop of a step whose length only the data decides.
 
   Args:
-    experiment: its rows of a micro-batch count.
+    experiment: its micro-batches count.
     workload: the rows, with their labels.
     shards: devices among which rows are split.
   """
-  labels = np.mean(workload.work.labels) * experiment.batch_rows / shards
+  steps = steps_of(experiment, workload)
+  rows = steps.rows / steps.micro_batches  # those that are not empty
+  labels = np.mean(workload.work.labels) * rows / shards
   return float(max(1, math.ceil(labels / CHUNK)))
 
 

@@ -164,7 +164,7 @@ def steps_of(experiment: Experiment, workload: Workload) -> Steps:
       micro,
       len(micro) / len(steps),
       sum(steps) / len(steps),
-      experiment.batch_samples,
+      float(experiment.batch_samples),
       workload.samples / experiment.batch_samples,
     )
   times = max(1, -(-4 * each // count))
@@ -174,8 +174,8 @@ def steps_of(experiment: Experiment, workload: Workload) -> Steps:
   mean = workload.samples / workload.rows
   return Steps(
     micro,
-    experiment.accumulate,
-    experiment.step_rows,
+    float(experiment.accumulate),
+    float(experiment.step_rows),
     mean * experiment.step_rows,
     workload.rows / experiment.step_rows,
   )
@@ -236,7 +236,7 @@ def make_workload(experiment: Experiment, name: str = "") -> Workload:
     experiment.rows,
     PlanOptions(
       batch_samples=batch,
-      drop_last=bool(batch) and fewest[fewest > 0].min() >= batch,
+      drop_last=bool(batch and fewest[fewest > 0].min() >= batch),
     ),
     members=usable,
     stream=columns.stream,

@@ -97,9 +97,11 @@ def epoch_steps(experiment: Experiment, counts: EpochCounts) -> int:
 def total_steps(experiment: Experiment, counts: EpochCounts) -> int:
   """Returns the number of steps of the run.
 
-  In batches of samples it is that of the official trainer: whole batches of
-  each stream, and where `drop_last` is False what is left of each, times the
-  epochs, rounded up. Every epoch counts as the first.
+  In batches of samples an epoch has the whole batches of each stream, as that
+  of the official data loader, and where `drop_last` is False what is left of
+  each; times the epochs, rounded up. Every epoch counts as the first. (The
+  schedule of the official run does not count by stream, so that it may be
+  longer by a step or two.)
 
   Args:
     experiment: with `steps`, or with `epochs` if that is 0.

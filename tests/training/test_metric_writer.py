@@ -152,7 +152,8 @@ def test_what_is_not_known_is_left_out(tmp_path):
   """No peak of CPUs, no memory statistics: no zeros either."""
   writer = _writer(tmp_path, flops_per_second=None)
   writer.begin_step(1)
-  _wrote(writer, 1, learning_rates={}, counts={}, video_seconds=0)
+  sums = SUMS | {"video_seconds": 0}
+  _wrote(writer, 1, learning_rates={}, counts={}, sums=sums)
   writer.close()
   (row,) = read_metrics(tmp_path)
   assert not {"mfu", "hbm_gib", "hbm_peak_gib"} & row.keys()
