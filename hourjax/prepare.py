@@ -13,6 +13,7 @@
 writes the conversations with their token counts, a summary (what was dropped,
 what was repaired, and why) and four plots. --records, --questions and --mix
 may be given several times. A dataset of the same files and options is reused.
+--holdout=0.5% sets videos aside, for a loss on data that is not trained on.
 """
 
 from absl import flags
@@ -48,6 +49,7 @@ _IMAGES = flags.DEFINE_enum(
 _SEED = flags.DEFINE_integer(
   "seed", 0, "Seed of random:N%.", 0, command.LAST_SEED
 )
+_HOLDOUT = flags.DEFINE_string("holdout", "", "Set aside 0.5% or 100 videos.")
 _WORKERS = flags.DEFINE_integer(
   "workers", None, "Processes; as many as cores by default.", 1, 4096
 )
@@ -84,12 +86,11 @@ def main(_: list[str]) -> None:
     columns=question_tables.parse_mapping(_COLUMNS.value),
     seed=_SEED.value,
     parquet_images=_IMAGES.value,
+    holdout=_HOLDOUT.value,
   )
+  folder, overwrite = command.given(_OUT), _OVERWRITE.value
   summary, reused = build.build(
-    command.given(_OUT),
-    options,
-    overwrite=_OVERWRITE.value,
-    workers=_WORKERS.value,
+    folder, options, overwrite=overwrite, workers=_WORKERS.value
   )
   print(f"{'reused' if reused else 'wrote'} {_OUT.value}")
   print(report.table(summary))

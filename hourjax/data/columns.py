@@ -43,8 +43,9 @@ _MOST_BYTES = 4 * 2**30  # 100 million conversations
 _NAMES = ("videos", "sources", "streams")
 # The file keeps the name that the column had in its first version.
 _NAMES_IN_FILE = {"num_frames": "pictures"}
-_FLOATS, _BYTES = ("duration", "fps"), ("modality", *_NAMES)
-_ADDED = ("fps",)  # columns that older versions did not write
+_FLOATS = ("duration", "fps")
+_BYTES = ("modality", "held_out", *_NAMES)
+_ADDED = ("fps", "held_out")  # columns that older versions did not write
 
 
 class Measures(NamedTuple):
@@ -82,6 +83,8 @@ class Columns:
     num_frames: in each video's file, 0 where it is not known.
     fps: average frames a second of each video's file, as it states them; NaN
       where they are not known, and in datasets prepared by older versions.
+    held_out: 1 where a conversation is never trained on, but evaluated; the
+      same for all conversations about a video. Zeros if not given.
   """
 
   modality: UInt8[np.ndarray, "N"]
@@ -100,6 +103,13 @@ class Columns:
   duration: Float64[np.ndarray, "M"]
   num_frames: Int32[np.ndarray, "M"]
   fps: Float64[np.ndarray, "M"]
+  # None only until the columns are made.
+  held_out: UInt8[np.ndarray, "N"] = None  # pyrefly: ignore[bad-assignment]
+
+  def __post_init__(self) -> None:
+    if self.held_out is None:
+      none = np.zeros(len(self), np.uint8)
+      object.__setattr__(self, "held_out", none)
 
   def __len__(self) -> int:
     return len(self.modality)
@@ -109,6 +119,8 @@ class Columns:
     arrays: dict[str, Any] = {}
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
+      if field.name == "held_out" and not value.any():
+        continue  # the file of older versions
       name = _NAMES_IN_FILE.get(field.name, field.name)
       arrays[name] = _pack(value) if isinstance(value, tuple) else value
     with open(path, "wb") as file:
@@ -127,8 +139,8 @@ class Columns:
     try:
       schema.check_file(path, remedy="`prepare` writes it")
       found: dict[str, Any] = _read_members(path, wanted)
-      for name in _ADDED:
-        found.setdefault(name, np.full(len(found["duration"]), np.nan))
+      found.setdefault("fps", np.full(len(found["duration"]), np.nan))
+      found.setdefault("held_out", np.zeros_like(found["modality"]))
       for name in _NAMES:
         found[name] = _unpack(found[name], name)
       _check_lengths(found)
@@ -329,6 +341,7 @@ def _check_numbers(columns: Mapping[str, Any]) -> None:
     "source": (0, len(columns["sources"]) - 1),
     "stream": (0, len(columns["streams"]) - 1),
     "pictures": (0, most),
+    "held_out": (0, 1),
   }
   for name, (low, high) in limits.items():
     values = columns[name]
@@ -339,6 +352,9 @@ def _check_numbers(columns: Mapping[str, Any]) -> None:
   fps = columns["fps"]
   single = (modality == MODALITIES.index("image")) & (columns["images"] == 1)
   video = modality == MODALITIES.index("video")
+  held_out = columns["held_out"]
+  of_video = np.zeros(len(duration) + 1, np.uint8)  # the last one of no video
+  of_video[columns["video"][video]] = held_out[video]
   wrong = {
     f"duration is no number from 0 to {LONGEST:.0f} s": ~(
       np.isnan(duration) | ((duration >= 0) & (duration <= LONGEST))
@@ -349,6 +365,8 @@ def _check_numbers(columns: Mapping[str, Any]) -> None:
     "modality and video do not agree": video != (columns["video"] >= 0),
     "width or height of the single image is 0": single
     & (np.minimum(columns["width"], columns["height"]) < 1),
+    "a video is held out in one conversation and not in another": video
+    & (of_video[columns["video"]] != held_out),
   }
   for what, where in wrong.items():
     if where.any():

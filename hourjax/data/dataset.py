@@ -104,7 +104,9 @@ class Dataset:
   Attributes:
     columns: of all records.
     sizes: what each sample takes, in the order of `Size`.
-    usable: indices of the records that can be used, ascending.
+    usable: indices of the records that can be trained on, ascending.
+    held_out: indices of the records that can be used and are held out: never
+      trained on, but evaluated. Ascending.
     skipped: the other records with the reason; never replaced.
     sparse: videos whose features are too few for the rule of short videos.
     visual: how each video of the columns comes, and what is used of it.
@@ -115,6 +117,7 @@ class Dataset:
   columns: Columns
   sizes: Int64[np.ndarray, "N 7"]
   usable: Int64[np.ndarray, "n"]
+  held_out: Int64[np.ndarray, "h"]
   skipped: list[Skipped]
   sparse: list[str]
   visual: VideoInput
@@ -160,7 +163,8 @@ class Dataset:
     self.sparse = sparse_videos(features, columns.videos) if features else []
     good = np.ones(len(columns), bool)
     good[list(problems)] = False
-    self.usable = np.flatnonzero(good)
+    self.usable = np.flatnonzero(good & (columns.held_out == 0))
+    self.held_out = np.flatnonzero(good & (columns.held_out > 0))
     self.skipped = []
     for i in sorted(problems):
       name = records[i].id
@@ -215,7 +219,7 @@ class Dataset:
     return made
 
   def __len__(self) -> int:
-    """Returns the number of usable samples."""
+    """Returns the number of samples to train on."""
     return len(self.usable)
 
   @property
@@ -242,6 +246,11 @@ class Dataset:
     video = self.columns.video[self.usable]
     used = np.unique(video[video >= 0])
     return [self.columns.videos[i] for i in used[~self.visual.stored[used]]]
+
+  @property
+  def tokenizer(self) -> Tokenizer:
+    """Returns the tokenizer that samples are encoded with."""
+    return self._tokenizer
 
   def record(self, index: int) -> Record:
     """Returns a record, usable or not."""

@@ -26,6 +26,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
+import numpy as np
 import pydantic
 import tensorflow_datasets as tfds
 from array_record.python import array_record_data_source, array_record_module
@@ -61,6 +62,8 @@ class PreparedWriter:
 
   Attributes:
     partial: where the dataset is until then; more files may be put there.
+    held_out: whether each conversation is held out, to be set before the end;
+      None where nothing is.
   """
 
   def __init__(
@@ -87,6 +90,7 @@ class PreparedWriter:
     self._file: Any = None
     self._shards: list[int] = []  # conversations in each file
     self._bytes = 0
+    self.held_out: np.ndarray | None = None
     try:
       shutil.rmtree(self.partial, ignore_errors=True)
       self.partial.mkdir(parents=True)
@@ -168,7 +172,10 @@ class PreparedWriter:
 
   def columns(self) -> Columns:
     """Returns the columns of all conversations so far."""
-    return self._columns.build()
+    columns = self._columns.build()
+    if self.held_out is None:
+      return columns
+    return dataclasses.replace(columns, held_out=self.held_out.astype(np.uint8))
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
@@ -216,8 +223,11 @@ class PreparedWriter:
     for number, name in enumerate(sorted(names)):
       (self.partial / f"shard-{number}").rename(self.partial / name)
     info.write_to_directory(self.partial)
-    self.columns().save(self.partial / _COLUMNS)
-    about = {"format": FORMAT, "conversations": sum(self._shards)}
+    columns = self.columns()
+    columns.save(self.partial / _COLUMNS)
+    about = {"format": FORMAT, "conversations": len(columns)}
+    if held_out := int(columns.held_out.sum(dtype=np.int64)):
+      about["held_out"] = held_out
     text = json.dumps(about | self._about, indent=1, ensure_ascii=False)
     (self.partial / _ABOUT).write_text(text, encoding="utf-8")
     replaced = self.folder.with_name(f".{self.folder.name}.replaced")
@@ -256,6 +266,12 @@ class Prepared:
       raise UserError(
         f"{self.folder} has {counts[2]} conversations in its files,"
         f" {counts[1]} in {_COLUMNS} and {counts[0]} in {_ABOUT}; {_AGAIN}"
+      )
+    held_out = int(self.columns.held_out.sum(dtype=np.int64))
+    if held_out != self.about.get("held_out", 0):
+      raise UserError(
+        f"{self.folder} has {held_out} held-out conversations in {_COLUMNS} and"
+        f" {self.about.get('held_out', 0)} in {_ABOUT}; {_AGAIN}"
       )
 
   def __len__(self) -> int:
@@ -329,6 +345,7 @@ class _About(schema.Schema):
 
   format: int
   conversations: int
+  held_out: int = 0
   tokenizer_id: str
   options: dict[str, Any] = pydantic.Field(default_factory=dict)
 

@@ -25,6 +25,7 @@ from hourjax.data.prepare.convert import (
   Videos,
   video_of,
 )
+from hourjax.data.prepare.holdout import parse_holdout
 from hourjax.data.prepare.inputs import Names, jobs, open_inputs
 from hourjax.data.prepare.lists import Options
 from hourjax.data.prepare.parquet import EmbeddedImages
@@ -78,6 +79,7 @@ class _Summary(schema.Schema):
   """Describes the keys of a summary that are printed."""
 
   kept: _Count
+  held_out: _Count | None = None
   sources: dict[str, _Count]
   streams: dict[str, _Count]
   dropped: dict[str, _Kind]
@@ -113,6 +115,8 @@ def describe(
   }
   if options.parquet_images != "unpack":
     described["parquet_images"] = options.parquet_images
+  if holdout := parse_holdout(options.holdout):
+    described["holdout"] = str(holdout)
   for item in options.items:
     rule = f"{item.rule.which}:{item.rule.amount}"
     rule += "%" if item.rule.percent else ""
@@ -216,6 +220,7 @@ def build(
       left, or the folder holds something else.
   """
   _check_names(os.fspath(folder), options)
+  holdout = parse_holdout(options.holdout)
   folder = pathlib.Path(folder)
   tokenizer = Tokenizer.from_folder(options.tokenizer)
   media = None if options.media is None else pathlib.Path(options.media)
@@ -243,6 +248,8 @@ def build(
       total = sum(int(file.chosen.sum()) for file in files)
       _convert_all(found, total, convert, videos, writer, report, workers)
     with progress.step("writing columns, summary and plots"):
+      if holdout is not None and len(report.numbers):
+        writer.held_out = holdout.select(report.numbers, writer.columns())
       summary = _finish(writer, report, videos.unstored if store else None)
   return summary, False
 
@@ -390,6 +397,8 @@ def _finish(
     lines = "\n  ".join(reasons) or "the files hold no records"
     raise UserError(f"no conversation is left of these files:\n  {lines}")
   summary = report.summary(columns, unstored)
+  if writer.held_out is not None:
+    summary["held_out"] = report.count(columns, writer.held_out)
   summary["pictures"] = draw_plots(writer.partial, summary)
   write_summary(writer.partial, summary)
   return summary

@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 
 from hourjax.data.columns import LONGEST, Measures, measure_record
 from hourjax.data.media import video, video_probe
+from hourjax.data.prepare.holdout import record_number
 from hourjax.data.records.example import encode_record
 from hourjax.data.records.media_keys import media_key, read_media
+from hourjax.data.records.questions import question_facts
 from hourjax.data.records.record import Record, media_problem, parse_record
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 
 THREADS = 8  # more than cores, since reading headers waits for the disk
-FACTS = ("topic", "task", "format")
 
 
 class VideoFact(NamedTuple):
@@ -132,6 +133,7 @@ class Kept(NamedTuple):
     num_frames: frames in the video's file, 0 if they are not known.
     fps: frames a second of the video's file, None if they are not known.
     content: digest, the same for equal records.
+    number: of `record_number`, by which it may be held out.
     questions: (topic, task, format) of each question, "" if not known.
     repairs: repairs that reading the record took.
   """
@@ -147,6 +149,7 @@ class Kept(NamedTuple):
   num_frames: int
   fps: float | None
   content: int
+  number: float
   questions: list[tuple[str, ...]]
   repairs: tuple[str, ...] = ()
 
@@ -216,7 +219,8 @@ class Converter:
       source=record.source,
       video=record.media[0] if record.modality == "video" else None,
       content=_content(record),
-      questions=_questions(record),
+      number=record_number(record),
+      questions=question_facts(record),
       repairs=(*job.repairs, *record.repairs),
       stream=job.stream,
       duration=duration,
@@ -291,17 +295,3 @@ def _content(record: Record) -> int:
   text = json.dumps([record.id, record.modality, record.media, turns])
   digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
   return int.from_bytes(digest)
-
-
-def _questions(record: Record) -> list[tuple[str, ...]]:
-  """Returns the facts about each question, one by one or the same for all."""
-  count = sum(turn.role == "gpt" for turn in record.turns)
-  found = record.extra.get("questions")
-  if not isinstance(found, list) or len(found) != count:
-    found = [record.extra] * count
-
-  def text(facts: Any, name: str) -> str:
-    value = facts.get(name) if isinstance(facts, dict) else None
-    return value if isinstance(value, str) else ""
-
-  return [tuple(text(facts, name) for name in FACTS) for facts in found]

@@ -433,6 +433,8 @@ class Options:
     seed: seed of `random:N%`.
     parquet_images: "unpack" images in parquet files below `media`, or "keep"
       them there.
+    holdout: share or number of videos to hold out, see `parse_holdout`; empty
+      for nothing.
   """
 
   items: tuple[Item, ...]
@@ -443,3 +445,4 @@ class Options:
   columns: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   seed: int = 0
   parquet_images: str = "unpack"
+  holdout: str = ""

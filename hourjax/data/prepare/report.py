@@ -3,6 +3,7 @@
 The four plots show sources, topics, durations and tasks.
 """
 
+import array
 import collections
 import hashlib
 import json
@@ -19,7 +20,8 @@ from matplotlib.ticker import MaxNLocator
 
 from hourjax import plots
 from hourjax.data.columns import Columns
-from hourjax.data.prepare.convert import FACTS, Dropped, Kept
+from hourjax.data.prepare.convert import Dropped, Kept
+from hourjax.data.records.questions import FACTS
 
 UNKNOWN = "not told"  # label of a value that the records do not state
 MOST = 40  # bars of a plot; the last one joins all that follow
@@ -228,6 +230,7 @@ class Report:
     self._seen: set[int] = set()
     self._ids: set[int] = set()
     self._repeated = 0
+    self._numbers, self._questions = array.array("d"), array.array("i")
     self._by: dict[str, collections.Counter] = {
       name: collections.Counter() for name in ("sources", "streams", *FACTS)
     }
@@ -246,6 +249,8 @@ class Report:
     self._repeated += number in self._ids
     self._ids.add(number)
     self._repair(item)
+    self._numbers.append(item.number)
+    self._questions.append(len(item.questions))
     self._by["sources"][item.source] += len(item.questions)
     self._by["streams"][item.stream] += len(item.questions)
     for question in item.questions:
@@ -279,6 +284,21 @@ class Report:
   def dropped(self) -> dict[str, dict[str, Any]]:
     """Returns {"count", "examples"} by reason, most frequent first."""
     return _frequent(self._dropped)
+
+  @property
+  def numbers(self) -> np.ndarray:
+    """Returns the `record_number` of each conversation, float [N]."""
+    return np.array(self._numbers)
+
+  def count(self, columns: Columns, chosen: np.ndarray) -> dict:
+    """Returns the numbers of the chosen conversations.
+
+    Args:
+      columns: columns of the conversations that were kept.
+      chosen: whether each of them is counted, bool [N].
+    """
+    questions = int(np.array(self._questions)[chosen].sum())
+    return _count(columns, chosen, questions)
 
   def summary(self, columns: Columns, unstored: set[str] | None) -> dict:
     """Returns all numbers as JSON values.
@@ -319,6 +339,9 @@ def table(summary: dict) -> str:
   """Formats a summary as a few lines of text."""
   head = ("", "conversations", "questions", "videos", "hours")
   rows = [head, ("all", *_cells(summary["kept"]))]
+  held_out = summary.get("held_out")
+  if held_out:
+    rows.append(("held out of these", *_cells(held_out)))
   for kind in ("sources", "streams"):
     groups = sorted(
       summary[kind].items(), key=lambda item: -item[1]["conversations"]
@@ -329,6 +352,8 @@ def table(summary: dict) -> str:
     f"{row[0]:<{width}}" + "".join(f"{cell:>15}" for cell in row[1:])
     for row in rows
   ]
+  if held_out and not held_out["conversations"]:
+    lines.append("nothing is held out; give a larger --holdout, or a number")
   kept = summary["kept"]
   if kept["videos_of_unknown_duration"]:
     count = kept["videos_of_unknown_duration"]
