@@ -10,7 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from hourjax.parallel import collectives
 from hourjax.parallel.rules import spec
@@ -21,6 +21,7 @@ _TOKENS = spec("rows")
 _SPLIT = spec("rows", "positions", None)
 _WORDS = ("seq", "tensor")
 _ROWS = ("data", "fsdp")
+_NO_WORD = 2**30  # larger than any id
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -137,6 +138,56 @@ def token_losses(
     _TOKENS,
   )
   return function(hidden, table, target)
+
+
+def most_likely(
+  hidden: Float[Array, "B L D"],
+  table: Float[Array, "N D"],
+  target: Int[Array, "B L"],
+) -> Bool[Array, "B L"]:
+  """Returns where the target is the most likely word, as `argmax` finds it.
+
+  False where there is no target. Of several words of the same logit the first
+  counts. Logits exist for a chunk of positions at a time, as in
+  `cross_entropy`, and each device has those of its own words.
+
+  Args:
+    hidden: as for `cross_entropy`.
+    table: as for `cross_entropy`.
+    target: as for `cross_entropy`.
+  """
+  function = collectives.local_shard_map(
+    _most_likely_local, (_SPLIT, _TABLE, _TOKENS), _TOKENS
+  )
+  return function(hidden, table, target)
+
+
+def _most_likely_local(
+  hidden: jax.Array, table: jax.Array, target: jax.Array
+) -> jax.Array:
+  words = collectives.all_gather(table.astype(hidden.dtype), "fsdp", dim=1)
+  first_word = collectives.axis_index(*_WORDS) * words.shape[0]
+  hidden = collectives.all_gather(hidden, "seq", dim=1)
+  rows = hidden.shape[:2]
+  hidden, target = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+  chunk = min(CHUNK, target.size)
+  order, count = _labelled_first(target, chunk)
+
+  def chunk_step(number: jax.Array, right: jax.Array) -> jax.Array:
+    """Compares the labels of one chunk of positions."""
+    at = jax.lax.dynamic_slice_in_dim(order, number * chunk, chunk)
+    x = hidden.at[at].get(mode="fill", fill_value=0)
+    label = target.at[at].get(mode="fill", fill_value=-1)
+    logits = _dot("id,nd->in", x, words)
+    own, best = logits.max(-1), logits.argmax(-1) + first_word
+    # The smallest id among the devices that have the largest logit.
+    there = own == collectives.pmax(own, *_WORDS)
+    best = -collectives.pmax(jnp.where(there, -best, -_NO_WORD), *_WORDS)
+    return right.at[at].set(label == best, mode="drop")
+
+  chunks = (count + chunk - 1) // chunk
+  right = jnp.zeros(target.shape, bool)
+  return jax.lax.fori_loop(0, chunks, chunk_step, right).reshape(rows)
 
 
 def _entropy_forward(

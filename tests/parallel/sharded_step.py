@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import NamedSharding
 
 from hourjax.batch import IGNORE, Batch
 from hourjax.data import repository, rows
@@ -28,8 +29,10 @@ from hourjax.data.layout import build_layout
 from hourjax.data.media.images import anyres_geometry
 from hourjax.models.config import TINY, DecoderConfig, VisionConfig
 from hourjax.models.params import param_axes, param_shapes
+from hourjax.parallel import vocabulary
 from hourjax.parallel.mesh import AXES, MeshConfig, make_mesh
 from hourjax.parallel.rules import param_shardings
+from hourjax.parallel.rules import spec as partition
 from hourjax.training.batch_sharding import BatchSharding
 from hourjax.training.train_step import Sums, accumulate, zero_sums
 
@@ -103,7 +106,43 @@ def differences(
     difference = np.linalg.norm(np.asarray(got.grads[path]) - reference)
     # What the loss does not read (the tower's last norm) is zero on both.
     found[path] = float(difference / scale) if difference else 0.0
-  return found
+  return found | scores_differ(MeshConfig(**mesh), config.decoder.width)
+
+
+def scores_differ(mesh_config, width: int) -> dict[str, float]:
+  """Of losses and of the most likely word, without the model."""
+  rng = np.random.default_rng(1)
+  words, length = CONFIG.decoder.vocab, SPEC.capacity.decoder
+  hidden = rng.normal(size=(ROWS, length, width)).astype(np.float32)
+  table = rng.normal(size=(words, width)).astype(np.float32)
+  table[11] = table[70]  # of equal words the first counts, on another device
+  logits = hidden.astype(np.float64) @ table.astype(np.float64).T
+  best = logits.argmax(-1)
+  drawn = rng.integers(0, words, best.shape)
+  target = np.where(rng.random(best.shape) < 0.5, best, drawn)
+  target[best == 11] = rng.choice([11, 70], (best == 11).sum())
+  target[rng.random(best.shape) < 0.3] = IGNORE
+  there = target != IGNORE
+  losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(
+    logits, np.maximum(target, 0)[..., None], -1
+  )[..., 0]  # fmt: skip
+  mesh = make_mesh(mesh_config)
+  placed = [
+    jax.device_put(array, NamedSharding(mesh, partition(*axes)))
+    for array, axes in (
+      (hidden, ("rows", "positions", None)),
+      (table, ("words", "table")),
+      (target.astype(np.int32), ("rows",)),
+    )
+  ]
+  with jax.set_mesh(mesh):
+    scores = [vocabulary.token_losses, vocabulary.most_likely]
+    got, right = jax.jit(lambda *x: [score(*x) for score in scores])(*placed)
+  assert (best == 11).sum() > 5 and 0.3 < right.mean() < 0.5
+  return {
+    "token losses": float(abs(np.where(there, losses, 0) - got).max()),
+    "most likely": int((np.asarray(right) != (there & (best == target))).sum()),
+  }
 
 
 @functools.cache

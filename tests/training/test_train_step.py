@@ -195,6 +195,23 @@ def test_chunks_change_neither_loss_nor_gradient(params, monkeypatch, chunk):
   np.testing.assert_allclose(got[1], expected[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_the_most_likely_token_is_that_of_argmax(monkeypatch, chunk):
+  """Of equal ones the first, and none where there is no target."""
+  rng = np.random.default_rng(0)
+  hidden = rng.normal(size=(2, 15, 6)).astype(np.float32)
+  hidden[0, 4:9] = 0  # all words are equally likely
+  table = rng.normal(size=(9, 6)).astype(np.float32)
+  best = (hidden @ table.T).argmax(-1)
+  target = np.where(rng.random(best.shape) < 0.5, best, 3).astype(np.int32)
+  target[:, ::4] = IGNORE
+  target[0, 5] = 1
+  monkeypatch.setattr(vocabulary, "CHUNK", chunk)
+  found = vocabulary.most_likely(*map(jnp.asarray, (hidden, table, target)))
+  np.testing.assert_array_equal(found, target == best)
+  assert 5 < found.sum() < 20 and not found[0, 5]
+
+
 @pytest.mark.slow
 @WEIGHTS
 def test_micro_batches_with_different_label_counts_equal_one_batch(
