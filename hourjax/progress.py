@@ -105,6 +105,7 @@ class ProgressBar:
       start: step that the run goes on from.
     """
     self._steps, self._terminal = steps, sys.stderr
+    self._evaluated: dict[str, Any] = {}  # last, which stays on the bar
     self._bar: tqdm | None = None
     self._undo = contextlib.ExitStack()
     if sys.stderr.isatty():
@@ -140,9 +141,10 @@ class ProgressBar:
       numbers = "  ".join(_numbers(row, left))
       print(f"step {count}  {numbers}", file=sys.stderr, flush=True)
       return
+    self._evaluated |= {k: v for k, v in row.items() if k.startswith("eval/")}
     room = _columns(self._terminal) - len(count) - _MIN_BAR
     fitting = []
-    for part in _numbers(row, left):
+    for part in _numbers({**self._evaluated, **row}, left):
       room -= len(part) + 2
       if room >= 0:
         fitting.append(part)
@@ -170,6 +172,8 @@ def _numbers(row: Mapping[str, Any], left: float) -> list[str]:
   """Returns metrics as text, the most important ones first."""
   forms = {
     "loss": "loss {:.3f}",
+    "eval/answer_loss": "held-out {:.3f}",
+    "eval/first_token_accuracy": "letters {:.0%}",
     "grad_norm": "grad norm {:.2f}",
     "step_seconds": "{:.3g} s/step",
     "mfu": "MFU {:.1%}",
@@ -177,7 +181,8 @@ def _numbers(row: Mapping[str, Any], left: float) -> list[str]:
   }
   found = {k: form.format(row[k]) for k, form in forms.items() if k in row}
   found["left"] = f"{duration(left)} left"
-  order = ("loss", "grad_norm", "step_seconds", "left", "mfu",
+  order = ("loss", "eval/answer_loss", "eval/first_token_accuracy",
+           "grad_norm", "step_seconds", "left", "mfu",
            "video_hours_per_second")  # fmt: skip
   return [found[key] for key in order if key in found]
 

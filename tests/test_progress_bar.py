@@ -71,6 +71,19 @@ def terminal(monkeypatch):
   return lambda columns=100: Terminal(monkeypatch, columns)
 
 
+def test_an_evaluation_stays_on_the_bar_and_is_a_line_of_a_log(
+  terminal, capsys
+):
+  evaluated = {"eval/answer_loss": 1.25, "eval/first_token_accuracy": 0.5}
+  found = terminal(140)
+  bar = ProgressBar(steps=20, start=0)
+  bar.show(10, ROW | evaluated, left=60)
+  bar.show(20, ROW, left=0)
+  bar.close()
+  (line,) = filter(None, found.lines())
+  assert "20/20" in line and "loss 2.310  held-out 1.250  letters 50%" in line
+
+
 def test_a_bar(terminal):
   terminal = terminal()
   bar = ProgressBar(steps=200, start=0)

@@ -128,6 +128,37 @@ def question_ids(
   return np.array(ids, np.int32)
 
 
+def answer_spans(
+  labels: Int32[np.ndarray, "N"], tokenizer: Tokenizer
+) -> list[tuple[int, int]]:
+  r"""Returns (start, end) of what the assistant says in each of its turns.
+
+  What is left of the labels is markup: `<|im_start|>`, `<|im_end|>`, the names
+  of roles, and the newlines around turns; a newline within an answer is its
+  own. As only the assistant's turns are labelled whole, they are found by
+  their opening. With I and E for `<|im_start|>` and `<|im_end|>`:
+
+    index   0  1     2   3     4  5   6  7          8   9  10   11  12
+    labels  I  -100  \n  -100  E  \n  I  assistant  \n  A  cat  E   \n
+
+  gives [(9, 11)]. An answer that was cut ends with the labels.
+
+  Args:
+    labels: of one sample in order, IGNORE where there is none; or its targets,
+      for which the spans count targets.
+    tokenizer: that the sample was encoded with.
+  """
+  opening = np.array(tokenizer.encode(_OPENING))
+  if len(labels) < len(opening):
+    return []
+  windows = np.lib.stride_tricks.sliding_window_view(labels, len(opening))
+  ends = np.flatnonzero((labels == tokenizer.im_end) | (labels == IGNORE))
+  ends = np.append(ends, len(labels))
+  starts = np.flatnonzero((windows == opening).all(axis=1)) + len(opening)
+  found = ends[np.searchsorted(ends, starts)]
+  return list(zip(starts.tolist(), found.tolist()))
+
+
 def _check(turns: list[Turn], prompt_only: bool) -> None:
   """Checks roles and texts; raises UserError."""
   for i, turn in enumerate(turns):

@@ -44,23 +44,27 @@ class ReadOptions:
         )
 
 
-def check_memory(spec: RowSpec, rows: int, options: ReadOptions) -> None:
+def check_memory(
+  spec: RowSpec, rows: int, options: ReadOptions, beside: int = 0
+) -> None:
   """Checks that this host's batches fit into its memory.
 
   Args:
     spec: of the rows.
     rows: of a batch that this host fills.
     options: how far to read ahead.
+    beside: batches that are held beside those of the pipeline.
 
   Raises:
     UserError: they are larger than all memory that the machine has.
   """
   available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  each, batches_ = row_bytes(spec), options.ahead + IN_USE
+  beside += IN_USE
+  each, batches_ = row_bytes(spec), options.ahead + beside
   if each * rows * batches_ > available:
     raise UserError(
       f"{rows} rows of {each / 2**20:,.1f} MiB (config.rows) a batch and"
-      f" {batches_} batches at a time (config.read.ahead + {IN_USE}) take"
+      f" {batches_} batches at a time (config.read.ahead + {beside}) take"
       f" {each * rows * batches_ / 2**30:,.0f} GiB of this host's"
       f" {available / 2**30:,.0f} GiB of memory; lower config.batch_rows or"
       " config.read.ahead, and where config.batch_samples is 0 raise"

@@ -72,16 +72,24 @@ def figures(data: Data) -> dict[str, "Figure"]:
 
 
 def losses(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> "Figure":
-  """Draws the training loss of each run over the steps.
+  """Draws the loss of each run over the steps, and that on held-out answers.
 
   Args:
-    curves: run -> rows of its metrics.jsonl, with "step" and "loss".
+    curves: run -> rows of its metrics.jsonl, with "step" and "loss", and some
+      of them with "eval/answer_loss".
   """
   figure, axes = _figure(7, 3.4, "Training loss")
   colours = plots.series_colours(len(curves))
   for (name, rows), colour in zip(curves.items(), colours):
-    steps, values = [r["step"] for r in rows], [r["loss"] for r in rows]
-    axes.plot(steps, values, label=name, color=colour, linewidth=1.2)
+    for key, label, style in (
+      ("loss", name, "-"),
+      ("eval/answer_loss", f"{name}, held-out answers", ".--"),
+    ):
+      points = [(row["step"], row[key]) for row in rows if key in row]
+      if points:
+        axes.plot(
+          *zip(*points), style, label=label, color=colour, linewidth=1.2
+        )
   axes.set(xlabel="step", ylabel="cross entropy", yscale="log")
   axes.legend(frameon=False)
   return figure

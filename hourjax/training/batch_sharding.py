@@ -147,6 +147,14 @@ class BatchSharding:
     ordered = sequence_sharding_order(batch, self._rows, self._sharing)
     return Batch(*map(self._placed, Batch._fields, ordered, self._shardings))
 
+  def as_targets(self, array: np.ndarray) -> jax.Array:
+    """Returns numbers of all targets on the devices, split as these are.
+
+    Args:
+      array: [rows, L] of the rows `local_rows`.
+    """
+    return self._placed("target", array, self._shardings.target)
+
   def _placed(
     self, name: str, array: np.ndarray, sharding: NamedSharding
   ) -> jax.Array:

@@ -38,6 +38,8 @@ LIMITS: dict[str, tuple[float, float]] = {
   "checkpoint_every": (1, _MANY),
   "keep_checkpoints": (1, 10**6),
   "max_nonfinite": (1, _MANY),
+  "eval_every": (0, _MANY),
+  "eval_rows": (1, 2**20),
   **{f"rows.{name}": (0, 2**27) for name in Size.names()},
   "read.threads": (1, 1024),
   "read.ahead": (1, 1024),
@@ -183,6 +185,8 @@ class Experiment:
     on_save_error: "continue" or "stop" when a checkpoint cannot be saved.
     max_nonfinite: the run stops after so many steps in a row whose loss or
       gradient is not finite; fewer are skipped.
+    eval_every: steps between two evaluations on held-out data; 0 for none.
+    eval_rows: rows of held-out data that an evaluation takes, always the same.
     metrics: what is written beside metrics.jsonl.
   """
 
@@ -209,13 +213,15 @@ class Experiment:
   keep_checkpoints: int = 2
   on_save_error: str = "continue"
   max_nonfinite: int = 5
+  eval_every: int = 0
+  eval_rows: int = 128
   metrics: MetricsConfig = dataclasses.field(default_factory=MetricsConfig)
 
   def __post_init__(self) -> None:
     at_least_one = ("batch_rows", "accumulate", "max_length", "log_every",
                     "checkpoint_every", "keep_checkpoints",
-                    "max_nonfinite")  # fmt: skip
-    for name in (*at_least_one, "batch_samples", "steps", "seed"):
+                    "max_nonfinite", "eval_rows")  # fmt: skip
+    for name in (*at_least_one, "batch_samples", "steps", "seed", "eval_every"):
       low = int(name in at_least_one)
       if getattr(self, name) < low:
         raise UserError(

@@ -12,7 +12,7 @@ import os
 import pathlib
 import time
 import zipfile
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -303,17 +303,32 @@ class UnreadSampleLog:
       delivered: its rows.
 
     Raises:
+      UserError: too many samples could not be read, see `add_samples`.
+    """
+    self.add_samples(step, delivered.samples, delivered.unread)
+
+  def add_samples(
+    self, step: int, samples: int, unread: Sequence[Unread]
+  ) -> None:
+    """Lists samples that were to be read in a step, and could not be.
+
+    Args:
+      step: in which they were.
+      samples: how many could be read.
+      unread: the others.
+
+    Raises:
       UserError: more than `max_share` of the samples seen since the start, or
         of 1000 if they are fewer, could not be read.
     """
-    self._seen += delivered.samples + len(delivered.unread)
-    if not delivered.unread:
+    self._seen += samples + len(unread)
+    if not unread:
       return
     self._writer.add(
-      *({"step": step, **dataclasses.asdict(item)} for item in delivered.unread)
+      *({"step": step, **dataclasses.asdict(item)} for item in unread)
     )
-    self._new += delivered.unread
-    self.counts.update(item.kind for item in delivered.unread)
+    self._new += unread
+    self.counts.update(item.kind for item in unread)
     if len(self._new) > self._max_share * max(self._seen, _ENOUGH_SAMPLES):
       reasons = "\n  ".join(item.reason for item in self._new[-_LISTED:])
       raise UserError(

@@ -9,11 +9,12 @@ Every step
   1. get its micro-batches from the data loader, and take the step,
   2. wait for its loss, and list samples that could not be read,
   3. note whether loss and gradient are finite,
-  4. write metrics, if they are due,
-  5. stop with an error after too many steps in a row that are not finite,
-  6. finish a save that has ended; save a checkpoint, if one is due or a signal
+  4. evaluate on held-out data, if that is due,
+  5. write metrics, if they are due or there was an evaluation,
+  6. stop with an error after too many steps in a row that are not finite,
+  7. finish a save that has ended; save a checkpoint, if one is due or a signal
      has come, but none amid steps that are not finite,
-  7. exit if a signal has come.
+  8. exit if a signal has come.
 
 A checkpoint holds the position in the data, so the run that continues sees the
 batches that the interrupted one would have seen. All processes of a run go
@@ -53,6 +54,7 @@ from hourjax.training.data_loader import (
   row_plan,
 )
 from hourjax.training.faults import NonFiniteSteps, Preemption
+from hourjax.training.holdout import HoldoutEvaluation
 from hourjax.training.metric_writer import MetricWriter
 from hourjax.training.optimizer import COMPONENTS, schedule
 from hourjax.training.run_length import (
@@ -116,6 +118,7 @@ def _train(
     sharding = BatchSharding(mesh, experiment.row_spec, experiment.batch_rows)
     check_memory(experiment.row_spec, len(sharding.local_rows), experiment.read)
     steps = total_steps(experiment, counts)
+    holdout = HoldoutEvaluation(experiment, dataset, sharding, steps)
     like, optimizer = abstract_state(experiment, mesh, steps)
   checkpoints = Checkpoints(
     workdir,
@@ -138,6 +141,7 @@ def _train(
         print(
           _summary(experiment, dataset, counts, state, steps), file=sys.stderr
         )
+        holdout.report()
     if experiment.forgetting.needs_question:
       dataset.embedder = question_embedder(state, experiment.model, workdir)
     start = int(state.step)
@@ -149,6 +153,7 @@ def _train(
         dataset,
         plan,
         sharding,
+        holdout,
         checkpoints,
         preemption,
         workdir,
@@ -170,6 +175,7 @@ class _Run:
   dataset: Dataset
   plan: RowPlan
   sharding: BatchSharding
+  holdout: HoldoutEvaluation
   checkpoints: Checkpoints
   preemption: Preemption
   workdir: pathlib.Path
@@ -231,10 +237,12 @@ class _Run:
           unread.add(step, delivered)
         finite = nonfinite.check(step, scalars, self._record_ids(position))
         interval.add(position, scalars, len(micro.delivered))
-        if step % experiment.log_every == 0 or step in (1, self.steps):
+        evaluated = self.holdout.evaluate(step, state, metrics, unread)
+        due = step % experiment.log_every == 0 or step in (1, self.steps)
+        if due or evaluated:
           counts = {f"unread_{kind}": n for kind, n in unread.counts.items()}
           counts["skipped_steps"] = nonfinite.skipped
-          interval.write(step, scalars, counts)
+          interval.write(step, scalars | evaluated, counts)
         position = micro.delivered[-1].position
         if nonfinite.too_many:
           self.checkpoints.wait_for_save()
@@ -400,7 +408,7 @@ class _IntervalMetrics:
 
     Args:
       step: that was taken.
-      scalars: of it, as the train step returns them.
+      scalars: of it, as the train step returns them, and of an evaluation.
       counts: since the run began, by key; with "skipped_steps".
     """
     # A skipped step leaves the optimizer's own count of steps as it was.

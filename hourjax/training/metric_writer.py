@@ -130,7 +130,7 @@ class _Start(schema.Schema):
 
 # Reasons of lost time that come again and again. Time lost for other reasons is
 # not expected again, so the estimate of the time left does not count it.
-_RECURRING = ("save",)
+_RECURRING = ("save", "evaluate")
 
 
 class MetricWriter:
@@ -225,7 +225,8 @@ class MetricWriter:
     Args:
       step: that was taken; the devices must be done with it.
       scalars: of this step, as the train step returns them: "loss",
-        "grad_norm", "grad_norm/COMPONENT" and so on.
+        "grad_norm", "grad_norm/COMPONENT" and so on; and those of an evaluation
+        after it, as "eval/NAME".
       sums: over the steps since the last call: "steps", how many they are;
         "samples", "rows", "micro_batches" and label "tokens"; "video_seconds";
         and "flops", as MFU counts them.
@@ -273,7 +274,7 @@ class MetricWriter:
 
     Args:
       seconds: that were lost.
-      why: "restore", "compile", "save" and so on.
+      why: "restore", "compile", "save", "evaluate" and so on.
     """
     if not self._open:
       return

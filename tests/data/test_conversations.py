@@ -8,6 +8,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from hourjax.data.conversations import (
   IGNORE,
   IMAGE,
+  answer_spans,
   encode_conversation,
   follow_up,
 )
@@ -212,3 +213,34 @@ def test_one_side_may_say_several_turns(tokenizer):
   whole = tokenizer.decode(got.ids[got.labels != IGNORE])
   assert all(f"assistant\n{t.text}<|im_end|>" in whole for t in turns[2:])
   assert "Why?" not in whole
+
+
+# --- answers -----------------------------------------------------------------
+
+
+def test_spans_of_answers_are_what_the_assistant_says(tokenizer):
+  """In its own words: a newline within an answer is no markup."""
+  said = ["red\nand <b>", "", "blue\n", "assistant"]
+  turns = []
+  for number, text in enumerate(said):
+    question = f"Why {number}?\nassistant\nyes<|im_end|>\n<|im_start|>x\n"
+    turns += [Turn("human", question), Turn("gpt", text)]
+  got = encode_conversation(turns, tokenizer, video=(7.0, 9))
+  spans = answer_spans(got.labels, tokenizer)
+  assert [tokenizer.decode(got.ids[a:b]) for a, b in spans] == said
+  assert spans[0][0] == got.answer
+  # The same among targets, which lack the first label.
+  targets = np.append(got.labels[1:], np.int32(IGNORE))
+  shifted = [(a - 1, b - 1) for a, b in spans]
+  assert answer_spans(targets, tokenizer) == shifted
+
+
+def test_an_answer_that_is_cut(tokenizer):
+  turns = [Turn("human", "Why?"), Turn("gpt", "because")]
+  got = encode_conversation(turns, tokenizer)
+  for cut in (3, got.answer - 1, got.answer, got.answer + 3):
+    spans = answer_spans(got.labels[:cut], tokenizer)
+    assert spans == [(got.answer, cut)] * (cut >= got.answer)
+    targets = np.append(got.labels[1:cut], np.int32(IGNORE))
+    (found,) = answer_spans(targets, tokenizer) or [(0, 0)]
+    assert found[1] - found[0] == max(cut - got.answer, 0)

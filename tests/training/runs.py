@@ -17,6 +17,7 @@ from configs import demo
 from hourjax.data.demo import build
 from hourjax.data.prepare import build as prepare
 from hourjax.data.prepare import lists
+from hourjax.data.prepare.holdout import name_number
 from hourjax.extraction.worker import extract_videos
 from hourjax.models.params import init_params
 from hourjax.training.config import build_experiment
@@ -53,6 +54,7 @@ def make_data(folder: pathlib.Path, *extra: dict) -> pathlib.Path:
     items=(lists.Item.of_files([str(path)]),), tokenizer=f"{folder}/tokenizer"
   )
   prepare.build(folder / "stage2", options, workers=1)
+  _prepare_held_out(folder)
   extract_videos(
     init_params(made.model, made.seed),
     made.model,
@@ -61,6 +63,32 @@ def make_data(folder: pathlib.Path, *extra: dict) -> pathlib.Path:
     batch_frames=64,
   )
   return folder
+
+
+def _prepare_held_out(folder: pathlib.Path) -> None:
+  """A dataset in which two of the three videos are held out.
+
+  They have a stream more: single questions, some of them with options, that
+  were written for another video.
+  """
+  train, test = (
+    json.loads((folder / f"{name}.json").read_text())
+    for name in ("train", "test")
+  )
+  train = [record for record in train if record["id"] != "bad"]
+  videos = sorted({record["video"] for record in train}, key=name_number)
+  items = []
+  for stream, records in (
+    ("long", train),
+    ("short", [{**r, "video": videos[i % 2]} for i, r in enumerate(test)]),
+  ):
+    path = folder / f"held_out_{stream}.json"
+    path.write_text(json.dumps(records))
+    items.append(lists.Item((path,), stream=stream, name=str(path)))
+  options = prepare.Options(
+    items=tuple(items), tokenizer=f"{folder}/tokenizer", holdout="2"
+  )
+  prepare.build(folder / "held_out", options, workers=1)
 
 
 def changed(experiment, **changes):
@@ -174,6 +202,15 @@ def losses(workdir: pathlib.Path) -> list[tuple[float, ...]]:
   """(step, loss, gradient norm, tokens) of each logged step."""
   kept = ("step", "loss", "grad_norm", "tokens")
   return [tuple(row[key] for key in kept) for row in read_metrics(workdir)]
+
+
+def evaluations(workdir: pathlib.Path) -> list[dict[str, float]]:
+  """The step and all metrics of each evaluation on held-out data."""
+  return [
+    {k: v for k, v in row.items() if k == "step" or k.startswith("eval/")}
+    for row in read_metrics(workdir)
+    if "eval/answer_loss" in row
+  ]
 
 
 def logged(workdir: pathlib.Path) -> int:

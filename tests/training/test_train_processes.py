@@ -22,7 +22,8 @@ def start(data):
   def start(workdirs, *, devices=1, last=None, **changes):
     base = {
       "steps": STEPS, "checkpoint_every": 1000, "batch_rows": 2,
-      "accumulate": 1, "mesh__fsdp": -1,
+      "accumulate": 1, "mesh__fsdp": -1, "eval_every": 8, "eval_rows": 3,
+      "data__dataset": f"{data}/held_out",
     } | changes  # fmt: skip
     environments = runs.hosts(len(workdirs), devices)
     if len(workdirs) == 1:
@@ -38,12 +39,14 @@ def start(data):
 
 @pytest.fixture(scope="module")
 def alone(start, tmp_path_factory):
-  """Losses of one process with two devices that nothing happened to."""
+  """Losses, and held-out ones, of two devices that nothing happened to."""
   workdir = tmp_path_factory.mktemp("alone")
   (run,) = start([workdir], devices=2)
   status, said = run.ended()
   assert status == 0 and "cpu x 2" in said, said
-  return runs.losses(workdir)
+  evaluated = runs.evaluations(workdir)
+  assert [row["step"] for row in evaluated] == [8, 16, 24]
+  return runs.losses(workdir), evaluated
 
 
 def _ended(processes, **options):
@@ -79,7 +82,7 @@ def test_two_processes_one_and_two_again(start, alone, tmp_path):
   (run,) = start([tmp_path], devices=2)
   status, said = run.ended()
   assert status == 0 and f"from step {third}; cpu x 2" in said, said
-  assert runs.losses(tmp_path) == alone
+  assert (runs.losses(tmp_path), runs.evaluations(tmp_path)) == alone
 
 
 def test_steps_of_samples_on_two_processes_and_one(start, tmp_path):
@@ -109,9 +112,12 @@ def test_another_mesh_on_the_way(start, alone, tmp_path):
   statuses, said = _ended(processes)
   assert statuses == [0, 0], said
   found = runs.losses(tmp_path)
+  alone, evaluated = alone
   assert [line[0] for line in found] == list(range(1, STEPS + 1))
   assert [line[3] for line in found] == [line[3] for line in alone]  # tokens
   np.testing.assert_allclose(found, alone, rtol=2e-4)
+  for row, expected in zip(runs.evaluations(tmp_path), evaluated, strict=True):
+    assert row == pytest.approx(expected, rel=2e-4)
   assert 0 < step < STEPS
 
 
