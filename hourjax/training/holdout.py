@@ -106,8 +106,8 @@ class Sums(NamedTuple):
     """Returns the sums over axes, which disappear."""
     return Sums(*(array.sum(axis=axes) for array in self))
 
-  def of(self, index: tuple[int | slice, ...]) -> "Sums":
-    """Returns the sums at an index."""
+  def at(self, index: int) -> "Sums":
+    """Returns the sums at an index of the first axis."""
     return Sums(*(array[index] for array in self))
 
   def means(self, suffix: str = "") -> dict[str, float]:
@@ -160,11 +160,9 @@ class LabelCodes:
     right: Bool[np.ndarray, "B L"],
   ) -> None:
     """Adds the labels of rows to the sums, row after row."""
-    codes = codes.reshape(-1)
-    for total, values in zip(sums, (None, losses, right)):
-      weights = None if values is None else values.reshape(-1)
-      # One after another and in float64, whatever a micro-batch holds.
-      np.add.at(total, codes, 1.0 if weights is None else weights)
+    # One after another and in float64, whatever a micro-batch holds.
+    for total, values in zip(sums, (np.ones(codes.shape), losses, right)):
+      np.add.at(total, codes.reshape(-1), values.reshape(-1))
 
   def metrics(self, sums: Float64[np.ndarray, "3 codes"]) -> dict[str, float]:
     """Returns the metrics of all labels, and by stream and topic."""
@@ -176,14 +174,14 @@ class LabelCodes:
       "eval/letters": float(letters),
     }
     streams = [
-      whole.over(1).of((i,)).means(f"/stream:{name}")
+      whole.over(1).at(i).means(f"/stream:{name}")
       for i, name in enumerate(self._streams)
     ]
     if sum(map(bool, streams)) > 1:
       found |= {k: v for means in streams for k, v in means.items()}
     for i, name in enumerate(self._topics):
       if name:
-        found |= whole.over(0).of((i,)).means(f"/topic:{name}")
+        found |= whole.over(0).at(i).means(f"/topic:{name}")
     return found
 
 

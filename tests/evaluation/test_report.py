@@ -255,6 +255,20 @@ def test_figures(built, tmp_path):
     assert 0.005 < _inked(figure, tmp_path) < 0.9
 
 
+def test_held_out_answers_are_drawn_beside_the_training_loss(tmp_path):
+  rows = [{"step": s, "loss": 3.0 / s} for s in range(1, 20)]
+  for row in rows[4::5]:
+    row["eval/answer_loss"] = 2 * row["loss"]
+  figure = report_pages.losses({"3b": rows, "7b": rows[:4]})
+  (axes,) = figure.axes
+  lines = {line.get_label(): line.get_xydata() for line in axes.lines}
+  assert list(lines) == ["3b", "3b, held-out answers", "7b"]
+  assert lines["3b, held-out answers"].tolist() == [
+    [s, 6.0 / s] for s in (5, 10, 15)
+  ]
+  assert 0.005 < _inked(figure, tmp_path) < 0.9
+
+
 def _texts(figure):
   """Boxes of the labels of groups, in pixels."""
   figure.canvas.draw()
