@@ -26,6 +26,7 @@ HARMLESS = {
   "keep_checkpoints": "how much to keep",
   "on_save_error": "what to do when saving fails",
   "max_nonfinite": "when to give up",
+  "eval_*": "what is measured of the model, not what it learns",
   "data.max_skipped": "when to give up",
   "mesh.*": "where arrays lie; a checkpoint is restored onto any mesh",
   "model.remat": "what is computed twice; the same function",
