@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     blend_weight: float32 [B, R, 4].
     memory_source: [B, S] visual token of each memory token; -1 is newline.
     memory_position: [B, S] for RoPE.
-    memory_segment: [B, S].
+    memory_segment: [B, S]; also 0 where no query may attend to a token.
     query_token: [B, T] word id, or -1 where the query is a memory token.
     query_source: [B, T] index into the memory.
     query_position: [B, T] for RoPE.

@@ -23,6 +23,7 @@ from hourjax.data.conversations import (
 from hourjax.data.forgetting import Embedder, Forgetting
 from hourjax.data.layout import build_layout
 from hourjax.data.media import frame_rules, video, video_probe
+from hourjax.data.memory_options import MemoryOptions
 from hourjax.data.records.record import Record, Skipped, Turn
 from hourjax.data.repository import (
   Repository,
@@ -51,6 +52,7 @@ class SampleOptions:
   Attributes:
     seed: of everything random, together with epoch and sample.
     forgetting: what the decoder gets to see.
+    memory: what MemAug gets to see.
     max_length: the decoder's sequence is cut here.
     single_image: "tiled" cuts one image into tiles by its aspect, "plain"
       resizes it to one tile.
@@ -58,6 +60,7 @@ class SampleOptions:
 
   seed: int = 0
   forgetting: Forgetting = dataclasses.field(default_factory=Forgetting)
+  memory: MemoryOptions = dataclasses.field(default_factory=MemoryOptions)
   max_length: int = 32_768
   single_image: Literal["tiled", "plain"] = "tiled"
 
@@ -316,7 +319,12 @@ class Dataset:
     epoch: int,
   ) -> Sample:
     name, rule = f"record {plan.record.id}", self._options.forgetting
-    rng = np.random.default_rng([self._options.seed, epoch, index])
+    memory, number = self._options.memory, index
+    if not memory.scale and plan.record.modality == "video":
+      # Kept tokens are the memory then. Conversations that share a memory have
+      # to keep the same, so all about one video do.
+      number = int(self.columns.video[index])
+    rng = np.random.default_rng([self._options.seed, epoch, number])
     question = None
     if rule.needs_question:
       question = question_ids(plan.record.turns, self._tokenizer)
@@ -330,6 +338,7 @@ class Dataset:
       plan.conversation,
       plan.repository,
       kept,
+      memory=memory,
       max_length=self._options.max_length,
       name=name,
     )

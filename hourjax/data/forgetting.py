@@ -188,15 +188,15 @@ TEMPORAL_STRATEGIES: dict[str, TemporalStrategy] = {
 class Forgetting:
   """Describes a rule of forgetting: how many tokens are kept, and which.
 
-  One of `ratio` tokens of a frame is kept, and one of `ratio` frames.
-
   Attributes:
     spatial: "random" draws tokens without replacement; "uniform" keeps every
       second row and column.
     temporal: "uniform" keeps evenly spaced frames, "random" draws them,
       "keyframe" keeps those that differ most from their neighbours, and
       "question" those that are nearest to the question.
-    ratio: one frame of so many, and one token of so many in a frame, is kept.
+    ratio: one token of so many in a frame or image is kept, and one frame of
+      so many.
+    temporal_ratio: one frame of so many is kept instead; 0 takes `ratio`.
     max_frames: at most so many frames are kept.
   """
 
@@ -204,6 +204,7 @@ class Forgetting:
   temporal: Temporal = "uniform"
   ratio: int = 4
   max_frames: int = 512
+  temporal_ratio: int = 0
 
   def __post_init__(self) -> None:
     for name, options in [
@@ -231,7 +232,8 @@ class Forgetting:
 
     With ratio 4, 16 frames keep 4; at least one is kept.
     """
-    return np.maximum(1, np.minimum(self.max_frames, frames // self.ratio))
+    one_of = self.temporal_ratio or self.ratio
+    return np.maximum(1, np.minimum(self.max_frames, frames // one_of))
 
   def cell_count(self, high: int, wide: int) -> int:
     """Returns how many tokens of a grid of high x wide are kept.
@@ -354,9 +356,11 @@ class KeptTokens:
   Attributes:
     candidates: int32, memory indices that may be kept for some question: all
       of them if the strategy depends on the question, else the kept tokens.
+    fixed: the kept tokens of each slot; None if they depend on the question.
   """
 
   candidates: Int32[np.ndarray, "n"]
+  fixed: list[np.ndarray] | None
 
   def __init__(
     self,
@@ -377,12 +381,12 @@ class KeptTokens:
     """
     self._rule, self._repository, self._seed = rule, repository, seed
     self._summary = rule.summarise_frames(features, embedder)
-    self._fixed: list[np.ndarray] | None = None
+    self.fixed = None
     if rule.needs_question:
       self.candidates = np.arange(len(repository.source), dtype=np.int32)
     else:
-      self._fixed = self._kept(None)
-      self.candidates = np.concatenate([np.zeros(0, np.int32), *self._fixed])
+      self.fixed = self._kept(None)
+      self.candidates = np.concatenate([np.zeros(0, np.int32), *self.fixed])
 
   def of_question(
     self, question: Int[np.ndarray, "q"] | None = None
@@ -392,7 +396,7 @@ class KeptTokens:
     Args:
       question: word ids, see `conversations.question_ids`.
     """
-    return self._kept(question) if self._fixed is None else self._fixed
+    return self._kept(question) if self.fixed is None else self.fixed
 
   def _kept(self, question: np.ndarray | None) -> list[np.ndarray]:
     return self._rule.kept_tokens(

@@ -13,6 +13,7 @@ from jaxtyping import Int32
 
 from hourjax.batch import IGNORE
 from hourjax.data.conversations import IMAGE, Conversation
+from hourjax.data.memory_options import WHOLE_MEMORY, MemoryOptions
 from hourjax.data.repository import Repository
 from hourjax.errors import UserError
 
@@ -57,6 +58,7 @@ def build_layout(
   repository: Repository,
   kept: list[np.ndarray],
   *,
+  memory: MemoryOptions = WHOLE_MEMORY,
   max_length: int | None = None,
   name: str = "sample",
 ) -> Layout:
@@ -83,6 +85,7 @@ def build_layout(
     repository: the memory.
     kept: kept memory indices for each slot, as `Forgetting.kept_tokens`
       returns them.
+    memory: what of the memory is attended to, and which positions count.
     max_length: the decoder's sequence is cut here; queries are not.
     name: of the sample, for errors.
 
@@ -117,9 +120,12 @@ def build_layout(
       count = int(position.max()) + 1
     start = slot + 1
   cut = slice(max_length)
+  query_token, query_source, query_position = queries.arrays()
   return Layout(
-    repository,
-    *queries.arrays(),
+    memory.limit_memory(repository, kept),
+    query_token,
+    query_source,
+    memory.place_queries(query_position),
     *(column[cut] for column in decoder.arrays()),
   )
 

@@ -47,6 +47,8 @@ class Repository:
     blend_source: int32 [R, 4], the visual tokens that each blended token
       mixes.
     blend_weight: float32 [R, 4], how much of each.
+    attended: bool [S], whether MemAug's queries attend to a memory token; None
+      if to all (see `memory_options`).
   """
 
   source: np.ndarray
@@ -55,6 +57,7 @@ class Repository:
   visual: int
   blend_source: np.ndarray
   blend_weight: np.ndarray
+  attended: np.ndarray | None = None
 
 
 _NO_BLENDS = (np.zeros((0, 4), np.int32), np.zeros((0, 4), np.float32))

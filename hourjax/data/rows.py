@@ -344,7 +344,9 @@ class Row:
     self._part("blend_weight", size)[:] = repository.blend_weight
     self._part("memory_source", size)[:] = to_row(repository.source)
     self._part("memory_position", size)[:] = repository.position
-    self._part("memory_segment", size)[:] = self._count
+    attended = repository.attended
+    segment = 1 if attended is None else attended
+    self._part("memory_segment", size)[:] = self._count * segment
 
   def _place_text(self, sample: Sample) -> None:
     """Writes the sample's queries and decoder positions, indices shifted."""

@@ -101,6 +101,7 @@ def _of_run(folder: pathlib.Path) -> _Source:
     experiment.max_length,
     experiment.data.single_image,
     experiment.seed,
+    experiment.memory,
   )
   words = pathlib.Path(experiment.data.tokenizer)
 

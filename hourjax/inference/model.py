@@ -252,9 +252,8 @@ class Model:
   ) -> Memory:
     """Encodes a memory, with the tokens that any question may keep."""
     kept = self._kept(repository, visual if kind == "features" else None)
-    encoded = self.engine.encode_memory(
-      repository, kind, visual, kept.candidates
-    )
+    limited = self.rules.memory.limit_memory(repository, kept.fixed)
+    encoded = self.engine.encode_memory(limited, kind, visual, kept.candidates)
     video = None if duration is None else (float(duration), len(visual))
     answering = Answering(
       self.engine, self._prompts, encoded, repository, kept, video

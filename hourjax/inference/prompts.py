@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from hourjax.data.conversations import encode_conversation, question_ids
 from hourjax.data.forgetting import Forgetting, KeptTokens
 from hourjax.data.layout import Layout, build_layout
+from hourjax.data.memory_options import MemoryOptions
 from hourjax.data.records.record import MARKER, Turn
 from hourjax.data.repository import Repository
 from hourjax.data.tokenizer import Tokenizer
@@ -22,12 +23,14 @@ class Rules:
     max_length: most tokens of a conversation in the decoder.
     single_image: "tiled" or "plain", for a single image.
     seed: seed of random forgetting; every memory uses the same.
+    memory: which memory tokens MemAug attends to, and their positions.
   """
 
   forgetting: Forgetting = dataclasses.field(default_factory=Forgetting)
   max_length: int = 32_768
   single_image: Single = "tiled"
   seed: int = 0
+  memory: MemoryOptions = dataclasses.field(default_factory=MemoryOptions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +92,9 @@ class Prompts:
       video=video,
       prompt_only=True,
     )
-    layout = build_layout(prompt, repository, seen, name="the question")
+    layout = build_layout(
+      prompt, repository, seen, memory=self.rules.memory, name="the question"
+    )
     length = len(layout.decoder_token)
     if length + max_tokens > self.rules.max_length:
       raise UserError(

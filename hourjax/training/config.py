@@ -14,6 +14,7 @@ from typing import Any, Literal
 from hourjax import schema
 from hourjax.data.dataset import SampleOptions
 from hourjax.data.forgetting import Forgetting
+from hourjax.data.memory_options import MemoryOptions
 from hourjax.data.pipeline import ReadOptions
 from hourjax.data.rows import Loss, RowSpec, Size
 from hourjax.errors import UserError
@@ -50,6 +51,8 @@ LIMITS: dict[str, tuple[float, float]] = {
   "data.max_skipped": (0, 1),
   "forgetting.ratio": (1, 10**6),
   "forgetting.max_frames": (1, 10**7),
+  "forgetting.temporal_ratio": (0, 10**6),
+  "memory.scale": (0, 1),
   **{f"optimizer.{name}": (0, 10) for name in (*COMPONENTS, "single_rate")},
   **dict.fromkeys(("optimizer.b1", "optimizer.b2"), (0, 1 - 1e-9)),
   "optimizer.eps": (1e-30, 1),
@@ -187,6 +190,7 @@ class Experiment:
       gradient is not finite; fewer are skipped.
     eval_every: steps between two evaluations on held-out data; 0 for none.
     eval_rows: rows of held-out data that an evaluation takes, always the same.
+    memory: which memory tokens queries attend to, and their positions.
     metrics: what is written beside metrics.jsonl.
   """
 
@@ -215,6 +219,7 @@ class Experiment:
   max_nonfinite: int = 5
   eval_every: int = 0
   eval_rows: int = 128
+  memory: MemoryOptions = dataclasses.field(default_factory=MemoryOptions)
   metrics: MetricsConfig = dataclasses.field(default_factory=MetricsConfig)
 
   def __post_init__(self) -> None:
@@ -232,6 +237,7 @@ class Experiment:
         f"config.on_save_error is {self.on_save_error!r}; choose continue or"
         " stop"
       )
+    self.memory.check_forgetting(self.forgetting)
     if not self.steps and not self.epochs > 0:
       raise UserError(
         f"config.epochs is {self.epochs} and config.steps 0; one must be"
@@ -298,6 +304,7 @@ class Experiment:
     return SampleOptions(
       seed=self.seed,
       forgetting=self.forgetting,
+      memory=self.memory,
       max_length=self.max_length,
       single_image=self.data.single_image,
     )

@@ -14,6 +14,7 @@ from hourjax.data.conversations import question_ids
 from hourjax.data.dataset import Dataset, SampleOptions
 from hourjax.data.demo.tokenizer import train_tokenizer
 from hourjax.data.forgetting import Embedder, Forgetting
+from hourjax.data.memory_options import MemoryOptions
 from hourjax.data.records.record import Record, Turn, parse_record
 from hourjax.data.repository import repeated_frames
 from hourjax.data.rows import RowSpec, Size, build_row, stack_rows
@@ -283,6 +284,25 @@ def test_samples_that_share_a_memory_keep_what_they_keep_alone(scenes):
       np.testing.assert_array_equal(
         getattr(sample.layout, name), getattr(alone, name)
       )
+
+
+def test_a_memory_of_kept_tokens_can_be_shared(media):
+  """All conversations about a video keep the same tokens in an epoch."""
+  records = [_record(name, video="clip.mp4") for name in "ab"]
+  dataset = _dataset(records, media, stored=True, memory=MemoryOptions(scale=0))
+  one, two = dataset.samples((0, 1), 3)[0]
+  kept = one.layout.query_source[one.layout.query_source >= 0]
+  np.testing.assert_array_equal(
+    one.layout.query_source, two.layout.query_source
+  )
+  attended = np.flatnonzero(one.layout.repository.attended)
+  np.testing.assert_array_equal(attended, kept)
+  later = dataset.sample(0, 4).layout
+  assert (later.query_source != one.layout.query_source).any()
+  # With the whole memory each keeps its own.
+  whole = _dataset(records, media, stored=True)
+  one, two = whole.samples((0, 1), 3)[0]
+  assert (one.layout.query_source != two.layout.query_source).any()
 
 
 def test_a_model_is_needed_to_be_guided_by_questions(scenes):

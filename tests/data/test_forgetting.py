@@ -354,3 +354,17 @@ def test_unknown_rules_are_refused(field):
   object.__setattr__(rule, field, "best")
   with pytest.raises(UserError, match=f"forgetting.{field} is 'best'; choose"):
     rule.__post_init__()
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 4, 8, 16])
+def test_ratio_of_frames_apart_from_that_of_tokens(ratio):
+  """Of 9 tokens a quarter is kept, and one frame of `ratio`."""
+  memory = repository.video_repository(160, 3)
+  rule = Forgetting(temporal_ratio=ratio)
+  (tokens,) = rule.kept_tokens(memory, _rng(0))
+  expected = np.linspace(0, 159, 160 // ratio).astype(int)
+  frames, counts = np.unique(tokens // 10, return_counts=True)
+  assert frames.tolist() == expected.tolist()
+  assert set(counts) == {3 + 1}  # and the newline
+  (same,) = Forgetting(ratio=ratio).kept_tokens(memory, _rng(0))
+  assert np.unique(same // 10).tolist() == expected.tolist()
