@@ -4,7 +4,9 @@ They end however that process ends: by an exception, a signal, SIGKILL or a
 closed terminal. Otherwise a compiler or a process pool would keep a core busy
 forever, with no one left to read its result.
 
-  python -m hourjax.processes PID MODULE   runs MODULE while process PID lives
+  python -m hourjax.processes PID MODULE [OPTIONS]
+
+runs MODULE while process PID lives.
 """
 
 import concurrent.futures
@@ -25,9 +27,15 @@ _POLL = 0.5  # seconds between checks on systems without pidfd
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def module_command(module: str) -> list[str]:
-  """Returns the command line of `python -m module`, bound to this process."""
-  return [sys.executable, "-m", "hourjax.processes", str(os.getpid()), module]
+def module_command(module: str, *options: str) -> list[str]:
+  """Returns the command line of `python -m module`, bound to this process.
+
+  Args:
+    module: full name.
+    *options: of the command line.
+  """
+  start = [sys.executable, "-m", "hourjax.processes", str(os.getpid())]
+  return [*start, module, *options]
 
 
 def pool(
@@ -130,9 +138,9 @@ def _polling(pid: int) -> Callable[[], object]:
   return poll
 
 
-def _main(pid: str, module: str) -> None:
+def _main(pid: str, module: str, *options: str) -> None:
   end_with(int(pid))
-  sys.argv = [module]
+  sys.argv = [module, *options]
   runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -18,7 +18,7 @@ HEAVY = (
   "hourjax.command", "hourjax.extraction.worker", "hourjax.inference.load",
   "hourjax.training.loop", "hourjax.planning.search", "hourjax.data.demo.build",
   "hourjax.evaluation.run", "hourjax.data.prepare.build",
-  "hourjax.benchmarks.ask", "hourjax.benchmarks.data",
+  "hourjax.benchmarks.ask", "hourjax.benchmarks.data", "hourjax.ablation.run",
 )  # fmt: skip
 
 

@@ -82,6 +82,8 @@ MISUSED = [
   ("extract --config=configs/demo.py --videos=x --out=x --threads=1000000",
    "--threads=1000000: 1000000 is not an integer in the range [1, 4096]"),
   ("plan --num_slices=1000000000", "--num_slices=1000000000: "),
+  ("ablate --table=4 --seeds=0", "--seeds=0: 0 is not a positive integer"),
+  ("ablate --table=4 --steps=0", "--steps=0: 0 is not a positive integer"),
   # no value
   ("demo --workdir", "--workdir has no value; write --workdir=VALUE"),
   ("prepare --tokenizer --out=x", "--tokenizer has no value; write"
@@ -97,6 +99,9 @@ MISUSED = [
   ("demo", "--workdir is missing; see --help"),
   (f"extract {DEMO}", "--videos, --out are missing; see --help"),
   ("evaluate --data=x", "--benchmark is missing; see --help"),
+  ("ablate", "--table is missing; see --help"),
+  ("ablate --table=4 --out=x --benchmark=lvbench", "--data is missing: give the"
+   " folder of lvbench"),
   # configurations
   (f"train {DEMO} --config.optimzer.b1=1 --workdir=x", "the configuration has"
    " no key --config.optimzer.b1; did you mean --config.optimizer.b1?"),
@@ -128,10 +133,16 @@ MISUSED = [
   # arguments
   ("train configs/demo.py", "unknown argument 'configs/demo.py'; options start"
    " with --"),
+  ("ablate --table=7 --out=x", "--table=7 is none of the paper's ablations;"
+   " choose one of 3, 4, 5, 6, 9, figure4"),
   ("bench dta", "bench 'dta': give one of data, attention, ask"),
   ("demo --workdir=x train_videos=3", "unknown argument 'train_videos=3';"
    " options start with --"),
   # paths
+  (f"ablate {DEMO} --table=4 --out=x --config.init=x/none",
+   "--config.init=x/none does not exist; train it first"),
+  (f"ablate {DEMO} --table=4 --out=x --config.data.dataset=x/none",
+   "x/none is no prepared dataset"),
   (f"train {DEMO} --workdir=gs://bucket/run", "--workdir=gs://bucket/run is a"
    " URL; a run needs a folder"),
   (f"demo --workdir={LONG}", "--workdir=aaa"),
