@@ -475,7 +475,8 @@ def _summary(
   trained = sum(x.size for x in state.trained.values())
   frozen = sum(x.size for x in state.frozen.values())
   notes = [
-    *left_out(experiment, counts, dataset.columns.streams), *dataset.notes
+    *left_out(experiment, counts, dataset.columns.streams),
+    *dataset.notes,
   ]
   line = (
     f"{counts.samples} samples in {counts.rows} rows an epoch; {trained:,}"
