@@ -29,10 +29,7 @@ from hourjax.training.checkpoint_format import (
   checkpoint_folder,
   checkpoint_steps,
 )
-from hourjax.training.config import (
-  check_config_change,
-  config_diff,
-)
+from hourjax.training.config_change import check_config_change, config_diff
 from hourjax.training.workdir import find_config
 
 # It is read as configurations are, by its path.

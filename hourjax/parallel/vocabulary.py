@@ -133,7 +133,7 @@ def token_losses(
     target: as for `cross_entropy`.
   """
   function = collectives.local_shard_map(
-    lambda *parts: _entropy(*parts, None)[0],
+    lambda hidden, table, target: _entropy(hidden, table, target, None)[0],
     (_SPLIT, _TABLE, _TOKENS),
     _TOKENS,
   )

@@ -396,7 +396,8 @@ def _left_out(
     left = [i for i in of_kind.tolist() if i in problems]
     if not left:
       continue
-    names = [name for name, lacks in zip(FIELDS, over[left].any(0)) if lacks]
+    lacking = over[left].any(axis=0).tolist()
+    names = [name for name, lacks in zip(FIELDS, lacking) if lacks]
     why = (
       f"they fit no row's {', '.join(names)}" if names else problems[left[0]]
     )
