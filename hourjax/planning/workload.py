@@ -396,8 +396,7 @@ def _left_out(
     left = [i for i in of_kind.tolist() if i in problems]
     if not left:
       continue
-    lacking = over[left].any(axis=0).tolist()
-    names = [name for name, lacks in zip(FIELDS, lacking) if lacks]
+    names = [FIELDS[k] for k in np.flatnonzero(over[left].any(axis=0))]
     why = (
       f"they fit no row's {', '.join(names)}" if names else problems[left[0]]
     )
