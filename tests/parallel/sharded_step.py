@@ -140,7 +140,9 @@ def scores_differ(mesh_config, width: int) -> dict[str, float]:
     got, right = jax.jit(lambda *x: [score(*x) for score in scores])(*placed)
   assert (best == 11).sum() > 5 and 0.3 < right.mean() < 0.5
   return {
-    "token losses": float(abs(np.where(there, losses, 0) - got).max()),
+    "token losses": float(
+      abs(np.where(there, losses, 0) - got).max() / losses[there].max()
+    ),
     "most likely": int((np.asarray(right) != (there & (best == target))).sum()),
   }
 

@@ -161,7 +161,8 @@ def test_other_meshes_that_do_not_fit(mesh, message):
 
 
 def test_parameters_that_a_mesh_does_not_divide():
-  options = {"config.mesh.fsdp": 160, "config.batch_rows": 160}
+  keys = ("config.mesh.fsdp", "config.batch_rows", "config.batch_samples")
+  options = dict.fromkeys(keys, 160)
   with pytest.raises(UserError, match=r"does not divide .* parameters"):
     check_mesh(_experiment(options), 160)
 

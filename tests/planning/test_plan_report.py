@@ -28,15 +28,16 @@ def test_a_page_says_what_is_computed_and_what_estimated(plan):
   assert f"of 15.75 ({plan.memory.total / plan.memory.limit:.0%}): fits" in text
   assert f"MFU {plan.estimate.mfu:.1%}" in text
   assert "$1.50 a chip-hour" in text
+  assert all(len(line) <= 80 for line in text.splitlines())
+  text = " ".join(text.split())
   assert "128 samples a step in micro-batches of 16 rows" in text
   found = plan.estimate
-  assert f"{found.empty:.0%} of whose rows are" in text
-  assert f"an epoch has {found.steps:,.0f} steps" in " ".join(text.split())
+  assert f"{found.empty:.0%} of whose rows are empty" in text
+  assert f"an epoch has {found.steps:,.0f} steps" in text
   rows = plan_by_formulas(in_rows(plan.experiment, 3), "v5e:16x16")
-  text = report.page(rows)
+  text = " ".join(report.page(rows).split())
   assert "48 rows a step in 3 micro-batches" in text
   assert f"a step has {rows.estimate.samples:.0f} samples on average" in text
-  assert all(len(line) <= 80 for line in text.splitlines())
 
 
 def test_a_plan_as_data_is_json(plan):

@@ -9,7 +9,7 @@ import pytest
 from hourjax.data.rows import Size
 from hourjax.data.sample_sizes import pixel_frames
 from hourjax.errors import UserError
-from hourjax.models.flops import sample_flops
+from hourjax.models.flops import Work, sample_flops
 from hourjax.planning import workload as workloads
 from hourjax.planning.workload import make_workload, stage_of, trained
 from tests.planning.examples import experiment, in_rows
@@ -165,7 +165,12 @@ def test_steps_by_hand(stages):
   found = dataclasses.replace(stages[3], batch_rows=2)
   workload = make_workload(found, "video=3600")
   workload = dataclasses.replace(
-    workload, useful=np.ones(4), steps=np.array([3, 1])
+    workload,
+    work=Work(*(np.repeat(column, 4) for column in workload.work)),
+    useful=np.ones(4),
+    seconds=np.ones(4),
+    sizes=np.repeat(workload.sizes, 4, axis=0),
+    steps=np.array([3, 1]),
   )
   steps = workloads.steps_of(found, workload)
   assert steps.order.tolist() == [[0, 1], [2, 4], [3, 4]]

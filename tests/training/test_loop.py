@@ -92,7 +92,7 @@ def samples(experiment):
   """Eighteen samples an epoch, in steps of 8, 8 and 2 that follow anyhow."""
   return runs.changed(
     experiment, batch_samples=8, accumulate=1, batch_rows=2,
-    data__weights="train=3", steps=5,
+    data__weights="stream:default=3", steps=5,
   )  # fmt: skip
 
 

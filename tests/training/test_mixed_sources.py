@@ -30,6 +30,12 @@ FRAMES = {"a.mp4": 20, "b.mp4": 24, "long.mp4": 140}
 ROWS = {"features": 768, "frames": 256, "tiles": 12, "blends": 64,
         "memory": 3600, "queries": 2048, "decoder": 2304}  # fmt: skip
 
+# Compiling takes longer than running, most of it in LLVM.
+QUICK = {
+  "xla_backend_optimization_level": 0,
+  "xla_llvm_disable_expensive_passes": True,
+}
+
 
 def _talk(marks=1):
   return [
@@ -140,7 +146,10 @@ def exact(folder, params):
 def gradients(folder, params):
   """Loss and gradients of a batch, with the tower trained or frozen."""
   config = _experiment(folder).model
-  step = jax.jit(functools.partial(train_step.accumulate, config=config))
+  step = jax.jit(
+    functools.partial(train_step.accumulate, config=config),
+    compiler_options=QUICK,
+  )
 
   def run(batch, tower):
     trained, frozen = {}, {}

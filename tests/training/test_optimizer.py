@@ -23,7 +23,7 @@ from hourjax.training.optimizer import (
   schedule,
   split_params,
 )
-from hourjax.weights.names import key_table
+from hourjax.weights.names import TOWER, key_table
 
 SHAPES = param_shapes(TINY)
 # See hourjax/README.md, Training.
@@ -244,7 +244,7 @@ def test_decay_spares_what_the_official_trainer_spares():
       vision_use_head=False,
     )
   )  # fmt: skip
-  officials = {"": decoder, "model.vision_tower.vision_tower.": tower}
+  officials = {"": decoder, TOWER: tower}
   names, spared = set(), set()
   for prefix, model in officials.items():
     own = {name for name, _ in model.named_parameters()}

@@ -185,8 +185,33 @@ def test_a_stored_video_needs_no_file(tmp_path, tokenizer_folder, media):
   options = _options(
     tokenizer_folder, path, media=str(media), features=str(tmp_path / "f")
   )
-  build(tmp_path / "d", options)
-  assert _ids(Prepared(tmp_path / "d")) == ["s.mp4", "a.mp4"]
+  summary, _ = build(tmp_path / "d", options)
+  prepared = Prepared(tmp_path / "d")
+  assert _ids(prepared) == ["s.mp4", "a.mp4"]
+  # The other comes as pixels, by the rate that its file states.
+  assert summary["videos_without_features"] == {
+    "count": 1,
+    "as_pixels": 1,
+    "examples": ["a.mp4"],
+  }
+  assert "1 videos are not in the feature store and come as pixels" in table(
+    summary
+  )
+  info = video_probe.probe(media / "a.mp4")
+  np.testing.assert_array_equal(prepared.columns.fps, [np.nan, float(info.fps)])
+
+
+def test_a_dataset_whose_videos_are_all_stored_is_reused(
+  tmp_path, tokenizer_folder
+):
+  store = FeatureStore(tmp_path / "f", create=True)
+  store.write("s.mp4", np.zeros((3, 4, 8), np.float32), 3.21)
+  path = _save(tmp_path / "r.json", [_raw("1", video="s.mp4")])
+  options = _options(tokenizer_folder, path, features=str(tmp_path / "f"))
+  made, reused = build(tmp_path / "d", options)
+  assert not reused and not made["videos_without_features"]["count"]
+  again, reused = build(tmp_path / "d", options)
+  assert reused and "not in the feature store" not in table(again)
 
 
 def test_media_may_be_left_unchecked(tmp_path, tokenizer_folder, media):
