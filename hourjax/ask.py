@@ -26,7 +26,7 @@ from hourjax.inference.terminal import (
 )
 
 _MODEL = flags.DEFINE_string(
-  "model", None, "Workdir of a training run, or a published folder."
+  "model", None, "Workdir of a training run, published folder, or hf://..."
 )
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "If not the model's own.")
 _VIDEO = flags.DEFINE_string("video", None, "Video file to ask about.")

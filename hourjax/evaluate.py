@@ -26,7 +26,7 @@ from hourjax.evaluation.task import open_task
 from hourjax.extraction.video_list import parse_worker
 from hourjax.parallel import hosts
 
-_MODEL = flags.DEFINE_string("model", None, "Workdir or official checkpoint.")
+_MODEL = flags.DEFINE_string("model", None, "Workdir, checkpoint, or hf://...")
 _BENCHMARK = flags.DEFINE_string(
   "benchmark", None, f"One of {', '.join(sorted(BENCHMARKS))}."
 )

@@ -4,12 +4,12 @@
       --tower=siglip-so400m-patch14-384 \
       --videos=videomarathon/videos --out=gs://bucket/features
 
-The tower is read from a SigLIP folder, an Hour-LLaVA checkpoint or a workdir;
-by default it is the one that training with this configuration starts from.
-Stored videos are skipped, so a stopped run can be started again. A damaged
-video is stored if --min_share of its frames can be read; the index then holds
-the fraction. Several machines share the work by JAX's process index, by
---worker=0/8 and so on, or as an Apache Beam pipeline by --beam_runner.
+The tower is read from a SigLIP folder, an Hour-LLaVA checkpoint, a workdir or
+hf://ORGANISATION/NAME; by default it is the one that training with this
+configuration starts from. Stored videos are skipped, so a stopped run can be
+started again. A damaged video is stored if --min_share of its frames can be
+read; the index then holds the fraction. Several machines share the work by
+JAX's process index, by --worker=0/8 and so on, or by --beam_runner.
 
 Ends with 0 if every video is stored, 3 if some failed (see failures-*.jsonl in
 the store), 2 on a mistake in the options, 1 if it could not go on (full disk),

@@ -29,14 +29,53 @@ def bar(total: int, *, unit: str, desc: str) -> tqdm:
     unit: its name.
     desc: what is shown before the bar.
   """
-  if sys.stderr.isatty():
-    made = tqdm(total=total, unit=unit, desc=desc, mininterval=0.3)
-  else:
-    made = _Lines(
-      total=total, unit=unit, desc=desc, mininterval=10, ncols=110, ascii=True
-    )
+  kind, options = _kind()
+  made = kind(total=total, unit=unit, desc=desc, **options)
   _BARS.add(made)
   return made
+
+
+def _kind() -> tuple[type[tqdm], dict[str, Any]]:
+  """Returns the class of a bar on this stderr, and its options."""
+  if sys.stderr.isatty():
+    return tqdm, {"mininterval": 0.3}
+  return _Lines, {"mininterval": 10, "ncols": 110, "ascii": True}
+
+
+def library_bar(
+  desc: str, is_shown: Callable[[Mapping[str, Any]], bool]
+) -> type[tqdm]:
+  """Returns a class for a library that makes its bars itself.
+
+  Args:
+    desc: what is shown before a bar, whatever the library says.
+    is_shown: takes the arguments of a bar, and returns whether it is drawn.
+  """
+  kind, options = _kind()
+
+  class Bar(kind):
+    """Draws one of the library's bars as ours, or none."""
+
+    def __init__(self, *args: Any, **made: Any):
+      shown = is_shown(made)
+      made = {**made, **options, "desc": desc, "disable": not shown}
+      made.pop("bar_format", None)
+      super().__init__(*args, **made)
+      if shown:
+        _BARS.add(self)
+
+    def set_description(
+      self, desc: str | None = None, refresh: bool | None = True
+    ) -> None:
+      """Keeps our words."""
+
+    set_description_str = set_description
+
+    def refresh(self, nolock: bool = False, lock_args: Any = None) -> Any:
+      """Draws a bar anew on a terminal; elsewhere that would be a line more."""
+      return kind is _Lines or super().refresh(nolock, lock_args)
+
+  return Bar
 
 
 class _Lines(tqdm):

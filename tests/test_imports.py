@@ -16,6 +16,7 @@ ALLOWED = {
     "hourjax.batch",
     "hourjax.atomic_file",
     "hourjax.errors",
+    "hourjax.hub",
     "hourjax.jsonl",
     "hourjax.plots",
     "hourjax.processes",

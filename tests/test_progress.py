@@ -42,3 +42,18 @@ def test_beside_a_bar_that_moves(capsys):
     bar.update(2)
     time.sleep(1.0)
   assert "encoding (1 s so far)" in capsys.readouterr().err
+
+
+def test_bars_that_a_library_makes(capsys):
+  """Ours in look and words; those that are not wanted are not drawn."""
+  bars = progress.library_bar("fetching a/b", lambda made: made["unit"] == "B")
+  with bars(total=0, unit="it", desc="Fetching 3 files") as hidden:
+    hidden.update()
+  with bars(total=4, unit="B", desc="Reconstructing") as shown:
+    shown.set_description("Done")
+    shown.refresh()
+    shown.update(4)
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == 2  # as it begins and as it ends
+  assert all(line.startswith("fetching a/b: ") for line in lines)
+  assert "4.00/4.00" in lines[-1] or "4/4" in lines[-1]

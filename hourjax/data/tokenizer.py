@@ -13,7 +13,7 @@ import tokenizers
 from jaxtyping import Int
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from hourjax import schema
+from hourjax import hub, schema
 from hourjax.errors import UserError
 
 # Words with their leading blank, single digits, punctuation, runs of blanks:
@@ -88,10 +88,13 @@ class Tokenizer:
     The added tokens of the second form and the padding token of both come
     from `tokenizer_config.json`.
 
+    Args:
+      path: of the folder, or a name with hf:// (see `hub`).
+
     Raises:
       UserError: folder, files or tokens are missing or damaged.
     """
-    folder = Path(path)
+    folder = hub.local_folder(path, hub.TOKENIZER)
     if not os.path.isdir(folder):  # also False for a name of no file
       raise UserError(
         f"tokenizer folder {folder} does not exist; point at the folder of a "

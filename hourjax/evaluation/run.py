@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from orbax.checkpoint import multihost
 
-from hourjax import progress
+from hourjax import hub, progress
 from hourjax.data.media.frame_rules import sparse_note
 from hourjax.data.store.features import FeatureStore
 from hourjax.errors import UserError
@@ -353,9 +353,10 @@ def evaluate_folders(
     UserError: as `evaluate`; a folder that does not exist or is named twice; or
       another number of names than of models.
   """
-  paths = [pathlib.Path(folder) for folder in folders]
+  paths = [hub.local_folder(folder) for folder in folders]
   _check_folders(paths, names)
-  outs = [default_out(path, task) for path in paths]
+  own = [hub.own_folder(folder) for folder in folders]
+  outs = [default_out(folder, task) for folder in own]
   if out is not None:
     outs[0] = pathlib.Path(out)
   # All folders are checked before the first model answers for hours.
@@ -375,7 +376,7 @@ def evaluate_folders(
     # Frees the device's memory before the next model is loaded.
     del model
   _barrier("evaluation-end")
-  names = names or (own_names if len(paths) == 1 else distinct_names(paths))
+  names = names or (own_names if len(paths) == 1 else distinct_names(own))
   runs = {}
   for name, where in zip(names, outs):
     if (run := gather(task, where, worker[1])) is None:

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import pathlib
 from collections.abc import Mapping
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
-from hourjax import progress
+from hourjax import hub, progress
 from hourjax.errors import UserError
 from hourjax.models.config import ModelConfig
 from hourjax.models.params import (
@@ -166,7 +165,7 @@ def tower_params(
       and without that either the tower is drawn from its `seed`, as training
       draws it.
     folder: a published SigLIP folder, an Hour-LLaVA checkpoint or the workdir
-      of a training run.
+      of a training run; or a name with hf:// (see `hub`).
 
   Returns:
     Parameters by path, float32.
@@ -175,8 +174,8 @@ def tower_params(
     UserError: the folder holds no tower, or another one than the model's.
   """
   config = experiment.model
-  folder = folder or experiment.init
-  if not folder:
+  name = folder or experiment.init
+  if not name:
     drawn = init_params(config, experiment.seed, prefix=TOWER)
     return jax.tree.map(np.asarray, drawn)
   shapes = {
@@ -184,10 +183,11 @@ def tower_params(
     for path, shape in param_shapes(config).items()
     if path.startswith(TOWER)
   }
-  if not (pathlib.Path(folder) / "checkpoints").is_dir():
-    return load_tower(folder, config, shapes)
+  where = hub.local_folder(name)
+  if not (where / "checkpoints").is_dir():
+    return load_tower(where, config, shapes)
   found = restore_params(
-    folder, prefix=TOWER, each=lambda _, value: np.asarray(value, np.float32)
+    where, prefix=TOWER, each=lambda _, value: np.asarray(value, np.float32)
   )
   params = {path: np.asarray(value) for path, value in found.params.items()}
   wrong = {
@@ -198,7 +198,7 @@ def tower_params(
   }
   if wrong:
     raise UserError(
-      f"{folder} does not fit config.model: {', '.join(sorted(wrong))} are"
+      f"{where} does not fit config.model: {', '.join(sorted(wrong))} are"
       " missing or of another shape; use the configuration it was trained with"
     )
   return params

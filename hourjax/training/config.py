@@ -96,7 +96,7 @@ class DataConfig:
     media: folder of videos and images.
     features: feature store of the videos; empty to encode their pixels in the
       train step.
-    tokenizer: folder of the tokenizer.
+    tokenizer: folder of the tokenizer, or a name with hf:// (see `hub`).
     single_image: "tiled" or "plain", see `SampleOptions`.
     share_memory: how many conversations about one video may share its memory
       in a row, so that it is read and projected once; 1 shares nothing.
@@ -164,8 +164,8 @@ class Experiment:
     optimizer: learning rates and the rest of AdamW.
     read: how far ahead rows are read.
     mesh: how devices are divided.
-    init: empty for fresh weights, a folder of published weights, or the workdir
-      of an earlier run.
+    init: empty for fresh weights, a folder of published weights or a name with
+      hf:// (see `hub`), or the workdir of an earlier run.
     draw_missing: components that `init` may lack, separated by commas; they
       are drawn fresh. Stage 1 starts from LLaVA-OneVision with "memaug".
     seed: of weights, shuffling and forgetting.

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from hourjax import progress
+from hourjax import hub, progress
 from hourjax.errors import UserError
 from hourjax.models.params import init_params, param_axes, param_shapes
 from hourjax.parallel.rules import param_shardings
@@ -137,7 +137,7 @@ def initial_params(
   config = experiment.model
   if not experiment.init:
     return _drawn(experiment, shardings)
-  folder = pathlib.Path(experiment.init)
+  folder = hub.local_folder(experiment.init)
   draw = tuple(filter(None, experiment.draw_missing.split(",")))
   if set(draw) - set(COMPONENTS):
     raise UserError(
