@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from hourjax.data.store.features import FeatureStore
-from hourjax.weights.checkpoint import save_params
+from hourjax.weights.shards import save_params
 from tests import videos
 from tests.extraction import towers
 

@@ -1,5 +1,6 @@
 """Loading a model from the workdir of a training run or a published folder."""
 
+import dataclasses
 import hashlib
 import os
 import pathlib
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
+from hourjax import hub
 from hourjax.data.forgetting import Forgetting
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
@@ -21,7 +23,7 @@ from hourjax.models.params import param_axes, param_shapes
 from hourjax.parallel.mesh import MeshConfig, make_mesh
 from hourjax.parallel.rules import param_shardings
 from hourjax.training.checkpoint import restore_params
-from hourjax.training.config import build_experiment
+from hourjax.training.config import Experiment, build_experiment
 from hourjax.training.workdir import read_config
 from hourjax.weights import config as published
 from hourjax.weights.checkpoint import load_params
@@ -40,7 +42,7 @@ class _Source(NamedTuple):
 
   config: ModelConfig
   rules: Rules
-  tokenizer: pathlib.Path
+  tokenizer: str | os.PathLike
   read: _Read
 
 
@@ -55,7 +57,7 @@ def load(
   Args:
     folder: workdir of a training run, whose newest sound checkpoint is read;
       or a published folder (`config.json`, safetensors and the tokenizer's
-      files).
+      files), or a name with hf:// (see `hub`).
     tokenizer: folder of the tokenizer. By default that of the training run, or
       the published folder.
     mesh: mesh over the devices of this process. By default memory is split
@@ -64,21 +66,11 @@ def load(
   Raises:
     UserError: there is no model, or it does not fit its configuration.
   """
-  folder = pathlib.Path(folder)
-  if not folder.is_dir():
-    raise UserError(
-      f"model folder {folder} does not exist; give the workdir of a training"
-      " run or a folder with config.json and safetensors"
-    )
+  folder = find_folder(folder)
   # Quick checks come before the weights are read.
-  describe = _of_run if (folder / "checkpoints").is_dir() else _of_published
+  describe = _of_run if is_workdir(folder) else _of_published
   source = describe(folder)
-  words = pathlib.Path(tokenizer) if tokenizer else source.tokenizer
-  if not words.is_dir():
-    raise UserError(
-      f"the tokenizer of {folder}, {words}, does not exist; start where the"
-      " training was started, or give its folder as tokenizer"
-    )
+  words = find_tokenizer(tokenizer or source.tokenizer, folder)
   vocabulary = Tokenizer.from_folder(words)
   placed = _mesh(mesh, source.config)
   check_mesh(placed, source.config)
@@ -93,17 +85,58 @@ def load(
   )
 
 
-def _of_run(folder: pathlib.Path) -> _Source:
-  """Describes the model of a training run."""
-  experiment = build_experiment(read_config(folder))
-  rules = Rules(
+def find_folder(name: str | os.PathLike) -> pathlib.Path:
+  """Returns the folder of a model; a name with hf:// is fetched.
+
+  Raises:
+    UserError: it does not exist.
+  """
+  folder = hub.local_folder(name)
+  if not folder.is_dir():
+    raise UserError(
+      f"model folder {folder} does not exist; give the workdir of a training"
+      " run or a folder with config.json and safetensors"
+    )
+  return folder
+
+
+def is_workdir(folder: pathlib.Path) -> bool:
+  """Returns whether a model's folder is the workdir of a training run."""
+  return (folder / "checkpoints").is_dir()
+
+
+def find_tokenizer(
+  name: str | os.PathLike, model: pathlib.Path
+) -> pathlib.Path:
+  """Returns the folder of a model's tokenizer; hf:// is fetched.
+
+  Raises:
+    UserError: it does not exist.
+  """
+  words = hub.local_folder(name, hub.TOKENIZER)
+  if not words.is_dir():
+    raise UserError(
+      f"the tokenizer of {model}, {words}, does not exist; start where the"
+      " training was started, or give its folder as tokenizer"
+    )
+  return words
+
+
+def run_rules(experiment: Experiment) -> Rules:
+  """Returns the settings of a training that also decide answers."""
+  return Rules(
     experiment.forgetting,
     experiment.max_length,
     experiment.data.single_image,
     experiment.seed,
     experiment.memory,
   )
-  words = pathlib.Path(experiment.data.tokenizer)
+
+
+def _of_run(folder: pathlib.Path) -> _Source:
+  """Describes the model of a training run."""
+  experiment = build_experiment(read_config(folder))
+  words = experiment.data.tokenizer
 
   def read(
     config: ModelConfig, mesh: Mesh
@@ -124,7 +157,7 @@ def _of_run(folder: pathlib.Path) -> _Source:
       value = value.astype(narrow_dtype(path, config), copy=False)
       return jax.device_put(value, shardings[path])
 
-    found = restore_params(folder, _host(), each=place)
+    found = restore_params(folder, host_sharding(), each=place)
     for path in shapes.keys() - found.params.keys():
       _misfit(folder, path, None, shapes[path])
     arrays = sorted(found.arrays.items())
@@ -132,7 +165,7 @@ def _of_run(folder: pathlib.Path) -> _Source:
     name = f"{_short_name(folder)} step {found.step} {digest[:12]}"
     return found.params, name
 
-  return _Source(experiment.model, rules, words, read)
+  return _Source(experiment.model, run_rules(experiment), words, read)
 
 
 def _misfit(
@@ -171,9 +204,30 @@ def _of_published(folder: pathlib.Path) -> _Source:
         digest.update(part)
     return params, f"{_short_name(folder)} {digest.hexdigest()[:12]}"
 
-  is_uniform = published.read_spatial(folder) == "uniform"
-  rules = Rules(Forgetting(spatial="uniform" if is_uniform else "random"))
-  return _Source(published.read_config(folder), rules, folder, read)
+  config, found = published.read_config(folder), published.read_rules(folder)
+  rules = Rules(
+    _forgetting(found.forgetting, folder),
+    found.max_length,
+    found.single_image,
+    found.seed,
+  )
+  return _Source(config, rules, folder, read)
+
+
+def _forgetting(given: Mapping[str, Any], folder: pathlib.Path) -> Forgetting:
+  """Builds the rule of forgetting that a published folder describes."""
+  known = dataclasses.asdict(Forgetting())
+  wrong = [
+    f"{key}={value!r}"
+    for key, value in given.items()
+    if key not in known or type(value) is not type(known[key])
+  ]
+  if wrong:
+    raise UserError(
+      f"{folder}/config.json: hourjax.forgetting has {', '.join(wrong)}, which"
+      " this version does not know; use the version of hourjax that wrote it"
+    )
+  return Forgetting(**given)
 
 
 def _shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
@@ -202,11 +256,14 @@ def _excerpt(path: pathlib.Path) -> Iterator[bytes]:
 
 
 def _short_name(folder: pathlib.Path) -> str:
-  """Returns the last two names of a folder's path: "memaug/stage2"."""
-  return "/".join(folder.absolute().parts[-2:])
+  """Returns the last two names of a folder's path: "memaug/stage2".
+
+  Of a repository it is "organisation/name@commit".
+  """
+  return hub.short_name(folder) or "/".join(folder.absolute().parts[-2:])
 
 
-def _host() -> SingleDeviceSharding:
+def host_sharding() -> SingleDeviceSharding:
   """Returns the host's memory, where whole arrays fit.
 
   Without a CPU backend it is the first device.

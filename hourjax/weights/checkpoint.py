@@ -1,4 +1,4 @@
-"""Checkpoints under their official names: Hour-LLaVA's, and SigLIP's towers.
+"""Reads checkpoints under official names: Hour-LLaVA's, and SigLIP's towers.
 
 A checkpoint is a folder with `config.json` and `model.safetensors`, or shards
 listed in `model.safetensors.index.json`. Of a SigLIP folder, or of an
@@ -10,24 +10,22 @@ parameters in their final dtype and a few megabytes. Where parameters are split
 over devices, a process reads only what its own devices hold.
 """
 
+import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
-import threading
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
-from hourjax import progress, schema
+from hourjax import schema
 from hourjax.errors import UserError
 from hourjax.models.config import ModelConfig, VisionConfig
 from hourjax.weights import names
-from hourjax.weights.config import read_config, siglip_config, write_config
-from hourjax.weights.folder import INDEX, check_names, find_tensors
+from hourjax.weights.config import read_config, siglip_config
+from hourjax.weights.folder import check_names, find_tensors
 from hourjax.weights.names import (
   EMBEDDING,
   HEAD,
@@ -37,6 +35,7 @@ from hourjax.weights.names import (
 )
 from hourjax.weights.tensors import (
   DTYPES,
+  MegabyteBar,
   TensorReader,
   aligned,
   in_threads,
@@ -46,8 +45,6 @@ from hourjax.weights.tensors import (
 Params = dict[str, Any]  # numpy or jax arrays by path
 # One for all parameters, or one by path.
 Dtypes = type[np.generic] | np.dtype | Mapping[str, np.dtype]
-_SHARD_BYTES = 4 * 2**30
-_BAR_BYTES = 2**26  # from which on a progress bar is shown
 
 
 def load_params(
@@ -76,6 +73,33 @@ def load_params(
     UserError: lists all missing, unexpected and misshapen names; or says what
       is damaged, not finite or ambiguous.
   """
+  with open_params(folder, config, shapes, optional=optional) as opened:
+    table, reader = opened
+    return read_entries(table, shapes, reader, dtype, shardings)
+
+
+@contextlib.contextmanager
+def open_params(
+  folder: str | pathlib.Path,
+  config: ModelConfig,
+  shapes: Mapping[str, tuple[int, ...]],
+  *,
+  optional: Set[str] = frozenset(),
+) -> Iterator[tuple[list[Entry], TensorReader]]:
+  """Opens a checkpoint and checks all names and shapes before any is read.
+
+  Args:
+    folder: as in `load_params`.
+    config: as in `load_params`.
+    shapes: as in `load_params`.
+    optional: as in `load_params`.
+
+  Yields:
+    The entries that are there, and the reader of their tensors.
+
+  Raises:
+    UserError: as `load_params`.
+  """
   folder = pathlib.Path(folder)
   with TensorReader(find_tensors(folder)) as reader:
     table = _present(key_table(config), optional, reader)
@@ -84,7 +108,7 @@ def load_params(
       _check_same_head(reader, folder)
       found -= {HEAD}
     check_names(table, shapes, reader, found, folder)
-    return read_entries(table, shapes, reader, dtype, shardings)
+    yield table, reader
 
 
 def read_entries(
@@ -117,7 +141,8 @@ def read_entries(
     int(np.prod(shapes[path])) * dtype[path].itemsize for _, _, path in todo
   )
   params: Params = {}
-  with _ReadingBar(total) as count:
+  shown = jax.process_index() == 0
+  with MegabyteBar(total, "reading weights", shown=shown) as count:
     for entry, part, path in todo:
       read = functools.partial(
         _read, entry, part, shapes[path], reader, dtype[path], count
@@ -250,73 +275,6 @@ def _placed(
   return jax.make_array_from_callback(tuple(shape), sharding, part_of)
 
 
-class _ReadingBar:
-  """Shows a bar over megabytes if there are many; threads may share it."""
-
-  def __init__(self, total: int):
-    self._bar = None
-    if total >= _BAR_BYTES and jax.process_index() == 0:
-      self._bar = progress.bar(total >> 20, unit="MB", desc="reading weights")
-    self._lock, self._done = threading.Lock(), 0
-
-  def __enter__(self) -> Callable[[int], None]:
-    return self._add
-
-  def __exit__(self, *_: object) -> None:
-    if self._bar is not None:
-      self._bar.close()
-
-  def _add(self, size: int) -> None:
-    with self._lock:
-      self._done += size
-      if self._bar is not None:
-        self._bar.update((self._done >> 20) - self._bar.n)
-
-
-def save_params(
-  params: Params,
-  config: ModelConfig,
-  folder: str | pathlib.Path,
-  *,
-  shard_bytes: int = _SHARD_BYTES,
-) -> None:
-  """Writes our parameters as an official checkpoint folder, in shards.
-
-  Args:
-    params: by path.
-    config: of the model.
-    folder: to write, made if it is not there.
-    shard_bytes: size above which a shard ends.
-  """
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  write_config(config, folder)
-  shard, size, files, index = {}, 0, [], {}
-
-  def flush() -> None:
-    nonlocal shard, size
-    name = f"model-{len(files) + 1:05d}.safetensors"
-    save_file(shard, folder / name)
-    files.append(name)
-    index.update(dict.fromkeys(shard, name))
-    shard, size = {}, 0
-
-  for entry in key_table(config):
-    for layer, name in enumerate(entry.names()):
-      arrays = [params[path] for path in entry.paths]
-      if entry.layers:
-        arrays = [array[layer] for array in arrays]
-      tensor = np.ascontiguousarray(entry.to_official(arrays))
-      if shard and size + tensor.nbytes > shard_bytes:
-        flush()
-      shard[name] = tensor
-      size += tensor.nbytes
-  flush()
-  (folder / INDEX).write_text(
-    json.dumps({"metadata": {}, "weight_map": index}, indent=1) + "\n"
-  )
-
-
 def _present(
   table: list[Entry], optional: Set[str], reader: TensorReader
 ) -> list[Entry]:
@@ -415,7 +373,12 @@ def _sizes(path: pathlib.Path) -> VisionConfig:
       f" described; of towers alone 'siglip' and {_KIND!r} are read; {_WHAT}"
     )
   if kind == _KIND:
-    return siglip_config({**_DEFAULTS, **raw}, str(path))
+    raw = {**_DEFAULTS, **raw}
+    layers = raw["num_hidden_layers"]
+    if raw.get("mm_vision_select_layer") == -1 and type(layers) is int:
+      # An export of ours: the last layer is not there, and all others are used.
+      raw["num_hidden_layers"] = layers + 1
+    return siglip_config(raw, str(path))
   if kind == "siglip":
     given = raw.get("vision_config") or {}
     if not isinstance(given, dict):

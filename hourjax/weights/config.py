@@ -6,7 +6,6 @@ weights would compute something else is either read or refused by its name.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -16,8 +15,13 @@ from pydantic import Field
 from hourjax import schema
 from hourjax.errors import UserError
 from hourjax.models.config import DecoderConfig, ModelConfig, VisionConfig
+from hourjax.weights.own_keys import (
+  OwnKeys,
+  PublishedRules,
+  check_more_fields,
+)
 
-_SO400M = "google/siglip-so400m-patch14-384"
+SO400M = "google/siglip-so400m-patch14-384"
 _WINDOW = 32_768  # no conversation is longer, so wider windows have no effect
 # What transformers assumes where config.json does not say it.
 _ROPE_BASE = 10_000.0
@@ -78,6 +82,8 @@ class _Config(schema.Schema):
   spatial_sampling_type: str | None = None
   image_grid_pinpoints: list[list[int]] | str | None = None
   vision_config: dict[str, Any] | None = None
+  image_aspect_ratio: str | None = None
+  hourjax: OwnKeys | None = None
 
 
 class _Vision(schema.Schema):
@@ -123,7 +129,7 @@ _FRAMES = {
   "mm_spatial_pool_mode": ("bilinear",),
   "mm_newline_position": ("grid",),
   "mm_use_im_start_end": (False,),
-  "image_aspect_ratio": ("anyres_max_9",),
+  "image_aspect_ratio": ("anyres_max_9", "square"),
   "spatial_sampling_type": ("random", "uniform"),
   "add_faster_video": (False,),
 }
@@ -153,17 +159,28 @@ def read_config(folder: str | pathlib.Path) -> ModelConfig:
   vision = _vision(config, path)
   problems += _others(raw, _FRAMES) + _frames(config, vision)
   _refuse(path, problems)
+  own = config.hourjax or OwnKeys()
   return ModelConfig(
     vision=vision,
     decoder=decoder,
     pool_side=config.pool_side,
     memaug_layers=config.memaug_depth,
+    dtype=own.dtype,
+    **check_more_fields(own.model, path),
   )
 
 
-def read_spatial(folder: str | pathlib.Path) -> str:
-  """Reads how a frame's tokens are forgotten: "random" or "uniform"."""
-  return _read(folder)[2].spatial_sampling_type or "random"
+def read_rules(folder: str | pathlib.Path) -> PublishedRules:
+  """Reads how frames are forgotten and images are shown."""
+  config = _read(folder)[2]
+  own = config.hourjax or OwnKeys()
+  spatial = config.spatial_sampling_type or "random"
+  return PublishedRules(
+    {**own.forgetting, "spatial": spatial},
+    own.max_length,
+    "plain" if config.image_aspect_ratio == "square" else "tiled",
+    own.seed,
+  )
 
 
 def check_start(folder: str | pathlib.Path, model: ModelConfig) -> None:
@@ -232,48 +249,6 @@ def siglip_config(raw: Mapping[str, Any], where: str) -> VisionConfig:
     mlp=given.intermediate_size,
     norm_eps=given.layer_norm_eps,
   )
-
-
-def write_config(config: ModelConfig, folder: str | pathlib.Path) -> None:
-  """Writes the `config.json` that `read_config` reads.
-
-  Args:
-    config: of the model.
-    folder: to write into.
-  """
-  decoder, vision = config.decoder, config.vision
-  # `model_type` says which family of decoders it is. The keys by which the
-  # families differ are written only where they are not Qwen2's, so that files
-  # of Qwen2 stay as older versions wrote them.
-  raw: dict[str, Any] = {
-    "model_type": "hour_llava_qwen3" if decoder.qk_norm else "hour_llava_qwen",
-    "vocab_size": decoder.vocab,
-    "hidden_size": decoder.width,
-    "num_hidden_layers": decoder.layers,
-    "num_attention_heads": decoder.heads,
-    "num_key_value_heads": decoder.kv_heads,
-    "intermediate_size": decoder.mlp,
-    "tie_word_embeddings": decoder.tied,
-    "rope_theta": decoder.rope_base,
-    "rms_norm_eps": decoder.norm_eps,
-    "memaug_depth": config.memaug_layers,
-    "pool_side": config.pool_side,
-    "vision_config": {
-      "image_size": vision.image_size,
-      "patch_size": vision.patch_size,
-      "hidden_size": vision.width,
-      "num_hidden_layers": vision.layers + 1,
-      "num_attention_heads": vision.heads,
-      "intermediate_size": vision.mlp,
-      "layer_norm_eps": vision.norm_eps,
-    },
-  }
-  if decoder.qk_norm or decoder.head_dim:
-    raw["head_dim"] = decoder.head_size
-  if decoder.qk_norm or not decoder.attention_bias:
-    raw["attention_bias"] = decoder.attention_bias
-  path = pathlib.Path(folder) / "config.json"
-  path.write_text(json.dumps(raw, indent=2) + "\n")
 
 
 def _read(
@@ -442,10 +417,10 @@ def _windows(config: _Config) -> list[str]:
 def _vision(config: _Config, path: pathlib.Path) -> VisionConfig:
   if config.vision_config is not None:
     return siglip_config(config.vision_config, f"{path}, vision_config")
-  tower = config.mm_vision_tower or _SO400M
+  tower = config.mm_vision_tower or SO400M
   if "siglip-so400m-patch14-384" not in tower:
     raise UserError(
-      f"{path}: mm_vision_tower is {tower!r}, known is {_SO400M!r}; add a"
+      f"{path}: mm_vision_tower is {tower!r}, known is {SO400M!r}; add a"
       " vision_config entry with the tower's sizes"
     )
   return VisionConfig()

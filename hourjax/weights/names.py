@@ -51,6 +51,10 @@ class Entry:
     """Returns some rows of an official tensor in our order of axes."""
     return _to_ours(rows, self.layout)
 
+  def official_rows(self, array: np.ndarray) -> np.ndarray:
+    """Returns one of our (one layer's) parameters as official rows."""
+    return _to_official(array, self.layout)
+
   def to_ours(self, tensor: np.ndarray) -> list[np.ndarray]:
     """Splits an official tensor into one array for each of our paths."""
     parts = [tensor]
@@ -60,7 +64,7 @@ class Entry:
 
   def to_official(self, arrays: list[np.ndarray]) -> np.ndarray:
     """Joins our arrays into the official tensor; the inverse of `to_ours`."""
-    parts = [_to_official(array, self.layout) for array in arrays]
+    parts = [self.official_rows(array) for array in arrays]
     return np.concatenate(parts, axis=0) if self.rows else parts[0]
 
   def official_shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
@@ -92,10 +96,15 @@ def key_table(config: ModelConfig) -> list[Entry]:
   entries += _linear("model.mm_projector.2", "projector/fc2")
   if config.memaug_layers:
     entries += _memaug(config, MEMAUG + "layers.{i}.")
-  return entries + _decoder(config)
+  return entries + decoder_table(config)
 
 
-def _decoder(config: ModelConfig) -> list[Entry]:
+def decoder_table(config: ModelConfig) -> list[Entry]:
+  """Returns an entry for every tensor of the decoder.
+
+  The names are those of Hugging Face's Qwen2ForCausalLM and Qwen3ForCausalLM,
+  too.
+  """
   decoder, n = config.decoder, config.decoder.layers
   official_layer, our_layer = "model.layers.{i}.", "decoder/layers/layers/"
   entries = [

@@ -12,6 +12,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ import ml_dtypes
 import numpy as np
 from pydantic import Field
 
-from hourjax import schema
+from hourjax import progress, schema
 from hourjax.errors import UserError
 
 DTYPES = {
@@ -31,7 +32,9 @@ DTYPES = {
 _MOST_HEADER = 100 * 2**20  # bytes, as in the format's own library
 _BLOCK = 2 * 2**20  # values that are read and converted at a time
 _PATCH = 128  # rows that are transposed at a time, to stay in the CPU's cache
+_BAR_BYTES = 2**26  # from which on a progress bar is shown
 _AGAIN = "copy it again"
+_OTHER = "copy it again, or take another checkpoint"
 _Count = Annotated[int, Field(ge=0, lt=2**60)]
 
 
@@ -200,7 +203,7 @@ class TensorReader:
       self._fill(tensor, block, first * width * own.itemsize)
       with np.errstate(over="ignore", invalid="ignore"):
         block = block.astype(dtype, copy=False)
-      _check_finite(tensor, block)
+      check_finite(f"{tensor.file}: {name}", block, _OTHER)
       yield first, block
 
   def fill(self, name: str, target: np.ndarray, start: int) -> bool:
@@ -226,7 +229,7 @@ class TensorReader:
     for first in range(0, flat.size, _BLOCK):
       block = flat[first : first + _BLOCK]
       self._fill(tensor, block, (start * width + first) * block.itemsize)
-      _check_finite(tensor, block)
+      check_finite(f"{tensor.file}: {name}", block, _OTHER)
     return True
 
   def _fill(self, tensor: Tensor, block: np.ndarray, offset: int) -> None:
@@ -262,8 +265,14 @@ def transpose(target: np.ndarray, block: np.ndarray) -> None:
     target[:, row : row + _PATCH] = block[row : row + _PATCH].T
 
 
-def _check_finite(tensor: Tensor, block: np.ndarray) -> None:
-  """Raises if a value is infinite or NaN: its exponent's bits are all ones."""
+def check_finite(where: str, block: np.ndarray, remedy: str) -> None:
+  """Raises if a value is infinite or NaN: its exponent's bits are all ones.
+
+  Args:
+    where: the values come from, for the message.
+    block: contiguous array.
+    remedy: what the user can do, as the last words of the message.
+  """
   size = block.dtype.itemsize
   limit = {
     np.dtype(np.float64): 0x7FF0 << 48,
@@ -283,9 +292,8 @@ def _check_finite(tensor: Tensor, block: np.ndarray) -> None:
   ):
     wrong = int((~np.isfinite(block.astype(np.float64))).sum())
     raise UserError(
-      f"{tensor.file}: {tensor.name} is not finite as {block.dtype} in {wrong}"
-      f" of {block.size} values looked at, and nothing can be answered with"
-      " it; copy it again, or take another checkpoint"
+      f"{where} is not finite as {block.dtype} in {wrong} of {block.size}"
+      f" values looked at, and nothing can be answered with it; {remedy}"
     )
 
 
@@ -327,3 +335,35 @@ def in_threads(function: Callable[[Any], object], jobs: Sequence[Any]) -> None:
       for future in running:
         future.cancel()
       raise
+
+
+class MegabyteBar:
+  """Shows a bar over megabytes if there are many; threads may share it."""
+
+  def __init__(self, total: int, desc: str, *, shown: bool = True):
+    """Draws the bar.
+
+    Args:
+      total: number of bytes.
+      desc: what is shown before the bar.
+      shown: whether there may be a bar.
+    """
+    self._bar = None
+    if shown and total >= _BAR_BYTES:
+      self._bar = progress.bar(total >> 20, unit="MB", desc=desc)
+    self._lock, self._done = threading.Lock(), 0
+
+  def __enter__(self) -> Callable[[int], None]:
+    """Returns what is called with the number of bytes of each piece."""
+    return self._add
+
+  def __exit__(self, *_: object) -> None:
+    """Ends the bar."""
+    if self._bar is not None:
+      self._bar.close()
+
+  def _add(self, size: int) -> None:
+    with self._lock:
+      self._done += size
+      if self._bar is not None:
+        self._bar.update((self._done >> 20) - self._bar.n)

@@ -14,7 +14,7 @@ from hourjax.data.demo.tokenizer import write_tokenizer
 from hourjax.data.store.features import FeatureStore
 from hourjax.models.config import TINY, VisionConfig
 from hourjax.models.params import init_params
-from hourjax.weights.checkpoint import save_params
+from hourjax.weights.shards import save_params
 from tests import videos
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from hourjax.inference.memory import Answer, Memory
 from hourjax.inference.sampling import Sampling
 from hourjax.models.config import TINY
 from hourjax.models.params import param_shapes
-from hourjax.weights.checkpoint import save_params
+from hourjax.weights.shards import save_params
 from tests import videos
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from hourjax.errors import UserError
 from hourjax.extraction import beam, worker
 from hourjax.extraction.streaming import FeatureWriter
 from hourjax.training.config import build_experiment
-from hourjax.weights.checkpoint import save_params
+from hourjax.weights.shards import save_params
 from tests import videos
 from tests.extraction import towers
 

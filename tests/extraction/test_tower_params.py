@@ -11,7 +11,7 @@ from hourjax.models.params import init_params
 from hourjax.training.checkpoint import Checkpoints
 from hourjax.training.config import build_experiment
 from hourjax.training.train_step import TrainState
-from hourjax.weights.checkpoint import save_params
+from hourjax.weights.shards import save_params
 from tests.extraction import towers
 
 EXPERIMENT = dataclasses.replace(

@@ -27,7 +27,7 @@ from hourjax.models.params import init_params
 from hourjax.training.checkpoint import restore_params
 from hourjax.training.config import build_experiment
 from hourjax.training.workdir import read_config
-from hourjax.weights.checkpoint import save_params
+from hourjax.weights.shards import save_params
 from tests import test_held
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -25,7 +25,8 @@ from hourjax.models.params import narrow_dtype, param_shapes
 from hourjax.parallel.mesh import MeshConfig
 from hourjax.training.checkpoint import Checkpoints
 from hourjax.training.train_state import TrainState
-from hourjax.weights.checkpoint import load_params, save_params
+from hourjax.weights.checkpoint import load_params
+from hourjax.weights.shards import save_params
 from tests import videos
 from tests.drawn_params import draw_params
 from tests.inference import models

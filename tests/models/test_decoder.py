@@ -17,8 +17,9 @@ from safetensors.numpy import load_file, save_file
 from hourjax.models.attention import KeysValues
 from hourjax.models.config import TINY, ModelConfig
 from hourjax.models.params import param_shapes, with_params
-from hourjax.weights.checkpoint import load_params, save_params
+from hourjax.weights.checkpoint import load_params
 from hourjax.weights.config import read_config
+from hourjax.weights.shards import save_params
 from tests import official
 
 torch = pytest.importorskip("torch")

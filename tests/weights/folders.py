@@ -10,7 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from hourjax.models.config import TINY, DecoderConfig, ModelConfig, VisionConfig
 from hourjax.models.params import param_shapes
-from hourjax.weights.checkpoint import load_params, save_params
+from hourjax.weights.checkpoint import load_params
+from hourjax.weights.shards import save_params
 
 UNTIED = ModelConfig(
   VisionConfig(image_size=6, patch_size=2, width=8, layers=2, heads=2, mlp=12),

@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from hourjax.models.config import SIZES
-from hourjax.weights.config import write_config
+from hourjax.weights.description import write_config
 from tests import golden_files
 
 _SHARDS = 4

@@ -7,12 +7,8 @@ import pytest
 
 from hourjax.errors import UserError
 from hourjax.models.config import HOUR_LLAVA_3B, VisionConfig
-from hourjax.weights.config import (
-  check_start,
-  read_config,
-  read_spatial,
-  write_config,
-)
+from hourjax.weights.config import check_start, read_config, read_rules
+from hourjax.weights.description import write_config
 from tests.weights import folders
 
 MODEL = HOUR_LLAVA_3B
@@ -92,7 +88,7 @@ OTHER = [
     "sliding_window is 8 in layers from 35 on",
   ),
   (
-    {"use_sliding_window": True},
+    {"use_sliding_window": True, "sliding_window": ...},
     "sliding_window is 4096 in layers from 28 on",
   ),
   ({"layer_types": ["sliding_attention"] * 36}, "'sliding_attention'"),
@@ -226,9 +222,10 @@ def test_the_same_as_transformers():
 
 
 def test_how_tokens_are_forgotten_is_read(folder):
-  assert read_spatial(folder) == "random"
+  assert read_rules(folder).forgetting == {"spatial": "random"}
   folders.describe(folder, spatial_sampling_type="uniform")
-  assert read_config(folder) == MODEL and read_spatial(folder) == "uniform"
+  assert read_config(folder) == MODEL
+  assert read_rules(folder).forgetting == {"spatial": "uniform"}
 
 
 WRONG = [
@@ -332,7 +329,8 @@ def test_a_training_starts_from_the_same_model_only(folder):
   other = dataclasses.replace(MODEL, vision=VisionConfig(layers=25))
   with pytest.raises(UserError, match=r"vision\.layers is 26"):
     check_start(folder, other)
-  folders.describe(folder, vision_config=...)  # weights without a tower
+  # Weights without a tower.
+  folders.describe(folder, vision_config=..., mm_vision_tower=...)
   check_start(folder, other)
   (folder / "config.json").unlink()
   check_start(folder, other)

@@ -18,8 +18,10 @@ from hourjax.models.config import (
   VisionConfig,
 )
 from hourjax.models.params import param_shapes
-from hourjax.weights.checkpoint import load_params, save_params
-from hourjax.weights.config import read_config, write_config
+from hourjax.weights.checkpoint import load_params
+from hourjax.weights.config import read_config
+from hourjax.weights.description import write_config
+from hourjax.weights.shards import save_params
 from tests import golden_cases, official
 from tests.weights import folders
 

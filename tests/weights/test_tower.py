@@ -8,7 +8,8 @@ from safetensors.numpy import load_file, save_file
 from hourjax.errors import UserError
 from hourjax.models.config import TINY, DecoderConfig, ModelConfig, VisionConfig
 from hourjax.models.params import param_shapes
-from hourjax.weights.checkpoint import load_params, load_tower, save_params
+from hourjax.weights.checkpoint import load_params, load_tower
+from hourjax.weights.shards import save_params
 from tests import golden_files, official
 
 SMALL = ModelConfig(
