@@ -1,6 +1,7 @@
 """Files that hold their old content or their new one, whenever a process dies.
 
-`write_file` and `replace_file` write beside a file and rename. `TempFiles`
+`write_file` and `replace_file` write beside a file and rename, and
+`new_folder` does so for a folder that is not there yet. `TempFiles`
 names the large files that a process writes for a while before they are moved
 into a store, and removes those of processes that were killed.
 """
@@ -69,6 +70,51 @@ def write_file(
   content = data.encode() if isinstance(data, str) else data
   with replace_file(path, several_writers=several_writers) as partial:
     partial.write_bytes(content)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Gives a folder to fill, and renames it to `path` if the block succeeds.
+
+  If the block fails, nothing is left. A killed process leaves a hidden folder
+  `.NAME.partial`, which the next one removes.
+
+  Args:
+    path: of the folder, which must not exist, or be empty.
+
+  Yields:
+    An empty folder beside it.
+
+  Raises:
+    UserError: the folder holds something, or is being written by another
+      process.
+  """
+  path = pathlib.Path(path).absolute()
+  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    raise UserError(
+      f"{path} exists and is not empty; choose another folder, or remove it"
+    )
+  partial = path.with_name(f".{path.name}.partial")
+  partial.mkdir(parents=True, exist_ok=True)
+  try:
+    lock = _lock(partial)
+  except BlockingIOError:
+    raise UserError(
+      f"another process is writing {partial}; wait for it, or choose another"
+      " folder"
+    ) from None
+  try:
+    for old in partial.iterdir():
+      if old.name != _LOCK:
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    yield partial
+    (partial / _LOCK).unlink()
+    partial.rename(path)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
+  finally:
+    lock.close()
 
 
 class TempFiles:

@@ -19,6 +19,7 @@ HEAVY = (
   "hourjax.training.loop", "hourjax.planning.search", "hourjax.data.demo.build",
   "hourjax.evaluation.run", "hourjax.data.prepare.build",
   "hourjax.benchmarks.ask", "hourjax.benchmarks.data", "hourjax.ablation.run",
+  "hourjax.inference.export",
 )  # fmt: skip
 
 

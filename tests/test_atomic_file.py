@@ -8,7 +8,12 @@ import uuid
 
 import pytest
 
-from hourjax.atomic_file import TempFiles, replace_file, write_file
+from hourjax.atomic_file import (
+  TempFiles,
+  new_folder,
+  replace_file,
+  write_file,
+)
 from hourjax.errors import UserError
 
 
@@ -109,3 +114,38 @@ def test_a_killed_process_holds_nothing(tmp_path):
   assert len(_names(files.folder)) == 1
   with files.locked():
     assert _names(files.folder) == []
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path):
+  out = tmp_path / "there" / "out"
+  with new_folder(out) as partial:
+    (partial / "a").write_text("1")
+    assert not out.exists()
+    with (
+      pytest.raises(UserError, match="another process is writing"),
+      new_folder(out),
+    ):
+      pass
+  assert [path.name for path in out.parent.iterdir()] == ["out"]
+  assert [path.name for path in out.iterdir()] == ["a"]
+  with (
+    pytest.raises(UserError, match="exists and is not empty"),
+    new_folder(out),
+  ):
+    pass
+
+
+def test_a_folder_that_failed_or_was_left(tmp_path):
+  out = tmp_path / "out"
+  with pytest.raises(KeyError), new_folder(out) as partial:
+    (partial / "a").write_text("1")
+    raise KeyError
+  assert not list(tmp_path.iterdir())
+  # As a killed process leaves it.
+  (tmp_path / ".out.partial/old").mkdir(parents=True)
+  (tmp_path / ".out.partial/lock").write_text("")
+  out.mkdir()
+  with new_folder(out) as partial:
+    (partial / "b").write_text("2")
+  assert [path.name for path in out.iterdir()] == ["b"]
+  assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -62,6 +62,8 @@ MISUSED = [
    " --max_tokens?"),
   ("evaluate --benchmrk=mlvu", "unknown option --benchmrk; did you mean"
    " --benchmark?"),
+  ("export --modle=x --out=y", "unknown option --modle; did you mean"
+   " --model?"),
   ("bench data --giga=2", "unknown option --giga; did you mean --gigabytes?"),
   ("demo --zzzzzzzz=1", "unknown option --zzzzzzzz; see --help"),
   # values
@@ -84,6 +86,12 @@ MISUSED = [
   ("plan --num_slices=1000000000", "--num_slices=1000000000: "),
   ("ablate --table=4 --seeds=0", "--seeds=0: 0 is not a positive integer"),
   ("ablate --table=4 --steps=0", "--steps=0: 0 is not a positive integer"),
+  ("export --model=x --out=y --part=memaug", "--part=memaug: value should be"
+   " one of <all|decoder|tower>"),
+  ("export --model=x --out=y --dtype=int8", "--dtype=int8: value should be one"
+   " of <bfloat16|float32>"),
+  ("export --model=x --out=y --step=-1", "--step=-1: -1 is not a non-negative"),
+  ("export --model=x --out=y --shard_gb=0", "--shard_gb=0: "),
   # no value
   ("demo --workdir", "--workdir has no value; write --workdir=VALUE"),
   ("prepare --tokenizer --out=x", "--tokenizer has no value; write"
@@ -102,6 +110,7 @@ MISUSED = [
   ("ablate", "--table is missing; see --help"),
   ("ablate --table=4 --out=x --benchmark=lvbench", "--data is missing: give the"
    " folder of lvbench"),
+  ("export --model=x", "--out is missing; see --help"),
   # configurations
   (f"train {DEMO} --config.optimzer.b1=1 --workdir=x", "the configuration has"
    " no key --config.optimzer.b1; did you mean --config.optimizer.b1?"),
@@ -143,6 +152,17 @@ MISUSED = [
    "--config.init=x/none does not exist; train it first"),
   (f"ablate {DEMO} --table=4 --out=x --config.data.dataset=x/none",
    "x/none is no prepared dataset"),
+  ("export --model=x --out=gs://bucket/y", "--out=gs://bucket/y is a URL; give"
+   " a folder, and upload it afterwards"),
+  ("export --model=nowhere --out=x", "model folder nowhere does not exist;"
+   " give the workdir of a training run"),
+  ("export --model=nowhere --out=launch", ""),
+  ("export --model=hf://tiny --out=x", "hf://tiny is no name of a repository;"
+   " write hf://ORGANISATION/NAME or hf://ORGANISATION/NAME@REVISION"),
+  (f"extract {DEMO} --videos=tests --out=x --tower=hf://so400m",
+   "hf://so400m is no name of a repository"),
+  ("prepare --out=x --tokenizer=hf:///b --records=RECORDS",
+   "hf:///b is no name of a repository"),
   (f"train {DEMO} --workdir=gs://bucket/run", "--workdir=gs://bucket/run is a"
    " URL; a run needs a folder"),
   (f"demo --workdir={LONG}", "--workdir=aaa"),

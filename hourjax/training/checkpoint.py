@@ -285,6 +285,8 @@ def restore_params(
   *,
   prefix: str = "",
   each: Callable[[str, jax.Array], Any] = lambda path, value: value,
+  step: int | None = None,
+  most: int | None = None,
 ) -> RestoredParams:
   """Returns all parameters of a run's newest undamaged checkpoint.
 
@@ -298,37 +300,62 @@ def restore_params(
     prefix: start of the paths that are read and verified, e.g. "vision/" for
       the tower alone; all by default.
     each: returns what is kept of a parameter, given its path and its verified
-      value.
+      value. Where a checkpoint turns out to be damaged, it is called anew for
+      the parameters of the one before.
+    step: of the checkpoint, if not the newest; no other is taken instead.
+    most: bytes that are read at a time, if not a gigabyte.
 
   Raises:
     UserError: there is no checkpoint, or all are damaged.
   """
   folder = checkpoint_folder(workdir)
+  steps = _chosen_steps(folder, step)
   where = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   problems: dict[int, str] = {}
-  for step in reversed(checkpoint_steps(folder)):
+  for number in reversed(steps):
     try:
-      manifest = checkpoint_format.read_manifest(folder, step)
+      manifest = checkpoint_format.read_manifest(folder, number)
       params = {}
-      with progress.step(f"reading the checkpoint {folder}/{step}"):
+      with progress.step(f"reading the checkpoint {folder}/{number}"):
         for like in checkpoint_format.split_by_size(
-          checkpoint_format.abstract_params(manifest, where, prefix)
+          checkpoint_format.abstract_params(manifest, where, prefix), most
         ):
-          tree = checkpoint_format.read_arrays(folder, step, like)
+          tree = checkpoint_format.read_arrays(folder, number, like)
           checkpoint_format.verify(tree, manifest)
           for group in tree.values():
             for path in list(group):
               params[path] = each(path, group.pop(path))
     except DamagedCheckpoint as damage:
-      problems[step] = str(damage)
-      print(
-        f"WARNING: {folder}/{step} is damaged: {damage}; trying the one before",
-        file=sys.stderr,
-        flush=True,
-      )
+      problems[number] = str(damage)
+      if number != steps[0]:
+        print(
+          f"WARNING: {folder}/{number} is damaged: {damage}; trying the one"
+          " before",
+          file=sys.stderr,
+          flush=True,
+        )
       continue
-    return RestoredParams(params, step, manifest["arrays"])
+    return RestoredParams(params, number, manifest["arrays"])
+  if step is not None:
+    raise UserError(
+      f"{folder}/{step} is damaged: {problems[step]}; choose another step, or"
+      " bring it back from a copy"
+    )
   raise UserError(_none_left(folder, problems))
+
+
+def _chosen_steps(folder: epath.Path, step: int | None) -> list[int]:
+  """Returns the steps of the checkpoints that may be read, oldest first."""
+  steps = checkpoint_steps(folder)
+  if step is None:
+    return steps
+  if step not in steps:
+    there = ", ".join(map(str, steps)) or "none"
+    raise UserError(
+      f"{folder} holds no checkpoint of step {step}, only {there}; choose one"
+      " of these (config.keep_checkpoints says how many are kept)"
+    )
+  return [step]
 
 
 def checkpoint_name(workdir: str | os.PathLike) -> str:

@@ -366,17 +366,23 @@ def abstract_params(
 
 def split_by_size(
   like: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]],
+  most: int | None = None,
 ) -> Iterator[dict[str, dict[str, jax.ShapeDtypeStruct]]]:
   """Yields what `abstract_params` returned in trees of at most a gigabyte.
 
   An array that is larger has a tree of its own.
+
+  Args:
+    like: what it returned.
+    most: another number of bytes.
   """
+  most = most or _PART
   part: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
   held = 0
   for group, arrays in like.items():
     for path, x in arrays.items():
       size = x.size * x.dtype.itemsize
-      if part and held + size > _PART:
+      if part and held + size > most:
         yield part
         part, held = {}, 0
       part.setdefault(group, {})[path] = x
