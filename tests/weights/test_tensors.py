@@ -246,6 +246,6 @@ def test_reading_shows_progress(tmp_path, monkeypatch, capfd):
   folders.save(tmp_path)
   folders.load(tmp_path)
   assert not capfd.readouterr().err  # so little
-  monkeypatch.setattr(checkpoint, "_BAR_BYTES", 0)
+  monkeypatch.setattr(tensors, "_BAR_BYTES", 0)
   folders.load(tmp_path)
   assert "reading weights" in capfd.readouterr().err
