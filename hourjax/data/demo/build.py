@@ -24,7 +24,10 @@ from hourjax.errors import UserError
 LETTERS = "ABCD"
 FORMATS = ("open", "multiple_choice")
 INSTRUCTION = "Answer with the letter."
-TURNS = (1, 2, 1, 5)  # questions in each training conversation of a video
+# Of each training conversation of a video: its questions, and their formats.
+# Those of the first kind, short answers alone, are what stage 1 trains on.
+SHORT = (8, ("open",))
+CONVERSATIONS = (SHORT, (1, FORMATS), SHORT, (4, FORMATS))
 TEST_OTHERS = (
   12  # questions about a test video besides the one about its needle
 )
@@ -48,15 +51,18 @@ class RecordWriter:
     self._used: collections.Counter = collections.Counter()
 
   def train(self, script: Script, conversations: int) -> list[dict]:
-    """Writes conversations of one to five questions about a training video.
+    """Writes conversations of one to eight questions about a training video.
 
-    One of the questions is about the needle. No two questions of a
-    conversation share a task, so that no answer reveals another one.
+    One of the questions is about the needle, but for every second
+    conversation of a single question. No two questions of a conversation
+    share a task, so that no answer reveals another one.
     """
     records = []
     for number in range(conversations):
+      count, forms = CONVERSATIONS[number % len(CONVERSATIONS)]
       turns = [self._turn(questions.needle_question(script.needle), "open")]
-      turns += self._others(script, TURNS[number % len(TURNS)] - 1)
+      turns += self._others(script, max(count - 1, 1), forms)
+      turns = turns[-count:] if self._rng.random() < 0.5 else turns[:count]
       turns = [turns[i] for i in self._rng.permutation(len(turns))]
       records.append(_record(script, number, turns))
     return records
@@ -78,9 +84,11 @@ class RecordWriter:
       pile.extend(cards[i] for i in self._rng.permutation(len(cards)))
     return pile[-1] if keep else pile.pop()
 
-  def _others(self, script: Script, count: int) -> list[Turn]:
+  def _others(
+    self, script: Script, count: int, forms: Sequence[str] = FORMATS
+  ) -> list[Turn]:
     """Asks questions of different tasks, those asked least so far first."""
-    pairs = [(task, form) for task in world.TASKS for form in FORMATS]
+    pairs = [(task, form) for task in world.TASKS for form in forms]
     pairs = [pairs[i] for i in self._rng.permutation(len(pairs))]
     pairs.sort(key=self._used.__getitem__)
     turns: dict[str, Turn] = {}
@@ -146,7 +154,7 @@ def _record(script: Script, number: int, turns: list[Turn]) -> dict:
   }
 
 
-TRAIN_SECONDS = (180, 240)
+TRAIN_SECONDS = (100, 128)
 # Test videos at test_scale 1: their number, shortest and longest duration in s.
 TEST_SECONDS = (
   (24, (180, 300)),
@@ -155,9 +163,10 @@ TEST_SECONDS = (
   (8, (1800, 1800)),
   (8, (3600, 3600)),
 )
-FILES = ("train_stage1", "train", "test")
+FILES = ("captions", "train_stage1", "train_stage2", "test")
+CAPTION_SECONDS = 8  # between two frames of a video that have captions
 # Part of the summary, so that a data set of older code is written again.
-VERSION = 2
+VERSION = 3
 # Encoding releases the GIL, and each video is encoded on one core.
 THREADS = 2
 
@@ -180,7 +189,7 @@ class Options:
   seed: int = 0
   train_videos: int = 720
   test_scale: float = 1.0
-  conversations: int = 4
+  conversations: int = 8
 
   def __post_init__(self) -> None:
     lowest = {"seed": 0, "train_videos": 1, "conversations": 1}
@@ -338,16 +347,47 @@ def _write_records(
     ],
     "test": [record for s in scripts["test"] for record in test.test(s)],
   }
-  # Stage 1 sees one short question at a time, stage 2 all conversations.
-  first = [r for r in written["train"] if len(r["questions"]) == 1]
-  files = {"train_stage1": first, **written}
+  # Stage 1 sees short answers alone, stage 2 all conversations.
+  first = [r for r in written["train"] if len(r["questions"]) == SHORT[0]]
+  captions = [c for s in scripts["train"] for c in _captions(s)]
+  files = {
+    "captions": captions,
+    "train_stage1": first,
+    "train_stage2": written["train"],
+    "test": written["test"],
+  }
   for name, items in files.items():
     _write_json(folder / f"{name}.json", items)
-  texts = (
+  texts = [
     turn["value"] for r in written["train"] for turn in r["conversations"]
-  )
+  ]
+  # Each word of the world is one token, however few videos there are, as an
+  # answer and within a question.
+  texts += [f"{word}\n {word}" for word in world.WORDS * tokenizer.LEAST]
   tokenizer.write_tokenizer(folder / "tokenizer", texts)
   return written
+
+
+def _captions(script: Script) -> list[dict]:
+  """Returns what single frames show, in the words of questions and answers.
+
+  Every frame of a card is among them, since there are so few.
+  """
+  records = []
+  for second in range(script.duration):
+    card = script.needle.shown_at(second)
+    if card:
+      words = [script.needle.kind, script.needle.colour]
+    elif second % CAPTION_SECONDS == 0:
+      scene = script.scene_at(second)
+      words = [scene.place, scene.kind, scene.colour]
+      words += [scene.action, scene.side, scene.level]
+    else:
+      continue
+    records.append(
+      {"video": f"{script.name}.mp4", "second": second, "captions": words}
+    )
+  return records
 
 
 def _count(scripts: list[Script], items: list[dict]) -> dict:

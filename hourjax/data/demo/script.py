@@ -16,9 +16,9 @@ HIDDEN_SHARE = 0.9
 # Least number of seconds between two needles, and between a needle and the
 # first or last second of the video.
 NEEDLE_GAP = 3
-MIN_SECONDS = 180
+MIN_SECONDS = 100
 # Most frames that the demo's model keeps (see configs/demo.py).
-MAX_KEPT = 64
+MAX_KEPT = 32
 # Possible numbers of times that a video shows its needle's card.
 SHOWINGS = {"train": (1, 2, 4, 6), "test": (1,)}
 
@@ -47,9 +47,9 @@ class Scene:
     return f"{self.level} {self.side}"
 
   @property
-  def title(self) -> str:
-    """Returns e.g. "the red robot spins in the kitchen"."""
-    return f"the {self.actor} {self.action} in the {self.place}"
+  def event(self) -> str:
+    """Returns e.g. "red robot spins"."""
+    return f"{self.actor} {self.action}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +83,10 @@ class Script:
   duration: int
   scenes: tuple[Scene, ...]
   needle: Needle
+
+  def scene_at(self, second: int) -> Scene:
+    """Returns the scene of a second, also where a card hides it."""
+    return next(scene for scene in self.scenes if second < scene.end)
 
 
 def kept_frames(frames: int) -> np.ndarray:
