@@ -4,7 +4,7 @@
       --captions=work/data/captions.json --workdir=work/stage0
 
 Single frames and short captions are brought together by SigLIP's sigmoid loss
-(see `hourjax.training.alignment`). The workdir then serves as `--tower` of
+(see `hourjax.alignment.train`). The workdir then serves as `--tower` of
 hourjax.extract and as `--config.init` of hourjax.train.
 
 The captions are a JSON list of
@@ -19,9 +19,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from hourjax import command, progress
+from hourjax.alignment.caption_frames import read_captioned_frames
+from hourjax.alignment.train import save_alignment, train_alignment
 from hourjax.data.tokenizer import Tokenizer
-from hourjax.training.alignment import save_alignment, train_alignment
-from hourjax.training.caption_frames import read_captioned_frames
 from hourjax.training.checkpoint_format import (
   checkpoint_folder,
   checkpoint_steps,

@@ -29,8 +29,11 @@ from hourjax.training.checkpoint_format import (
   checkpoint_folder,
   checkpoint_steps,
 )
-from hourjax.training.config_change import check_config_change, config_diff
-from hourjax.training.workdir import find_config
+from hourjax.training.workdir import (
+  check_config_change,
+  config_diff,
+  find_config,
+)
 
 # It is read as configurations are, by its path.
 _RUN_CONFIG = pathlib.Path(__file__).with_name("run_config.py")

@@ -2,7 +2,7 @@
 
 `build_experiment` turns a ConfigDict into the frozen dataclass `Experiment`,
 once, when a command starts; nothing else reads ConfigDicts. What of it may
-change later is in `config_change`.
+change later is in `workdir`.
 """
 
 import dataclasses

@@ -57,13 +57,6 @@ from hourjax.training.faults import NonFiniteSteps, Preemption
 from hourjax.training.holdout import HoldoutEvaluation
 from hourjax.training.metric_writer import MetricWriter
 from hourjax.training.optimizer import COMPONENTS, schedule
-from hourjax.training.run_length import (
-  EpochCounts,
-  count_epoch,
-  describe_steps,
-  left_out,
-  total_steps,
-)
 from hourjax.training.throughput import ThroughputCounter, record_ids
 from hourjax.training.train_state import (
   TrainState,
@@ -72,7 +65,15 @@ from hourjax.training.train_state import (
   state_shardings,
 )
 from hourjax.training.train_step import TrainStep
-from hourjax.training.workdir import check_workdir, write_run_files
+from hourjax.training.workdir import (
+  EpochCounts,
+  check_workdir,
+  count_epoch,
+  describe_steps,
+  left_out,
+  total_steps,
+  write_run_files,
+)
 
 
 def train(experiment: Experiment, workdir: pathlib.Path) -> int | None:

@@ -1,27 +1,37 @@
-"""The folder of a run: its configuration, and whether a run may go on in it.
+"""The folder of a run: its configuration and length, and whether it may go on.
 
     config.json     the configuration
     plan.json       fingerprint of the row plan, and rows of the first epoch; in
                     batches of samples, also how many rows its steps have
     skipped.json    records of the dataset that cannot be used, and why
 
+`config_diff` says which keys of a run's configuration differ from those asked
+for now. Only keys that do not change the numbers that come out may differ:
+steps of two other configurations would make a run that nobody could name or
+repeat.
+
 The other files of the folder are described where they are written: metrics and
 events in `metric_writer`, goodput.jsonl in `throughput`, unread.jsonl in
-`data_loader`, nonfinite.jsonl in `faults`, checkpoints/ in `checkpoint`; the
-numbers of plan.json in `run_length`.
+`data_loader`, nonfinite.jsonl in `faults`, checkpoints/ in `checkpoint`.
 """
 
 import contextlib
 import dataclasses
+import fnmatch
 import json
+import math
 import os
 import pathlib
 import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import pydantic
 
 from hourjax import schema
 from hourjax.atomic_file import write_file
 from hourjax.data.records.record import Skipped
+from hourjax.data.row_plan import RowPlan
 from hourjax.errors import UserError
 from hourjax.parallel import hosts
 from hourjax.training.checkpoint_format import (
@@ -30,9 +40,11 @@ from hourjax.training.checkpoint_format import (
   checkpoint_steps,
   read_manifest,
 )
-from hourjax.training.config import Experiment, rename_old_keys
-from hourjax.training.config_change import check_config_change
-from hourjax.training.run_length import EpochCounts
+from hourjax.training.config import (
+  Experiment,
+  build_experiment,
+  rename_old_keys,
+)
 
 
 def check_workdir(experiment: Experiment, workdir: pathlib.Path) -> None:
@@ -133,3 +145,265 @@ def _check_shared(workdir: pathlib.Path) -> None:
       )
   if hosts.is_primary():
     path.unlink(missing_ok=True)
+
+
+# Pattern of keys -> why they may change in a run that goes on.
+HARMLESS = {
+  "log_every": "what is logged, not what is computed",
+  "metrics.*": "what is logged, not what is computed",
+  "read.*": "how far to read ahead; the rows are the same",
+  "checkpoint_every": "when to save",
+  "keep_checkpoints": "how much to keep",
+  "on_save_error": "what to do when saving fails",
+  "max_nonfinite": "when to give up",
+  "eval_*": "what is measured of the model, not what it learns",
+  "data.max_skipped": "when to give up",
+  "mesh.*": "where arrays lie; a checkpoint is restored onto any mesh",
+  "model.remat": "what is computed twice; the same function",
+  "model.attention.*": "who computes attention; the same function",
+  # Moved or copied data. The fingerprint of the row plan tells whether the rows
+  # are the same, and the dataset names its tokenizer.
+  "data.dataset": "where the data lies",
+  "data.media": "where the data lies",
+  "data.features": "where the data lies",
+  "data.tokenizer": "where the data lies",
+}
+
+
+def check_config_change(
+  old: Mapping[str, Any], new: Experiment, workdir: str | os.PathLike
+) -> None:
+  """Raises an error unless a run of `old` may go on as `new`.
+
+  Args:
+    old: configuration of the run in `workdir`, as `read_config` returns it.
+    new: the configuration asked for now.
+    workdir: for the message.
+
+  Raises:
+    UserError: they differ (see `config_diff`); lists "key: old -> new".
+  """
+  found = config_diff(old, dataclasses.asdict(new))
+  if not found:
+    return
+  lines = [f"{key}: {was} -> {now}" for key, (was, now) in found.items()]
+  raise UserError(
+    f"{workdir} holds the run of another configuration; differences"
+    " (there -> asked for):\n  "
+    + "\n  ".join(lines)
+    + "\nchange these back, or start another workdir (with --config.init="
+    f"{workdir} it begins with this run's weights)"
+  )
+
+
+def config_diff(
+  old: Mapping[str, Any], new: Mapping[str, Any]
+) -> dict[str, tuple[str, str]]:
+  """Returns the keys whose values differ, and change what a run computes.
+
+  Keys of `HARMLESS` may differ, and so may batch_rows and accumulate if their
+  product, the rows of a step, is the same, or if a step is `batch_samples`
+  samples in any case: micro-batches change only rounding.
+  Not even `steps` or `epochs` may grow: the learning rate of every step depends
+  on them, and would jump.
+
+  Args:
+    old: a configuration as plain data. Keys that are missing in it, since an
+      older version did not know them, count with their defaults.
+    new: another one.
+
+  Returns:
+    Dotted key -> (old, new) as JSON text; "(not set)" where there is no value.
+  """
+  # If `old` has keys that this version does not know, they are listed.
+  with contextlib.suppress(UserError, TypeError, ValueError):
+    old = dataclasses.asdict(build_experiment(old))
+  was, now = dict(_flat_texts(old)), dict(_flat_texts(new))
+  found = {
+    key: (was.get(key, "(not set)"), now.get(key, "(not set)"))
+    for key in sorted({**was, **now})
+    if was.get(key) != now.get(key) and not _harmless(key)
+  }
+  if set(found) & {"batch_rows", "accumulate"} and (
+    _step_size(was) == _step_size(now)
+  ):
+    found.pop("batch_rows", None)
+    found.pop("accumulate", None)
+  return found
+
+
+def _flat_texts(
+  values: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, str]]:
+  """Yields (dotted key, value as JSON) of nested mappings."""
+  for key, value in values.items():
+    if isinstance(value, Mapping):
+      yield from _flat_texts(value, f"{prefix}{key}.")
+    else:
+      yield prefix + key, json.dumps(value)
+
+
+def _harmless(key: str) -> bool:
+  """Returns whether a key may change in a run that goes on."""
+  return any(fnmatch.fnmatchcase(key, pattern) for pattern in HARMLESS)
+
+
+def _step_size(texts: Mapping[str, str]) -> tuple[str, int] | None:
+  """Returns the samples or rows of a step, None if they are not known."""
+  try:
+    if samples := int(texts.get("batch_samples", "0")):
+      return "samples", samples
+    return "rows", int(texts["batch_rows"]) * int(texts["accumulate"])
+  except (KeyError, ValueError):
+    return None
+
+
+# Samples of a step in the published runs; the second in stage 3 of 7B.
+PUBLISHED = (128, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochCounts:
+  """Holds what the first epoch of a run has.
+
+  Attributes:
+    plan: fingerprint of the row plan.
+    rows: number of rows.
+    streams: number of samples by stream.
+    step_rows: rows of a step -> how many steps have so many; empty where a step
+      is a number of rows.
+  """
+
+  plan: str
+  rows: int
+  streams: Mapping[int, int]
+  step_rows: Mapping[int, int] = dataclasses.field(default_factory=dict)
+
+  @property
+  def samples(self) -> int:
+    """Returns the number of samples."""
+    return sum(self.streams.values())
+
+  def saved(self) -> dict[str, Any]:
+    """Returns what plan.json holds: all that takes seconds to count."""
+    steps = {str(rows): n for rows, n in sorted(self.step_rows.items())}
+    return {"plan": self.plan, "rows": self.rows} | (
+      {"step_rows": steps} if steps else {}
+    )
+
+
+class _Saved(schema.Schema):
+  """Describes plan.json."""
+
+  plan: str
+  rows: int = pydantic.Field(gt=0)
+  step_rows: dict[str, int] = pydantic.Field(default_factory=dict)
+
+
+def count_epoch(
+  experiment: Experiment, plan: RowPlan, workdir: pathlib.Path
+) -> EpochCounts:
+  """Counts the rows of the first epoch, in all and by step.
+
+  To count them the whole epoch is packed, which takes seconds for a million
+  samples; a run that goes on finds the numbers in its plan.json.
+
+  Args:
+    experiment: of the run.
+    plan: of its rows.
+    workdir: of the run; may not be there.
+  """
+  path, fingerprint = workdir / "plan.json", plan.fingerprint()
+  streams = plan.samples_by_stream(0)
+  # One that cannot be read is counted again.
+  with contextlib.suppress(UserError, ValueError):
+    known = schema.read_schema(_Saved, path, remedy="")
+    steps = {int(rows): n for rows, n in known.step_rows.items()}
+    whole = sum(rows * n for rows, n in steps.items())
+    wanted = known.rows if experiment.batch_samples else 0
+    if known.plan == fingerprint and whole == wanted:
+      return EpochCounts(fingerprint, known.rows, streams, steps)
+  windows = plan.rows_by_window(0)
+  found: dict[int, int] = {}
+  if experiment.batch_samples:
+    for rows in windows:
+      found[rows] = found.get(rows, 0) + 1
+  return EpochCounts(fingerprint, sum(windows), streams, found)
+
+
+def epoch_steps(experiment: Experiment, counts: EpochCounts) -> int:
+  """Returns the number of steps of the first epoch."""
+  if experiment.batch_samples:
+    return sum(counts.step_rows.values())
+  return math.ceil(counts.rows / experiment.step_rows)
+
+
+def total_steps(experiment: Experiment, counts: EpochCounts) -> int:
+  """Returns the number of steps of the run.
+
+  In batches of samples an epoch has the whole batches of each stream, as that
+  of the official data loader, and where `drop_last` is False what is left of
+  each; times the epochs, rounded up. Every epoch counts as the first. (The
+  schedule of the official run does not count by stream, so that it may be
+  longer by a step or two.)
+
+  Args:
+    experiment: with `steps`, or with `epochs` if that is 0.
+    counts: of an epoch.
+  """
+  if experiment.steps:
+    return experiment.steps
+  if experiment.batch_samples:
+    steps = epoch_steps(experiment, counts)
+    return max(1, math.ceil(experiment.epochs * steps))
+  return math.ceil(counts.rows * experiment.epochs / experiment.step_rows)
+
+
+def describe_steps(experiment: Experiment, counts: EpochCounts) -> str:
+  """Returns what a step is, and how many an epoch has, for the first line.
+
+  Args:
+    experiment: of the run.
+    counts: of an epoch.
+  """
+  epoch, rows = epoch_steps(experiment, counts), experiment.batch_rows
+  if not experiment.batch_samples:
+    mean = counts.samples / counts.rows * experiment.step_rows
+    published = " and ".join(
+      f"{math.ceil(counts.samples / samples):,} of {samples}"
+      for samples in PUBLISHED
+    )
+    return (
+      f"{experiment.step_rows} rows, {mean:,.1f} samples on average"
+      f" ({epoch:,} steps an epoch; in batches of samples, as published, it has"
+      f" {published})"
+    )
+  micro = sum(-(-n // rows) * k for n, k in counts.step_rows.items())
+  return (
+    f"{experiment.batch_samples} samples of one stream, in"
+    f" {counts.rows / epoch:,.1f} rows on average ({micro / epoch:.2f}"
+    f" micro-batches of {rows} rows, {1 - counts.rows / (micro * rows):.0%} of"
+    f" them empty; {epoch:,} steps an epoch)"
+  )
+
+
+def left_out(
+  experiment: Experiment, counts: EpochCounts, names: Sequence[str]
+) -> list[str]:
+  """Returns a sentence for each stream of which no sample is trained on.
+
+  Args:
+    experiment: of the run.
+    counts: of an epoch.
+    names: of the streams.
+  """
+  if not experiment.drop_last:
+    return []
+  samples = experiment.batch_samples
+  return [
+    f"stream {names[stream]} has {count} samples an epoch, fewer than"
+    f" config.batch_samples={samples}, so config.drop_last leaves it out; set"
+    " config.drop_last=False to train on it"
+    for stream, count in counts.streams.items()
+    if count < samples
+  ]

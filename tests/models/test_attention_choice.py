@@ -15,7 +15,7 @@ from hourjax.models.attention import Attention
 from hourjax.models.config import TINY, AttentionConfig
 from hourjax.parallel.chips import CHIPS
 from hourjax.training.config import build_experiment
-from hourjax.training.config_change import config_diff
+from hourjax.training.workdir import config_diff
 
 
 def _choice(config, *, causal=False, dtype=jnp.bfloat16):

@@ -21,9 +21,9 @@ from hourjax.training import loop
 from hourjax.training.checkpoint import restore_params
 from hourjax.training.config import build_experiment
 from hourjax.training.metric_writer import MetricWriter, read_metrics
-from hourjax.training.run_length import EpochCounts
 from hourjax.training.train_state import TrainState
 from hourjax.training.train_step import TrainStep, accumulate, zero_sums
+from hourjax.training.workdir import EpochCounts
 from tests.training import runs
 
 STEPS = 6

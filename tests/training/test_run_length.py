@@ -9,7 +9,7 @@ from configs import demo, hourllava
 from hourjax.data.row_plan import PlanOptions, RowPlan
 from hourjax.data.rows import Size
 from hourjax.training.config import build_experiment
-from hourjax.training.run_length import (
+from hourjax.training.workdir import (
   count_epoch,
   describe_steps,
   left_out,

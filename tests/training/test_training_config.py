@@ -16,8 +16,12 @@ from hourjax.training.config import (
   build_experiment,
   rename_old_keys,
 )
-from hourjax.training.config_change import config_diff
-from hourjax.training.workdir import check_workdir, find_config, read_config
+from hourjax.training.workdir import (
+  check_workdir,
+  config_diff,
+  find_config,
+  read_config,
+)
 from tests.training import runs
 
 DEMO = demo.get_config("stage=1").to_dict()

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from configs import demo
+from hourjax.alignment import train as alignment
+from hourjax.alignment.caption_frames import (
+  CaptionedFrames,
+  read_captioned_frames,
+)
 from hourjax.data.demo import tokenizer as demo_tokenizer
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 from hourjax.extraction.encoder import tower_params
 from hourjax.models.config import DecoderConfig, ModelConfig, VisionConfig
-from hourjax.training import alignment
-from hourjax.training.caption_frames import (
-  CaptionedFrames,
-  read_captioned_frames,
-)
 from hourjax.training.config import build_experiment
 from hourjax.training.train_state import initial_params
 

@@ -34,12 +34,12 @@ import optax
 from jaxtyping import Array, Float, Int, Num
 
 from hourjax import progress
+from hourjax.alignment.caption_frames import CaptionedFrames
 from hourjax.atomic_file import write_file
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.models.config import ModelConfig
 from hourjax.models.params import with_params
 from hourjax.models.siglip import pool_frames
-from hourjax.training.caption_frames import CaptionedFrames
 from hourjax.training.checkpoint import Checkpoints
 from hourjax.training.config import Experiment
 from hourjax.training.optimizer import schedule
