@@ -21,6 +21,7 @@ from absl import flags
 from hourjax import command, progress
 from hourjax.errors import UserError
 from hourjax.inference.export import DTYPES, PARTS, export
+from hourjax.weights.shards import SHARD_BYTES
 
 _MODEL = flags.DEFINE_string(
   "model", None, "Workdir of a training run, a published folder, or hf://..."
@@ -35,7 +36,7 @@ _DTYPE = flags.DEFINE_enum(
 )
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "If not the model's own.")
 _SHARD = flags.DEFINE_float(
-  "shard_gb", 5.0, "Largest file, in GB (10^9 bytes).", 1e-6, 1e6
+  "shard_gb", SHARD_BYTES / 1e9, "Largest file, in 10^9 bytes.", 1e-6, 1e6
 )
 
 
