@@ -4,7 +4,7 @@
       --captions=work/data/captions.json --workdir=work/stage0
 
 Single frames and short captions are brought together by SigLIP's sigmoid loss
-(see `hourjax.alignment.train`). The workdir then serves as `--tower` of
+(see `hourjax.alignment.siglip_loss`). The workdir then serves as `--tower` of
 hourjax.extract and as `--config.init` of hourjax.train.
 
 The captions are a JSON list of
@@ -19,8 +19,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from hourjax import command, progress
-from hourjax.alignment.caption_frames import read_captioned_frames
-from hourjax.alignment.train import save_alignment, train_alignment
+from hourjax.alignment.captions import read_captioned_frames
+from hourjax.alignment.siglip_loss import save_alignment, train_alignment
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.training.checkpoint_format import (
   checkpoint_folder,
@@ -58,11 +58,13 @@ def main(_: list[str]) -> None:
       lambda row: print(json.dumps(row), file=file, flush=True),
     )
   save_alignment(experiment, state, workdir)
-  print(
-    f"{len(data.frames):,} frames, {len(data.texts)} texts: of"
-    f" {numbers['held_out_frames']} frames that were left out,"
-    f" {numbers['named']:.1%} of the captions are named"
-  )
+  print(f"{len(data.frames):,} frames and {len(data.texts)} texts")
+  if numbers["held_out_frames"]:
+    print(
+      f"{numbers['named']:.1%} of the captions of"
+      f" {numbers['held_out_frames']:,} frames of other videos rank above all"
+      " other texts, for each token by itself"
+    )
 
 
 if __name__ == "__main__":

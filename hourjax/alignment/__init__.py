@@ -1,1 +1,1 @@
-"""Stage 0: frames and captions brought together by SigLIP's loss."""
+"""Stage 0: frames and captions brought together, before any training."""

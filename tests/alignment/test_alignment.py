@@ -3,12 +3,13 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import demo
-from hourjax.alignment import train as alignment
-from hourjax.alignment.caption_frames import (
+from hourjax.alignment import siglip_loss as alignment
+from hourjax.alignment.captions import (
   CaptionedFrames,
   read_captioned_frames,
 )
@@ -71,7 +72,7 @@ def test_loss_is_that_of_siglip():
     z = logits[f, i, p, n] * (1 if shown[i, n] else -1)
     total += np.log1p(np.exp(-z))
   expected = total / (2 * 3 * 4)  # a mean over forms, frames and tokens
-  found = alignment.sigmoid_loss(logits, shown)
+  found = alignment.sigmoid_loss(jnp.asarray(logits), jnp.asarray(shown))
   np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -116,13 +117,8 @@ def test_frames_are_named_and_the_workdir_serves(tmp_path, tokenizer, frames):
   assert init.keys() == params.keys()
   for path, value in init.items():
     np.testing.assert_array_equal(value, params[path])
-    small = path.endswith(("/o/kernel", "/down/kernel", "/fc2/kernel"))
-    if path.startswith(alignment.TRAINED):
-      learnt = "post_norm" not in path
-      assert learnt != np.array_equal(value, drawn[path]), path
-    else:  # what is added to the residual stream starts small
-      expected = drawn[path] * (0.1 if small else 1)
-      np.testing.assert_allclose(value, expected, rtol=1e-6)
+    learnt = path.startswith(alignment.TRAINED) and "post_norm" not in path
+    assert learnt != np.array_equal(value, drawn[path]), path
 
 
 def _captions(tmp_path, value):

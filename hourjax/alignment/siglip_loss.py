@@ -34,7 +34,7 @@ import optax
 from jaxtyping import Array, Float, Int, Num
 
 from hourjax import progress
-from hourjax.alignment.caption_frames import CaptionedFrames
+from hourjax.alignment.captions import CaptionedFrames
 from hourjax.atomic_file import write_file
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.models.config import ModelConfig
@@ -46,10 +46,6 @@ from hourjax.training.optimizer import schedule
 from hourjax.training.train_state import TrainState, initial_params
 
 EMBEDDING = "decoder/embedding"
-# Sublayers whose outputs are added to the residual stream. Fresh ones would
-# drown the words in it, whose embeddings are short, so they start small.
-_ADDED = ("/o/kernel", "/down/kernel", "/fc2/kernel")
-_SMALL = 0.1
 TRAINED = ("vision/", "projector/", EMBEDDING)
 # SigLIP starts from 10 and -10 with thousands of texts a frame, of which one is
 # right; here a few of some dozens are.
@@ -226,13 +222,7 @@ def train_alignment(
     "held_out_frames": len(left_out),
     "seconds": time.monotonic() - began,
   }
-  params = {
-    path: value * _SMALL
-    if path.startswith(("memaug/", "decoder/")) and path.endswith(_ADDED)
-    else value
-    for path, value in params.items()
-    if path not in ("scale", "shift")
-  }
+  params = {p: v for p, v in params.items() if p not in ("scale", "shift")}
   step_count = jnp.asarray(experiment.steps, jnp.int32)
   return TrainState(step_count, params, {}, ()), numbers
 

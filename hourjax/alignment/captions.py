@@ -100,7 +100,8 @@ def read_captioned_frames(
   ):
     for count in pool.map(decode, range(len(names))):
       bar.update(count)
-  held = round(_HELD_OUT * len(names))
+  # At least one, but never all of them.
+  held = min(max(round(_HELD_OUT * len(names)), 1), len(names) - 1)
   return CaptionedFrames(
     frames, shown, texts, int(starts[-1] - starts[len(names) - held])
   )
