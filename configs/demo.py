@@ -1,15 +1,16 @@
-r"""The demo: a small Hour-LLaVA from scratch on rendered videos, in two stages.
+r"""The demo: a small Hour-LLaVA from scratch on rendered videos, in stages.
 
+  python -m hourjax.align --config=configs/demo.py:stage=0 \
+      --captions=work/data/captions.json --workdir=work/stage0
   python -m hourjax.train --config=configs/demo.py:stage=1 \
-      --workdir=work/memaug/stage1
+      --config.init=work/stage0 --workdir=work/memaug/stage1
   python -m hourjax.train --config=configs/demo.py:stage=2 \
       --config.init=work/memaug/stage1 --workdir=work/memaug/stage2
 
-Stage 1 asks one short question about each video: with these the model learns to
-find things in its memory. Stage 2 goes on with whole conversations. The vision
-encoder stays as it was drawn, since a random projection preserves colours and
-places, and the demo is about the memory. With --config.model.memaug_layers=0
-the same is trained without MemAug.
+Stage 0 teaches the tower, the projector and the word embeddings what single
+frames show; its tower extracts the features. Stage 1 trains the rest on short
+answers, stage 2 on whole conversations with multiple choice. With
+--config.model.memaug_layers=0 the same is trained without MemAug.
 """
 
 from ml_collections import ConfigDict
@@ -32,17 +33,17 @@ MODEL = ModelConfig(
 )
 # By stage: optimizer steps, rows or frames in a batch, and the peak learning
 # rate of all that is trained.
-_STEPS = {0: 700, 1: 800, 2: 800}
+_STEPS = {0: 700, 1: 700, 2: 300}
 _BATCH_ROWS = {0: 128, 1: 16, 2: 16}
-_RATES = {0: 2e-3, 1: 1.5e-3, 2: 1.5e-3}
+_RATES = {0: 2e-3, 1: 2e-3, 2: 1.5e-3}
 _FRAMES = 128  # of the longest training video
 _TOKENS = MODEL.pool_side**2  # of a frame
 # Capacity of a row, in tokens.
 _ROWS = Size(
   features=_FRAMES * _TOKENS,
   memory=_FRAMES * (_TOKENS + 1),
-  queries=144,
-  decoder=240,
+  queries=176,
+  decoder=288,
 )
 
 
@@ -69,9 +70,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.data.media = f"{given.data}/videos"
   config.data.features = f"{given.data}/features"
   config.data.tokenizer = f"{given.data}/tokenizer"
-  # launch/local.sh gives every core a device of its own. On a CPU that is
-  # faster than one device with all cores.
-  config.mesh.update(data=-1, fsdp=1)
   # Fewer frames than the published 512, so that the decoder never reads more
   # tokens of an hour-long video than of the training videos.
   config.forgetting.max_frames = 32

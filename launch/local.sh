@@ -35,11 +35,13 @@ step() { echo; echo "== $1"; shift; "$@"; }
 
 # The conversations of both stages, with the durations of the stored features.
 prepare() {
-  local stage
+  local stage records
   for stage in 1 2; do
+    records=train.json
+    [[ $stage == 1 ]] && records=train_stage1.json
     python -m hourjax.prepare --out="$work/data/stage$stage" --overwrite \
-      --records="$work/data/train_stage$stage.json" \
-      --tokenizer="$work/data/tokenizer" --features="$work/data/features"
+      --records="$work/data/$records" --tokenizer="$work/data/tokenizer" \
+      --features="$work/data/features"
   done
 }
 

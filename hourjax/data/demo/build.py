@@ -163,7 +163,7 @@ TEST_SECONDS = (
   (8, (1800, 1800)),
   (8, (3600, 3600)),
 )
-FILES = ("captions", "train_stage1", "train_stage2", "test")
+FILES = ("captions", "train_stage1", "train", "test")
 CAPTION_SECONDS = 8  # between two frames of a video that have captions
 # Part of the summary, so that a data set of older code is written again.
 VERSION = 3
@@ -353,8 +353,7 @@ def _write_records(
   files = {
     "captions": captions,
     "train_stage1": first,
-    "train_stage2": written["train"],
-    "test": written["test"],
+    **written,
   }
   for name, items in files.items():
     _write_json(folder / f"{name}.json", items)

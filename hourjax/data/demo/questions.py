@@ -310,13 +310,18 @@ def _does_what(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
 def _half(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
   scenes = unique_scenes(script, "kind", "action")
   middle = script.duration / 2
-  # A scene that lies in both halves has no answer.
-  sure = [s for s in scenes if s.end <= middle or s.start >= middle]
-  # Half of the answers shall be "first".
-  scene = pick_if_any(rng, [s for s in sure if (s.end <= middle) == yes])
-  if scene is None:
+  # A scene that lies in both halves has no answer. Either half is as frequent
+  # where there are scenes in both.
+  halves = (
+    [s for s in scenes if s.end <= middle],
+    [s for s in scenes if s.start >= middle],
+  )
+  some = [number for number in range(2) if halves[number]]
+  number = pick_if_any(rng, some)
+  if number is None:
     return None
-  answer = world.HALVES[int(scene.start >= middle)]
+  scene = pick(rng, halves[number])
+  answer = world.HALVES[number]
   text = f"In which half is the {scene.kind} that {scene.action}?"
   return scene_question(
     "action_localization", text, scene, answer, world.HALVES

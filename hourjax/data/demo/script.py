@@ -157,8 +157,8 @@ def _pick_fresh(
 
 def _cuts(rng: np.random.Generator, duration: int) -> np.ndarray:
   """Returns scene boundaries in seconds, int[scenes + 1], 0 to the duration."""
-  low = round(float(np.interp(duration, [360, 3600], [4, 10])))
-  high = round(float(np.interp(duration, [360, 3600], [6, 16])))
+  low = round(float(np.interp(duration, [360, 3600], [4, 9])))
+  high = round(float(np.interp(duration, [360, 3600], [6, 12])))
   lengths = rng.uniform(0.5, 1.8, size=int(rng.integers(low, high + 1)))
   ends = np.cumsum(lengths) / lengths.sum() * duration
   return np.concatenate([[0], ends.round()]).astype(int)
@@ -170,8 +170,10 @@ def _scenes(rng: np.random.Generator, duration: int) -> tuple[Scene, ...]:
   scenes: list[Scene] = []
   for start, end in itertools.pairwise(cuts):
     last = scenes[-1].place if scenes else None
+    # A place returns only when all have been shown, since most questions name
+    # a scene by its place.
     place = _pick_fresh(
-      rng, world.PLACES, [s.place for s in scenes], 4.0, ban=last
+      rng, world.PLACES, [s.place for s in scenes], 1e6, ban=last
     )
     kind = _pick_fresh(rng, world.KINDS, [s.kind for s in scenes], 2.0)
     colour = _pick(rng, tuple(world.COLOURS))

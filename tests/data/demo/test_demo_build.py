@@ -47,7 +47,7 @@ def test_records_name_existing_videos(built, small):
       assert (built / "videos" / record["video"]).is_file()
     turns[name] = [len(r["questions"]) for r in items]
   # Two conversations about each of three videos, and one test video.
-  assert turns["train_stage2"] == [8, 1] * 3
+  assert turns["train"] == [8, 1] * 3
   assert turns["train_stage1"] == [8] * 3
   assert turns["test"] == [1] * (1 + records.TEST_OTHERS)
   summary = json.loads((built / "demo.json").read_text())

@@ -27,11 +27,14 @@ def test_scenes_fill_the_video_and_places_change():
     for one, two in itertools.pairwise(s.scenes):
       assert one.end == two.start > one.start
       assert one.place != two.place
-    assert 4 <= len(s.scenes) <= 16
+    assert 4 <= len(s.scenes) <= 12
+    # Most questions name a scene by a place that is shown once.
+    places = [scene.place for scene in s.scenes]
+    assert sum(places.count(p) == 1 for p in places) >= 4
 
 
 @pytest.mark.parametrize(
-  ("split", "seconds"), [("train", (140, 200)), ("test", (180, 3600))]
+  ("split", "seconds"), [("train", (100, 128)), ("test", (180, 3600))]
 )
 def test_needles_apart_and_mostly_in_dropped_frames(split, seconds):
   dropped, showings = [], set()
@@ -49,7 +52,9 @@ def test_needles_apart_and_mostly_in_dropped_frames(split, seconds):
     dropped.append(s.needle.dropped)
     showings.add(len(spans))
   assert showings == {"train": {1, 2, 4, 6}, "test": {1}}[split]
-  assert script.HIDDEN_SHARE - 0.05 <= np.mean(dropped) < 1
+  assert np.mean(dropped) >= script.HIDDEN_SHARE - 0.05
+  # Of a long video so few frames are kept that a card hardly meets one.
+  assert split == "test" or np.mean(dropped) < 1
 
 
 def test_colours_are_dealt_in_turn():
@@ -74,7 +79,7 @@ def test_shorter_videos_are_refused():
   lowest = script.MIN_SECONDS
   for s in _scripts(100, (lowest, lowest)):
     assert s.duration == lowest and s.needle.spans
-  with pytest.raises(UserError, match="139 s < 140 s"):
+  with pytest.raises(UserError, match="99 s < 100 s"):
     script.make_script(0, "train", 1, (lowest - 1, lowest))
 
 
