@@ -189,7 +189,8 @@ def train_alignment(
 
     value, grads = jax.value_and_grad(loss)(trained)
     updates, state = optimizer.update(grads, state, trained)
-    return optax.apply_updates(trained, updates), state, value
+    new: Any = optax.apply_updates(trained, updates)
+    return new, state, value
 
   state = jax.jit(optimizer.init)(trained)
   rng = np.random.default_rng(experiment.seed)
