@@ -158,14 +158,22 @@ def test_answers(name, models):
   )
 
 
+# What step 5 computes since a tiled image has newlines only in rows of which a
+# token is kept, as in the official code: one of its rows has a small image.
+MENDED = [5, 7.45957088470459, 7.327353000640869, 190.0]
+
+
 @pytest.mark.slow
 def test_a_run_goes_on(held, tmp_path):
-  """Its next steps are, bit for bit, those that the earlier version took."""
+  """Its next steps are those that the earlier version took.
+
+  Not to the last bit: gradients of repeated frames are summed in float32 since.
+  """
   workdir = shutil.copytree("run", tmp_path / "run")
   loop.train(build_experiment(read_config(workdir)), workdir)
-  if SAME_BITS:
-    assert losses(workdir) == EXPECTED["losses"]
-    assert digests(restore_params(workdir).params) == EXPECTED["trained"]
-  np.testing.assert_allclose(losses(workdir), EXPECTED["losses"], rtol=0.02)
+  rtol = 1e-4 if SAME_BITS else 0.02
+  *steps, last = losses(workdir)
+  np.testing.assert_allclose(steps, EXPECTED["losses"][:4], rtol=rtol)
+  np.testing.assert_allclose(last, MENDED, rtol=rtol)
   for name in ("plan.json", "skipped.json"):
     assert (workdir / name).read_text() == (held / "run" / name).read_text()
