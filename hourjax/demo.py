@@ -1,4 +1,4 @@
-"""Writes the demo's data: videos, captions, questions and a tokenizer.
+"""Writes the demo's data: videos, train.json, test.json and a tokenizer.
 
   python -m hourjax.demo --workdir=/tmp/demo
 
@@ -35,7 +35,7 @@ _TEST_SCALE = flags.DEFINE_float(
 _CONVERSATIONS = flags.DEFINE_integer(
   "conversations",
   _DEFAULT.conversations,
-  "Conversations of one to eight questions about each training video.",
+  "Conversations of one to five questions about each training video.",
   upper_bound=1_000,
 )
 

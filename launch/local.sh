@@ -4,26 +4,13 @@
 #   bash launch/local.sh            everything in ./work
 #   WORK=/tmp/demo bash launch/local.sh
 #
-#   bash launch/local.sh --compare  also trains the same model without MemAug
-#
-# Render videos, align the vision tower with words, extract features, train,
-# evaluate, report. Every stage reuses what an earlier run finished.
+# Render videos, extract features, train with and without MemAug, evaluate,
+# report. Every stage reuses what an earlier run finished.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 # shellcheck disable=SC2119  # no extras
 environment
-
-compare=
-for option in "$@"; do
-  case $option in
-    --compare) compare=yes ;;
-    *)
-      echo "error: unknown option $option; there is only --compare" >&2
-      exit 2
-      ;;
-  esac
-done
 
 work=${WORK:-work}
 config=configs/demo.py:data=$work/data,stage=
@@ -45,35 +32,27 @@ prepare() {
   done
 }
 
-# train NAME [options]: stages 1 and 2 in $work/NAME, from stage 0.
+# train NAME [options]: both stages in $work/NAME.
 train() {
   local run=$work/$1
   shift
-  python -m hourjax.train --config="${config}1" --workdir="$run/stage1" \
-    --config.init="$work/stage0" "$@"
+  python -m hourjax.train --config="${config}1" --workdir="$run/stage1" "$@"
   python -m hourjax.train --config="${config}2" --workdir="$run/stage2" \
     --config.init="$run/stage1" "$@"
 }
 
 step "1/6 render videos and write questions" \
   python -m hourjax.demo --workdir="$work"
-step "2/6 align the vision tower with words" \
-  python -m hourjax.align --config="${config}0" \
-  --captions="$work/data/captions.json" --workdir="$work/stage0"
-step "3/6 extract features" \
-  python -m hourjax.extract --config="${config}1" --tower="$work/stage0" \
+step "2/6 extract features" \
+  python -m hourjax.extract --config="${config}1" \
   --videos="$work/data/videos" --out="$work/data/features"
-step "4/6 prepare the questions" prepare
-step "5/6 train" train memaug
-twin=()
-if [[ $compare ]]; then
-  step "train the same without MemAug, to compare" \
-    train no_memaug --config.model.memaug_layers=0
-  twin=(--compare="$work/no_memaug/stage2")
-  twin+=(--names="with MemAug,without MemAug")
-fi
+step "3/6 prepare the questions" prepare
+step "4/6 train" train memaug
+step "5/6 train the same without MemAug, to compare" \
+  train no_memaug --config.model.memaug_layers=0
 step "6/6 evaluate on held-out videos of up to one hour" \
-  python -m hourjax.evaluate --model="$work/memaug/stage2" "${twin[@]}" \
+  python -m hourjax.evaluate --model="$work/memaug/stage2" \
+  --compare="$work/no_memaug/stage2" --names="with MemAug,without MemAug" \
   --benchmark=records --data="$work/data" --features="$work/data/features" \
   --out="$work"
 echo

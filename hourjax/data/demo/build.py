@@ -24,10 +24,7 @@ from hourjax.errors import UserError
 LETTERS = "ABCD"
 FORMATS = ("open", "multiple_choice")
 INSTRUCTION = "Answer with the letter."
-# Of each training conversation of a video: its questions, and their formats.
-# Those of the first kind, short answers alone, are what stage 1 trains on.
-SHORT = (8, ("open",))
-CONVERSATIONS = (SHORT, (1, FORMATS), SHORT, (4, FORMATS))
+TURNS = (1, 2, 1, 5)  # questions in each training conversation of a video
 TEST_OTHERS = (
   12  # questions about a test video besides the one about its needle
 )
@@ -51,18 +48,15 @@ class RecordWriter:
     self._used: collections.Counter = collections.Counter()
 
   def train(self, script: Script, conversations: int) -> list[dict]:
-    """Writes conversations of one to eight questions about a training video.
+    """Writes conversations of one to five questions about a training video.
 
-    One of the questions is about the needle, but for every second
-    conversation of a single question. No two questions of a conversation
-    share a task, so that no answer reveals another one.
+    One of the questions is about the needle. No two questions of a
+    conversation share a task, so that no answer reveals another one.
     """
     records = []
     for number in range(conversations):
-      count, forms = CONVERSATIONS[number % len(CONVERSATIONS)]
       turns = [self._turn(questions.needle_question(script.needle), "open")]
-      turns += self._others(script, max(count - 1, 1), forms)
-      turns = turns[-count:] if self._rng.random() < 0.5 else turns[:count]
+      turns += self._others(script, TURNS[number % len(TURNS)] - 1)
       turns = [turns[i] for i in self._rng.permutation(len(turns))]
       records.append(_record(script, number, turns))
     return records
@@ -84,11 +78,9 @@ class RecordWriter:
       pile.extend(cards[i] for i in self._rng.permutation(len(cards)))
     return pile[-1] if keep else pile.pop()
 
-  def _others(
-    self, script: Script, count: int, forms: Sequence[str] = FORMATS
-  ) -> list[Turn]:
+  def _others(self, script: Script, count: int) -> list[Turn]:
     """Asks questions of different tasks, those asked least so far first."""
-    pairs = [(task, form) for task in world.TASKS for form in forms]
+    pairs = [(task, form) for task in world.TASKS for form in FORMATS]
     pairs = [pairs[i] for i in self._rng.permutation(len(pairs))]
     pairs.sort(key=self._used.__getitem__)
     turns: dict[str, Turn] = {}
@@ -154,7 +146,7 @@ def _record(script: Script, number: int, turns: list[Turn]) -> dict:
   }
 
 
-TRAIN_SECONDS = (100, 128)
+TRAIN_SECONDS = (180, 240)
 # Test videos at test_scale 1: their number, shortest and longest duration in s.
 TEST_SECONDS = (
   (24, (180, 300)),
@@ -189,7 +181,7 @@ class Options:
   seed: int = 0
   train_videos: int = 720
   test_scale: float = 1.0
-  conversations: int = 8
+  conversations: int = 4
 
   def __post_init__(self) -> None:
     lowest = {"seed": 0, "train_videos": 1, "conversations": 1}
@@ -347,22 +339,15 @@ def _write_records(
     ],
     "test": [record for s in scripts["test"] for record in test.test(s)],
   }
-  # Stage 1 sees short answers alone, stage 2 all conversations.
-  first = [r for r in written["train"] if len(r["questions"]) == SHORT[0]]
+  # Stage 1 sees one short question at a time, stage 2 all conversations.
+  first = [r for r in written["train"] if len(r["questions"]) == 1]
   captions = [c for s in scripts["train"] for c in _captions(s)]
-  files = {
-    "captions": captions,
-    "train_stage1": first,
-    **written,
-  }
+  files = {"captions": captions, "train_stage1": first, **written}
   for name, items in files.items():
     _write_json(folder / f"{name}.json", items)
-  texts = [
+  texts = (
     turn["value"] for r in written["train"] for turn in r["conversations"]
-  ]
-  # Each word of the world is one token, however few videos there are, as an
-  # answer and within a question.
-  texts += [f"{word}\n {word}" for word in world.WORDS * tokenizer.LEAST]
+  )
   tokenizer.write_tokenizer(folder / "tokenizer", texts)
   return written
 
@@ -370,17 +355,16 @@ def _write_records(
 def _captions(script: Script) -> list[dict]:
   """Returns what single frames show, in the words of questions and answers.
 
-  Every frame of a card is among them, since there are so few.
+  They are for stage 0 (`hourjax.align`). Every frame of a card is among them,
+  since there are so few.
   """
   records = []
   for second in range(script.duration):
-    card = script.needle.shown_at(second)
-    if card:
+    if script.needle.shown_at(second):
       words = [script.needle.kind, script.needle.colour]
     elif second % CAPTION_SECONDS == 0:
-      scene = script.scene_at(second)
-      words = [scene.place, scene.kind, scene.colour]
-      words += [scene.action, scene.side, scene.level]
+      (scene,) = (s for s in script.scenes if s.start <= second < s.end)
+      words = [scene.place, scene.kind, scene.colour, scene.side, scene.level]
     else:
       continue
     records.append(

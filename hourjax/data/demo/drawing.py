@@ -107,37 +107,6 @@ NEEDLES = {
   ),
 }
 
-# Lines of movement around an actor, as comics draw them, in a square around its
-# centre. So one frame shows what an actor does.
-MARKS = {
-  "spins": (
-    ("arc", (0.04, 0.04, 0.96, 0.96, 200, 340)),
-    ("arc", (0.04, 0.04, 0.96, 0.96, 20, 160)),
-  ),
-  "jumps": (
-    ("line", (0.3, 0.78, 0.3, 0.98)),
-    ("line", (0.5, 0.78, 0.5, 0.98)),
-    ("line", (0.7, 0.78, 0.7, 0.98)),
-  ),
-  "slides": (
-    ("line", (0.02, 0.3, 0.26, 0.3)),
-    ("line", (0.02, 0.5, 0.26, 0.5)),
-    ("line", (0.02, 0.7, 0.26, 0.7)),
-  ),
-  "blinks": (
-    ("line", (0.5, 0.0, 0.5, 0.16)),
-    ("line", (0.84, 0.5, 1.0, 0.5)),
-    ("line", (0.5, 0.84, 0.5, 1.0)),
-    ("line", (0.0, 0.5, 0.16, 0.5)),
-  ),
-  "grows": (
-    ("line", (0.0, 0.0, 0.2, 0.2)),
-    ("line", (1.0, 0.0, 0.8, 0.2)),
-    ("line", (0.0, 1.0, 0.2, 0.8)),
-    ("line", (1.0, 1.0, 0.8, 0.8)),
-  ),
-}
-
 # Backgrounds of cards: (colour, second colour, pattern). Plain white, plain
 # black, magenta and cyan occur in no place and on no actor.
 CARDS = {
@@ -329,7 +298,7 @@ _CYCLES = {
   "spins": [(0, 0, 360 * i / 7, 1.0, 1.0) for i in range(7)],
   "jumps": [(0, dy, 0, 1.0, 1.0) for dy in (8, 0, -8)],
   "slides": [(dx, 0, 0, 1.0, 1.0) for dx in (-8, -3, 3, 8, 0)],
-  "blinks": [(0, 0, 0, 1.0, alpha) for alpha in (1.0, 0.8, 0.6)],
+  "blinks": [(0, 0, 0, 1.0, alpha) for alpha in (1.0, 0.6, 0.2)],
   "grows": [(0, 0, 0, scale, 1.0) for scale in (0.75, 0.9, 1.05, 1.2, 0.9)],
 }
 
@@ -347,7 +316,7 @@ def frame(script: Script, second: int) -> np.ndarray:
   needle = script.needle
   if needle.shown_at(second):
     return _card(needle.kind, needle.colour)
-  scene = script.scene_at(second)
+  scene = next(s for s in script.scenes if second < s.end)
   cycle = _CYCLES[scene.action]
   return _scene_frame(scene, second % len(cycle))
 
@@ -374,38 +343,7 @@ def _scene_frame(scene: Scene, phase: int) -> np.ndarray:
   alpha = part[..., 3:] * (opacity / 255)
   mixed = under + alpha * (part[..., :3] - under)
   out[y0:y1, x0:x1] = mixed.round().astype(np.uint8)
-  _add_marks(out, scene)
   return out
-
-
-def _add_marks(frame: np.ndarray, scene: Scene) -> None:
-  """Draws the lines of movement of a scene's action around its actor."""
-  far = SIDE - MARGIN
-  x = (MARGIN if scene.side == "left" else far) - MARGIN
-  y = (MARGIN if scene.level == "top" else far) - MARGIN
-  layer = _marks(scene.action)
-  part = frame[y : y + 2 * MARGIN, x : x + 2 * MARGIN]
-  alpha = layer[..., 3:] / 255
-  mixed = part + alpha * (layer[..., :3] - part)
-  part[:] = mixed.round().astype(np.uint8)
-
-
-@functools.cache
-def _marks(action: str) -> np.ndarray:
-  """Draws lines of movement as comics do: float32[side, side, 4], 0 to 255."""
-  side = 2 * MARGIN * _ZOOM
-  image = Image.new("RGBA", (side, side))
-  pen = ImageDraw.Draw(image)
-  for fill, extra in ((DARK, 0.03), (LIGHT, 0.0)):
-    for form, coordinates in MARKS[action]:
-      places = [value * side for value in coordinates]
-      width = round((0.06 + extra) * side)
-      if form == "arc":
-        pen.arc(places[:4], *coordinates[4:], fill=fill, width=width)
-      else:
-        pen.line(places, fill=fill, width=width)
-  image = image.resize((2 * MARGIN, 2 * MARGIN), Image.Resampling.BOX)
-  return np.asarray(image).astype(np.float32)
 
 
 def _paint(

@@ -6,9 +6,7 @@ with a single right answer. `yes` says which answer a yes-or-no question must
 have, so that both answers are equally frequent.
 """
 
-import collections
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -22,11 +20,9 @@ T = TypeVar("T")
 # Which of two places is shown longer is asked only where the longer time is at
 # least this multiple of the other.
 CLEARLY_LONGER = 1.2
-# Number of different events of scenes.
-_EVENTS = len(world.COLOURS) * len(world.KINDS) * len(world.ACTIONS)
 # What another scene may differ in, and the values.
 _ALTERED: tuple[tuple[str, tuple[str, ...]], ...] = (
-  ("action", tuple(world.ACTIONS)),
+  ("place", world.PLACES),
   ("colour", tuple(world.COLOURS)),
   ("kind", world.KINDS),
 )
@@ -72,7 +68,7 @@ def needle_question(needle: Needle) -> DemoQuestion:
   """Asks for the colour of a needle's card."""
   return DemoQuestion(
     task="object_attribute",
-    text=f"What colour is the {needle.kind}?",
+    text=f"What colour is the {needle.kind} that appears briefly?",
     answer=needle.colour,
     wrong=others(world.NEEDLE_COLOURS, needle.colour),
     open_answers=len(world.NEEDLE_COLOURS),
@@ -172,8 +168,9 @@ def _longer_than(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
     script, short
   ):
     return None
-  text = f"Which is shown longer, the {pair[0]} or the {pair[1]}?"
-  return DemoQuestion("temporal_reasoning", text, long, open_answers=2)
+  one, two = (long, short) if yes else (short, long)
+  text = f"Is the {one} shown longer than the {two}?"
+  return yes_no_question("temporal_reasoning", text, yes)
 
 
 def _gap(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
@@ -228,11 +225,11 @@ def _where(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
 
 
 def _same_side(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
-  pair = pick_two(rng, unique_scenes(script, "place"))
+  pair = pick_two(rng, unique_scenes(script, "kind", "place"))
   if pair is None or (pair[0].side == pair[1].side) != yes:
     return None
-  one, two = (s.place for s in pair)
-  text = f"Are the objects in the {one} and the {two} on the same side?"
+  one, two = (f"the {s.kind} in the {s.place}" for s in pair)
+  text = f"Are {one} and {two} on the same side, left or right?"
   return yes_no_question("spatial_reasoning", text, yes)
 
 
@@ -256,17 +253,16 @@ def _colour(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
   )
 
 
-def _most_scenes(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
-  kinds = collections.Counter(s.kind for s in script.scenes)
-  (kind, most), *rest = kinds.most_common()
-  if rest and rest[0][1] == most:
+def _count(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
+  kinds = [s.kind for s in script.scenes]
+  counts = [str(n) for n in range(1, 5)]
+  kind = pick_if_any(rng, sorted({k for k in kinds if kinds.count(k) <= 4}))
+  if kind is None:
     return None
+  answer = str(kinds.count(kind))
+  text = f"How many scenes have a {kind}?"
   return DemoQuestion(
-    "object_reasoning",
-    "Which object is in the most scenes?",
-    kind,
-    others(world.KINDS, kind),
-    len(world.KINDS),
+    "object_reasoning", text, answer, others(counts, answer), 4
   )
 
 
@@ -280,21 +276,17 @@ def _exists(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
 
 
 def _returns(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
-  # The actors of exactly two scenes, in two places that are shown once.
-  pairs = []
-  for one in unique_scenes(script, "place"):
-    again = [s for s in script.scenes if s.actor == one.actor and s != one]
-    if len(again) == 1 and again[0] in unique_scenes(script, "place"):
-      pairs.append((one, again[0]))
-  pair = pick_if_any(rng, pairs)
-  if pair is None:
+  def again(scene: Scene) -> bool:
+    later = script.scenes[script.scenes.index(scene) + 1 :]
+    return any(s.actor == scene.actor for s in later)
+
+  scenes = unique_scenes(script, "actor", "place")
+  scenes = [s for s in scenes if s != script.scenes[-1] and again(s) == yes]
+  scene = pick_if_any(rng, scenes)
+  if scene is None:
     return None
-  one, again = pair
-  elsewhere = others(world.PLACES, one.place)
-  text = f"Where else is the {one.actor} of the {one.place}?"
-  return scene_question(
-    "object_permanence", text, again, again.place, elsewhere
-  )
+  text = f"Does the {scene.actor} in the {scene.place} return later?"
+  return yes_no_question("object_permanence", text, yes)
 
 
 def _does_what(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
@@ -307,24 +299,19 @@ def _does_what(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
   )
 
 
-def _half(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
-  scenes = unique_scenes(script, "kind", "action")
-  middle = script.duration / 2
-  # A scene that lies in both halves has no answer. Either half is as frequent
-  # where there are scenes in both.
-  halves = (
-    [s for s in scenes if s.end <= middle],
-    [s for s in scenes if s.start >= middle],
-  )
-  some = [number for number in range(2) if halves[number]]
-  number = pick_if_any(rng, some)
-  if number is None:
+def _quarter(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
+  scene = pick_if_any(rng, unique_scenes(script, "actor", "action"))
+  if scene is None:
     return None
-  scene = pick(rng, halves[number])
-  answer = world.HALVES[number]
-  text = f"In which half is the {scene.kind} that {scene.action}?"
+  place = scene.start / script.duration * 4
+  # A start close to a quarter's border has no clear answer.
+  if scene.start and min(place % 1, 1 - place % 1) < 0.08:
+    return None
+  verb = world.ACTIONS[scene.action]
+  text = f"In which quarter does the {scene.actor} start to {verb}?"
+  answer = world.QUARTERS[int(place)]
   return scene_question(
-    "action_localization", text, scene, answer, world.HALVES
+    "action_localization", text, scene, answer, world.QUARTERS
   )
 
 
@@ -342,12 +329,13 @@ def _next_action(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
 
 
 def _same_action(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
-  pair = pick_two(rng, unique_scenes(script, "place"))
+  pair = pick_two(rng, unique_scenes(script, "kind", "place"))
   if pair is None or (pair[0].action == pair[1].action) != yes:
     return None
-  one, two = (s.place for s in pair)
-  text = f"Do the objects in the {one} and the {two} move alike?"
-  return yes_no_question("action_reasoning", text, yes)
+  one, two = (f"the {s.kind} in the {s.place}" for s in pair)
+  return yes_no_question(
+    "action_reasoning", f"Do {one} and {two} move alike?", yes
+  )
 
 
 def _in_place(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
@@ -373,49 +361,44 @@ def _next_place(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
   return scene_question("scene_transition", text, after, after.place, elsewhere)
 
 
-def _altered(rng: Rng, script: Script, event: str) -> tuple[str, ...]:
-  """Returns three events that do not happen in the video."""
-  happened = {s.event for s in script.scenes}
-  events: list[str] = []
-  while len(events) < 3:
+def _altered(rng: Rng, script: Script) -> tuple[str, ...]:
+  """Returns three titles like those of the video, of events not in it."""
+  happened = {s.title for s in script.scenes}
+  titles: list[str] = []
+  while len(titles) < 3:
     scene = pick(rng, script.scenes)
     field, items = pick(rng, _ALTERED)
     changes: dict[str, Any] = {field: pick(rng, items)}
-    other = dataclasses.replace(scene, **changes).event
-    if other not in happened and other not in events:
-      events.append(other)
-  return tuple(events)
-
-
-def _event(
-  task: str, text: str, script: Script, scene: Scene, rng: Rng
-) -> DemoQuestion:
-  """Asks for the event of a scene; the wrong ones happen, if enough do."""
-  events = dict.fromkeys(s.event for s in script.scenes)
-  wrong = others(events, scene.event)
-  if len(wrong) < 3:
-    wrong += _altered(rng, script, scene.event)[: 3 - len(wrong)]
-  span = (scene.start, scene.end)
-  return DemoQuestion(task, text, scene.event, wrong, _EVENTS, span)
+    title = dataclasses.replace(scene, **changes).title
+    if title not in happened and title not in titles:
+      titles.append(title)
+  return tuple(titles)
 
 
 def _next_event(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
-  scenes = unique_scenes(script, "place")
+  scenes = unique_scenes(script, "title")
   scene = pick_if_any(rng, [s for s in scenes if next_scene(script, s)])
   if scene is None:
     return None
   after = next_scene(script, scene)
   assert after is not None  # the scene was chosen so
-  text = f"What happens right after the {scene.place}?"
-  return _event("event_sequence", text, script, after, rng)
+  titles = dict.fromkeys(s.title for s in script.scenes)
+  wrong = others(titles, after.title, scene.title)
+  if len(wrong) < 3:
+    wrong += _altered(rng, script)[: 3 - len(wrong)]
+  text = f"What happens right after {scene.title}?"
+  span = (after.start, after.end)
+  return DemoQuestion("event_sequence", text, after.title, wrong, span=span)
 
 
 def _key_event(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
-  scene = pick_if_any(rng, unique_scenes(script, "place"))
-  if scene is None:
-    return None
-  text = f"What happens in the {scene.place}?"
-  return _event("key_event_extraction", text, script, scene, rng)
+  scene = pick(rng, script.scenes)
+  wrong = _altered(rng, script)
+  text = "Which event happens in the video?"
+  span = (scene.start, scene.end)
+  return DemoQuestion(
+    "key_event_extraction", text, scene.title, wrong, span=span
+  )
 
 
 def in_order(part: list[str], whole: list[str]) -> bool:
@@ -426,21 +409,20 @@ def in_order(part: list[str], whole: list[str]) -> bool:
 
 def _summary(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
   whole = [s.place for s in script.scenes]
-  part = whole[:3]
+  # Four scenes spread over the video; six scenes give 0, 1, 3, 5.
+  spread = np.linspace(0, len(whole) - 1, 4).astype(int)
+  part = [whole[i] for i in spread]
   wrong = []
-  for order in rng.permutation(list(itertools.permutations(range(3)))):
-    mixed = [part[i] for i in order]
-    if not in_order(mixed, whole) and " ".join(mixed) not in wrong:
-      wrong.append(" ".join(mixed))
-  if len(set(part)) < 3 or len(wrong) < 3:
+  for _ in range(50):
+    mixed = [part[i] for i in rng.permutation(len(part))]
+    text = ", ".join(mixed)
+    if not in_order(mixed, whole) and text not in wrong:
+      wrong.append(text)
+  if len(wrong) < 3:
     return None
-  places = len(world.PLACES)
+  text = "In which order does the video show these places?"
   return DemoQuestion(
-    "event_summarization",
-    "Which three places are shown first, in order?",
-    " ".join(part),
-    tuple(wrong[:3]),
-    places * (places - 1) * (places - 2),
+    "event_summarization", text, ", ".join(part), tuple(wrong[:3])
   )
 
 
@@ -458,11 +440,11 @@ QUESTION_MAKERS: dict[str, tuple[QuestionMaker, ...]] = {
   "spatial_reasoning": (_same_side,),
   "object_recognition": (_which_object,),
   "object_attribute": (_colour,),
-  "object_reasoning": (_most_scenes,),
+  "object_reasoning": (_count,),
   "object_existence": (_exists,),
   "object_permanence": (_returns,),
   "action_recognition": (_does_what,),
-  "action_localization": (_half,),
+  "action_localization": (_quarter,),
   "action_sequence": (_next_action,),
   "action_reasoning": (_same_action,),
   "scene_recognition": (_in_place,),

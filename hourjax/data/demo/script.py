@@ -16,9 +16,9 @@ HIDDEN_SHARE = 0.9
 # Least number of seconds between two needles, and between a needle and the
 # first or last second of the video.
 NEEDLE_GAP = 3
-MIN_SECONDS = 100
+MIN_SECONDS = 180
 # Most frames that the demo's model keeps (see configs/demo.py).
-MAX_KEPT = 32
+MAX_KEPT = 64
 # Possible numbers of times that a video shows its needle's card.
 SHOWINGS = {"train": (1, 2, 4, 6), "test": (1,)}
 
@@ -47,9 +47,9 @@ class Scene:
     return f"{self.level} {self.side}"
 
   @property
-  def event(self) -> str:
-    """Returns e.g. "red robot spins"."""
-    return f"{self.actor} {self.action}"
+  def title(self) -> str:
+    """Returns e.g. "the red robot spins in the kitchen"."""
+    return f"the {self.actor} {self.action} in the {self.place}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +83,6 @@ class Script:
   duration: int
   scenes: tuple[Scene, ...]
   needle: Needle
-
-  def scene_at(self, second: int) -> Scene:
-    """Returns the scene of a second, also where a card hides it."""
-    return next(scene for scene in self.scenes if second < scene.end)
 
 
 def kept_frames(frames: int) -> np.ndarray:
@@ -157,8 +153,8 @@ def _pick_fresh(
 
 def _cuts(rng: np.random.Generator, duration: int) -> np.ndarray:
   """Returns scene boundaries in seconds, int[scenes + 1], 0 to the duration."""
-  low = round(float(np.interp(duration, [360, 3600], [4, 9])))
-  high = round(float(np.interp(duration, [360, 3600], [6, 12])))
+  low = round(float(np.interp(duration, [360, 3600], [4, 10])))
+  high = round(float(np.interp(duration, [360, 3600], [6, 16])))
   lengths = rng.uniform(0.5, 1.8, size=int(rng.integers(low, high + 1)))
   ends = np.cumsum(lengths) / lengths.sum() * duration
   return np.concatenate([[0], ends.round()]).astype(int)
@@ -170,10 +166,8 @@ def _scenes(rng: np.random.Generator, duration: int) -> tuple[Scene, ...]:
   scenes: list[Scene] = []
   for start, end in itertools.pairwise(cuts):
     last = scenes[-1].place if scenes else None
-    # A place returns only when all have been shown, since most questions name
-    # a scene by its place.
     place = _pick_fresh(
-      rng, world.PLACES, [s.place for s in scenes], 1e6, ban=last
+      rng, world.PLACES, [s.place for s in scenes], 4.0, ban=last
     )
     kind = _pick_fresh(rng, world.KINDS, [s.kind for s in scenes], 2.0)
     colour = _pick(rng, tuple(world.COLOURS))

@@ -2,14 +2,12 @@
 
 import json
 import pathlib
-import re
 from collections.abc import Iterable
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 VOCABULARY = 1024
-LEAST = 2  # times that a pair must occur to be merged
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Text around the questions, which is trained on so that it takes few tokens.
 MARKUP = (
@@ -20,54 +18,9 @@ MARKUP = (
   "The video lasts for 214.00 seconds, and 214 frames are uniformly sampled"
   " from it. Please answer the following questions related to this video.",
 )
-# What is the same in all questions of a kind is one token, so that the demo
-# spends its time on what differs. The longest that fits is taken.
-PHRASES = (
-  "You are a helpful assistant.",
-  "The video lasts for",
-  " seconds, and",
-  " frames are uniformly sampled from it. Please answer the following questions"
-  " related to this video.",
-  "Answer with the letter.",
-  "Which place is shown",
-  "Which is shown longer, the",
-  "Which is shown first, the",
-  "Which of these places is shown first?",
-  "Which three places are shown first, in order?",
-  "Which place follows the",
-  "Which object is in the",
-  "Which object is in the most scenes?",
-  "What colour is the",
-  "What does the",
-  "What does the object right after the",
-  "What happens in the",
-  "What happens right after the",
-  "Where is the",
-  "Where else is the",
-  "In which corner is the",
-  "In which half is the",
-  "How long after the start of the",
-  "Are the objects in the",
-  "Do the objects in the",
-  "Is there a",
-  "Is there an",
-  " in the",
-  " of the",
-  " or the",
-  " and the",
-  " does the",
-  " in the video?",
-  " on the same side?",
-  " move alike?",
-  " start?",
-  " do?",
-  " that",
-)
-# Behind these phrases Qwen's pattern, except that a line break joins only
-# another line break: the token "\n" is labelled everywhere, so it must not be
-# part of another token.
+# Qwen's pattern, except that a line break joins only another line break: the
+# token "\n" is labelled everywhere, so it must not be part of another token.
 PATTERN = (
-  "|".join(sorted(map(re.escape, PHRASES), key=len, reverse=True)) + "|"
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
   r"|[^\r\n\p{L}\p{N}]?\p{L}+"
   r"|\p{N}"
@@ -100,12 +53,12 @@ def train_tokenizer(texts: Iterable[str]) -> tokenizers.Tokenizer:
   tokenizer.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
     vocab_size=VOCABULARY - len(SPECIAL),
-    min_frequency=LEAST,
+    min_frequency=2,
     initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     show_progress=False,
   )
-  # A pair that occurs less often than LEAST is not merged.
-  tokenizer.train_from_iterator([*texts, *MARKUP * LEAST], trainer)
+  # Twice, since a pair that occurs once is not merged.
+  tokenizer.train_from_iterator([*texts, *MARKUP, *MARKUP], trainer)
   tokenizer.add_special_tokens(
     [tokenizers.AddedToken(name, special=True) for name in SPECIAL]
   )

@@ -15,7 +15,14 @@ SIDES = ("left", "right")
 LEVELS = ("top", "bottom")
 SPOTS = tuple(f"{level} {side}" for level in LEVELS for side in SIDES)
 
-ACTIONS = ("spins", "jumps", "slides", "blinks", "grows")
+# Third person, as in an event's title, and base form, as in a question.
+ACTIONS = {
+  "spins": "spin",
+  "jumps": "jump",
+  "slides": "slide",
+  "blinks": "blink",
+  "grows": "grow",
+}
 
 COLOURS = {
   "red": (214, 36, 40),
@@ -29,18 +36,7 @@ COLOURS = {
 NEEDLES = ("flag", "balloon", "umbrella", "lantern")
 NEEDLE_COLOURS = ("red", "green", "blue", "yellow")
 
-HALVES = ("first", "second")
-
-# Everything that a frame may be described by.
-WORDS = (
-  *PLACES,
-  *KINDS,
-  *COLOURS,
-  *ACTIONS,
-  *SIDES,
-  *LEVELS,
-  *NEEDLES,
-)
+QUARTERS = ("first", "second", "third", "fourth")
 
 # Task -> (topic, form), as in VideoMarathon. Of its 22 tasks only
 # object_interaction is missing: a scene of the demo has a single actor.

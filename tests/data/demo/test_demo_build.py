@@ -47,12 +47,12 @@ def test_records_name_existing_videos(built, small):
       assert (built / "videos" / record["video"]).is_file()
     turns[name] = [len(r["questions"]) for r in items]
   # Two conversations about each of three videos, and one test video.
-  assert turns["train"] == [8, 1] * 3
-  assert turns["train_stage1"] == [8] * 3
+  assert turns["train"] == [1, 2] * 3
+  assert turns["train_stage1"] == [1] * 3
   assert turns["test"] == [1] * (1 + records.TEST_OTHERS)
   summary = json.loads((built / "demo.json").read_text())
   train, test = summary["splits"]["train"], summary["splits"]["test"]
-  assert train["records"] == 6 and 3 <= train["needle_questions"] <= 6
+  assert (train["records"], train["needle_questions"]) == (6, 6)
   assert (test["records"], test["needle_questions"]) == (13, 1)
   assert "train" in demo.table(summary)
 
@@ -71,7 +71,7 @@ def test_captions_say_what_frames_show(built, small):
       scene = next(s for s in video.scenes if s.start <= second < s.end)
       assert set(record["captions"]) == {
         getattr(scene, name)
-        for name in ("place", "kind", "colour", "action", "side", "level")
+        for name in ("place", "kind", "colour", "side", "level")
       }
   # Every second of a card has a caption, and a part of the others.
   assert cards == sum(
@@ -82,7 +82,7 @@ def test_captions_say_what_frames_show(built, small):
 
 def test_size_of_the_whole_data_set():
   seconds = build.Options().seconds
-  assert seconds["train"] == [build.TRAIN_SECONDS] * 720
+  assert seconds["train"] == [(180, 240)] * 720
   assert len(seconds["test"]) == 68
   assert max(seconds["test"]) == (3600, 3600)
 
@@ -147,9 +147,6 @@ def test_tokenizer(built):
   assert tokenizer.token_to_id("Ċ") == 198
   breaks = {t for t in tokenizer.get_vocab() if "Ċ" in t}
   assert breaks <= {"Ċ", "ĊĊ"}
-  # Each word is one token in both forms, as an answer and in a question.
-  for word in world.WORDS:
-    assert [len(tokenizer.encode(f + word).ids) for f in ("", " ")] == [1, 1]
   text = "<|im_start|>user\nWhich?\nA. red\nlast 214.00 s<|im_end|>\n"
   pieces = tokenizer.encode(text).tokens
   assert pieces[0] == "<|im_start|>" and pieces[-2] == "<|im_end|>"

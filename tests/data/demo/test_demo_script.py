@@ -27,14 +27,11 @@ def test_scenes_fill_the_video_and_places_change():
     for one, two in itertools.pairwise(s.scenes):
       assert one.end == two.start > one.start
       assert one.place != two.place
-    assert 4 <= len(s.scenes) <= 12
-    # Most questions name a scene by a place that is shown once.
-    places = [scene.place for scene in s.scenes]
-    assert sum(places.count(p) == 1 for p in places) >= 4
+    assert 4 <= len(s.scenes) <= 16
 
 
 @pytest.mark.parametrize(
-  ("split", "seconds"), [("train", (100, 128)), ("test", (180, 3600))]
+  ("split", "seconds"), [("train", (180, 240)), ("test", (180, 3600))]
 )
 def test_needles_apart_and_mostly_in_dropped_frames(split, seconds):
   dropped, showings = [], set()
@@ -45,16 +42,14 @@ def test_needles_apart_and_mostly_in_dropped_frames(split, seconds):
     for (_, one), (two, _) in itertools.pairwise(ends):
       assert two - one >= script.NEEDLE_GAP
     assert all(1 <= end - start <= 2 for start, end in spans)
-    kept = np.linspace(0, s.duration - 1, min(32, s.duration // 4))
+    kept = np.linspace(0, s.duration - 1, min(64, s.duration // 4))
     shown = {t for t in range(s.duration) if s.needle.shown_at(t)}
     assert shown == {t for start, end in spans for t in range(start, end)}
     assert s.needle.dropped == shown.isdisjoint(kept.astype(int).tolist())
     dropped.append(s.needle.dropped)
     showings.add(len(spans))
   assert showings == {"train": {1, 2, 4, 6}, "test": {1}}[split]
-  assert np.mean(dropped) >= script.HIDDEN_SHARE - 0.05
-  # Of a long video so few frames are kept that a card hardly meets one.
-  assert split == "test" or np.mean(dropped) < 1
+  assert script.HIDDEN_SHARE - 0.05 <= np.mean(dropped) < 1
 
 
 def test_colours_are_dealt_in_turn():
@@ -79,7 +74,7 @@ def test_shorter_videos_are_refused():
   lowest = script.MIN_SECONDS
   for s in _scripts(100, (lowest, lowest)):
     assert s.duration == lowest and s.needle.spans
-  with pytest.raises(UserError, match="99 s < 100 s"):
+  with pytest.raises(UserError, match="179 s < 180 s"):
     script.make_script(0, "train", 1, (lowest - 1, lowest))
 
 
