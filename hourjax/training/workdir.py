@@ -46,7 +46,6 @@ from hourjax.training.config import (
   rename_old_keys,
 )
 
-
 # Samples of a step in the published runs; the second in stage 3 of 7B.
 PUBLISHED = (128, 256)
 

@@ -128,7 +128,15 @@ def test_every_modality_reaches_the_decoder(case, media, embed):
   dataset = _dataset([_record(case, **files)], media, **options)
   assert not dataset.skipped and len(dataset) == 1
   sample = dataset.sample(0)
-  assert sample.size == _size(dataset)
+  planned = _size(dataset)
+  # Newlines of a tiled image's rows without a kept token are not known ahead.
+  spare = planned.decoder - sample.size.decoder
+  assert sample.size == dataclasses.replace(
+    planned,
+    queries=planned.queries - spare,
+    decoder=planned.decoder - spare,
+  )
+  assert 0 <= spare < (4 if case == "tiled image" else 1)
   row = build_row([sample], SPEC)
   out = embed(stack_rows([row]))[0]
   assert out.shape == (600, CONFIG.decoder.width)

@@ -13,8 +13,10 @@ from hourjax.training.config import Experiment, build_experiment
 
 
 def experiment(size="3b", stage=3, mesh=None, **values) -> Experiment:
-  """A configuration of the published sizes."""
+  """A configuration of the published sizes; stage 3's videos are extracted."""
   config = hourllava.get_config(f"size={size},stage={stage}").to_dict()
+  if stage == 3:
+    config["rows"]["frames"] = 0
   found = build_experiment(config)
   mesh = MeshConfig(**mesh) if mesh else found.mesh
   return dataclasses.replace(found, mesh=mesh, **values)

@@ -66,7 +66,11 @@ def test_short_videos_have_the_frames_of_training(stored):
   assert not visual.problems and (visual.stored == stored).all()
   short = columns.duration < 128
   assert 0 < short.sum() < len(short)
-  assert set(visual.num_frames[short]) == {128}
+  # A file of few frames has no more to take.
+  there = np.where(stored, 128, columns.num_frames[short])
+  np.testing.assert_array_equal(
+    visual.num_frames[short], np.minimum(128, there)
+  )
   for n in np.flatnonzero(~short):
     seconds, fps = float(columns.duration[n]), float(columns.fps[n])
     pixels = len(pixel_frames("", int(columns.num_frames[n]), seconds, fps)[1])
@@ -85,9 +89,8 @@ def test_short_videos_come_as_pixels_where_rows_have_room(stages):
   capacity = dataclasses.replace(found.rows, frames=0)
   without = make_workload(dataclasses.replace(found, rows=capacity))
   assert not without.sizes[:, 1].sum()
-  assert without.sizes[:, 0].sum() * without.rows > (
-    workload.sizes[:, 0].sum() * workload.rows
-  )
+  # The same samples in fewer rows, short videos as features too.
+  assert without.sizes[:, 0].sum() > workload.sizes[:, 0].sum()
 
 
 @pytest.mark.parametrize(

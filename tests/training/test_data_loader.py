@@ -31,7 +31,7 @@ def _delivered(number, samples=10, unread=()):
   for array in batch:
     array[:] = 0
   batch.decoder_token[:] = np.arange(24).reshape(6, 4) + 100 * number
-  return Delivered(batch, number, samples, tuple(unread))
+  return Delivered(batch, number, False, samples, tuple(unread))
 
 
 def _sharding():

@@ -260,7 +260,11 @@ def test_no_dataset_given(tmp_path):
 def test_the_start_says_what_is_not_shown_of_short_videos():
   class Samples(Dataset):
     sparse = ()
-    columns = types.SimpleNamespace(streams=("default",))
+    columns = types.SimpleNamespace(
+      streams=("default",), video=np.array([], int), videos=()
+    )
+    usable = np.array([], int)
+    visual = types.SimpleNamespace(stored=np.array([], bool))
 
     def __init__(self):
       pass
