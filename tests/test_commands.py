@@ -136,7 +136,7 @@ MISUSED = [
   ("plan --config=", "--config is empty; give a file"),
   ("plan --config=README.md", "--config=README.md: SyntaxError: "),
   ("plan --config configs/demo.py:stage=5", "--config=configs/demo.py:stage=5:"
-   " config argument stage=5: stage is 1 or 2"),
+   " config argument stage=5: stage is 0, 1 or 2"),
   ("bench data --config.stepps=1", "the configuration has no key"
    " --config.stepps; did you mean --config.steps?"),
   # arguments

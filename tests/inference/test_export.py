@@ -324,7 +324,7 @@ def test_the_tower_in_transformers(run, tmp_path):
     images = torch.tensor(pixels.transpose(0, 3, 1, 2))
     found = theirs(images, output_hidden_states=True).hidden_states[-1]
   got = _features(models.CONFIG, drawn[6], pixels)
-  np.testing.assert_allclose(got, found.numpy(), rtol=0, atol=2e-5)
+  np.testing.assert_allclose(got, found.numpy(), rtol=1e-5, atol=2e-5)
   scale = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
   assert scale["size"] == {"height": 8, "width": 8}
   # It is a tower for us, too.
@@ -366,7 +366,7 @@ def test_memory_is_bounded(run, tmp_path):
   drawn = make_run(tmp_path / "run", large, steps=(1,))[1]
   total = sum(value.nbytes for value in drawn.values())
   largest = max(value.nbytes for value in drawn.values())
-  assert total > 150 * 2**20 > 5 * largest
+  assert total > 100 * 2**20 and total > 5 * largest
   began = time.monotonic()
   done = subprocess.run(
     [sys.executable, "-c", _PEAK, tmp_path / "run", tmp_path / "out", run[0]],

@@ -12,11 +12,15 @@ from hourjax.planning.workload import make_workload
 from hourjax.training.config import Experiment, build_experiment
 
 
-def experiment(size="3b", stage=3, mesh=None, **values) -> Experiment:
-  """A configuration of the published sizes; stage 3's videos are extracted."""
+def experiment(size="3b", stage=3, mesh=None, frames=0, **values) -> Experiment:
+  """A configuration of the published sizes.
+
+  Stage 3 has room for `frames` frames that come as pixels; with none, its short
+  videos are extracted too.
+  """
   config = hourllava.get_config(f"size={size},stage={stage}").to_dict()
   if stage == 3:
-    config["rows"]["frames"] = 0
+    config["rows"]["frames"] = frames
   found = build_experiment(config)
   mesh = MeshConfig(**mesh) if mesh else found.mesh
   return dataclasses.replace(found, mesh=mesh, **values)

@@ -17,7 +17,7 @@ from tests.planning.examples import experiment, in_rows
 
 @pytest.fixture(scope="module")
 def stages():
-  return {stage: experiment(stage=stage) for stage in (1, 2, 3)}
+  return {stage: experiment(stage=stage, frames=640) for stage in (1, 2, 3)}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
