@@ -80,7 +80,8 @@ def read_dataset(folder: pathlib.Path) -> Any:
     name: value if isinstance(value, tuple) else value.tolist()
     for name, value in vars(data.columns).items()
   }
-  columns["duration"] = np.nan_to_num(data.columns.duration).tolist()
+  for name in ("duration", "fps"):  # NaN differs from itself
+    columns[name] = np.nan_to_num(getattr(data.columns, name)).tolist()
   return columns, list(data.records)
 
 
