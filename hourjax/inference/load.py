@@ -28,6 +28,7 @@ from hourjax.training.workdir import read_config
 from hourjax.weights import config as published
 from hourjax.weights.checkpoint import load_params
 from hourjax.weights.folder import weight_files
+from hourjax.weights.own_keys import check_known
 
 # A fingerprint of weights takes this many pieces of a file, evenly spread.
 _PIECES = 64
@@ -217,17 +218,8 @@ def _of_published(folder: pathlib.Path) -> _Source:
 def _forgetting(given: Mapping[str, Any], folder: pathlib.Path) -> Forgetting:
   """Builds the rule of forgetting that a published folder describes."""
   known = dataclasses.asdict(Forgetting())
-  wrong = [
-    f"{key}={value!r}"
-    for key, value in given.items()
-    if key not in known or type(value) is not type(known[key])
-  ]
-  if wrong:
-    raise UserError(
-      f"{folder}/config.json: hourjax.forgetting has {', '.join(wrong)}, which"
-      " this version does not know; use the version of hourjax that wrote it"
-    )
-  return Forgetting(**given)
+  where = f"{folder}/config.json: hourjax.forgetting"
+  return Forgetting(**check_known(given, known, where))
 
 
 def _shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:

@@ -18,7 +18,8 @@ from hourjax.models.config import DecoderConfig, ModelConfig, VisionConfig
 from hourjax.weights.own_keys import (
   OwnKeys,
   PublishedRules,
-  check_more_fields,
+  check_known,
+  more_fields,
 )
 
 SO400M = "google/siglip-so400m-patch14-384"
@@ -166,7 +167,9 @@ def read_config(folder: str | pathlib.Path) -> ModelConfig:
     pool_side=config.pool_side,
     memaug_layers=config.memaug_depth,
     dtype=own.dtype,
-    **check_more_fields(own.model, path),
+    **check_known(
+      own.model, more_fields(ModelConfig), f"{path}: hourjax.model"
+    ),
   )
 
 

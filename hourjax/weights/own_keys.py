@@ -5,7 +5,6 @@ that an export answers as the workdir does that it was made of.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -68,17 +67,19 @@ def more_fields(config: ModelConfig | type[ModelConfig]) -> dict[str, Any]:
   }
 
 
-def check_more_fields(given: Mapping[str, Any], path: pathlib.Path) -> Any:
-  """Returns fields of ModelConfig that have no official key, checked.
+def check_known(
+  given: Mapping[str, Any], known: Mapping[str, Any], where: str
+) -> Mapping[str, Any]:
+  """Returns fields that another version may have written, checked.
 
   Args:
     given: the fields.
-    path: of config.json, for the message.
+    known: all that there are, with values of the right types.
+    where: file and group, for the message.
 
   Raises:
     UserError: this version does not know one of them.
   """
-  known = more_fields(ModelConfig)
   wrong = [
     f"{key}={value!r}"
     for key, value in given.items()
@@ -86,7 +87,7 @@ def check_more_fields(given: Mapping[str, Any], path: pathlib.Path) -> Any:
   ]
   if wrong:
     raise UserError(
-      f"{path}: hourjax.model has {', '.join(wrong)}, which this version does"
-      " not know; use the version of hourjax that wrote it"
+      f"{where} has {', '.join(wrong)}, which this version does not know; use"
+      " the version of hourjax that wrote it"
     )
   return given

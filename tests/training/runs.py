@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 
+import pytest
 from ml_collections import ConfigDict
 
 from configs import demo
@@ -21,7 +22,7 @@ from hourjax.data.prepare.holdout import name_number
 from hourjax.extraction.worker import extract_videos
 from hourjax.models.params import init_params
 from hourjax.training.config import build_experiment
-from hourjax.training.metric_writer import read_metrics
+from hourjax.training.metric_writer import MetricWriter, read_metrics
 from tests.training.fork_server import Server
 
 # Of the demo's configuration: the smallest model that has all parts.
@@ -33,6 +34,22 @@ SMALL = {
   "log_every": 1,
   "data.max_skipped": 0.5,
 }
+
+
+@contextlib.contextmanager
+def interrupted_at(step: int):
+  """Interrupts the training inside of it when the metrics of a step are due."""
+  write = MetricWriter.write
+
+  def stop(self, number, *args, **values):
+    write(self, number, *args, **values)
+    if number == step:
+      raise KeyboardInterrupt
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(MetricWriter, "write", stop)
+    with pytest.raises(KeyboardInterrupt):
+      yield
 
 
 def small_config(data: pathlib.Path, **changes):

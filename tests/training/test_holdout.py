@@ -301,9 +301,7 @@ def test_what_cannot_be_read_is_listed_and_not_counted(
 
 
 @pytest.mark.slow
-def test_a_run_is_evaluated_and_learns_the_same(
-  experiment, tmp_path, monkeypatch, capsys
-):
+def test_a_run_is_evaluated_and_learns_the_same(experiment, tmp_path, capsys):
   """Another run is not evaluated at first, is broken off, and goes on.
 
   It has the same losses, and from then on the same evaluations.
@@ -324,17 +322,8 @@ def test_a_run_is_evaluated_and_learns_the_same(
   for name in ("answer_loss", "markup_loss", "answer_loss/stream:short"):
     assert list(shown[f"eval/{name}"]) == [2, 4, 6]
 
-  wrote = MetricWriter.write
-
-  def stop(self, step, *args, **values):
-    wrote(self, step, *args, **values)
-    if step == 5:
-      raise KeyboardInterrupt
-
-  with monkeypatch.context() as patch:
-    patch.setattr(MetricWriter, "write", stop)
-    with pytest.raises(KeyboardInterrupt):
-      loop.train(runs.changed(experiment, eval_every=0, log_every=1), other)
+  with runs.interrupted_at(5):
+    loop.train(runs.changed(experiment, eval_every=0, log_every=1), other)
   assert not runs.evaluations(other)
   assert "samples are held out, and nothing is ev" in capsys.readouterr().err
   loop.train(runs.changed(experiment, log_every=1), other)

@@ -19,7 +19,6 @@ from hourjax.models.siglip import pool_frames
 from hourjax.training import loop, train_step
 from hourjax.training.config import build_experiment
 from hourjax.training.data_loader import open_dataset
-from hourjax.training.metric_writer import MetricWriter
 from hourjax.training.optimizer import component
 from tests import videos
 from tests.training import runs
@@ -219,21 +218,12 @@ def test_the_tower_learns_from_short_videos_alone(folder, exact, gradients):
 
 
 @pytest.mark.slow
-def test_a_mixed_run_goes_on_as_if_never_interrupted(folder, monkeypatch):
+def test_a_mixed_run_goes_on_as_if_never_interrupted(folder):
   options = {"steps": 4, "checkpoint_every": 2, "batch_rows": 1}
   experiment = _experiment(folder, **options)
   loop.train(experiment, folder / "whole")
-  write = MetricWriter.write
-
-  def stop(self, step, *args, **values):
-    write(self, step, *args, **values)
-    if step == 3:
-      raise KeyboardInterrupt
-
-  with monkeypatch.context() as patch:
-    patch.setattr(MetricWriter, "write", stop)
-    with pytest.raises(KeyboardInterrupt):
-      loop.train(experiment, folder / "resumed")
+  with runs.interrupted_at(3):
+    loop.train(experiment, folder / "resumed")
   loop.train(experiment, folder / "resumed")
   assert runs.losses(folder / "resumed") == runs.losses(folder / "whole")
   # The same from pixels alone, but for features rounded to bfloat16.

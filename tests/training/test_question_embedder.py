@@ -14,7 +14,6 @@ from hourjax.models.params import init_params
 from hourjax.training import loop
 from hourjax.training.config import build_experiment
 from hourjax.training.data_loader import QUESTION_EMBEDDER, question_embedder
-from hourjax.training.metric_writer import MetricWriter
 from hourjax.training.train_step import TrainState
 from tests.training import runs
 
@@ -53,7 +52,7 @@ def test_a_run_cannot_go_on_without_them(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_guided_run_goes_on_as_if_never_interrupted(tmp_path, monkeypatch):
+def test_a_guided_run_goes_on_as_if_never_interrupted(tmp_path):
   folder = runs.make_data(tmp_path / "data")
   config = runs.small_config(
     folder, steps=3, checkpoint_every=2, forgetting__temporal="question"
@@ -62,17 +61,8 @@ def test_a_guided_run_goes_on_as_if_never_interrupted(tmp_path, monkeypatch):
   assert experiment.forgetting.needs_question
   whole, resumed = tmp_path / "whole", tmp_path / "resumed"
   loop.train(experiment, whole)
-  write = MetricWriter.write
-
-  def stop(self, step, *args, **values):
-    write(self, step, *args, **values)
-    if step == 3:
-      raise KeyboardInterrupt
-
-  with monkeypatch.context() as patch:
-    patch.setattr(MetricWriter, "write", stop)
-    with pytest.raises(KeyboardInterrupt):
-      loop.train(experiment, resumed)
+  with runs.interrupted_at(3):
+    loop.train(experiment, resumed)
   before = (resumed / QUESTION_EMBEDDER).read_bytes()
   loop.train(experiment, resumed)
   assert runs.losses(resumed) == runs.losses(whole)
