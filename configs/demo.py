@@ -1,21 +1,25 @@
-r"""The demo: a small Hour-LLaVA from scratch on rendered videos, in two stages.
-
-  python -m hourjax.train --config=configs/demo.py:stage=1 \
-      --workdir=work/memaug/stage1
-  python -m hourjax.train --config=configs/demo.py:stage=2 \
-      --config.init=work/memaug/stage1 --workdir=work/memaug/stage2
-
-Stage 1 asks one short question about each video: with these the model learns to
-find things in its memory. Stage 2 goes on with whole conversations. The vision
-encoder stays as it was drawn, since a random projection preserves colours and
-places, and the demo is about the memory. With --config.model.memaug_layers=0
-the same is trained without MemAug.
-
-Before these the tower and the word embeddings can be brought together with
-single frames (hourjax/alignment/README.md), which launch/local.sh leaves out:
+r"""The demo: a small Hour-LLaVA from scratch on rendered videos, in four stages.
 
   python -m hourjax.align --config=configs/demo.py:stage=0 \
       --captions=work/data/captions.json --workdir=work/stage0
+  python -m hourjax.train --config=configs/demo.py:stage=1 \
+      --config.init=work/stage0 --workdir=work/stage1
+  python -m hourjax.train --config=configs/demo.py:stage=2 \
+      --config.init=work/stage1 --workdir=work/stage2
+  python -m hourjax.train --config=configs/demo.py:stage=3 \
+      --config.init=work/stage2 --workdir=work/stage3
+
+Like the paper's, the stages go from single frames to whole memories:
+
+  0  tower, projector and word embeddings: single frames and their captions
+  1  decoder: one-word look-ups, six in a conversation, in the kept frames
+  2  decoder: questions of all tasks, eight in a conversation, in the kept frames
+  3  with MemAug, drawn fresh: single questions, many of which only the memory
+     of all frames can answer
+
+Look-ups come first because mixed with everything else they are not found in
+the same time; see launch/README.md. With --config.model.memaug_layers=0
+stage 3 trains the same without MemAug.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +33,14 @@ MODEL = ModelConfig(
     image_size=64, patch_size=16, width=64, layers=1, heads=4, mlp=128
   ),
   decoder=DecoderConfig(
-    vocab=768, width=64, layers=2, heads=2, kv_heads=1, mlp=256, tied=True
+    vocab=640,
+    width=64,
+    layers=3,
+    heads=2,
+    kv_heads=2,
+    head_dim=64,
+    mlp=256,
+    tied=True,
   ),
   pool_side=2,
   memaug_layers=2,
@@ -37,40 +48,34 @@ MODEL = ModelConfig(
   remat="none",
 )
 # By stage: optimizer steps, and the peak learning rate of all that is trained.
-_STEPS = {0: 700, 1: 840, 2: 240}
-_RATES = {0: 2e-3, 1: 1.5e-3, 2: 1.5e-3}
+_STEPS = {0: 900, 1: 500, 2: 1200, 3: 600}
+_RATES = {0: 2e-3, 1: 4e-3, 2: 4e-3, 3: 4e-3}
 _FRAMES = 240  # of the longest training video
 _TOKENS = MODEL.pool_side**2  # of a frame
-# Capacity of a row, in tokens. In stage 1 it holds one short question. In stage
-# 2 conversations differ much in length; two of the usual length share a row.
+# Capacity of a row, in tokens: one video, and the conversations about it.
 _ROWS = {
-  1: Size(
+  stage: Size(
     features=_FRAMES * _TOKENS,
     memory=_FRAMES * (_TOKENS + 1),
-    queries=176,
-    decoder=192,
-  ),
-  2: Size(
-    features=2 * _FRAMES * _TOKENS,
-    memory=2 * _FRAMES * (_TOKENS + 1),
-    queries=400,
-    decoder=448,
-  ),
+    queries=queries,
+    decoder=decoder,
+  )
+  for stage, queries, decoder in ((1, 128, 196), (2, 216, 316), (3, 768, 896))
 }
 _ROWS[0] = Size()  # single frames fill no rows
-_BATCH_ROWS = {0: 128, 1: 16, 2: 8}  # in stage 0, frames
+_BATCH_ROWS = {0: 128, 1: 24, 2: 24, 3: 8}  # in stage 0, frames
+_SHARE_MEMORY = 8  # single questions about a video in a row of stage 3
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
   """Returns the configuration of a stage.
 
   Args:
-    arg: "stage=0", "1" or "2"; "data=FOLDER", the folder that launch/local.sh
-      fills.
+    arg: "stage=0" to "3"; "data=FOLDER", the folder that launch/local.sh fills.
   """
   given = common.parse_arg(arg, data="work/data", stage=1)
   if given.stage not in _STEPS:
-    raise ValueError(f"config argument stage={given.stage}: stage is 0, 1 or 2")
+    raise ValueError(f"config argument stage={given.stage}: stage is 0, 1, 2 or 3")
   config = common.experiment(
     MODEL,
     _ROWS[given.stage],
@@ -86,9 +91,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.data.tokenizer = f"{given.data}/tokenizer"
   # Fewer frames than the published 512, so that the decoder never reads more
   # tokens of an hour-long video than of the training videos.
-  config.forgetting.max_frames = 64
+  config.forgetting.max_frames = 16
+  if given.stage < 3:
+    config.model.memaug_layers = 0
+  if given.stage == 3:
+    config.draw_missing = "memaug"
+    config.data.share_memory = _SHARE_MEMORY
   config.optimizer.update(
     **dict.fromkeys(("projector", "memaug", "decoder"), _RATES[given.stage]),
+    name="muon",
     vision=0.0 if given.stage else _RATES[0],
     b2=0.95,
     warmup=0.05,

@@ -35,7 +35,7 @@ _TEST_SCALE = flags.DEFINE_float(
 _CONVERSATIONS = flags.DEFINE_integer(
   "conversations",
   _DEFAULT.conversations,
-  "Conversations of one to five questions about each training video.",
+  "Conversations of each kind about each training video.",
   upper_bound=1_000,
 )
 

@@ -1,26 +1,35 @@
-"""AdamW with a learning rate for each component, and frozen components."""
+"""AdamW or Muon with a rate for each component, and frozen components."""
 
 import dataclasses
 import math
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
+import jax
 import optax
+import optax.contrib
 
 from hourjax.errors import UserError
 
 MuDtype = Literal["float32", "bfloat16"]
+OptimizerName = Literal["adamw", "muon"]
+# Muon's update has this root mean square, as AdamW's has about, so that both
+# take the same learning rates (arXiv 2502.16982, section 2.2).
+_MUON_RMS = 0.2
+_MUON = "/muon"  # ends the label of what Muon updates
 COMPONENTS = ("vision", "projector", "memaug", "decoder")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """Describes AdamW with warm-up and cosine decay, by component.
+  """Describes the optimizer, with warm-up and cosine decay, by component.
 
   The learning rate rises linearly and then falls to zero as a cosine; see
   hourjax/README.md, Training.
 
   Attributes:
+    name: "adamw", or "muon": the kernels of linear layers get orthogonalised
+      momentum (arXiv 2502.16982), everything else AdamW.
     vision: peak learning rate of the vision encoder. A component whose rate is
       0 is frozen: it has no gradients and no optimizer state.
     projector: peak learning rate of the projector.
@@ -40,6 +49,7 @@ class OptimizerConfig:
       which bfloat16 rounds away.
   """
 
+  name: OptimizerName = "adamw"
   vision: float = 0.0
   projector: float = 1e-4
   memaug: float = 1e-4
@@ -54,6 +64,10 @@ class OptimizerConfig:
   mu_dtype: MuDtype = "float32"
 
   def __post_init__(self) -> None:
+    if self.name not in get_args(OptimizerName):
+      raise UserError(
+        f"config.optimizer.name is {self.name!r}; choose adamw or muon"
+      )
     if self.mu_dtype not in get_args(MuDtype):
       raise UserError(
         f"config.optimizer.mu_dtype is {self.mu_dtype!r}; choose float32 or"
@@ -141,26 +155,57 @@ def make_optimizer(
     steps: of the whole run, for the schedule.
     paths: of the trained parameters.
   """
-  labels = {path: component(path) for path in paths}
+  muon = config.name == "muon"
+  labels = {
+    path: component(path) + (_MUON if muon and uses_muon(path) else "")
+    for path in paths
+  }
   # None where nothing decays: a mask adds a level to the optimizer's state, and
   # checkpoints from before there was one have the state without it.
   mask = _decay_mask if config.weight_decay else None
-  rules: dict[Hashable, optax.GradientTransformation] = {
-    name: optax.adamw(
-      schedule(config.rate(name), steps, config.warmup),
-      b1=config.b1,
-      b2=config.b2,
-      eps=config.eps,
-      weight_decay=config.weight_decay,
-      mask=mask,
-      mu_dtype=config.mu_dtype,
-    )
-    for name in sorted(set(labels.values()))
-  }
-  adam = optax.partition(rules, labels)
+  rules: dict[Hashable, optax.GradientTransformation] = {}
+  for label in sorted(set(labels.values())):
+    name = label.removesuffix(_MUON)
+    rate = schedule(config.rate(name), steps, config.warmup)
+    if label != name:
+      rules[label] = optax.contrib.muon(
+        rate,
+        weight_decay=config.weight_decay,
+        weight_decay_mask=mask,
+        mu_dtype=config.mu_dtype,
+        muon_weight_dimension_numbers=_matrix_axes,
+        consistent_rms=_MUON_RMS,
+      )
+    else:
+      rules[label] = optax.adamw(
+        rate,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=mask,
+        mu_dtype=config.mu_dtype,
+      )
+  optimizer = optax.partition(rules, labels)
   if not config.clip:
-    return adam
-  return optax.chain(optax.clip_by_global_norm(config.clip), adam)
+    return optimizer
+  return optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
+
+
+def uses_muon(path: str) -> bool:
+  """Returns whether a parameter is one that Muon orthogonalises.
+
+  These are the kernels of linear layers. Embeddings, norms, biases and the
+  convolution that cuts patches are left to AdamW, as Muon's authors do.
+  """
+  return path.endswith("/kernel") and not path.endswith("patch/kernel")
+
+
+def _matrix_axes(params: Any) -> Any:
+  """Returns input and output axis of kernels [*layers, in, out]."""
+  return jax.tree.map(
+    lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params
+  )
 
 
 def _decay_mask(params: Mapping[str, Any]) -> dict[str, bool]:

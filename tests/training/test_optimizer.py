@@ -22,6 +22,7 @@ from hourjax.training.optimizer import (
   make_optimizer,
   schedule,
   split_params,
+  uses_muon,
 )
 from hourjax.weights.names import TOWER, key_table
 
@@ -324,6 +325,55 @@ def test_updates_are_adam_with_a_rate_for_each_component(decay):
       )
   for path, value in expected.items():
     np.testing.assert_allclose(params[path], value, rtol=1e-5, err_msg=path)
+
+
+def test_muon_updates_kernels_by_their_orthogonal_factor():
+  """A stack of matrices is orthogonalised layer by layer; biases get Adam."""
+  rng = np.random.default_rng(0)
+  params = {
+    "decoder/layers/layers/up/kernel": jnp.zeros((2, 8, 24)),
+    "decoder/layers/layers/up/bias": jnp.zeros((2, 24)),
+    "decoder/embedding": jnp.zeros((12, 8)),
+    "projector/fc1/kernel": jnp.zeros((8, 8)),
+  }
+  config = OptimizerConfig(name="muon", projector=1e-2, decoder=2e-2, warmup=0)
+  optimizer = make_optimizer(config, 10, params)
+  adam = make_optimizer(dataclasses.replace(config, name="adamw"), 10, params)
+  grads = {
+    p: jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+    for p, x in params.items()
+  }
+  state = optimizer.init(params)
+  updates, _ = optimizer.update(grads, state, params)
+  plain, _ = adam.update(grads, adam.init(params), params)
+  for path, update in updates.items():
+    if not path.endswith("kernel"):
+      np.testing.assert_array_equal(update, plain[path])
+      continue
+    for matrix, grad in zip(
+      np.reshape(update, (-1, *update.shape[-2:])),
+      np.reshape(grads[path], (-1, *update.shape[-2:])),
+      strict=True,
+    ):
+      u, _, v = np.linalg.svd(grad, full_matrices=False)
+      # Newton-Schulz leaves singular values of 0.7 to 1.2 (Muon's authors).
+      scale = config.rate(component(path)) * 0.2 * max(matrix.shape) ** 0.5
+      values = np.diag(-u.T @ matrix @ v.T) / scale
+      assert (values > 0.6).all() and (values < 1.25).all()
+      rest = np.linalg.norm(u.T @ matrix @ v.T + np.diag(values) * scale)
+      assert rest < 1e-3 * scale
+  # One moment for a kernel, two for everything else.
+  for path in params:
+    moments = 1 if path.endswith("kernel") else 2
+    assert len(_leaves(state, path)) == moments, path
+
+
+def test_muon_leaves_patches_and_embeddings_to_adam():
+  chosen = {path for path in SHAPES if uses_muon(path)}
+  assert {path.rpartition("/")[2] for path in chosen} == {"kernel"}
+  assert {p for p in SHAPES if p.endswith("kernel")} - chosen == {
+    "vision/patch/kernel"
+  }
 
 
 @pytest.mark.slow

@@ -22,12 +22,20 @@ from hourjax.data.demo.script import SPLITS, Script
 from hourjax.errors import UserError
 
 LETTERS = "ABCD"
-FORMATS = ("open", "multiple_choice")
 INSTRUCTION = "Answer with the letter."
-TURNS = (1, 2, 1, 5)  # questions in each training conversation of a video
-TEST_OTHERS = (
-  12  # questions about a test video besides the one about its needle
+# Tasks whose answer is one word about one frame: what stage 1 begins with.
+LOOKUPS = (
+  "temporal_perception",
+  "spatial_perception",
+  "object_recognition",
+  "object_attribute",
+  "action_recognition",
+  "scene_recognition",
 )
+TURNS = 8  # questions in each conversation of stage 2
+NEEDLE_EVERY = 3  # of the single questions of stage 3, one is about the needle
+# Questions about a test video besides the one about its needle.
+TEST_OTHERS = 12
 Turn = tuple[str, str, dict[str, Any]]  # question, answer, facts about both
 
 
@@ -47,23 +55,45 @@ class RecordWriter:
     self._decks: dict[str, list[str]] = collections.defaultdict(list)
     self._used: collections.Counter = collections.Counter()
 
-  def train(self, script: Script, conversations: int) -> list[dict]:
-    """Writes conversations of one to five questions about a training video.
+  def lookups(self, script: Script, conversations: int) -> list[dict]:
+    """Writes conversations of one open question for each of LOOKUPS."""
+    records = []
+    for number in range(conversations):
+      found = [self._find(script, task) for task in LOOKUPS]
+      turns = [self._turn(question) for question in found if question]
+      turns = [turns[i] for i in self._rng.permutation(len(turns))]
+      records.append(_record(script, number, turns))
+    return records
 
-    One of the questions is about the needle. No two questions of a
-    conversation share a task, so that no answer reveals another one.
+  def train(self, script: Script, conversations: int) -> list[dict]:
+    """Writes conversations of TURNS questions about a training video.
+
+    No two questions of a conversation share a task.
+    """
+    return [
+      _record(script, number, self._others(script, TURNS))
+      for number in range(conversations)
+    ]
+
+  def memory(self, script: Script, conversations: int) -> list[dict]:
+    """Writes records of one question each; the needle's comes again and again.
+
+    They are for MemAug, whose queries would see the questions of a longer
+    conversation all at once.
     """
     records = []
     for number in range(conversations):
-      turns = [self._turn(questions.needle_question(script.needle), "open")]
-      turns += self._others(script, TURNS[number % len(TURNS)] - 1)
-      turns = [turns[i] for i in self._rng.permutation(len(turns))]
+      if number % NEEDLE_EVERY == 0:
+        question = questions.needle_question(script.needle)
+        turns = [self._turn(question)]
+      else:
+        turns = self._others(script, 1)
       records.append(_record(script, number, turns))
     return records
 
   def test(self, script: Script) -> list[dict]:
     """Writes records of one question each about a test video."""
-    turns = [self._turn(questions.needle_question(script.needle), "open")]
+    turns = [self._turn(questions.needle_question(script.needle))]
     turns += self._others(script, TEST_OTHERS)
     return [_record(script, i, [turn]) for i, turn in enumerate(turns)]
 
@@ -80,37 +110,37 @@ class RecordWriter:
 
   def _others(self, script: Script, count: int) -> list[Turn]:
     """Asks questions of different tasks, those asked least so far first."""
-    pairs = [(task, form) for task in world.TASKS for form in FORMATS]
-    pairs = [pairs[i] for i in self._rng.permutation(len(pairs))]
-    pairs.sort(key=self._used.__getitem__)
-    turns: dict[str, Turn] = {}
-    for task, form in pairs:
+    tasks = list(world.TASKS)
+    tasks = [tasks[i] for i in self._rng.permutation(len(tasks))]
+    tasks.sort(key=self._used.__getitem__)
+    turns: list[Turn] = []
+    for task in tasks:
       if len(turns) == count:
         break
-      found = None if task in turns else self._find(script, task, form)
+      found = self._find(script, task)
       if found is not None:
-        self._used[task, form] += 1
-        turns[task] = self._turn(found, form)
-    return list(turns.values())
+        self._used[task] += 1
+        turns.append(self._turn(found))
+    return turns
 
-  def _find(self, script: Script, task: str, form: str) -> DemoQuestion | None:
-    """Returns a question of this task and format, None if no try finds one."""
+  def _find(self, script: Script, task: str) -> DemoQuestion | None:
+    """Returns a question of this task, None if no try finds one."""
     yes = self._draw(f"{task} yes", ("yes", "no"), keep=True) == "yes"
     for make in QUESTION_MAKERS[task] * 3:
       found = make(script, self._rng, yes)
-      if found is not None and form in found.formats:
+      if found is not None:
         return found
     return None
 
-  def _turn(self, found: DemoQuestion, form: str) -> Turn:
-    """Writes a question in a format."""
+  def _turn(self, found: DemoQuestion) -> Turn:
+    """Writes a question in its format."""
     if found.answer in ("yes", "no"):
       self._draw(f"{found.task} yes", ("yes", "no"))
     needle = found.needle
     facts = {
       "topic": world.TASKS[found.task][0],
       "task": found.task,
-      "format": form,
+      "format": found.format,
       "answer": found.answer,
       "options": None,
       "letter": None,
@@ -118,7 +148,7 @@ class RecordWriter:
       "dropped": needle.dropped if needle else None,
       "seconds": list(found.span) if found.span else None,
     }
-    if form == "open":
+    if found.format == "open":
       return found.text, found.answer, {**facts, "chance": found.chance}
     wrong = self._rng.permutation(len(found.wrong))[: len(LETTERS) - 1]
     options = [found.wrong[i] for i in wrong]
@@ -155,10 +185,10 @@ TEST_SECONDS = (
   (8, (1800, 1800)),
   (8, (3600, 3600)),
 )
-FILES = ("captions", "train_stage1", "train", "test")
+FILES = ("captions", "lookups", "train", "memory", "test")
 CAPTION_SECONDS = 8  # between two frames of a video that have captions
 # Part of the summary, so that a data set of older code is written again.
-VERSION = 3
+VERSION = 4
 # Encoding releases the GIL, and each video is encoded on one core.
 THREADS = 2
 
@@ -181,7 +211,7 @@ class Options:
   seed: int = 0
   train_videos: int = 720
   test_scale: float = 1.0
-  conversations: int = 4
+  conversations: int = 8
 
   def __post_init__(self) -> None:
     lowest = {"seed": 0, "train_videos": 1, "conversations": 1}
@@ -257,8 +287,9 @@ def build(folder: pathlib.Path, options: Options) -> tuple[dict, bool]:
   with progress.step("writing the questions"):
     written = _write_records(folder, scripts, options)
   summary = {**start, "complete": True, "splits": {}}
-  for split, items in written.items():
-    summary["splits"][split] = _count(scripts[split], items)
+  for name, items in written.items():
+    split = "test" if name == "test" else "train"
+    summary["splits"][name] = _count(scripts[split], items)
   _write_json(folder / "demo.json", summary)
   return summary, False
 
@@ -332,21 +363,27 @@ def _write_records(
   """Writes the records of both splits and the tokenizer."""
   train, test = (RecordWriter(options.seed, s) for s in script.SPLITS)
   written = {
-    "train": [
+    name: [
       record
       for s in scripts["train"]
-      for record in train.train(s, options.conversations)
-    ],
-    "test": [record for s in scripts["test"] for record in test.test(s)],
+      for record in write(s, options.conversations)
+    ]
+    for name, write in (
+      ("lookups", train.lookups),
+      ("train", train.train),
+      ("memory", train.memory),
+    )
   }
-  # Stage 1 sees one short question at a time, stage 2 all conversations.
-  first = [r for r in written["train"] if len(r["questions"]) == 1]
+  written["test"] = [r for s in scripts["test"] for r in test.test(s)]
   captions = [c for s in scripts["train"] for c in _captions(s)]
-  files = {"captions": captions, "train_stage1": first, **written}
+  files = {"captions": captions, **written}
   for name, items in files.items():
     _write_json(folder / f"{name}.json", items)
   texts = (
-    turn["value"] for r in written["train"] for turn in r["conversations"]
+    turn["value"]
+    for name in ("lookups", "train", "memory")
+    for r in written[name]
+    for turn in r["conversations"]
   )
   tokenizer.write_tokenizer(folder / "tokenizer", texts)
   return written
@@ -365,6 +402,7 @@ def _captions(script: Script) -> list[dict]:
     elif second % CAPTION_SECONDS == 0:
       (scene,) = (s for s in script.scenes if s.start <= second < s.end)
       words = [scene.place, scene.kind, scene.colour, scene.side, scene.level]
+      words += [scene.action]
     else:
       continue
     records.append(

@@ -107,6 +107,28 @@ NEEDLES = {
   ),
 }
 
+# A still frame cannot show a motion, so a sign does, in the corner that is
+# diagonally opposite to the actor.
+SIGNS = {
+  "spinning": (
+    ("ellipse", (0.08, 0.08, 0.92, 0.92), DARK),
+    ("ellipse", (0.32, 0.32, 0.68, 0.68), LIGHT),
+  ),
+  "jumping": (
+    ("rectangle", (0.14, 0.1, 0.34, 0.9), DARK),
+    ("rectangle", (0.66, 0.1, 0.86, 0.9), DARK),
+  ),
+  "sliding": (
+    ("rectangle", (0.1, 0.14, 0.9, 0.34), DARK),
+    ("rectangle", (0.1, 0.66, 0.9, 0.86), DARK),
+  ),
+  "blinking": (
+    ("rectangle", (0.0, 0.0, 0.5, 0.5), DARK),
+    ("rectangle", (0.5, 0.5, 1.0, 1.0), DARK),
+  ),
+  "growing": (("rectangle", (0.12, 0.12, 0.88, 0.88), DARK),),
+}
+
 # Backgrounds of cards: (colour, second colour, pattern). Plain white, plain
 # black, magenta and cyan occur in no place and on no actor.
 CARDS = {
@@ -288,6 +310,7 @@ SIDE = 96
 # the frame, in pixels.
 ACTOR_SIDE = 44
 MARGIN = 30
+SIGN_SIDE = 24
 # Shapes are drawn enlarged and scaled down, which smooths their edges.
 _ZOOM = 4
 
@@ -295,11 +318,11 @@ _ZOOM = 4
 # each second. Cycle lengths have no common factor with 4: temporal forgetting
 # keeps about every fourth frame, which would freeze a cycle of 2 or 4.
 _CYCLES = {
-  "spins": [(0, 0, 360 * i / 7, 1.0, 1.0) for i in range(7)],
-  "jumps": [(0, dy, 0, 1.0, 1.0) for dy in (8, 0, -8)],
-  "slides": [(dx, 0, 0, 1.0, 1.0) for dx in (-8, -3, 3, 8, 0)],
-  "blinks": [(0, 0, 0, 1.0, alpha) for alpha in (1.0, 0.6, 0.2)],
-  "grows": [(0, 0, 0, scale, 1.0) for scale in (0.75, 0.9, 1.05, 1.2, 0.9)],
+  "spinning": [(0, 0, 360 * i / 7, 1.0, 1.0) for i in range(7)],
+  "jumping": [(0, dy, 0, 1.0, 1.0) for dy in (8, 0, -8)],
+  "sliding": [(dx, 0, 0, 1.0, 1.0) for dx in (-8, -3, 3, 8, 0)],
+  "blinking": [(0, 0, 0, 1.0, alpha) for alpha in (1.0, 0.7, 0.4)],
+  "growing": [(0, 0, 0, scale, 1.0) for scale in (0.75, 0.9, 1.05, 1.2, 0.9)],
 }
 
 
@@ -343,6 +366,9 @@ def _scene_frame(scene: Scene, phase: int) -> np.ndarray:
   alpha = part[..., 3:] * (opacity / 255)
   mixed = under + alpha * (part[..., :3] - under)
   out[y0:y1, x0:x1] = mixed.round().astype(np.uint8)
+  rows = slice(-SIGN_SIDE, None) if scene.level == "top" else slice(SIGN_SIDE)
+  columns = slice(-SIGN_SIDE, None) if scene.side == "left" else slice(SIGN_SIDE)
+  out[rows, columns] = _sign(scene.action)
   return out
 
 
@@ -367,6 +393,14 @@ def _background(place: str) -> np.ndarray:
   image = Image.new("RGB", (SIDE * _ZOOM, SIDE * _ZOOM))
   _paint(image, PLACES[place], None)
   return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
+
+
+@functools.cache
+def _sign(action: str) -> np.ndarray:
+  """Draws the sign of an action, uint8[SIGN_SIDE, SIGN_SIDE, 3]."""
+  image = Image.new("RGB", (SIGN_SIDE * _ZOOM, SIGN_SIDE * _ZOOM), LIGHT)
+  _paint(image, SIGNS[action], None)
+  return np.asarray(image.resize((SIGN_SIDE, SIGN_SIDE), Image.Resampling.BOX))
 
 
 @functools.lru_cache(maxsize=1024)

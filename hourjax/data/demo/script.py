@@ -18,7 +18,10 @@ HIDDEN_SHARE = 0.9
 NEEDLE_GAP = 3
 MIN_SECONDS = 180
 # Most frames that the demo's model keeps (see configs/demo.py).
-MAX_KEPT = 64
+MAX_KEPT = 16
+# Scenes of a training video. They change faster than in a test video, so that
+# the model has seen as many in a video as an hour shows.
+TRAIN_SCENES = (4, 14)
 # Possible numbers of times that a video shows its needle's card.
 SHOWINGS = {"train": (1, 2, 4, 6), "test": (1,)}
 
@@ -48,8 +51,8 @@ class Scene:
 
   @property
   def title(self) -> str:
-    """Returns e.g. "the red robot spins in the kitchen"."""
-    return f"the {self.actor} {self.action} in the {self.place}"
+    """Returns e.g. "red robot spinning in the kitchen"."""
+    return f"{self.actor} {self.action} in the {self.place}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +127,7 @@ def make_script(
   return Script(
     name=f"{split}_{index:04d}",
     duration=duration,
-    scenes=_scenes(rng, duration),
+    scenes=_scenes(rng, _cuts(rng, duration, split)),
     needle=_needle(
       rng,
       duration,
@@ -151,20 +154,21 @@ def _pick_fresh(
   return str(rng.choice(items, p=weights / weights.sum()))
 
 
-def _cuts(rng: np.random.Generator, duration: int) -> np.ndarray:
+def _cuts(rng: np.random.Generator, duration: int, split: str) -> np.ndarray:
   """Returns scene boundaries in seconds, int[scenes + 1], 0 to the duration."""
-  low = round(float(np.interp(duration, [360, 3600], [4, 10])))
-  high = round(float(np.interp(duration, [360, 3600], [6, 16])))
+  low, high = TRAIN_SCENES
+  if split == "test":
+    low = round(float(np.interp(duration, [360, 3600], [4, 10])))
+    high = round(float(np.interp(duration, [360, 3600], [6, 16])))
   lengths = rng.uniform(0.5, 1.8, size=int(rng.integers(low, high + 1)))
   ends = np.cumsum(lengths) / lengths.sum() * duration
   return np.concatenate([[0], ends.round()]).astype(int)
 
 
-def _scenes(rng: np.random.Generator, duration: int) -> tuple[Scene, ...]:
-  """Draws the scenes of a video, one after another."""
-  cuts = _cuts(rng, duration).tolist()
+def _scenes(rng: np.random.Generator, cuts: np.ndarray) -> tuple[Scene, ...]:
+  """Draws the scenes between two boundaries each, one after another."""
   scenes: list[Scene] = []
-  for start, end in itertools.pairwise(cuts):
+  for start, end in itertools.pairwise(cuts.tolist()):
     last = scenes[-1].place if scenes else None
     place = _pick_fresh(
       rng, world.PLACES, [s.place for s in scenes], 4.0, ban=last
@@ -175,7 +179,7 @@ def _scenes(rng: np.random.Generator, duration: int) -> tuple[Scene, ...]:
       # An earlier actor returns, which questions on object permanence need.
       old = scenes[int(rng.integers(len(scenes)))]
       kind, colour = old.kind, old.colour
-    action = _pick(rng, tuple(world.ACTIONS))
+    action = _pick(rng, world.ACTIONS)
     side, level = _pick(rng, world.SIDES), _pick(rng, world.LEVELS)
     scenes.append(Scene(start, end, place, kind, colour, action, side, level))
   return tuple(scenes)

@@ -15,14 +15,7 @@ SIDES = ("left", "right")
 LEVELS = ("top", "bottom")
 SPOTS = tuple(f"{level} {side}" for level in LEVELS for side in SIDES)
 
-# Third person, as in an event's title, and base form, as in a question.
-ACTIONS = {
-  "spins": "spin",
-  "jumps": "jump",
-  "slides": "slide",
-  "blinks": "blink",
-  "grows": "grow",
-}
+ACTIONS = ("spinning", "jumping", "sliding", "blinking", "growing")
 
 COLOURS = {
   "red": (214, 36, 40),
