@@ -31,8 +31,8 @@ from hourjax.errors import UserError
 
 # The demo's last stage, where it begins, and its benchmark.
 _DEMO = [
-  "--config=configs/demo.py:stage=2",
-  "--config.init=work/memaug/stage1",
+  "--config=configs/demo.py:stage=3",
+  "--config.init=work/stage2",
 ]
 _DEMO_DATA = "work/data"
 

@@ -130,7 +130,7 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
 def make_workdir(folder: pathlib.Path) -> None:
   """A checkpoint and the small files of a run."""
   folder.mkdir(parents=True)
-  experiment = build_experiment(demo.get_config("stage=1").to_dict())
+  experiment = build_experiment(demo.get_config("stage=3").to_dict())
   config = dataclasses.asdict(experiment)
   made = Checkpoints(folder)
   made.save(_state(), 7, "plan", config)

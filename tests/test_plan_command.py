@@ -16,7 +16,7 @@ def _run(*arguments, module="hourjax.plan"):
       sys.executable,
       "-m",
       module,
-      "--config=configs/demo.py:stage=1",
+      "--config=configs/demo.py:stage=3",
       *arguments,
     ],
     cwd=ROOT,

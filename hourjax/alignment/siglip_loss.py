@@ -210,6 +210,7 @@ def train_alignment(
         bar.set_postfix_str(f"loss {mean:.3f}")
         losses = []
   params = {**frozen, **trained}
+  params |= _as_long_as_words(params, data.frames[:256], texts, config)
   ranked = jax.jit(functools.partial(text_logits, config=config))
   left_out = np.arange(count, len(data.frames))
   shares = [
@@ -226,6 +227,38 @@ def train_alignment(
   params = {p: v for p, v in params.items() if p not in ("scale", "shift")}
   step_count = jnp.asarray(experiment.steps, jnp.int32)
   return TrainState(step_count, params, {}, ()), numbers
+
+
+def _as_long_as_words(
+  params: Params, pixels: np.ndarray, texts: Texts, config: ModelConfig
+) -> Params:
+  """Returns the projector's last layer scaled to the length of the words.
+
+  The loss compares directions only, so tokens grow long, and what the layers
+  of a decoder add to a token that is many times as long hardly turns it.
+
+  Args:
+    params: of the model.
+    pixels: of some frames.
+    texts: all captions.
+    config: of the model.
+  """
+
+  frames = jnp.asarray(pixels)
+
+  @jax.jit
+  def ratio(params: Params) -> Array:
+    model = with_params(config, params)
+    tokens = pool_frames(model.encode(frames), config.pool_side)
+    words = params[EMBEDDING][texts.tokens]
+    lengths = jnp.linalg.norm(words, axis=-1)
+    used = texts.weight > 0
+    mean = (lengths * used).sum() / used.sum()
+    return mean / jnp.linalg.norm(model.projector(tokens), axis=-1).mean()
+
+  scale = ratio(params)
+  last = ("projector/fc2/kernel", "projector/fc2/bias")
+  return {path: params[path] * scale for path in last}
 
 
 def save_alignment(

@@ -88,6 +88,7 @@ class Attention(nnx.Module):
     rngs: nnx.Rngs,
     bias: bool = True,
     qk_norm_eps: float | None = None,
+    query_init: float = 0.0,
     config: AttentionConfig = PLATFORM_ATTENTION,
   ):
     """Draws the parameters.
@@ -105,6 +106,7 @@ class Attention(nnx.Module):
       bias: whether the products of queries, keys and values add a bias.
       qk_norm_eps: epsilon of an RMSNorm over the channels of each query and
         key head, applied before rotation; None leaves the norms out.
+      query_init: see `DecoderConfig`.
       config: which implementation computes attention.
     """
     self.config = config
@@ -116,6 +118,13 @@ class Attention(nnx.Module):
     self.q = make(width, heads * head_dim, bias=bias)
     self.k = make(width, kv_heads * head_dim, bias=bias)
     self.v = make(width, kv_heads * head_dim, bias=bias)
+    if query_init:
+      # Each query head begins like the key head of its group.
+      key = self.k.kernel[...].reshape(width, kv_heads, 1, head_dim)
+      groups = jnp.broadcast_to(
+        key, (width, kv_heads, heads // kv_heads, head_dim)
+      )
+      self.q.kernel[...] = query_init * groups.reshape(width, -1)
     self.o = make(
       heads * head_dim, width, bias=out_bias, axes=("heads", "width")
     )

@@ -83,6 +83,10 @@ class DecoderConfig:
       each head before they are rotated.
     attention_bias: whether the products that make queries, keys and values
       add a bias. The output product of the attention never does.
+    query_init: if above 0, the kernel that makes queries is not drawn but
+      begins as that of the keys, times this, also in MemAug: a fresh model then
+      attends to what resembles the token that asks. For training from scratch;
+      weights that are loaded are not changed.
   """
 
   vocab: int
@@ -97,6 +101,7 @@ class DecoderConfig:
   head_dim: int = 0
   qk_norm: bool = False
   attention_bias: bool = True
+  query_init: float = 0.0
 
   @property
   def head_size(self) -> int:

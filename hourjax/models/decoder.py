@@ -65,6 +65,7 @@ class DecoderLayer(nnx.Module):
       bias=config.attention_bias,
       out_bias=False,
       qk_norm_eps=config.norm_eps if config.qk_norm else None,
+      query_init=config.query_init,
       dtype=dtype,
       rngs=rngs,
       config=attention,

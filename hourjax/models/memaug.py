@@ -66,6 +66,7 @@ class MemAugBlock(nnx.Module):
       rotary_dim=decoder.head_size // 2,
       rope_base=decoder.rope_base,
       out_bias=True,
+      query_init=decoder.query_init,
       dtype=dtype,
       rngs=rngs,
       config=config,

@@ -67,6 +67,7 @@ LIMITS: dict[str, tuple[float, float]] = {
   "model.decoder.kv_heads": (1, 2**10),
   "model.decoder.head_dim": (0, 2**12),
   "model.decoder.rope_base": (1, 1e12),
+  "model.decoder.query_init": (0, 100),
 }
 for _part in ("vision", "decoder"):
   LIMITS |= {

@@ -28,8 +28,6 @@ class OptimizerConfig:
   hourjax/README.md, Training.
 
   Attributes:
-    name: "adamw", or "muon": the kernels of linear layers get orthogonalised
-      momentum (arXiv 2502.16982), everything else AdamW.
     vision: peak learning rate of the vision encoder. A component whose rate is
       0 is frozen: it has no gradients and no optimizer state.
     projector: peak learning rate of the projector.
@@ -47,9 +45,10 @@ class OptimizerConfig:
     mu_dtype: "float32" or "bfloat16", of the first moment. The second is always
       float32: with b2 = 0.999 it changes by a thousandth of itself at most,
       which bfloat16 rounds away.
+    name: "adamw", or "muon": the kernels of linear layers get orthogonalised
+      momentum (arXiv 2502.16982), everything else AdamW.
   """
 
-  name: OptimizerName = "adamw"
   vision: float = 0.0
   projector: float = 1e-4
   memaug: float = 1e-4
@@ -62,6 +61,7 @@ class OptimizerConfig:
   warmup: float = 0.03
   clip: float = 0.0
   mu_dtype: MuDtype = "float32"
+  name: OptimizerName = "adamw"
 
   def __post_init__(self) -> None:
     if self.name not in get_args(OptimizerName):

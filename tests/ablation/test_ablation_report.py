@@ -13,7 +13,7 @@ from hourjax.ablation.report import Result, collect, estimate
 from hourjax.ablation.tables import TABLES, Row, Table
 from hourjax.training.config import build_experiment
 
-DEMO = demo.get_config("stage=2").to_dict()
+DEMO = demo.get_config("stage=3").to_dict()
 TABLE = Table(
   "Table 0",
   (

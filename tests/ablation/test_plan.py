@@ -14,7 +14,7 @@ from hourjax.data.forgetting import Forgetting
 from hourjax.errors import UserError
 from hourjax.training.config import build_experiment
 
-DEMO = demo.get_config("stage=2").to_dict()
+DEMO = demo.get_config("stage=3").to_dict()
 
 
 def _jobs(name, tmp_path, config=DEMO, seeds=1):
@@ -130,10 +130,10 @@ def _workdir(path, config):
 @pytest.fixture
 def staged(tmp_path):
   """Two earlier stages and the configuration of the last one."""
-  tower = demo.get_config("stage=1").to_dict()
+  tower = demo.get_config("stage=3").to_dict()
   tower["model"]["memaug_layers"] = DEMO["model"]["memaug_layers"]
   first = _workdir(tmp_path / "work" / "stage0", tower)
-  one = {**demo.get_config("stage=1").to_dict(), "init": first, "seed": 5}
+  one = {**demo.get_config("stage=3").to_dict(), "init": first, "seed": 5}
   del one["memory"]  # as an older version wrote it
   second = _workdir(tmp_path / "work" / "stage1", one)
   return {**DEMO, "init": second}
@@ -161,7 +161,7 @@ def test_earlier_stages_are_trained_again_with_another_model(staged, tmp_path):
   assert {x.model.memaug_layers for x in (zero, one, last)} == {8}
   # Nothing else of a stage changes.
   assert one.seed == 5
-  assert zero.steps == demo.get_config("stage=1").steps
+  assert zero.steps == demo.get_config("stage=3").steps
   # Another seed of the row begins with the same weights.
   again = plan.plan_jobs(TABLES["6"], staged, out, 2)
   assert {j.earlier for j in again if j.row == job.row} == {job.earlier}

@@ -18,6 +18,8 @@ from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 from hourjax.extraction.encoder import tower_params
 from hourjax.models.config import DecoderConfig, ModelConfig, VisionConfig
+from hourjax.models.params import with_params
+from hourjax.models.siglip import pool_frames
 from hourjax.training.config import build_experiment
 from hourjax.training.train_state import initial_params
 
@@ -105,6 +107,14 @@ def test_frames_are_named_and_the_workdir_serves(tmp_path, tokenizer, frames):
   assert [row["step"] for row in rows] == [20, 40, 60]
   assert rows[-1]["loss"] < rows[0]["loss"] / 2
   assert numbers["held_out_frames"] == 20 and numbers["named"] == 1.0
+  # Tokens are as long as words: the loss itself leaves their length open.
+  model = with_params(experiment.model, state.trained)
+  tokens = pool_frames(model.encode(jnp.asarray(frames.frames)), experiment.model.pool_side)
+  tokens = np.linalg.norm(model.projector(tokens), axis=-1)
+  used = alignment.encode_texts(TEXTS, tokenizer)
+  words = state.trained[alignment.EMBEDDING][used.tokens[used.weight > 0]]
+  words = np.linalg.norm(words, axis=-1)
+  assert tokens.mean() == pytest.approx(words.mean(), rel=0.1)
   tmp_path.joinpath("run").mkdir()
   alignment.save_alignment(experiment, state, tmp_path / "run")
 

@@ -134,7 +134,7 @@ def write_start() -> None:
 
   They are larger than drawn, so that answers depend on what is asked.
   """
-  config = demo.get_config("stage=2")
+  config = demo.get_config("stage=3")
   config.update_from_flattened_dict(CONFIG)
   model = build_experiment(config.to_dict()).model
   params = {
@@ -151,7 +151,7 @@ def train() -> None:
   """
   _command(
     "train",
-    f"--config={ROOT}/configs/demo.py:data=data,stage=2",
+    f"--config={ROOT}/configs/demo.py:data=data,stage=3",
     *(f"--config.{key}={value}" for key, value in CONFIG.items()),
     "--config.data.media=data/images",
     "--workdir=run",

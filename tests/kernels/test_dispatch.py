@@ -110,7 +110,7 @@ def test_training_on_tpu_uses_the_kernels():
       sys.executable,
       "-m",
       "tests.training.compile_for_tpu",
-      "configs/demo.py:stage=2",
+      "configs/demo.py:stage=3",
       "v5e:1x1",
     ],
     env={

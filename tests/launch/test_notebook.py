@@ -21,7 +21,7 @@ def work(tmp_path_factory):
   folder = tmp_path_factory.mktemp("demo")
   data = runs.make_data(folder / "data")
   for name, layers in {"memaug": 1, "no_memaug": 0}.items():
-    workdir = folder / name / "stage2"
+    workdir = folder / name
     run = runs.Training(data, workdir, steps=2, model__memaug_layers=layers)
     code, said = run.ended()
     assert code == 0, said
@@ -83,7 +83,7 @@ def test_without_a_demo_it_says_what_to_run():
   with pytest.raises(CellExecutionError) as caught:
     notebooks.execute(NOTEBOOK, NOTEBOOK.parents[1], "no_work")
   assert caught.value.evalue == (
-    "no no_work/memaug/stage2: run `bash launch/local.sh` first, or set"
+    "no no_work/memaug: run `bash launch/local.sh --compare` first, or set"
     " HOURJAX_WORK to its folder"
   )
 

@@ -1,12 +1,14 @@
 """Names, shapes and counts of all parameters, against the official ones."""
 
+import dataclasses
 import math
 import re
 
+import numpy as np
 import pytest
 
-from hourjax.models.config import SIZES
-from hourjax.models.params import param_shapes
+from hourjax.models.config import SIZES, TINY
+from hourjax.models.params import init_params, param_shapes
 from hourjax.training.optimizer import OptimizerConfig, split_params
 from hourjax.weights.names import key_table
 from tests import golden_cases, golden_files
@@ -117,3 +119,29 @@ def test_published_sizes_without_golden():
 
 def _count(shapes: dict[str, tuple[int, ...]]) -> int:
   return sum(map(math.prod, shapes.values()))
+
+
+def test_queries_may_begin_as_keys():
+  """In the decoder and in MemAug; nothing else is drawn differently."""
+  fields = {"heads": 4, "kv_heads": 2, "head_dim": 8}
+  plain = dataclasses.replace(
+    TINY, decoder=dataclasses.replace(TINY.decoder, **fields)
+  )
+  alike = dataclasses.replace(
+    TINY, decoder=dataclasses.replace(TINY.decoder, query_init=0.5, **fields)
+  )
+  drawn, params = init_params(plain, 0), init_params(alike, 0)
+  queries = {p for p in params if p.endswith("/q/kernel") and "vision" not in p}
+  assert {p.split("/")[-3] for p in queries} == {
+    "attn", "self_attn", "cross_attn"
+  }  # fmt: skip
+  for path, value in params.items():
+    if path not in queries:
+      np.testing.assert_array_equal(value, drawn[path], err_msg=path)
+      continue
+    key = np.asarray(params[path.replace("/q/", "/k/")])
+    depth, width, _ = key.shape
+    # Heads 0 and 1 read key head 0, heads 2 and 3 key head 1.
+    heads = np.asarray(value).reshape(depth, width, 4, 8)
+    expected = 0.5 * key.reshape(depth, width, 2, 8)[:, :, [0, 0, 1, 1]]
+    np.testing.assert_array_equal(heads, expected, err_msg=path)

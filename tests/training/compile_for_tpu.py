@@ -1,6 +1,6 @@
 """Compiles a real train step with the real TPU compiler.
 
-  python -m tests.training.compile_for_tpu configs/demo.py:stage=1 v5e:1x1
+  python -m tests.training.compile_for_tpu configs/demo.py:stage=3 v5e:1x1
 
 prints, as JSON, how often the compiled step calls each attention kernel, and
 its memory in bytes.

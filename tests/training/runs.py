@@ -33,6 +33,15 @@ SMALL = {
   "accumulate": 2,
   "log_every": 1,
   "data.max_skipped": 0.5,
+  # Two videos in a row, each with questions of its own, and all of it drawn.
+  "rows.features": 1920,
+  "rows.memory": 2400,
+  "rows.queries": 400,
+  "rows.decoder": 448,
+  "forgetting.max_frames": 64,
+  "data.share_memory": 1,
+  "draw_missing": "",
+  "optimizer.name": "adamw",
 }
 
 
@@ -53,8 +62,8 @@ def interrupted_at(step: int):
 
 
 def small_config(data: pathlib.Path, **changes):
-  """The demo's stage 2 on `data`; keys of `changes` have __ for dots."""
-  config = demo.get_config(f"data={data},stage=2")
+  """The demo's last stage on `data`; keys of `changes` have __ for dots."""
+  config = demo.get_config(f"data={data},stage=3")
   changes = {key.replace("__", "."): value for key, value in changes.items()}
   config.update_from_flattened_dict(SMALL | changes)
   return config
@@ -65,12 +74,17 @@ def make_data(folder: pathlib.Path, *extra: dict) -> pathlib.Path:
   options = build.Options(train_videos=3, test_scale=0.02, conversations=2)
   build.build(folder, options)
   path = folder / "train.json"
-  path.write_text(json.dumps([*extra, *json.loads(path.read_text())]))
+  records = json.loads(path.read_text())
+  for number, record in enumerate(records):
+    turns = 1 + number % 2
+    record["conversations"] = record["conversations"][: 2 * turns]
+    record["questions"] = record["questions"][:turns]
+  path.write_text(json.dumps([*extra, *records]))
   made = build_experiment(small_config(folder).to_dict())
   options = prepare.Options(
     items=(lists.Item.of_files([str(path)]),), tokenizer=f"{folder}/tokenizer"
   )
-  prepare.build(folder / "stage2", options, workers=1)
+  prepare.build(folder / "stage3", options, workers=1)
   _prepare_held_out(folder)
   extract_videos(
     init_params(made.model, made.seed),
@@ -149,7 +163,7 @@ class Training:
     """
     changes = SMALL | {k.replace("__", "."): v for k, v in changes.items()}
     arguments = [
-      f"--config=configs/demo.py:data={data},stage=2",
+      f"--config=configs/demo.py:data={data},stage=3",
       f"--workdir={workdir}",
       *(f"--config.{key}={value}" for key, value in changes.items()),
     ]

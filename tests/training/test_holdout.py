@@ -338,10 +338,10 @@ def test_a_run_is_evaluated_and_learns_the_same(experiment, tmp_path, capsys):
 def test_a_dataset_without_held_out_data_is_said(
   experiment, data, state, sinks, capsys
 ):
-  other = runs.changed(experiment, data__dataset=f"{data}/stage2")
+  other = runs.changed(experiment, data__dataset=f"{data}/stage3")
   evaluation = _evaluation(other, open_dataset(other))
   evaluation.report()
   said = capsys.readouterr().err
   assert f"although config.eval_every is {EVERY}" in said
-  assert f"{data}/stage2 has no held-out data; prepare it with" in said
+  assert f"{data}/stage3 has no held-out data; prepare it with" in said
   assert evaluation.evaluate(EVERY, state, *sinks) == {}

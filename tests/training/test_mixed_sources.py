@@ -214,7 +214,7 @@ def test_the_tower_learns_from_short_videos_alone(folder, exact, gradients):
   fewer, _ = _row(folder, "features", exact)
   _, less = gradients(fewer, tower=True)
   changed = _differences(less, grads)
-  assert all(changed[path] > 1e-3 for path in tower - {nothing})
+  assert all(changed[path] > 1e-3 for path in read)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from hourjax.training.workdir import (
 )
 from tests.training import runs
 
-ROWS = build_experiment(demo.get_config("stage=1").to_dict())
+ROWS = build_experiment(demo.get_config("stage=3").to_dict())
 ROWS = runs.changed(ROWS, steps=0, batch_rows=2, accumulate=3)
 
 

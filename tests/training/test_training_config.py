@@ -24,7 +24,7 @@ from hourjax.training.workdir import (
 )
 from tests.training import runs
 
-DEMO = demo.get_config("stage=1").to_dict()
+DEMO = demo.get_config("stage=3").to_dict()
 BUILT = build_experiment(DEMO)
 VALUES = dict(module._flat(BUILT))
 NUMBERS = [k for k, v in VALUES.items() if type(v) in (int, float)]

@@ -101,7 +101,7 @@ def test_a_configuration_that_is_something_else(tmp_path, content, said):
 
 def test_an_older_configuration_still_goes_on(tmp_path):
   """Whole numbers that older versions wrote for others are the same ones."""
-  made = build_experiment(demo.get_config("stage=1").to_dict())
+  made = build_experiment(demo.get_config("stage=3").to_dict())
   config = dataclasses.asdict(made) | {"epochs": 1}
   (tmp_path / "config.json").write_text(json.dumps(config))
   check_workdir(made, tmp_path)

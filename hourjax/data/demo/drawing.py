@@ -367,7 +367,9 @@ def _scene_frame(scene: Scene, phase: int) -> np.ndarray:
   mixed = under + alpha * (part[..., :3] - under)
   out[y0:y1, x0:x1] = mixed.round().astype(np.uint8)
   rows = slice(-SIGN_SIDE, None) if scene.level == "top" else slice(SIGN_SIDE)
-  columns = slice(-SIGN_SIDE, None) if scene.side == "left" else slice(SIGN_SIDE)
+  columns = (
+    slice(-SIGN_SIDE, None) if scene.side == "left" else slice(SIGN_SIDE)
+  )
   out[rows, columns] = _sign(scene.action)
   return out
 

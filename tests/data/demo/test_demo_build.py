@@ -47,13 +47,18 @@ def test_records_name_existing_videos(built, small):
       assert (built / "videos" / record["video"]).is_file()
     turns[name] = [len(r["questions"]) for r in items]
   # Two conversations about each of three videos, and one test video.
-  assert turns["train"] == [1, 2] * 3
-  assert turns["train_stage1"] == [1] * 3
+  assert set(turns["lookups"]) <= {5, 6} and len(turns["lookups"]) == 6
+  assert turns["train"] == [records.TURNS] * 6
+  assert turns["memory"] == [1] * 6
   assert turns["test"] == [1] * (1 + records.TEST_OTHERS)
   summary = json.loads((built / "demo.json").read_text())
-  train, test = summary["splits"]["train"], summary["splits"]["test"]
-  assert (train["records"], train["needle_questions"]) == (6, 6)
-  assert (test["records"], test["needle_questions"]) == (13, 1)
+  needles = {
+    name: (part["records"], part["needle_questions"])
+    for name, part in summary["splits"].items()
+  }
+  assert needles == {
+    "lookups": (6, 0), "train": (6, 0), "memory": (6, 3), "test": (13, 1)
+  }  # fmt: skip
   assert "train" in demo.table(summary)
 
 
@@ -71,7 +76,7 @@ def test_captions_say_what_frames_show(built, small):
       scene = next(s for s in video.scenes if s.start <= second < s.end)
       assert set(record["captions"]) == {
         getattr(scene, name)
-        for name in ("place", "kind", "colour", "side", "level")
+        for name in ("place", "kind", "colour", "side", "level", "action")
       }
   # Every second of a card has a caption, and a part of the others.
   assert cards == sum(

@@ -13,6 +13,18 @@ def _scripts(count=100, seconds=(180, 3600)):
   return [script.make_script(3, "test", i, seconds) for i in range(1, count)]
 
 
+def test_training_videos_have_as_many_scenes_as_an_hour():
+  counts = {
+    split: [
+      len(script.make_script(3, split, i, seconds).scenes)
+      for i in range(1, 200)
+    ]
+    for split, seconds in (("train", (180, 240)), ("test", (3600, 3600)))
+  }
+  assert set(counts["train"]) == set(range(4, 15))
+  assert set(counts["test"]) == set(range(10, 17))
+
+
 def test_same_arguments_same_script():
   one = script.make_script(5, "train", 7, (180, 360))
   assert one == script.make_script(5, "train", 7, (180, 360))
@@ -42,14 +54,14 @@ def test_needles_apart_and_mostly_in_dropped_frames(split, seconds):
     for (_, one), (two, _) in itertools.pairwise(ends):
       assert two - one >= script.NEEDLE_GAP
     assert all(1 <= end - start <= 2 for start, end in spans)
-    kept = np.linspace(0, s.duration - 1, min(64, s.duration // 4))
+    kept = np.linspace(0, s.duration - 1, min(16, s.duration // 4))
     shown = {t for t in range(s.duration) if s.needle.shown_at(t)}
     assert shown == {t for start, end in spans for t in range(start, end)}
     assert s.needle.dropped == shown.isdisjoint(kept.astype(int).tolist())
     dropped.append(s.needle.dropped)
     showings.add(len(spans))
   assert showings == {"train": {1, 2, 4, 6}, "test": {1}}[split]
-  assert script.HIDDEN_SHARE - 0.05 <= np.mean(dropped) < 1
+  assert np.mean(dropped) >= script.HIDDEN_SHARE - 0.05
 
 
 def test_colours_are_dealt_in_turn():
@@ -76,6 +88,27 @@ def test_shorter_videos_are_refused():
     assert s.duration == lowest and s.needle.spans
   with pytest.raises(UserError, match="179 s < 180 s"):
     script.make_script(0, "train", 1, (lowest - 1, lowest))
+
+
+def test_a_still_frame_shows_the_action():
+  """By a sign, which looks the same wherever and whatever the actor is."""
+  signs = {}
+  for action in world.ACTIONS:
+    for side, level in itertools.product(world.SIDES, world.LEVELS):
+      scene = script.Scene(0, 9, "beach", "boat", "red", action, side, level)
+      video = script.Script(
+        "x", 9, (scene,), script.Needle((), "flag", "red", True)
+      )
+      for second in range(9):
+        frame = drawing.frame(video, second)
+        frame = frame[::-1] if level == "top" else frame
+        frame = frame[:, ::-1] if side == "left" else frame
+        sign = frame[: drawing.SIGN_SIDE, : drawing.SIGN_SIDE]
+        sign = sign[::-1] if level == "top" else sign
+        sign = sign[:, ::-1] if side == "left" else sign
+        signs.setdefault(action, set()).add(sign.tobytes())
+  assert all(len(found) == 1 for found in signs.values())
+  assert len(set.union(*signs.values())) == len(world.ACTIONS)
 
 
 @pytest.mark.parametrize("action", world.ACTIONS)
