@@ -22,6 +22,8 @@ the same time; see launch/README.md. With --config.model.memaug_layers=0
 stage 3 trains the same without MemAug.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from configs import common
@@ -48,23 +50,31 @@ MODEL = ModelConfig(
   dtype="float32",
   remat="none",
 )
+# The same world for a GPU or a TPU chip: finer features, a larger model, more
+# steps. Give it more videos as well (hourjax.demo --train_videos=5000).
+FULL = ModelConfig(
+  vision=VisionConfig(
+    image_size=96, patch_size=12, width=192, layers=4, heads=4, mlp=768
+  ),
+  decoder=dataclasses.replace(
+    MODEL.decoder, width=256, layers=6, heads=4, kv_heads=4, mlp=1024
+  ),
+  pool_side=4,
+  memaug_layers=4,
+)
+_MODELS = {"small": MODEL, "full": FULL}
 # By stage: optimizer steps, and the peak learning rate of what is trained; in
 # stage 3 MemAug, which is fresh, has twice that of the rest.
 _STEPS = {0: 900, 1: 900, 2: 1400, 3: 500}
 _RATES = {0: 2e-3, 1: 4e-3, 2: 4e-3, 3: 2e-3}
+# The larger model takes so many times the steps at this part of the rates, and
+# so many times the rows.
+_FULL_STEPS, _FULL_RATE, _FULL_ROWS = 4, 0.25, 4
 _FRAMES = 240  # of the longest training video
-_TOKENS = MODEL.pool_side**2  # of a frame
-# Capacity of a row, in tokens: one video, and the conversations about it.
-_ROWS = {
-  stage: Size(
-    features=_FRAMES * _TOKENS,
-    memory=_FRAMES * (_TOKENS + 1),
-    queries=queries,
-    decoder=decoder,
-  )
-  for stage, queries, decoder in ((1, 128, 196), (2, 216, 316), (3, 400, 448))
-}
-_ROWS[0] = Size()  # single frames fill no rows
+_KEPT = 16  # frames, of any video
+# Capacity of a row for the words of a prompt and of all conversations about a
+# video, by stage; a row holds one video.
+_WORDS = {1: (96, 164), 2: (184, 284), 3: (272, 320)}
 _BATCH_ROWS = {0: 128, 1: 24, 2: 24, 3: 8}  # in stage 0, frames
 _SHARE_MEMORY = 4  # single questions about a video in a row of stage 3
 
@@ -73,41 +83,62 @@ def get_config(arg: str | None = None) -> ConfigDict:
   """Returns the configuration of a stage.
 
   Args:
-    arg: "stage=0" to "3"; "data=FOLDER", the folder that launch/local.sh fills.
+    arg: "stage=0" to "3"; "size=small" or "full"; "data=FOLDER", the folder
+      that launch/local.sh fills.
   """
-  given = common.parse_arg(arg, data="work/data", stage=3)
-  if given.stage not in _STEPS:
+  given = common.parse_arg(arg, data="work/data", size="small", stage=3)
+  stage, full = given.stage, given.size == "full"
+  if stage not in _STEPS:
+    raise ValueError(f"config argument stage={stage}: stage is 0, 1, 2 or 3")
+  if given.size not in _MODELS:
     raise ValueError(
-      f"config argument stage={given.stage}: stage is 0, 1, 2 or 3"
+      f"config argument size={given.size}: size is small or full"
     )
+  model, rate = _MODELS[given.size], _RATES[stage] * (_FULL_RATE if full else 1)
   config = common.experiment(
-    MODEL,
-    _ROWS[given.stage],
-    steps=_STEPS[given.stage],
-    batch_rows=_BATCH_ROWS[given.stage],
+    model,
+    _rows(model, stage),
+    steps=_STEPS[stage] * (_FULL_STEPS if full else 1),
+    batch_rows=_BATCH_ROWS[stage] * (_FULL_ROWS if full else 1),
     log_every=10,
     checkpoint_every=100,
   )
-  if given.stage:
-    config.data.dataset = f"{given.data}/stage{given.stage}"
+  if stage:
+    config.data.dataset = f"{given.data}/stage{stage}"
   config.data.media = f"{given.data}/videos"
   config.data.features = f"{given.data}/features"
   config.data.tokenizer = f"{given.data}/tokenizer"
   # Fewer frames than the published 512, so that the decoder never reads more
   # tokens of an hour-long video than of the training videos.
-  config.forgetting.max_frames = 16
-  if given.stage < 3:
+  config.forgetting.max_frames = _KEPT
+  if stage < 3:
     config.model.memaug_layers = 0
-  if given.stage == 3:
+  if stage == 3:
     config.draw_missing = "memaug"
     config.data.share_memory = _SHARE_MEMORY
   config.optimizer.update(
-    **dict.fromkeys(("projector", "decoder"), _RATES[given.stage]),
-    memaug=2 * _RATES[given.stage],
+    **dict.fromkeys(("projector", "decoder"), rate),
+    memaug=2 * rate,
     name="muon",
-    vision=0.0 if given.stage else _RATES[0],
+    vision=0.0 if stage else rate,
     b2=0.95,
     warmup=0.05,
     clip=1.0,
   )
   return config
+
+
+def _rows(model: ModelConfig, stage: int) -> Size:
+  """Returns the capacity of a row, in tokens."""
+  if stage == 0:
+    return Size()  # single frames fill no rows
+  tokens = model.pool_side**2
+  # One token in four of a kept frame, and its newline, for each conversation.
+  kept = _KEPT * (tokens // 4 + 1) * (_SHARE_MEMORY if stage == 3 else 1)
+  words, positions = _WORDS[stage]
+  return Size(
+    features=_FRAMES * tokens,
+    memory=_FRAMES * (tokens + 1),
+    queries=kept + words,
+    decoder=kept + positions,
+  )

@@ -3,17 +3,24 @@
 #
 #   bash launch/local.sh            everything in ./work
 #   bash launch/local.sh --compare  and the same without MemAug
-#   WORK=/tmp/demo bash launch/local.sh
+#   WORK=/tmp/demo SEED=1 bash launch/local.sh      another folder, another world
 #
 # Render videos, align the tower with words, extract features, train, evaluate,
 # report. Every stage reuses what an earlier run finished.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# Nothing, or --compare.
+compare=${1:-}
+if [[ $compare && $compare != --compare ]]; then
+  echo "unknown option $compare; the only one is --compare" >&2
+  exit 2
+fi
+
 source launch/environment.sh
 # shellcheck disable=SC2119  # no extras
 environment
 
-work=${WORK:-work}
+work=${WORK:-work} seed=${SEED:-0}
 config=configs/demo.py:data=$work/data,stage=
 export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
 # The demo is for this machine's CPU or GPU; on a TPU VM set JAX_PLATFORMS=tpu.
@@ -23,13 +30,6 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_ARENA_MAX=1
 
 step() { echo; echo "== $1"; shift; "$@"; }
-
-# Nothing, or --compare.
-compare=${1:-}
-if [[ $compare && $compare != --compare ]]; then
-  echo "unknown option $compare; the only one is --compare" >&2
-  exit 2
-fi
 
 # The conversations of each stage, with the durations of the stored features.
 prepare() {
@@ -47,16 +47,16 @@ train() {
   local stage=$1 folder=$2 init=$3
   shift 3
   python -m hourjax.train --config="$config$stage" --workdir="$work/$folder" \
-    --config.init="$work/$init" "$@"
+    --config.init="$work/$init" --config.seed="$seed" "$@"
 }
 
 evaluation=(--model="$work/memaug" --benchmark=records --data="$work/data"
   --features="$work/data/features" --out="$work")
 
 step "1/8 render videos and write questions" \
-  python -m hourjax.demo --workdir="$work"
+  python -m hourjax.demo --workdir="$work" --seed="$seed"
 step "2/8 stage 0: bring the tower and the words together" \
-  python -m hourjax.align --config="${config}0" \
+  python -m hourjax.align --config="${config}0" --config.seed="$seed" \
   --captions="$work/data/captions.json" --workdir="$work/stage0"
 step "3/8 extract features" \
   python -m hourjax.extract --config="${config}0" --tower="$work/stage0" \

@@ -136,7 +136,9 @@ MISUSED = [
   ("plan --config=", "--config is empty; give a file"),
   ("plan --config=README.md", "--config=README.md: SyntaxError: "),
   ("plan --config configs/demo.py:stage=5", "--config=configs/demo.py:stage=5:"
-   " config argument stage=5: stage is 0, 1 or 2"),
+   " config argument stage=5: stage is 0, 1, 2 or 3"),
+  ("plan --config configs/demo.py:size=huge", "--config=configs/demo.py:"
+   "size=huge: config argument size=huge: size is small or full"),
   ("bench data --config.stepps=1", "the configuration has no key"
    " --config.stepps; did you mean --config.steps?"),
   # arguments

@@ -166,8 +166,9 @@ def _earlier(
     out: folder of all runs.
   """
   init = pathlib.Path(later["init"])
+  drawn = "memaug" in later["draw_missing"].split(",")
   if not (init / "checkpoints").is_dir():
-    if "memaug" in later["draw_missing"].split(","):
+    if drawn:
       return  # weights of another model, which MemAug is added to
     raise UserError(
       f"the row {row.label!r} changes {', '.join(model)}, which the weights in"
@@ -178,6 +179,9 @@ def _earlier(
   config = dataclasses.asdict(build_experiment(read_config(init)))
   if all(_get(config, key) == value for key, value in model.items()):
     return
+  if drawn and not config["model"]["memaug_layers"]:
+    if set(model) == {"model.memaug_layers"}:
+      return  # MemAug begins in the later stage
   changed = _changed(config, model)
   if config["init"]:
     before = list(_earlier(row, model, config, out))

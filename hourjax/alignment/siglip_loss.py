@@ -243,7 +243,6 @@ def _as_long_as_words(
     texts: all captions.
     config: of the model.
   """
-
   frames = jnp.asarray(pixels)
 
   @jax.jit

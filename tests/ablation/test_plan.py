@@ -78,7 +78,7 @@ def test_a_seed_changes_nothing_else(tmp_path):
 @pytest.mark.parametrize("size", ["demo", "3b"])
 def test_the_room_for_text_stays(name, size, tmp_path):
   """Counted frame by frame for a row that holds whole videos."""
-  config = DEMO
+  config = {**DEMO, "data": {**DEMO["data"], "share_memory": 1}}
   if size == "3b":
     config = hourllava.get_config("size=3b,stage=3").to_dict()
   side = config["model"]["pool_side"]
@@ -169,9 +169,21 @@ def test_earlier_stages_are_trained_again_with_another_model(staged, tmp_path):
   assert len(found) == len({each.folder for each in found}) == 8 + 3 * 2
 
 
+def test_earlier_stages_without_memaug_are_shared(staged, tmp_path):
+  """As the demo's, where each row's own MemAug is drawn in the last stage."""
+  path = tmp_path / "work" / "stage1" / "config.json"
+  config = json.loads(path.read_text())
+  config["model"]["memaug_layers"] = 0
+  path.write_text(json.dumps(config))
+  later = {**staged, "draw_missing": "memaug"}
+  jobs = _jobs("6", tmp_path / "out", later)
+  assert not any(job.earlier for job in jobs)
+  assert {job.training.experiment.init for job in jobs} == {staged["init"]}
+
+
 def test_weights_that_nothing_here_trained(tmp_path):
   (tmp_path / "published").mkdir()
-  config = {**DEMO, "init": str(tmp_path / "published")}
+  config = {**DEMO, "init": str(tmp_path / "published"), "draw_missing": ""}
   assert _jobs("4", tmp_path, config)
   with pytest.raises(UserError, match=r"'1 block' changes model.memaug_layers"):
     _jobs("6", tmp_path, config)

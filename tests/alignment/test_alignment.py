@@ -109,7 +109,9 @@ def test_frames_are_named_and_the_workdir_serves(tmp_path, tokenizer, frames):
   assert numbers["held_out_frames"] == 20 and numbers["named"] == 1.0
   # Tokens are as long as words: the loss itself leaves their length open.
   model = with_params(experiment.model, state.trained)
-  tokens = pool_frames(model.encode(jnp.asarray(frames.frames)), experiment.model.pool_side)
+  tokens = pool_frames(
+    model.encode(jnp.asarray(frames.frames)), experiment.model.pool_side
+  )
   tokens = np.linalg.norm(model.projector(tokens), axis=-1)
   used = alignment.encode_texts(TEXTS, tokenizer)
   words = state.trained[alignment.EMBEDDING][used.tokens[used.weight > 0]]

@@ -96,7 +96,7 @@ def test_any_value_is_taken_or_refused_by_name(key):
     ("init", None, "is None; it must be text"),
     ("model.remat", "all", "is 'all'; choose none, dots or full"),
     ("model.dtype", "int8", "is 'int8'; choose float32, bfloat16 or float16"),
-    ("model.decoder.heads", 3, "heads 3; the first must be a multiple"),
+    ("model.decoder.heads", 3, "kv_heads 2; the first must be a multiple"),
     ("data", 5, "is 5; it must be a group of keys"),
   ],
 )
