@@ -47,6 +47,7 @@ MODEL = ModelConfig(
   ),
   pool_side=2,
   memaug_layers=2,
+  memaug_init=0.0,
   dtype="float32",
   remat="none",
 )
@@ -61,6 +62,7 @@ FULL = ModelConfig(
   ),
   pool_side=4,
   memaug_layers=4,
+  memaug_init=0.0,
 )
 _MODELS = {"small": MODEL, "full": FULL}
 # By stage: optimizer steps, and the peak learning rate of what is trained; in

@@ -19,7 +19,7 @@ The data path, one noun for each module:
 
 A trained model answers:
 
-  model = hourjax.load("work/memaug/stage2")
+  model = hourjax.load("work/memaug")
   memory = model.encode_memory("video.mp4")
   print(memory.ask("What happens at the end?").text)
 """

@@ -8,8 +8,9 @@ r"""Repeats an ablation of the paper on data of one's own.
 Tables are 3 (spatial forgetting), 4 (temporal forgetting), 5 (with and without
 MemAug), 6 (blocks), 9 (positions) and figure4 (ratio of kept frames, scale of
 the memory). Each row and seed is a training and an evaluation. By default rows
-are the last stage of the demo and begin with its stage 1, so run
-launch/local.sh first; where a row changes the model, stage 1 is trained again.
+are the last stage of the demo and begin with its stage 2, so run
+launch/local.sh first. Where a row changes a part of the model that earlier
+stages trained, these are trained again.
 
 Writes OUT/table4.md, .json and .png. A command that is started again
 continues; tables share what they have in common. Exit status: 0; 2 on a

@@ -1,6 +1,6 @@
 """Asks a model about a video.
 
-  python -m hourjax.ask --model=work/memaug/stage2 --video=v.mp4 "question"
+  python -m hourjax.ask --model=work/memaug --video=v.mp4 "question"
 
 prints the answer while it is decoded, and MemAug's attention over the video.
 Without a question it is a conversation, ended by Ctrl-D; a file or pipe as

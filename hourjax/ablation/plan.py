@@ -179,9 +179,9 @@ def _earlier(
   config = dataclasses.asdict(build_experiment(read_config(init)))
   if all(_get(config, key) == value for key, value in model.items()):
     return
-  if drawn and not config["model"]["memaug_layers"]:
-    if set(model) == {"model.memaug_layers"}:
-      return  # MemAug begins in the later stage
+  begins = drawn and not config["model"]["memaug_layers"]
+  if begins and set(model) == {"model.memaug_layers"}:
+    return  # MemAug begins in the later stage
   changed = _changed(config, model)
   if config["init"]:
     before = list(_earlier(row, model, config, out))

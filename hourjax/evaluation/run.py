@@ -434,7 +434,7 @@ def default_out(folder: pathlib.Path, task: EvalTask) -> pathlib.Path:
 def distinct_names(folders: Sequence[pathlib.Path]) -> list[str]:
   """Returns the parts of paths in which they differ.
 
-  [work/memaug/stage2, work/plain/stage2] -> ["memaug", "plain"]
+  [a/memaug/stage2, a/plain/stage2] -> ["memaug", "plain"]
 
   Args:
     folders: folders of the models, all different.

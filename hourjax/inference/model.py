@@ -1,6 +1,6 @@
 """A model with its tokenizer, which encodes the memories of videos.
 
-model = hourjax.load("work/memaug/stage2")
+model = hourjax.load("work/memaug")
 memory = model.encode_memory("video.mp4")
 print(memory.ask("What happens at the end?").text)
 """

@@ -135,6 +135,10 @@ class ModelConfig:
       "dots" keeps the outputs of matrix products with parameters, "full"
       keeps only the input of each layer.
     attention: which implementation computes attention.
+    memaug_init: what the kernels that end a fresh MemAug's sublayers are drawn
+      with is multiplied by this. With 0 a fresh MemAug leaves the kept tokens
+      as they are but for its norms, so that a decoder that can read them still
+      can.
   """
 
   vision: VisionConfig
@@ -144,6 +148,7 @@ class ModelConfig:
   dtype: str = "bfloat16"
   remat: Remat = "full"
   attention: AttentionConfig = PLATFORM_ATTENTION
+  memaug_init: float = 1.0
 
 
 QWEN2_5_3B = DecoderConfig(

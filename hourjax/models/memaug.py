@@ -47,6 +47,7 @@ class MemAugBlock(nnx.Module):
     dtype: str,
     rngs: nnx.Rngs,
     config: AttentionConfig = PLATFORM_ATTENTION,
+    init: float = 1.0,
   ):
     """Draws the parameters.
 
@@ -55,6 +56,7 @@ class MemAugBlock(nnx.Module):
       dtype: of the computation.
       rngs: streams of random numbers.
       config: which implementation computes attention.
+      init: see `ModelConfig.memaug_init`.
     """
     width = decoder.width
     attention = functools.partial(
@@ -80,6 +82,9 @@ class MemAugBlock(nnx.Module):
     # The official code draws all weights with one deviation. By its own input,
     # which is four times as wide, this layer's would be half of the others'.
     self.fc2 = make(4 * width, width, axes=("mlp", "width"), variance=4.0)
+    if init != 1.0:
+      for last in (self.self_attn.o, self.cross_attn.o, self.fc2):
+        last.kernel[...] = init * last.kernel[...]
     self.norm1, self.norm2, self.norm3 = norm(), norm(), norm()
 
   def __call__(
@@ -196,7 +201,7 @@ def make_memaug(config: ModelConfig, *, rngs: nnx.Rngs) -> Stack:
   """Builds the scanned stack of `config.memaug_layers` blocks."""
   return Stack(
     lambda rngs: MemAugBlock(
-      config.decoder, config.dtype, rngs, config.attention
+      config.decoder, config.dtype, rngs, config.attention, config.memaug_init
     ),
     depth=config.memaug_layers,
     remat=config.remat,

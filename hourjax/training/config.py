@@ -61,6 +61,7 @@ LIMITS: dict[str, tuple[float, float]] = {
   "optimizer.clip": (0, 1e9),
   "model.pool_side": (1, 1024),
   "model.memaug_layers": (0, 1024),
+  "model.memaug_init": (0, 100),
   "model.vision.image_size": (1, 2**14),
   "model.vision.patch_size": (1, 2**14),
   "model.decoder.vocab": (1, 2**22),

@@ -145,3 +145,19 @@ def test_queries_may_begin_as_keys():
     heads = np.asarray(value).reshape(depth, width, 4, 8)
     expected = 0.5 * key.reshape(depth, width, 2, 8)[:, :, [0, 0, 1, 1]]
     np.testing.assert_array_equal(heads, expected, err_msg=path)
+
+
+def test_a_fresh_memaug_may_begin_with_the_kept_tokens():
+  """Its sublayers then add nothing; what is before them is drawn as ever."""
+  drawn = init_params(TINY, 0)
+  quiet = init_params(dataclasses.replace(TINY, memaug_init=0.0), 0)
+  silent = {path for path, value in quiet.items() if not np.any(value)}
+  silent -= {path for path, value in drawn.items() if not np.any(value)}
+  memaug = "memaug/layers"
+  assert silent == {
+    f"{memaug}/self_attn/o/kernel",
+    f"{memaug}/cross_attn/o/kernel",
+    f"{memaug}/fc2/kernel",
+  }
+  for path in quiet.keys() - silent:
+    np.testing.assert_array_equal(quiet[path], drawn[path], err_msg=path)
