@@ -47,7 +47,7 @@ MODEL = ModelConfig(
   ),
   pool_side=2,
   memaug_layers=2,
-  memaug_init=0.0,
+  memaug_init=0.1,
   dtype="float32",
   remat="none",
 )
@@ -62,11 +62,11 @@ FULL = ModelConfig(
   ),
   pool_side=4,
   memaug_layers=4,
-  memaug_init=0.0,
+  memaug_init=0.1,
 )
 _MODELS = {"small": MODEL, "full": FULL}
-# By stage: optimizer steps, and the peak learning rate of what is trained; in
-# stage 3 MemAug, which is fresh, has twice that of the rest.
+# By stage: optimizer steps, and the peak learning rate of what is trained. In
+# stage 3 that is MemAug's, which is fresh; the decoder has less.
 _STEPS = {0: 900, 1: 900, 2: 1400, 3: 500}
 _RATES = {0: 2e-3, 1: 4e-3, 2: 4e-3, 3: 2e-3}
 # The larger model takes so many times the steps at this part of the rates, and
@@ -78,6 +78,7 @@ _KEPT = 16  # frames, of any video
 # video, by stage; a row holds one video.
 _WORDS = {1: (96, 164), 2: (184, 284), 3: (272, 320)}
 _BATCH_ROWS = {0: 128, 1: 24, 2: 24, 3: 8}  # in stage 0, frames
+_SLOW = 0.15  # part of the rate that the decoder has in stage 3
 _SHARE_MEMORY = 4  # single questions about a video in a row of stage 3
 
 
@@ -119,8 +120,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.draw_missing = "memaug"
     config.data.share_memory = _SHARE_MEMORY
   config.optimizer.update(
-    **dict.fromkeys(("projector", "decoder"), rate),
-    memaug=2 * rate,
+    projector=rate if stage < 3 else 0.0,
+    memaug=rate,
+    decoder=rate if stage < 3 else _SLOW * rate,
     name="muon",
     vision=0.0 if stage else rate,
     b2=0.95,
