@@ -119,7 +119,7 @@ MISUSED = [
    " --config.optimizer.decoder?"),
   ("train --config=configs/demo.py:stagee=2 --workdir=x",
    "--config=configs/demo.py:stagee=2: config argument 'stagee=2': write"
-   " key=value with a key of data, stage"),
+   " key=value with a key of data, size, stage"),
   (f"train {DEMO} --config.fsdp=1 --workdir=x", "the configuration has no key"
    " --config.fsdp; did you mean --config.mesh.fsdp?"),
   (f"train {DEMO} --config.mesh=4 --workdir=x", "--config.mesh is a group of"

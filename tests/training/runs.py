@@ -42,6 +42,9 @@ SMALL = {
   "data.share_memory": 1,
   "draw_missing": "",
   "optimizer.name": "adamw",
+  "optimizer.projector": 1.5e-3,
+  "optimizer.memaug": 1.5e-3,
+  "optimizer.decoder": 1.5e-3,
 }
 
 

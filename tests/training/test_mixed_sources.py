@@ -69,7 +69,7 @@ def folder(tmp_path_factory):
     tokenizer=str(path / "tokenizer"),
     media=str(path / "videos"),
   )
-  build.build(path / "stage2", options, workers=1)
+  build.build(path / "stage3", options, workers=1)
   experiment = _experiment(path)
   for store, names in (("features", "a.mp4\nlong.mp4"), ("long", "long.mp4")):
     (path / "names").write_text(names)
