@@ -17,6 +17,7 @@ def _run(*arguments, module="hourjax.plan"):
       "-m",
       module,
       "--config=configs/demo.py:stage=3",
+      "--config.optimizer.name=adamw",
       *arguments,
     ],
     cwd=ROOT,
