@@ -51,7 +51,7 @@ class PublishedRules(NamedTuple):
 
 # Fields of ModelConfig that have an official key, or change no result.
 _ELSEWHERE = ("vision", "decoder", "pool_side", "memaug_layers", "dtype",
-              "remat", "attention")  # fmt: skip
+              "remat", "attention", "memaug_init")  # fmt: skip
 
 
 def more_fields(config: ModelConfig | type[ModelConfig]) -> dict[str, Any]:

@@ -141,3 +141,16 @@ def test_licences_and_cells(tmp_path):
   text = (tmp_path / "README.md").read_text()
   assert text.startswith("---\nlibrary_name: hourjax\n")
   assert "\n| data set | a\\|b c |\n\nLast.\n" in text
+
+
+def test_how_a_model_was_drawn_is_not_described(tmp_path):
+  """It is of no meaning to weights that are there, and hinders no export."""
+  config = dataclasses.replace(
+    TINY,
+    decoder=dataclasses.replace(TINY.decoder, query_init=0.3),
+    memaug_init=0.1,
+  )
+  description.write_config(config, tmp_path, rules=RULES)
+  text = (tmp_path / "config.json").read_text()
+  assert "query_init" not in text and "memaug_init" not in text
+  assert read_config(tmp_path).decoder == TINY.decoder
