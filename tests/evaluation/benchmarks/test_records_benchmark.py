@@ -24,8 +24,9 @@ def _record(question, answer, **change):
 
 def test_demo_records(tmp_path):
   """All that the demo knows of its questions is kept."""
-  script = make_script(0, "test", 1, (600, 600))
-  raw = RecordWriter(0, "test").test(script)
+  writer = RecordWriter(0, "test")
+  scripts = [make_script(0, "test", i, (600, 600)) for i in range(1, 5)]
+  raw = [record for script in scripts for record in writer.test(script)]
   loaded = _read(tmp_path, *raw)
   assert len(loaded.questions) == len(raw) > 5
   for question, record in zip(loaded.questions, raw):
