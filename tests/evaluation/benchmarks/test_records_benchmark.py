@@ -53,7 +53,7 @@ def test_demo_records(tmp_path):
     assert question.expected == answered
     assert parse(answered, question) == question.expected
   assert {q.kind for q in loaded.questions} == {"choice", "open", "yes_no"}
-  assert sum(q.extra["needle"] for q in loaded.questions) == 1
+  assert sum(q.extra["needle"] for q in loaded.questions) == len(scripts)
 
 
 def test_options_are_found_without_facts(tmp_path):
