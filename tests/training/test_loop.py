@@ -172,6 +172,26 @@ def test_a_resumed_run_has_the_losses_of_a_whole_one(
 
 
 @pytest.mark.slow
+def test_muon_goes_on_from_its_own_moments(experiment, tmp_path):
+  """Kernels have one moment and all else two, by names of their own."""
+  changed = runs.changed(
+    experiment,
+    optimizer__name="muon",
+    model__memaug_init=0.5,  # a model that no other test here shares
+    steps=4,
+    checkpoint_every=2,
+  )
+  loop.train(changed, tmp_path / "whole")
+  with runs.interrupted_at(3):
+    loop.train(changed, tmp_path / "resumed")
+  loop.train(changed, tmp_path / "resumed")
+  assert runs.losses(tmp_path / "resumed") == runs.losses(tmp_path / "whole")
+  other = runs.changed(changed, optimizer__name="adamw")
+  with pytest.raises(UserError, match='optimizer.name: "muon" -> "adamw"'):
+    loop.train(other, tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_what_cannot_be_read_is_left_out_and_listed(
   experiment, whole, tmp_path
 ):

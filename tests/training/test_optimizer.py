@@ -368,6 +368,23 @@ def test_muon_updates_kernels_by_their_orthogonal_factor():
     assert len(_leaves(state, path)) == moments, path
 
 
+def test_muon_decays_kernels_and_spares_biases():
+  """Without gradients all that moves is what decays."""
+  params = {
+    "memaug/layers/fc1/kernel": jnp.ones((2, 8, 16)),
+    "memaug/layers/fc1/bias": jnp.ones((2, 16)),
+    "decoder/embedding": jnp.ones((12, 8)),
+  }
+  rates = dict.fromkeys(("memaug", "decoder"), 1e-2)
+  config = OptimizerConfig(name="muon", weight_decay=0.5, warmup=0, **rates)
+  optimizer = make_optimizer(config, 10, params)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+  for path, update in updates.items():
+    expected = 0.0 if path.endswith("bias") else -1e-2 * 0.5
+    np.testing.assert_allclose(update, expected, rtol=1e-5, err_msg=path)
+
+
 def test_muon_leaves_patches_and_embeddings_to_adam():
   chosen = {path for path in SHAPES if uses_muon(path)}
   assert {path.rpartition("/")[2] for path in chosen} == {"kernel"}
