@@ -18,8 +18,8 @@ Like the paper's, the stages go from single frames to whole memories:
      of all frames can answer
 
 Look-ups come first because mixed with everything else they are not found in
-the same time; see hourjax/evaluation/README.md. With --config.model.memaug_layers=0
-stage 3 trains the same without MemAug.
+the same time; see hourjax/evaluation/README.md.
+With --config.model.memaug_layers=0 stage 3 trains the same without MemAug.
 """
 
 import dataclasses

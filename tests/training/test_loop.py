@@ -187,7 +187,7 @@ def test_muon_goes_on_from_its_own_moments(experiment, tmp_path):
   loop.train(changed, tmp_path / "resumed")
   assert runs.losses(tmp_path / "resumed") == runs.losses(tmp_path / "whole")
   other = runs.changed(changed, optimizer__name="adamw")
-  with pytest.raises(UserError, match='optimizer.name: "muon" -> "adamw"'):
+  with pytest.raises(UserError, match=r'optimizer\.name: "muon" -> "adamw"'):
     loop.train(other, tmp_path / "whole")
 
 
