@@ -98,7 +98,9 @@ def build(runs: Mapping[str, Run]) -> Report:
     as `by_topic`: group -> run -> accuracy; `examples`. Where questions are
     marked as needles also `needle`, `needle_chance`, `needle_count`,
     `needle_hidden` (fraction of needles of which forgetting drops every frame),
-    `needle_without_memaug`, `needle_by_duration` and `needle_by_format`.
+    `needle_without_memaug`, `needle_by_duration`, `needle_by_format` and
+    `needle_grid`: kind of needle -> length of video -> depth -> the first run's
+    accuracy.
 
   Raises:
     UserError: a run answered nothing.
@@ -315,6 +317,27 @@ def _needles(runs: Mapping[str, Run]) -> dict[str, Any]:
     "needle_hidden": hidden / max(len(scored), 1),
     "needle_by_duration": _accuracies(needles, _groups_of("duration")),
     "needle_by_format": _accuracies(needles, _groups_of("format")),
+    "needle_grid": _needle_grid(scored),
+  }
+
+
+def _needle_grid(scored: Sequence[Scored]) -> dict[str, Any]:
+  """Computes kind of needle -> length -> depth -> accuracy."""
+  kinds: dict[str, dict[str, list[Scored]]] = {}
+  for item in scored:
+    extra = item.question.extra
+    if item.question.duration and extra.get("depth"):
+      kind = kinds.setdefault(extra.get("needle_kind") or "needle", {})
+      kind.setdefault(item.question.duration, []).append(item)
+  return {
+    kind: {
+      length: {
+        depth: _as_data(found)
+        for depth, found in group(items[length], _groups_of("depth")).items()
+      }
+      for length in in_order(items)
+    }
+    for kind, items in sorted(kinds.items())
   }
 
 

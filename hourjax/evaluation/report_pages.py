@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hourjax import plots
+from hourjax.evaluation.scoring import in_order
 
 if TYPE_CHECKING:
-  from matplotlib.axes import Axes
   from matplotlib.figure import Figure
 
 # A report's data, one of its accuracies or one of its runs: see `report.build`.
@@ -64,11 +64,35 @@ def figures(data: Data) -> dict[str, "Figure"]:
   Returns:
     File name -> figure. A plot whose accuracies the report lacks is absent.
   """
-  return {
+  made = {
     name: _bars(data[key], title)
     for key, (name, title) in _FILES.items()
     if data.get(key)
   }
+  if data.get("needle_grid"):
+    made["needles_by_depth.png"] = needle_grid(data["needle_grid"])
+  return made
+
+
+def needle_grid(grid: Mapping[str, Mapping[str, Data]]) -> "Figure":
+  """Draws the accuracy on needles by length of video and depth.
+
+  Args:
+    grid: `needle_grid` of a report: kind of needle -> length -> depth ->
+      accuracy.
+  """
+  lengths = in_order({length for kind in grid.values() for length in kind})
+  depths = sorted({d for k in grid.values() for row in k.values() for d in row})
+  maps = {}
+  for kind, found in grid.items():
+    chance = next(iter(next(iter(found.values())).values()))["chance"]
+    maps[f"{kind} (chance {chance:.0%})"] = [
+      [found.get(length, {}).get(depth) for length in lengths]
+      for depth in depths
+    ]
+  figure = plots.heat_maps(maps, rows=depths, columns=lengths)
+  figure.suptitle("Needles by depth and length of video", color=plots.INK)
+  return figure
 
 
 def losses(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> "Figure":
@@ -78,7 +102,7 @@ def losses(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> "Figure":
     curves: run -> rows of its metrics.jsonl, with "step" and "loss", and some
       of them with "eval/answer_loss".
   """
-  figure, axes = _figure(7, 3.4, "Training loss")
+  figure, axes = plots.new_chart(7, 3.4, "Training loss")
   colours = plots.series_colours(len(curves))
   for (name, rows), colour in zip(curves.items(), colours):
     for key, label, style in (
@@ -132,30 +156,20 @@ def _bars(groups: Groups, title: str) -> "Figure":
   row_height = _ROW + _BAR * (len(runs) - 1)
   if any("\n" in label for label in labels):
     row_height = max(row_height, _TWO_LINES)
-  figure, axes = _figure(7.6, 1.5 + row_height * len(names), title)
-  height = 0.8 / len(runs)
-  for number, colour in enumerate(plots.series_colours(len(runs))):
-    run = runs[number]
-    # A group's bars lie side by side, their middle at the group's index.
-    offset = (number - (len(runs) - 1) / 2) * height
-    bars = [
-      (i + offset, groups[name][run])
-      for i, name in enumerate(names)
-      if run in groups[name] and groups[name][run]["count"]
-    ]
-    places = [place for place, _ in bars]
-    values = [result["accuracy"] for _, result in bars]
-    ends = [result["interval"] for _, result in bars]
-    # Lengths must not be negative, and an end may lie on the wrong side of its
-    # value by a rounding error.
-    below = [max(0, v - low) for v, (low, _) in zip(values, ends)]
-    above = [max(0, high - v) for v, (_, high) in zip(values, ends)]
-    axes.barh(places, values, height * 0.9, label=run, color=colour)
-    axes.errorbar(
-      values, places, xerr=[below, above], fmt="none", ecolor=plots.INK,
-      elinewidth=0.9, capsize=min(2.5, 8 * height),
-    )  # fmt: skip
-  _draw_chance(axes, groups)
+  figure, axes = plots.new_chart(7.6, 1.5 + row_height * len(names), title)
+  plots.grouped_bars(
+    axes,
+    {
+      run: {
+        i: (row[run]["accuracy"], *row[run]["interval"])
+        for i, row in enumerate(groups.values())
+        if run in row and row[run]["count"]
+      }
+      for run in runs
+    },
+  )
+  chances = [next(iter(row.values()))["chance"] for row in groups.values()]
+  plots.mark_rows(axes, chances, label="chance")
   plots.name_rows(axes, labels)
   axes.set_xlim(0, 1)
   axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -165,29 +179,11 @@ def _bars(groups: Groups, title: str) -> "Figure":
   return figure
 
 
-def _draw_chance(axes: "Axes", groups: Groups) -> None:
-  """Draws a dotted tick at the chance of each group."""
-  for i, row in enumerate(groups.values()):
-    chance = next(iter(row.values()))["chance"]
-    label = "chance" if not i else None
-    ends = [i - 0.45, i + 0.45]
-    axes.plot([chance] * 2, ends, ":", color=plots.INK, lw=1.4, label=label)
-
-
 def _label(name: str, row: Data) -> str:
   """Returns a group's name and number of questions, in at most two lines."""
   count = next(iter(row.values()))["count"]
   words = f"{name.replace('_', ' ')} ({count:,})"
   return textwrap.fill(words, _LABEL, max_lines=2, placeholder=" ...")
-
-
-def _figure(width: float, height: float, title: str) -> tuple["Figure", "Axes"]:
-  """Creates a figure of some inches with one plot and its title."""
-  figure = plots.new_figure(width, height)
-  axes = figure.subplots()
-  axes.set_title(title, loc="left", color=plots.INK)
-  plots.keep_spines(axes, "left", "bottom")
-  return figure, axes
 
 
 # --- Text --------------------------------------------------------------------

@@ -33,8 +33,12 @@ LOOKUPS = (
   "scene_recognition",
 )
 TURNS = 8  # questions in each conversation of stage 2
-NEEDLE_EVERY = 3  # of the single questions of stage 3, one is about the needle
-# Questions about a test video besides the one about its needle.
+NEEDLE_EVERY = 3  # of the single questions of stage 3, one is about a needle
+# What these ask about, in random order, each as often as it stands here.
+NEEDLE_QUESTIONS = ("card", "card", "card", "word", "first", "last")
+# What a test video's question about its clip is about.
+CLIP_QUESTIONS = ("word", "word", "first", "last")
+# Questions about a test video besides those about its card and its clip.
 TEST_OTHERS = 12
 Turn = tuple[str, str, dict[str, Any]]  # question, answer, facts about both
 
@@ -76,7 +80,7 @@ class RecordWriter:
     ]
 
   def memory(self, script: Script, conversations: int) -> list[dict]:
-    """Writes records of one question each; the needle's comes again and again.
+    """Writes records of one question each, many of them about a needle.
 
     They are for MemAug, whose queries would see the questions of a longer
     conversation all at once.
@@ -84,8 +88,8 @@ class RecordWriter:
     records = []
     for number in range(conversations):
       if number % NEEDLE_EVERY == 0:
-        question = questions.needle_question(script.needle)
-        turns = [self._turn(question)]
+        about = self._draw("needle", NEEDLE_QUESTIONS)
+        turns = [self._turn(_needle_question(script, about))]
       else:
         turns = self._others(script, 1)
       records.append(_record(script, number, turns))
@@ -93,8 +97,15 @@ class RecordWriter:
 
   def test(self, script: Script) -> list[dict]:
     """Writes records of one question each about a test video."""
-    turns = [self._turn(questions.needle_question(script.needle))]
+    abouts = "card", self._draw("clip", CLIP_QUESTIONS)
+    turns = [self._turn(_needle_question(script, about)) for about in abouts]
     turns += self._others(script, TEST_OTHERS)
+    return [_record(script, i, [turn]) for i, turn in enumerate(turns)]
+
+  def needles(self, script: Script) -> list[dict]:
+    """Writes a record for each question about a video's card and clip."""
+    abouts = "card", "word", "first", "last"
+    turns = [self._turn(_needle_question(script, about)) for about in abouts]
     return [_record(script, i, [turn]) for i, turn in enumerate(turns)]
 
   def _draw(self, deck: str, cards: Sequence[str], keep: bool = False) -> str:
@@ -145,6 +156,7 @@ class RecordWriter:
       "options": None,
       "letter": None,
       "needle": needle is not None,
+      "needle_kind": found.needle_kind or None,
       "dropped": needle.dropped if needle else None,
       "seconds": list(found.span) if found.span else None,
     }
@@ -157,6 +169,14 @@ class RecordWriter:
     lines = [f"{name}. {text}" for name, text in zip(LETTERS, options)]
     facts |= {"options": options, "letter": letter, "chance": 1 / len(options)}
     return "\n".join([found.text, *lines, INSTRUCTION]), letter, facts
+
+
+def _needle_question(script: Script, about: str) -> DemoQuestion:
+  """Asks about the card, or about something in the clip."""
+  if about == "card":
+    return questions.card_question(script.needle)
+  assert script.clip is not None  # every rendered video has one
+  return questions.clip_question(script.clip, about)
 
 
 def _record(script: Script, number: int, turns: list[Turn]) -> dict:
@@ -188,7 +208,7 @@ TEST_SECONDS = (
 FILES = ("captions", "lookups", "train", "memory", "test")
 CAPTION_SECONDS = 8  # between two frames of a video that have captions
 # Part of the summary, so that a data set of older code is written again.
-VERSION = 4
+VERSION = 5
 # Encoding releases the GIL, and each video is encoded on one core.
 THREADS = 2
 
@@ -392,13 +412,15 @@ def _write_records(
 def _captions(script: Script) -> list[dict]:
   """Returns what single frames show, in the words of questions and answers.
 
-  They are for stage 0 (`hourjax.align`). Every frame of a card is among them,
-  since there are so few.
+  They are for stage 0 (`hourjax.align`). Every frame of a card or clip is among
+  them, since there are so few.
   """
   records = []
   for second in range(script.duration):
     if script.needle.shown_at(second):
       words = [script.needle.kind, script.needle.colour]
+    elif script.clip and script.clip.shown_at(second):
+      words = ["clip", script.clip.thing_at(second)[0], script.clip.word]
     elif second % CAPTION_SECONDS == 0:
       (scene,) = (s for s in script.scenes if s.start <= second < s.end)
       words = [scene.place, scene.kind, scene.colour, scene.side, scene.level]

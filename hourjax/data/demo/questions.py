@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hourjax.data.demo import world
-from hourjax.data.demo.script import Needle, Scene, Script
+from hourjax.data.demo.script import Clip, Needle, Scene, Script
 
 Rng = np.random.Generator
 T = TypeVar("T")
@@ -41,7 +41,8 @@ class DemoQuestion:
     open_answers: number of possible answers of the open form, which sets the
       accuracy of guessing; 0 if the question has no open form.
     span: seconds (start, end) that show the answer; None if spread out.
-    needle: the needle asked for, if any.
+    needle: the card or clip asked for, if any.
+    needle_kind: "card", "clip, order" or "clip, word"; empty without needle.
   """
 
   task: str
@@ -50,7 +51,8 @@ class DemoQuestion:
   wrong: tuple[str, ...] = ()
   open_answers: int = 0
   span: tuple[int, int] | None = None
-  needle: Needle | None = None
+  needle: Needle | Clip | None = None
+  needle_kind: str = ""
 
   @property
   def format(self) -> str:
@@ -67,7 +69,7 @@ class DemoQuestion:
     return 1 / self.open_answers
 
 
-def needle_question(needle: Needle) -> DemoQuestion:
+def card_question(needle: Needle) -> DemoQuestion:
   """Asks for the colour of a needle's card."""
   return DemoQuestion(
     task="object_attribute",
@@ -77,6 +79,34 @@ def needle_question(needle: Needle) -> DemoQuestion:
     open_answers=len(world.NEEDLE_COLOURS),
     span=needle.spans[0],
     needle=needle,
+    needle_kind="card",
+  )
+
+
+def clip_question(clip: Clip, about: str) -> DemoQuestion:
+  """Asks about a moving clip.
+
+  Args:
+    clip: asked about.
+    about: "word" for what it says; "first" or "last" for what moves in it
+      first or last.
+  """
+  if about == "word":
+    task, text = "object_attribute", "What does the clip say?"
+    answer, items, kind = clip.word, world.CLIP_WORDS, "clip, word"
+  else:
+    task, text = "action_sequence", f"What moves {about} in the clip?"
+    answer = clip.things[0 if about == "first" else 1]
+    items, kind = world.CLIP_THINGS, "clip, order"
+  return DemoQuestion(
+    task,
+    text,
+    answer,
+    others(items, answer),
+    len(items),
+    (clip.start, clip.end),
+    clip,
+    kind,
   )
 
 

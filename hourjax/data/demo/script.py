@@ -1,4 +1,4 @@
-"""Scripts of demo videos: the scene and the needle at every second."""
+"""Scripts of demo videos: what is shown at every second."""
 
 import dataclasses
 import itertools
@@ -22,6 +22,8 @@ MAX_KEPT = 16
 # Scenes of a training video. They change faster than in a test video, so that
 # the model has seen as many in a video as an hour shows.
 TRAIN_SCENES = (4, 14)
+# Least and most seconds of a clip.
+CLIP_SECONDS = (3, 10)
 # Possible numbers of times that a video shows its needle's card.
 SHOWINGS = {"train": (1, 2, 4, 6), "test": (1,)}
 
@@ -79,13 +81,54 @@ class Needle:
 
 
 @dataclasses.dataclass(frozen=True)
+class Clip:
+  """Describes a moving clip of 3 to 10 s within a video, start <= t < end.
+
+  Attributes:
+    start: first second.
+    end: second after the last one.
+    things: two of `world.CLIP_THINGS`. Each crosses the screen for half of the
+      time, one after the other.
+    word: one of `world.CLIP_WORDS`, which stands below all the time.
+    dropped: whether temporal forgetting drops every frame of the clip.
+  """
+
+  start: int
+  end: int
+  things: tuple[str, str]
+  word: str
+  dropped: bool
+
+  def shown_at(self, second: int) -> bool:
+    """Returns whether the clip is on at a second."""
+    return self.start <= second < self.end
+
+  def thing_at(self, second: int) -> tuple[str, float]:
+    """Returns what crosses the screen at a second, and its way from 0 to 1."""
+    length = self.end - self.start
+    half = (length + 1) // 2
+    number, step = divmod(second - self.start, half)
+    steps = half if number == 0 else length - half
+    return self.things[number], step / max(steps - 1, 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Script:
-  """Describes a whole video of `duration` seconds, with one frame a second."""
+  """Describes a whole video of `duration` seconds, with one frame a second.
+
+  Attributes:
+    name: of the video.
+    duration: in seconds.
+    scenes: from the first second to the last.
+    needle: a card over the scenes.
+    clip: a moving clip over the scenes; None for a video without one.
+  """
 
   name: str
   duration: int
   scenes: tuple[Scene, ...]
   needle: Needle
+  clip: Clip | None = None
 
 
 def kept_frames(frames: int) -> np.ndarray:
@@ -124,16 +167,56 @@ def make_script(
     )
   rng = np.random.default_rng([seed, SPLITS.index(split), index])
   duration = int(rng.integers(seconds[0], seconds[1] + 1))
-  return Script(
-    name=f"{split}_{index:04d}",
-    duration=duration,
-    scenes=_scenes(rng, _cuts(rng, duration, split)),
-    needle=_needle(
-      rng,
-      duration,
-      showings=SHOWINGS[split],
-      # In turn, so that all colours are equally frequent.
-      colour=world.NEEDLE_COLOURS[index % len(world.NEEDLE_COLOURS)],
+  scenes = _scenes(rng, _cuts(rng, duration, split))
+  # A card must leave its surroundings to the scenes, and so must the clip.
+  free = np.ones(duration, dtype=bool)
+  free[:NEEDLE_GAP] = free[duration - NEEDLE_GAP :] = False
+  needle = _needle(
+    rng,
+    free,
+    showings=SHOWINGS[split],
+    # In turn, so that all colours are equally frequent.
+    colour=world.NEEDLE_COLOURS[index % len(world.NEEDLE_COLOURS)],
+  )
+  # In turn as well, but so that a colour does not tell the word.
+  word = world.CLIP_WORDS[(index - 1) // 4 % len(world.CLIP_WORDS)]
+  clip = _clip(rng, free, word)
+  return Script(f"{split}_{index:04d}", duration, scenes, needle, clip)
+
+
+def move_needles(script: Script, depth: float) -> Script:
+  """Moves the card and the clip of a video to one depth.
+
+  The card comes first, then the clip: as near to the depth as temporal
+  forgetting drops every frame of both.
+
+  Args:
+    script: of a video with a clip, whose card is shown once.
+    depth: share of the video that comes before, 0 to 1.
+
+  Raises:
+    ValueError: nowhere are so many frames dropped in a row.
+  """
+  needle, clip = script.needle, script.clip
+  assert clip is not None and len(needle.spans) == 1
+  ((start, end),) = needle.spans
+  shown = end - start
+  both = shown + NEEDLE_GAP + clip.end - clip.start
+  kept = _is_kept(script.duration)
+  kept[:NEEDLE_GAP] = kept[script.duration - NEEDLE_GAP :] = True
+  windows = np.lib.stride_tricks.sliding_window_view(~kept, both)
+  starts = np.flatnonzero(windows.all(axis=1))
+  if not len(starts):
+    raise ValueError(f"{script.name}: no {both} dropped frames in a row")
+  start = int(starts[np.abs(starts - depth * script.duration).argmin()])
+  later = start + shown + NEEDLE_GAP
+  return dataclasses.replace(
+    script,
+    needle=dataclasses.replace(
+      needle, spans=((start, start + shown),), dropped=True
+    ),
+    clip=dataclasses.replace(
+      clip, start=later, end=later + clip.end - clip.start, dropped=True
     ),
   )
 
@@ -187,39 +270,75 @@ def _scenes(rng: np.random.Generator, cuts: np.ndarray) -> tuple[Scene, ...]:
 
 def _needle(
   rng: np.random.Generator,
-  duration: int,
+  free: np.ndarray,
   *,
   showings: tuple[int, ...],
   colour: str,
 ) -> Needle:
-  """Draws where a video shows its needle."""
-  kept = np.zeros(duration, dtype=bool)
-  kept[kept_frames(duration)] = True
-  free = np.ones(duration, dtype=bool)
-  free[:NEEDLE_GAP] = free[duration - NEEDLE_GAP :] = False
+  """Draws where a video shows its needle; marks the seconds in `free`."""
+  kept = _is_kept(len(free))
   hidden = rng.random() < HIDDEN_SHARE
-  spans = [
-    _span(rng, free, kept if hidden else ~free)
+  tries = [
+    _span(rng, free, kept if hidden else ~free, int(rng.integers(1, 3)))
     for _ in range(int(rng.choice(showings)))
   ]
+  spans = tuple(sorted(span for span in tries if span))
   return Needle(
-    spans=tuple(sorted(spans)),
+    spans=spans,
     kind=_pick(rng, world.NEEDLES),
     colour=colour,
     dropped=not any(kept[start:end].any() for start, end in spans),
   )
 
 
+def _clip(rng: np.random.Generator, free: np.ndarray, word: str) -> Clip:
+  """Draws where a video shows its clip; marks the seconds in `free`.
+
+  Where no dropped frames are as many in a row as the clip takes, it is shorter.
+  """
+  kept = _is_kept(len(free))
+  hidden = rng.random() < HIDDEN_SHARE
+  low, high = CLIP_SECONDS
+  lengths = range(int(rng.integers(low, high + 1)), low - 1, -1)
+  tries = (
+    _span(rng, free, banned, length)
+    for banned in ((kept, ~free) if hidden else (~free,))
+    for length in lengths
+  )
+  start, end = next(span for span in tries if span)
+  one, two = rng.permutation(len(world.CLIP_THINGS))[:2]
+  return Clip(
+    start,
+    end,
+    (world.CLIP_THINGS[one], world.CLIP_THINGS[two]),
+    word,
+    dropped=not kept[start:end].any(),
+  )
+
+
+def _is_kept(duration: int) -> np.ndarray:
+  """Returns which frames temporal forgetting keeps, bool[duration]."""
+  kept = np.zeros(duration, dtype=bool)
+  kept[kept_frames(duration)] = True
+  return kept
+
+
 def _span(
-  rng: np.random.Generator, free: np.ndarray, banned: np.ndarray
-) -> tuple[int, int]:
-  """Draws 1 or 2 free seconds outside the banned; marks them in `free`."""
-  length = int(rng.integers(1, 3))
+  rng: np.random.Generator, free: np.ndarray, banned: np.ndarray, length: int
+) -> tuple[int, int] | None:
+  """Draws free seconds in a row outside the banned; marks them in `free`.
+
+  Returns:
+    (start, end); None if there are none.
+  """
   # A start is allowed if all seconds of the card are: allowed [1, 1, 0, 1] and
   # length 2 give starts [1, 0, 0].
   allowed = free & ~banned
   starts = np.lib.stride_tricks.sliding_window_view(allowed, length)
-  start = int(rng.choice(np.flatnonzero(starts.all(axis=1))))
+  found = np.flatnonzero(starts.all(axis=1))
+  if not len(found):
+    return None
+  start = int(rng.choice(found))
   end = start + length
   free[max(start - NEEDLE_GAP, 0) : end + NEEDLE_GAP] = False
   return start, end

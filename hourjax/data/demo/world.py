@@ -1,21 +1,14 @@
 """The demo's world: places, objects, colours and the tasks of questions."""
 
-PLACES = (
-  "kitchen",
-  "forest",
-  "beach",
-  "street",
-  "office",
-  "garden",
-  "garage",
-  "library",
-)
-KINDS = ("robot", "cat", "ball", "car", "kite", "boat")
+from hourjax.data.demo import shapes
+
+PLACES = tuple(shapes.PLACES)
+KINDS = tuple(shapes.ACTORS)
 SIDES = ("left", "right")
 LEVELS = ("top", "bottom")
 SPOTS = tuple(f"{level} {side}" for level in LEVELS for side in SIDES)
 
-ACTIONS = ("spinning", "jumping", "sliding", "blinking", "growing")
+ACTIONS = tuple(shapes.SIGNS)
 
 COLOURS = {
   "red": (214, 36, 40),
@@ -26,8 +19,12 @@ COLOURS = {
   "orange": (244, 126, 28),
 }
 
-NEEDLES = ("flag", "balloon", "umbrella", "lantern")
+NEEDLES = tuple(shapes.NEEDLES)
 NEEDLE_COLOURS = ("red", "green", "blue", "yellow")
+
+# What crosses the screen of a clip, and the words that clips show.
+CLIP_THINGS = tuple(shapes.CLIP_THINGS)
+CLIP_WORDS = ("open", "stop", "sale", "exit")
 
 QUARTERS = ("first", "second", "third", "fourth")
 

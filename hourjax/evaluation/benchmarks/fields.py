@@ -11,7 +11,8 @@ from hourjax.errors import UserError
 from hourjax.evaluation.parsing import LETTERS, same_text
 from hourjax.schema import shorten
 
-_EDGES = (5, 10, 20, 30, 60, 120)  # upper edges of ranges of length, minutes
+# Upper edges of ranges of length, in minutes.
+_EDGES = (5, 10, 20, 30, 60, 120, 240, 480)
 
 
 def text(row: Mapping[str, Any], key: str, at: str) -> str:

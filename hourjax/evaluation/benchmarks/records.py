@@ -152,14 +152,28 @@ def _letter(answer: str, probe: Question, at: str) -> str | None:
 def _extra(record: Record, facts: dict[str, Any]) -> dict[str, Any]:
   """Returns the further fields by which a report groups."""
   extra: dict[str, Any] = {
-    key: facts[key] for key in ("topic", "format") if facts.get(key)
+    key: facts[key]
+    for key in ("topic", "format", "needle_kind")
+    if facts.get(key)
   }
   if record.source:
     extra["source"] = record.source
   if facts:
     extra["needle"] = bool(facts.get("needle"))
     extra["hidden"] = bool(facts.get("dropped"))
+    if depth := _depth(facts, record):
+      extra["depth"] = depth
   return extra
+
+
+def _depth(facts: dict[str, Any], record: Record) -> str:
+  """Returns the fifth of the video that shows a needle, such as "20-40 %"."""
+  span, duration = facts.get("seconds"), record.extra.get("duration")
+  if not (facts.get("needle") and span and duration):
+    return ""
+  share = span[0] / duration
+  fifth = min(int(share * 5), 4)
+  return f"{20 * fifth}-{20 * fifth + 20} %"
 
 
 BENCHMARK = Benchmark(

@@ -50,14 +50,14 @@ def test_records_name_existing_videos(built, small):
   assert set(turns["lookups"]) <= {5, 6} and len(turns["lookups"]) == 6
   assert turns["train"] == [records.TURNS] * 6
   assert turns["memory"] == [1] * 6
-  assert turns["test"] == [1] * (1 + records.TEST_OTHERS)
+  assert turns["test"] == [1] * (2 + records.TEST_OTHERS)
   summary = json.loads((built / "demo.json").read_text())
   needles = {
     name: (part["records"], part["needle_questions"])
     for name, part in summary["splits"].items()
   }
   assert needles == {
-    "lookups": (6, 0), "train": (6, 0), "memory": (6, 3), "test": (13, 1)
+    "lookups": (6, 0), "train": (6, 0), "memory": (6, 3), "test": (14, 2)
   }  # fmt: skip
   assert "train" in demo.table(summary)
 
@@ -66,23 +66,28 @@ def test_captions_say_what_frames_show(built, small):
   records = json.loads((built / "captions.json").read_text())
   scripts = {f"{s.name}.mp4": s for s in small.scripts()["train"]}
   assert {r["video"] for r in records} == set(scripts)
-  cards = 0
+  cards = clips = 0
   for record in records:
     video, second = scripts[record["video"]], record["second"]
     if video.needle.shown_at(second):
       assert record["captions"] == [video.needle.kind, video.needle.colour]
       cards += 1
+    elif video.clip.shown_at(second):
+      thing, _ = video.clip.thing_at(second)
+      assert record["captions"] == ["clip", thing, video.clip.word]
+      clips += 1
     else:
       scene = next(s for s in video.scenes if s.start <= second < s.end)
       assert set(record["captions"]) == {
         getattr(scene, name)
         for name in ("place", "kind", "colour", "side", "level", "action")
       }
-  # Every second of a card has a caption, and a part of the others.
+  # Every second of a card or clip has a caption, and a part of the others.
+  assert clips == sum(s.clip.end - s.clip.start for s in scripts.values())
   assert cards == sum(
     end - start for s in scripts.values() for start, end in s.needle.spans
   )
-  assert len(records) < sum(s.duration for s in scripts.values()) / 6
+  assert len(records) < sum(s.duration for s in scripts.values()) / 5
 
 
 def test_size_of_the_whole_data_set():

@@ -84,8 +84,13 @@ def _answer(task, scenes, text):
 def test_answers_computed_anew(asked):
   tasks = collections.Counter()
   for video, text, facts in asked:
+    if facts["needle_kind"] in ("clip, order", "clip, word"):
+      tasks["clip"] += 1
+      _check_clip(video.clip, text, facts)
+      continue
     if facts["needle"]:
       needle = video.needle
+      assert facts["needle_kind"] == "card"
       assert re.search(r"the (\w+) that", text)[1] == needle.kind
       assert facts["answer"] == needle.colour
       assert facts["seconds"] == list(needle.spans[0])
@@ -97,7 +102,20 @@ def test_answers_computed_anew(asked):
     if expected is not None:
       assert facts["answer"] == expected, (video, text)
       tasks[facts["task"]] += 1
-  assert len(tasks) == 12, tasks
+  assert len(tasks) == 13, tasks
+
+
+def _check_clip(clip, text, facts):
+  """Looks at every second of the clip."""
+  shown = [clip.thing_at(t)[0] for t in range(clip.start, clip.end)]
+  expected = {
+    "What moves first in the clip?": shown[0],
+    "What moves last in the clip?": shown[-1],
+    "What does the clip say?": clip.word,
+  }[text]
+  assert facts["answer"] == expected and facts["chance"] == 0.25
+  assert facts["needle"] and facts["dropped"] == clip.dropped
+  assert facts["seconds"] == [clip.start, clip.end]
 
 
 def test_options_have_one_right_answer(asked):
@@ -129,15 +147,21 @@ def test_balance_and_coverage(asked):
       assert max(every) - min(every) <= 1, (task, n)
 
 
-def test_every_test_video_has_one_needle_question(asked):
+def test_every_test_video_is_asked_for_its_card_and_its_clip(asked):
   by_video = collections.defaultdict(list)
   for video, _, facts in asked:
     by_video[video.name].append(facts)
   for questions in by_video.values():
-    assert len(questions) == 1 + build.TEST_OTHERS
+    assert len(questions) == 2 + build.TEST_OTHERS
+    kinds = sorted(f["needle_kind"] for f in questions if f["needle"])
+    assert kinds[0] == "card" and kinds[1] in ("clip, order", "clip, word")
     others = [f["task"] for f in questions if not f["needle"]]
     assert len(set(others)) == len(others) == build.TEST_OTHERS
-  colours = collections.Counter(f["answer"] for _, _, f in asked if f["needle"])
+  clips = collections.Counter(f["needle_kind"] for _, _, f in asked)
+  assert clips["clip, order"] == clips["clip, word"] == len(by_video) // 2
+  colours = collections.Counter(
+    f["answer"] for _, _, f in asked if f["needle_kind"] == "card"
+  )
   assert set(colours.values()) == {len(by_video) // 4}
   assert set(colours) == set(world.NEEDLE_COLOURS)
 

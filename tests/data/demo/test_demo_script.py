@@ -64,6 +64,78 @@ def test_needles_apart_and_mostly_in_dropped_frames(split, seconds):
   assert np.mean(dropped) >= script.HIDDEN_SHARE - 0.05
 
 
+@pytest.mark.parametrize(
+  ("split", "seconds"), [("train", (180, 240)), ("test", (180, 3600))]
+)
+def test_clips_apart_from_cards_and_mostly_in_dropped_frames(split, seconds):
+  dropped, lengths, words = [], set(), []
+  for i in range(1, 193):
+    s = script.make_script(3, split, i, seconds)
+    clip, gap = s.clip, script.NEEDLE_GAP
+    shown = set(range(clip.start, clip.end))
+    assert gap <= clip.start and clip.end <= s.duration - gap
+    for start, end in s.needle.spans:
+      assert shown.isdisjoint(range(start - gap, end + gap))
+    assert clip.dropped == shown.isdisjoint(
+      script.kept_frames(s.duration).tolist()
+    )
+    dropped.append(clip.dropped)
+    lengths.add(clip.end - clip.start)
+    words.append(clip.word)
+    assert len(set(clip.things)) == 2
+  assert lengths == set(range(3, 11))
+  assert np.mean(dropped) >= script.HIDDEN_SHARE - 0.05
+  assert all(words.count(word) == 48 for word in world.CLIP_WORDS)
+
+
+@pytest.mark.parametrize("length", range(3, 11))
+def test_two_things_cross_the_screen_of_a_clip(length):
+  """One after the other, each from the left to the right."""
+  clip = script.Clip(20, 20 + length, ("bird", "train"), "open", True)
+  ways = {"bird": [], "train": []}
+  for second in range(20, 20 + length):
+    thing, way = clip.thing_at(second)
+    ways[thing].append(way)
+  assert [clip.thing_at(20)[0], clip.thing_at(19 + length)[0]] == [*ways]
+  assert abs(len(ways["bird"]) - len(ways["train"])) <= 1
+  for found in ways.values():
+    assert found == sorted(found) and found[0] == 0
+    assert found[-1] == (1 if len(found) > 1 else 0)
+
+
+def test_clips_differ_in_what_moves_and_in_what_they_say():
+  frames = {}
+  for thing, word in itertools.product(world.CLIP_THINGS, world.CLIP_WORDS):
+    other = next(t for t in world.CLIP_THINGS if t != thing)
+    clip = script.Clip(0, 4, (thing, other), word, True)
+    card = script.Needle((), "flag", "red", True)
+    made = script.Script("x", 4, (), card, clip)
+    frames[thing, word] = drawing.frame(made, 0).astype(int)
+    assert np.abs(frames[thing, word] - drawing.frame(made, 1)).mean() > 3
+  for (one, first), (two, second) in itertools.combinations(frames.items(), 2):
+    upper, lower = np.split(np.abs(first - second).mean(axis=-1), 2)
+    assert (upper.mean() > 8) == (one[0] != two[0])
+    assert (lower.mean() > 8) == (one[1] != two[1])
+
+
+@pytest.mark.parametrize("minutes", [4, 60, 480])
+@pytest.mark.parametrize("depth", [0.02, 0.5, 0.9])
+def test_needles_moved_to_a_depth(minutes, depth):
+  seconds = 60 * minutes
+  whole = script.make_script(3, "test", 1, (seconds, seconds))
+  moved = script.move_needles(whole, depth)
+  ((start, end),) = moved.needle.spans
+  kept = set(script.kept_frames(seconds).tolist())
+  assert kept.isdisjoint(range(start, moved.clip.end))
+  assert moved.clip.start - end == script.NEEDLE_GAP <= start
+  # A kept frame in the way moves them by a clip's length at most.
+  assert abs(start - depth * seconds) <= 18
+  assert moved.scenes == whole.scenes
+  for one, two in ((moved.clip, whole.clip), (moved.needle, whole.needle)):
+    assert type(one) is type(two)
+  assert moved.clip.end - moved.clip.start == whole.clip.end - whole.clip.start
+
+
 def test_colours_are_dealt_in_turn():
   needles = [
     script.make_script(3, "train", i, (180, 240)).needle for i in range(1, 41)

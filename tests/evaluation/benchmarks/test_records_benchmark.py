@@ -44,6 +44,7 @@ def test_demo_records(tmp_path):
       "source": "demo",
       "needle": facts["needle"],
       "hidden": bool(facts["dropped"]),
+      **_of_needle(facts),
     }
     if facts["letter"]:
       assert question.kind == "choice"
@@ -53,7 +54,16 @@ def test_demo_records(tmp_path):
     assert question.expected == answered
     assert parse(answered, question) == question.expected
   assert {q.kind for q in loaded.questions} == {"choice", "open", "yes_no"}
-  assert sum(q.extra["needle"] for q in loaded.questions) == len(scripts)
+  assert sum(q.extra["needle"] for q in loaded.questions) == 2 * len(scripts)
+
+
+def _of_needle(facts):
+  """What is kept of a needle in a video of 600 s."""
+  if not facts["needle"]:
+    return {}
+  fifth = facts["seconds"][0] // 120
+  depth = f"{20 * fifth}-{20 * fifth + 20} %"
+  return {"needle_kind": facts["needle_kind"], "depth": depth}
 
 
 def test_options_are_found_without_facts(tmp_path):
