@@ -35,7 +35,7 @@ MODEL = ModelConfig(
     image_size=64, patch_size=16, width=64, layers=1, heads=4, mlp=128
   ),
   decoder=DecoderConfig(
-    vocab=640,
+    vocab=672,
     width=64,
     layers=3,
     heads=2,
@@ -67,12 +67,12 @@ FULL = ModelConfig(
 _MODELS = {"small": MODEL, "full": FULL}
 # By stage: optimizer steps, and the peak learning rate of what is trained. In
 # stage 3 that is MemAug's, which is fresh; the decoder has less.
-_STEPS = {0: 900, 1: 900, 2: 1400, 3: 500}
+_STEPS = {0: 900, 1: 1300, 2: 1200, 3: 600}
 _RATES = {0: 2e-3, 1: 4e-3, 2: 4e-3, 3: 2e-3}
 # The larger model takes so many times the steps at this part of the rates, and
 # so many times the rows.
 _FULL_STEPS, _FULL_RATE, _FULL_ROWS = 4, 0.25, 4
-_FRAMES = 240  # of the longest training video
+_FRAMES = 170  # of the longest training video
 _KEPT = 16  # frames, of any video
 # Capacity of a row for the words of a prompt and of all conversations about a
 # video, by stage; a row holds one video.

@@ -2,7 +2,8 @@
 # The whole pipeline on the embedded demo, on any machine:
 #
 #   bash launch/local.sh            everything in ./work
-#   bash launch/local.sh --compare  and the same without MemAug
+#   bash launch/local.sh --compare  and the same without MemAug, and needles in
+#                                   videos of up to 8 hours
 #   WORK=/tmp/demo SEED=1 bash launch/local.sh      another folder, another world
 #
 # Render videos, align the tower with words, extract features, train, evaluate,
@@ -72,6 +73,14 @@ if [[ $compare ]]; then
 fi
 step "8/8 evaluate on held-out videos of up to one hour" \
   python -m hourjax.evaluate "${evaluation[@]}"
+if [[ $compare ]]; then
+  step "needles at all depths of videos of up to 8 hours" \
+    python -m hourjax.haystack --config="${config}0" --tower="$work/stage0" \
+    --out="$work/haystack" --seed="$seed"
+  python -m hourjax.evaluate --model="$work/memaug" --benchmark=records \
+    --data="$work/haystack" --features="$work/haystack/features" \
+    --out="$work/haystack"
+fi
 echo
 echo "in $work: report.md, report.json, loss.png, accuracy_by_task.png," \
   "accuracy_by_duration.png, needles_by_duration.png, answers-00000.jsonl"

@@ -21,4 +21,6 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} TF_CPP_MIN_LOG_LEVEL=2
 ruff check .
 ruff format --check .
 pyrefly check --output-format min-text
-python -m pytest -n 2 --dist loadfile ${marks[@]+"${marks[@]}"} "$@"
+# Files in the order that tests/conftest.py gives them, the longest first.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+  ${marks[@]+"${marks[@]}"} "$@"

@@ -45,6 +45,35 @@ for _name, _settings in _PROFILES.items():
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+# The files that take longest, which are begun first: else one worker waits for
+# the other to end the last of them.
+_LONGEST = (
+  "training/test_train_processes.py",
+  "training/test_faults.py",
+  "ablation/test_ablation_run.py",
+  "parallel/test_sharded_step.py",
+  "training/test_train_step.py",
+  "inference/test_engine.py",
+  "evaluation/test_evaluate_command.py",
+  "inference/test_load.py",
+  "inference/test_steps_on_tpu.py",
+  "training/test_loop.py",
+  "training/test_mixed_sources.py",
+  "inference/test_engine_on_meshes.py",
+  "benchmarks/test_attention_benchmark.py",
+  "benchmarks/test_data.py",
+  "kernels/test_dispatch.py",
+  "launch/test_notebook.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Begins with the files that take longest, in their order."""
+  tests = pathlib.Path(__file__).parent
+  ranks = {str(tests / name): rank for rank, name in enumerate(_LONGEST)}
+  items.sort(key=lambda item: ranks.get(str(item.path), len(ranks)))
+
+
 _MAX_BYTES = 4 * 2**30  # of compiled programs that are kept
 
 

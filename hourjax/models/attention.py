@@ -89,7 +89,6 @@ class Attention(nnx.Module):
     bias: bool = True,
     qk_norm_eps: float | None = None,
     query_init: float = 0.0,
-    value_init: float = 0.0,
     config: AttentionConfig = PLATFORM_ATTENTION,
   ):
     """Draws the parameters.
@@ -108,7 +107,6 @@ class Attention(nnx.Module):
       qk_norm_eps: epsilon of an RMSNorm over the channels of each query and
         key head, applied before rotation; None leaves the norms out.
       query_init: see `DecoderConfig`.
-      value_init: see `DecoderConfig`.
       config: which implementation computes attention.
     """
     self.config = config
@@ -130,13 +128,6 @@ class Attention(nnx.Module):
     self.o = make(
       heads * head_dim, width, bias=out_bias, axes=("heads", "width")
     )
-    if value_init:
-      # Each query head gives back what the value head of its group has taken.
-      value = self.v.kernel[...].T.reshape(kv_heads, 1, head_dim, width)
-      groups = jnp.broadcast_to(
-        value, (kv_heads, heads // kv_heads, head_dim, width)
-      )
-      self.o.kernel[...] = value_init * groups.reshape(-1, width)
     self.q_norm, self.k_norm = (
       rms_norm(head_dim, eps=qk_norm_eps, dtype=dtype, rngs=rngs)
       if qk_norm_eps is not None

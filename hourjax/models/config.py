@@ -87,9 +87,6 @@ class DecoderConfig:
       begins as that of the keys, times this, also in MemAug: a fresh model then
       attends to what resembles the token that asks. For training from scratch;
       weights that are loaded are not changed.
-    value_init: if above 0, the kernel that ends an attention begins as the
-      transpose of that of the values, times this, also in MemAug: what a token
-      attends to is then added to it as it is. For training from scratch, too.
   """
 
   vocab: int
@@ -105,7 +102,6 @@ class DecoderConfig:
   qk_norm: bool = False
   attention_bias: bool = True
   query_init: float = 0.0
-  value_init: float = 0.0
 
   @property
   def head_size(self) -> int:

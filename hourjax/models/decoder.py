@@ -66,7 +66,6 @@ class DecoderLayer(nnx.Module):
       out_bias=False,
       qk_norm_eps=config.norm_eps if config.qk_norm else None,
       query_init=config.query_init,
-      value_init=config.value_init,
       dtype=dtype,
       rngs=rngs,
       config=attention,

@@ -69,7 +69,6 @@ class MemAugBlock(nnx.Module):
       rope_base=decoder.rope_base,
       out_bias=True,
       query_init=decoder.query_init,
-      value_init=decoder.value_init,
       dtype=dtype,
       rngs=rngs,
       config=config,

@@ -69,7 +69,6 @@ LIMITS: dict[str, tuple[float, float]] = {
   "model.decoder.head_dim": (0, 2**12),
   "model.decoder.rope_base": (1, 1e12),
   "model.decoder.query_init": (0, 100),
-  "model.decoder.value_init": (0, 100),
 }
 for _part in ("vision", "decoder"):
   LIMITS |= {

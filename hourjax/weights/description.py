@@ -133,7 +133,7 @@ def write_config(
 
 # How wide a head is is compared below; how fresh queries were drawn is of no
 # meaning to weights that are there.
-_NOT_COMPARED = ("head_dim", "query_init", "value_init")
+_NOT_COMPARED = ("head_dim", "query_init")
 
 
 def _check_read_back(config: ModelConfig, folder: pathlib.Path) -> None:

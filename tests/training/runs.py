@@ -34,8 +34,8 @@ SMALL = {
   "log_every": 1,
   "data.max_skipped": 0.5,
   # Two videos in a row, each with questions of its own, and all of it drawn.
-  "rows.features": 1920,
-  "rows.memory": 2400,
+  "rows.features": 1360,
+  "rows.memory": 1700,
   "rows.queries": 400,
   "rows.decoder": 448,
   "forgetting.max_frames": 64,

@@ -33,13 +33,11 @@ LOOKUPS = (
   "scene_recognition",
 )
 TURNS = 8  # questions in each conversation of stage 2
-NEEDLE_EVERY = 3  # of the single questions of stage 3, one is about a needle
+NEEDLE_EVERY = 2  # of the single questions of stage 3, one is about a needle
 # What these ask about, in random order, each as often as it stands here.
-NEEDLE_QUESTIONS = ("card", "card", "card", "word", "first", "last")
+NEEDLE_QUESTIONS = ("card", "card", "word", "word", "first", "last")
 # What a test video's question about its clip is about.
 CLIP_QUESTIONS = ("word", "word", "first", "last")
-# Questions about a test video besides those about its card and its clip.
-TEST_OTHERS = 12
 Turn = tuple[str, str, dict[str, Any]]  # question, answer, facts about both
 
 
@@ -96,10 +94,14 @@ class RecordWriter:
     return records
 
   def test(self, script: Script) -> list[dict]:
-    """Writes records of one question each about a test video."""
+    """Writes records of one question each about a test video.
+
+    They ask for its card, for something in its clip, and for each task of which
+    the video has a question.
+    """
     abouts = "card", self._draw("clip", CLIP_QUESTIONS)
     turns = [self._turn(_needle_question(script, about)) for about in abouts]
-    turns += self._others(script, TEST_OTHERS)
+    turns += self._others(script, len(world.TASKS))
     return [_record(script, i, [turn]) for i, turn in enumerate(turns)]
 
   def needles(self, script: Script) -> list[dict]:
@@ -196,7 +198,7 @@ def _record(script: Script, number: int, turns: list[Turn]) -> dict:
   }
 
 
-TRAIN_SECONDS = (180, 240)
+TRAIN_SECONDS = (130, 170)
 # Test videos at test_scale 1: their number, shortest and longest duration in s.
 TEST_SECONDS = (
   (24, (180, 300)),
@@ -219,7 +221,7 @@ class Options:
 
   Attributes:
     seed: seed of everything random.
-    train_videos: number of training videos, of 180 to 240 s.
+    train_videos: number of training videos, of 130 to 170 s.
     test_scale: number of test videos per duration, as a multiple of
       TEST_SECONDS' counts, rounded; at least one video of the shortest.
     conversations: number of conversations about each training video.
@@ -229,9 +231,9 @@ class Options:
   """
 
   seed: int = 0
-  train_videos: int = 720
+  train_videos: int = 1080
   test_scale: float = 1.0
-  conversations: int = 8
+  conversations: int = 6
 
   def __post_init__(self) -> None:
     lowest = {"seed": 0, "train_videos": 1, "conversations": 1}

@@ -16,7 +16,7 @@ HIDDEN_SHARE = 0.9
 # Least number of seconds between two needles, and between a needle and the
 # first or last second of the video.
 NEEDLE_GAP = 3
-MIN_SECONDS = 180
+MIN_SECONDS = 130
 # Most frames that the demo's model keeps (see configs/demo.py).
 MAX_KEPT = 16
 # Scenes of a training video. They change faster than in a test video, so that

@@ -152,11 +152,11 @@ def test_every_test_video_is_asked_for_its_card_and_its_clip(asked):
   for video, _, facts in asked:
     by_video[video.name].append(facts)
   for questions in by_video.values():
-    assert len(questions) == 2 + build.TEST_OTHERS
     kinds = sorted(f["needle_kind"] for f in questions if f["needle"])
     assert kinds[0] == "card" and kinds[1] in ("clip, order", "clip, word")
     others = [f["task"] for f in questions if not f["needle"]]
-    assert len(set(others)) == len(others) == build.TEST_OTHERS
+    # Each task for which the video has a question.
+    assert len(set(others)) == len(others) >= 12
   clips = collections.Counter(f["needle_kind"] for _, _, f in asked)
   assert clips["clip, order"] == clips["clip, word"] == len(by_video) // 2
   colours = collections.Counter(
@@ -171,7 +171,7 @@ def test_training_conversations(kind):
   writer = build.RecordWriter(0, "train")
   turns = collections.Counter()
   for i in range(1, 21):
-    video = script.make_script(0, "train", i, (180, 240))
+    video = script.make_script(0, "train", i, (130, 170))
     for number, record in enumerate(getattr(writer, kind)(video, 8)):
       assert record["id"] == f"train_{i:04d}-{number:02d}"
       assert record["duration"] == float(video.duration)

@@ -19,7 +19,7 @@ def test_training_videos_have_as_many_scenes_as_an_hour():
       len(script.make_script(3, split, i, seconds).scenes)
       for i in range(1, 200)
     ]
-    for split, seconds in (("train", (180, 240)), ("test", (3600, 3600)))
+    for split, seconds in (("train", (130, 170)), ("test", (3600, 3600)))
   }
   assert set(counts["train"]) == set(range(4, 15))
   assert set(counts["test"]) == set(range(10, 17))
@@ -43,7 +43,7 @@ def test_scenes_fill_the_video_and_places_change():
 
 
 @pytest.mark.parametrize(
-  ("split", "seconds"), [("train", (180, 240)), ("test", (180, 3600))]
+  ("split", "seconds"), [("train", (130, 170)), ("test", (180, 3600))]
 )
 def test_needles_apart_and_mostly_in_dropped_frames(split, seconds):
   dropped, showings = [], set()
@@ -65,7 +65,7 @@ def test_needles_apart_and_mostly_in_dropped_frames(split, seconds):
 
 
 @pytest.mark.parametrize(
-  ("split", "seconds"), [("train", (180, 240)), ("test", (180, 3600))]
+  ("split", "seconds"), [("train", (130, 170)), ("test", (180, 3600))]
 )
 def test_clips_apart_from_cards_and_mostly_in_dropped_frames(split, seconds):
   dropped, lengths, words = [], set(), []
@@ -138,7 +138,7 @@ def test_needles_moved_to_a_depth(minutes, depth):
 
 def test_colours_are_dealt_in_turn():
   needles = [
-    script.make_script(3, "train", i, (180, 240)).needle for i in range(1, 41)
+    script.make_script(3, "train", i, (130, 170)).needle for i in range(1, 41)
   ]
   for colour in world.NEEDLE_COLOURS:
     assert sum(n.colour == colour for n in needles) == 10
@@ -158,7 +158,7 @@ def test_shorter_videos_are_refused():
   lowest = script.MIN_SECONDS
   for s in _scripts(100, (lowest, lowest)):
     assert s.duration == lowest and s.needle.spans
-  with pytest.raises(UserError, match="179 s < 180 s"):
+  with pytest.raises(UserError, match="129 s < 130 s"):
     script.make_script(0, "train", 1, (lowest - 1, lowest))
 
 
