@@ -67,8 +67,8 @@ FULL = ModelConfig(
 _MODELS = {"small": MODEL, "full": FULL}
 # By stage: optimizer steps, and the peak learning rate of what is trained. In
 # stage 3 that is MemAug's, which is fresh; the decoder has less.
-_STEPS = {0: 900, 1: 1300, 2: 1200, 3: 600}
-_RATES = {0: 2e-3, 1: 4e-3, 2: 4e-3, 3: 2e-3}
+_STEPS = {0: 900, 1: 1300, 2: 1200, 3: 700}
+_RATES = {0: 2e-3, 1: 4e-3, 2: 4e-3, 3: 1.5e-3}
 # The larger model takes so many times the steps at this part of the rates, and
 # so many times the rows.
 _FULL_STEPS, _FULL_RATE, _FULL_ROWS = 4, 0.25, 4
@@ -78,7 +78,7 @@ _KEPT = 16  # frames, of any video
 # video, by stage; a row holds one video.
 _WORDS = {1: (96, 164), 2: (184, 284), 3: (272, 320)}
 _BATCH_ROWS = {0: 128, 1: 24, 2: 24, 3: 8}  # in stage 0, frames
-_SLOW = 0.15  # part of the rate that the decoder has in stage 3
+_SLOW = 0.4  # part of the rate that the decoder has in stage 3
 _SHARE_MEMORY = 4  # single questions about a video in a row of stage 3
 
 

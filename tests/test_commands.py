@@ -53,6 +53,9 @@ MISUSED = [
    " mean --train_videos?"),
   ("demo --workdir=x --noseed", "unknown option --noseed; --seed takes a"
    " value"),
+  ("haystack --minuts=4", "unknown option --minuts; did you mean --minutes?"),
+  (f"haystack {DEMO} --tower=x --out=x --minutes=4,1h", "--minutes: '1h' is no"
+   " whole number of minutes; write --minutes=10,60,480"),
   ("extract --confg=x", "unknown option --confg; did you mean --config?"),
   ("prepare --record=x", "unknown option --record; did you mean --records?"),
   ("train --work_dir=x", "unknown option --work_dir; did you mean --workdir?"),

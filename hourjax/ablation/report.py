@@ -31,6 +31,9 @@ class Result(schema.Schema):
     chance: expected accuracy of guessing.
     left_out: number of questions that could not be asked.
     by_task: accuracy of each task.
+    chance_by_task: expected accuracy of guessing, of each task; results of
+      older code lack it.
+    count_by_task: number of questions of each task, likewise.
     seconds: that training and evaluation took.
   """
 
@@ -41,13 +44,15 @@ class Result(schema.Schema):
   chance: float
   left_out: int
   by_task: dict[str, float]
+  chance_by_task: dict[str, float] = {}
+  count_by_task: dict[str, int] = {}
   seconds: float
 
-  def of_task(self, task: str) -> float | None:
-    """Returns the accuracy of a task; None if there is none of this name."""
-    for name, accuracy in self.by_task.items():
+  def task_name(self, task: str) -> str | None:
+    """Returns the name of a task here; None if there is no such task."""
+    for name in self.by_task:
       if name.lower().replace("_", " ") == task:
-        return accuracy
+        return name
     return None
 
 
@@ -123,7 +128,7 @@ class Results:
     table: the table.
     lines: one for each of its rows.
     task: the task that accuracies are about; empty for all questions.
-    chance: expected accuracy of guessing at all questions, in percent.
+    chance: expected accuracy of guessing at these questions, in percent.
     count: number of questions.
     left_out: most questions that a run left out.
     about: what all runs have in common.
@@ -166,12 +171,12 @@ def collect(
     benchmark: name of the benchmark.
   """
   task = table.task
-  if any(result.of_task(task) is None for _, result in runs):
+  if any(result.task_name(task) is None for _, result in runs):
     task = ""
   values: dict[str, dict[int, float]] = {}
   for job, result in runs:
-    share = result.of_task(task) if task else None
-    share = result.accuracy if share is None else share
+    name = result.task_name(task) if task else None
+    share = result.by_task[name] if name else result.accuracy
     values.setdefault(job.row.label, {})[job.seed] = 100 * share
   rows = {row.label: row for row in table.rows}
   default, usual = rows[table.default], values[table.default]
@@ -188,12 +193,13 @@ def collect(
       Line(row, own, estimate(list(own.values())), difference, paper)
     )
   some = runs[0][1]
+  name = some.task_name(task) if task else None
   return Results(
     table,
     tuple(lines),
     task,
-    100 * some.chance,
-    some.count,
+    100 * some.chance_by_task.get(name or "", some.chance),
+    some.count_by_task.get(name or "", some.count),
     max(result.left_out for _, result in runs),
     {
       "benchmark": benchmark,

@@ -246,6 +246,11 @@ def _evaluate(
   )
   found = report.load(out)
   (own,) = found.names
+  tasks = {
+    task: runs[own]
+    for task, runs in found.groups("task").items()
+    if runs[own]["count"]
+  }
   result = Result(
     config=dataclasses.asdict(job.training.experiment),
     questions=asked,
@@ -253,11 +258,9 @@ def _evaluate(
     count=found.data["count"],
     chance=found.data["chance"],
     left_out=found.left_out,
-    by_task={
-      task: runs[own]["accuracy"]
-      for task, runs in found.groups("task").items()
-      if runs[own]["count"]
-    },
+    by_task={task: each["accuracy"] for task, each in tasks.items()},
+    chance_by_task={task: each["chance"] for task, each in tasks.items()},
+    count_by_task={task: each["count"] for task, each in tasks.items()},
     seconds=time.monotonic() - began,
   )
   text = result.model_dump_json(indent=2)

@@ -131,13 +131,20 @@ def test_page_without_figures_of_the_paper():
 def test_a_task_alone_where_there_is_one():
   table = TABLES["9"]
   own = {"temporal_reasoning": 0.75, "other": 0.1}
-  runs = [(_job(row), _result(0.5, by_task=own)) for row in table.rows]
+  of_tasks = {
+    "by_task": own,
+    "chance_by_task": {"temporal_reasoning": 0.5, "other": 0.1},
+    "count_by_task": {"temporal_reasoning": 39, "other": 41},
+  }
+  runs = [(_job(row), _result(0.5, **of_tasks)) for row in table.rows]
   found = collect(table, runs, CONFIG, "records")
   assert found.lines[0].accuracy.mean == 75
+  assert "39 questions, chance 50.0" in report.page(found)
   assert "on the task 'temporal reasoning' of records" in report.page(found)
   runs[1] = (runs[1][0], _result(0.5))
   found = collect(table, runs, CONFIG, "records")
   assert found.lines[0].accuracy.mean == 50
+  assert "80 questions, chance 25.0" in report.page(found)
   assert "The paper's are on temporal reasoning alone" in report.page(found)
 
 

@@ -255,6 +255,37 @@ def test_figures(built, tmp_path):
     assert 0.005 < _inked(figure, tmp_path) < 0.9
 
 
+def test_needles_by_depth_and_length(tmp_path):
+  """Of the first run: a cell for each kind, length and depth that there is."""
+  places = [
+    ("card", "60-120 min", "0-20 %", "B"),
+    ("card", "60-120 min", "0-20 %", "C"),
+    ("card", "5-10 min", "80-100 %", "B"),
+    ("clip, word", "5-10 min", "20-40 %", "C"),
+    (None, "5-10 min", "", "B"),  # one that says neither kind nor depth
+  ]
+  scored = []
+  for kind, length, depth, answer in places:
+    extra = {"needle": True, "hidden": True}
+    extra |= {"needle_kind": kind, "depth": depth} if kind else {}
+    item = question(1, duration=length, chance=0.25, extra=extra)
+    scored.append(score(item, {"answer": answer, "seconds": 1.0}))
+  built = report.build({"m": Run(ABOUT, tuple(scored), ())})
+  grid = built.data["needle_grid"]
+  assert list(grid) == ["card", "clip, word"]
+  assert list(grid["card"]) == ["5-10 min", "60-120 min"]
+  assert grid["card"]["60-120 min"] == {"0-20 %": _part(1, 2, 0.25)}
+  assert grid["clip, word"]["5-10 min"]["20-40 %"]["accuracy"] == 0
+  figure = report_pages.figures(built.data)["needles_by_depth.png"]
+  assert [axes.get_title() for axes in figure.axes] == [
+    "card (chance 25%)", "clip, word (chance 25%)"
+  ]  # fmt: skip
+  card = figure.axes[0]
+  assert {text.get_text() for text in card.texts} == {"50%\nof 2", "100%\nof 1"}
+  assert card.images[0].get_array().shape == (3, 2)  # depths, lengths
+  assert 0.005 < _inked(figure, tmp_path) < 0.9
+
+
 def test_held_out_answers_are_drawn_beside_the_training_loss(tmp_path):
   rows = [{"step": s, "loss": 3.0 / s} for s in range(1, 20)]
   for row in rows[4::5]:
