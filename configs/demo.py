@@ -14,7 +14,7 @@ Like the paper's, the stages go from single frames to whole memories:
   0  tower, projector and word embeddings: single frames and their captions
   1  decoder: one-word look-ups, six in a conversation, in the kept frames
   2  decoder: all tasks, eight questions in a conversation, in the kept frames
-  3  with MemAug, drawn fresh: single questions, many of which only the memory
+  3  with MemAug, drawn fresh: single questions, half of which only the memory
      of all frames can answer
 
 Look-ups come first because mixed with everything else they are not found in
@@ -52,7 +52,7 @@ MODEL = ModelConfig(
   remat="none",
 )
 # The same world for a GPU or a TPU chip: finer features, a larger model, more
-# steps. Give it more videos as well (hourjax.demo --train_videos=5000).
+# steps. `SIZE=full bash launch/local.sh` gives it more videos as well.
 FULL = ModelConfig(
   vision=VisionConfig(
     image_size=96, patch_size=12, width=192, layers=4, heads=4, mlp=768

@@ -5,6 +5,8 @@
 #   bash launch/local.sh --compare  and the same without MemAug, and needles in
 #                                   videos of up to 8 hours
 #   WORK=/tmp/demo SEED=1 bash launch/local.sh      another folder, another world
+#   SIZE=full JAX_PLATFORMS=tpu bash launch/local.sh  a larger model and five times
+#                                   the videos, for a GPU or a TPU chip
 #
 # Render videos, align the tower with words, extract features, train, evaluate,
 # report. Every stage reuses what an earlier run finished.
@@ -21,8 +23,10 @@ source launch/environment.sh
 # shellcheck disable=SC2119  # no extras
 environment
 
-work=${WORK:-work} seed=${SEED:-0}
-config=configs/demo.py:data=$work/data,stage=
+work=${WORK:-work} seed=${SEED:-0} size=${SIZE:-small}
+config=configs/demo.py:data=$work/data,size=$size,stage=
+videos=()
+if [[ $size == full ]]; then videos=(--train_videos=5400); fi
 export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
 # The demo is for this machine's CPU or GPU; on a TPU VM set JAX_PLATFORMS=tpu.
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
@@ -55,7 +59,8 @@ evaluation=(--model="$work/memaug" --benchmark=records --data="$work/data"
   --features="$work/data/features" --out="$work")
 
 step "1/8 render videos and write questions" \
-  python -m hourjax.demo --workdir="$work" --seed="$seed"
+  python -m hourjax.demo --workdir="$work" --seed="$seed" \
+  ${videos[@]+"${videos[@]}"}
 step "2/8 stage 0: bring the tower and the words together" \
   python -m hourjax.align --config="${config}0" --config.seed="$seed" \
   --captions="$work/data/captions.json" --workdir="$work/stage0"

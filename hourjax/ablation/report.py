@@ -44,8 +44,8 @@ class Result(schema.Schema):
   chance: float
   left_out: int
   by_task: dict[str, float]
-  chance_by_task: dict[str, float] = {}
-  count_by_task: dict[str, int] = {}
+  chance_by_task: dict[str, float] = pydantic.Field(default_factory=dict)
+  count_by_task: dict[str, int] = pydantic.Field(default_factory=dict)
   seconds: float
 
   def task_name(self, task: str) -> str | None:
