@@ -29,7 +29,7 @@ _MINUTES = flags.DEFINE_list(
 )
 _DEPTHS = flags.DEFINE_integer("depths", 5, "Number of depths.", 1, 100)
 _VIDEOS = flags.DEFINE_integer(
-  "videos", 2, "Videos of each length and depth.", 1, 100
+  "videos", 4, "Videos of each length and depth.", 1, 100
 )
 _SEED = flags.DEFINE_integer(
   "seed", 0, "Seed of the videos.", 0, command.LAST_SEED

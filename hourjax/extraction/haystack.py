@@ -5,9 +5,11 @@ ones. So each different frame is encoded once, and a video's features are these
 in the order in which it shows them.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -71,16 +73,26 @@ def write_haystack(
   for length in minutes:
     for depth in range(depths):
       for number in range(videos):
-        # The same number of an index is the same card and word.
-        index = 1 + number + videos * depth + 1000 * length
-        whole = make_script(seed, "test", index, (60 * length, 60 * length))
-        script = move_needles(whole, (depth + 0.5) / depths)
-        scripts.append(script)
-        records += writer.needles(script)
+        share = (depth + 0.5) / depths
+        scripts.append(_script(seed, length, share, number))
+        records += writer.needles(scripts[-1])
   store = FeatureStore(folder / "features", create=True)
   _write_features(encoder, store, scripts)
   write_file(folder / "test.json", json.dumps(records, indent=1))
   return scripts
+
+
+def _script(seed: int, minutes: int, depth: float, number: int) -> Script:
+  """Makes the script of a video, whose name says all that determines it.
+
+  A store thus never mixes videos of different options. What the needles show is
+  drawn by the name too, so that it does not go with depth or length.
+  """
+  name = f"{minutes}min_{100 * depth:g}percent_{number}_seed{seed}"
+  index = 1 + zlib.crc32(name.encode()) % 10**6
+  seconds = 60 * minutes
+  script = make_script(seed, "test", index, (seconds, seconds))
+  return dataclasses.replace(move_needles(script, depth), name=name)
 
 
 def _write_features(

@@ -51,6 +51,28 @@ def test_needles_lie_at_their_depths(encoder, tmp_path):
   assert store.stored(records[-1]["video"]) == (1200, 1200.0)
 
 
+def test_other_options_are_other_videos(encoder, tmp_path):
+  """Their features lie side by side in one store."""
+  names = {
+    s.name
+    for depths, seed in ((1, 0), (2, 0), (1, 1))
+    for s in _write(encoder, tmp_path, minutes=[4], depths=depths, seed=seed)
+  }
+  assert len(names) == 1 + 2 + 1
+  assert len(FeatureStore(tmp_path / "features")) == 4
+
+
+def test_what_needles_show_does_not_go_with_their_depth():
+  for depth in (0.1, 0.5, 0.9):
+    made = [
+      haystack._script(0, minutes, depth, number)
+      for minutes in (4, 10, 30)
+      for number in range(8)
+    ]
+    assert len({s.clip.word for s in made}) == 4
+    assert len({s.needle.colour for s in made}) == 4
+
+
 def test_stored_videos_are_not_drawn_again(encoder, tmp_path, monkeypatch):
   _write(encoder, tmp_path, minutes=[4])
   drawn = []
