@@ -72,7 +72,8 @@ _RATES = {0: 2e-3, 1: 4e-3, 2: 4e-3, 3: 1.5e-3}
 # The larger model takes so many times the steps at this part of the rates, and
 # so many times the rows.
 _FULL_STEPS, _FULL_RATE, _FULL_ROWS = 4, 0.25, 4
-_FRAMES = 170  # of the longest training video
+# Of the longest training video, 170, and such that meshes divide the rows.
+_FRAMES = 176
 _KEPT = 16  # frames, of any video
 # Capacity of a row for the words of a prompt and of all conversations about a
 # video, by stage; a row holds one video.

@@ -317,7 +317,7 @@ def _needles(runs: Mapping[str, Run]) -> dict[str, Any]:
     "needle_hidden": hidden / max(len(scored), 1),
     "needle_by_duration": _accuracies(needles, _groups_of("duration")),
     "needle_by_format": _accuracies(needles, _groups_of("format")),
-    "needle_grid": _needle_grid(scored),
+    **({"needle_grid": grid} if (grid := _needle_grid(scored)) else {}),
   }
 
 

@@ -134,7 +134,7 @@ def test_answers_are_texts_of_options(tmp_path):
 @pytest.mark.parametrize(
   ("seconds", "duration"),
   [(300, "0-5 min"), (301, "5-10 min"), (4000, "60-120 min"),
-   (9000, "over 120 min"), (None, "")],
+   (9000, "120-240 min"), (30000, "over 480 min"), (None, "")],
 )  # fmt: skip
 def test_durations(seconds, duration, tmp_path):
   loaded = _read(tmp_path, MLVU | {"duration": seconds})
