@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 
 import nbformat
@@ -76,7 +77,8 @@ def test_it_runs_on_a_small_demo(work):
   _check_outputs(made)
   found = report.load(work)
   assert found.names == ["with MemAug", "without MemAug"]
-  assert found.complete and found.data["count"] == 13
+  asked = json.loads((work / "data" / "test.json").read_text())
+  assert found.complete and found.data["count"] == len(asked) > 10
 
 
 def test_without_a_demo_it_says_what_to_run():
