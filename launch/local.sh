@@ -88,4 +88,5 @@ if [[ $compare ]]; then
 fi
 echo
 echo "in $work: report.md, report.json, loss.png, accuracy_by_task.png," \
-  "accuracy_by_duration.png, needles_by_duration.png, answers-00000.jsonl"
+  "accuracy_by_duration.png, needles_by_duration.png, needles_by_depth.png," \
+  "answers-00000.jsonl"
