@@ -68,7 +68,7 @@ _MODELS = {"small": MODEL, "full": FULL}
 # By stage: optimizer steps, and the peak learning rate of what is trained. In
 # stage 3 that is MemAug's, which is fresh; the decoder has less.
 _STEPS = {0: 900, 1: 1300, 2: 1200, 3: 700}
-_RATES = {0: 2e-3, 1: 4e-3, 2: 4e-3, 3: 1.5e-3}
+_RATES = {0: 2e-3, 1: 4e-3, 2: 4e-3, 3: 2e-3}
 # The larger model takes so many times the steps at this part of the rates, and
 # so many times the rows.
 _FULL_STEPS, _FULL_RATE, _FULL_ROWS = 4, 0.25, 4
