@@ -63,7 +63,7 @@ def table(summary: dict) -> str:
   topics = {t for n in summary["splits"].values() for t in n["topic"]}
   note = (
     f"{len(tasks)} tasks of {len(topics)} topics; needle: share of questions"
-    " for a card shown for 1-2 s;\nhidden: cards of which temporal forgetting"
+    " for a card or a clip;\nhidden: cards of which temporal forgetting"
     " drops every frame"
   )
   return "\n".join([*lines, note])

@@ -295,7 +295,7 @@ def _accuracies(
 def _needles(runs: Mapping[str, Run]) -> dict[str, Any]:
   """Computes accuracies on needles.
 
-  A needle is a question about what a video shows for a second or two only.
+  A needle is a question about what a video shows for a few seconds only.
   """
   needles = {
     name: dataclasses.replace(

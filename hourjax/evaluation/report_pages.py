@@ -22,7 +22,7 @@ Groups = Mapping[str, Data]  # group -> run -> accuracy
 _TITLES = {
   "task": "Accuracy by task",
   "duration": "Accuracy by length of video",
-  "needle": "Needles (shown for 1-2 s) by length of video",
+  "needle": "Needles by length of video",
 }
 _FILES = {
   "by_task": ("accuracy_by_task.png", _TITLES["task"]),

@@ -65,7 +65,7 @@ def write_haystack(
     if not MIN_SECONDS <= 60 * length <= 60 * LONGEST:
       raise UserError(
         f"a video of {length} minutes; choose lengths from"
-        f" {MIN_SECONDS // 60} to {LONGEST} minutes"
+        f" {-(-MIN_SECONDS // 60)} to {LONGEST} minutes"
       )
   folder = pathlib.Path(out)
   scripts, records = [], []

@@ -88,5 +88,7 @@ def test_stored_videos_are_not_drawn_again(encoder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("minutes", [2, 1441])
 def test_lengths_out_of_range(encoder, tmp_path, minutes):
-  with pytest.raises(UserError, match=f"a video of {minutes} minutes; choose"):
+  with pytest.raises(
+    UserError, match=rf"a video of {minutes} minutes;.* from 3 to 1440"
+  ):
     _write(encoder, tmp_path, minutes=[minutes])

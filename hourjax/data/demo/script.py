@@ -188,26 +188,25 @@ def move_needles(script: Script, depth: float) -> Script:
   """Moves the card and the clip of a video to one depth.
 
   The card comes first, then the clip: as near to the depth as temporal
-  forgetting drops every frame of both.
+  forgetting drops every frame of both. In a short video, where few frames in a
+  row are dropped, the clip becomes shorter.
 
   Args:
     script: of a video with a clip, whose card is shown once.
     depth: share of the video that comes before, 0 to 1.
-
-  Raises:
-    ValueError: nowhere are so many frames dropped in a row.
   """
   needle, clip = script.needle, script.clip
   assert clip is not None and len(needle.spans) == 1
   ((start, end),) = needle.spans
   shown = end - start
-  both = shown + NEEDLE_GAP + clip.end - clip.start
   kept = _is_kept(script.duration)
   kept[:NEEDLE_GAP] = kept[script.duration - NEEDLE_GAP :] = True
-  windows = np.lib.stride_tricks.sliding_window_view(~kept, both)
-  starts = np.flatnonzero(windows.all(axis=1))
-  if not len(starts):
-    raise ValueError(f"{script.name}: no {both} dropped frames in a row")
+  for length in range(clip.end - clip.start, 0, -1):
+    both = shown + NEEDLE_GAP + length
+    windows = np.lib.stride_tricks.sliding_window_view(~kept, both)
+    starts = np.flatnonzero(windows.all(axis=1))
+    if len(starts):
+      break
   start = int(starts[np.abs(starts - depth * script.duration).argmin()])
   later = start + shown + NEEDLE_GAP
   return dataclasses.replace(
@@ -216,7 +215,7 @@ def move_needles(script: Script, depth: float) -> Script:
       needle, spans=((start, start + shown),), dropped=True
     ),
     clip=dataclasses.replace(
-      clip, start=later, end=later + clip.end - clip.start, dropped=True
+      clip, start=later, end=later + length, dropped=True
     ),
   )
 

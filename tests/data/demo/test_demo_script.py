@@ -136,6 +136,20 @@ def test_needles_moved_to_a_depth(minutes, depth):
   assert moved.clip.end - moved.clip.start == whole.clip.end - whole.clip.start
 
 
+@pytest.mark.parametrize("depth", [0.1, 0.5, 0.9])
+def test_clips_are_shortened_to_fit_into_short_videos(depth):
+  """Of 3 minutes, the shortest of a haystack, in which 11 frames are dropped
+  in a row."""
+  for number in range(1, 41):
+    whole = script.make_script(3, "test", number, (180, 180))
+    moved = script.move_needles(whole, depth)
+    shown = range(moved.needle.spans[0][0], moved.clip.end)
+    assert set(script.kept_frames(180).tolist()).isdisjoint(shown)
+    least, most = script.CLIP_SECONDS
+    length = moved.clip.end - moved.clip.start
+    assert least <= length <= min(most, whole.clip.end - whole.clip.start)
+
+
 def test_colours_are_dealt_in_turn():
   needles = [
     script.make_script(3, "train", i, (130, 170)).needle for i in range(1, 41)
