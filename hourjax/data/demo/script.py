@@ -201,12 +201,11 @@ def move_needles(script: Script, depth: float) -> Script:
   shown = end - start
   kept = _is_kept(script.duration)
   kept[:NEEDLE_GAP] = kept[script.duration - NEEDLE_GAP :] = True
-  for length in range(clip.end - clip.start, 0, -1):
-    both = shown + NEEDLE_GAP + length
-    windows = np.lib.stride_tricks.sliding_window_view(~kept, both)
-    starts = np.flatnonzero(windows.all(axis=1))
-    if len(starts):
-      break
+  length, starts = next(
+    (length, found)
+    for length in range(clip.end - clip.start, 0, -1)
+    if len(found := _starts(~kept, shown + NEEDLE_GAP + length))
+  )
   start = int(starts[np.abs(starts - depth * script.duration).argmin()])
   later = start + shown + NEEDLE_GAP
   return dataclasses.replace(
@@ -330,14 +329,19 @@ def _span(
   Returns:
     (start, end); None if there are none.
   """
-  # A start is allowed if all seconds of the card are: allowed [1, 1, 0, 1] and
-  # length 2 give starts [1, 0, 0].
-  allowed = free & ~banned
-  starts = np.lib.stride_tricks.sliding_window_view(allowed, length)
-  found = np.flatnonzero(starts.all(axis=1))
+  found = _starts(free & ~banned, length)
   if not len(found):
     return None
   start = int(rng.choice(found))
   end = start + length
   free[max(start - NEEDLE_GAP, 0) : end + NEEDLE_GAP] = False
   return start, end
+
+
+def _starts(allowed: np.ndarray, length: int) -> np.ndarray:
+  """Returns where `length` allowed seconds in a row begin.
+
+  [1, 1, 0, 1] and a length of 2 give [0].
+  """
+  windows = np.lib.stride_tricks.sliding_window_view(allowed, length)
+  return np.flatnonzero(windows.all(axis=1))
