@@ -14,8 +14,8 @@ Like the paper's, the stages go from single frames to whole memories:
   0  tower, projector and word embeddings: single frames and their captions
   1  decoder: one-word look-ups, six in a conversation, in the kept frames
   2  decoder: all tasks, eight questions in a conversation, in the kept frames
-  3  with MemAug, drawn fresh: single questions, half of which only the memory
-     of all frames can answer
+  3  with MemAug, drawn fresh: again eight questions, half of which only the
+     memory of all frames can answer
 
 Look-ups come first because mixed with everything else they are not found in
 the same time; see hourjax/evaluation/README.md.
@@ -67,20 +67,19 @@ FULL = ModelConfig(
 _MODELS = {"small": MODEL, "full": FULL}
 # By stage: optimizer steps, and the peak learning rate of what is trained. In
 # stage 3 that is MemAug's, which is fresh; the decoder has less.
-_STEPS = {0: 900, 1: 1300, 2: 1200, 3: 700}
-_RATES = {0: 2e-3, 1: 4e-3, 2: 4e-3, 3: 2e-3}
+_STEPS = {0: 900, 1: 1300, 2: 1300, 3: 1200}
+_RATES = {0: 2e-3, 1: 4e-3, 2: 4e-3, 3: 2.5e-3}
 # The larger model takes so many times the steps at this part of the rates, and
 # so many times the rows.
 _FULL_STEPS, _FULL_RATE, _FULL_ROWS = 4, 0.25, 4
 # Of the longest training video, 170, and such that meshes divide the rows.
 _FRAMES = 176
 _KEPT = 16  # frames, of any video
-# Capacity of a row for the words of a prompt and of all conversations about a
-# video, by stage; a row holds one video.
-_WORDS = {1: (96, 164), 2: (184, 284), 3: (272, 320)}
+# Capacity of a row, which holds one conversation, for the words of its questions
+# and of all of it, by stage.
+_WORDS = {1: (96, 164), 2: (184, 296), 3: (176, 280)}
 _BATCH_ROWS = {0: 128, 1: 24, 2: 24, 3: 8}  # in stage 0, frames
-_SLOW = 0.4  # part of the rate that the decoder has in stage 3
-_SHARE_MEMORY = 4  # single questions about a video in a row of stage 3
+_SLOW = 0.35  # part of the rate that the decoder has in stage 3
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -119,7 +118,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.memaug_layers = 0
   if stage == 3:
     config.draw_missing = "memaug"
-    config.data.share_memory = _SHARE_MEMORY
   config.optimizer.update(
     projector=rate if stage < 3 else 0.0,
     memaug=rate,
@@ -138,8 +136,7 @@ def _rows(model: ModelConfig, stage: int) -> Size:
   if stage == 0:
     return Size()  # single frames fill no rows
   tokens = model.pool_side**2
-  # One token in four of a kept frame, and its newline, for each conversation.
-  kept = _KEPT * (tokens // 4 + 1) * (_SHARE_MEMORY if stage == 3 else 1)
+  kept = _KEPT * (tokens // 4 + 1)  # one token in four, and a newline
   words, positions = _WORDS[stage]
   return Size(
     features=_FRAMES * tokens,

@@ -32,10 +32,10 @@ LOOKUPS = (
   "action_recognition",
   "scene_recognition",
 )
-TURNS = 8  # questions in each conversation of stage 2
-NEEDLE_EVERY = 2  # of the single questions of stage 3, one is about a needle
-# What these ask about, in random order, each as often as it stands here.
-NEEDLE_QUESTIONS = ("card", "card", "word", "word", "first", "last")
+TURNS = 8  # questions in each conversation of stages 2 and 3
+# What is asked about a video's needles, in each conversation of stage 3 and in
+# haystacks.
+NEEDLE_QUESTIONS = ("card", "word", "first", "last")
 # What a test video's question about its clip is about.
 CLIP_QUESTIONS = ("word", "word", "first", "last")
 Turn = tuple[str, str, dict[str, Any]]  # question, answer, facts about both
@@ -78,18 +78,15 @@ class RecordWriter:
     ]
 
   def memory(self, script: Script, conversations: int) -> list[dict]:
-    """Writes records of one question each, many of them about a needle.
-
-    They are for MemAug, whose queries would see the questions of a longer
-    conversation all at once.
-    """
+    """Writes conversations for MemAug: NEEDLE_QUESTIONS and others, TURNS in all."""
     records = []
     for number in range(conversations):
-      if number % NEEDLE_EVERY == 0:
-        about = self._draw("needle", NEEDLE_QUESTIONS)
-        turns = [self._turn(_needle_question(script, about))]
-      else:
-        turns = self._others(script, 1)
+      turns = [
+        self._turn(_needle_question(script, about))
+        for about in NEEDLE_QUESTIONS
+      ]
+      turns += self._others(script, TURNS - len(turns))
+      turns = [turns[i] for i in self._rng.permutation(len(turns))]
       records.append(_record(script, number, turns))
     return records
 
@@ -106,8 +103,8 @@ class RecordWriter:
 
   def needles(self, script: Script) -> list[dict]:
     """Writes a record for each question about a video's card and clip."""
-    abouts = "card", "word", "first", "last"
-    turns = [self._turn(_needle_question(script, about)) for about in abouts]
+    found = [_needle_question(script, about) for about in NEEDLE_QUESTIONS]
+    turns = [self._turn(question) for question in found]
     return [_record(script, i, [turn]) for i, turn in enumerate(turns)]
 
   def _draw(self, deck: str, cards: Sequence[str], keep: bool = False) -> str:
@@ -147,7 +144,7 @@ class RecordWriter:
 
   def _turn(self, found: DemoQuestion) -> Turn:
     """Writes a question in its format."""
-    if found.answer in ("yes", "no"):
+    if found.yes is not None:
       self._draw(f"{found.task} yes", ("yes", "no"))
     needle = found.needle
     facts = {
@@ -210,7 +207,7 @@ TEST_SECONDS = (
 FILES = ("captions", "lookups", "train", "memory", "test")
 CAPTION_SECONDS = 8  # between two frames of a video that have captions
 # Part of the summary, so that a data set of older code is written again.
-VERSION = 5
+VERSION = 6
 # Encoding releases the GIL, and each video is encoded on one core.
 THREADS = 2
 

@@ -4,6 +4,10 @@ There is one function for each kind of question. It takes `(script, rng, yes)`
 and returns a `DemoQuestion`, or None where the video offers no such question
 with a single right answer. `yes` says which answer a yes-or-no question must
 have, so that both answers are equally frequent.
+
+A question that compares two things in a video is answered with both and the
+result, such as "left, right: no". A model of this size learns to name them, and
+to compare what it named, long before it compares what it sees.
 """
 
 import dataclasses
@@ -43,6 +47,7 @@ class DemoQuestion:
     span: seconds (start, end) that show the answer; None if spread out.
     needle: the card or clip asked for, if any.
     needle_kind: "card", "clip, order" or "clip, word"; empty without needle.
+    yes: whether the answer is or ends with "yes"; None if it is neither.
   """
 
   task: str
@@ -53,6 +58,7 @@ class DemoQuestion:
   span: tuple[int, int] | None = None
   needle: Needle | Clip | None = None
   needle_kind: str = ""
+  yes: bool | None = None
 
   @property
   def format(self) -> str:
@@ -104,7 +110,7 @@ def clip_question(clip: Clip, about: str) -> DemoQuestion:
     answer,
     others(items, answer),
     len(items),
-    (clip.start, clip.end),
+    clip.spans[0],
     clip,
     kind,
   )
@@ -156,7 +162,27 @@ def next_scene(script: Script, scene: Scene) -> Scene | None:
 
 def yes_no_question(task: str, text: str, yes: bool) -> DemoQuestion:
   """Makes an open question whose answer is yes or no."""
-  return DemoQuestion(task, text, "yes" if yes else "no", open_answers=2)
+  answer = "yes" if yes else "no"
+  return DemoQuestion(task, text, answer, open_answers=2, yes=yes)
+
+
+def same_question(
+  task: str, text: str, values: Sequence[str], items: Sequence[str]
+) -> DemoQuestion:
+  """Asks whether two values, of those in `items`, are the same.
+
+  Half of the time they are, whatever the items, so the best guess is right once
+  in twice their number.
+  """
+  one, two = values
+  result = "yes" if one == two else "no"
+  return DemoQuestion(
+    task,
+    text,
+    f"{one}, {two}: {result}",
+    open_answers=2 * len(items),
+    yes=one == two,
+  )
 
 
 def scene_question(
@@ -254,7 +280,8 @@ def _same_side(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
     return None
   one, two = (f"the {s.kind} in the {s.place}" for s in pair)
   text = f"Are {one} and {two} on the same side, left or right?"
-  return yes_no_question("spatial_reasoning", text, yes)
+  sides = [scene.side for scene in pair]
+  return same_question("spatial_reasoning", text, sides, world.SIDES)
 
 
 def _which_object(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
@@ -299,18 +326,17 @@ def _exists(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
   return yes_no_question("object_existence", text, yes)
 
 
-def _returns(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
-  def again(scene: Scene) -> bool:
-    later = script.scenes[script.scenes.index(scene) + 1 :]
-    return any(s.actor == scene.actor for s in later)
-
+def _elsewhere(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
+  actors = [s.actor for s in script.scenes]
   scenes = unique_scenes(script, "actor", "place")
-  scenes = [s for s in scenes if s != script.scenes[-1] and again(s) == yes]
-  scene = pick_if_any(rng, scenes)
+  scene = pick_if_any(rng, [s for s in scenes if actors.count(s.actor) == 2])
   if scene is None:
     return None
-  text = f"Does the {scene.actor} in the {scene.place} return later?"
-  return yes_no_question("object_permanence", text, yes)
+  # The other one is in another place, or neither would be unique.
+  (other,) = (s for s in scenes if s.actor == scene.actor and s != scene)
+  text = f"Where else is the {scene.actor} of the {scene.place}?"
+  places = others(world.PLACES, scene.place)
+  return scene_question("object_permanence", text, other, other.place, places)
 
 
 def _does_what(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
@@ -356,9 +382,9 @@ def _same_action(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
   if pair is None or (pair[0].action == pair[1].action) != yes:
     return None
   one, two = (f"the {s.kind} in the {s.place}" for s in pair)
-  return yes_no_question(
-    "action_reasoning", f"Do {one} and {two} move alike?", yes
-  )
+  text = f"Do {one} and {two} move alike?"
+  actions = [scene.action for scene in pair]
+  return same_question("action_reasoning", text, actions, world.ACTIONS)
 
 
 def _in_place(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
@@ -396,14 +422,14 @@ def _altered(rng: Rng, script: Script) -> str:
       return title
 
 
-def _event_before(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
-  pair = pick_two(rng, unique_scenes(script, "actor"))
-  if pair is None:
-    return None
-  early, late = sorted(pair, key=lambda s: s.start)
-  one, two = (early, late) if yes else (late, early)
-  text = f"Does the {one.actor} come before the {two.actor}?"
-  return yes_no_question("event_sequence", text, yes)
+def _first_and_last(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
+  first, last = script.scenes[0].kind, script.scenes[-1].kind
+  return DemoQuestion(
+    "event_sequence",
+    "Which object comes first, and which one last?",
+    f"{first}, {last}",
+    open_answers=len(world.KINDS) ** 2,
+  )
 
 
 def _key_event(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
@@ -436,14 +462,14 @@ QUESTION_MAKERS: dict[str, tuple[QuestionMaker, ...]] = {
   "object_attribute": (_colour,),
   "object_reasoning": (_count,),
   "object_existence": (_exists,),
-  "object_permanence": (_returns,),
+  "object_permanence": (_elsewhere,),
   "action_recognition": (_does_what,),
   "action_localization": (_quarter,),
   "action_sequence": (_next_action,),
   "action_reasoning": (_same_action,),
   "scene_recognition": (_in_place,),
   "scene_transition": (_next_place,),
-  "event_sequence": (_event_before,),
+  "event_sequence": (_first_and_last,),
   "key_event_extraction": (_key_event,),
   "event_summarization": (_summary,),
 }

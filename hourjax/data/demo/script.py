@@ -24,8 +24,9 @@ MAX_KEPT = 16
 TRAIN_SCENES = (4, 14)
 # Least and most seconds of a clip.
 CLIP_SECONDS = (3, 10)
-# Possible numbers of times that a video shows its needle's card.
-SHOWINGS = {"train": (1, 2, 4, 6), "test": (1,)}
+# Possible numbers of times that a video shows its card, and its clip.
+CARD_SHOWINGS = {"train": (1, 2, 4, 6), "test": (1,)}
+CLIP_SHOWINGS = {"train": (1, 2, 3), "test": (1,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +88,8 @@ class Clip:
   Attributes:
     start: first second.
     end: second after the last one.
+    again: first seconds of further showings of the same clip, which some
+      training videos have.
     things: two of `world.CLIP_THINGS`. Each crosses the screen for half of the
       time, one after the other.
     word: one of `world.CLIP_WORDS`, which stands below all the time.
@@ -98,16 +101,24 @@ class Clip:
   things: tuple[str, str]
   word: str
   dropped: bool
+  again: tuple[int, ...] = ()
+
+  @property
+  def spans(self) -> tuple[tuple[int, int], ...]:
+    """Returns (start, end) in seconds of each showing, the first one first."""
+    length = self.end - self.start
+    return tuple((start, start + length) for start in (self.start, *self.again))
 
   def shown_at(self, second: int) -> bool:
     """Returns whether the clip is on at a second."""
-    return self.start <= second < self.end
+    return any(start <= second < end for start, end in self.spans)
 
   def thing_at(self, second: int) -> tuple[str, float]:
     """Returns what crosses the screen at a second, and its way from 0 to 1."""
     length = self.end - self.start
     half = (length + 1) // 2
-    number, step = divmod(second - self.start, half)
+    began = next(start for start, end in self.spans if start <= second < end)
+    number, step = divmod(second - began, half)
     steps = half if number == 0 else length - half
     return self.things[number], step / max(steps - 1, 1)
 
@@ -174,13 +185,13 @@ def make_script(
   needle = _needle(
     rng,
     free,
-    showings=SHOWINGS[split],
+    showings=CARD_SHOWINGS[split],
     # In turn, so that all colours are equally frequent.
     colour=world.NEEDLE_COLOURS[index % len(world.NEEDLE_COLOURS)],
   )
   # In turn as well, but so that a colour does not tell the word.
   word = world.CLIP_WORDS[(index - 1) // 4 % len(world.CLIP_WORDS)]
-  clip = _clip(rng, free, word)
+  clip = _clip(rng, free, word, showings=CLIP_SHOWINGS[split])
   return Script(f"{split}_{index:04d}", duration, scenes, needle, clip)
 
 
@@ -289,7 +300,13 @@ def _needle(
   )
 
 
-def _clip(rng: np.random.Generator, free: np.ndarray, word: str) -> Clip:
+def _clip(
+  rng: np.random.Generator,
+  free: np.ndarray,
+  word: str,
+  *,
+  showings: tuple[int, ...],
+) -> Clip:
   """Draws where a video shows its clip; marks the seconds in `free`.
 
   Where no dropped frames are as many in a row as the clip takes, it is shorter.
@@ -304,14 +321,22 @@ def _clip(rng: np.random.Generator, free: np.ndarray, word: str) -> Clip:
     for length in lengths
   )
   start, end = next(span for span in tries if span)
+  banned = kept if hidden else ~free
+  again = [
+    _span(rng, free, banned, end - start)
+    for _ in range(int(rng.choice(showings)) - 1)
+  ]
   one, two = rng.permutation(len(world.CLIP_THINGS))[:2]
-  return Clip(
+  clip = Clip(
     start,
     end,
     (world.CLIP_THINGS[one], world.CLIP_THINGS[two]),
     word,
-    dropped=not kept[start:end].any(),
+    dropped=False,
+    again=tuple(span[0] for span in again if span),
   )
+  dropped = not any(kept[begin:stop].any() for begin, stop in clip.spans)
+  return dataclasses.replace(clip, dropped=dropped)
 
 
 def _is_kept(duration: int) -> np.ndarray:

@@ -58,9 +58,20 @@ def _answer(task, scenes, text):
     after = scenes[max(_where(scenes, place=place)) + 1]
     return after.place if task == "scene_transition" else after.action
   if task == "event_sequence":
-    one, two = re.findall(r"the (\w+ \w+)", text)
-    names = [s.actor for s in scenes]
-    return "yes" if names.index(one) < names.index(two) else "no"
+    return f"{scenes[0].kind}, {scenes[-1].kind}"
+  if task in ("spatial_reasoning", "action_reasoning"):
+    field = "side" if task == "spatial_reasoning" else "action"
+    one, two = (
+      _one([getattr(scenes[t], field) for t in _where(scenes, kind=k, place=p)])
+      for k, p in re.findall(r"the (\w+) in the (\w+)", text)
+    )
+    return f"{one}, {two}: {'yes' if one == two else 'no'}"
+  if task == "object_permanence":
+    colour, kind, place = re.search(
+      r"the (\w+) (\w+) of the (\w+)", text
+    ).groups()
+    shown = {scenes[t].place for t in _where(scenes, colour=colour, kind=kind)}
+    return _one(shown - {place})
   if task == "key_event_extraction":
     found = re.search(r"show an? (.*)", text)[1] in {s.title for s in scenes}
     return "yes" if found else "no"
@@ -102,7 +113,7 @@ def test_answers_computed_anew(asked):
     if expected is not None:
       assert facts["answer"] == expected, (video, text)
       tasks[facts["task"]] += 1
-  assert len(tasks) == 13, tasks
+  assert len(tasks) == 16, tasks
 
 
 def _check_clip(clip, text, facts):
@@ -139,8 +150,8 @@ def test_balance_and_coverage(asked):
     for f in facts:
       if key == "letter" and f["letter"]:
         counts[f["task"]][f["letter"]] += 1
-      elif key == "answer" and f["answer"] in ("yes", "no"):
-        counts[f["task"]][f["answer"]] += 1
+      elif key == "answer" and f["answer"].endswith(("yes", "no")):
+        counts[f["task"]][f["answer"].split()[-1]] += 1
     for task, n in counts.items():
       every = n.values()
       assert len(n) == (4 if key == "letter" else 2), task
@@ -178,11 +189,13 @@ def test_training_conversations(kind):
       talk, questions = record["conversations"], record["questions"]
       turns[len(questions)] += 1
       assert len(talk) == 2 * len(questions)
-      needles = kind == "memory" and number % build.NEEDLE_EVERY == 0
-      assert sum(facts["needle"] for facts in questions) == needles
+      about = [facts for facts in questions if facts["needle"]]
+      needles = len(build.NEEDLE_QUESTIONS) if kind == "memory" else 0
+      assert len({(f["needle_kind"], f["answer"]) for f in about}) == needles
+      assert len(about) == needles
       marks = ["<image>" in turn["value"] for turn in talk]
       assert marks == [True] + [False] * (len(talk) - 1)
-      tasks = [facts["task"] for facts in questions]
+      tasks = [facts["task"] for facts in questions if not facts["needle"]]
       assert len(set(tasks)) == len(tasks)
       if kind == "lookups":
         assert set(tasks) <= set(build.LOOKUPS)
@@ -190,7 +203,7 @@ def test_training_conversations(kind):
         assert all(len(turn["value"].split()) <= 2 for turn in talk[1::2])
       for turn, facts in zip(talk[1::2], questions):
         assert turn["value"] == (facts["letter"] or facts["answer"])
-  expected = {"lookups": 6, "train": build.TURNS, "memory": 1}[kind]
+  expected = 6 if kind == "lookups" else build.TURNS
   assert turns.most_common(1)[0][0] == expected
 
 

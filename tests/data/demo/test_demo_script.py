@@ -68,12 +68,15 @@ def test_needles_apart_and_mostly_in_dropped_frames(split, seconds):
   ("split", "seconds"), [("train", (130, 170)), ("test", (180, 3600))]
 )
 def test_clips_apart_from_cards_and_mostly_in_dropped_frames(split, seconds):
-  dropped, lengths, words = [], set(), []
+  dropped, lengths, words, showings = [], set(), [], set()
   for i in range(1, 193):
     s = script.make_script(3, split, i, seconds)
     clip, gap = s.clip, script.NEEDLE_GAP
-    shown = set(range(clip.start, clip.end))
-    assert gap <= clip.start and clip.end <= s.duration - gap
+    shown = {t for span in clip.spans for t in range(*span)}
+    assert gap <= min(shown) and max(shown) < s.duration - gap
+    assert shown == {t for t in range(s.duration) if clip.shown_at(t)}
+    assert len(shown) == len(clip.spans) * (clip.end - clip.start)
+    showings.add(len(clip.spans))
     for start, end in s.needle.spans:
       assert shown.isdisjoint(range(start - gap, end + gap))
     assert clip.dropped == shown.isdisjoint(
@@ -83,6 +86,7 @@ def test_clips_apart_from_cards_and_mostly_in_dropped_frames(split, seconds):
     lengths.add(clip.end - clip.start)
     words.append(clip.word)
     assert len(set(clip.things)) == 2
+  assert showings == {"train": {1, 2, 3}, "test": {1}}[split]
   assert lengths == set(range(3, 11))
   assert np.mean(dropped) >= script.HIDDEN_SHARE - 0.05
   assert all(words.count(word) == 48 for word in world.CLIP_WORDS)
