@@ -75,8 +75,8 @@ _FULL_STEPS, _FULL_RATE, _FULL_ROWS = 4, 0.25, 4
 # Of the longest training video, 170, and such that meshes divide the rows.
 _FRAMES = 176
 _KEPT = 16  # frames, of any video
-# Capacity of a row, which holds one conversation, for the words of its questions
-# and of all of it, by stage.
+# Capacity of a row, which holds one conversation, for the words of its
+# questions and of all of it, by stage.
 _WORDS = {1: (96, 164), 2: (184, 296), 3: (176, 280)}
 _BATCH_ROWS = {0: 128, 1: 24, 2: 24, 3: 8}  # in stage 0, frames
 _SLOW = 0.35  # part of the rate that the decoder has in stage 3

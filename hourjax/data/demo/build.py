@@ -78,7 +78,10 @@ class RecordWriter:
     ]
 
   def memory(self, script: Script, conversations: int) -> list[dict]:
-    """Writes conversations for MemAug: NEEDLE_QUESTIONS and others, TURNS in all."""
+    """Writes conversations of TURNS questions for MemAug.
+
+    They are NEEDLE_QUESTIONS and others, in random order.
+    """
     records = []
     for number in range(conversations):
       turns = [
