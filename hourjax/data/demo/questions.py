@@ -166,6 +166,15 @@ def yes_no_question(task: str, text: str, yes: bool) -> DemoQuestion:
   return DemoQuestion(task, text, answer, open_answers=2, yes=yes)
 
 
+def both_question(
+  task: str, text: str, values: Sequence[str], items: Sequence[str]
+) -> DemoQuestion:
+  """Makes an open question whose answer is two values, of those in `items`."""
+  return DemoQuestion(
+    task, text, ", ".join(values), open_answers=len(items) ** 2
+  )
+
+
 def same_question(
   task: str, text: str, values: Sequence[str], items: Sequence[str]
 ) -> DemoQuestion:
@@ -423,13 +432,9 @@ def _altered(rng: Rng, script: Script) -> str:
 
 
 def _first_and_last(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
-  first, last = script.scenes[0].kind, script.scenes[-1].kind
-  return DemoQuestion(
-    "event_sequence",
-    "Which object comes first, and which one last?",
-    f"{first}, {last}",
-    open_answers=len(world.KINDS) ** 2,
-  )
+  text = "Which object comes first, and which one last?"
+  kinds = script.scenes[0].kind, script.scenes[-1].kind
+  return both_question("event_sequence", text, kinds, world.KINDS)
 
 
 def _key_event(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
@@ -440,13 +445,9 @@ def _key_event(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
 
 
 def _summary(script: Script, rng: Rng, yes: bool) -> DemoQuestion | None:
-  first, last = script.scenes[0].place, script.scenes[-1].place
-  return DemoQuestion(
-    "event_summarization",
-    "Where does the video begin, and where does it end?",
-    f"{first}, {last}",
-    open_answers=len(world.PLACES) ** 2,
-  )
+  text = "Where does the video begin, and where does it end?"
+  places = script.scenes[0].place, script.scenes[-1].place
+  return both_question("event_summarization", text, places, world.PLACES)
 
 
 QuestionMaker = Callable[[Script, Rng, bool], DemoQuestion | None]

@@ -5,7 +5,12 @@ import re
 
 import pytest
 
+from configs import demo
+from hourjax.data.columns import measure_record
 from hourjax.data.demo import build, script, world
+from hourjax.data.demo.tokenizer import train_tokenizer
+from hourjax.data.records.record import parse_record
+from hourjax.data.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +210,32 @@ def test_training_conversations(kind):
         assert turn["value"] == (facts["letter"] or facts["answer"])
   expected = 6 if kind == "lookups" else build.TURNS
   assert turns.most_common(1)[0][0] == expected
+
+
+def test_conversations_fit_the_rows_of_their_stage():
+  """Those that did not would be left out, and longer ones first."""
+  writer, videos = build.RecordWriter(7, "train"), range(1, 121)
+  scripts = [script.make_script(7, "train", i, (130, 170)) for i in videos]
+  written = {
+    stage: [r for s in scripts for r in getattr(writer, kind)(s, 6)]
+    for stage, kind in enumerate(("lookups", "train", "memory"), start=1)
+  }
+  texts = [
+    turn["value"]
+    for records in written.values()
+    for record in records
+    for turn in record["conversations"]
+  ]
+  tokenizer = Tokenizer(train_tokenizer(texts), "test")
+  for stage, records in written.items():
+    rows = demo.get_config(f"stage={stage}").rows
+    sizes = [
+      measure_record(parse_record(record, "test"), tokenizer, None)
+      for record in records
+    ]
+    kept = script.MAX_KEPT * 2  # a token and a newline each
+    assert kept + max(size.prompt for size in sizes) <= rows.queries
+    assert kept + max(size.tokens for size in sizes) <= rows.decoder
 
 
 def test_multiple_choice_text():
