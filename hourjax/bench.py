@@ -2,16 +2,16 @@
 
   python -m hourjax.bench data --json
   python -m hourjax.bench attention --topology=v5e:2x4
-  python -m hourjax.bench ask
+  python -m hourjax.bench ask  (or construct)
 
 `data` measures the data path with rows of --config (by default 3B, stage 3).
---gigabytes says how much it writes and reads.
 `attention` asks the TPU compiler, on any machine, how near the kernels come
 to the limits of --topology (v5e, v5p, v6e or tpu7x and its chips), at the
 sizes --model, --queries and --keys; on a TPU or GPU it measures time as well.
 --tune ranks tile sizes instead, which takes many minutes.
 
-`ask` measures the time to the first token of questions about an hour of video.
+`ask` measures the time to the first token of questions about an hour of video,
+`construct` how fast a construction calls and how soon a large one goes on.
 """
 
 import pathlib
@@ -32,18 +32,12 @@ _DEFAULT, _SHAPE = Options(), kernels.Options()
 _3B = "configs/hourllava.py:size=3b,stage=3"
 _CONFIG = config_flags.DEFINE_config_file("config", None, f"File ({_3B}).")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
-_GIGABYTES = flags.DEFINE_float(
-  "gigabytes", _DEFAULT.gigabytes, "Features to write and read.", lower_bound=0
-)
-_ROWS = flags.DEFINE_integer(
-  "rows", _DEFAULT.rows, "Rows to read for each figure.", lower_bound=2
-)
+_GIGABYTES = flags.DEFINE_float("gigabytes", _DEFAULT.gigabytes, "To read.", 0)
+_ROWS = flags.DEFINE_integer("rows", _DEFAULT.rows, "To read.", 2)
 _CONVERSATIONS = flags.DEFINE_integer(
-  "conversations", _DEFAULT.conversations, "To plan.", lower_bound=1
+  "conversations", _DEFAULT.conversations, "To plan.", 1
 )
-_SCRATCH = flags.DEFINE_string(
-  "scratch", None, "Folder for the temporary files; the system's by default."
-)
+_SCRATCH = flags.DEFINE_string("scratch", None, "Folder of temporary files.")
 _TOPOLOGY = flags.DEFINE_string("topology", _SHAPE.topology, "To compile for.")
 _MODEL = flags.DEFINE_string("model", _SHAPE.model, "Whose heads: 3b or 7b.")
 _QUERIES = flags.DEFINE_integer("queries", _SHAPE.queries, "Queries of a row.")
@@ -51,7 +45,7 @@ _KEYS = flags.DEFINE_integer("keys", _SHAPE.keys, "Memory tokens of a row.")
 _TUNE = flags.DEFINE_bool("tune", False, "Compile and rank tiles instead.")
 
 
-def data() -> dict:
+def data(folder: pathlib.Path) -> dict:
   """Measures the data path."""
   options = Options(
     conversations=_CONVERSATIONS.value,
@@ -59,11 +53,10 @@ def data() -> dict:
     rows=_ROWS.value,
   )
   experiment = build_experiment(command.given(_CONFIG).to_dict())
-  with tempfile.TemporaryDirectory(dir=_SCRATCH.value) as folder:
-    return measure_data(experiment, options, pathlib.Path(folder))
+  return measure_data(experiment, options, folder)
 
 
-def attention() -> dict:
+def attention(_: pathlib.Path) -> dict:
   """Measures the attention kernels."""
   options = kernels.Options(
     topology=_TOPOLOGY.value,
@@ -75,13 +68,19 @@ def attention() -> dict:
   return kernels.measure_attention(options)
 
 
-def ask() -> dict:
-  """Measures questions about an hour of video."""
-  with tempfile.TemporaryDirectory(dir=_SCRATCH.value) as folder:
-    return measure_ask(pathlib.Path(folder))
+def construct(folder: pathlib.Path) -> dict:
+  """Measures the calls and the bookkeeping of a construction."""
+  with command.needing("construct"):
+    from hourjax.benchmarks.construct import measure_construct
+  return measure_construct(folder)
 
 
-BENCHMARKS = {"data": data, "attention": attention, "ask": ask}
+BENCHMARKS = {
+  "data": data,
+  "attention": attention,
+  "ask": measure_ask,
+  "construct": construct,
+}
 
 
 def main(argv: list[str]) -> None:
@@ -89,8 +88,11 @@ def main(argv: list[str]) -> None:
   name = " ".join(argv[1:])
   if name not in BENCHMARKS:
     raise UserError(f"bench {name!r}: give one of {', '.join(BENCHMARKS)}")
-  with progress.step(f"measuring {name}"):
-    figures = BENCHMARKS[name]()
+  with (
+    progress.step(f"measuring {name}"),
+    tempfile.TemporaryDirectory(dir=_SCRATCH.value) as folder,
+  ):
+    figures = BENCHMARKS[name](pathlib.Path(folder))
   show(figures, _JSON.value)
 
 

@@ -114,6 +114,29 @@ def ending(resume: str = "", writes: str = "") -> Iterator[None]:
     raise
 
 
+@contextlib.contextmanager
+def needing(extra: str) -> Iterator[None]:
+  """Says which extra to install if an import in the block fails.
+
+  Args:
+    extra: name in pyproject.toml.
+
+  Yields:
+    Once, for the block that imports.
+
+  Raises:
+    UserError: a package is missing.
+  """
+  try:
+    yield
+  except ModuleNotFoundError as error:
+    if not error.name or error.name.split(".")[0] == "hourjax":
+      raise
+    raise UserError(
+      f"{error.name} is not installed; pip install -e '.[{extra}]'"
+    ) from None
+
+
 def fail(message: object) -> NoReturn:
   """Prints "error: " and the message, and exits with status 2."""
   words = re.sub(r"\S{400,}", lambda word: shorten(word[0]), str(message))

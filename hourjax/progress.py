@@ -81,6 +81,9 @@ def library_bar(
 class _Lines(tqdm):
   """Writes lines instead of returning to the start of one."""
 
+  def moveto(self, n: int) -> None:
+    """Stays where it is: a file has no lines above to go back to."""
+
   @staticmethod
   def status_printer(file: Any) -> Callable[[str], None]:  # pyrefly: ignore[bad-override]  tqdm's has no types
     """Returns what writes the bar; tqdm calls it."""

@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-extras=(test prep hub)
+extras=(test prep hub construct)
 marks=()
 while [[ "${1:-}" == --quick || "${1:-}" == --eval ]]; do
   case "$1" in

@@ -95,6 +95,32 @@ MISUSED = [
    " of <bfloat16|float32>"),
   ("export --model=x --out=y --step=-1", "--step=-1: -1 is not a non-negative"),
   ("export --model=x --out=y --shard_gb=0", "--shard_gb=0: "),
+  ("construct --videos=v --out=x --captioner=m --writer=m@http://h/v1",
+   "--captioner=m: write NAME@URL"),
+  ("construct --videos=v --out=x --captioner=m@http://u:p@h/v1 --writer=n",
+   "--captioner=m@http://***h/v1 holds a password or key"),
+  ("construct --videos=v --out=x --captioner=m@http://h/v1"
+   " --writer=m@http://h/v1", "v is not a folder on this machine"),
+  ("construct --videos=tests --out=x --captioner=m@http://h/v1"
+   " --writer=m@http://h/v1 --prices=eye=1/2", "--prices: 'eye=1/2'; write"
+   " ROLE=IN/OUT"),
+  ("construct --videos=tests --out=x --captioner=m@http://h/v1"
+   " --writer=m@http://h/v1 --budget=5", "--budget=5 without --prices"),
+  ("construct --videos=tests --out=x --captioner=m@http://h/v1"
+   " --writer=m@http://h/v1 --tasks=README.md", "README.md"),
+  ("construct --videos=tests --out=x --captioner=m@http://h/v1"
+   " --writer=m@http://h/v1 --templates=launch", "--templates=launch holds"
+   " none of"),
+  ("construct --videos=tests --out=x --captioner=m@http://h/v1"
+   " --writer=m@http://h/v1 --exclude=none.txt", "--exclude=none.txt cannot be"
+   " read"),
+  ("construct --videos=tests --out=README.md --captioner=m@http://h/v1"
+   " --writer=m@http://h/v1", "tests holds no video"),
+  ("construct --videos=v --out=x --captioner=m@http://h/v1"
+   " --writer=m@http://h/v1 --worker=3/2", "worker 3 of 2"),
+  ("construct --videos=v --out=x --captioner=m@http://h/v1"
+   " --writer=m@http://h/v1 --check=grammar", "--check=grammar: value should"
+   " be one of <rules|blind|judge>"),
   # no value
   ("demo --workdir", "--workdir has no value; write --workdir=VALUE"),
   ("prepare --tokenizer --out=x", "--tokenizer has no value; write"
@@ -149,7 +175,8 @@ MISUSED = [
    " with --"),
   ("ablate --table=7 --out=x", "--table=7 is none of the paper's ablations;"
    " choose one of 3, 4, 5, 6, 9, figure4"),
-  ("bench dta", "bench 'dta': give one of data, attention, ask"),
+  ("bench dta", "bench 'dta': give one of data, attention, ask,"
+   " construct"),
   ("demo --workdir=x train_videos=3", "unknown argument 'train_videos=3';"
    " options start with --"),
   # paths

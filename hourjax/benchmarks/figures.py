@@ -7,17 +7,19 @@ import resource
 from collections.abc import Mapping
 from typing import Any
 
-_STATUS = pathlib.Path("/proc/self/status")
 
-
-def peak_mib() -> float:
-  """Returns the peak of this process's resident memory in MiB.
+def peak_mib(pid: int | None = None) -> float:
+  """Returns the peak of a process's resident memory in MiB.
 
   It is read from /proc where that exists: `ru_maxrss` of a process that a
   large process started begins with the size of the large one.
+
+  Args:
+    pid: number of the process, this one if None; another one needs /proc.
   """
-  if _STATUS.exists():
-    found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
+  status = pathlib.Path(f"/proc/{pid or 'self'}/status")
+  if status.exists():
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
     if found:
       return int(found[1]) / 1024
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

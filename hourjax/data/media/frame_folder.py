@@ -76,16 +76,16 @@ def probe(path: str | os.PathLike) -> tuple[int, Fraction, float, int, int]:
 def decode_frames(
   path: str | os.PathLike,
   indices: Sequence[int] | Int[np.ndarray, "F"],
-  size: int,
+  size: int | tuple[int, int],
   batch: int = 64,
   failed: list[UserError] | None = None,
-) -> Iterator[UInt8[np.ndarray, "n size size 3"]]:
+) -> Iterator[UInt8[np.ndarray, "n height width 3"]]:
   """Reads frames, resized to a square like any image.
 
   Args:
     path: of the folder.
     indices: frames to read, ascending; one may occur several times.
-    size: side of the result, in pixels.
+    size: side of the square, or width and height, in pixels.
     batch: frames yielded at a time.
     failed: receives an error for each frame that cannot be read, which is then
       replaced by the nearest frame that can; if None, the error is raised.

@@ -248,15 +248,16 @@ class AnyresGeometry:
 
 
 def resize(
-  image: UInt8[np.ndarray, "height width 3"], size: int
-) -> UInt8[np.ndarray, "size size 3"]:
-  """Resizes an image to a square (bicubic), without keeping the aspect ratio.
+  image: UInt8[np.ndarray, "height width 3"], size: int | tuple[int, int]
+) -> UInt8[np.ndarray, "new_height new_width 3"]:
+  """Resizes an image (bicubic), without keeping the aspect ratio.
 
   Args:
     image: uint8 RGB.
-    size: side of the square, in pixels.
+    size: side of a square, or width and height, in pixels.
   """
-  return _resize(image, size, size)
+  width, height = (size, size) if isinstance(size, int) else size
+  return _resize(image, width, height)
 
 
 def to_pixels(image: UInt8[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:

@@ -1,4 +1,4 @@
-"""Decoding of chosen frames of a video file, upright and resized to squares."""
+"""Decoding of chosen frames of a video file, upright and resized."""
 
 import contextlib
 import dataclasses
@@ -52,14 +52,14 @@ class Reading:
 def decode_frames(
   path: str | os.PathLike,
   indices: Sequence[int] | Int[np.ndarray, "F"],
-  size: int,
+  size: int | tuple[int, int],
   *,
   info: VideoInfo | None = None,
   batch: int = 64,
   threads: int = 0,
   min_share: float = MIN_SHARE,
   reading: Reading | None = None,
-) -> Iterator[UInt8[np.ndarray, "n size size 3"]]:
+) -> Iterator[UInt8[np.ndarray, "n height width 3"]]:
   """Decodes frames in order, upright, resized to a square like any image.
 
   A damaged frame is replaced by the nearest frame without damage, and a hidden
@@ -68,7 +68,7 @@ def decode_frames(
   Args:
     path: of the video.
     indices: frames to decode, ascending; one may occur several times.
-    size: side of the result, in pixels.
+    size: side of the square, or width and height, in pixels.
     info: result of `probe`, which is called if it is not given.
     batch: frames yielded at a time; the memory in use is about theirs.
     threads: of the decoder; 0 means one for each core.
@@ -189,6 +189,25 @@ def frame_at(
   raise UserError(f"{path}: no frame can be decoded; fetch it again")
 
 
+def display_size(path: str | os.PathLike, info: VideoInfo) -> tuple[int, int]:
+  """Returns width and height of a video's frames as displayed, in pixels.
+
+  Args:
+    path: of the video.
+    info: result of `probe`.
+
+  Raises:
+    UserError: no frame can be decoded.
+  """
+  if os.path.isdir(path):
+    return info.width, info.height
+  with open_video(path) as container:
+    for frame in FrameDecoder(container, _stream(container, info)):
+      height, width, _ = _Upright().rgb(frame.raw).shape
+      return width, height
+  raise UserError(f"{path}: no frame can be decoded; fetch it again")
+
+
 def _stream(
   container: av.container.InputContainer, info: VideoInfo
 ) -> av.VideoStream:
@@ -205,7 +224,7 @@ class _Choice:
     self,
     path: str | os.PathLike,
     wanted: list[int],
-    size: int,
+    size: int | tuple[int, int],
     info: VideoInfo,
   ) -> None:
     self.read = 0

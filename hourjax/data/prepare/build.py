@@ -25,6 +25,7 @@ from hourjax.data.prepare.convert import (
   Videos,
   video_of,
 )
+from hourjax.data.prepare.dataset_plots import draw_plots
 from hourjax.data.prepare.holdout import parse_holdout
 from hourjax.data.prepare.inputs import Names, jobs, open_inputs
 from hourjax.data.prepare.lists import Options
@@ -33,7 +34,6 @@ from hourjax.data.prepare.report import (
   REPAIRED,
   SKIPPED,
   Report,
-  draw_plots,
 )
 from hourjax.data.prepared import Prepared, PreparedWriter
 from hourjax.data.records.record import check_root

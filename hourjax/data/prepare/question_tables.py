@@ -295,7 +295,7 @@ class QuestionTable:
           video, _, row = line.partition(b"\t")
           groups.setdefault(video, []).append(row)
       for rows in groups.values():
-        yield from _conversations([json.loads(row) for row in rows])
+        yield from conversations([json.loads(row) for row in rows])
 
   def close(self) -> None:
     """Removes the temporary files."""
@@ -422,10 +422,14 @@ def _bucket(question: dict[str, Any]) -> int:
   return int.from_bytes(hashlib.blake2b(name).digest()[:4]) % FILES
 
 
-def _conversations(
+def conversations(
   rows: Sequence[dict[str, Any]],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-  """Yields (place, raw record) of the conversations about one video."""
+  """Yields (place, raw record) of the conversations about one video.
+
+  Args:
+    rows: questions of `read_row`, each with its place as "where".
+  """
   source, video = _video(rows[0])
   name = f"{source}/{video}" if source else video
   duration = next((row["duration"] for row in rows if row["duration"]), None)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hourjax.data.prepare import report
+from hourjax.data.prepare import dataset_plots
 
 NAMES = {"sources.png", "topics.png", "durations.png", "tasks.png"}
 
@@ -26,7 +26,7 @@ def _summary(count=22, **more):
 
 
 def test_four_pictures(tmp_path):
-  done = report.draw_plots(tmp_path, _summary())
+  done = dataset_plots.draw_plots(tmp_path, _summary())
   assert done == dict.fromkeys(NAMES, "drawn")
   for name in NAMES:
     pixels = np.asarray(Image.open(tmp_path / name).convert("RGB"))
@@ -40,7 +40,7 @@ def test_four_pictures(tmp_path):
 
 def test_what_is_not_known_is_left_out_and_said(tmp_path):
   summary = _summary(topics={"": 99}, tasks={}, videos_per_5_minutes=[])
-  done = report.draw_plots(tmp_path, summary)
+  done = dataset_plots.draw_plots(tmp_path, summary)
   assert {path.name for path in tmp_path.iterdir()} == {"sources.png"}
   assert done["sources.png"] == "drawn"
   assert done["topics.png"].startswith("left out: no record tells the topics")
@@ -50,7 +50,9 @@ def test_what_is_not_known_is_left_out_and_said(tmp_path):
 
 @pytest.mark.parametrize("tasks", [1, 300])
 def test_any_number_of_bars(tmp_path, tasks):
-  report.draw_plots(tmp_path, _summary(tasks, videos_per_5_minutes=[1] * 90))
+  dataset_plots.draw_plots(
+    tmp_path, _summary(tasks, videos_per_5_minutes=[1] * 90)
+  )
   with Image.open(tmp_path / "tasks.png") as picture:
     assert picture.height < 3000
 
@@ -59,4 +61,31 @@ def test_text_alone(tmp_path):
   kept = {"conversations": 9, "questions": 9, "videos": 0, "hours": 0.0}
   kept["videos_of_unknown_duration"] = 0
   sources = {"a": {"videos": 0, "conversations": 9}}
-  report.draw_plots(tmp_path, _summary(kept=kept, sources=sources))
+  dataset_plots.draw_plots(tmp_path, _summary(kept=kept, sources=sources))
+
+
+def test_another_datasets_shares_are_marked(tmp_path):
+  """Ticks lie where bars of the same share would end."""
+  shares = {
+    "name": "theirs",
+    "topics": {"object": 50.0},
+    "sources": {"other": 10.0},
+    "videos_per_5_minutes": [1.0, 3.0, 0.0, 4.0],
+  }
+  plain, marked = tmp_path / "plain", tmp_path / "marked"
+  for folder, reference in ((plain, None), (marked, shares)):
+    folder.mkdir()
+    dataset_plots.draw_plots(folder, _summary(), reference)
+  changed = {
+    name
+    for name in NAMES
+    if (plain / name).read_bytes() != (marked / name).read_bytes()
+  }
+  assert changed == {"topics.png", "durations.png"}
+  figure = dataset_plots._questions(_summary(), "topics", {}, shares)
+  axes = figure.axes[0]
+  (line,) = [line for line in axes.lines if line.get_xdata()[0] == 49.5]
+  assert line.get_label() == "theirs" and list(line.get_ydata()) == [
+    -0.45,
+    0.45,
+  ]

@@ -1,0 +1,1 @@
+"""Construction of the dataset: videos to questions, by models at endpoints."""

@@ -1,0 +1,101 @@
+"""Prompts, as Jinja templates that a user may replace."""
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import jinja2
+
+from hourjax.errors import UserError
+
+TEMPLATES = pathlib.Path(__file__).with_name("templates")
+
+
+def clock(seconds: float) -> str:
+  """Returns a time as "2:05" or "1:02:05", cut to whole seconds."""
+  minutes, rest = divmod(int(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours:
+    return f"{hours}:{minutes:02}:{rest:02}"
+  return f"{minutes}:{rest:02}"
+
+
+class Prompts:
+  """Renders prompts.
+
+  Attributes:
+    digest: of the content of all templates, hexadecimal.
+  """
+
+  def __init__(self, folder: str | os.PathLike | None = None):
+    """Reads and compiles the templates.
+
+    Args:
+      folder: with templates that replace those of the same names; the others
+        are the defaults.
+
+    Raises:
+      UserError: the folder is none, or holds a file that is no template of
+        these names or does not compile.
+    """
+    own = pathlib.Path(folder) if folder is not None else None
+    names = sorted(path.name for path in TEMPLATES.glob("*.jinja"))
+    folders = [TEMPLATES]
+    if own is not None:
+      if not own.is_dir():
+        raise UserError(
+          f"--templates={own} is no folder; copy {TEMPLATES} and change what"
+          " you like"
+        )
+      given = sorted(path.name for path in own.glob("*.jinja"))
+      if not set(given).intersection(names):
+        raise UserError(
+          f"--templates={own} holds none of {', '.join(names)}; name yours so"
+        )
+      names = sorted({*names, *given})
+      folders.insert(0, own)
+    self._environment = jinja2.Environment(
+      loader=jinja2.FileSystemLoader(folders),
+      undefined=jinja2.StrictUndefined,
+      autoescape=False,
+      keep_trailing_newline=False,
+    )
+    self._environment.filters["clock"] = clock
+    self._environment.filters["json"] = functools.partial(
+      json.dumps, ensure_ascii=False
+    )
+    content = hashlib.sha256()
+    for name in names:
+      try:
+        self._environment.get_template(name)
+        assert self._environment.loader is not None
+        text, _, _ = self._environment.loader.get_source(
+          self._environment, name
+        )
+      except jinja2.TemplateError as error:
+        raise UserError(f"template {name}: {error}; correct it") from None
+      except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"template {name}: {error}; save it as UTF-8") from None
+      content.update(f"{name}\0{text}\0".encode())
+    self.digest = content.hexdigest()
+
+  def render(self, name: str, **values: Any) -> str:
+    """Renders a template.
+
+    Args:
+      name: of the template, without its ending.
+      **values: that the template uses.
+
+    Raises:
+      UserError: the template uses a value that does not exist.
+    """
+    try:
+      return self._environment.get_template(f"{name}.jinja").render(values)
+    except jinja2.TemplateError as error:
+      known = ", ".join(sorted(values))
+      raise UserError(
+        f"template {name}.jinja: {error}; it may use {known}"
+      ) from None
