@@ -14,8 +14,7 @@ import sys
 from typing import Any
 
 _SENTENCE = "This is what the people in it do with the things on the table. "
-_TASK = re.compile(rb"\\n(\w+) \(answers of")
-_COUNT = re.compile(rb"exactly (\d+) questions")
+_TASK = re.compile(rb"\\n(\w+) \((\d+) questions")
 _MARKS = (
   (b"Write questions about this video", "questions"),
   (b"Check every option against the text", "judge"),
@@ -26,7 +25,7 @@ _MARKS = (
 
 
 @functools.cache
-def _answer(stage: str, tasks: tuple[str, ...], count: int, open_: bool) -> Any:
+def _answer(stage: str, tasks: tuple[tuple[str, int], ...], open_: bool) -> Any:
   """Returns the value that answers a stage."""
   if stage == "caption":
     names = ("temporality", "spatiality", "object", "action", "scene")
@@ -61,7 +60,7 @@ def _answer(stage: str, tasks: tuple[str, ...], count: int, open_: bool) -> Any:
           ]
         }
       )
-      for task in tasks
+      for task, count in tasks
       for word in ("red", "old", "new", "big", "odd", "dry")[:count]
     ]
   }
@@ -69,10 +68,10 @@ def _answer(stage: str, tasks: tuple[str, ...], count: int, open_: bool) -> Any:
 
 @functools.cache
 def _response(
-  stage: str, tasks: tuple[str, ...], count: int, open_: bool
+  stage: str, tasks: tuple[tuple[str, int], ...], open_: bool
 ) -> bytes:
   """Returns a whole HTTP response."""
-  text = json.dumps(_answer(stage, tasks, count, open_))
+  text = json.dumps(_answer(stage, tasks, open_))
   message = {"role": "assistant", "content": text}
   body = json.dumps(
     {
@@ -122,11 +121,10 @@ def _respond(text: bytes) -> bytes:
   """Returns the response to a request's text."""
   stage = next((name for mark, name in _MARKS if mark in text), "description")
   if stage != "questions":
-    return _response(stage, (), 0, True)
-  tasks = tuple(name.decode() for name in _TASK.findall(text))
-  found = _COUNT.search(text)
+    return _response(stage, (), True)
+  tasks = tuple((n.decode(), int(count)) for n, count in _TASK.findall(text))
   several = b"multiple-choice questions with" in text
-  return _response(stage, tasks, int(found[1]) if found else 1, not several)
+  return _response(stage, tasks, not several)
 
 
 async def _serve() -> None:

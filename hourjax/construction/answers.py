@@ -6,12 +6,12 @@ user, what is wrong with it.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import pydantic
 
-from hourjax.construction.tasks import ASPECTS, OPTIONS, Task
+from hourjax.construction.tasks import ASPECTS, OPTIONS
 
 # Longest answer that is used, in characters: a caption has about 1,500, and 60
 # multiple-choice questions have 20,000.
@@ -367,28 +367,27 @@ def check_events(events: Sequence[Event], duration: float) -> list[Event]:
 
 
 def check_counts(
-  questions: Sequence[OpenQuestion], tasks: Sequence[Task], count: int
+  questions: Sequence[OpenQuestion], counts: Mapping[str, int]
 ) -> None:
   """Refuses other numbers of questions than were asked for.
+
+  Args:
+    questions: that a model wrote.
+    counts: that were asked for, by task.
 
   Raises:
     Unusable: with the number of each task that differs.
   """
-  names = [task.name for task in tasks]
   found = [question.task for question in questions]
   wrong = [
-    f"{found.count(name)} questions for {name}"
-    for name in names
+    f"{found.count(name)} questions for {name} instead of {count}"
+    for name, count in counts.items()
     if found.count(name) != count
   ]
   wrong += [
     f"{found.count(name)} questions for {name}, which is no task"
     for name in dict.fromkeys(found)
-    if name not in names
+    if name not in counts
   ]
   if wrong:
-    raise Unusable(
-      f"it has {', '.join(wrong)}; {count} for each of {', '.join(names)} are"
-      " wanted",
-      "wrong number",
-    )
+    raise Unusable(f"it has {', '.join(wrong)}", "wrong number")

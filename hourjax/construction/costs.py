@@ -359,14 +359,15 @@ def _assumed(
         continue
       several = form == "multiple_choice"
       calls += 1
+      counts = {task.name: task.count or options.count for task in written}
       total_in += tokens(
         "questions",
         **source,
         tasks=written,
-        count=options.count,
+        counts=counts,
         multiple_choice=several,
       )
-      number = len(written) * options.count
+      number = sum(counts.values())
       total_out += number * _OUT_QUESTION[form]
       if several:
         letters = dict.fromkeys("ABCD", "x" * 24)

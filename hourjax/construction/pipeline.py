@@ -300,7 +300,11 @@ class _Work:
         for number, question in enumerate(found)
       )
     )
-    for question, (reason, blind) in zip(found, marks):
+    # In another order, so that a conversation's questions are of many tasks.
+    order = checks.random_of("order", self._video.name).permutation(len(found))
+    for question, (reason, blind) in [
+      (found[i], marks[i]) for i in order.tolist()
+    ]:
       item = {
         "task": question.task,
         "topic": question.topic,
@@ -327,19 +331,19 @@ class _Work:
   async def _write(self, topic: str, form: str) -> list[Question]:
     """Writes the questions of a topic in one format."""
     tasks = self._tasks.written(topic, form)
-    count = self._options.count
+    counts = {task.name: task.count or self._options.count for task in tasks}
     several = form == "multiple_choice"
     kind = answers.ChoiceQuestions if several else answers.OpenQuestions
     prompt = self._asker.prompts.render(
       "questions",
       **self._sources(topic),
       tasks=tasks,
-      count=count,
+      counts=counts,
       multiple_choice=several,
     )
 
     def check(answer: Any) -> Any:
-      answers.check_counts(answer.questions, tasks, count)
+      answers.check_counts(answer.questions, counts)
       answers.check_english(
         [f"{item.question} {item.answer}" for item in answer.questions]
       )

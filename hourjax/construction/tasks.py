@@ -58,6 +58,7 @@ class Task(_Described):
     form: of its answers.
     definition: for the model that writes questions.
     formats: that questions are asked in.
+    count: of questions in each format; None for the usual number.
     answer: "description" if the description of the whole video answers all of
       `questions`.
     questions: of such a task.
@@ -72,6 +73,7 @@ class Task(_Described):
   formats: list[Literal["open", "multiple_choice"]] = pydantic.Field(
     default_factory=lambda: list(FORMATS)
   )
+  count: int | None = pydantic.Field(default=None, ge=1, le=20)
   answer: Literal["written", "description"] = "written"
   questions: list[str] = pydantic.Field(default_factory=list)
   open: OpenExample | None = None

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hourjax.construction import answers
 from hourjax.construction.answers import Unusable
-from hourjax.construction.tasks import ASPECTS, read_tasks
+from hourjax.construction.tasks import ASPECTS
 
 CAPTION = {name: f"This is the {name} of it." for name in ASPECTS}
 TEXT = json.dumps(CAPTION)
@@ -128,18 +128,20 @@ def test_times_of_events():
 
 
 def test_counts_of_questions():
-  tasks = read_tasks().written("scene", "open")
-  one, two = (task.name for task in tasks)
+  def check(names):
+    answers.check_counts(
+      [answers.OpenQuestion(task=n, question="q", answer="a") for n in names],
+      {"one": 3, "two": 1},
+    )
 
-  def question(task):
-    return answers.OpenQuestion(task=task, question="q", answer="a")
-
-  answers.check_counts([question(one)] * 3 + [question(two)] * 3, tasks, 3)
-  whole = [one] * 3 + [two] * 3
-  for names in ([one] * 3, [*whole, two], [*whole, "x"]):
-    with pytest.raises(Unusable) as error:
-      answers.check_counts([question(name) for name in names], tasks, 3)
-    assert "3 for each of" in str(error.value)
+  check(["one", "two", "one", "one"])
+  for names, words in (
+    (["one"] * 3, "0 questions for two instead of 1"),
+    (["one"] * 4 + ["two"], "4 questions for one instead of 3"),
+    (["one"] * 3 + ["two", "x"], "1 questions for x, which is no task"),
+  ):
+    with pytest.raises(Unusable, match=words):
+      check(names)
 
 
 @pytest.mark.parametrize(
