@@ -30,7 +30,7 @@ last
 _ENGLISH = frozenset(_COMMON.split())
 _WORD = re.compile(r"[^\W\d_]+")
 # A text of fewer words is not judged by its common words.
-_JUDGED_WORDS = 15
+_JUDGED_WORDS = 12
 
 Text = Annotated[
   str, pydantic.StringConstraints(strip_whitespace=True, min_length=1)

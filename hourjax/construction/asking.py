@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from hourjax.construction import answers
 from hourjax.construction.answers import Answer, Unusable
 from hourjax.construction.call_store import CallStore, Reply
-from hourjax.construction.costs import Tally
-from hourjax.construction.endpoint import Endpoint
+from hourjax.construction.costs import BudgetSpent, Tally
+from hourjax.construction.endpoint import Endpoint, Lost
 from hourjax.construction.options import MAX_TOKENS, ROLE_OF
 from hourjax.construction.prompts import Prompts
 
@@ -63,7 +63,7 @@ class Asker:
     *,
     again: int = 2,
     seed: int = 0,
-    on_call: Callable[[str, bool], None] = lambda stage, stored: None,
+    on_call: Callable[[str], None] = lambda stage: None,
   ):
     """Keeps what asking needs.
 
@@ -73,7 +73,7 @@ class Asker:
       tally: counts calls.
       again: how often a model is asked anew for an answer that can be used.
       seed: of sampling.
-      on_call: told the stage of each answer, and whether it was stored.
+      on_call: told the stage of each answer that is stored or asked for.
     """
     self.prompts, self.tally = prompts, tally
     self._endpoints, self._again, self._seed = endpoints, again, seed
@@ -120,7 +120,7 @@ class Asker:
       digest = text.encode("utf-8", "surrogatepass")
       key = hashlib.blake2b(digest, digest_size=16).digest()
       reply = video.find(key)
-      self._on_call(stage, reply is not None)
+      self._on_call(stage)
       if reply is None:
         if parts is not None and shown is None:
           shown = await parts()
@@ -176,15 +176,25 @@ class Asker:
 
 
 async def gather(*jobs: Awaitable[Any]) -> list[Any]:
-  """Awaits all jobs; when one raises, the others are cancelled first.
+  """Awaits all jobs, and raises the first error among them.
 
-  `asyncio.gather` would leave them running.
+  Where a call got no answer, or there is no money for it, the others are
+  awaited first, so that what they are paid for is kept. After any other error
+  they are cancelled; `asyncio.gather` would leave them running.
   """
   tasks = [asyncio.ensure_future(job) for job in jobs]
+  pending = set(tasks)
   try:
-    return list(await asyncio.gather(*tasks))
-  except BaseException:
+    while pending:
+      done, pending = await asyncio.wait(
+        pending, return_when=asyncio.FIRST_EXCEPTION
+      )
+      for task in done:
+        error = task.exception()
+        if error is not None and not isinstance(error, BudgetSpent | Lost):
+          raise error
+    return [task.result() for task in tasks]
+  finally:
     for task in tasks:
       task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    raise

@@ -151,14 +151,19 @@ class CallStore:
       raise UserError(
         f"{self.path} cannot be read ({error}); give another --out"
       ) from None
-    self._others = [
-      other
-      for path in sorted(self.folder.glob("*.sqlite"))
-      if path != self.path and (other := _read_only(path)) is not None
-    ]
+    self._others: dict[pathlib.Path, sqlite3.Connection] = {}
+    self._open_others()
     self._pool = concurrent.futures.ThreadPoolExecutor(1, "calls")
     self._waiting: list[tuple[tuple, asyncio.Future]] = []
     self._flushing: asyncio.Task | None = None
+
+  def _open_others(self) -> None:
+    """Opens the files that other workers have begun since."""
+    for path in sorted(self.folder.glob("*.sqlite")):
+      if path != self.path and path not in self._others:
+        other = _read_only(path)
+        if other is not None:
+          self._others[path] = other
 
   def __enter__(self) -> "CallStore":
     return self
@@ -169,7 +174,7 @@ class CallStore:
   def close(self) -> None:
     """Closes the files; what was put is in them."""
     self._pool.shutdown(wait=True)
-    for each in (self._writer, self._reader, *self._others):
+    for each in (self._writer, self._reader, *self._others.values()):
       each.close()
     self._lock.release()
 
@@ -180,7 +185,7 @@ class CallStore:
   def others(self) -> dict[str, VideoRow]:
     """Returns the videos of other workers' files by name."""
     found: dict[str, VideoRow] = {}
-    for other in self._others:
+    for other in self._others.values():
       for name, row in _videos(other).items():
         if name not in found or row.state:
           found[name] = row
@@ -204,7 +209,7 @@ class CallStore:
   def answers(self, name: str) -> dict[bytes, Reply]:
     """Returns all answers about a video, of all workers, by their keys."""
     found: dict[bytes, Reply] = {}
-    for each in (*self._others, self._reader):
+    for each in (*self._others.values(), self._reader):
       rows = each.execute(
         "SELECT key, answer FROM answers JOIN videos ON videos.id=video"
         " WHERE videos.name=?",
@@ -237,6 +242,11 @@ class CallStore:
       self._flushing = loop.create_task(self._flush())
     # A task that is cancelled must not take the others' commit with it.
     await asyncio.shield(done)
+
+  async def flush(self) -> None:
+    """Waits until all that was put is on the disk."""
+    while self._flushing is not None and not self._flushing.done():
+      await asyncio.wait([self._flushing])
 
   async def _flush(self) -> None:
     """Commits what waits, until nothing does."""
@@ -287,8 +297,9 @@ class CallStore:
 
   def spent_by_all(self) -> dict[tuple[str, str], Spent]:
     """Returns what the calls of all workers took, by stage and model."""
+    self._open_others()
     total = self.spent()
-    for other in self._others:
+    for other in self._others.values():
       for key, spent in _spent(other).items():
         total.setdefault(key, Spent()).add(spent)
     return total
@@ -299,8 +310,9 @@ class CallStore:
     Args:
       plan: of the construction; results of others are left out.
     """
+    self._open_others()
     places: dict[str, tuple[sqlite3.Connection, VideoRow]] = {}
-    for each in (*self._others, self._reader):
+    for each in (*self._others.values(), self._reader):
       for name, row in _videos(each).items():
         if row.plan == plan and row.state:
           places[name] = each, row

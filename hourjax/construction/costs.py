@@ -27,7 +27,6 @@ _OUT = {"events": 25, "event": 150, "video": 400, "blind": 12, "judge": 60}
 _OUT_QUESTION = {"open": 60, "multiple_choice": 110}
 _CLIPS_OF_EVENT = 3  # on which an event is assumed to rest
 _BLIND_TRIES = 1.4  # a test without video ends with the first wrong answer
-_CHARACTERS = 4.0  # in a token, if no answer told
 
 
 class BudgetSpent(Exception):
@@ -220,6 +219,7 @@ def forecast(
   done: int,
   tally: Tally,
   at_a_time: Mapping[str, float],
+  characters: float,
   options: Options,
   tasks: Tasks,
   prompts: Prompts,
@@ -234,12 +234,20 @@ def forecast(
     done: number of videos that were constructed before.
     tally: of the calls made so far.
     at_a_time: number of calls at a time, by role.
+    characters: in a token.
     options: of the construction.
     tasks: that questions are written for.
     prompts: the templates.
   """
   assumed = _assumed(
-    clips_of_video, duration, captions, tally, options, tasks, prompts
+    clips_of_video,
+    duration,
+    captions,
+    tally,
+    characters,
+    options,
+    tasks,
+    prompts,
   )
   stages: dict[str, Stage] = {}
   for name in STAGES:
@@ -256,7 +264,7 @@ def forecast(
     else:
       mean_in = each.tokens_in / max(each.calls, 1e-9)
       mean_out = each.tokens_out / max(each.calls, 1e-9)
-      seconds = _seconds(tally) * mean_out
+      seconds = _seconds(tally, ROLE_OF[name]) * mean_out
     stages[name] = Stage(
       Spent(
         round(videos * calls),
@@ -274,11 +282,14 @@ def forecast(
   return Forecast(videos, videos * clips_of_video, stages, hours, tally.prices)
 
 
-def _seconds(tally: Tally) -> float:
-  """Returns the seconds that a token of an answer took, of all calls."""
-  totals = [tally.total(stage) for stage in STAGES]
-  tokens = sum(total.tokens_out for total in totals)
-  return sum(total.seconds for total in totals) / tokens if tokens else 0.0
+def _seconds(tally: Tally, role: str) -> float:
+  """Returns the seconds that a token took a role; of all, if it had none."""
+  for stages in ([s for s in STAGES if ROLE_OF[s] == role], STAGES):
+    totals = [tally.total(stage) for stage in stages]
+    tokens = sum(total.tokens_out for total in totals)
+    if tokens:
+      return sum(total.seconds for total in totals) / tokens
+  return 0.0
 
 
 def _assumed(
@@ -286,6 +297,7 @@ def _assumed(
   duration: float,
   captions: Sequence[Clip],
   tally: Tally,
+  characters: float,
   options: Options,
   tasks: Tasks,
   prompts: Prompts,
@@ -299,18 +311,18 @@ def _assumed(
 
   def tokens(name: str, **values: object) -> float:
     text = prompts.render("system", language="English")
-    return len(text + prompts.render(name, **values)) / _CHARACTERS
+    return len(text + prompts.render(name, **values)) / characters
 
   def spent(calls: float, tokens_in: float, tokens_out: float) -> Spent:
     # Parts of calls are kept: they are means over many videos.
     return Spent(calls, calls * tokens_in, calls * tokens_out)
 
-  description = "x" * int(_OUT["video"] * _CHARACTERS)
+  description = "x" * int(_OUT["video"] * characters)
   event = {
     "title": "x" * 40,
     "start": 0.0,
     "end": duration,
-    "description": "x" * int(_OUT["event"] * _CHARACTERS),
+    "description": "x" * int(_OUT["event"] * characters),
   }
   caption = tally.total("caption")
   mean = max(caption.calls, 1)

@@ -17,6 +17,7 @@ import os
 import random
 import re
 import time
+from collections.abc import Collection
 from typing import Any
 
 import httpx2
@@ -38,10 +39,13 @@ LONGEST_WAIT = 60.0  # seconds between two tries, unless Retry-After says more
 _GONE = 20
 _START = 8  # calls at a time in the beginning
 _MOST_BYTES = 32 * 2**20  # of a response
-_STRUCTURED = re.compile(
-  r"response_format|json_schema|structured|guided|grammar|schema", re.I
-)
-_LIMIT = re.compile(r"max_completion_tokens|max_tokens", re.I)
+# Keys of a request that not every server takes, and how its refusal names them.
+_OPTIONAL = {
+  "response_format": r"response_format|json_schema|structured|guided|grammar"
+  r"|schema",
+  "temperature": "temperature",
+  "seed": r"\bseed\b",
+}
 
 
 class EndpointError(UserError):
@@ -167,8 +171,7 @@ class Endpoint:
     self._first_wait = first_wait
     self._key = key_of(role)
     self._lost = 0  # in a row
-    self._structured = True
-    self._limit = "max_tokens"
+    self._without: set[str] = set()  # keys that the server does not take
     self._client = openai.AsyncOpenAI(
       api_key=self._key or "none",
       base_url=model.url,
@@ -282,8 +285,8 @@ class Endpoint:
 
   async def _send(self, call: "_Call") -> bytes:
     """Sends a request; returns the body of the response."""
-    body = call.body(self.model.name, self._limit, self._structured)
-    call.sent = (self._limit, self._structured)
+    body = call.body(self.model.name, self._without)
+    call.sent = frozenset(body)
     # `chat.completions.create` would walk through the types of all keys, and
     # make objects of the response, which takes most of the time of a call.
     response = await self._client.post(
@@ -295,27 +298,19 @@ class Endpoint:
     return response.content
 
   def _is_adapted(self, call: "_Call", error: openai.APIStatusError) -> bool:
-    """Returns whether to ask anew, without what the server does not know."""
+    """Returns whether to ask anew, without a key that the server refuses."""
     if error.status_code not in (400, 422, 501):
       return False
     said = str(error)
-    limit, structured = call.sent
-    if (
-      limit == "max_tokens"
-      and "max_completion_tokens" in said
-      and _LIMIT.search(said)
-    ):
-      self._limit = "max_completion_tokens"
+    if "max_tokens" in call.sent and "max_completion_tokens" in said:
+      self._without.add("max_tokens")
       return True
-    if structured and _STRUCTURED.search(said):
-      if self._structured:
-        print(
-          f"{self.model} takes no response_format; answers are asked for in"
-          " words and checked as before",
-          flush=True,
-        )
-      self._structured = False
-      return True
+    for name, pattern in _OPTIONAL.items():
+      if name in call.sent and re.search(pattern, said, re.IGNORECASE):
+        if name not in self._without:
+          print(f"{self.model} takes no {name}; it is left out", flush=True)
+        self._without.add(name)
+        return True
     return False
 
   def _worded(self, call: "_Call", error: openai.APIStatusError) -> Exception:
@@ -328,6 +323,10 @@ class Endpoint:
       )
     if status == 429:
       after = _retry_after(error)
+      if after is not None and after > PATIENCE:
+        return EndpointError(
+          f"{self.model} asks to wait {after:,.0f} s ({said}); start again then"
+        )
       self._gate.slow_down(after or 0.0, call.began)
       return _Temporary(f"429 ({said})", rate=True, retry_after=after)
     if status in (408, 409, 425) or status >= 500:
@@ -372,7 +371,7 @@ class _Temporary(Exception):
 
 @dataclasses.dataclass
 class _Call:
-  """Holds a call; `sent` and `began` are of its last request."""
+  """Holds a call; `sent`, its keys, and `began` are of its last request."""
 
   messages: list[dict[str, Any]]
   max_tokens: int
@@ -380,28 +379,29 @@ class _Call:
   temperature: float
   seed: int
   key: str
-  sent: tuple[str, bool] = ("", False)
+  sent: frozenset[str] = frozenset()
   began: float = 0.0
 
-  def body(self, model: str, limit: str, structured: bool) -> dict[str, Any]:
-    """Returns the body of the request."""
+  def body(self, model: str, without: Collection[str]) -> dict[str, Any]:
+    """Returns the body of the request, without some keys."""
     body: dict[str, Any] = {
       "model": model,
       "messages": self.messages,
       "temperature": self.temperature,
       "seed": self.seed,
-      limit: self.max_tokens,
-    }
-    if structured:
-      body["response_format"] = {
+      "max_tokens": self.max_tokens,
+      "response_format": {
         "type": "json_schema",
         "json_schema": {
           "name": "answer",
           "schema": self.schema,
           "strict": True,
         },
-      }
-    return body
+      },
+    }
+    if "max_tokens" in without:  # its newer name
+      body["max_completion_tokens"] = self.max_tokens
+    return {key: value for key, value in body.items() if key not in without}
 
 
 def _read_response(content: bytes, seconds: float) -> Reply:

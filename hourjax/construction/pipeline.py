@@ -9,6 +9,7 @@ takes the same way through the stored answers, to where they end.
 
 import asyncio
 import concurrent.futures
+import contextlib
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -107,6 +108,24 @@ class Constructor:
     (caption,) = await work.captions([span])
     return None if caption is None else Clip(*span, caption.aspects())
 
+  async def sample_writing(self, video: VideoAnswers, clip: Clip) -> int:
+    """Asks for the description of one clip, to measure the writer.
+
+    Args:
+      video: of the clip.
+      clip: with its caption.
+
+    Returns:
+      The number of characters of the prompt.
+    """
+    event = Event(title="This part", start=clip.start, end=clip.end)
+    prompt = self.asker.prompts.render(
+      "event", event=event, before=None, after=None, clips=[clip]
+    )
+    with contextlib.suppress(Unusable):
+      await self.asker.ask(video, "event", prompt, answers.Description)
+    return len(prompt)
+
 
 class _Work:
   """Takes one video through the stages.
@@ -179,6 +198,7 @@ class _Work:
     loop = asyncio.get_running_loop()
     turns = [loop.create_future() for _ in spans]  # whether frames are wanted
     frames = [loop.create_future() for _ in spans]
+    held: set[int] = set()  # clips whose frames are counted in `ahead`
     media = f"{options.rate:g}/s {options.size} px {options.media}"
 
     async def caption(number: int) -> answers.Caption | None:
@@ -213,7 +233,8 @@ class _Work:
       finally:
         if not turns[number].done():
           turns[number].set_result(False)
-        elif frames[number].done():
+        elif number in held:
+          held.discard(number)
           frames[number] = loop.create_future()  # frees what it holds
           self._ahead.release()
 
@@ -225,11 +246,8 @@ class _Work:
       )
       for number in wanted:
         await self._ahead.acquire()
-        try:
-          made = await loop.run_in_executor(self._pool, next, decoded)
-        except BaseException:
-          self._ahead.release()
-          raise
+        held.add(number)
+        made = await loop.run_in_executor(self._pool, next, decoded)
         frames[number].set_result(made)
 
     found = await gather(decode(), *(caption(n) for n in range(len(spans))))

@@ -18,7 +18,7 @@ from hourjax import progress
 from hourjax.construction import clips, dataset
 from hourjax.construction.asking import Asker, VideoAnswers
 from hourjax.construction.call_store import CallStore, VideoRow
-from hourjax.construction.checks import read_benchmarks
+from hourjax.construction.checks import Benchmarks, read_benchmarks
 from hourjax.construction.costs import (
   BudgetSpent,
   Forecast,
@@ -30,13 +30,15 @@ from hourjax.construction.endpoint import Endpoint, EndpointError, Gate, Lost
 from hourjax.construction.options import ROLES, Clip, Options
 from hourjax.construction.pipeline import Constructor
 from hourjax.construction.prompts import Prompts
-from hourjax.construction.tasks import TASKS, read_tasks
+from hourjax.construction.tasks import TASKS, Tasks, read_tasks
 from hourjax.data.media.video_probe import VideoInfo
 from hourjax.errors import UserError
 from hourjax.extraction.video_list import find_videos, worker_slice
 
+_STOPPED = "SIGTERM"
 _PROBED = 64  # videos that tell the mean duration of all, for the forecast
 _TICK = 1.0  # seconds between two updates of what stands beside the bars
+_QUIET = 5  # ticks after which a line says in a log that calls are waited for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +122,8 @@ def construct(settings: Settings) -> dict[str, Any] | None:
   label = "calls" if count == 1 else f"calls-{index}-of-{count}"
   with CallStore(out, label) as store:
     plan = settings.options.plan(prompts.digest, tasks, benchmarks.digest)
-    run = _Run(settings, store, plan, worker_slice(names, index, count))
-    run.parts = tasks, prompts, benchmarks
+    parts = tasks, prompts, benchmarks
+    run = _Run(settings, store, plan, worker_slice(names, index, count), parts)
     ended = asyncio.run(run.main())
     if ended is None:
       return None
@@ -143,11 +145,15 @@ def construct(settings: Settings) -> dict[str, Any] | None:
 class _Run:
   """Works on the videos of one worker."""
 
-  parts: tuple[Any, ...]
-
   def __init__(
-    self, settings: Settings, store: CallStore, plan: str, names: list[str]
+    self,
+    settings: Settings,
+    store: CallStore,
+    plan: str,
+    names: list[str],
+    parts: tuple[Tasks, Prompts, Benchmarks],
   ):
+    self._parts = parts
     self._settings, self._store, self._plan = settings, store, plan
     self._names = names
     self._known = store.videos()
@@ -160,28 +166,21 @@ class _Run:
       "" at the end, None after a dry run, else why it ended before.
     """
     task = asyncio.current_task()
-    loop = asyncio.get_running_loop()
-    stopped = False
-
-    def stop() -> None:
-      nonlocal stopped
-      stopped = True
-      assert task is not None
-      task.cancel()
-
+    assert task is not None
     with contextlib.suppress(NotImplementedError, RuntimeError):
-      loop.add_signal_handler(signal.SIGTERM, stop)
+      loop = asyncio.get_running_loop()
+      loop.add_signal_handler(signal.SIGTERM, task.cancel, _STOPPED)
     try:
       return await self._main()
-    except asyncio.CancelledError:
-      if stopped:
+    except asyncio.CancelledError as error:
+      if error.args == (_STOPPED,):
         sys.exit(128 + signal.SIGTERM)
       raise
 
   async def _main(self) -> str | None:
     """Runs as `main` does."""
     settings = self._settings
-    tasks, prompts, benchmarks = self.parts
+    tasks, prompts, benchmarks = self._parts
     names = [*self._todo()]
     self._tally = Tally(
       self._store.spent_by_all(), settings.prices, settings.limits.budget
@@ -206,7 +205,7 @@ class _Run:
       self._tally,
       again=settings.options.again,
       seed=settings.options.seed,
-      on_call=lambda stage, stored: self._on_call(stage, stored),
+      on_call=self._on_call,
     )
     with concurrent.futures.ThreadPoolExecutor(threads, "decode") as self._pool:
       constructor = Constructor(
@@ -229,6 +228,7 @@ class _Run:
       except BudgetSpent as error:
         return f"{error}; raise --budget to go on"
       finally:
+        await self._store.flush()
         for endpoint in endpoints.values():
           await endpoint.close()
 
@@ -239,9 +239,9 @@ class _Run:
       total.update(endpoint.failures)
     return total
 
-  def _on_call(self, stage: str, stored: bool) -> None:
+  def _on_call(self, stage: str) -> None:
     if self._bars is not None:
-      self._bars.called(stage, stored)
+      self._bars.called(stage)
 
   def _todo(self) -> Iterator[str]:
     """Yields the videos that are not done or dropped under this plan."""
@@ -302,8 +302,6 @@ class _Run:
     )
     return info, VideoAnswers(self._store, name, number, row.stamp)
 
-  # The forecast.
-
   async def _forecast(
     self, names: Sequence[str], constructor: Constructor
   ) -> Forecast:
@@ -335,11 +333,17 @@ class _Run:
         return_exceptions=True,
       )
     captions: list[Clip] = []
-    for each in found:
+    characters: list[int] = []
+    before = self._tally.spent["event"].tokens_in
+    for (_, _, video), each in zip(sampled, found):
       if isinstance(each, EndpointError | BudgetSpent):
         raise each
       if isinstance(each, Clip):
         captions.append(each)
+        if not characters and not self._tally.total("event").calls:
+          with contextlib.suppress(Lost):
+            characters.append(await constructor.sample_writing(video, each))
+    tokens = self._tally.spent["event"].tokens_in - before
     rows = (*self._known.values(), *self._store.others().values())
     return forecast(
       videos=len(names),
@@ -352,12 +356,11 @@ class _Run:
       done=sum(row.state == "done" for row in rows),
       tally=self._tally,
       at_a_time=dict.fromkeys(ROLES, float(settings.limits.concurrency)),
+      characters=sum(characters) / tokens if characters and tokens else 4.0,
       options=settings.options,
-      tasks=self.parts[0],
-      prompts=self.parts[1],
+      tasks=self._parts[0],
+      prompts=self._parts[1],
     )
-
-  # The construction.
 
   async def _construct(
     self,
@@ -374,8 +377,9 @@ class _Run:
     """
     queue = iter(names)
     ended: list[str] = []
-    self._bars = _Bars(len(names), expected, self._tally, self.failures)
-    ticking = asyncio.create_task(self._bars.tick())
+    bars = _Bars(len(names), expected, self._tally, self.failures)
+    self._bars = bars
+    ticking = asyncio.create_task(bars.tick())
 
     async def work() -> None:
       for name in queue:
@@ -386,8 +390,7 @@ class _Run:
         except BudgetSpent as error:
           ended.append(f"{error}; raise --budget to go on")
           return
-        assert self._bars is not None
-        self._bars.done += 1
+        bars.done += 1
 
     workers = [
       asyncio.create_task(work())
@@ -399,7 +402,7 @@ class _Run:
       for each in (*workers, ticking):
         each.cancel()
       await asyncio.gather(*workers, ticking, return_exceptions=True)
-      self._bars.close()
+      bars.close()
     return ended[0] if ended else ""
 
   async def _one(self, name: str, constructor: Constructor) -> None:
@@ -443,10 +446,10 @@ class _Bars:
     self._calls: collections.Counter[str] = collections.Counter()
     self._bars: dict[str, Any] = {}
     self._tokens: dict[str, float] = {}
-    self._time = time.monotonic()
+    self._time, self._ticks = time.monotonic(), 0
 
-  def called(self, stage: str, stored: bool) -> None:
-    """Counts an answer, or a call that begins."""
+  def called(self, stage: str) -> None:
+    """Counts an answer that was stored, or a call that begins."""
     self._calls[stage] += 1
     if stage not in self._bars:
       total = max(1, round(self._expected.get(stage, 0)))
@@ -457,12 +460,13 @@ class _Bars:
     """Updates what stands beside the bars, again and again."""
     while True:
       await asyncio.sleep(_TICK)
+      self._ticks += 1
       self._update()
 
   def _update(self) -> None:
     """Writes what the calls of each stage take."""
-    now = time.monotonic()
-    passed, self._time = max(now - self._time, 1e-6), now
+    passed = max(time.monotonic() - self._time, 1e-6)
+    self._time += passed
     failures = self._failures().most_common(4)
     listed = ", ".join(f"{kind} {number}" for kind, number in failures)
     for stage, each in self._bars.items():
@@ -481,6 +485,10 @@ class _Bars:
       if listed and stage == next(iter(self._bars)):
         said += f", failures: {listed}"
       each.set_postfix_str(said, refresh=False)
+    # Calls may take minutes: the bars show that it still waits for them.
+    if sys.stderr.isatty() or self._ticks % _QUIET == 0:
+      for each in list(self._bars.values())[-1:]:
+        each.refresh()
 
   def close(self) -> None:
     """Leaves the last state of the bars."""

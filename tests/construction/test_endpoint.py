@@ -170,6 +170,25 @@ def test_servers_without_structured_output(server, capsys):
   assert capsys.readouterr().out.count("takes no response_format") == 1
 
 
+def test_servers_without_sampling_options(server):
+  def fault(request):
+    for name in ("temperature", "seed"):
+      if name in request.body:
+        return refusal(400, f"Unsupported parameter: '{name}'")
+    return None
+
+  server.fault = fault
+  (reply,), _ = _ask(server)
+  assert reply.text and server.stages["events"] == 3
+
+
+def test_a_wait_of_hours_ends_the_run(server):
+  server.fault = lambda request: refusal(429, Retry_After="86400")
+  (error,), _ = _ask(server)
+  assert isinstance(error, EndpointError)
+  assert "asks to wait 86,400 s" in str(error)
+
+
 def test_servers_with_another_name_for_the_limit(server):
   def fault(request):
     if "max_tokens" in request.body:

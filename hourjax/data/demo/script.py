@@ -24,9 +24,10 @@ MAX_KEPT = 16
 TRAIN_SCENES = (4, 14)
 # Least and most seconds of a clip.
 CLIP_SECONDS = (3, 10)
-# Possible numbers of times that a video shows its card, and its clip.
-CARD_SHOWINGS = {"train": (1, 2, 4, 6), "test": (1,)}
-CLIP_SHOWINGS = {"train": (1, 2, 3), "test": (1,)}
+# Possible numbers of times that a video shows its card, and its clip. MemAug
+# finds what it is trained on several times in a video, and then finds it once.
+CARD_SHOWINGS = {"train": (2, 4, 8, 12), "test": (1,)}
+CLIP_SHOWINGS = {"train": (2, 3, 4, 6), "test": (1,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Needle:
 
   Attributes:
     spans: (start, end) in seconds of each showing, start <= t < end, in order.
-      A test video shows its card once. Some training videos show theirs more
-      often, which makes the look-up easier to learn.
+      A test video shows its card once. Training videos show theirs more often,
+      which makes the look-up easier to learn.
     kind: of the card, one of `world.NEEDLES`.
     colour: of the card, which questions ask for.
     dropped: whether temporal forgetting drops every frame that shows it.
@@ -88,8 +89,8 @@ class Clip:
   Attributes:
     start: first second.
     end: second after the last one.
-    again: first seconds of further showings of the same clip, which some
-      training videos have.
+    again: first seconds of further showings of the same clip, which training
+      videos have.
     things: two of `world.CLIP_THINGS`. Each crosses the screen for half of the
       time, one after the other.
     word: one of `world.CLIP_WORDS`, which stands below all the time.
