@@ -60,7 +60,7 @@ def test_needles_apart_and_mostly_in_dropped_frames(split, seconds):
     assert s.needle.dropped == shown.isdisjoint(kept.astype(int).tolist())
     dropped.append(s.needle.dropped)
     showings.add(len(spans))
-  assert showings == {"train": {1, 2, 4, 6}, "test": {1}}[split]
+  assert showings == {"train": {2, 4, 8, 12}, "test": {1}}[split]
   assert np.mean(dropped) >= script.HIDDEN_SHARE - 0.05
 
 
@@ -86,7 +86,8 @@ def test_clips_apart_from_cards_and_mostly_in_dropped_frames(split, seconds):
     lengths.add(clip.end - clip.start)
     words.append(clip.word)
     assert len(set(clip.things)) == 2
-  assert showings == {"train": {1, 2, 3}, "test": {1}}[split]
+  # Where there is no room for all of them, there are fewer.
+  assert showings == {"train": {1, 2, 3, 4, 5, 6}, "test": {1}}[split]
   assert lengths == set(range(3, 11))
   assert np.mean(dropped) >= script.HIDDEN_SHARE - 0.05
   assert all(words.count(word) == 48 for word in world.CLIP_WORDS)
