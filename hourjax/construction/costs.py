@@ -195,9 +195,9 @@ class Forecast:
     for row in rows:
       cells = "".join(f"{cell:>16}" for cell in row[1:5])
       lines.append(f"{row[0]:<10}{cells}  {row[5]}".rstrip())
-    each = ", ".join(f"{role} {h:,.1f} h" for role, h in self.hours.items())
+    each = ", ".join(f"{role} {_time(h)}" for role, h in self.hours.items())
     lines.append(
-      f"at the measured rate {max(self.hours.values(), default=0):,.1f} hours"
+      f"at the measured rate {_time(max(self.hours.values(), default=0))}"
       f" ({each}, at the same time)"
     )
     if not self.prices.by_role:
@@ -208,6 +208,11 @@ class Forecast:
     """Returns the cells of a line."""
     numbers = (spent.calls, spent.tokens_in, spent.tokens_out)
     return (name, *(f"{number:,.0f}" for number in numbers), f"{dollars:,.2f}")
+
+
+def _time(hours: float) -> str:
+  """Returns hours, or minutes of less than two hours."""
+  return f"{hours:,.1f} h" if hours >= 2 else f"{60 * hours:.0f} min"
 
 
 def forecast(
@@ -253,7 +258,8 @@ def forecast(
   for name in STAGES:
     total = tally.total(name)
     each = assumed[name]
-    measured = total.calls > 0
+    # The writer was measured on one call, which tells its speed and no more.
+    measured = total.calls > 0 and (name == "caption" or done > 0)
     calls = each.calls
     if measured and done and name != "caption":
       calls = total.calls / done

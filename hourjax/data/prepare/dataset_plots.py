@@ -178,11 +178,15 @@ def _bars(
   ]
   lengths = [count for _, count in pairs]
   axes.barh(range(len(pairs)), lengths, color=fill, height=0.72)
+  known = [
+    total * (shares or {}).get(name, float("nan")) / 100 for name, _ in pairs
+  ]
   for i, count in enumerate(lengths):
     share = 100 * count / max(total, 1)
     axes.annotate(
       f"{count:,}  {share:.1f} %",
-      (count, i),
+      # Behind the mark, where there is one.
+      (max(count, known[i]) if known[i] == known[i] else count, i),
       (5, 0),
       textcoords="offset points",
       va="center",
@@ -190,9 +194,6 @@ def _bars(
       fontsize=9,
     )
   plots.name_rows(axes, [_short(name) for name in names])
-  known = [
-    total * (shares or {}).get(name, float("nan")) / 100 for name, _ in pairs
-  ]
   longest = max(1, *lengths, *(each for each in known if each == each))
   axes.set_xlim(0, longest * 1.22)
   if any(each == each for each in known):
