@@ -97,15 +97,18 @@ MISUSED = [
   ("export --model=x --out=y --shard_gb=0", "--shard_gb=0: "),
   ("construct --videos=v --out=x --captioner=m --writer=m@http://h/v1",
    "--captioner=m: write NAME@URL"),
-  ("construct --videos=v --out=x --captioner=m@http://u:p@h/v1 --writer=n",
-   "--captioner=m@http://***h/v1 holds a password or key"),
+  ("construct --videos=v --out=x --captioner=m@http://u:p@h/v1"
+   " --writer=n@http://h/v1", "--captioner=m@http://***h/v1 holds a password or"
+   " key"),
+  ("construct --videos=v --out=x --captioner=m@http://h:80a0/v1"
+   " --writer=n@http://h/v1", "--captioner=m@http://h:80a0/v1: write NAME@URL"),
   ("construct --videos=v --out=x --captioner=m@http://h/v1"
    " --writer=m@http://h/v1", "v is not a folder on this machine"),
   ("construct --videos=tests --out=x --captioner=m@http://h/v1"
    " --writer=m@http://h/v1 --prices=eye=1/2", "--prices: 'eye=1/2'; write"
    " ROLE=IN/OUT"),
   ("construct --videos=tests --out=x --captioner=m@http://h/v1"
-   " --writer=m@http://h/v1 --budget=5", "--budget=5 without --prices"),
+   " --writer=m@http://h/v1 --budget=5", "--budget=5 but --prices lacks"),
   ("construct --videos=tests --out=x --captioner=m@http://h/v1"
    " --writer=m@http://h/v1 --tasks=README.md", "README.md"),
   ("construct --videos=tests --out=x --captioner=m@http://h/v1"

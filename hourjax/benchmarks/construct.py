@@ -153,7 +153,7 @@ async def _measure_calls(
     async def work() -> None:
       for number in queue:
         name = f"{number}.mp4"
-        row = store.add_video(name, 0, 0, name, {"duration": _SECONDS})
+        row = await store.add_video(name, 0, 0, name, {"duration": _SECONDS})
         video = VideoAnswers(store, name, row, name)
         state, result = await constructor.construct(out / name, info, video)
         assert state == "done", result
@@ -218,7 +218,7 @@ async def _fill(
   with CallStore(out) as store:
     waiting: list[Any] = []
     for number, name in enumerate(names):
-      row = store.add_video(
+      row = await store.add_video(
         name,
         about.st_size,
         about.st_mtime_ns,

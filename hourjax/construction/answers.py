@@ -49,6 +49,13 @@ class Unusable(Exception):
     self.kind = kind
 
 
+class Refused(Unusable):
+  """Says that an endpoint refuses a request, which it may take another time."""
+
+  def __init__(self, problem: str):
+    super().__init__(problem, "refused request")
+
+
 class Answer(pydantic.BaseModel):
   """Describes an answer; further keys are ignored."""
 
@@ -154,7 +161,14 @@ class ChoiceQuestion(OpenQuestion):
       raise ValueError(
         f"the answer {self.answer!r} repeats none of its options"
       )
+    if len({plain_option(option) for option in self.options}) < OPTIONS:
+      raise ValueError(f"two of the options {self.options} are equal")
     return self
+
+
+def plain_option(text: str) -> str:
+  """Returns an option as it is compared: in small letters, without a stop."""
+  return " ".join(text.casefold().split()).rstrip(".")
 
 
 def _without_letters(options: Sequence[Any]) -> list[Any]:
@@ -193,12 +207,12 @@ class Blind(Answer):
   @pydantic.field_validator("answer")
   @classmethod
   def _read(cls, value: str) -> str:
-    match = re.match(r"\W*([A-D])\b", value.upper())
-    if not match:
+    letter = _option_letter(value)  # not of "A red car"
+    if letter not in tuple(LETTERS):
       raise ValueError(
         f"answer {value[:40]!r} names none of the letters A to D"
       )
-    return match[1]
+    return letter
 
 
 class Judgement(Answer):
@@ -210,14 +224,20 @@ class Judgement(Answer):
   @pydantic.field_validator("right", mode="before")
   @classmethod
   def _read(cls, value: Any) -> Any:
-    if isinstance(value, str):  # "A", "A, C"
-      value = re.findall(r"[A-Da-d]\b", value)
-    if isinstance(value, list):
-      return [
-        v.strip().strip(".()").upper() if isinstance(v, str) else v
-        for v in value
-      ]
-    return value
+    if isinstance(value, str):  # "A", "A, C", "A and C"
+      value = re.split(r"[\s,;/&]+and[\s]+|[\s,;/&]+", value.strip())
+    if not isinstance(value, list):
+      return value
+    return [_option_letter(each) for each in value]
+
+
+def _option_letter(value: Any) -> Any:
+  """Returns the letter of "b", "B." or "B. a cat"; anything else as it is."""
+  if isinstance(value, str):
+    match = re.match(r"\(?([A-Da-d])(?:\)?[.):]|\)?$)", value.strip())
+    if match:
+      return match[1].upper()
+  return value
 
 
 Kind = TypeVar("Kind", bound=Answer)
@@ -285,8 +305,8 @@ def read(kind: type[Kind], text: str, *, cut: bool = False) -> Kind:
 def _json(text: str, cut: bool) -> Any:
   """Parses the JSON value in a text."""
   plain = _THOUGHTS.sub("", text)
-  if "<think" not in plain:  # some servers drop the opening tag
-    plain = plain.rpartition("</think>")[2]
+  # Some servers drop the opening tag; a thought that does not end is no answer.
+  plain = plain.rpartition("</think>")[2].partition("<think")[0]
   fenced = _FENCE.findall(plain)
   problem = "it holds no JSON object"
   for candidate in [*fenced, plain]:
@@ -314,21 +334,26 @@ def _problem(item: Any) -> str:
   return f"{place}: {message[:1].lower()}{message[1:]}"
 
 
-def check_english(texts: Sequence[str]) -> None:
-  """Refuses texts in another language.
-
-  Letters tell other scripts; where they are Latin, the share of common words.
+def check_script(texts: Sequence[str]) -> None:
+  """Refuses texts in another script than Latin.
 
   Raises:
-    Unusable: more than a tenth of the letters are of another script, or fewer
-      than one word in ten is a common one of English.
+    Unusable: more than a tenth of the letters are of another script.
   """
-  whole = " ".join(texts)
-  letters = [c for c in whole if c.isalpha()]
-  foreign = sum(ord(c) > 0x24F for c in letters)
-  if foreign > 0.1 * len(letters):
+  letters = [c for c in " ".join(texts) if c.isalpha()]
+  if sum(ord(c) > 0x24F for c in letters) > 0.1 * len(letters):
     raise Unusable("it is not in English", "another language")
-  words = [word.lower() for word in _WORD.findall(whole)]
+
+
+def check_english(texts: Sequence[str]) -> None:
+  """Refuses whole sentences in another language.
+
+  Raises:
+    Unusable: they are in another script, or fewer than one word in ten is a
+      common one of English, which titles and lists may lack.
+  """
+  check_script(texts)
+  words = [word.lower() for word in _WORD.findall(" ".join(texts))]
   common = sum(word in _ENGLISH for word in words)
   if len(words) >= _JUDGED_WORDS and common < 0.1 * len(words):
     raise Unusable("it is not in English", "another language")

@@ -16,7 +16,7 @@ from hourjax.construction import answers
 from hourjax.construction.answers import Answer, Unusable
 from hourjax.construction.call_store import CallStore, Reply
 from hourjax.construction.costs import BudgetSpent, Tally
-from hourjax.construction.endpoint import Endpoint, Lost
+from hourjax.construction.endpoint import Endpoint, EndpointError, Lost
 from hourjax.construction.options import MAX_TOKENS, ROLE_OF
 from hourjax.construction.prompts import Prompts
 
@@ -78,6 +78,7 @@ class Asker:
     self.prompts, self.tally = prompts, tally
     self._endpoints, self._again, self._seed = endpoints, again, seed
     self._on_call = on_call
+    self._stopped: EndpointError | None = None
     self._system = prompts.render("system", language="English")
 
   async def ask(
@@ -159,6 +160,8 @@ class Asker:
     if shown is not None:
       first = {"type": "text", "text": turns[0]["content"]}
       messages[1] = {"role": "user", "content": [*shown, first]}
+    if self._stopped is not None:
+      raise self._stopped
     self.tally.start(stage)
     reply = None
     try:
@@ -171,8 +174,14 @@ class Asker:
         key=key.hex(),
       )
       return reply
+    except EndpointError as error:
+      self._stopped = error  # calls that are under way may end
+      raise
     finally:
       self.tally.end(stage, reply)
+
+
+_AWAITED = (BudgetSpent, EndpointError, Lost)
 
 
 async def gather(*jobs: Awaitable[Any]) -> list[Any]:
@@ -191,7 +200,7 @@ async def gather(*jobs: Awaitable[Any]) -> list[Any]:
       )
       for task in done:
         error = task.exception()
-        if error is not None and not isinstance(error, BudgetSpent | Lost):
+        if error is not None and not isinstance(error, _AWAITED):
           raise error
     return [task.result() for task in tasks]
   finally:

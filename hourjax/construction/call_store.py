@@ -36,6 +36,8 @@ CREATE TABLE spent(
   tokens_in INTEGER NOT NULL, tokens_out INTEGER NOT NULL,
   seconds REAL NOT NULL, PRIMARY KEY(stage, model)) WITHOUT ROWID;
 """
+# States of a video, and which of several workers' counts.
+_RANK = {"": 0, "failed": 1, "dropped": 2, "partial": 3, "done": 4}
 # Texts of fewer bytes do not become smaller.
 _PACKED = 200
 
@@ -87,7 +89,8 @@ class VideoRow:
     stamp: that tells its content from others'.
     info: about the video, JSON values.
     plan: of the construction that its state is of.
-    state: "done", "dropped" or "failed"; "" before.
+    state: "done", "dropped", "partial" (done, but for calls that were refused)
+      or "failed"; "" before.
   """
 
   number: int
@@ -159,7 +162,7 @@ class CallStore:
 
   def _open_others(self) -> None:
     """Opens the files that other workers have begun since."""
-    for path in sorted(self.folder.glob("*.sqlite")):
+    for path in sorted(self.folder.glob("calls*.sqlite")):
       if path != self.path and path not in self._others:
         other = _read_only(path)
         if other is not None:
@@ -187,16 +190,22 @@ class CallStore:
     found: dict[str, VideoRow] = {}
     for other in self._others.values():
       for name, row in _videos(other).items():
-        if name not in found or row.state:
+        before = found.get(name)
+        if before is None or _RANK[row.state] > _RANK[before.state]:
           found[name] = row
     return found
 
-  def add_video(
+  async def add_video(
     self, name: str, size: int, mtime: int, stamp: str, info: Mapping[str, Any]
   ) -> int:
     """Writes what is known of a video's file; returns its number."""
     row = (name, size, mtime, stamp, json.dumps(info))
-    with self._writer:
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(self._pool, self._add_video, row)
+
+  def _add_video(self, row: tuple) -> int:
+    """Writes a video in a transaction of its own."""
+    with self._writing():
       (number,) = self._writer.execute(
         "INSERT INTO videos(name, size, mtime, stamp, info) VALUES(?,?,?,?,?)"
         " ON CONFLICT(name) DO UPDATE SET size=excluded.size,"
@@ -205,6 +214,15 @@ class CallStore:
         row,
       ).fetchone()
     return number
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Runs a transaction; says which file cannot be written."""
+    try:
+      with self._writer:
+        yield
+    except sqlite3.OperationalError as error:
+      raise OSError(f"cannot write {self.path}: {error}") from error
 
   def answers(self, name: str) -> dict[bytes, Reply]:
     """Returns all answers about a video, of all workers, by their keys."""
@@ -272,36 +290,40 @@ class CallStore:
     """Writes items in one transaction."""
     answers = [item for item in items if item[0] == "answer"]
     results = [item[1] for item in items if item[0] == "result"]
-    try:
-      with self._writer:
-        self._writer.executemany(
-          "INSERT OR REPLACE INTO answers VALUES(?,?,?,?)",
-          [item[1] for item in answers],
-        )
-        self._writer.executemany(
-          "INSERT INTO spent VALUES(?,?,1,?,?,?) ON CONFLICT DO UPDATE SET"
-          " calls=calls+1, tokens_in=tokens_in+excluded.tokens_in,"
-          " tokens_out=tokens_out+excluded.tokens_out,"
-          " seconds=seconds+excluded.seconds",
-          [item[2] for item in answers],
-        )
-        self._writer.executemany(
-          "UPDATE videos SET plan=?, state=?, result=? WHERE id=?", results
-        )
-    except sqlite3.OperationalError as error:
-      raise OSError(f"cannot write {self.path}: {error}") from error
+    with self._writing():
+      self._writer.executemany(
+        "INSERT OR REPLACE INTO answers VALUES(?,?,?,?)",
+        [item[1] for item in answers],
+      )
+      self._writer.executemany(
+        "INSERT INTO spent VALUES(?,?,1,?,?,?) ON CONFLICT DO UPDATE SET"
+        " calls=calls+1, tokens_in=tokens_in+excluded.tokens_in,"
+        " tokens_out=tokens_out+excluded.tokens_out,"
+        " seconds=seconds+excluded.seconds",
+        [item[2] for item in answers],
+      )
+      self._writer.executemany(
+        "UPDATE videos SET plan=?, state=?, result=? WHERE id=?", results
+      )
 
   def spent(self) -> dict[tuple[str, str], Spent]:
     """Returns what this file's calls took, by stage and model."""
     return _spent(self._reader)
 
-  def spent_by_all(self) -> dict[tuple[str, str], Spent]:
-    """Returns what the calls of all workers took, by stage and model."""
+  def spent_by_others(self) -> dict[tuple[str, str], Spent]:
+    """Returns what the calls of other workers took, by stage and model."""
     self._open_others()
-    total = self.spent()
+    total: dict[tuple[str, str], Spent] = {}
     for other in self._others.values():
       for key, spent in _spent(other).items():
         total.setdefault(key, Spent()).add(spent)
+    return total
+
+  def spent_by_all(self) -> dict[tuple[str, str], Spent]:
+    """Returns what the calls of all workers took, by stage and model."""
+    total = self.spent_by_others()
+    for key, spent in self.spent().items():
+      total.setdefault(key, Spent()).add(spent)
     return total
 
   def results(self, plan: str) -> Iterator[tuple[str, str, VideoRow, dict]]:
@@ -314,7 +336,11 @@ class CallStore:
     places: dict[str, tuple[sqlite3.Connection, VideoRow]] = {}
     for each in (*self._others.values(), self._reader):
       for name, row in _videos(each).items():
-        if row.plan == plan and row.state:
+        if row.plan != plan or not row.state:
+          continue
+        # What one worker could not do, another one may have done.
+        before = places.get(name)
+        if before is None or _RANK[row.state] >= _RANK[before[1].state]:
           places[name] = each, row
     for name in sorted(places):
       each, row = places[name]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hourjax.construction.answers import LETTERS
+from hourjax.construction.answers import LETTERS, plain_option
 from hourjax.data.prepare import question_tables
 from hourjax.errors import UserError
 
@@ -34,26 +34,50 @@ who whom which what when where why how video shown show shows seen see visible
 appear appears during while s
 """
 _STOP = frozenset(_FILLING.split())
+_COUNTS = "zero one two three four five six seven eight nine ten eleven twelv"
+_NUMBERS = frozenset(_COUNTS.split())
+_HOW_MANY = re.compile(r"how (many|much|often)\b", re.IGNORECASE)
 _OTHERS = re.compile(
-  r"\b(all|none|both|neither|any|either) (of )?(the )?(above|these|them"
-  r"|options?|answers?)\b"
+  r"\b(all|none|both|neither|any|either) (of )?(the )?"
+  r"(above|options|answers)\b"
+  r"|^\W*(all|none) of (these|them)\W*$"
   r"|^\W*((both|neither|either|only) )?[A-D](, [A-D])*,? (and|or|nor) [A-D]"
   r"\W*$",
   re.IGNORECASE,
 )
-_CLOCK = re.compile(r"\b(?:(\d{1,2}):)?(\d{1,3}):([0-5]\d)\b")
-_NUMBER = r"(\d+(?:\.\d+)?)(?:\s*(?:-|–|to|and)\s*(\d+(?:\.\d+)?))?"
-_UNITS = re.compile(
-  rf"\b{_NUMBER}\s*-?\s*(s|secs?|seconds?|min|mins|minutes?|h|hrs?|hours?)\b",
+# Times of a video stand behind such a word; a score, a clock on the wall, the
+# minutes in a recipe and years do not.
+_WHEN = (
+  r"\b(?:at|from|until|till|to|between|and|after|before|by|around|about|in|within"
+  r"|minute|second|mark|timestamp|-|–)\s+(?:the\s+)?"
+)
+_CLOCK = r"(?:(?P<hours>\d{1,2}):)?(?P<minutes>\d{1,3}):(?P<seconds>[0-5]\d)\b"
+_UNIT = (
+  r"(?P<number>\d+(?:[.,]\d+)*)(?:st|nd|rd|th)?\s*-?\s*"
+  r"(?P<unit>s|secs?|seconds?|min|mins|minutes?|h|hrs?|hours?)\b"
+)
+_UNIT_BEFORE = r"\b(?P<unit>second|minute|hour)s?\s+(?P<number>\d+(?:\.\d+)?)\b"
+_PLACED = tuple(
+  re.compile(pattern, re.IGNORECASE)
+  for pattern in (_WHEN + _CLOCK, _WHEN + _UNIT, _UNIT_BEFORE)
+)
+_ANY = tuple(
+  re.compile(p, re.IGNORECASE) for p in (_CLOCK, _UNIT, _UNIT_BEFORE)
+)
+# A question that is answered by times.
+_ASKS_WHEN = re.compile(
+  r"\b(when|how long|what time|which (moment|minute|second)|timestamp)\b",
   re.IGNORECASE,
 )
-_BEFORE = re.compile(rf"\b(second|minute|hour)s?\s+{_NUMBER}\b", re.IGNORECASE)
 _SLACK = 1.0  # seconds beyond the end that rounding explains
 
 # Columns of benchmarks' annotation files, in lower case.
 _VIDEOS = (*question_tables.NAMES["video"].split(), "videoid", "key", "url")
 _QUESTIONS = question_tables.NAMES["question"].split()
 _OPTIONS = question_tables.NAMES["options"].split()
+_YOUTUBE = re.compile(
+  r"(?:[?&]v=|youtu\.be/|/embed/|/shorts/)([\w-]{11})(?![\w-])"
+)
 _NESTED = ("qa", "questions")  # lists of questions within a row of a video
 
 
@@ -96,8 +120,13 @@ def words(text: str) -> frozenset[str]:
   "What does the man in the red hat hold?" and "What is the man with a red hat
   holding?" both give hat, hold, man, red.
   """
+  return frozenset(_word_list(text))
+
+
+def _word_list(text: str) -> list[str]:
+  """Returns the words that a text is about, in their order."""
   found = (match[0].lower() for match in _WORD.finditer(text))
-  return frozenset(_stem(word) for word in found if word not in _STOP)
+  return [_stem(word) for word in found if word not in _STOP]
 
 
 def _stem(word: str) -> str:
@@ -125,41 +154,58 @@ def options_fault(question: Question) -> str | None:
   """Says if options are equal, or speak of each other."""
   if not question.options:
     return None
-  plain = [" ".join(re.findall(r"\w+", o.casefold())) for o in question.options]
-  if len(set(plain)) < len(plain):
+  plain = {plain_option(option) for option in question.options}
+  if len(plain) < len(question.options):
     return "options are equal"
   if any(_OTHERS.search(option) for option in question.options):
     return "an option speaks of others"
   return None
 
 
-def seconds_named(text: str) -> list[float]:
-  """Returns the times and durations that a text names, in seconds.
+def seconds_named(text: str, *, anywhere: bool = False) -> list[float]:
+  """Returns the times of the video that a text names, in seconds.
 
-  "at 1:30, for 20 to 30 seconds" gives 90, 20 and 30.
+  "At 1:30, and until minute 5, 45 minutes are on the clock" gives 90 and 300,
+  and anywhere also 2,700.
+
+  Args:
+    text: the text.
+    anywhere: whether times count that do not stand behind "at", "until", ...
   """
-  found = []
-  for hours, minutes, seconds in _CLOCK.findall(text):
-    found.append(3600 * int(hours or 0) + 60 * int(minutes) + int(seconds))
-  units = {"s": 1.0, "m": 60.0, "h": 3600.0}
-  for first, second, unit in _UNITS.findall(text):
-    factor = units[unit[0].lower()]
-    found += [factor * float(number) for number in (first, second) if number]
-  for unit, first, second in _BEFORE.findall(text):
-    factor = units[unit[0].lower()]
-    found += [factor * float(number) for number in (first, second) if number]
-  return [float(value) for value in found]
+  found: set[float] = set()
+  for pattern in (*_PLACED, *(_ANY if anywhere else ())):
+    for match in pattern.finditer(text):
+      parts = match.groupdict()
+      if "seconds" in parts:
+        hours, minutes = int(parts["hours"] or 0), int(parts["minutes"])
+        found.add(3600 * hours + 60 * minutes + int(parts["seconds"]))
+        continue
+      number, unit = parts["number"].replace(",", ""), parts["unit"].lower()
+      if unit == "s" and re.fullmatch(r"(1[5-9]|20)\d\d", number):
+        continue  # the 1980s
+      if number.count(".") < 2:
+        found.add(float(number) * {"s": 1, "m": 60, "h": 3600}[unit[0]])
+  return sorted(found)
 
 
 def times_fault(question: Question, duration: float) -> str | None:
-  """Says if a time in the question, the answer or an option is past the end.
+  """Says if a time of the video is past its end.
+
+  Any time counts in a question about time, and in options of one that asks
+  when; elsewhere those that the words before them place in the video.
 
   Args:
     question: the question.
     duration: of the video, in seconds.
   """
   texts = (question.text, question.answer, *question.options)
-  latest = max((t for text in texts for t in seconds_named(text)), default=0.0)
+  about_time = "tempor" in f"{question.topic} {question.task}" or bool(
+    _ASKS_WHEN.search(question.text)
+  )
+  latest = max(
+    (t for text in texts for t in seconds_named(text, anywhere=about_time)),
+    default=0.0,
+  )
   if latest > duration + _SLACK:
     return "a time is beyond the end"
   return None
@@ -168,21 +214,36 @@ def times_fault(question: Question, duration: float) -> str | None:
 def leak_fault(question: Question) -> str | None:
   """Says if the question gives its answer away.
 
-  A question that names several possible answers, of which its own is one, does
-  not: "Which is first, the oven or the fridge?".
+  It does if the answer's words are in it, in their order and side by side. A
+  question that names several possible answers, of which its own is one, does
+  not ("Which is first, the oven or the fridge?"), nor one that asks how many of
+  a number.
   """
-  answer = words(question.answer)
-  text = words(question.text)
-  if not answer or not answer <= text:
+  text, answer = _word_list(question.text), _word_list(question.answer)
+  if not answer or not _holds(text, answer):
     return None
   if question.options:
-    named = [words(option) <= text for option in question.options]
-    return None if sum(named) > 1 else "the question names its answer"
-  if re.search(r"\bor\b|\bthan\b", question.text, re.IGNORECASE):
+    named = [_holds(text, _word_list(option)) for option in question.options]
+    if sum(named) > 1:
+      return None
+  elif re.search(r"\bor\b|\bthan\b", question.text, re.IGNORECASE):
     return None
-  if answer <= {"yes", "no", "not"}:
+  if set(answer) <= {"yes", "no", "not"}:
+    return None
+  asks_number = re.match(
+    r"how (many|much|often)\b", question.text, re.IGNORECASE
+  )
+  if asks_number and all(w in _NUMBERS or w.isdigit() for w in answer):
     return None
   return "the question names its answer"
+
+
+def _holds(text: Sequence[str], part: Sequence[str]) -> bool:
+  """Returns whether some words stand side by side in a text."""
+  count = len(part)
+  return count > 0 and any(
+    text[i : i + count] == part for i in range(len(text) - count + 1)
+  )
 
 
 def repetitions(questions: Sequence[Question]) -> set[int]:
@@ -307,7 +368,8 @@ def shuffle(questions: Sequence[Question], name: str) -> list[Question]:
   shuffled = []
   for question in questions:
     if question.options:
-      wrong = [o for o in question.options if o != question.answer]
+      wrong = list(question.options)
+      wrong.remove(question.answer)  # once, should another one be equal
       wrong = [wrong[i] for i in rng.permutation(len(wrong))]
       wrong.insert(next(letters), question.answer)
       question = dataclasses.replace(question, options=tuple(wrong))
@@ -337,8 +399,8 @@ def read_benchmarks(paths: Sequence[str]) -> Benchmarks:
     for row in question_tables.read_rows(path):
       if isinstance(row, dict):
         columns = columns or list(row)
-        for video, question, options in _read(row):
-          videos += [video] if video else []
+        for ids, question, options in _read(row):
+          videos += ids
           questions += [(question, options)] if question else []
     if len(videos) + len(questions) == before:
       raise UserError(
@@ -355,29 +417,39 @@ def _lines(path: pathlib.Path) -> list[str]:
     lines = path.read_text(encoding="utf-8").splitlines()
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"--exclude={path} cannot be read ({error})") from None
-  return [line.strip() for line in lines if line.strip()]
+  return [_video_id(line) for line in lines if line.strip()]
 
 
 def _read(
-  row: dict[str, Any], video: str = ""
-) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-  """Yields video, question and options of a row and of those within it."""
+  row: dict[str, Any],
+) -> Iterator[tuple[list[str], str, tuple[str, ...]]]:
+  """Yields videos, question and options of a row and of those within it."""
   lower = {str(key).lower(): value for key, value in row.items()}
 
   def text(names: Sequence[str]) -> str:
     found = (lower[name] for name in names if name in lower)
     return next((str(v) for v in found if isinstance(v, str | int)), "")
 
-  video = text(_VIDEOS).rpartition("=")[2] or video
-  options: Any = next((lower[n] for n in _OPTIONS if n in lower), ())
+  videos = [_video_id(str(lower[n])) for n in _VIDEOS if lower.get(n)]
+  # Beside an id that is nobody else's, a number of the benchmark tells nothing.
+  videos = [v for v in videos if len(v) > 5] or videos
+  question, *listed = re.split(r"\n\s*\(?[A-H][.):]\s*", text(_QUESTIONS))
+  options: Any = next((lower[n] for n in _OPTIONS if n in lower), listed)
   if isinstance(options, dict):
     options = list(options.values())
   if not isinstance(options, list | tuple):
     options = str(options).splitlines()
-  yield video, text(_QUESTIONS), tuple(str(option) for option in options)
+  plain = (re.sub(r"^\(?[A-H][.):]\s*", "", str(each)) for each in options)
+  yield videos, question, tuple(plain)
   for name in _NESTED:
     for each in (
       lower.get(name) or () if isinstance(lower.get(name), list) else ()
     ):
       if isinstance(each, dict):
-        yield from _read(each, video)
+        yield from _read(each)
+
+
+def _video_id(text: str) -> str:
+  """Returns the id in an address of YouTube; other names as they are."""
+  match = _YOUTUBE.search(text)
+  return match[1] if match else text.strip()

@@ -1,14 +1,19 @@
-"""What calls cost: prices, a budget, and a forecast.
+"""What calls cost: prices, a budget, a forecast, and bars that show it.
 
 The forecast measures captions on sampled clips, whose answers are kept. Stages
 that have run before, in the same folder, are measured on that; the others are
 estimated from the prompts that the sampled captions give.
 """
 
+import asyncio
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from hourjax import progress
 from hourjax.construction.call_store import Reply, Spent
 from hourjax.construction.options import (
   MAX_TOKENS,
@@ -22,6 +27,10 @@ from hourjax.construction.prompts import Prompts
 from hourjax.construction.tasks import FORMATS, Tasks
 from hourjax.errors import UserError
 
+_TICK = 1.0  # seconds between two updates of what stands beside the bars
+# Ticks after which a log shows again that calls are waited for, and after which
+# it is read what other workers have spent.
+_QUIET, _OTHERS = 5, 30
 # Assumed of answers that were not measured yet, in tokens.
 _OUT = {"events": 25, "event": 150, "video": 400, "blind": 12, "judge": 60}
 _OUT_QUESTION = {"open": 60, "multiple_choice": 110}
@@ -34,10 +43,9 @@ class BudgetSpent(Exception):
 
 
 class Prices:
-  """Holds what a million tokens cost in dollars, by role."""
+  """Holds what a million tokens cost in dollars, in and out, by role."""
 
   def __init__(self, by_role: Mapping[str, tuple[float, float]]):
-    """Keeps (tokens of prompts, tokens of answers) of each role."""
     self.by_role = dict(by_role)
 
   @classmethod
@@ -81,7 +89,6 @@ class Tally:
     spent: of this start, by stage.
     before: of earlier starts and other workers, by stage.
     failures: of answers, by reason.
-    prices: of tokens.
   """
 
   def __init__(
@@ -92,11 +99,16 @@ class Tally:
   ):
     self.spent: dict[str, Spent] = collections.defaultdict(Spent)
     self.before: dict[str, Spent] = collections.defaultdict(Spent)
-    for (stage, _), spent in before.items():
-      self.before[stage].add(spent)
+    self.set_before(before)
     self.failures: collections.Counter[str] = collections.Counter()
     self.prices, self._budget = prices, budget
     self._flying: collections.Counter[str] = collections.Counter()
+
+  def set_before(self, before: Mapping[tuple[str, str], Spent]) -> None:
+    """Replaces what earlier starts and other workers did."""
+    self.before.clear()
+    for (stage, _), spent in before.items():
+      self.before[stage].add(spent)
 
   def total(self, stage: str) -> Spent:
     """Returns what a stage took, earlier starts included."""
@@ -182,8 +194,7 @@ class Forecast:
     """Returns the forecast as lines of text."""
     head = ("stage", "calls", "tokens in", "tokens out", "$", "")
     rows: list[tuple[str, ...]] = [head]
-    total = Spent()
-    cost = 0.0
+    total, cost = Spent(), 0.0
     for name, stage in self.stages.items():
       spent, dollars = stage.spent, self.prices.cost(name, stage.spent)
       total.add(spent)
@@ -201,13 +212,13 @@ class Forecast:
       f" ({each}, at the same time)"
     )
     if not self.prices.by_role:
-      lines.append("without prices; give --prices=captioner=IN/OUT,writer=...")
+      lines.append("for costs give --prices=captioner=IN/OUT,writer=...")
     return "\n".join(lines)
 
   def _cells(self, name: str, spent: Spent, dollars: float) -> tuple[str, ...]:
     """Returns the cells of a line."""
-    numbers = (spent.calls, spent.tokens_in, spent.tokens_out)
-    return (name, *(f"{number:,.0f}" for number in numbers), f"{dollars:,.2f}")
+    counts = (spent.calls, spent.tokens_in, spent.tokens_out)
+    return (name, *(f"{count:,.0f}" for count in counts), f"{dollars:,.2f}")
 
 
 def _time(hours: float) -> str:
@@ -244,7 +255,7 @@ def forecast(
     tasks: that questions are written for.
     prompts: the templates.
   """
-  assumed = _assumed(
+  mean = assumed(
     clips_of_video,
     duration,
     captions,
@@ -257,7 +268,7 @@ def forecast(
   stages: dict[str, Stage] = {}
   for name in STAGES:
     total = tally.total(name)
-    each = assumed[name]
+    each = mean[name]
     # The writer was measured on one call, which tells its speed and no more.
     measured = total.calls > 0 and (name == "caption" or done > 0)
     calls = each.calls
@@ -298,7 +309,7 @@ def _seconds(tally: Tally, role: str) -> float:
   return 0.0
 
 
-def _assumed(
+def assumed(
   count: float,
   duration: float,
   captions: Sequence[Clip],
@@ -308,7 +319,10 @@ def _assumed(
   tasks: Tasks,
   prompts: Prompts,
 ) -> dict[str, Spent]:
-  """Returns what one video is assumed to take, by stage."""
+  """Returns what a mean video takes if its answers are as long as usual.
+
+  The arguments are those of `forecast`.
+  """
   whole = max(1, round(count))
   clips = (
     [captions[i % len(captions)] for i in range(whole)] if captions else []
@@ -372,27 +386,25 @@ def _assumed(
       "clips": [clip.about(aspects) for clip in clips],
     }
     for form in FORMATS:
-      written = tasks.written(topic, form)
-      if not written:
-        continue
       several = form == "multiple_choice"
-      calls += 1
-      counts = {task.name: task.count or options.count for task in written}
-      total_in += tokens(
-        "questions",
-        **source,
-        tasks=written,
-        counts=counts,
-        multiple_choice=several,
-      )
-      number = sum(counts.values())
-      total_out += number * _OUT_QUESTION[form]
-      if several:
-        letters = dict.fromkeys("ABCD", "x" * 24)
-        judged_in += number * tokens(
-          "judge", **source, question="x" * 80, options=letters
+      for written in tasks.groups(topic, form, options.count):
+        counts = {task.name: task.count or options.count for task in written}
+        number = sum(counts.values())
+        calls += 1
+        total_in += tokens(
+          "questions",
+          **source,
+          tasks=written,
+          counts=counts,
+          multiple_choice=several,
         )
-        choices += number
+        total_out += number * _OUT_QUESTION[form]
+        if several:
+          letters = dict.fromkeys("ABCD", "x" * 24)
+          judged_in += number * tokens(
+            "judge", **source, question="x" * 80, options=letters
+          )
+          choices += number
   blind = tokens(
     "blind", question="x" * 80, options=dict.fromkeys("ABCD", "x" * 24)
   )
@@ -403,3 +415,86 @@ def _assumed(
     "blind": spent(tested, blind, _OUT["blind"]),
     "judge": spent(judged, judged_in / max(choices, 1), _OUT["judge"]),
   }
+
+
+class Bars:
+  """Shows a bar for each stage, and what the calls take beside it.
+
+  Attributes:
+    done: videos that have ended.
+  """
+
+  def __init__(
+    self,
+    videos: int,
+    expected: Mapping[str, float],
+    tally: Tally,
+    failures: Callable[[], collections.Counter[str]],
+    read_others: Callable[[], None],
+  ):
+    """Draws nothing before the first call of a stage.
+
+    Args:
+      videos: number of them.
+      expected: numbers of calls by stage, if there was a forecast.
+      tally: of the calls.
+      failures: returns how many calls failed, by reason.
+      read_others: reads what other workers have spent.
+    """
+    self.done = 0
+    self._read_others = read_others
+    self._expected, self._failures = expected, failures
+    self._videos, self._tally = videos, tally
+    self._calls: collections.Counter[str] = collections.Counter()
+    self._bars: dict[str, Any] = {}
+    self._tokens: dict[str, float] = {}
+    self._time, self._ticks = time.monotonic(), 0
+
+  def called(self, stage: str) -> None:
+    """Counts an answer that was stored, or a call that begins."""
+    self._calls[stage] += 1
+    if stage not in self._bars:
+      total = max(1, round(self._expected.get(stage, 0)))
+      self._bars[stage] = progress.bar(total, unit="call", desc=stage)
+    self._bars[stage].update(1)
+
+  async def tick(self) -> None:
+    """Updates what stands beside the bars, again and again."""
+    while True:
+      await asyncio.sleep(_TICK)
+      self._ticks += 1
+      if self._ticks % _OTHERS == 0:
+        self._read_others()
+      self._update()
+
+  def _update(self) -> None:
+    """Writes what the calls of each stage take."""
+    passed = max(time.monotonic() - self._time, 1e-6)
+    self._time += passed
+    listed = ", ".join(f"{k} {n}" for k, n in self._failures().most_common(4))
+    for stage, each in self._bars.items():
+      spent = self._tally.spent[stage]
+      tokens = spent.tokens_in + spent.tokens_out
+      speed = (tokens - self._tokens.get(stage, 0.0)) / passed
+      self._tokens[stage] = tokens
+      if self.done:
+        # All videos are taken to need as many calls as those that have ended.
+        mean = self._calls[stage] / max(self.done, 1)
+        each.total = max(self._calls[stage], round(mean * self._videos))
+      said = f"videos {self.done}/{self._videos}, {speed:,.0f} tokens/s"
+      if self._tally.prices.by_role:
+        cost = self._tally.prices.cost(stage, self._tally.total(stage))
+        said += f", ${cost:,.2f}"
+      said += f", failures: {listed}" if listed else ""
+      each.set_postfix_str(said, refresh=False)
+    # Calls may take minutes: the bars show that it still waits for them.
+    if sys.stderr.isatty() or self._ticks % _QUIET == 0:
+      for each in list(self._bars.values())[-1:]:
+        each.refresh()
+
+  def close(self) -> None:
+    """Leaves the last state of the bars."""
+    self._update()
+    for stage, each in self._bars.items():
+      each.total = self._calls[stage]
+      each.close()

@@ -8,7 +8,7 @@ import collections
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import pyarrow
@@ -103,7 +103,7 @@ def write(
   *,
   options: Options,
   prices: Prices,
-  total: int,
+  names: Collection[str],
 ) -> dict[str, Any]:
   """Writes all files from the results in the store.
 
@@ -113,13 +113,14 @@ def write(
     out: folder of the dataset, which exists.
     options: of the construction, for the card.
     prices: of tokens, for the card.
-    total: number of videos that there are.
+    names: of the videos that there are. What earlier starts made of others is
+      in the dataset as well.
 
   Returns:
     The summary, as summary.json holds it.
   """
   folder = pathlib.Path(out)
-  counts = _Counts()
+  counts = _Counts(names)
   tables = {name: _Table(folder / name, _COLUMNS[name]) for name in _COLUMNS}
   with (
     replace_file(folder / CONVERSATIONS) as conversations,
@@ -136,6 +137,7 @@ def write(
         "video": name,
         "duration": duration,
         "state": state,
+        "kind": result.get("kind"),
         "reason": result.get("reason"),
         "questions": len(result.get("questions", ())),
         "unusable": result.get("unusable", []),
@@ -144,7 +146,7 @@ def write(
       counts.add(name, state, duration, result)
       for item in result.get("dropped", ()):
         dropped_file.write(_line({"video": name, **item}))
-      if state != "done":
+      if state not in ("done", "partial"):
         continue
       _write_tables(tables, name, duration, result)
       for record in _records(name, duration, result["questions"]):
@@ -154,7 +156,7 @@ def write(
     conversations_file.write("]\n" if separator != "[" else "[]\n")
   for table in tables.values():
     table.close()
-  summary = counts.summary(total, store.spent_by_all(), prices)
+  summary = counts.summary(store.spent_by_all(), prices)
   text = json.dumps(summary, indent=1, ensure_ascii=False)
   write_file(folder / "summary.json", text)
   _draw(folder, summary)
@@ -184,7 +186,9 @@ def table(summary: Mapping[str, Any], out: str) -> str:
     lines.append(f"calls that failed or could not be used: {', '.join(listed)}")
   lines.append(
     f"{videos['done']:,} of {videos['all']:,} videos in {out},"
-    f" {videos['dropped']:,} dropped, {videos['failed']:,} failed;"
+    f" {videos['dropped']:,} dropped, {videos['failed']:,} failed"
+    + (f", {videos['partial']:,} in part" if videos["partial"] else "")
+    + ";"
     f" {kept['questions']:,} questions in {kept['conversations']:,}"
     f" conversations, {sum(summary['questions_dropped'].values()):,} dropped"
   )
@@ -193,10 +197,13 @@ def table(summary: Mapping[str, Any], out: str) -> str:
     ("questions dropped", summary["questions_dropped"]),
     ("answers given up", summary["answers_unusable"]),
   ):
-    lines += [f"  {count:>7,} {title}: {why}" for why, count in counts.items()]
+    for why, count in counts.items():
+      example = summary["examples"].get(why, "")
+      such = f" ({example[:160]})" if example else ""
+      lines.append(f"  {count:>7,} {title}: {why}{such}")
   if summary["ended"]:
     lines.append(summary["ended"])
-  elif not is_whole(summary) and not videos["failed"]:
+  elif not is_whole(summary) and not videos["failed"] + videos["partial"]:
     lines.append("the rest is the other workers'; the last to end has it all")
   return "\n".join(lines)
 
@@ -290,9 +297,17 @@ def _records(
 class _Counts:
   """Counts what the dataset holds."""
 
-  def __init__(self) -> None:
+  def __init__(self, names: Collection[str]):
+    """Counts nothing yet.
+
+    Args:
+      names: of the videos that there are.
+    """
+    self._names = set(names)
+    self._others = 0
     self._states: collections.Counter[str] = collections.Counter()
     self._reasons: collections.Counter[str] = collections.Counter()
+    self._examples: dict[str, str] = {}
     self._dropped: collections.Counter[str] = collections.Counter()
     self._unusable: collections.Counter[str] = collections.Counter()
     self._by: dict[str, collections.Counter[str]] = {
@@ -309,16 +324,19 @@ class _Counts:
     self, name: str, state: str, duration: float, result: dict[str, Any]
   ) -> None:
     """Counts one video."""
-    self._states[state] += 1
-    if "reason" in result:
-      kind = result["reason"].split(":")[0]
-      # "2 different events, 3 are wanted" and others count as one reason.
-      self._reasons[" ".join(w for w in kind.split() if not w.isdigit())] += 1
+    if name in self._names:
+      self._states[state] += 1
+    else:
+      self._others += state in ("done", "partial")
+    if "kind" in result:
+      self._reasons[result["kind"]] += 1
+      self._examples.setdefault(result["kind"], result["reason"])
     self._dropped.update(item["reason"] for item in result.get("dropped", ()))
     self._unusable.update(item["kind"] for item in result.get("unusable", ()))
     self._numbers["clips"] += len(result.get("captions", ()))
-    if state != "done":
+    if state not in ("done", "partial"):
       return
+    self._numbers["videos"] += 1
     questions = result["questions"]
     self._hours += duration / 3600
     self._numbers["events"] += len(result["events"])
@@ -340,19 +358,20 @@ class _Counts:
         self._letters["ABCD"[item["options"].index(item["answer"])]] += 1
 
   def summary(
-    self, total: int, spent: Mapping[tuple[str, str], Spent], prices: Prices
+    self, spent: Mapping[tuple[str, str], Spent], prices: Prices
   ) -> dict[str, Any]:
     """Returns all numbers as JSON values."""
-    done = self._states["done"]
     return {
       "videos": {
-        "all": total,
-        "done": done,
+        "all": len(self._names),
+        "done": self._states["done"],
+        "partial": self._states["partial"],
         "dropped": self._states["dropped"],
         "failed": self._states["failed"],
+        "of earlier starts": self._others,
       },
       "kept": {
-        "videos": done,
+        "videos": self._numbers["videos"],
         "hours": round(self._hours, 3),
         "questions": self._numbers["questions"],
         "conversations": self._numbers["conversations"],
@@ -362,6 +381,7 @@ class _Counts:
       "events": self._numbers["events"],
       "answered_blind": self._numbers["answered blind"],
       "videos_left_out": dict(self._reasons.most_common()),
+      "examples": self._examples,
       "questions_dropped": dict(self._dropped.most_common()),
       "answers_unusable": dict(self._unusable.most_common()),
       "topics": dict(self._by["topic"].most_common()),
@@ -419,10 +439,9 @@ def card(summary: Mapping[str, Any], options: Options) -> str:
     f" {kept['hours']:,.1f} hours, written by language models from captions of"
     " the videos, in VideoMarathon's format. No human has checked them.",
     "",
-    f"Of {videos['all']:,} videos {videos['done']:,} are in the dataset and"
-    f" {videos['dropped']:,} were left out"
-    f" ({_listed(summary['videos_left_out'])});"
-    f" {videos['all'] - videos['done'] - videos['dropped']:,} are not done.",
+    f"Of {videos['all']:,} videos {videos['done'] + videos['partial']:,} are in"
+    f" the dataset and {videos['dropped']:,} were left out"
+    f" ({_listed(summary['videos_left_out'])}).",
     "",
     "| file | what it holds |",
     "|---|---|",

@@ -24,7 +24,7 @@ import httpx2
 import openai
 import tenacity
 
-from hourjax.construction.answers import Unusable
+from hourjax.construction.answers import Refused
 from hourjax.construction.call_store import Reply
 from hourjax.construction.options import COMMON_KEY, KEYS, ModelName
 from hourjax.errors import UserError
@@ -57,10 +57,20 @@ class Lost(Exception):
 
 
 def key_of(role: str) -> str | None:
-  """Returns the key of a role from the environment, None without one."""
+  """Returns the key of a role from the environment, None without one.
+
+  Raises:
+    UserError: it cannot be sent.
+  """
   for name in (KEYS.format(role.upper()), COMMON_KEY):
-    if os.environ.get(name):
-      return os.environ[name]
+    key = os.environ.get(name, "").strip()
+    if key and not (key.isascii() and key.isprintable()):
+      raise UserError(
+        f"{name} holds characters that no key has, such as quotation marks of a"
+        " text processor; copy the key anew"
+      )
+    if key:
+      return key
   return None
 
 
@@ -170,7 +180,8 @@ class Endpoint:
     self._timeout, self._tries = timeout, tries
     self._first_wait = first_wait
     self._key = key_of(role)
-    self._lost = 0  # in a row
+    self._lost = self._refused = 0  # in a row
+    self._answered = False
     self._without: set[str] = set()  # keys that the server does not take
     self._client = openai.AsyncOpenAI(
       api_key=self._key or "none",
@@ -206,7 +217,7 @@ class Endpoint:
         Idempotency-Key answers it once.
 
     Raises:
-      Unusable: the endpoint refuses this very request.
+      Refused: the endpoint refuses this very request.
       Lost: no try got an answer.
       EndpointError: the endpoint refuses every request (key, model, quota), or
         no longer answers.
@@ -220,6 +231,14 @@ class Endpoint:
     )
     try:
       reply = await retrying(self._try, call)
+    except Refused as error:
+      self._refused += 1
+      if self._refused >= _GONE:
+        raise EndpointError(
+          f"{error}; so were {self._refused} calls in a row, correct what it"
+          " names"
+        ) from None
+      raise
     except _Temporary as error:
       self._lost += 1
       if self._lost >= _GONE:
@@ -228,7 +247,8 @@ class Endpoint:
           f" the last one: {error}); start again when it does"
         ) from None
       raise Lost(f"{self.model}: {error}") from None
-    self._lost = 0
+    self._lost = self._refused = 0
+    self._answered = True
     self._gate.speed_up()
     return reply
 
@@ -248,9 +268,18 @@ class Endpoint:
     error = state.outcome.exception() if state.outcome else None
     if getattr(error, "rate", False):
       return (state.seconds_since_start or 0) > PATIENCE
-    return state.attempt_number >= self._tries
+    (call,) = state.args
+    return call.failures >= self._tries
 
   async def _try(self, call: "_Call") -> Reply:
+    """Sends a request, and counts what fails, but for the rate."""
+    try:
+      return await self._try_adapted(call)
+    except _Temporary as error:
+      call.failures += not error.rate
+      raise
+
+  async def _try_adapted(self, call: "_Call") -> Reply:
     """Sends a request, and once more without what the server does not know."""
     while True:
       try:
@@ -259,7 +288,7 @@ class Endpoint:
           async with asyncio.timeout(self._timeout):
             content = await self._send(call)
           seconds = time.monotonic() - call.began
-          return _read_response(content, seconds)
+          return self._read_response(content, seconds)
       except openai.APIStatusError as error:
         if self._is_adapted(call, error):
           continue
@@ -317,34 +346,64 @@ class Endpoint:
     """Words a status that is an error."""
     status, said = error.status_code, self._scrubbed(_message(error))
     self.failures[str(status)] += 1
-    if status == 429 and "insufficient_quota" in str(error):
+    if status == 402 or "insufficient_quota" in str(error):
       return EndpointError(
-        f"{self.model}: the quota is spent ({said}); raise it"
+        f"{self.model}: {status}, the quota is spent ({said}); raise it"
       )
-    if status == 429:
-      after = _retry_after(error)
+    after = _retry_after(error)
+    if status in (408, 409, 425, 429) or status >= 500:
       if after is not None and after > PATIENCE:
         return EndpointError(
           f"{self.model} asks to wait {after:,.0f} s ({said}); start again then"
         )
-      self._gate.slow_down(after or 0.0, call.began)
-      return _Temporary(f"429 ({said})", rate=True, retry_after=after)
-    if status in (408, 409, 425) or status >= 500:
-      return _Temporary(f"{status} ({said})", retry_after=_retry_after(error))
+      if status == 429:
+        self._gate.slow_down(after or 0.0, call.began)
+      rate = status == 429
+      return _Temporary(f"{status} ({said})", rate=rate, retry_after=after)
     name = KEYS.format(self._role.upper())
-    if status in (401, 403):
+    # After answers, 403 is what some endpoints say of a single flagged request.
+    if status == 401 or (status == 403 and not self._answered):
       what = "it wants a key" if self._key is None else "it refuses the key"
       return EndpointError(
-        f"{self.model}: {status}, {what} ({said}); set {name} or {COMMON_KEY}"
+        f"{self.model} (--{self._role}): {status}, {what} ({said}); set {name}"
+        f" or {COMMON_KEY}"
       )
     if status in (404, 405):
       return EndpointError(
         f"{self.model}: {status} ({said}); correct the model's name, or the"
         f" address, which usually ends in /v1, in --{self._role}"
       )
-    return Unusable(
-      f"{self.model} refuses the request: {status} ({said})", "refused request"
-    )
+    return Refused(f"{self.model} refuses the request: {status} ({said})")
+
+  def _read_response(self, content: bytes, seconds: float) -> Reply:
+    """Reads the body of a response.
+
+    Raises:
+      _Temporary: it is no chat completion.
+    """
+    if len(content) > _MOST_BYTES:
+      raise _Temporary(f"a response of {len(content) / 2**20:.0f} MiB")
+    try:
+      value = json.loads(content)
+      if value.get("error") and not value.get("choices"):
+        said = value["error"]
+        said = said.get("message", said) if isinstance(said, dict) else said
+        raise _Temporary(f"an error as answer ({self._scrubbed(str(said))})")
+      choices = value["choices"]
+      usage = value.get("usage") or {}
+      read = int(usage.get("prompt_tokens") or 0)
+      written = int(usage.get("completion_tokens") or 0)
+      if not choices:  # an empty answer, which is asked for again
+        return Reply("", False, read, written, seconds)
+      text = choices[0]["message"].get("content") or ""
+      if isinstance(text, list):
+        text = "".join(part.get("text", "") for part in text)
+      if not isinstance(text, str):
+        raise TypeError("content is no text")
+      cut = choices[0].get("finish_reason") == "length"
+      return Reply(text, cut, read, written, seconds)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+      raise _Temporary(f"no chat completion ({error!r:.80})") from None
 
   def _scrubbed(self, text: str) -> str:
     """Returns a message without the key, which some servers repeat."""
@@ -380,6 +439,7 @@ class _Call:
   seed: int
   key: str
   sent: frozenset[str] = frozenset()
+  failures: int = 0
   began: float = 0.0
 
   def body(self, model: str, without: Collection[str]) -> dict[str, Any]:
@@ -402,31 +462,6 @@ class _Call:
     if "max_tokens" in without:  # its newer name
       body["max_completion_tokens"] = self.max_tokens
     return {key: value for key, value in body.items() if key not in without}
-
-
-def _read_response(content: bytes, seconds: float) -> Reply:
-  """Reads the body of a response.
-
-  Raises:
-    _Temporary: it is no chat completion.
-  """
-  if len(content) > _MOST_BYTES:
-    raise _Temporary(f"a response of {len(content) / 2**20:.0f} MiB")
-  try:
-    value = json.loads(content)
-    choices = value["choices"]
-    usage = value.get("usage") or {}
-    read = int(usage.get("prompt_tokens") or 0)
-    written = int(usage.get("completion_tokens") or 0)
-    if not choices:  # an empty answer, which is asked for again
-      return Reply("", False, read, written, seconds)
-    text = choices[0]["message"].get("content") or ""
-    if not isinstance(text, str):
-      raise TypeError("content is no text")
-    cut = choices[0].get("finish_reason") == "length"
-    return Reply(text, cut, read, written, seconds)
-  except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-    raise _Temporary(f"no chat completion ({error!r:.80})") from None
 
 
 def _message(error: openai.APIStatusError) -> str:

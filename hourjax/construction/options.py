@@ -4,10 +4,11 @@ import dataclasses
 import hashlib
 import json
 import re
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hourjax.construction.answers import Unusable
+from hourjax.construction.answers import Refused, Unusable
 from hourjax.construction.clips import ClipOptions
 from hourjax.construction.tasks import Tasks
 from hourjax.errors import UserError
@@ -73,12 +74,13 @@ class ModelName:
     """
     name, at, url = text.partition("@http")
     url = f"http{url}"
-    if not name or not at or not re.match(r"https?://[^/\s]+", url):
+    parts = _split(url)
+    if not name or not at or parts is None:
       raise UserError(
         f"--{option}={_hidden(text)}: write NAME@URL, for example"
         f" --{option}=Qwen2.5-VL-7B@http://localhost:8000/v1"
       )
-    if "@" in url.split("/")[2] or "?" in url:
+    if parts.username is not None or parts.query:
       raise UserError(
         f"--{option}={_hidden(text)} holds a password or key; give it as"
         f" {KEYS.format(option.upper())} in the environment"
@@ -89,9 +91,22 @@ class ModelName:
     return f"{self.name}@{self.url}"
 
 
+def _split(url: str) -> urllib.parse.SplitResult | None:
+  """Returns the parts of an address, None of one that no client takes."""
+  try:
+    parts = urllib.parse.urlsplit(url)
+    # The port is read, and names are encoded, only when they are used.
+    port, host = parts.port, parts.hostname or ""
+    host.encode("idna")
+  except ValueError:  # UnicodeError is one
+    return None
+  plain = parts.scheme in ("http", "https") and not re.search(r"\s", url)
+  return parts if plain and host and port != 0 else None
+
+
 def _hidden(text: str) -> str:
   """Returns an option's value without what may be a password."""
-  return re.sub(r"//[^/@]*@|\?.*", lambda m: m[0][:2] + "***", text)
+  return re.sub(r"//.*@|\?.*", lambda m: m[0][:2] + "***", text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +196,8 @@ class Made:
     questions: that passed the checks.
     dropped: that did not, with the `reason`.
     unusable: answers, with `what` they were to be, `kind` and `problem`.
+    refused: whether the endpoint refused a request that another start may get
+      an answer to.
   """
 
   duration: float
@@ -191,9 +208,11 @@ class Made:
   questions: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   dropped: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   unusable: list[dict[str, str]] = dataclasses.field(default_factory=list)
+  refused: bool = False
 
   def give_up(self, what: str, error: Unusable) -> None:
     """Lists an answer that could not be used."""
+    self.refused |= isinstance(error, Refused)
     self.unusable.append(
       {"what": what, "kind": error.kind, "problem": str(error)}
     )
@@ -206,5 +225,6 @@ class Made:
       "description": self.description,
       "questions": self.questions,
       "dropped": self.dropped,
-      "unusable": self.unusable,
+      # In another order than that in which answers happen to come.
+      "unusable": sorted(self.unusable, key=lambda item: sorted(item.items())),
     }

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from hourjax.construction import answers, checks, clips
-from hourjax.construction.answers import Event, Unusable
+from hourjax.construction.answers import Event, Refused, Unusable
 from hourjax.construction.asking import Asker, VideoAnswers, gather
 from hourjax.construction.checks import Benchmarks, Question
 from hourjax.construction.options import Clip, Made, Options
@@ -68,26 +68,28 @@ class Constructor:
       video: its stored answers.
 
     Returns:
-      "done" or "dropped", and what was made of it: `captions`, `events`,
-      `description`, `questions`, `dropped` and `unusable`, or the `reason`.
+      "done" or "dropped", "partial" or "failed" if a request was refused; and
+      what was made of it: `captions`, `events`, `description`, `questions`,
+      `dropped`, `unusable`; if it has no questions, the `kind` and `reason`.
 
     Raises:
       UserError: the video cannot be decoded.
       Lost, BudgetSpent: a call got no answer.
     """
     if self.benchmarks.has_video(video.name):
-      return "dropped", {"reason": "its name is that of a benchmark's video"}
+      return "dropped", {"kind": "a benchmark's video", "reason": video.name}
     work = _Work(self, path, info, video)
     made = work.made
     try:
-      found = await work.describe()
-      if found is not None:
-        return "dropped", {**made.values(), "reason": found}
-      await work.ask()
+      found = await work.describe() or await work.ask()
     except Unusable as error:
-      reason = f"{made.stage}: {error}"
-      return "dropped", {**made.values(), "reason": reason}
-    return "done", made.values()
+      made.refused |= isinstance(error, Refused)
+      found = f"no usable {made.stage}", str(error)
+    if found is not None:
+      # What was refused may be answered by another start.
+      state = "failed" if made.refused else "dropped"
+      return state, {**made.values(), "kind": found[0], "reason": found[1]}
+    return "partial" if made.refused else "done", made.values()
 
   async def sample(
     self, path: pathlib.Path, info: VideoInfo, video: VideoAnswers
@@ -148,11 +150,11 @@ class _Work:
     self._decode = constructor.decode
     self._path, self._info, self._video = path, info, video
 
-  async def describe(self) -> str | None:
+  async def describe(self) -> tuple[str, str] | None:
     """Runs the stages up to the description of the video.
 
     Returns:
-      A reason to drop the video, or None.
+      Kind and text of a reason to drop the video, or None.
     """
     self.made.stage = "captions"
     spans = clips.cut(self.made.duration, self._options.clip.seconds)
@@ -163,12 +165,18 @@ class _Work:
       if caption is not None
     ]
     if len(self.made.clips) < _CAPTIONED * len(spans):
-      return f"{len(self.made.clips)} of {len(spans)} clips have a caption"
+      return (
+        "too few captions",
+        f"{len(self.made.clips)} of {len(spans)} clips have one",
+      )
     self.made.stage = "events"
     events = await self._find_events()
     least = self._options.min_events
     if len(events) < least:
-      return f"{len(events)} different events, {least} are wanted"
+      return (
+        "too few events",
+        f"{len(events)} different ones, {least} are wanted",
+      )
     self.made.stage = "event descriptions"
     described = await gather(
       *(self._describe_event(events, i) for i in range(len(events)))
@@ -176,7 +184,7 @@ class _Work:
     self.made.events = [event for event in described if event is not None]
     if len(self.made.events) < least:
       count = len(self.made.events)
-      return f"{count} events could be described, {least} are wanted"
+      return "too few events", f"{count} are described, {least} are wanted"
     self.made.stage = "video description"
     prompt = self._asker.prompts.render(
       "video", duration=self.made.duration, events=self.made.events
@@ -263,7 +271,7 @@ class _Work:
     )
 
     def check(answer: answers.Events) -> answers.Events:
-      answers.check_english([event.title for event in answer.events])
+      answers.check_script([event.title for event in answer.events])
       found = answers.check_events(answer.events, self.made.duration)
       return answer.model_copy(update={"events": found})
 
@@ -297,17 +305,23 @@ class _Work:
       return None
     return {**event.model_dump(), "description": answer.description}
 
-  async def ask(self) -> None:
-    """Writes the questions of all topics and formats, and checks them."""
+  async def ask(self) -> tuple[str, str] | None:
+    """Writes the questions of all topics and formats, and checks them.
+
+    Returns:
+      Kind and text of a reason to drop the video, or None.
+    """
     self.made.stage = "questions"
     sets = [
-      (topic, form)
+      (topic, form, group)
       for topic in self._tasks.topics
       for form in FORMATS
-      if self._tasks.written(topic, form)
+      for group in self._tasks.groups(topic, form, self._options.count)
     ]
     written = await gather(*(self._write(*each) for each in sets))
     found = [question for questions in written for question in questions]
+    if sets and not found:
+      return "no usable questions", f"of {len(sets)} sets of them"
     found += [self._summary(task) for task in self._tasks.by_description()]
     found = checks.shuffle(found, self._video.name)
     self.made.stage = "checks"
@@ -335,6 +349,7 @@ class _Work:
         self.made.dropped.append({**item, "reason": reason})
       else:
         self.made.questions.append({**item, "blind": blind})
+    return None
 
   def _sources(self, topic: str) -> dict[str, Any]:
     """Returns what the writer and the judge of a topic see."""
@@ -346,9 +361,10 @@ class _Work:
       "clips": [clip.about(aspects) for clip in self.made.clips],
     }
 
-  async def _write(self, topic: str, form: str) -> list[Question]:
-    """Writes the questions of a topic in one format."""
-    tasks = self._tasks.written(topic, form)
+  async def _write(
+    self, topic: str, form: str, tasks: Sequence[Task]
+  ) -> list[Question]:
+    """Writes the questions of some tasks of a topic in one format."""
     counts = {task.name: task.count or self._options.count for task in tasks}
     several = form == "multiple_choice"
     kind = answers.ChoiceQuestions if several else answers.OpenQuestions

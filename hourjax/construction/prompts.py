@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
@@ -21,6 +22,10 @@ def clock(seconds: float) -> str:
   if hours:
     return f"{hours}:{minutes:02}:{rest:02}"
   return f"{minutes}:{rest:02}"
+
+
+class TemplateError(UserError):
+  """Says what is wrong with a template, which concerns every video."""
 
 
 class Prompts:
@@ -57,30 +62,25 @@ class Prompts:
         )
       names = sorted({*names, *given})
       folders.insert(0, own)
+    texts = {name: _read(folders, name) for name in names}
+    self.digest = hashlib.sha256(
+      "\0".join(f"{name}\0{text}" for name, text in texts.items()).encode()
+    ).hexdigest()
+    # Read once: a file that is changed meanwhile is for the next start.
     self._environment = jinja2.Environment(
-      loader=jinja2.FileSystemLoader(folders),
+      loader=jinja2.DictLoader(texts),
       undefined=jinja2.StrictUndefined,
       autoescape=False,
-      keep_trailing_newline=False,
     )
     self._environment.filters["clock"] = clock
     self._environment.filters["json"] = functools.partial(
       json.dumps, ensure_ascii=False
     )
-    content = hashlib.sha256()
     for name in names:
       try:
         self._environment.get_template(name)
-        assert self._environment.loader is not None
-        text, _, _ = self._environment.loader.get_source(
-          self._environment, name
-        )
       except jinja2.TemplateError as error:
-        raise UserError(f"template {name}: {error}; correct it") from None
-      except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"template {name}: {error}; save it as UTF-8") from None
-      content.update(f"{name}\0{text}\0".encode())
-    self.digest = content.hexdigest()
+        raise TemplateError(f"template {name}: {error}; correct it") from None
 
   def render(self, name: str, **values: Any) -> str:
     """Renders a template.
@@ -90,12 +90,23 @@ class Prompts:
       **values: that the template uses.
 
     Raises:
-      UserError: the template uses a value that does not exist.
+      TemplateError: the template uses a value that does not exist, or fails.
     """
     try:
       return self._environment.get_template(f"{name}.jinja").render(values)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # whatever its expressions raise
       known = ", ".join(sorted(values))
-      raise UserError(
+      raise TemplateError(
         f"template {name}.jinja: {error}; it may use {known}"
       ) from None
+
+
+def _read(folders: Sequence[pathlib.Path], name: str) -> str:
+  """Returns the text of a template, of the first folder that has it."""
+  path = next(f / name for f in folders if (f / name).is_file())
+  try:
+    return path.read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise TemplateError(
+      f"template {path} cannot be read ({error}); save it as UTF-8"
+    ) from None

@@ -9,36 +9,35 @@ import os
 import pathlib
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
 from hourjax import progress
 from hourjax.construction import clips, dataset
-from hourjax.construction.asking import Asker, VideoAnswers
-from hourjax.construction.call_store import CallStore, VideoRow
+from hourjax.construction.asking import Asker, VideoAnswers, gather
+from hourjax.construction.call_store import CallStore, Spent, VideoRow
 from hourjax.construction.checks import Benchmarks, read_benchmarks
 from hourjax.construction.costs import (
+  Bars,
   BudgetSpent,
   Forecast,
   Prices,
   Tally,
+  assumed,
   forecast,
 )
 from hourjax.construction.endpoint import Endpoint, EndpointError, Gate, Lost
 from hourjax.construction.options import ROLES, Clip, Options
 from hourjax.construction.pipeline import Constructor
-from hourjax.construction.prompts import Prompts
-from hourjax.construction.tasks import TASKS, Tasks, read_tasks
+from hourjax.construction.prompts import Prompts, TemplateError
+from hourjax.construction.tasks import ASPECTS, TASKS, Tasks, read_tasks
 from hourjax.data.media.video_probe import VideoInfo
 from hourjax.errors import UserError
 from hourjax.extraction.video_list import find_videos, worker_slice
 
 _STOPPED = "SIGTERM"
 _PROBED = 64  # videos that tell the mean duration of all, for the forecast
-_TICK = 1.0  # seconds between two updates of what stands beside the bars
-_QUIET = 5  # ticks after which a line says in a log that calls are waited for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,15 +103,18 @@ def construct(settings: Settings) -> dict[str, Any] | None:
     UserError: an option does not fit, or an endpoint answers no call.
   """
   budget = settings.limits.budget
-  if budget is not None and "captioner" not in settings.prices.by_role:
+  unpriced = {"captioner", "writer"} - settings.prices.by_role.keys()
+  if budget is not None and unpriced:
     raise UserError(
-      f"--budget={budget:g} without --prices; give them, as"
-      " --prices=captioner=0.2/0.6,writer=0.3/1.1"
+      f"--budget={budget:g} but --prices lacks"
+      f" {' and '.join(sorted(unpriced))}; give both, 0/0 for what is free, as"
+      " --prices=captioner=0/0,writer=0.3/1.1"
     )
   tasks = read_tasks(settings.tasks)
   prompts = Prompts(settings.templates)
+  _check(prompts, tasks, settings.options)
   benchmarks = read_benchmarks(settings.exclude)
-  names = find_videos(settings.videos, settings.names)
+  names = [*_storable(find_videos(settings.videos, settings.names))]
   out = pathlib.Path(settings.out)
   try:
     out.mkdir(parents=True, exist_ok=True)
@@ -134,12 +136,36 @@ def construct(settings: Settings) -> dict[str, Any] | None:
         settings.out,
         options=settings.options,
         prices=settings.prices,
-        total=len(names),
+        names=names,
       )
   return summary | {
     "ended": ended,
     "failures": dict(run.failures().most_common()),
   }
+
+
+def _check(prompts: Prompts, tasks: Tasks, options: Options) -> None:
+  """Renders every prompt once, so that a fault is found before the first call.
+
+  Raises:
+    TemplateError: a template uses a value that does not exist, or fails.
+  """
+  prompts.render("caption", frames=1, start=0.0, end=30.0, duration=30.0)
+  prompts.render("again", problem="it is empty")
+  clip = Clip(0.0, 30.0, dict.fromkeys(ASPECTS, "Nothing is seen."))
+  tally = Tally({}, Prices({}))
+  assumed(1, 30.0, [clip], tally, 4.0, options, tasks, prompts)
+
+
+def _storable(names: Sequence[str]) -> Iterator[str]:
+  """Yields names that are UTF-8, and tells of the others."""
+  for name in names:
+    try:
+      name.encode()
+    except UnicodeEncodeError:
+      print(f"left out: {name!a}, whose name is not UTF-8; rename it")
+    else:
+      yield name
 
 
 class _Run:
@@ -157,6 +183,7 @@ class _Run:
     self._settings, self._store, self._plan = settings, store, plan
     self._names = names
     self._known = store.videos()
+    self._before = store.spent()
     self._folder = pathlib.Path(settings.videos)
 
   async def main(self) -> str | None:
@@ -197,7 +224,7 @@ class _Run:
         first_wait=settings.limits.retry_wait,
       )
     self._endpoints = endpoints
-    self._bars: _Bars | None = None
+    self._bars: Bars | None = None
     threads = len(os.sched_getaffinity(0))
     asker = Asker(
       endpoints,
@@ -238,6 +265,13 @@ class _Run:
     for endpoint in self._endpoints.values():
       total.update(endpoint.failures)
     return total
+
+  def _read_others(self) -> None:
+    """Counts what other workers have spent since."""
+    before = self._store.spent_by_others()
+    for key, spent in self._before.items():
+      before.setdefault(key, Spent()).add(spent)
+    self._tally.set_before(before)
 
   def _on_call(self, stage: str) -> None:
     if self._bars is not None:
@@ -297,7 +331,7 @@ class _Run:
       info, row = await loop.run_in_executor(self._pool, self._probe, name)
     except OSError as error:
       raise UserError(f"{name}: {error.strerror}") from None
-    number = self._store.add_video(
+    number = await self._store.add_video(
       name, row.size, row.mtime, row.stamp, row.info
     )
     return info, VideoAnswers(self._store, name, number, row.stamp)
@@ -310,17 +344,20 @@ class _Run:
     step = max(1, len(names) // _PROBED)
     durations: list[float] = []
     opened: list[tuple[str, VideoInfo, VideoAnswers]] = []
+    unread: list[UserError] = []
     with progress.step("reading the durations of some videos"):
       for name in names[::step][:_PROBED]:
-        with contextlib.suppress(UserError):
+        try:
           info, video = await self._open(name)
-          durations.append(float(info.duration))
-          opened.append((name, info, video))
+        except UserError as error:
+          unread.append(error)
+          continue
+        durations.append(float(info.duration))
+        opened.append((name, info, video))
     if not opened:
       raise UserError(
-        f"none of {len(names[::step][:_PROBED])} videos in"
-        f" {settings.videos} that were tried can be read; see"
-        " `python -m hourjax.extract` for what each of them lacks"
+        f"none of {len(unread)} videos in {settings.videos} that were tried can"
+        f" be read, the first one because: {unread[0]}"
       )
     wanted = max(1, settings.sample)
     sampled = opened[:: max(1, len(opened) // wanted)][:wanted]
@@ -333,16 +370,26 @@ class _Run:
         return_exceptions=True,
       )
     captions: list[Clip] = []
-    characters: list[int] = []
+    lost: list[str] = []
+    characters = 0
     before = self._tally.spent["event"].tokens_in
-    for (_, _, video), each in zip(sampled, found):
-      if isinstance(each, EndpointError | BudgetSpent):
-        raise each
+    for (name, _, video), each in zip(sampled, found):
       if isinstance(each, Clip):
         captions.append(each)
         if not characters and not self._tally.total("event").calls:
-          with contextlib.suppress(Lost):
-            characters.append(await constructor.sample_writing(video, each))
+          characters = await constructor.sample_writing(video, each)
+      elif each is None or (
+        # Of a single clip or video; anything else ends the run.
+        type(each) in (Lost, UserError)
+      ):
+        lost.append(f"{name}: {each or 'no usable caption'}")
+      else:
+        raise each
+    if not captions:
+      raise UserError(
+        f"none of {len(sampled)} sampled clips got a caption ({lost[0]});"
+        " correct this before the construction"
+      )
     tokens = self._tally.spent["event"].tokens_in - before
     rows = (*self._known.values(), *self._store.others().values())
     return forecast(
@@ -356,7 +403,7 @@ class _Run:
       done=sum(row.state == "done" for row in rows),
       tally=self._tally,
       at_a_time=dict.fromkeys(ROLES, float(settings.limits.concurrency)),
-      characters=sum(characters) / tokens if characters and tokens else 4.0,
+      characters=characters / tokens if characters and tokens else 4.0,
       options=settings.options,
       tasks=self._parts[0],
       prompts=self._parts[1],
@@ -377,7 +424,9 @@ class _Run:
     """
     queue = iter(names)
     ended: list[str] = []
-    bars = _Bars(len(names), expected, self._tally, self.failures)
+    bars = Bars(
+      len(names), expected, self._tally, self.failures, self._read_others
+    )
     self._bars = bars
     ticking = asyncio.create_task(bars.tick())
 
@@ -390,18 +439,18 @@ class _Run:
         except BudgetSpent as error:
           ended.append(f"{error}; raise --budget to go on")
           return
+        except EndpointError:
+          ended.append("")  # the other videos end as well
+          raise
         bars.done += 1
 
-    workers = [
-      asyncio.create_task(work())
-      for _ in range(min(self._settings.limits.videos, len(names)))
-    ]
+    count = min(self._settings.limits.videos, len(names))
+    workers = [work() for _ in range(count)]
     try:
-      await asyncio.gather(*workers)
+      await gather(*workers)
     finally:
-      for each in (*workers, ticking):
-        each.cancel()
-      await asyncio.gather(*workers, ticking, return_exceptions=True)
+      ticking.cancel()
+      await asyncio.gather(ticking, return_exceptions=True)
       bars.close()
     return ended[0] if ended else ""
 
@@ -414,85 +463,13 @@ class _Run:
       state, result = await constructor.construct(
         self._folder / name, info, video
       )
-    except EndpointError:
+    except (EndpointError, TemplateError):
       raise
     except (UserError, Lost) as error:
-      state, result = "failed", {"reason": f"{error}"}
+      lost = isinstance(error, Lost)
+      kind = "calls without an answer" if lost else "unreadable video"
+      state, result = "failed", {"kind": kind, "reason": f"{error}"}
       if number is None:
         about = {"duration": 0.0}
-        number = self._store.add_video(name, 0, 0, "", about)
-      kind = "lost" if isinstance(error, Lost) else "unreadable video"
-      self._tally.failures[kind] += 1
+        number = await self._store.add_video(name, 0, 0, "", about)
     await self._store.put_result(number, self._plan, state, result)
-
-
-class _Bars:
-  """Shows a bar for each stage, and what the calls take beside it.
-
-  Attributes:
-    done: videos that have ended.
-  """
-
-  def __init__(
-    self,
-    videos: int,
-    expected: Mapping[str, float],
-    tally: Tally,
-    failures: Callable[[], collections.Counter[str]],
-  ):
-    self.done = 0
-    self._expected, self._failures = expected, failures
-    self._videos, self._tally = videos, tally
-    self._calls: collections.Counter[str] = collections.Counter()
-    self._bars: dict[str, Any] = {}
-    self._tokens: dict[str, float] = {}
-    self._time, self._ticks = time.monotonic(), 0
-
-  def called(self, stage: str) -> None:
-    """Counts an answer that was stored, or a call that begins."""
-    self._calls[stage] += 1
-    if stage not in self._bars:
-      total = max(1, round(self._expected.get(stage, 0)))
-      self._bars[stage] = progress.bar(total, unit="call", desc=stage)
-    self._bars[stage].update(1)
-
-  async def tick(self) -> None:
-    """Updates what stands beside the bars, again and again."""
-    while True:
-      await asyncio.sleep(_TICK)
-      self._ticks += 1
-      self._update()
-
-  def _update(self) -> None:
-    """Writes what the calls of each stage take."""
-    passed = max(time.monotonic() - self._time, 1e-6)
-    self._time += passed
-    failures = self._failures().most_common(4)
-    listed = ", ".join(f"{kind} {number}" for kind, number in failures)
-    for stage, each in self._bars.items():
-      spent = self._tally.spent[stage]
-      tokens = spent.tokens_in + spent.tokens_out
-      speed = (tokens - self._tokens.get(stage, 0.0)) / passed
-      self._tokens[stage] = tokens
-      if self.done:
-        # All videos are taken to need as many calls as those that have ended.
-        mean = self._calls[stage] / max(self.done, 1)
-        each.total = max(self._calls[stage], round(mean * self._videos))
-      said = f"videos {self.done}/{self._videos}, {speed:,.0f} tokens/s"
-      if self._tally.prices.by_role:
-        cost = self._tally.prices.cost(stage, self._tally.total(stage))
-        said += f", ${cost:,.2f}"
-      if listed and stage == next(iter(self._bars)):
-        said += f", failures: {listed}"
-      each.set_postfix_str(said, refresh=False)
-    # Calls may take minutes: the bars show that it still waits for them.
-    if sys.stderr.isatty() or self._ticks % _QUIET == 0:
-      for each in list(self._bars.values())[-1:]:
-        each.refresh()
-
-  def close(self) -> None:
-    """Leaves the last state of the bars."""
-    self._update()
-    for each in self._bars.values():
-      each.total = self._calls[each.desc.rstrip(": ")] or each.total
-      each.close()

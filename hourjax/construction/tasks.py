@@ -22,6 +22,8 @@ ASPECTS = (
 )
 FORMATS = ("open", "multiple_choice")
 OPTIONS = 4  # of a multiple-choice question
+# That one call asks for at most, so that its answer has room for them.
+MOST_QUESTIONS = 24
 
 
 class _Described(schema.Schema):
@@ -138,6 +140,25 @@ class Tasks(_Described):
       and form in task.formats
     ]
 
+  def groups(self, topic: str, form: str, count: int) -> list[list[Task]]:
+    """Returns the tasks of `written`, in parts that a call can answer.
+
+    Args:
+      topic: of the tasks.
+      form: one of FORMATS.
+      count: of questions for each task that states no number.
+    """
+    groups: list[list[Task]] = []
+    room = 0
+    for task in self.written(topic, form):
+      number = task.count or count
+      if number > room or not groups:
+        groups.append([])
+        room = MOST_QUESTIONS
+      groups[-1].append(task)
+      room -= number
+    return groups
+
   def by_description(self) -> list[Task]:
     """Returns the tasks that the description of the video answers."""
     return [task for task in self.tasks if task.answer == "description"]
@@ -153,7 +174,7 @@ def read_tasks(path: str | os.PathLike = TASKS) -> Tasks:
   content = schema.read_bytes(path, remedy=remedy)
   try:
     raw = yaml.safe_load(content)
-  except (yaml.YAMLError, UnicodeDecodeError) as error:
+  except (yaml.YAMLError, ValueError) as error:  # ValueError: of dates
     text = " ".join(str(error).split())
     raise UserError(f"{path} is not YAML ({text}); {remedy}") from None
   return schema.validate(Tasks, raw, str(path), remedy=remedy)

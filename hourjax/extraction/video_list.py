@@ -3,6 +3,7 @@
 import collections
 import os
 import pathlib
+import posixpath
 from collections.abc import Iterator
 
 from hourjax.data.media import frame_folder
@@ -201,7 +202,8 @@ def _listed(path: str | os.PathLike) -> list[str]:
     lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"cannot read the names in {path}: {error}") from None
-  names = [line for line in lines if line.strip()]
+  # "./a.mp4", as `find` prints it, is the video a.mp4.
+  names = [posixpath.normpath(line) for line in lines if line.strip()]
   for name in names:
     if pathlib.PurePath(name).is_absolute() or ".." in name.split("/"):
       raise UserError(

@@ -58,6 +58,7 @@ def test_an_answer_is_found(text):
     (json.dumps(CAPTION | {"scene": None}), False, "wrong schema"),
     (json.dumps(CAPTION | {"scene": ["a"]}), False, "wrong schema"),
     ("x" * 200_001, False, "too long"),
+    (f"<think>I must answer as {TEXT}", True, "cut off"),
   ],
 )
 def test_what_is_no_answer(text, cut, kind):
@@ -93,6 +94,7 @@ def test_anything_is_an_answer_or_unusable(text):
     ),
     ({"options": dict(zip("ABCD", CHOICE["options"]))}, "a dog"),
     ({"answer": "a bird"}, None),
+    ({"options": ["a cat", "a dog", "A cat.", "an owl"]}, None),
     ({"answer": "E"}, None),
     ({"options": ["a cat", "a dog"]}, None),
     ({"options": ["a cat", "a dog", "a cow", ""]}, None),
@@ -168,6 +170,7 @@ def test_other_languages_are_refused(text):
     "A man walks along the street with his dog.",
     "Crème brûlée, naïve façade, Ångström: the café serves jalapeño piñatas.",
     "Red, green, blue.",
+    "Chopping vegetables, boiling pasta water, serving dinner.",
     "The sign says 出口, which is above the door of the station.",
     "",
     "12:30 - 14:00",
@@ -202,8 +205,22 @@ def test_schemas_accept_the_answers_and_nothing_else():
 
 @pytest.mark.parametrize(
   "right, letters",
-  [(["A"], ["A"]), ("A, C", ["A", "C"]), ([], []), (["b."], ["B"])],
+  [
+    (["A"], ["A"]),
+    ("A, C", ["A", "C"]),
+    ("A and C", ["A", "C"]),
+    ([], []),
+    (["b."], ["B"]),
+    (["B. a cat"], ["B"]),
+    ("None are supported", None),
+    ("B (red)", None),
+    (["A red car"], None),
+  ],
 )
 def test_letters_of_a_judge(right, letters):
   text = json.dumps({"reason": "r", "right": right})
+  if letters is None:
+    with pytest.raises(Unusable):
+      answers.read(answers.Judgement, text)
+    return
   assert answers.read(answers.Judgement, text).right == letters

@@ -19,20 +19,24 @@ def _choice(text, *options):
 
 
 @pytest.mark.parametrize(
-  "text, seconds",
+  "text, placed, anywhere",
   [
-    ("at 1:30, for 20 to 30 seconds", [90, 20, 30]),
-    ("after 1:02:03", [3723]),
-    ("in minute 5, or 2.5 minutes later", [150, 300]),
-    ("between 30-45 s and 2 h", [30, 45, 7200]),
-    ("a 90-second clip", [90]),
-    ("five people and 12 cups of 3 sorts", []),
-    ("the score is 3 : 2 and the ratio 16:9", []),
-    ("second 75", [75]),
+    ("At 1:30, for 20 seconds", [90], [20, 90]),
+    ("What is seen after 1:02:03?", [3723], [3723]),
+    ("in minute 5, or 2.5 minutes later", [300], [150, 300]),
+    ("between 30 and 45 s, until 2 h", [45, 7200], [45, 7200]),
+    ("after 1,500 seconds, at the 90-second mark", [90, 1500], [90, 1500]),
+    ("It lasts for 3 minutes.", [], [180]),
+    ("The final score is 21:15.", [], [1275]),
+    ("The recipe says 45 minutes.", [], [2700]),
+    ("cars of the 1980s, from the 1990s", [], []),
+    ("five people and 12 cups of 3 sorts", [], []),
+    ("the ratio 16:9, John 3:16", [], [196]),
   ],
 )
-def test_times_that_a_text_names(text, seconds):
-  assert sorted(checks.seconds_named(text)) == sorted(seconds)
+def test_times_that_a_text_names(text, placed, anywhere):
+  assert checks.seconds_named(text) == placed
+  assert checks.seconds_named(text, anywhere=True) == anywhere
 
 
 def test_times_beyond_the_end():
@@ -40,7 +44,15 @@ def test_times_beyond_the_end():
   assert checks.times_fault(late, 300) and not checks.times_fault(late, 330)
   assert checks.times_fault(_question("What is at 10:00?"), 599) is None
   assert checks.times_fault(_question("What is at 10:00?"), 590)
-  assert checks.times_fault(_question("What?", "It lasts 3 minutes."), 150)
+  duration = Question("temporal_perception", "t", "What?", "About 3 minutes.")
+  assert checks.times_fault(duration, 150)
+  # Nothing of these is a time of the video.
+  score = _choice("What is the final score?", "21:15", "16:10", "9:04", "2:01")
+  clock = _choice("What does the clock show?", "10:15", "9:30", "8:00", "1:00")
+  shop = _question("What is written on the shop?", "24-hour service")
+  recipe = _question("How does he bake it?", "For 45 minutes, on a low heat.")
+  for question in (score, clock, shop, recipe):
+    assert checks.times_fault(question, 180) is None
 
 
 @pytest.mark.parametrize(
@@ -51,6 +63,9 @@ def test_times_beyond_the_end():
     (("a cat", "a dog", "a cow", "All of the above"), "speaks of others"),
     (("a cat", "a dog", "Both A and B", "an owl"), "speaks of others"),
     (("a cat", "a dog", "none of these", "an owl"), "speaks of others"),
+    (("C", "C++", "C#", "D"), None),
+    (("$5", "5%", "-5", "5"), None),
+    (("He throws all of them away", "Both of them", "One", "Two"), None),
     (("a cat", "a dog", "B or C", "an owl"), "speaks of others"),
     (("Both men leave", "All guests sing", "None", "Vitamin B and D"), None),
   ],
@@ -68,6 +83,8 @@ def test_options(options, fault):
     (_question("Which is first, the oven or the sink?", "The oven."), False),
     (_question("Is there a dog?", "Yes."), False),
     (_question("Is the answer yes?", "Yes."), False),
+    (_question("How many of the four dogs jump?", "Four."), False),
+    (_question("Which hand holds the left handle?", "The left hand."), False),
     (_choice("What does he cut the rope with?", "a rope", "b", "c", "d"), True),
     (
       _choice("Of the knife and the saw, which is first?",
@@ -172,17 +189,24 @@ def test_many_benchmark_questions_are_searched_quickly():
 
 def test_annotation_files_are_read(tmp_path):
   rows = [
-    {"videoID": "abc-DEF_123", "question": "Who opens the gate of the farm?",
-     "options": ["A. x", "B. y"]},
-    {"key": "tale9", "qa": [{"question": "Where do the two sisters sleep?"}]},
+    {"video_id": "001", "videoID": "abc-DEF_123", "options": ["A. x", "B. y"],
+     "url": "https://www.youtube.com/watch?v=xyz-DEF_123&t=10s",
+     "question": "Who opens the gate of the farm?"},
+    {"key": "tale9", "qa": [
+      {"question": "Where do the two young sisters sleep that cold night?"
+       "\n(A) In a barn\n(B) In a tent"}]},
   ]  # fmt: skip
   path = tmp_path / "benchmark.jsonl"
   path.write_text("\n".join(map(json.dumps, rows)))
   names = tmp_path / "names.txt"
-  names.write_text("one.mp4\n\ntwo\n")
+  names.write_text("one.mp4\n\ntwo\nhttps://youtu.be/pqr-DEF_123?t=5\n")
   known = checks.read_benchmarks([str(path), str(names)])
-  for name in ("abc-DEF_123.mp4", "tale9.mp4", "one.mkv", "two.mp4"):
-    assert known.has_video(name)
+  found = ("abc-DEF_123", "xyz-DEF_123", "pqr-DEF_123", "tale9", "one", "two")
+  for name in found:
+    assert known.has_video(f"{name}.mp4")
+  assert not known.has_video("001.mp4") and not known.has_video("10s.mp4")
+  night = "Where do the two young sisters sleep that cold night?"
+  assert known.has_question(_question(night, "In a barn"))
   assert known.has_question(
     _question("Who is opening the gate of this farm?")
   ) is (False)  # too few words

@@ -267,9 +267,10 @@ def test_a_budget_ends_the_run(server, videos, tmp_path):
   summary = json.loads((tmp_path / "summary.json").read_text())
   spent = sum(each["dollars"] for each in summary["calls"])
   assert 0.25 < spent <= 0.5
-  done = demo_videos.construct(server, videos, tmp_path, "--budget=0.5")
+  one = "--prices=writer=1/1"
+  done = demo_videos.construct(server, videos, tmp_path, one, "--budget=0.5")
   assert done.returncode == 2
-  assert "--budget=0.5 without --prices" in done.stderr
+  assert "--budget=0.5 but --prices lacks captioner" in done.stderr
 
 
 BAD = [
@@ -324,7 +325,8 @@ def test_an_answer_that_stays_bad_costs_itself(server, videos, tmp_path):
   assert done.returncode == 0, done.stderr
   summary = json.loads((tmp_path / "summary.json").read_text())
   assert summary["videos"] == {
-    "all": COUNT, "done": COUNT - 1, "dropped": 1, "failed": 0,
+    "all": COUNT, "done": COUNT - 1, "partial": 0, "dropped": 1, "failed": 0,
+    "of earlier starts": 0,
   }  # fmt: skip
   assert "scene" not in summary["topics"]
   assert summary["answers_unusable"]["wrong schema"] == 2 * (COUNT - 1)
@@ -332,7 +334,7 @@ def test_an_answer_that_stays_bad_costs_itself(server, videos, tmp_path):
   lines = (tmp_path / "videos.jsonl").read_text().splitlines()
   (dropped,) = [x for x in map(json.loads, lines) if x["state"] == "dropped"]
   assert dropped["video"] == "train_0002.mp4"
-  assert "events could be described" in dropped["reason"]
+  assert dropped["kind"] == "too few events"
   # Nothing is asked again, since what the models said is known.
   server.stages.clear()
   done = demo_videos.construct(server, videos, tmp_path, "--sample=0")
@@ -382,7 +384,8 @@ def test_refusals_name_the_remedy(server, videos, tmp_path):
     done = demo_videos.construct(server, videos, tmp_path)
     assert done.returncode == 2
     (error,) = [x for x in done.stderr.splitlines() if x.startswith("error")]
-    assert f"eye@{server.url}: {status}" in error and words in error
+    assert f"eye@{server.url}" in error and f": {status}" in error
+    assert words in error
     # Of calls that were under way no other is made.
     assert server.stages["caption"] <= 32
     server.stages.clear()
@@ -418,6 +421,70 @@ def test_faults_of_the_endpoint_are_waited_out(whole, server, videos, tmp_path):
   assert _content(tmp_path) == _content(out)
   for kind in ("429", "500", "503", "connection", "broken response"):
     assert re.search(rf"\d {kind}", _failures(done))
+
+
+def test_what_is_refused_is_asked_for_at_the_next_start(
+  server, videos, tmp_path
+):
+  """One topic of a video, and the captions of another one."""
+
+  def fault(request):
+    prompt = request.text
+    first = request.stage == "questions" and "train_0001" in prompt
+    if first and "as to scene" in prompt and "four options" in prompt:
+      return refusal(400, "the prompt is too long")
+    if request.stage == "event" and "train_0002" in prompt:
+      return refusal(413, "too large")
+    return None
+
+  server.fault = fault
+  done = demo_videos.construct(server, videos, tmp_path, "--sample=0")
+  assert done.returncode == 3, done.stderr
+  assert f"{COUNT - 2} of {COUNT} videos" in done.stdout
+  assert "1 failed, 1 in part" in done.stdout
+  records = json.loads((tmp_path / dataset.CONVERSATIONS).read_text())
+  assert {record["video"] for record in records} == {
+    "train_0001.mp4", "train_0003.mp4", "train_0004.mp4",
+  }  # fmt: skip
+  server.fault = lambda request: None
+  server.stages.clear()
+  done = demo_videos.construct(server, videos, tmp_path, "--sample=0")
+  assert done.returncode == 0, done.stderr
+  assert "caption" not in server.stages and "events" not in server.stages
+  assert max(server.paid.values()) == 1
+
+
+def test_names_as_find_prints_them(server, videos, tmp_path):
+  """Fewer videos than before, by other names of them."""
+  done = demo_videos.construct(server, videos, tmp_path, "--sample=0")
+  assert done.returncode == 0, done.stderr
+  server.stages.clear()
+  names = tmp_path / "names.txt"
+  names.write_text("./train_0001.mp4\n")
+  done = demo_videos.construct(
+    server, videos, tmp_path, "--sample=0", f"--names={names}"
+  )
+  assert done.returncode == 0, done.stdout
+  assert "1 of 1 videos" in done.stdout and not server.stages
+  records = json.loads((tmp_path / dataset.CONVERSATIONS).read_text())
+  assert len({record["video"] for record in records}) == COUNT
+
+
+def test_a_template_is_checked_before_the_first_call(server, videos, tmp_path):
+  for name, text in (
+    ("judge", "{{ reason }}"),
+    ("again", "{{ problem + 1 }}"),
+    ("caption", "{{ frames }} of {{ captoin }}"),
+  ):
+    (tmp_path / f"{name}.jinja").write_text(text)
+    done = demo_videos.construct(
+      server, videos, tmp_path / "out", f"--templates={tmp_path}"
+    )
+    assert done.returncode == 2, done.stdout
+    (error,) = [x for x in done.stderr.splitlines() if x.startswith("error")]
+    assert f"template {name}.jinja: " in error and "it may use " in error
+    (tmp_path / f"{name}.jinja").unlink()
+  assert not server.stages
 
 
 def test_own_tasks_give_own_questions(server, videos, tmp_path):

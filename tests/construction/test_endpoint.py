@@ -8,7 +8,7 @@ import time
 import pytest
 
 from hourjax.construction import endpoint as endpoints
-from hourjax.construction.answers import Unusable
+from hourjax.construction.answers import Refused
 from hourjax.construction.endpoint import (
   Endpoint,
   EndpointError,
@@ -138,10 +138,55 @@ def test_a_spent_quota_ends_the_run(server):
   assert isinstance(error, EndpointError) and "quota" in str(error)
 
 
+def test_no_money_ends_the_run(server):
+  server.fault = lambda request: refusal(402, "Insufficient Balance")
+  (error,), _ = _ask(server)
+  assert isinstance(error, EndpointError) and "Insufficient" in str(error)
+
+
+def test_refusals_without_an_answer_between_end_the_run(server):
+  server.fault = lambda request: refusal(400, "not a multimodal model")
+  errors, _ = _ask(server, count=25, most=1)
+  assert sum(isinstance(error, Refused) for error in errors) == 19
+  assert isinstance(errors[-1], EndpointError)
+  assert "not a multimodal model" in str(errors[-1])
+
+
+def test_a_flagged_request_costs_itself(server):
+  """403 is that of a key only before the first answer."""
+  flagged = refusal(403, "input was flagged")
+  server.fault = lambda request: flagged if request.number == 1 else None
+  replies, _ = _ask(server, count=3, most=1)
+  assert [isinstance(reply, Refused) for reply in replies] == [
+    False,
+    True,
+    False,
+  ]
+
+
+def test_rate_and_other_failures_are_counted_apart(server):
+  rate = refusal(429, Retry_After="0.01")
+  server.fault = _first(*[rate] * 6, refusal(500), rate, refusal(500))
+  (reply,), _ = _ask(server, tries=3)
+  assert reply.text
+
+
+def test_parts_of_text_and_errors_as_answers(server):
+  parts = [{"type": "text", "text": '{"a"'}, {"type": "text", "text": ": 1}"}]
+  error = json.dumps({"error": {"message": "provider down", "code": 502}})
+  server.fault = _first(
+    model_server.Response(body=error.encode()), completion(parts)
+  )
+  (reply,), endpoint = _ask(server)
+  assert reply.text == '{"a": 1}' and endpoint.failures == {
+    "broken response": 1
+  }
+
+
 def test_a_bad_request_costs_itself(server):
   server.fault = lambda request: refusal(400, "the prompt is too long")
   (error,), _ = _ask(server)
-  assert isinstance(error, Unusable) and error.kind == "refused request"
+  assert isinstance(error, Refused) and error.kind == "refused request"
   assert server.stages["events"] == 1
 
 
@@ -248,14 +293,27 @@ def test_keys_are_scrubbed(server, monkeypatch):
 
 def test_which_key_is_whose(monkeypatch):
   monkeypatch.setenv("OPENAI_API_KEY", "common")
-  monkeypatch.setenv("JUDGE_API_KEY", "own")
+  monkeypatch.setenv("JUDGE_API_KEY", "own\r\n")
   assert endpoints.key_of("judge") == "own"
   assert endpoints.key_of("writer") == "common"
+  monkeypatch.setenv("WRITER_API_KEY", "“sk”")
+  with pytest.raises(UserError, match="WRITER_API_KEY holds characters"):
+    endpoints.key_of("writer")
 
 
 @pytest.mark.parametrize(
   "text",
-  ["model", "@http://host/v1", "m@host:8000", "m@ftp://host", "m@http://"],
+  [
+    "model",
+    "@http://host/v1",
+    "m@host:8000",
+    "m@ftp://host",
+    "m@http://",
+    "m@http://a b/v1",
+    "m@http://h:80a0/v1",
+    "m@http://[::1/v1",
+    "m@http://h:99999/v1",
+  ],
 )
 def test_names_of_models(text):
   with pytest.raises(UserError, match=r"write NAME@URL, for example --writer="):
