@@ -391,6 +391,30 @@ def test_refusals_name_the_remedy(server, videos, tmp_path):
     server.stages.clear()
 
 
+def test_what_is_paid_is_kept_when_a_role_is_refused(server, videos, tmp_path):
+  """The judge has no key; the writer's calls under way arrive."""
+  server.wait = 0.1
+  server.fault = lambda request: (
+    refusal(401, "no key") if request.stage == "judge" else None
+  )
+  done = demo_videos.construct(server, videos, tmp_path, "--sample=0")
+  assert (
+    done.returncode == 2 and "(--judge): 401, it wants a key" in done.stderr
+  )
+  with sqlite3.connect(tmp_path / "calls.sqlite") as store:
+    (kept,) = store.execute("SELECT count(*) FROM answers").fetchone()
+  assert kept == len(server.paid) > 50
+
+
+def test_an_endpoint_that_is_not_there(videos, tmp_path):
+  with model_server.running(lambda request: None) as gone:
+    pass
+  done = demo_videos.construct(gone, videos, tmp_path, "--retry_wait=0.01")
+  assert done.returncode == 2
+  assert "sampled clips got a caption" in done.stderr
+  assert "connection failed" in done.stderr
+
+
 def test_faults_of_the_endpoint_are_waited_out(whole, server, videos, tmp_path):
   """A third of the calls fails in some way, and the result is the same."""
   out, _, _ = whole
