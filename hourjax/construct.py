@@ -23,31 +23,33 @@ from hourjax.extraction.video_list import parse_worker
 
 _VIDEOS = flags.DEFINE_string("videos", None, "Folder of videos.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the dataset.")
-_CAPTIONER = flags.DEFINE_string("captioner", None, "Sees; NAME@URL.")
-_WRITER = flags.DEFINE_string("writer", None, "Writes; NAME@URL.")
-_JUDGE = flags.DEFINE_string("judge", None, "Checks; the writer by default.")
+_CAPTIONER = flags.DEFINE_string(
+  "captioner", None, "Model that sees, NAME@URL."
+)
+_WRITER = flags.DEFINE_string("writer", None, "Model that writes, NAME@URL.")
+_JUDGE = flags.DEFINE_string("judge", None, "Model that checks (--writer).")
 _TASKS = flags.DEFINE_string("tasks", str(TASKS), "YAML file of tasks.")
 _TEMPLATES = flags.DEFINE_string("templates", None, "Folder of templates.")
-_EXCLUDE = flags.DEFINE_multi_string("exclude", [], "Benchmarks' files.")
+_EXCLUDE = flags.DEFINE_multi_string("exclude", [], "File of a benchmark.")
 _NAMES = flags.DEFINE_string("names", None, "File of names; only these videos.")
 _WORKER = flags.DEFINE_string("worker", "0/1", "Share of this process, i/n.")
-_SECONDS = flags.DEFINE_float("clip_seconds", 30, "Of a clip.", 1, 600)
-_RATE = flags.DEFINE_float("frame_rate", 0.5, "Frames a second.", 0.01, 30)
-_SIZE = flags.DEFINE_integer("frame_size", 448, "Longest side.", 32, 4096)
+_CLIP = flags.DEFINE_float("clip_seconds", 30, "Length of a clip.", 1, 600)
+_RATE = flags.DEFINE_float("frame_rate", 0.5, "Frames sent a second.", 0.01, 30)
+_SIZE = flags.DEFINE_integer("frame_size", 448, "Longest side, px.", 32, 4096)
 _MEDIA = flags.DEFINE_enum("media", "images", MEDIA, "How frames are sent.")
 _COUNT = flags.DEFINE_integer("count", 3, "Questions a task and format.", 1, 20)
-_EVENTS = flags.DEFINE_integer("min_events", 3, "Of a video.", 1, 100)
-_CHECKS = flags.DEFINE_multi_enum("check", list(CHECKS), CHECKS, "Repeatable.")
-_TRIES = flags.DEFINE_integer("blind_tries", 3, "Without the video.", 1, 20)
+_EVENTS = flags.DEFINE_integer("min_events", 3, "Least of a video.", 1, 100)
+_CHECKS = flags.DEFINE_multi_enum("check", list(CHECKS), CHECKS, "To be made.")
+_TRIES = flags.DEFINE_integer("blind_tries", 3, "All right: drop it.", 1, 20)
 _MARK = flags.DEFINE_bool("mark", False, "Mark what needs no video; keep it.")
-_AGAIN = flags.DEFINE_integer("again", 2, "Asks for unusable answers.", 0, 10)
+_AGAIN = flags.DEFINE_integer("again", 2, "More tries if unusable.", 0, 10)
 _SEED = flags.DEFINE_integer("seed", 0, "Of sampling.", 0, command.LAST_SEED)
 _CALLS = flags.DEFINE_integer("concurrency", 32, "Calls at a time.", 1, 4096)
-_WAIT = flags.DEFINE_float("retry_wait", 1, "Seconds, then twice.", 0, 600)
-_TIMEOUT = flags.DEFINE_float("timeout", 600, "Seconds of a call.", 1, 86400)
+_WAIT = flags.DEFINE_float("retry_wait", 1, "Before a second try, s.", 0, 600)
+_TIME = flags.DEFINE_float("timeout", 600, "Longest call, in s.", 1, 86400)
 _PRICES = flags.DEFINE_string("prices", "", "ROLE=IN/OUT,... $ for 1M tokens.")
-_BUDGET = flags.DEFINE_float("budget", None, "Dollars to spend.", 0)
-_SAMPLE = flags.DEFINE_integer("sample", 8, "Clips of the forecast.", 0, 1000)
+_BUDGET = flags.DEFINE_float("budget", None, "Dollars to spend in all.", 0)
+_SAMPLE = flags.DEFINE_integer("sample", 8, "Clips to forecast from.", 0, 1000)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "End after the forecast.")
 
 
@@ -58,7 +60,7 @@ def main(_: list[str]) -> None:
     from hourjax.construction.costs import Prices
   writer = command.given(_WRITER)
   options = Options(
-    ClipOptions(_SECONDS.value, _RATE.value, _SIZE.value, _MEDIA.value),
+    ClipOptions(_CLIP.value, _RATE.value, _SIZE.value, _MEDIA.value),
     {
       "captioner": ModelName.parse(command.given(_CAPTIONER), "captioner"),
       "writer": ModelName.parse(writer, "writer"),
@@ -76,7 +78,7 @@ def main(_: list[str]) -> None:
     command.given(_VIDEOS),
     command.given(_OUT),
     options,
-    run.Limits(_CALLS.value, _TIMEOUT.value, _WAIT.value, _BUDGET.value),
+    run.Limits(_CALLS.value, _TIME.value, _WAIT.value, _BUDGET.value),
     Prices.parse(_PRICES.value),
     tasks=_TASKS.value,
     templates=_TEMPLATES.value,
