@@ -23,9 +23,7 @@ from hourjax.extraction.video_list import parse_worker
 
 _VIDEOS = flags.DEFINE_string("videos", None, "Folder of videos.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the dataset.")
-_CAPTIONER = flags.DEFINE_string(
-  "captioner", None, "Model that sees, NAME@URL."
-)
+_CAPTIONER = flags.DEFINE_string("captioner", None, "Sees; NAME@URL.")
 _WRITER = flags.DEFINE_string("writer", None, "Model that writes, NAME@URL.")
 _JUDGE = flags.DEFINE_string("judge", None, "Model that checks (--writer).")
 _TASKS = flags.DEFINE_string("tasks", str(TASKS), "YAML file of tasks.")

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-environment docs
+environment docs construct  # whose modules import what it needs
 
 JAX_PLATFORMS=cpu HOURJAX_COMPILATION_CACHE=off \
   python -m launch.docs "${1:-work/docs}"
