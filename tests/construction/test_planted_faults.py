@@ -54,7 +54,6 @@ class Planter(model_server.Player):
   def __init__(self, scripts):
     super().__init__(scripts)
     self.planted: dict[tuple[str, str], str] = {}
-    self._number = 0
     self._blind_known: dict[str, str] = {}
 
   def change(self, script, questions):
@@ -62,8 +61,9 @@ class Planter(model_server.Player):
     changed = []
     for number, item in enumerate(questions):
       if number % 3 == 2:
-        kind = kinds[self._number % len(kinds)]
-        self._number += 1
+        # The same in every run, whatever the order of the calls.
+        place = int(script.name[-4:]) * len(TASKS) + TASKS.index(item["task"])
+        kind = kinds[place % len(kinds)]
         item = self._plant(kind, script, item, changed)
         self.planted[script.name, item["question"]] = kind
       changed.append(item)
@@ -85,7 +85,7 @@ class Planter(model_server.Player):
       )
     elif kind == "answered without the video":
       text, answer, wrong = rng.choice(_KNOWN)
-      text = text.format(animal=_ANIMALS[self._number % len(_ANIMALS)])
+      text = text.format(animal=rng.choice(_ANIMALS))
       item |= {"question": text, "answer": answer, "options": [answer, *wrong]}
       self._blind_known[text] = answer
       right = {answer}
@@ -170,5 +170,9 @@ def test_planted_faults_are_found(tmp_path):
   assert alarms <= 0.04 * good.total()
   assert sum(found.total() for found in counts.values()) >= 200
   for kind, found in counts.items():
+    assert found[""] <= 0.05 * found.total(), (kind, found)
+    # Of those that were not guessed before another check saw them.
     right = sum(n for reason, n in found.items() if FAULTS[kind] in reason)
-    assert right >= 0.95 * found.total(), (kind, found)
+    guessed = found["it is answered without the video"]
+    seen = found.total() - (guessed if "without" not in FAULTS[kind] else 0)
+    assert right >= 0.95 * seen, (kind, found)
