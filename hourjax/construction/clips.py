@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from hourjax.data.media import video, video_probe
+from hourjax.data.media import video
 from hourjax.data.media.video_probe import VideoInfo
 
 MEDIA = ("images", "video")
@@ -171,8 +171,3 @@ def _video_part(
 def _url(kind: str, file: io.BytesIO) -> str:
   """Returns a file as a data URL."""
   return f"data:{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def probe(path: str | os.PathLike) -> VideoInfo:
-  """Reads a video's properties; see `video_probe.probe`."""
-  return video_probe.probe(path)

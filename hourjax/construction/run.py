@@ -32,7 +32,7 @@ from hourjax.construction.options import ROLES, Clip, Options
 from hourjax.construction.pipeline import Constructor
 from hourjax.construction.prompts import Prompts, TemplateError
 from hourjax.construction.tasks import ASPECTS, TASKS, Tasks, read_tasks
-from hourjax.data.media.video_probe import VideoInfo
+from hourjax.data.media.video_probe import VideoInfo, probe
 from hourjax.errors import UserError
 from hourjax.extraction.video_list import find_videos, worker_slice
 
@@ -306,7 +306,7 @@ class _Run:
   def _probe(self, name: str) -> tuple[VideoInfo, VideoRow]:
     """Reads a video's properties, and writes down what tells it from others."""
     path = self._folder / name
-    info = clips.probe(path)
+    info = probe(path)
     about = os.stat(path)
     row = self._known.get(name)
     size, mtime = about.st_size, about.st_mtime_ns

@@ -94,6 +94,26 @@ def test_questions_and_files(whole):
     assert (out / picture).stat().st_size > 10_000
 
 
+def test_answers_are_those_of_the_writer(whole, player):
+  """Through shuffling, checks and both files, an answer stays the right one."""
+  out, _, _ = whole
+  rows = pyarrow.parquet.read_table(out / dataset.QUESTIONS).to_pylist()
+  written = [row for row in rows if row["task"] != "overall_summarization"]
+  for row in written:
+    script = row["video"].removesuffix(".mp4")
+    assert player.right[script, row["question"]] == {row["answer"]}
+  # Of each video, what stands behind the letter of a conversation's answer.
+  found = set()
+  for record in json.loads((out / dataset.CONVERSATIONS).read_text()):
+    turns = [turn["value"] for turn in record["conversations"]]
+    for question, answer in zip(turns[::2], turns[1::2]):
+      text = question.removeprefix("<image>\n")
+      options = dict(re.findall(r"^([A-D])\. (.*)$", text, re.M))
+      plain = text.split("\nA. ")[0]
+      found.add((record["video"], plain, options.get(answer, answer)))
+  assert found == {(r["video"], r["question"], r["answer"]) for r in rows}
+
+
 def test_conversations_are_those_of_the_question_table(whole, tmp_path):
   """`prepare` reads either file, with the same result."""
   out, _, _ = whole
