@@ -102,6 +102,8 @@ def test_answers_are_those_of_the_writer(whole, player):
   for row in written:
     script = row["video"].removesuffix(".mp4")
     assert player.right[script, row["question"]] == {row["answer"]}
+  # A judge would have dropped those that were mixed up before it saw them.
+  assert sum(row["options"] is not None for row in rows) > 10 * COUNT
   # Of each video, what stands behind the letter of a conversation's answer.
   found = set()
   for record in json.loads((out / dataset.CONVERSATIONS).read_text()):
