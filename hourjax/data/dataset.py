@@ -8,7 +8,8 @@ what was read. All of it is a function of (seed, epoch, index of the record).
 import dataclasses
 import math
 import pathlib
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +31,7 @@ from hourjax.data.repository import (
   empty_repository,
   video_repository,
 )
-from hourjax.data.rows import RowSpec, Sample, Visual
+from hourjax.data.rows import RowSpec, Sample, Size, Visual
 from hourjax.data.sample_sizes import (
   VideoInput,
   pixel_frames,
@@ -136,6 +137,7 @@ class Dataset:
     options: SampleOptions,
     media_root: str | pathlib.Path,
     features: FeatureStore | None = None,
+    stream_rows: Mapping[str, Size] = types.MappingProxyType({}),
   ):
     """Sizes every sample from its columns; opens no file.
 
@@ -148,6 +150,8 @@ class Dataset:
       media_root: folder of videos and images.
       features: store of videos; one that it does not have is read as pixels
         from its file, and without a store all are.
+      stream_rows: capacities of the rows of streams that have others than
+        `spec`.
     """
     self._records, self.columns = records, columns
     self._tokenizer, self._spec, self._options = tokenizer, spec, options
@@ -162,6 +166,7 @@ class Dataset:
       forgetting=options.forgetting,
       max_length=options.max_length,
       single_image=options.single_image,
+      stream_rows=stream_rows,
     )
     self.sparse = sparse_videos(features, columns.videos) if features else []
     good = np.ones(len(columns), bool)

@@ -6,10 +6,11 @@ memory.
 """
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import grain
 
@@ -20,6 +21,7 @@ from hourjax.data.rows import Row, RowSpec, empty_rows, row_bytes, row_of
 from hourjax.errors import UserError
 
 _FAR = 2**40  # stands for the end of the plan, which Grain asks for
+_Row = TypeVar("_Row")
 IN_USE = 3  # batches being filled, copied and computed with
 
 
@@ -109,7 +111,7 @@ def batches(
   Args:
     dataset: samples by index.
     plan: which samples share a row.
-    spec: of the rows.
+    spec: of the rows; their capacity is the plan's.
     rows: in the global batch.
     start: position of its first row.
     mine: indices of this host's rows in the global batch; all if None.
@@ -122,11 +124,16 @@ def batches(
     def fill(number: int) -> Delivered:
       """Fills batch `number`; batches are asked for one after another."""
       first = firsts.pop(number)
-      batch = empty_rows(spec, len(mine))
+      own = dataclasses.replace(spec, capacity=plan.capacity(first))
+      batch = empty_rows(own, len(mine))
       found, after = plan.take(first, rows)
-      positions = [found[row] if row < len(found) else None for row in mine]
+      places = [*found, *[None] * (rows - len(found))]
+      if plan.ordered_by_work:
+        places = heavy_with_light(places)
       filled = pool.map(
-        lambda i: fill_row(dataset, plan, spec, positions[i], row_of(batch, i)),
+        lambda i: fill_row(
+          dataset, plan, own, places[mine[i]], row_of(batch, i)
+        ),
         range(len(mine)),
       )
       samples, unread = zip(*filled)
@@ -140,6 +147,20 @@ def batches(
       grain.ReadOptions(num_threads=1, prefetch_buffer_size=options.ahead)
     )
     yield from reader
+
+
+def heavy_with_light(rows: list[_Row]) -> list[_Row]:
+  """Puts each heavy row of a micro-batch beside a light one.
+
+  The rows come in descending order of their work, empty ones last. A group of
+  devices takes neighbouring rows; of two, or four, each group gets about the
+  same work: [0 1 2 3 4 5] become [0 5 1 4 2 3].
+  """
+  half = len(rows) // 2
+  light = reversed(rows[-half:] if half else [])
+  pairs = itertools.zip_longest(rows[: len(rows) - half], light)
+  # An odd number of rows leaves the last pair half empty.
+  return list(itertools.chain.from_iterable(pairs))[: len(rows)]
 
 
 def fill_row(

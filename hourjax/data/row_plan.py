@@ -11,7 +11,9 @@ before it, and a run goes on at a position that is one integer.
 
 With `PlanOptions.batch_samples` = n a window is an optimizer step: exactly n
 samples of one stream, in as many rows as they need. The last window of a stream
-in an epoch has what is left, or is left out (`drop_last`).
+in an epoch has what is left, or is left out (`drop_last`). The rows of a step
+come in descending order of their work: devices wait for one another in every
+micro-batch, and so the rows of a micro-batch are about the same work.
 """
 
 import dataclasses
@@ -19,6 +21,8 @@ import functools
 import hashlib
 import itertools
 import threading
+import types
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +38,7 @@ EPOCH = 10**10
 VERSION = 1  # changes with the rows that the same input gives
 WINDOW = 1000  # at most so many groups of samples are packed together
 
+_NONE: Mapping[int, Size] = types.MappingProxyType({})
 Group = tuple[int, ...]  # samples that share one memory
 Row = tuple[Group, ...]
 
@@ -63,13 +68,12 @@ class PlanOptions:
 class RowPlan:
   """Gives rows of samples, epoch after epoch, by random access.
 
-  Within a window samples are packed first-fit: the largest first, each goes
-  into the first row that has room for it in every capacity. The windows of
-  all streams follow one another in random order.
+  Within a window samples are packed first-fit: the largest first, each into
+  the first row with room for it. The windows of all streams follow in random
+  order.
 
   A position is one integer: row 3 of window 12 of epoch 2 is 20,000,012,003.
-  To find a row, its epoch is shuffled and its window is packed, and nothing
-  before them, so it costs the same everywhere.
+  To find a row, its epoch is shuffled and its window is packed, no other one.
   """
 
   def __init__(
@@ -78,6 +82,8 @@ class RowPlan:
     capacity: Size,
     options: PlanOptions = PlanOptions(),
     *,
+    stream_capacity: Mapping[int, Size] = _NONE,
+    work: Float[np.ndarray, "N"] | None = None,
     members: Int[np.ndarray, "n"] | None = None,
     memory: Int[np.ndarray, "N"] | None = None,
     stream: Int[np.ndarray, "N"] | None = None,
@@ -89,20 +95,23 @@ class RowPlan:
       sizes: of all samples, each within the capacity; columns as `Size`.
       capacity: of a row.
       options: how samples become rows.
+      stream_capacity: of rows of streams with another one, by their number.
+      work: of each sample, in any unit, beside what every row costs. With
+        `batch_samples` it orders the rows of a step; None for random order.
       members: the samples to use; all if None.
       memory: samples of the same number >= 0 read the same memory.
       stream: samples of different streams never share a row.
-      weight: how often each sample is taken in an epoch. A sample of weight
-        0.25 is taken in one epoch of four, so that an epoch has a quarter of
-        the samples of that weight.
+      weight: how often each sample is taken in an epoch; one of weight 0.25 is
+        taken in one epoch of four.
 
     Raises:
       UserError: there is no sample to plan with, or every stream has fewer
         than a step takes and they are to be left out.
     """
     count = len(sizes)
-    self._sizes, self._capacity = sizes, np.array(capacity.astuple())
-    self._options = options
+    self._sizes, self._capacity = sizes, capacity
+    self._stream_capacity = dict(stream_capacity)
+    self._work, self._options = work, options
     if members is None:
       members = np.arange(count)
     self._memory = np.full(count, -1) if memory is None else memory
@@ -132,6 +141,11 @@ class RowPlan:
         " config.batch_samples or set config.drop_last=False"
       )
 
+  @property
+  def ordered_by_work(self) -> bool:
+    """Returns whether the rows of a step are in descending order of work."""
+    return bool(self._options.batch_samples) and self._work is not None
+
   def row(self, position: int) -> tuple[int, Row]:
     """Returns the epoch of a position and its row, groups of sample indices.
 
@@ -146,11 +160,19 @@ class RowPlan:
       )
     return epoch, rows[row]
 
+  def capacity(self, position: int) -> Size:
+    """Returns the capacity of the row at a position."""
+    epoch, window, _ = self._split(position)
+    order = self._epoch_order(epoch)
+    if not len(order.samples):
+      return self._capacity
+    first = order.starts[order.windows[window][0]]
+    return self._capacity_of(int(self._stream[order.samples[first]]))
+
   def advance(self, position: int, rows: int) -> int:
     """Returns the position `rows` rows later.
 
-    After an epoch comes the next one. If window 0 has 5 rows, 4 rows after
-    position 3 is row 2 of window 1: position 1002.
+    If window 0 has 5 rows, 4 rows after position 3 is row 2 of window 1: 1002.
     """
     epoch, window, row = self._split(position)
     row += rows
@@ -164,8 +186,8 @@ class RowPlan:
   def take(self, position: int, rows: int) -> tuple[list[int], int]:
     """Returns the positions of the next rows, and the position after them.
 
-    With `batch_samples` no row of another step is taken: where a step has 5
-    rows, the next 4 from position 0 on are 0, 1, 2 and 3, and then 4 alone.
+    With `batch_samples` no row of another step is taken: of a step of 5 rows,
+    the next 4 from position 0 on are 0 to 3, and then 4 alone.
 
     Args:
       position: of the first row.
@@ -190,10 +212,7 @@ class RowPlan:
     return position % self._stride == 0
 
   def rows_in_epoch(self, epoch: int) -> int:
-    """Counts an epoch's rows, which packs all of it.
-
-    This takes seconds for a million samples.
-    """
+    """Counts an epoch's rows, packing all of it (seconds for 1M samples)."""
     return sum(self.rows_by_window(epoch))
 
   def rows_by_window(self, epoch: int) -> list[int]:
@@ -217,24 +236,27 @@ class RowPlan:
   def steps_in_epoch(self, epoch: int) -> int:
     """Counts the steps of `batch_samples` samples of an epoch; packs nothing.
 
-    As the data loader of the official code does: whole batches of each stream,
-    and without `drop_last` what is left of each.
+    Whole batches of each stream, and without `drop_last` what is left of each.
     """
     return sum(map(self._cuts, self.samples_by_stream(epoch).values()))
 
   def fingerprint(self) -> str:
     """Returns 16 hexadecimal digits, the same for plans of the same rows."""
-    parts = (self._sizes, self._capacity, self._members, self._memory,
-             self._stream, self._weight)  # fmt: skip
+    capacity = np.array(self._capacity.astuple())
+    parts = [self._sizes, capacity, self._members, self._memory,
+             self._stream, self._weight]  # fmt: skip
+    for stream, size in sorted(self._stream_capacity.items()):
+      parts.append(np.array((stream, *size.astuple())))
     options = self._options
-    # The text that stood here before there were batches of samples, so that
-    # runs of that time go on.
+    # Written as before there were batches of samples: runs of then go on.
     text = (
       f"{VERSION} PlanOptions(seed={options.seed}, shuffle={options.shuffle},"
       f" share={options.share})"
     )
     if options.batch_samples:
       text += f" {options.batch_samples} {options.drop_last}"
+      if self._work is not None:
+        parts.append(self._work)
     whole = hashlib.sha256(text.encode())
     for part in parts:
       whole.update(np.ascontiguousarray(part, np.float64).data)
@@ -298,8 +320,8 @@ class RowPlan:
   ) -> Int64[np.ndarray, "w"]:
     """Returns the borders of a stream's windows, as numbers of groups.
 
-    The lengths of windows of rows differ by at most one group, since a short
-    last window would pack badly: 2,500 groups become 833, 833 and 834.
+    Windows of rows are alike, since a short last one would pack badly: 2,500
+    groups become 833, 833 and 834.
 
     Args:
       starts: the number of the sample that each group begins with.
@@ -326,7 +348,7 @@ class RowPlan:
       taken = rng.permutation(taken)
     if self._options.share == 1:
       return taken, np.arange(len(taken))
-    taken, starts = self._share(taken)
+    taken, starts = self._share(taken, self._capacity_of(stream))
     if self._options.shuffle:
       taken, starts = _permute_groups(taken, starts, rng)
     if batch := self._options.batch_samples:
@@ -338,9 +360,8 @@ class RowPlan:
     """Returns how often each member is taken in an epoch.
 
     A sample of weight w is taken floor(w (e + 1) + u) - floor(w e + u) times in
-    epoch e. Its u in [0, 1) is its own: samples of one weight are spread evenly
-    over [0, 1), so that every epoch takes the same part of them and all have
-    their turn. For w = 2.5:
+    epoch e. The u of samples of one weight are spread evenly over [0, 1), so
+    that every epoch takes the same part and all have their turn. For w = 2.5:
 
         u = 0      2 3 2 3     floors 0 2 5 7 10
         u = 0.5    3 2 3 2     floors 0 3 5 8 10
@@ -354,11 +375,21 @@ class RowPlan:
     due = [np.floor(weight * e + u + 1e-9) for e in (epoch, epoch + 1)]
     return (due[1] - due[0]).astype(int)
 
-  def _share(self, taken: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  def _capacity_of(self, stream: int) -> Size:
+    """Returns the capacity of the rows of a stream."""
+    return self._stream_capacity.get(stream, self._capacity)
+
+  def _share(
+    self, taken: np.ndarray, capacity: Size
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Groups at most `share` samples of one video that fit a row together.
 
     Samples a0 b0 a1 a2 of videos a and b, two of which may share, become
     a0 a1 | a2 | b0: groups start at 0, 2 and 3.
+
+    Args:
+      taken: samples of one stream.
+      capacity: of its rows.
 
     Returns:
       Samples in their new order, and where each group starts.
@@ -368,7 +399,8 @@ class RowPlan:
     taken, video = taken[order], video[order]
     # Only queries and decoder positions, the last two sizes, add up where a
     # memory is shared.
-    most = self._capacity[-2:] // np.maximum(self._sizes[taken, -2:], 1)
+    text = np.array((capacity.queries, capacity.decoder))
+    most = text // np.maximum(self._sizes[taken, -2:], 1)
     most = np.clip(most.min(axis=1), 1, self._options.share)
     most[video < 0] = 1
     first = np.flatnonzero(np.diff(video, prepend=-2))  # of each video
@@ -379,12 +411,14 @@ class RowPlan:
     return taken, np.flatnonzero(place % most == 0)
 
   def _pack_window(self, epoch: int, window: int) -> list[Row]:
-    """Packs one window first-fit and shuffles its rows."""
+    """Packs one window first-fit, and puts its rows in order."""
     groups, sizes = self._window(epoch, window)
+    stream = int(self._stream[groups[0][0]]) if groups else 0
+    capacity = np.array(self._capacity_of(stream).astuple())
     order = range(len(groups))
     if self._options.shuffle:
       # The largest first, by the capacity that is the scarcest here.
-      scarce = np.argmax(sizes.sum(axis=0) / np.maximum(self._capacity, 1))
+      scarce = np.argmax(sizes.sum(axis=0) / np.maximum(capacity, 1))
       order = np.argsort(-sizes[:, scarce], kind="stable").tolist()
     rows: list[list[Group]] = []
     free = np.empty((len(groups), sizes.shape[1]), np.int64)  # of each row
@@ -394,12 +428,15 @@ class RowPlan:
       if not len(rows) or not fits[place]:
         place = len(rows)
         rows.append([])
-        free[place] = self._capacity
+        free[place] = capacity
       rows[place].append(groups[i])
       free[place] -= sizes[i]
     if self._options.shuffle:
       mixed = self._rng(epoch, "rows", window).permutation(len(rows))
       rows = [rows[i] for i in mixed.tolist()]
+    if self._work is not None and self.ordered_by_work:
+      work = [self._work[[i for g in row for i in g]].sum() for row in rows]
+      rows = [rows[i] for i in np.argsort(-np.array(work), kind="stable")]
     return [tuple(row) for row in rows]
 
   def _window(
@@ -427,7 +464,7 @@ class RowPlan:
   def _rng(
     self, epoch: int, purpose: str, part: int = 0
   ) -> np.random.Generator:
-    """Returns a random generator that serves this purpose only."""
+    """Returns a random generator for one purpose."""
     code = ("samples", "windows", "rows", "turns").index(purpose)
     return np.random.default_rng([self._options.seed, epoch, code, part])
 

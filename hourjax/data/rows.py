@@ -25,6 +25,7 @@ from hourjax.errors import UserError
 
 Visual = Literal["features", "frames", "tiles"]
 Loss = Literal["samples", "tokens"]
+ROWS = "config.rows"  # the key of the capacities
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +69,20 @@ class Size:
     return all(a <= b for a, b in zip(self.astuple(), capacity.astuple()))
 
 
-def check_fits(size: Size, capacity: Size, name: str) -> None:
+def check_fits(size: Size, capacity: Size, name: str, key: str = ROWS) -> None:
   """Checks that one sample fits a row.
+
+  Args:
+    size: of the sample.
+    capacity: of the row.
+    name: of the sample, for the message.
+    key: of the configuration, under which the capacity stands.
 
   Raises:
     UserError: it does not; names every capacity that it exceeds.
   """
   over = [
-    f"config.rows.{field.name}={getattr(capacity, field.name)} <"
+    f"{key}.{field.name}={getattr(capacity, field.name)} <"
     f" {getattr(size, field.name)} of {name}"
     for field in dataclasses.fields(Size)
     if getattr(size, field.name) > getattr(capacity, field.name)
@@ -227,6 +234,12 @@ def empty_rows(
   """
   arrays = _arrays(spec, pixels)
   return Batch(*(_aligned((rows, *shape), dtype) for shape, dtype in arrays))
+
+
+def batch_capacity(batch: Batch) -> Size:
+  """Returns the capacity of the rows of a batch `[B, ...]`."""
+  lengths = {_LENGTH[name]: x.shape[1] for name, x in batch._asdict().items()}
+  return Size(**lengths)
 
 
 def row_bytes(spec: RowSpec) -> int:

@@ -8,7 +8,8 @@ kept (`Forgetting.newline_count`). A test holds the two together.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from jaxtyping import Bool, Float64, Int64
 from hourjax.data.columns import MEASURED_AS, MODALITIES, Columns
 from hourjax.data.forgetting import Forgetting
 from hourjax.data.media import frame_rules, images
-from hourjax.data.rows import RowSpec, Size, check_fits
+from hourjax.data.rows import ROWS, RowSpec, Size, check_fits
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
@@ -182,6 +183,7 @@ def sample_sizes(
   forgetting: Forgetting,
   max_length: int,
   single_image: str,
+  stream_rows: Mapping[str, Size] = types.MappingProxyType({}),
 ) -> tuple[Int64[np.ndarray, "N 7"], dict[int, str]]:
   """Returns sizes in the order of `FIELDS`, and the unusable samples.
 
@@ -193,6 +195,7 @@ def sample_sizes(
     forgetting: rule; which tokens it keeps does not matter, only how many.
     max_length: the decoder's sequence is cut here.
     single_image: see `SampleOptions`.
+    stream_rows: capacities of the rows of streams that have others.
 
   Returns:
     (sizes, problems): problems say why a sample cannot be used, by index.
@@ -233,12 +236,17 @@ def sample_sizes(
       f"its answer starts at position {answer[i] + kept[i]} and max_length"
       f" is {max_length}; raise config.max_length or drop the record",
     )
-  capacity = np.array(spec.capacity.astuple())
-  for i in np.flatnonzero((sizes > capacity).any(axis=1)).tolist():
+  capacities = [stream_rows.get(name, spec.capacity)
+                for name in columns.streams]  # fmt: skip
+  most = np.array([capacity.astuple() for capacity in capacities])
+  for i in np.flatnonzero((sizes > most[columns.stream]).any(axis=1)).tolist():
+    stream = columns.streams[columns.stream[i]]
+    capacity = stream_rows.get(stream, spec.capacity)
+    key = f"config.stream_rows.{stream}" if stream in stream_rows else ROWS
     try:
-      check_fits(Size(*sizes[i].tolist()), spec.capacity, "it")
+      check_fits(Size(*sizes[i].tolist()), capacity, "it", key)
     except UserError as error:
-      pixels = _pixel_note(columns, i, sizes[i], spec.capacity)
+      pixels = _pixel_note(columns, i, sizes[i], capacity)
       problems.setdefault(i, f"{pixels}{error}")
   return sizes, problems
 

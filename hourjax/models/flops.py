@@ -129,6 +129,29 @@ def sample_flops(
   return np.asarray(sum(part.total for part in parts.values()), np.float64)
 
 
+def uneven_flops(
+  config: ModelConfig, sizes: Int[np.ndarray, "N 7"]
+) -> Float64[np.ndarray, "N"]:
+  """Counts the operations of each sample that make rows of one shape differ.
+
+  These are attention and the vocabulary, with everything trained. All other
+  operations are those of a row's capacity, whatever it holds.
+
+  Args:
+    config: of the model.
+    sizes: see `sample_work`.
+  """
+  everything = frozenset(("vision", "projector", "memaug", "decoder"))
+  work = sample_work(config, sizes)
+  parts = count_flops(config, work, everything, executed=True)
+  uneven = [
+    part.total
+    for name, part in parts.items()
+    if name.endswith("attention") or name == "lm_head"
+  ]
+  return np.asarray(sum(uneven), np.float64)
+
+
 def count_flops(
   config: ModelConfig,
   work: Work,

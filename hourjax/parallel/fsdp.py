@@ -9,12 +9,28 @@ summed in float32 into the part that each device stores:
 The collectives are written out. Left to itself, the compiler sums whole
 gradients on all devices and drops what a device does not need, which sends
 twice as much.
+
+It also waits for every reduce-scatter, of all generations of TPU. So along the
+first axis the sum is taken while the gradient is computed (a collective
+product, arXiv 2105.04663, section 4): the gradient is cut into a block for each
+of n devices, and a block travels round the ring of devices while each of them
+computes its share of the next one and adds it:
+
+    device      0    1    2    3
+    step 0      3    0    1    2     the block that is computed
+    step 1      2    3    0    1     the block that came from the left, plus own
+    step 2      1    2    3    0
+    step 3      0    1    2    3     the own one, summed over all devices
+
+Half of each block travels the other way round, so that links are used in both
+directions.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from hourjax.kernels.constants import LANES
@@ -28,7 +44,7 @@ Names = tuple[str | None, ...]
 
 
 def gather_weight(
-  kernel: Float[Array, "i o"], axes: Names, dtype: jax.typing.DTypeLike
+  kernel: Float[Array, "i o"], axes: Names, dtype: DTypeLike
 ) -> Float[Array, "i o"]:
   """Returns the weight in `dtype`, gathered for a product.
 
@@ -62,7 +78,7 @@ def weight_gradients(
   d_y: Float[Array, "a b o"],
   axes: Names,
   lead: Names,
-  dtype: jax.typing.DTypeLike,
+  dtype: DTypeLike,
 ) -> tuple[Float[Array, "i o"], Float[Array, "o"]]:
   """Returns the gradients of kernel and bias of y = x @ kernel + bias.
 
@@ -78,16 +94,24 @@ def weight_gradients(
   """
 
   def local(x: jax.Array, d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    kernel = jnp.einsum("abi,abo->io", x, d_y, preferred_element_type=dtype)
     bias = d_y.astype(dtype).sum((0, 1))
     bias = collectives.psum(bias, *_summed(lead, ()))
-    scattered = ()
-    for dim, axis in enumerate(axes):
-      names = _gathered_axes(axis)
-      if names:
-        kernel = _scatter(kernel, names, dim)
-        scattered += names
-    return collectives.psum(kernel, *_summed(lead, scattered)), bias
+    split = [
+      (dim, names)
+      for dim, axis in enumerate(axes)
+      if (names := _gathered_axes(axis))
+    ]
+    if not split:
+      kernel = _product(x, d_y, dtype)
+    else:
+      dim, (first, *rest) = split[0]
+      kernel = _ring_product(x, d_y, dtype, first, dim)
+      # What is left is small: an n-th of the gradient.
+      split[0] = dim, tuple(rest)
+      for dim, names in split:
+        kernel = _scatter(kernel, names, dim) if names else kernel
+    scattered = [name for axis in axes for name in _gathered_axes(axis)]
+    return collectives.psum(kernel, *_summed(lead, tuple(scattered))), bias
 
   inputs, outputs = (in_use(axis) for axis in axes)
   function = collectives.local_shard_map(
@@ -154,6 +178,55 @@ def _gather_steps(names: tuple[str, ...], size: int) -> list[tuple[str, ...]]:
   if chip is None or (chip.dims < 3 and size >= _LARGE):
     return [names]
   return [(name,) for name in reversed(names)]
+
+
+def _product(
+  x: Float[Array, "a b i"], d_y: Float[Array, "a b o"], dtype: DTypeLike
+) -> Float[Array, "i o"]:
+  """Returns one device's share of the gradient of a kernel."""
+  return jnp.einsum("abi,abo->io", x, d_y, preferred_element_type=dtype)
+
+
+def _ring_product(
+  x: Float[Array, "a b i"],
+  d_y: Float[Array, "a b o"],
+  dtype: DTypeLike,
+  axis: str,
+  dim: int,
+) -> Float[Array, "j p"]:
+  """Returns a device's block of a kernel's gradient, summed over a mesh axis.
+
+  Args:
+    x: the layer's input.
+    d_y: gradient of its output.
+    dtype: of the sums.
+    axis: of the mesh; its n devices get a block each.
+    dim: of the gradient `[i, o]` that is cut into blocks; the other one is cut
+      in half, one for each direction.
+  """
+  devices = collectives.axis_size(axis)
+  place = jax.lax.axis_index(axis)
+  whole, other = (x, d_y) if dim == 0 else (d_y, x)
+  size = whole.shape[2] // devices
+  half = other.shape[2] // 2
+
+  def share(block: jax.Array, part: jax.Array) -> jax.Array:
+    cut = jax.lax.dynamic_slice_in_dim(whole, block % devices * size, size, 2)
+    pair = (cut, part) if dim == 0 else (part, cut)
+    return _product(*pair, dtype)
+
+  def one_way(sign: int, part: jax.Array) -> jax.Array:
+    ring = [(i, (i + sign) % devices) for i in range(devices)]
+
+    def turn(total: jax.Array, step: jax.Array) -> tuple[jax.Array, None]:
+      came = jax.lax.ppermute(total, axis, ring)
+      return came + share(place - sign * (1 + step), part), None
+
+    first = share(place - sign, part)
+    return jax.lax.scan(turn, first, jnp.arange(1, devices))[0]
+
+  parts = one_way(1, other[..., :half]), one_way(-1, other[..., half:])
+  return jnp.concatenate(parts, axis=1 - dim)
 
 
 def _scatter(whole: jax.Array, names: tuple[str, ...], dim: int) -> jax.Array:

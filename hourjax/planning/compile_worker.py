@@ -37,9 +37,10 @@ def compile_programs(task: dict[str, Any]) -> dict[str, Any]:
   """Compiles every program of a training step.
 
   Args:
-    task: `experiment` (nested, as `build_experiment` takes it), `topology`,
-      `slices`, `bounds` (for `get_topology_desc`) and `unknown_trips` (how
-      many turns a loop counts whose length only the data decides).
+    task: `experiment` (nested, as `build_experiment` takes it), `streams`
+      (those of `row_specs` to compile for), `topology`, `slices`, `bounds`
+      (for `get_topology_desc`) and `unknown_trips` (by program, how many turns
+      a loop counts whose length only the data decides).
 
   Returns:
     `mesh` (axes and their sizes), `links` (by axes, see `group_links`) and
@@ -59,10 +60,12 @@ def compile_programs(task: dict[str, Any]) -> dict[str, Any]:
     **task["bounds"],
   )
   mesh = make_mesh(experiment.mesh, topology.devices)
-  lowered = lower_programs(experiment, mesh)
+  lowered = lower_programs(experiment, mesh, task["streams"])
   with concurrent.futures.ThreadPoolExecutor(len(lowered)) as pool:
     running = {
-      name: pool.submit(_compile, each, mesh, task["unknown_trips"])
+      name: pool.submit(
+        _compile, each, mesh, task["unknown_trips"].get(name, 1.0)
+      )
       for name, each in lowered.items()
     }
   programs = {}

@@ -15,7 +15,7 @@ from hourjax.planning.compile_pool import run_worker
 from hourjax.planning.topology import Topology
 from hourjax.planning.workload import Workload, steps_of
 from hourjax.training.config import Experiment
-from hourjax.training.train_step import check_mesh
+from hourjax.training.train_step import accumulate_name, check_mesh
 
 LIMIT = 900  # seconds for the programs of one step
 _NEEDED = re.compile(
@@ -84,7 +84,7 @@ class Memory:
 
 def label_chunks(
   experiment: Experiment, workload: Workload, shards: int
-) -> float:
+) -> dict[str, float]:
   """Returns how many turns of the loop over labels a device takes on average.
 
   It is the one loop of a step whose length only the data decides.
@@ -93,11 +93,19 @@ def label_chunks(
     experiment: its micro-batches count.
     workload: the rows, with their labels.
     shards: devices among which rows are split.
+
+  Returns:
+    By the name of the program.
   """
   steps = steps_of(experiment, workload)
-  rows = steps.rows / steps.micro_batches  # those that are not empty
-  labels = np.mean(workload.work.labels) * rows / shards
-  return float(max(1, math.ceil(labels / CHUNK)))
+  empty = np.zeros(len(workload.streams))
+  labels = np.append(workload.work.labels, empty)[steps.order].sum(axis=1)
+  return {
+    accumulate_name(stream): float(
+      max(1, math.ceil(labels[steps.stream == number].mean() / shards / CHUNK))
+    )
+    for number, stream in enumerate(workload.streams)
+  }
 
 
 def compile_step(
@@ -124,6 +132,7 @@ def compile_step(
   check_mesh(experiment, topology.devices, topology.slices)
   task = {
     "experiment": dataclasses.asdict(experiment),
+    "streams": workload.streams,
     "topology": topology.name,
     "slices": topology.slices,
     "bounds": topology.bounds,

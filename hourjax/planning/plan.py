@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from hourjax.data.rows import Size
 from hourjax.parallel.chips import CLOCK_SHARE, GIB
 from hourjax.planning import roofline
@@ -11,6 +13,7 @@ from hourjax.planning.roofline import Estimate
 from hourjax.planning.topology import Topology
 from hourjax.planning.workload import Workload, steps_of
 from hourjax.training.config import Experiment
+from hourjax.training.train_step import accumulate_name
 
 # What an estimate takes for granted, in words.
 ASSUMED = (
@@ -120,7 +123,8 @@ def as_data(plan: Plan) -> dict[str, Any]:
     "batch_rows": experiment.batch_rows,
     "accumulate": experiment.accumulate,
     "batch_samples": experiment.batch_samples,
-    "rows": experiment.rows.__dict__,
+    "rows": dataclasses.asdict(experiment.rows),
+    "stream_rows": dataclasses.asdict(experiment)["stream_rows"],
     "remat": experiment.model.remat,
     "mu_dtype": experiment.optimizer.mu_dtype,
     "data": plan.workload.name,
@@ -164,7 +168,14 @@ def as_data(plan: Plan) -> dict[str, Any]:
 def _times(plan: Plan) -> dict[str, float]:
   """Returns how often a step runs each program, on average."""
   steps = steps_of(plan.experiment, plan.workload)
-  return {"accumulate": steps.micro_batches, "update": 1}
+  share = np.bincount(
+    steps.stream, minlength=len(plan.workload.streams)
+  ) / len(steps.stream)  # fmt: skip
+  times = {
+    accumulate_name(stream): float(steps.micro_batches * part)
+    for stream, part in zip(plan.workload.streams, share)
+  }
+  return times | {"update": 1.0}
 
 
 def sent_by_axis(plan: Plan) -> dict[str, dict[str, float]]:
@@ -190,8 +201,10 @@ def sent_by_axis(plan: Plan) -> dict[str, dict[str, float]]:
 
 def fill(plan: Plan) -> dict[str, float]:
   """Returns the share of each capacity of a row that is used on average."""
-  used = plan.workload.sizes.mean(axis=0)
-  capacity = plan.experiment.rows.astuple()
+  workload, specs = plan.workload, plan.experiment.row_specs
+  used = workload.sizes.mean(axis=0)
+  most = [specs[name].capacity.astuple() for name in workload.streams]
+  capacity = np.array(most)[workload.stream].mean(axis=0).tolist()
   return {
     name: float(mean / most)
     for name, mean, most in zip(Size.names(), used, capacity)

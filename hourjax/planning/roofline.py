@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
+from hourjax.data.rows import Size
 from hourjax.kernels.ulysses import head_blocks
 from hourjax.models.config import ModelConfig
 from hourjax.models.flops import Flops, Work, count_flops
@@ -18,6 +19,7 @@ from hourjax.parallel.chips import Chip, Efficiency
 from hourjax.planning.topology import Topology
 from hourjax.planning.workload import Workload, steps_of, trained
 from hourjax.training.config import Experiment
+from hourjax.training.train_step import accumulate_name
 
 HOP = 1e-6  # seconds that a collective takes for each device of its group
 # Bytes of features that a host reads a second, as measured; see
@@ -156,16 +158,20 @@ def executed_work(
     mesh: sizes of the mesh by axis.
 
   Returns:
-    Counts of work of each drawn row and, last, of an empty row, arrays
-    `[N + 1]`.
+    Counts of work of each drawn row and, last, of an empty row of each of the
+    K streams, arrays `[N + K]`.
   """
-  spec, capacity = experiment.row_spec, experiment.rows
-  drawn = Work(*(np.append(column, 0) for column in workload.work))
-  whole = np.ones(len(workload.useful) + 1)
+  spec, specs = experiment.row_spec, experiment.row_specs
+  none = np.zeros(len(workload.streams))
+  drawn = Work(*(np.append(column, none) for column in workload.work))
+  of_stream = [specs[name].capacity.astuple() for name in workload.streams]
+  rows = np.append(workload.stream, np.arange(len(none)))
+  columns = np.array(of_stream, np.float64)[rows].T
+  capacity = dict(zip(Size.names(), columns))
   sharing = mesh["seq"] * mesh["tensor"]
   images = sum(
-    -(-count // sharing) * sharing
-    for count in (capacity.frames, capacity.tiles)
+    np.ceil(count / sharing) * sharing
+    for count in (capacity["frames"], capacity["tiles"])
   )
   copies = mesh["seq"] / head_blocks(
     experiment.model.decoder.heads // mesh["tensor"],
@@ -173,13 +179,13 @@ def executed_work(
     mesh["seq"],
   )
   return Work(
-    images=whole * images,
-    stored=whole * capacity.features,
-    encoded=whole
-    * (capacity.frames * spec.frame_tokens + capacity.tiles * spec.tile_tokens),
-    memory=whole * capacity.memory,
-    queries=whole * capacity.queries,
-    decoder=whole * capacity.decoder,
+    images=images,
+    stored=capacity["features"],
+    encoded=capacity["frames"] * spec.frame_tokens
+    + capacity["tiles"] * spec.tile_tokens,
+    memory=capacity["memory"],
+    queries=capacity["queries"],
+    decoder=capacity["decoder"],
     labels=drawn.labels,
     self_pairs=drawn.self_pairs * PACKED,
     cross_pairs=drawn.cross_pairs * PACKED,
@@ -251,7 +257,10 @@ def slowest(
 
 
 def memory_bytes(
-  experiment: Experiment, kinds: Mapping[str, int], mesh: Mapping[str, int]
+  experiment: Experiment,
+  capacity: Size,
+  kinds: Mapping[str, int],
+  mesh: Mapping[str, int],
 ) -> float:
   """Estimates the bytes that a device moves from and to HBM in a micro-batch.
 
@@ -262,11 +271,12 @@ def memory_bytes(
 
   Args:
     experiment: the configuration.
+    capacity: of the rows.
     kinds: bytes of a device by what they are, see
       `compile_worker.argument_kinds`.
     mesh: sizes of the mesh by axis.
   """
-  model, capacity = experiment.model, experiment.rows
+  model = experiment.model
   decoder = model.decoder
   split = mesh["fsdp"] * mesh["seq"]
   weights = kinds["parameters"] * split / 4 * 2
@@ -299,6 +309,49 @@ def memory_bytes(
   )
 
 
+@dataclasses.dataclass
+class _Passes:
+  """Adds up seconds of a step's micro-batches; fields as in `Estimate`."""
+
+  compute: float = 0.0
+  balanced: float = 0.0
+  memory: float = 0.0
+  step: float = 0.0
+  hidden: float = 0.0
+  exposed: float = 0.0
+  axes: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+
+  def add(
+    self,
+    times: float,
+    compute: float,
+    balanced: float,
+    memory: float,
+    axes: Mapping[str, tuple[float, float]],
+  ) -> None:
+    """Adds micro-batches of one stream.
+
+    Args:
+      times: how many a step has.
+      compute: seconds of one of them; so are the following.
+      balanced: see `Estimate`.
+      memory: see `Estimate`.
+      axes: see `Estimate`.
+    """
+    waited = sum(a for a, _ in axes.values())
+    beside = sum(b for _, b in axes.values())
+    busy = max(compute, memory)
+    self.compute += times * compute
+    self.balanced += times * balanced
+    self.memory += times * memory
+    self.step += times * (max(busy, beside) + waited)
+    self.hidden += times * max(busy, beside + waited)
+    self.exposed += times * (busy + beside + waited)
+    for name, (a, b) in axes.items():
+      before = self.axes.get(name, (0.0, 0.0))
+      self.axes[name] = (before[0] + times * a, before[1] + times * b)
+
+
 def estimate(
   experiment: Experiment,
   topology: Topology,
@@ -327,19 +380,23 @@ def estimate(
   shards = mesh["data"] * mesh["fsdp"]
   seconds = row_seconds(experiment.model, work, learnt, chip) / within
   steps = steps_of(experiment, workload)
-  compute, balanced = slowest(seconds[steps.order], shards)
-  kinds = programs["accumulate"]["kinds"]
   bandwidth = chip.hbm_bandwidth / chip.devices
-  memory = memory_bytes(experiment, kinds, mesh) / bandwidth
-  axes = axis_seconds(programs["accumulate"], compiled["links"], chip)
-  waited = sum(a for a, _ in axes.values())
-  beside = sum(b for _, b in axes.values())
+  times = steps.micro_batches
+  total = _Passes()
+  for number, stream in enumerate(workload.streams):
+    program = programs[accumulate_name(stream)]
+    capacity = experiment.row_specs[stream].capacity
+    own = steps.stream == number
+    total.add(
+      times * float(own.mean()),
+      *slowest(seconds[steps.order[own]], shards),
+      memory_bytes(experiment, capacity, program["kinds"], mesh) / bandwidth,
+      axis_seconds(program, compiled["links"], chip),
+    )
   state = programs["update"]["arguments"]
   update_axes = axis_seconds(programs["update"], compiled["links"], chip)
   update = 2 * state / bandwidth + sum(map(sum, update_axes.values()))
-  times = steps.micro_batches
-  busy = max(compute, memory)
-  step = times * (max(busy, beside) + waited) + update
+  step = total.step + update
   useful = float(workload.useful.mean()) * steps.rows
   per_second = steps.rows / step
   features = workload.sizes[:, 0].mean() * experiment.model.vision.width * 2
@@ -356,19 +413,19 @@ def estimate(
       for name, part in components.items()
     },
     useful=useful,
-    compute=times * compute,
-    balanced=times * balanced,
-    memory=times * memory,
-    axes={k: (times * a, times * b) for k, (a, b) in axes.items()},
+    compute=total.compute,
+    balanced=total.balanced,
+    memory=total.memory,
+    axes={k: (a, b) for k, (a, b) in total.axes.items()},
     update=update,
     step=step,
-    hidden=times * max(busy, beside + waited) + update,
-    exposed=times * (busy + beside + waited) + update,
+    hidden=total.hidden + update,
+    exposed=total.exposed + update,
     mfu=useful / step / (topology.devices * chip.device_flops),
     rows=steps.rows,
     samples=steps.samples,
     micro_batches=times,
-    empty=float((steps.order == len(workload.useful)).mean()),
+    empty=float((steps.order >= len(workload.useful)).mean()),
     steps=steps.number,
     video_hours_a_day=float(workload.seconds.mean()) * per_second * 24,
     days=days,

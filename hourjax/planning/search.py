@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 
 from hourjax import progress
+from hourjax.data.rows import RowSpec, Size
 from hourjax.data.sequence_sharding import check_sequence_sharding
 from hourjax.errors import UserError
 from hourjax.models.config import Remat
@@ -23,6 +24,7 @@ from hourjax.planning.topology import Topology
 from hourjax.planning.workload import Workload, trained
 from hourjax.training.config import Experiment
 from hourjax.training.optimizer import component
+from hourjax.training.train_step import accumulate_name
 
 COMPILED = 3  # candidates
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # of a device group in a micro-batch
@@ -161,7 +163,8 @@ def candidates(
     if sizes[0] % topology.slices or not _divides(sizes, shapes, axes):
       continue
     try:
-      check_sequence_sharding(experiment.row_spec, mesh.seq)
+      for spec in experiment.row_specs.values():
+        check_sequence_sharding(spec, mesh.seq)
     except UserError:
       continue
     for rows in _ROWS:
@@ -255,22 +258,22 @@ def formulas(
   ] / mesh["fsdp"]
   moments = 6 if experiment.optimizer.mu_dtype == "bfloat16" else 8
   rows = experiment.batch_rows / (mesh["data"] * mesh["fsdp"])
-  kinds = {
-    "parameters": int(4 * parameters),
-    "gradients": int(4 * state),
-    "batches": int(rows * _batch_bytes(experiment, mesh["seq"])),
-  }
+  kinds = {"parameters": int(4 * parameters), "gradients": int(4 * state)}
+  programs = {}
+  for stream, spec in experiment.row_specs.items():
+    batch = int(rows * _batch_bytes(spec, mesh["seq"]))
+    programs[accumulate_name(stream)] = {
+      "kinds": kinds | {"batches": batch},
+      "arguments": sum(kinds.values()) + batch,
+      "temporaries": int(_temporaries(experiment, spec, mesh, rows)),
+      "traffic": _traffic(experiment, spec.capacity, mesh, rows, counted),
+      "seconds": 0.0,
+    }
   return {
     "mesh": mesh,
     "links": _links(mesh, topology),
-    "programs": {
-      "accumulate": {
-        "kinds": kinds,
-        "arguments": sum(kinds.values()),
-        "temporaries": int(_temporaries(experiment, mesh, rows)),
-        "traffic": _traffic(experiment, mesh, rows, counted),
-        "seconds": 0.0,
-      },
+    "programs": programs
+    | {
       "update": {
         "kinds": kinds | {"optimizer": int(moments * state)},
         "arguments": int((8 + moments) * state),
@@ -282,22 +285,22 @@ def formulas(
   }
 
 
-def _batch_bytes(experiment: Experiment, seq: int) -> float:
+def _batch_bytes(spec: RowSpec, seq: int) -> float:
   """Returns the bytes of one row's batch on one device."""
-  spec, rows = experiment.row_spec, experiment.rows
+  rows = spec.capacity
   pixels = (rows.frames + rows.tiles) * spec.image_size**2 * 3
   numbers = 12 * rows.memory + 20 * rows.queries + 16 * rows.decoder
   return pixels + (rows.features * spec.width * 2 + numbers) / seq
 
 
 def _temporaries(
-  experiment: Experiment, mesh: Mapping[str, int], rows: float
+  experiment: Experiment, spec: RowSpec, mesh: Mapping[str, int], rows: float
 ) -> float:
   """Returns bytes of temporaries of a device with so many rows.
 
   They are what layers keep, what is gathered, and the buffers of one layer.
   """
-  model, capacity = experiment.model, experiment.rows
+  model, capacity = experiment.model, spec.capacity
   decoder = model.decoder
   width, seq = decoder.width, mesh["seq"]
   full = model.remat == "full"
@@ -318,7 +321,7 @@ def _temporaries(
   patch = vision.side**2 * vision.width * 2
   learns = "vision" in trained(experiment)
   tower = images * patch * (12 + (2 if full else 14) * vision.layers * learns)
-  tower += (capacity.frames * experiment.row_spec.frame_tokens
+  tower += (capacity.frames * spec.frame_tokens
             + capacity.tiles * vision.side**2) * width * 4  # fmt: skip
   words = decoder.vocab * width * 6 / (seq * mesh["tensor"])
   # Gathered weights of a layer, and one gradient before it is summed.
@@ -330,6 +333,7 @@ def _temporaries(
 
 def _traffic(
   experiment: Experiment,
+  capacity: Size,
   mesh: Mapping[str, int],
   rows: float,
   counted: Mapping[str, float],
@@ -339,7 +343,7 @@ def _traffic(
   Counted are the weights three times in bfloat16, the gradients, MemAug's
   queries and the heads of the decoder's attention.
   """
-  model, capacity = experiment.model, experiment.rows
+  model = experiment.model
   decoder = model.decoder
   weights = (counted["learnt"] + counted["frozen"]) / mesh["tensor"]
   width = decoder.width

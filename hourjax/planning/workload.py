@@ -17,8 +17,8 @@ from jaxtyping import Float64, Int64
 from hourjax.data import synthetic
 from hourjax.data.columns import MODALITIES, Columns
 from hourjax.data.media.frame_rules import MIN_FRAMES, stored_feature_count
+from hourjax.data.pipeline import heavy_with_light
 from hourjax.data.row_plan import PlanOptions, RowPlan
-from hourjax.data.rows import Size
 from hourjax.data.sample_sizes import (
   FIELDS,
   VideoInput,
@@ -28,6 +28,7 @@ from hourjax.data.sample_sizes import (
 from hourjax.errors import UserError
 from hourjax.models.flops import Work, sample_flops, sample_work
 from hourjax.training.config import Experiment
+from hourjax.training.data_loader import plan_by_work
 
 _DRAWN = 20_000  # samples; the stage's numbers are scaled up from them
 _FPS = 30.0  # of short videos' files, which decides their frames as pixels
@@ -69,14 +70,14 @@ def _stage3() -> tuple[Part, ...]:
   """Returns short videos and VideoMarathon, each with half of the rest."""
   mixed = [
     Part(kind, samples / 2, stream)
-    for stream in ("short", "marathon")
+    for stream in ("short", "long")
     for kind, samples in (("image", 1.14e6), ("images", 0.5e6),
                           ("text", 0.81e6))
   ]  # fmt: skip
   return (
     *mixed,
     Part("short", 1.3e6, "short"),
-    Part("marathon", 0.7e6, "marathon"),
+    Part("marathon", 0.7e6, "long"),
   )
 
 
@@ -105,6 +106,9 @@ class Workload:
     useful: operations of each drawn row that count for MFU.
     seconds: seconds of video in each drawn row.
     sizes: what the samples of each drawn row take of its capacities, `[N, 7]`.
+    streams: names of the streams whose rows have a capacity of their own, as
+      in `Experiment.row_specs`; "" for all others.
+    stream: number in `streams` of each drawn row's, `[N]`.
     steps: rows of each drawn step of `config.batch_samples` samples, which
       follow one another; empty where a step is a number of rows, or each row
       is one sample.
@@ -118,6 +122,8 @@ class Workload:
   useful: Float64[np.ndarray, "N"]
   seconds: Float64[np.ndarray, "N"]
   sizes: Int64[np.ndarray, "N 7"]
+  streams: tuple[str, ...]
+  stream: Int64[np.ndarray, "N"]
   steps: Int64[np.ndarray, "K"]
   assumptions: tuple[str, ...]
 
@@ -127,7 +133,8 @@ class Steps(NamedTuple):
 
   Attributes:
     order: the drawn rows of each micro-batch, by their numbers; an empty row
-      has the number of all drawn rows.
+      of stream s has the number of all drawn rows, plus s.
+    stream: of each micro-batch.
     micro_batches: of a step, on average.
     rows: of a step, on average; empty ones do not count.
     samples: of a step, on average.
@@ -135,6 +142,7 @@ class Steps(NamedTuple):
   """
 
   order: Int64[np.ndarray, "M R"]
+  stream: Int64[np.ndarray, "M"]
   micro_batches: float
   rows: float
   samples: float
@@ -155,13 +163,17 @@ def steps_of(experiment: Experiment, workload: Workload) -> Steps:
     order, first = [], 0
     steps = workload.steps.tolist() or [experiment.batch_samples]
     for rows in steps:
-      filled = np.full(-(-rows // each) * each, count)
+      stream = int(workload.stream[first % count])
+      filled = np.full(-(-rows // each) * each, count + stream)
       filled[:rows] = (first + np.arange(rows)) % count
-      order.append(filled.reshape(-1, each))
+      order += [
+        heavy_with_light(part) for part in filled.reshape(-1, each).tolist()
+      ]
       first += rows
-    micro = np.concatenate(order)
+    micro = np.array(order)
     return Steps(
       micro,
+      _stream_of(workload, micro),
       len(micro) / len(steps),
       sum(steps) / len(steps),
       float(experiment.batch_samples),
@@ -174,11 +186,20 @@ def steps_of(experiment: Experiment, workload: Workload) -> Steps:
   mean = workload.samples / workload.rows
   return Steps(
     micro,
+    _stream_of(workload, micro),
     float(experiment.accumulate),
     float(experiment.step_rows),
     mean * experiment.step_rows,
     workload.rows / experiment.step_rows,
   )
+
+
+def _stream_of(
+  workload: Workload, order: Int64[np.ndarray, "M R"]
+) -> Int64[np.ndarray, "M"]:
+  """Returns the stream of each micro-batch: that of its first row."""
+  empty = np.arange(len(workload.streams))
+  return np.append(workload.stream, empty)[order[:, 0]]
 
 
 def trained(experiment: Experiment) -> frozenset[str]:
@@ -240,24 +261,31 @@ def make_workload(experiment: Experiment, name: str = "") -> Workload:
     ),
     members=usable,
     stream=columns.stream,
+    **plan_by_work(experiment, sizes, columns.streams),
   )
   rows = [
     np.concatenate([np.array(group) for group in row])
     for row in plan.epoch_rows(0)
   ]
+  own = [name if name in experiment.stream_rows else ""
+         for name in columns.streams]  # fmt: skip
+  names = tuple(dict.fromkeys(own))
+  of_stream = np.array([names.index(name) for name in own])
   seconds = np.where(columns.video >= 0, columns.duration[columns.video], 0)
   note = (
     f"{total / 1e6:.2f}M samples of {name} drawn 1 in {scale:.0f} from"
     " published counts and durations; texts, images and short videos as"
     " planning/workload.py assumes them"
   )
-  notes = [note, *_left_out(columns, sizes, experiment.rows, problems)]
+  notes = [note, *_left_out(experiment, columns, sizes, problems)]
   return Workload(
     name,
     len(usable) * scale,
     # Scaled by samples, of which some may be left out of the drawn rows.
     len(rows) * scale * len(usable) / sum(map(len, rows)),
     **_rows(experiment, sizes, rows, seconds),
+    streams=names,
+    stream=of_stream[columns.stream[[row[0] for row in rows]]],
     steps=np.array(plan.rows_by_window(0)) if batch else _NO_STEPS,
     assumptions=tuple(notes),
   )
@@ -268,7 +296,7 @@ def _one_video(experiment: Experiment, name: str) -> Workload:
   text = name.removeprefix("video=")
   if not text.isdigit() or not int(text):
     raise UserError(f"--data={name}: give whole seconds, such as video=3600")
-  parts = (Part("marathon", 1, "marathon"),)
+  parts = (Part("marathon", 1, ""),)
   columns = _draw(parts, 1.0, np.random.default_rng(0))
   columns = dataclasses.replace(columns, duration=np.array([float(text)]))
   sizes, problems = _measure(experiment, columns, np.ones(1, bool))
@@ -279,6 +307,8 @@ def _one_video(experiment: Experiment, name: str) -> Workload:
     1,
     1,
     **_rows(experiment, sizes, [np.array([0])], columns.duration),
+    streams=("",),
+    stream=np.zeros(1, np.int64),
     steps=_NO_STEPS,
     assumptions=(f"every row holds one video of {text} s and 5 questions",),
   )
@@ -294,6 +324,8 @@ def _full(experiment: Experiment) -> Workload:
     1,
     1,
     **_rows(experiment, size, [np.array([0])], np.array([frames])),
+    streams=("",),
+    stream=np.zeros(1, np.int64),
     steps=_NO_STEPS,
     assumptions=("every row is filled by one sample, at one frame a second",),
   )
@@ -341,6 +373,7 @@ def _measure(
     forgetting=experiment.forgetting,
     max_length=experiment.max_length,
     single_image=experiment.data.single_image,
+    stream_rows=experiment.stream_rows,
   )
 
 
@@ -350,7 +383,7 @@ def _stored(experiment: Experiment, columns: Columns) -> np.ndarray:
   VideoMarathon's do. Short videos come as pixels, as in the published stages 2
   and 3, where rows have room for frames, and else as features too.
   """
-  if not experiment.rows.frames:
+  if not any(spec.capacity.frames for spec in experiment.row_specs.values()):
     return np.ones(len(columns.videos), bool)
   stored = np.zeros(len(columns.videos), bool)
   if "marathon" in columns.sources:
@@ -376,20 +409,22 @@ def _video_input(columns: Columns, stored: np.ndarray) -> VideoInput:
 
 
 def _left_out(
+  experiment: Experiment,
   columns: Columns,
   sizes: np.ndarray,
-  capacity: Size,
   problems: Mapping[int, str],
 ) -> list[str]:
   """Returns sentences on the samples that fit no row, by kind.
 
   Args:
+    experiment: with the capacities of rows.
     columns: of the samples.
     sizes: what they take, `[samples, 7]`.
-    capacity: of a row.
     problems: why samples are left out, by index.
   """
-  over = sizes > np.array(capacity.astuple())
+  most = [experiment.stream_rows.get(name, experiment.rows).astuple()
+          for name in columns.streams]  # fmt: skip
+  over = sizes > np.array(most)[columns.stream]
   notes = []
   for number, kind in enumerate(columns.sources):
     of_kind = np.flatnonzero(columns.source == number)

@@ -1,5 +1,6 @@
 """How the arrays of a micro-batch are split over hosts and devices."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -8,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from hourjax.batch import Batch
-from hourjax.data.rows import RowSpec, empty_rows
+from hourjax.data.rows import RowSpec, batch_capacity, empty_rows
 from hourjax.data.sequence_sharding import (
   check_sequence_sharding,
   features_part,
@@ -123,7 +124,7 @@ class BatchSharding:
 
     Args:
       mesh: with the axes of `parallel.mesh`.
-      rows: capacities.
+      rows: of the micro-batches; these may have other capacities, too.
       count: rows of a micro-batch, on all hosts together.
 
     Raises:
@@ -144,7 +145,9 @@ class BatchSharding:
     Args:
       batch: numpy arrays of the rows `local_rows`.
     """
-    ordered = sequence_sharding_order(batch, self._rows, self._sharing)
+    # Streams may have rows of other capacities.
+    rows = dataclasses.replace(self._rows, capacity=batch_capacity(batch))
+    ordered = sequence_sharding_order(batch, rows, self._sharing)
     return Batch(*map(self._placed, Batch._fields, ordered, self._shardings))
 
   def as_targets(self, array: np.ndarray) -> jax.Array:

@@ -27,6 +27,7 @@ from hourjax.training.profiling import parse_steps
 _MANY = 10**12  # steps: more than any run has
 # Key -> the smallest and the largest value that makes sense. A value beyond is
 # a typing error, and would fail much later, for lack of memory or time.
+_CAPACITY = (0, 2**27)  # of a row
 LIMITS: dict[str, tuple[float, float]] = {
   "batch_rows": (1, 2**16),
   "accumulate": (1, 2**16),
@@ -41,7 +42,7 @@ LIMITS: dict[str, tuple[float, float]] = {
   "max_nonfinite": (1, _MANY),
   "eval_every": (0, _MANY),
   "eval_rows": (1, 2**20),
-  **{f"rows.{name}": (0, 2**27) for name in Size.names()},
+  **{f"rows.{name}": _CAPACITY for name in Size.names()},
   "read.threads": (1, 1024),
   "read.ahead": (1, 1024),
   **dict.fromkeys(("mesh.data", "mesh.fsdp"), (-1, 2**20)),
@@ -194,6 +195,8 @@ class Experiment:
     eval_rows: rows of held-out data that an evaluation takes, always the same.
     memory: which memory tokens queries attend to, and their positions.
     metrics: what is written beside metrics.jsonl.
+    stream_rows: capacity of the rows of streams that have another than `rows`,
+      by the name of the stream. Only where a step is `batch_samples` samples.
   """
 
   model: ModelConfig
@@ -223,6 +226,10 @@ class Experiment:
   eval_rows: int = 128
   memory: MemoryOptions = dataclasses.field(default_factory=MemoryOptions)
   metrics: MetricsConfig = dataclasses.field(default_factory=MetricsConfig)
+  # Left out of the hash: a dict has none.
+  stream_rows: dict[str, Size] = dataclasses.field(
+    default_factory=dict, hash=False
+  )
 
   def __post_init__(self) -> None:
     at_least_one = ("batch_rows", "accumulate", "max_length", "log_every",
@@ -251,6 +258,13 @@ class Experiment:
     """Raises a UserError if the keys of a step's size contradict each other."""
     samples, rows = self.batch_samples, self.batch_rows
     if not samples:
+      if self.stream_rows:
+        raise UserError(
+          f"config.stream_rows names {', '.join(self.stream_rows)} and"
+          " config.batch_samples is 0: only the micro-batches of a step of"
+          " samples are of one stream; set config.batch_samples, or"
+          " config.stream_rows={}"
+        )
       if self.drop_last:
         raise UserError(
           "config.drop_last is True and config.batch_samples 0: only batches of"
@@ -286,6 +300,18 @@ class Experiment:
     With `batch_samples` it is the most that a step can have, a row a sample.
     """
     return self.batch_samples or self.batch_rows * self.accumulate
+
+  @property
+  def row_specs(self) -> dict[str, RowSpec]:
+    """Returns the static shapes of the rows that differ, by stream.
+
+    Those of streams that `stream_rows` does not name are under "".
+    """
+    own = {
+      stream: dataclasses.replace(self.row_spec, capacity=size)
+      for stream, size in self.stream_rows.items()
+    }
+    return {"": self.row_spec} | own
 
   @property
   def row_spec(self) -> RowSpec:
@@ -327,7 +353,13 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
 def _check_values(experiment: Experiment) -> None:
   """Raises a UserError for a number or name that makes no sense."""
   values = dict(_flat(experiment))
-  for key, (low, high) in LIMITS.items():
+  streams = {
+    f"stream_rows.{stream}.{name}": getattr(size, name)
+    for stream, size in experiment.stream_rows.items()
+    for name in Size.names()
+  }
+  values |= streams
+  for key, (low, high) in (LIMITS | dict.fromkeys(streams, _CAPACITY)).items():
     if not low <= values[key] <= high:
       raise UserError(
         f"config.{key} is {schema.shorten(values[key])}; it must be at least"
@@ -393,6 +425,19 @@ def _either(options: tuple[str, ...]) -> str:
   return f"{', '.join(options[:-1])} or {options[-1]}"
 
 
+def _build_each(kind: Any, values: Any, where: str) -> dict[str, Any]:
+  """Builds a dict of dataclasses from a mapping of mappings."""
+  if not isinstance(values, Mapping):
+    raise UserError(
+      f"{where} is {schema.shorten(values)}; it must be a group of names"
+    )
+  _, cls = typing.get_args(kind)
+  return {
+    str(name): _build(cls, value, f"{where}.{name}")
+    for name, value in values.items()
+  }
+
+
 def _build(cls: type, values: Any, where: str) -> Any:
   """Builds a dataclass, and those nested in it, from a mapping."""
   if not isinstance(values, Mapping):
@@ -415,6 +460,8 @@ def _build(cls: type, values: Any, where: str) -> Any:
     nested = types[name]
     if dataclasses.is_dataclass(nested):
       arguments[name] = _build(nested, value, f"{where}.{name}")
+    elif typing.get_origin(nested) is dict:
+      arguments[name] = _build_each(nested, value, f"{where}.{name}")
     else:
       arguments[name] = _typed(value, nested, f"{where}.{name}")
   missing = sorted(

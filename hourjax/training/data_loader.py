@@ -35,6 +35,7 @@ from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
 from hourjax.jsonl import JsonlWriter, read_valid_rows
 from hourjax.models.config import ModelConfig
+from hourjax.models.flops import uneven_flops
 from hourjax.models.params import narrow_dtype
 from hourjax.parallel import hosts
 from hourjax.training.batch_sharding import BatchSharding
@@ -85,6 +86,7 @@ def open_dataset(experiment: Experiment) -> Dataset:
     options=experiment.sample_options,
     media_root=data.media,
     features=FeatureStore(data.features) if data.features else None,
+    stream_rows=experiment.stream_rows,
   )
   total = len(prepared.columns)
   if not len(dataset) or len(dataset.skipped) > data.max_skipped * total:
@@ -130,7 +132,27 @@ def row_plan(experiment: Experiment, dataset: Dataset) -> RowPlan:
     memory=columns.video,
     stream=columns.stream,
     weight=sample_weights(columns, data.weights),
+    **plan_by_work(experiment, dataset.sizes, columns.streams),
   )
+
+
+def plan_by_work(
+  experiment: Experiment, sizes: np.ndarray, streams: Sequence[str]
+) -> dict[str, Any]:
+  """Returns the arguments of `RowPlan` that depend on what rows cost.
+
+  Args:
+    experiment: with the model and the capacities.
+    sizes: of all samples, `[N, 7]`.
+    streams: the names of the streams, by number.
+  """
+  own = experiment.stream_rows
+  return {
+    "stream_capacity": {
+      number: own[name] for number, name in enumerate(streams) if name in own
+    },
+    "work": uneven_flops(experiment.model, sizes),
+  }
 
 
 def sample_weights(columns: Columns, weights: str) -> np.ndarray:

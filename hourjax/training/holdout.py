@@ -22,6 +22,7 @@ but for rounding within a row.
 """
 
 import collections
+import dataclasses
 import functools
 import sys
 import time
@@ -41,7 +42,7 @@ from hourjax.data.dataset import Dataset, Unread
 from hourjax.data.pipeline import check_memory, fill_row
 from hourjax.data.records.questions import letter_answers, question_facts
 from hourjax.data.row_plan import PlanOptions, RowPlan
-from hourjax.data.rows import Row, empty_rows, row_of
+from hourjax.data.rows import Row, Size, empty_rows, row_of
 from hourjax.models.config import ModelConfig
 from hourjax.models.params import with_params
 from hourjax.parallel import vocabulary
@@ -214,7 +215,7 @@ def held_out_rows(
   plans = [
     RowPlan(
       dataset.sizes,
-      experiment.rows,
+      experiment.stream_rows.get(columns.streams[stream], experiment.rows),
       PlanOptions(share=data.share_memory),
       members=members[columns.stream[members] == stream],
       memory=columns.video,
@@ -262,7 +263,8 @@ class HoldoutEvaluation:
         self._rows = held_out_rows(experiment, dataset)
         self._codes = self._read_answers()
       rows = len(sharding.local_rows)
-      check_memory(experiment.row_spec, rows, experiment.read, _IN_USE)
+      for spec in experiment.row_specs.values():
+        check_memory(spec, rows, experiment.read, _IN_USE)
 
   def report(self) -> None:
     """Prints what is evaluated on, or why nothing is."""
@@ -324,35 +326,49 @@ class HoldoutEvaluation:
     self,
   ) -> Iterator[tuple[Batch, jax.Array, int, tuple[Unread, ...]]]:
     """Yields what `_read` returns; the next one is read meanwhile."""
-    count = -(-len(self._rows) // self._experiment.batch_rows)
+    each = self._experiment.batch_rows
+    # Rows of different capacities share no micro-batch.
+    alike: dict[Size, list[tuple[RowPlan, int]]] = {}
+    for plan, position in self._rows:
+      alike.setdefault(plan.capacity(position), []).append((plan, position))
+    parts = [
+      (capacity, rows[i : i + each])
+      for capacity, rows in alike.items()
+      for i in range(0, len(rows), each)
+    ]
     with ThreadPoolExecutor(1) as reader:
-      coming = reader.submit(self._read, 0)
-      for number in range(1, count + 1):
+      coming = reader.submit(self._read, *parts[0])
+      for number in range(1, len(parts) + 1):
         found = coming.result()
-        if number < count:
-          coming = reader.submit(self._read, number)
+        if number < len(parts):
+          coming = reader.submit(self._read, *parts[number])
         yield found
 
   def _read(
-    self, number: int
+    self, capacity: Size, rows: Sequence[tuple[RowPlan, int]]
   ) -> tuple[Batch, jax.Array, int, tuple[Unread, ...]]:
     """Reads this host's rows of a micro-batch.
+
+    Args:
+      capacity: of its rows.
+      rows: as `held_out_rows` returns them; where they are fewer than the
+        micro-batch has, the others stay empty.
 
     Returns:
       The micro-batch and the codes of its targets, on the devices; how many
       samples were read here, and those that could not be.
     """
-    spec, mine = self._experiment.row_spec, self._sharding.local_rows
+    spec = dataclasses.replace(self._experiment.row_spec, capacity=capacity)
+    mine = self._sharding.local_rows
     batch = empty_rows(spec, len(mine))
     codes = np.zeros(batch.target.shape, np.int32)
 
     def fill(i: int) -> tuple[int, tuple[Unread, ...]]:
-      at = number * self._experiment.batch_rows + mine[i]
       arrays = row_of(batch, i)
-      if at >= len(self._rows):
+      if mine[i] >= len(rows):
         Row(spec, arrays).finish()
         return 0, ()
-      plan, position = self._rows[at]
+      plan, position = rows[mine[i]]
       count, failed = fill_row(self._dataset, plan, spec, position, arrays)
       placed = self._placed(plan, position, failed)
       if len(placed) == count:

@@ -39,6 +39,7 @@ from hourjax.data.dataset import Dataset
 from hourjax.data.pipeline import Delivered, batches, check_memory
 from hourjax.data.records.record import Skipped
 from hourjax.data.row_plan import RowPlan
+from hourjax.data.rows import Size, batch_capacity
 from hourjax.errors import UserError
 from hourjax.parallel import hosts
 from hourjax.parallel.chips import peak_flops
@@ -112,12 +113,13 @@ def _train(
       plan = row_plan(experiment, dataset)
       counts = count_epoch(experiment, plan, workdir)
     mesh = make_mesh(experiment.mesh)
-    check_rows(
-      mesh.shape, experiment.row_spec, experiment.batch_rows,
-      experiment.accumulate, experiment.batch_samples,
-    )  # fmt: skip
     sharding = BatchSharding(mesh, experiment.row_spec, experiment.batch_rows)
-    check_memory(experiment.row_spec, len(sharding.local_rows), experiment.read)
+    for spec in experiment.row_specs.values():
+      check_rows(
+        mesh.shape, spec, experiment.batch_rows,
+        experiment.accumulate, experiment.batch_samples,
+      )  # fmt: skip
+      check_memory(spec, len(sharding.local_rows), experiment.read)
     steps = total_steps(experiment, counts)
     holdout = HoldoutEvaluation(experiment, dataset, sharding, steps)
     like, optimizer = abstract_state(experiment, mesh, steps)
@@ -204,6 +206,7 @@ class _Run:
     config = dataclasses.asdict(experiment)
     fingerprint = self.plan.fingerprint()
     step, stopping = start, False
+    compiled: set[Size] = set()
     with contextlib.ExitStack() as stack:
       # Closed in the opposite order, whatever ends the run.
       metrics = self._metric_writer(config, start, began)
@@ -225,7 +228,8 @@ class _Run:
       for step in range(start + 1, self.steps + 1):
         metrics.begin_step(step)
         micro = _MicroBatches(loader, experiment.micro_batches)
-        if step == start + 1:
+        if micro.capacity not in compiled:
+          compiled.add(micro.capacity)
           state, scalars = self._compile_and_step(
             train_step, state, micro, loader, metrics
           )
@@ -275,7 +279,7 @@ class _Run:
     loader: DataLoader,
     metrics: MetricWriter,
   ) -> tuple[TrainState, dict[str, Any]]:
-    """Takes the first step, and reports the time that compiling took."""
+    """Takes a step that must be compiled, and reports the time of that."""
     called = time.monotonic()
     with progress.step("compiling the train step"):
       # Returns when everything is compiled and queued.
@@ -344,21 +348,28 @@ class _MicroBatches:
   There are `count` of them, or if that is 0 as many as the step's samples need.
 
   Attributes:
+    capacity: of their rows.
     delivered: the rows that each of them was made of, so far.
   """
 
   def __init__(self, loader: DataLoader, count: int):
     self._loader, self._count = loader, count
     self.delivered: list[Delivered] = []
+    # The first one is loaded at once: its shapes decide which program runs.
+    self._first: tuple[Batch, Delivered] | None = next(loader)
+    self.capacity = batch_capacity(self._first[0])
 
   def __iter__(self) -> Iterator[Batch]:
     return self
 
   def __next__(self) -> Batch:
     done = self.delivered
-    if done and (
-      len(done) == self._count if self._count else done[-1].ends_step
-    ):
+    if self._first is not None:
+      # Let go of, so that its memory is free as soon as it was computed with.
+      (batch, delivered), self._first = self._first, None
+      done.append(delivered)
+      return batch
+    if len(done) == self._count if self._count else done[-1].ends_step:
       raise StopIteration
     batch, delivered = next(self._loader)
     self.delivered.append(delivered)

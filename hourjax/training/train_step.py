@@ -7,7 +7,7 @@ planning and for looking at what the compiler makes of them.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -264,16 +264,18 @@ def check_mesh(experiment: Experiment, devices: int, slices: int = 1) -> None:
 
 
 def lower_programs(
-  experiment: Experiment, mesh: Mesh
+  experiment: Experiment, mesh: Mesh, streams: Collection[str] | None = None
 ) -> dict[str, jax.stages.Lowered]:
-  """Lowers the two programs of a train step, without any array.
+  """Lowers the programs of a train step, without any array.
 
   One optimizer step is a call of "accumulate" for each of its micro-batches
-  and one of "update".
+  and one of "update". Streams whose rows have another capacity have an
+  "accumulate/STREAM" of their own.
 
   Args:
     experiment: of the run.
     mesh: of real devices, or of the devices of a topology.
+    streams: names in `experiment.row_specs`; None for all of them.
 
   Raises:
     UserError: rows or parameters cannot be split over the mesh.
@@ -287,24 +289,34 @@ def lower_programs(
 
   total, count = scalar(jnp.float32), scalar(jnp.int32)
   sums = Sums(total, total, count, state.trained)
-  batch = abstract_batch(experiment.row_spec, experiment.batch_rows, mesh)
   with jax.set_mesh(mesh):
-    return {
-      "accumulate": step.programs["accumulate"].lower(
-        sums, state.trained, state.frozen, batch
-      ),
-      "update": step.programs["update"].lower(state, sums),
+    lowered = {
+      accumulate_name(stream): step.programs["accumulate"].lower(
+        sums,
+        state.trained,
+        state.frozen,
+        abstract_batch(spec, experiment.batch_rows, mesh),
+      )
+      for stream, spec in experiment.row_specs.items()
+      if streams is None or stream in streams
     }
+    return lowered | {"update": step.programs["update"].lower(state, sums)}
+
+
+def accumulate_name(stream: str) -> str:
+  """Returns the name of the program that adds up a stream's micro-batches."""
+  return f"accumulate/{stream}" if stream else "accumulate"
 
 
 def _check_split(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
   """Raises a UserError if a mesh does not divide rows or parameters."""
-  check_rows(
-    mesh.shape,
-    experiment.row_spec,
-    experiment.batch_rows,
-    experiment.accumulate,
-    experiment.batch_samples,
-  )
+  for spec in experiment.row_specs.values():
+    check_rows(
+      mesh.shape,
+      spec,
+      experiment.batch_rows,
+      experiment.accumulate,
+      experiment.batch_samples,
+    )
   model = experiment.model
   param_shardings(mesh, param_shapes(model), param_axes(model))
