@@ -152,9 +152,11 @@ def loss_sum(model: HourLLaVA, batch: Batch) -> Float[Array, ""]:
   A sum and not a mean, so that those of micro-batches with different labels
   can be added.
   """
-  return vocabulary.cross_entropy(
-    model(batch), model.output_embedding, batch.target, batch.target_weight
-  )
+  hidden = model(batch)
+  with jax.named_scope("lm_head"):
+    return vocabulary.cross_entropy(
+      hidden, model.output_embedding, batch.target, batch.target_weight
+    )
 
 
 def token_losses(
