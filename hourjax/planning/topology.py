@@ -17,11 +17,14 @@ class Topology(NamedTuple):
     chip: the generation.
     shape: chips along each dimension of a slice.
     slices: how many slices there are.
+    measured: which facts of the chip were measured, and on what, in words;
+      empty where all are those of the table.
   """
 
   chip: Chip
   shape: tuple[int, ...]
   slices: int = 1
+  measured: str = ""
 
   @property
   def name(self) -> str:

@@ -109,6 +109,7 @@ class Workload:
       follow one another; empty where a step is a number of rows, or each row
       is one sample.
     assumptions: what was assumed, a sentence each.
+    drawn: the samples of each drawn row; None where each row is one sample.
   """
 
   name: str
@@ -120,6 +121,7 @@ class Workload:
   sizes: Int64[np.ndarray, "N 7"]
   steps: Int64[np.ndarray, "K"]
   assumptions: tuple[str, ...]
+  drawn: synthetic.DrawnRows | None = None
 
 
 class Steps(NamedTuple):
@@ -220,7 +222,8 @@ def make_workload(experiment: Experiment, name: str = "") -> Workload:
   total = sum(part.samples for part in parts)
   scale = total / _DRAWN
   columns = _draw(parts, scale, rng)
-  sizes, problems = _measure(experiment, columns, _stored(experiment, columns))
+  stored = _stored(experiment, columns)
+  sizes, problems = _measure(experiment, columns, stored)
   usable = np.setdiff1d(np.arange(len(columns)), list(problems))
   if not len(usable):
     raise UserError(
@@ -260,6 +263,7 @@ def make_workload(experiment: Experiment, name: str = "") -> Workload:
     **_rows(experiment, sizes, rows, seconds),
     steps=np.array(plan.rows_by_window(0)) if batch else _NO_STEPS,
     assumptions=tuple(notes),
+    drawn=synthetic.DrawnRows(columns, _video_input(columns, stored), rows),
   )
 
 
