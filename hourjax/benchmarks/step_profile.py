@@ -1,4 +1,4 @@
-"""Seconds of a trace by component of the model.
+r"""Seconds of a trace by component of the model.
 
 A trace of `jax.profiler` has the names of instructions, and the text of a
 compiled program says under which `jax.named_scope` each of them was traced.
@@ -7,7 +7,7 @@ Scopes are named as `models.flops.count_flops` names components:
     trace                            program
     fusion.7, 3.1 ms to 3.4 ms       fusion.7: .../transpose(jvp())/.../
                                        decoder_linears/.../dot_general
-             \\                      /
+             \                      /
        0.3 ms of decoder_linears, backward
 
 What runs in no scope is "other".
@@ -95,13 +95,17 @@ class Times(NamedTuple):
   collectives: float
   idle: float
 
+  @property
+  def total(self) -> float:
+    """Returns the seconds of everything."""
+    return sum(self.work.values()) + self.collectives + self.idle
+
   def of(self, component: str, direction: str = "") -> float:
     """Returns the seconds of a component, in one direction or in both."""
     return sum(
       seconds
       for label, seconds in self.work.items()
-      if label.component == component
-      and direction in ("", label.direction)
+      if label.component == component and direction in ("", label.direction)
     )
 
 
@@ -290,9 +294,10 @@ def add_up(
     raise ValueError("the trace has no instruction of a device")
   first = min(start for own in by_device.values() for start, _, _ in own)
   last = max(end for own in by_device.values() for _, end, _ in own)
-  total = collections.Counter[Label]()
+  total = collections.defaultdict[Label, float](float)
   for own in by_device.values():
-    total.update(_sweep(own))
+    for label, took in _sweep(own).items():
+      total[label] += took
   seconds = {k: v / len(by_device) / 1e9 for k, v in total.items()}
   collectives = seconds.pop(COLLECTIVE, 0.0)
   busy = collectives + sum(seconds.values())
@@ -301,14 +306,15 @@ def add_up(
 
 def _sweep(
   spans: Iterable[tuple[float, float, Label]],
-) -> collections.Counter[Label]:
+) -> dict[Label, float]:
   """Returns the nanoseconds of each label on one device, see `add_up`."""
   points = sorted(
     (time, change, label)
     for start, end, label in spans
     for time, change in ((start, 1), (end, -1))
   )
-  running, found = collections.Counter[Label](), collections.Counter[Label]()
+  running = collections.Counter[Label]()
+  found = collections.defaultdict[Label, float](float)
   before = 0.0
   for time, change, label in points:
     took, before = time - before, time

@@ -48,9 +48,7 @@ class Constants(schema.Schema):
 
   def known(self) -> dict[str, float]:
     """Returns the constants that were measured, by name."""
-    return {
-      name: value for name, value in self.model_dump().items() if value
-    }
+    return {name: value for name, value in self.model_dump().items() if value}
 
 
 class Calibration(schema.Schema):
@@ -77,9 +75,7 @@ class Calibration(schema.Schema):
   constants: Constants
 
 
-def calibrated(
-  topology: Topology, path: str | os.PathLike | None
-) -> Topology:
+def calibrated(topology: Topology, path: str | os.PathLike | None) -> Topology:
   """Returns a topology whose chip has the constants of a file.
 
   Args:

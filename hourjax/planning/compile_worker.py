@@ -73,6 +73,16 @@ def compile_programs(task: dict[str, Any]) -> dict[str, Any]:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       return {"exhausted": str(error), "program": name}
+  return with_links(programs, mesh)
+
+
+def with_links(programs: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+  """Returns programs with the mesh and the links that they use.
+
+  Args:
+    programs: by name, as `read_program` returns them.
+    mesh: the mesh that they were compiled for.
+  """
   used = {
     line["axes"] for each in programs.values() for line in each["traffic"]
   }

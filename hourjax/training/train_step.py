@@ -216,7 +216,7 @@ class TrainStep:
     replicated = shardings.step
     sums = Sums(replicated, replicated, replicated, shardings.trained)
     self._zero_sums = jax.jit(zero_sums, out_shardings=sums)
-    self.programs = {
+    self.programs: dict[str, Any] = {
       "accumulate": jax.jit(
         functools.partial(accumulate, config=config),
         donate_argnums=0,
