@@ -77,8 +77,8 @@ def measure_step(
     why others are none. Figures have four digits.
 
   Raises:
-    UserError: the mesh does not suit the devices, no row holds a sample, or
-      the peak of a TPU is given that is known.
+    UserError: the mesh does not suit the devices, no row holds a sample, the
+      step does not fit their memory, or an option makes no sense.
   """
   device = jax.devices()[0]
   chip = chip_of(device.device_kind)
@@ -87,10 +87,10 @@ def measure_step(
       f"--peak_tflops={options.peak_tflops}: the peak of {device.device_kind}"
       f" is known, {chip.device_flops / 1e12:.0f}; leave it out"
     )
+  if options.out is not None and not pathlib.Path(options.out).parent.is_dir():
+    raise UserError(f"--out={options.out}: its folder does not exist; make it")
   peak = chip.device_flops if chip else (options.peak_tflops or 0.0) * 1e12
-  made = prepare(experiment)
-  state, seconds = timed(made, options.steps)
-  times = traced(made, state, folder)
+  made, seconds, times = _run(experiment, options.steps, folder)
   flops = _step_flops(made)
   planned = _planned(made, chip) if chip else None
   constants, left_out = measured_constants(made, flops, times, peak, planned)
@@ -105,6 +105,25 @@ def measure_step(
     "left_out": left_out,
   }
   return _rounded(figures)
+
+
+def _run(
+  experiment: Experiment, steps: int, folder: pathlib.Path
+) -> tuple[Prepared, float, Times]:
+  """Returns a step that ran, its seconds, and the times of its parts."""
+  try:
+    made = prepare(experiment)
+    state, seconds = timed(made, steps)
+    return made, seconds, traced(made, state, folder)
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    first = str(error).splitlines()[0]
+    raise UserError(
+      f"the step does not fit the memory of the devices ({first}); lower"
+      " --config.batch_rows or capacities such as --config.rows.memory, or give"
+      " a smaller --config"
+    ) from None
 
 
 def _step_work(made: Prepared) -> Work:
