@@ -130,7 +130,8 @@ def _replaced(chip: Chip, constants: Constants) -> Chip:
   if constants.hbm_bandwidth:
     bandwidth = constants.hbm_bandwidth * chip.devices
   # By `vars`, since a fact that nobody has entered cannot be read.
-  facts = vars(chip) | {
+  entered = {k: v for k, v in vars(chip).items() if v is not None}
+  facts = entered | {
     "efficiency": efficiency,
     "hbm_bandwidth": bandwidth,
     "link": constants.link or chip.link,

@@ -1,5 +1,7 @@
 """Traces and programs, written by hand, against sums by hand."""
 
+import re
+
 import pytest
 from jax.profiler import ProfileData
 
@@ -20,24 +22,30 @@ FORWARD, BACKWARD = (
   Label("decoder_linears", each) for each in ("forward", "backward")
 )
 
-PROGRAM = """HloModule jit_accumulate, is_scheduled=true
+# What follows a dollar sign is the path under which an instruction was traced.
+PROGRAM = re.sub(
+  r"\$(\S+)",
+  r'metadata={op_name="jit(accumulate)/\1"}',
+  """HloModule jit_accumulate, is_scheduled=true
 
 %fused (a: f32[8,8], b: f32[8,8]) -> f32[8,8] {
   %a = f32[8,8]{1,0} parameter(0)
   %b = f32[8,8]{1,0} parameter(1)
-  %dot.1 = f32[8,8]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(accumulate)/transpose(jvp())/checkpoint/rematted_computation/decoder_linears/dot_general"}
-  ROOT %add.1 = f32[8,8]{1,0} add(%dot.1, %b), metadata={op_name="jit(accumulate)/jvp(projector)/add"}
+  %dot.1 = f32[8,8]{1,0} dot(%a, %b), \
+$transpose(jvp())/checkpoint/rematted_computation/decoder_linears/dot_general
+  ROOT %add.1 = f32[8,8]{1,0} add(%dot.1, %b), $jvp(projector)/add
 }
 
 %gathered (c: f32[4,8]) -> f32[8,8] {
   %c = f32[4,8]{1,0} parameter(0)
-  ROOT %all-gather.7 = f32[8,8]{1,0} all-gather(%c), dimensions={0}, metadata={op_name="jit(accumulate)/jvp()/decoder_linears/all_gather"}
+  ROOT %all-gather.7 = f32[8,8]{1,0} all-gather(%c), $jvp()/decoder_linears
 }
 
 %body (d: f32[8,8]) -> f32[8,8] {
   %d = f32[8,8]{1,0} parameter(0)
   %copy.5 = f32[8,8]{1,0} copy(%d)
-  ROOT %multiply.2 = f32[8,8]{1,0} multiply(%copy.5, %copy.5), metadata={op_name="jit(accumulate)/jvp()/decoder_linears/decoder_attention/while/body/mul"}
+  ROOT %multiply.2 = f32[8,8]{1,0} multiply(%copy.5, %copy.5), \
+$jvp()/decoder_linears/decoder_attention/while/body/mul
 }
 
 %condition (e: f32[8,8]) -> pred[] {
@@ -49,14 +57,17 @@ ENTRY %main (x: f32[8,8], y: f32[4,8]) -> f32[8,8] {
   %x = f32[8,8]{1,0} parameter(0)
   %y = f32[4,8]{1,0} parameter(1)
   %async-start.1 = ((f32[4,8]), f32[8,8]) async-start(%y), calls=%gathered
-  %copy.2 = f32[8,8]{1,0} copy(%x), metadata={op_name="jit(accumulate)/jvp()/copy"}
+  %copy.2 = f32[8,8]{1,0} copy(%x), $jvp()/copy
   %async-done.1 = f32[8,8]{1,0} async-done(%async-start.1)
-  %all-reduce-start.3 = f32[8,8]{1,0} all-reduce-start(%copy.2), to_apply=%condition
+  %all-reduce-start.3 = f32[8,8]{1,0} all-reduce-start(%copy.2)
   %all-reduce-done.3 = f32[8,8]{1,0} all-reduce-done(%all-reduce-start.3)
-  %while.1 = f32[8,8]{1,0} while(%all-reduce-done.3), condition=%condition, body=%body, metadata={op_name="jit(accumulate)/jvp()/memaug_projections/memaug_self_attention/while"}
-  ROOT %fusion.1 = f32[8,8]{1,0} fusion(%while.1, %async-done.1), kind=kOutput, calls=%fused, metadata={op_name="jit(accumulate)/jvp(projector)/add"}
+  %while.1 = f32[8,8]{1,0} while(%all-reduce-done.3), condition=%condition, \
+body=%body, $jvp()/memaug_projections/memaug_self_attention/while
+  ROOT %fusion.1 = f32[8,8]{1,0} fusion(%while.1, %async-done.1), \
+kind=kOutput, calls=%fused, $jvp(projector)/add
 }
-"""
+""",
+)
 
 
 def test_scopes_are_the_components_that_are_counted():
