@@ -1,46 +1,57 @@
 """A training step on the devices at hand, measured beside what is planned.
 
-`step_run` times and traces it, and `step_profile` tells from the trace how long
-each component took. From these seconds and the counted operations follow the
+The programs are those of training. Parameters are drawn, and rows generated in
+the sizes of the stage's data, so nothing has to be there but the devices. The
+step is timed, then traced; `step_profile` tells from the trace how long each
+component took. From these seconds and the counted operations follow the
 constants that `planning.roofline` assumes, and which `plan --calibration`
 takes.
 """
 
 import contextlib
 import dataclasses
-import datetime
 import importlib.metadata
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from hourjax import atomic_file
-from hourjax.benchmarks.step_profile import Times
-from hourjax.benchmarks.step_run import Prepared, prepare, timed, traced
+from hourjax.batch import Batch
+from hourjax.data import synthetic
 from hourjax.errors import UserError
 from hourjax.models.flops import Flops, Work, count_flops
 from hourjax.parallel.chips import GIB, Chip, chip_of
-from hourjax.planning import hlo, plan, roofline
-from hourjax.planning.calibration import Calibration, Constants
-from hourjax.planning.compile_worker import read_program, with_links
-from hourjax.planning.compiled_step import Compiled, label_chunks
+from hourjax.parallel.mesh import make_mesh
+from hourjax.planning import calibration, hlo, plan, roofline, step_profile
+from hourjax.planning.calibration import Constants
+from hourjax.planning.compiled_step import (
+  Compiled,
+  label_chunks,
+  read_program,
+  with_links,
+)
+from hourjax.planning.step_profile import Times
 from hourjax.planning.topology import topology_of
-from hourjax.planning.workload import trained
+from hourjax.planning.workload import Workload, make_workload, trained
+from hourjax.training.batch_sharding import BatchSharding
 from hourjax.training.config import Experiment
+from hourjax.training.train_state import (
+  TrainState,
+  abstract_state,
+  fresh_state,
+  state_shardings,
+)
+from hourjax.training.train_step import TrainStep, check_mesh, lower_programs
 
-_LEAST = 0.002  # share of a step below which a component is not told
-# Products with weights; of the tower what is not its attention.
-_DENSE = (
-  "tower", "projector", "memaug_projections", "memaug_mlp", "decoder_linears",
-  "lm_head",
-)  # fmt: skip
-_ATTENTION = {
-  "memaug": ("memaug_self_attention", "memaug_cross_attention"),
-  "causal": ("decoder_attention",),
-}
+_TRACED = 2  # steps in the trace
+_STEPS = 1000  # of the learning-rate schedule, which costs the same at any
+# Without graphs of kernels, of which a trace has no names.
+_NO_GRAPHS: dict[str, str | bool] = {"xla_gpu_enable_command_buffer": ""}
+_IN_KEY = "jax_compilation_cache_include_metadata_in_key"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +68,28 @@ class Options:
   steps: int = 5
   peak_tflops: float | None = None
   out: str | None = None
+
+
+class Prepared(NamedTuple):
+  """Holds a step that is ready to run.
+
+  Attributes:
+    experiment: what is measured.
+    workload: the rows of one step.
+    mesh: the devices.
+    step: the step, compiled.
+    programs: its compiled programs.
+    state: drawn.
+    batches: the micro-batches of one step, on the devices.
+  """
+
+  experiment: Experiment
+  workload: Workload
+  mesh: Mesh
+  step: TrainStep
+  programs: dict[str, jax.stages.Compiled]
+  state: TrainState
+  batches: list[Batch]
 
 
 def measure_step(
@@ -93,9 +126,9 @@ def measure_step(
   made, seconds, times = _run(experiment, options.steps, folder)
   flops = _step_flops(made)
   planned = _planned(made, chip) if chip else None
-  constants, left_out = measured_constants(made, flops, times, peak, planned)
+  constants, left_out = _constants(made, flops, times, peak, planned)
   if options.out is not None:
-    _write(options.out, made, constants)
+    calibration.write(options.out, constants, _machine(made))
   figures = {
     "machine": _machine(made),
     "step": _step(made, seconds, times, peak, planned),
@@ -112,9 +145,9 @@ def _run(
 ) -> tuple[Prepared, float, Times]:
   """Returns a step that ran, its seconds, and the times of its parts."""
   try:
-    made = prepare(experiment)
-    state, seconds = timed(made, steps)
-    return made, seconds, traced(made, state, folder)
+    made = _prepare(experiment)
+    state, seconds = _timed(made, steps)
+    return made, seconds, _traced(made, state, folder)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
@@ -124,6 +157,137 @@ def _run(
       " --config.batch_rows or capacities such as --config.rows.memory, or give"
       " a smaller --config"
     ) from None
+
+
+def _prepare(experiment: Experiment) -> Prepared:
+  """Draws and compiles all that a step needs.
+
+  Args:
+    experiment: what to measure.
+
+  Raises:
+    UserError: the mesh does not suit the devices, or no row holds a sample.
+  """
+  experiment = dataclasses.replace(
+    experiment, batch_samples=0, drop_last=False, init=""
+  )
+  devices = jax.devices()
+  check_mesh(experiment, len(devices))
+  workload, drawn, numbers = _rows(experiment)
+  mesh = make_mesh(experiment.mesh, devices)
+  like, optimizer = abstract_state(experiment, mesh, _STEPS)
+  options = dict(_NO_GRAPHS) if devices[0].platform == "gpu" else None
+  with _scopes_in_cache():
+    programs = {
+      name: lowered.compile(compiler_options=options)
+      for name, lowered in lower_programs(experiment, mesh).items()
+    }
+  step = TrainStep(experiment.model, optimizer, state_shardings(like))
+  step.programs.update(programs)
+  place = BatchSharding(mesh, experiment.row_spec, experiment.batch_rows)
+  batches = []
+  for first in range(0, len(numbers), experiment.batch_rows):
+    rows = synthetic.build_rows(
+      drawn,
+      [numbers[first + row] for row in place.local_rows],
+      experiment.row_spec,
+      experiment.sample_options,
+      experiment.model.decoder.vocab,
+    )
+    batches.append(place(rows))
+  state = fresh_state(experiment, like, optimizer)
+  return Prepared(experiment, workload, mesh, step, programs, state, batches)
+
+
+@contextlib.contextmanager
+def _scopes_in_cache() -> Iterator[None]:
+  """Lets the cache of compiled programs tell programs apart by their scopes.
+
+  By default it does not, and a program out of it has the names of whichever
+  was compiled first.
+  """
+  before = jax.config.values[_IN_KEY]
+  jax.config.update(_IN_KEY, True)
+  try:
+    yield
+  finally:
+    jax.config.update(_IN_KEY, before)
+
+
+def _rows(
+  experiment: Experiment,
+) -> tuple[Workload, synthetic.DrawnRows, list[int]]:
+  """Draws a stage's rows, and chooses those of one step among them.
+
+  They are spread evenly over all rows by the work that these are, so that few
+  rows stand for many.
+
+  Returns:
+    The workload of the chosen rows, all drawn rows, and which of them are
+    chosen.
+  """
+  every = make_workload(experiment)
+  assert every.drawn is not None  # it is a stage's
+  count, drawn = experiment.step_rows, len(every.useful)
+  place = (np.arange(count) + 0.5) * drawn / count
+  # The heaviest and the lightest rows would stand in different shards else.
+  place = np.random.default_rng(experiment.seed).permutation(place)
+  numbers = np.argsort(every.useful, kind="stable")[place.astype(int)]
+  arrays: dict[str, Any] = {
+    name: value[numbers]
+    for name, value in vars(every).items()
+    if isinstance(value, np.ndarray) and len(value) == drawn
+  }
+  work = Work(*(np.broadcast_to(x, drawn)[numbers] for x in every.work))
+  chosen = dataclasses.replace(every, work=work, **arrays)
+  return chosen, every.drawn, numbers.tolist()
+
+
+def _timed(made: Prepared, steps: int) -> tuple[TrainState, float]:
+  """Takes a step to warm up, and then those that are timed.
+
+  Args:
+    made: the step.
+    steps: how many are timed.
+
+  Returns:
+    The state after them, and the seconds of one.
+  """
+  state, _ = made.step(made.state, made.batches)
+  jax.block_until_ready(state)
+  began = time.perf_counter()
+  for _ in range(steps):
+    state, _ = made.step(state, made.batches)
+  jax.block_until_ready(state)
+  return state, (time.perf_counter() - began) / steps
+
+
+def _traced(made: Prepared, state: TrainState, folder: pathlib.Path) -> Times:
+  """Traces steps, and returns the times of one.
+
+  Args:
+    made: the step.
+    state: that it takes.
+    folder: where the trace is written.
+  """
+  options = jax.profiler.ProfileOptions()
+  options.python_tracer_level = 0
+  with jax.profiler.trace(folder, profiler_options=options):
+    for _ in range(_TRACED):
+      state, _ = made.step(state, made.batches)
+    jax.block_until_ready(state)
+  labels = dict(
+    step_profile.label_program(
+      hlo.program_text(program), "update" if name == "update" else ""
+    )
+    for name, program in made.programs.items()
+  )
+  times = step_profile.add_up(step_profile.read_trace(folder), labels)
+  return Times(
+    {label: x / _TRACED for label, x in times.work.items()},
+    times.collectives / _TRACED,
+    times.idle / _TRACED,
+  )
 
 
 def _step_work(made: Prepared) -> Work:
@@ -155,14 +319,14 @@ def _step_flops(made: Prepared) -> dict[str, Flops]:
   return found
 
 
-def measured_constants(
+def _constants(
   made: Prepared,
   flops: Mapping[str, Flops],
   times: Times,
   peak: float,
   planned: plan.Plan | None,
 ) -> tuple[Constants, dict[str, str]]:
-  """Returns the constants that follow from a step, and which do not.
+  """Returns the constants that follow from a step, and why others do not.
 
   Args:
     made: what ran.
@@ -170,52 +334,22 @@ def measured_constants(
     times: of a step.
     peak: operations a second of a device; 0 if it is not known.
     planned: the plan of the step, where there is one.
-
-  Returns:
-    The constants, and by name why others were left out.
   """
-  found: dict[str, float] = {}
-  left_out: dict[str, str] = {}
-
-  def add(name: str, amount: float, seconds: float, of: float = 1.0) -> None:
-    """Adds an amount a second, as a part of `of`."""
-    if not of:
-      left_out[name] = "the peak of the device is not known"
-    elif not amount or seconds < _LEAST * times.total:
-      left_out[name] = "too little of the step is of this kind"
-    elif of > 1 and amount / seconds > of:
-      left_out[name] = f"measured at {amount / seconds / of:.0%} of the peak"
-    else:
-      found[name] = amount / seconds / of
-
-  def work(names: Sequence[str], direction: str = "") -> tuple[float, float]:
-    """Returns operations and seconds of components."""
-    amount = sum(_operations(flops[name], direction) for name in names)
-    return amount, sum(times.of(name, direction) for name in names)
-
-  add("dense", *work([n for n in _DENSE if flops[n].forward]), peak)
-  for kind, names in _ATTENTION.items():
-    for direction in ("forward", "backward"):
-      add(f"{kind}_{direction}", *work(names, direction), peak)
-  add("tower", *work(["tower_attention"]), peak)
+  state = linked = 0.0
   if made.experiment.optimizer.name == "adamw":
-    # The update reads and writes the state once, as `roofline` takes it.
+    # Its update is bound by HBM: `roofline` has it read and write the state.
     memory = hlo.program_memory(made.programs["update"])
     state = 2.0 * memory.argument_size_in_bytes
-    add("hbm_bandwidth", state, times.of("update"))
-  else:
-    left_out["hbm_bandwidth"] = "only AdamW's update is bound by it"
-  if planned is not None and planned.estimate is not None:
+  if planned and planned.estimate and planned.topology.slices == 1:
     waited = sum(a for a, _ in planned.estimate.axes.values())
-    link = planned.topology.chip.link
-    add("link", link * waited, times.collectives)
-  return Constants(**found), left_out
-
-
-def _operations(part: Flops, direction: str = "") -> float:
-  """Returns a component's operations in a direction, or in both."""
-  forward, back = float(part.forward), float(part.backward + part.again)
-  return {"forward": forward, "backward": back}.get(direction, forward + back)
+    linked = waited * planned.topology.chip.link
+  return calibration.constants(
+    flops,
+    times,
+    peak=peak,
+    state_bytes=state,
+    link_bytes=linked,
+  )
 
 
 def _planned(made: Prepared, chip: Chip) -> plan.Plan:
@@ -278,7 +412,7 @@ def _step(
 ) -> dict[str, Any]:
   """Returns figures of the whole step."""
   useful = float(made.workload.useful.sum())
-  executed = sum(_operations(x) for x in _step_flops(made).values())
+  executed = sum(float(x.total) for x in _step_flops(made).values())
   estimate = planned.estimate if planned else None
   found = {
     "seconds": seconds,
@@ -332,9 +466,9 @@ def _components(
       # Loss and gradients of the head are computed together.
       if name != "lm_head":
         part[direction] = times.of(name, direction)
-    part["tflop_s"] = _operations(flops[name]) / seconds / 1e12
+    part["tflop_s"] = float(flops[name].total) / seconds / 1e12
     if peak:
-      part["of_peak"] = _operations(flops[name]) / seconds / peak
+      part["of_peak"] = float(flops[name].total) / seconds / peak
   return found
 
 
@@ -360,19 +494,3 @@ def _rounded(figures: Any) -> Any:
   if isinstance(figures, Mapping):
     return {key: _rounded(value) for key, value in figures.items()}
   return float(f"{figures:.4g}") if isinstance(figures, float) else figures
-
-
-def _write(out: str, made: Prepared, constants: Constants) -> None:
-  """Writes a calibration file."""
-  machine = _machine(made)
-  found = Calibration(
-    version=1,
-    device_kind=machine["device"],
-    devices=machine["devices"],
-    jax=machine["jax"],
-    libtpu=machine["libtpu"],
-    date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-    configuration=machine["configuration"],
-    constants=constants,
-  )
-  atomic_file.write_file(out, found.model_dump_json(indent=2) + "\n")

@@ -7,17 +7,31 @@ configuration has no work of that kind, the file lacks, and the table's value
 stays.
 """
 
+import datetime
 import os
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import pydantic
 
-from hourjax import schema
+from hourjax import atomic_file, schema
 from hourjax.errors import UserError
+from hourjax.models.flops import Flops
 from hourjax.parallel.chips import Chip, chip_of
+from hourjax.planning.step_profile import Times
 from hourjax.planning.topology import Topology
 
 _REMEDY = "write it with `python -m hourjax.bench step --out=FILE`"
+_LEAST = 0.002  # share of all work below which a kind of work tells nothing
+# Products with weights; of the tower what is not its attention.
+_DENSE = (
+  "tower", "projector", "memaug_projections", "memaug_mlp", "decoder_linears",
+  "lm_head",
+)  # fmt: skip
+_ATTENTION = {
+  "memaug": ("memaug_self_attention", "memaug_cross_attention"),
+  "causal": ("decoder_attention",),
+}
 Share = Annotated[float, pydantic.Field(gt=0, le=1)]
 Rate = Annotated[float, pydantic.Field(gt=0, le=1e15)]
 
@@ -137,3 +151,84 @@ def _replaced(chip: Chip, constants: Constants) -> Chip:
     "link": constants.link or chip.link,
   }
   return Chip(**facts)
+
+
+def constants(
+  flops: Mapping[str, Flops],
+  times: Times,
+  *,
+  peak: float,
+  state_bytes: float,
+  link_bytes: float,
+) -> tuple[Constants, dict[str, str]]:
+  """Returns the constants that follow from the times of a step.
+
+  Args:
+    flops: operations of a device by scope, see `step_profile.SCOPES`.
+    times: of the step.
+    peak: bf16 operations a second of a device; 0 if it is not known.
+    state_bytes: that the optimizer moves from and to HBM in its update; 0 if
+      it is not bound by that.
+    link_bytes: that go over a link while a device waits; 0 if not known.
+
+  Returns:
+    The constants, and by name why others were left out.
+  """
+  found: dict[str, float] = {}
+  left_out: dict[str, str] = {}
+  least = _LEAST * sum(times.work.values())
+
+  def add(name: str, amount: float, took: float, of: float = 1.0) -> None:
+    """Adds an amount a second, as a part of `of`."""
+    if not of:
+      left_out[name] = "the peak of the device is not known"
+    elif not amount or took <= least:
+      left_out[name] = "too little of the step is of this kind"
+    elif of > 1 and amount / took > of:
+      left_out[name] = f"measured at {amount / took / of:.0%} of the peak"
+    else:
+      found[name] = amount / took / of
+
+  dense = [name for name in _DENSE if flops[name].forward]
+  amount = sum(float(flops[name].total) for name in dense)
+  add("dense", amount, sum(times.of(name) for name in dense), peak)
+  for kind, names in _ATTENTION.items():
+    parts = [flops[name] for name in names]
+    amounts = {
+      "forward": sum(float(part.forward) for part in parts),
+      "backward": sum(float(part.backward + part.again) for part in parts),
+    }
+    for way, amount in amounts.items():
+      took = sum(times.of(name, way) for name in names)
+      add(f"{kind}_{way}", amount, took, peak)
+  tower = float(flops["tower_attention"].total)
+  add("tower", tower, times.of("tower_attention"), peak)
+  add("hbm_bandwidth", state_bytes, times.of("update"))
+  add("link", link_bytes, times.collectives)
+  return Constants(**found), left_out
+
+
+def write(
+  path: str | os.PathLike, constants: Constants, machine: Mapping[str, Any]
+) -> None:
+  """Writes a calibration file.
+
+  Args:
+    path: of the file.
+    constants: what was measured.
+    machine: `device`, `devices`, `jax`, `libtpu` and `configuration`.
+
+  Raises:
+    OSError: it cannot be written.
+  """
+  found = Calibration(
+    version=1,
+    device_kind=machine["device"],
+    devices=machine["devices"],
+    jax=machine["jax"],
+    libtpu=machine["libtpu"],
+    date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+    configuration=machine["configuration"],
+    constants=constants,
+  )
+  atomic_file.write_file(path, found.model_dump_json(indent=2) + "\n")

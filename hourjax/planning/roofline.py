@@ -38,7 +38,7 @@ def collective_seconds(
 
   Args:
     line: one total, with `sent` bytes, `count` and `devices`.
-    links: where the devices of its axes lie, as `compile_worker.group_links`
+    links: where the devices of its axes lie, as `compiled_step.group_links`
       describes it.
     chip: the generation.
   """
@@ -276,7 +276,7 @@ def memory_bytes(
   Args:
     experiment: the configuration.
     kinds: bytes of a device by what they are, see
-      `compile_worker.argument_kinds`.
+      `compiled_step.argument_kinds`.
     mesh: sizes of the mesh by axis.
   """
   model, capacity = experiment.model, experiment.rows

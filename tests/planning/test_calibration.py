@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from hourjax.errors import UserError
-from hourjax.models.flops import Work
+from hourjax.models.flops import Flops, Work
 from hourjax.parallel.chips import CHIPS
 from hourjax.planning import report
-from hourjax.planning.calibration import calibrated
+from hourjax.planning.calibration import calibrated, constants
 from hourjax.planning.roofline import component_seconds
+from hourjax.planning.step_profile import OTHER, SCOPES, Label, Times
 from hourjax.planning.topology import parse_topology
 from hourjax.planning.workload import trained
 from tests.planning.examples import experiment, in_rows, plan_by_formulas
@@ -175,3 +176,61 @@ def test_broken_files(tmp_path, text):
     calibrated(parse_topology("v5e:8x8"), path)
   with pytest.raises(UserError, match="does not exist"):
     calibrated(parse_topology("v5e:8x8"), tmp_path / "missing.json")
+
+
+def _measured(peak=100.0, state_bytes=0.0, link_bytes=0.0, **seconds):
+  """Constants of a step whose components have 10, 20 and 5 operations each.
+
+  `seconds` are (forward, backward) of components; those not named take (1, 2).
+  """
+  work = {OTHER: 10.0, Label("update"): 4.0}
+  for name in SCOPES:
+    forward, backward = seconds.get(name, (1.0, 2.0))
+    work[Label(name, "forward")] = forward
+    work[Label(name, "backward")] = backward
+  flops = dict.fromkeys(SCOPES, Flops(10.0, 20.0, 5.0))
+  return constants(
+    flops,
+    Times(work, 8.0, 1000.0),
+    peak=peak,
+    state_bytes=state_bytes,
+    link_bytes=link_bytes,
+  )
+
+
+def test_constants_are_amounts_over_seconds():
+  found, left_out = _measured(state_bytes=12.0, link_bytes=40.0)
+  assert found.dense == pytest.approx(35 / 3 / 100)
+  assert found.memaug_forward == found.causal_forward == pytest.approx(0.1)
+  # What the backward pass computes again is part of it.
+  assert found.memaug_backward == found.causal_backward == pytest.approx(0.125)
+  assert found.tower == pytest.approx(35 / 3 / 100)
+  assert (found.hbm_bandwidth, found.link) == (3.0, 5.0)
+  assert not left_out
+
+
+def test_attentions_of_memaug_are_one():
+  found, _ = _measured(memaug_cross_attention=(3.0, 8.0))
+  assert found.memaug_forward == pytest.approx(20 / 4 / 100)
+  assert found.memaug_backward == pytest.approx(50 / 10 / 100)
+  assert found.causal_forward == pytest.approx(0.1)
+
+
+def test_what_tells_nothing_is_left_out():
+  found, left_out = _measured(
+    decoder_attention=(0.01, 0.2), tower_attention=(0.0, 0.0)
+  )
+  assert found.known().keys() == {"dense", "memaug_forward", "memaug_backward"}
+  assert left_out == {
+    "causal_forward": "too little of the step is of this kind",
+    "causal_backward": "measured at 125% of the peak",
+    "tower": "too little of the step is of this kind",
+    "hbm_bandwidth": "too little of the step is of this kind",
+    "link": "too little of the step is of this kind",
+  }
+
+
+def test_without_a_peak_there_are_no_shares_of_it():
+  found, left_out = _measured(peak=0.0, state_bytes=12.0)
+  assert found.known() == {"hbm_bandwidth": 3.0}
+  assert left_out["dense"] == "the peak of the device is not known"

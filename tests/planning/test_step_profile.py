@@ -5,7 +5,9 @@ import re
 import pytest
 from jax.profiler import ProfileData
 
-from hourjax.benchmarks.step_profile import (
+from hourjax.models.config import TINY
+from hourjax.models.flops import Work, count_flops
+from hourjax.planning.step_profile import (
   COLLECTIVE,
   OTHER,
   SCOPES,
@@ -15,8 +17,6 @@ from hourjax.benchmarks.step_profile import (
   label_program,
   read_trace,
 )
-from hourjax.models.config import TINY
-from hourjax.models.flops import Work, count_flops
 
 FORWARD, BACKWARD = (
   Label("decoder_linears", each) for each in ("forward", "backward")
