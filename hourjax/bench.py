@@ -66,11 +66,11 @@ BENCHMARKS = {
   "attention": lambda _: attention.measure_attention(
     command.filled(attention.Options)
   ),
+  "ask": measure_ask,
+  "construct": construct,
   "step": lambda folder: step.measure_step(
     _experiment(), command.filled(step.Options), folder
   ),
-  "ask": measure_ask,
-  "construct": construct,
 }
 
 
