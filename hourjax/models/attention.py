@@ -217,16 +217,16 @@ class Attention(nnx.Module):
       What each query reads, after the output product.
     """
     q = self.queries(x, position)
-    with jax.named_scope(self.scope):
-      out = attention(
-        q,
-        *cache,
-        segment,
-        cache_segment,
-        causal=causal,
-        sharding=attention_sharding(kind),
-        **self.implementation(q, causal=causal),
-      )
+    scoped = jax.named_scope(self.scope)(attention)
+    out = scoped(
+      q,
+      *cache,
+      segment,
+      cache_segment,
+      causal=causal,
+      sharding=attention_sharding(kind),
+      **self.implementation(q, causal=causal),
+    )
     return self.o(out.reshape(*x.shape[:2], -1))
 
   def implementation(
