@@ -1,17 +1,19 @@
-"""Measures speed and memory of the data path, the kernels and answering.
+"""Measures speed and memory of the data path, kernels, steps and answering.
 
   python -m hourjax.bench data --json
   python -m hourjax.bench attention --topology=v5e:2x4
+  python -m hourjax.bench step --config=configs/demo.py --out=calibration.json
   python -m hourjax.bench ask  (or construct)
 
 `data` measures the data path with rows of --config (by default 3B, stage 3).
 `attention` asks the TPU compiler, on any machine, how near the kernels come
 to the limits of --topology (v5e, v5p, v6e or tpu7x and its chips), at the
 sizes --model, --queries and --keys; on a TPU or GPU it measures time as well.
---tune ranks tile sizes instead, which takes many minutes.
-
-`ask` measures the time to the first token of questions about an hour of video,
-`construct` how fast a construction calls and how soon a large one goes on.
+--tune ranks tile sizes instead, which takes many minutes. `step` measures a
+training step on the devices at hand beside its plan; `plan --calibration`
+takes what it writes to --out. `ask` measures the time to the first token of
+questions about an hour of video, `construct` how fast a construction calls and
+how soon a large one goes on.
 """
 
 import pathlib
@@ -21,51 +23,33 @@ from absl import flags
 from ml_collections import config_flags
 
 from hourjax import command, progress
-from hourjax.benchmarks import attention as kernels
+from hourjax.benchmarks import attention, data, step
 from hourjax.benchmarks.ask import measure_ask
-from hourjax.benchmarks.data import Options, measure_data
 from hourjax.benchmarks.figures import show
 from hourjax.errors import UserError
-from hourjax.training.config import build_experiment
+from hourjax.training.config import Experiment, build_experiment
 
-_DEFAULT, _SHAPE = Options(), kernels.Options()
+_DEFAULT, _SHAPE = data.Options, attention.Options
 _3B = "configs/hourllava.py:size=3b,stage=3"
 _CONFIG = config_flags.DEFINE_config_file("config", None, f"File ({_3B}).")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
-_GIGABYTES = flags.DEFINE_float("gigabytes", _DEFAULT.gigabytes, "To read.", 0)
-_ROWS = flags.DEFINE_integer("rows", _DEFAULT.rows, "To read.", 2)
-_CONVERSATIONS = flags.DEFINE_integer(
-  "conversations", _DEFAULT.conversations, "To plan.", 1
-)
 _SCRATCH = flags.DEFINE_string("scratch", None, "Folder of temporary files.")
-_TOPOLOGY = flags.DEFINE_string("topology", _SHAPE.topology, "To compile for.")
-_MODEL = flags.DEFINE_string("model", _SHAPE.model, "Whose heads: 3b or 7b.")
-_QUERIES = flags.DEFINE_integer("queries", _SHAPE.queries, "Queries of a row.")
-_KEYS = flags.DEFINE_integer("keys", _SHAPE.keys, "Memory tokens of a row.")
-_TUNE = flags.DEFINE_bool("tune", False, "Compile and rank tiles instead.")
+flags.DEFINE_float("gigabytes", _DEFAULT.gigabytes, "To read.", 0)
+flags.DEFINE_integer("rows", _DEFAULT.rows, "To read.", 2)
+flags.DEFINE_integer("conversations", _DEFAULT.conversations, "To plan.", 1)
+flags.DEFINE_string("topology", _SHAPE.topology, "To compile for.")
+flags.DEFINE_string("model", _SHAPE.model, "Whose heads: 3b or 7b.")
+flags.DEFINE_integer("queries", _SHAPE.queries, "Queries of a row.")
+flags.DEFINE_integer("keys", _SHAPE.keys, "Memory tokens of a row.")
+flags.DEFINE_bool("tune", False, "Compile and rank tiles instead.")
+flags.DEFINE_integer("steps", step.Options.steps, "To time.", 1)
+flags.DEFINE_float("peak_tflops", None, "Of a device that is no TPU.", 0)
+flags.DEFINE_string("out", None, "Calibration file.")
 
 
-def data(folder: pathlib.Path) -> dict:
-  """Measures the data path."""
-  options = Options(
-    conversations=_CONVERSATIONS.value,
-    gigabytes=_GIGABYTES.value,
-    rows=_ROWS.value,
-  )
-  experiment = build_experiment(command.given(_CONFIG).to_dict())
-  return measure_data(experiment, options, folder)
-
-
-def attention(_: pathlib.Path) -> dict:
-  """Measures the attention kernels."""
-  options = kernels.Options(
-    topology=_TOPOLOGY.value,
-    model=_MODEL.value,
-    queries=_QUERIES.value,
-    keys=_KEYS.value,
-    tune=_TUNE.value,
-  )
-  return kernels.measure_attention(options)
+def _experiment() -> Experiment:
+  """Returns the experiment of --config."""
+  return build_experiment(command.given(_CONFIG).to_dict())
 
 
 def construct(folder: pathlib.Path) -> dict:
@@ -76,10 +60,17 @@ def construct(folder: pathlib.Path) -> dict:
 
 
 BENCHMARKS = {
-  "data": data,
-  "attention": attention,
+  "data": lambda folder: data.measure_data(
+    _experiment(), command.filled(data.Options), folder
+  ),
+  "attention": lambda _: attention.measure_attention(
+    command.filled(attention.Options)
+  ),
   "ask": measure_ask,
   "construct": construct,
+  "step": lambda folder: step.measure_step(
+    _experiment(), command.filled(step.Options), folder
+  ),
 }
 
 

@@ -12,6 +12,7 @@ import difflib
 import errno
 import importlib.machinery
 import importlib.util
+import inspect
 import math
 import os
 import re
@@ -160,6 +161,17 @@ def given(flag: flags.FlagHolder[T | None]) -> T:
   if flag.value is None:
     raise UserError(f"--{flag.name} is missing; see --help")
   return flag.value
+
+
+def filled(options: type[T]) -> T:
+  """Returns options whose fields have the values of the flags of their names.
+
+  Args:
+    options: a dataclass; fields without a flag keep their defaults.
+  """
+  given = _FLAGS.flag_values_dict()
+  names = inspect.signature(options).parameters
+  return options(**{name: given[name] for name in names if name in given})
 
 
 def _is_given(name: str, argv: Sequence[str]) -> bool:

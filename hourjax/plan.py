@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from hourjax import command, progress
-from hourjax.planning import fit, plan, report, search
+from hourjax.planning import calibration, fit, plan, report, search
 from hourjax.planning.compiled_step import LIMIT, compile_step
 from hourjax.planning.topology import parse_topology
 from hourjax.planning.workload import make_workload
@@ -28,6 +28,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:16x16.")
 _SLICES = flags.DEFINE_integer(
   "num_slices", 1, "Slices of that topology.", upper_bound=1024
 )
+_CALIBRATION = flags.DEFINE_string("calibration", None, "Measured constants.")
 _PRICE = flags.DEFINE_float(
   "price", None, "$ of a chip-hour; an example by default.", lower_bound=0
 )
@@ -57,6 +58,7 @@ def make_plans() -> list[plan.Plan]:
   """Makes the plan of the configuration, or plans of a search, best first."""
   experiment = build_experiment(command.given(_CONFIG).to_dict())
   topology = parse_topology(command.given(_TOPOLOGY), _SLICES.value)
+  topology = calibration.calibrated(topology, _CALIBRATION.value)
   with progress.step("drawing and packing the stage's data"):
     workload = make_workload(experiment, _DATA.value)
   if _SEARCH.value:

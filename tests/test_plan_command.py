@@ -85,3 +85,6 @@ def test_mistakes_are_reported_without_a_traceback():
   assert done.returncode == 2
   assert done.stderr.startswith("error: --topology=v5e:32x16: there is no such")
   assert "Traceback" not in done.stderr
+  done = _run("--topology=v5e:2x4", f"--calibration={__file__}")
+  assert done.returncode == 2
+  assert done.stderr.startswith(f"error: {__file__} is not JSON")

@@ -3,19 +3,34 @@
 See hourjax/README.md, VideoMarathon.
 """
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
 
-from hourjax.data.columns import Columns, measure_record
+from hourjax.batch import Batch
+from hourjax.data.columns import MODALITIES, Columns, measure_record
+from hourjax.data.conversations import IGNORE, IMAGE, Conversation
+from hourjax.data.dataset import SampleOptions
 from hourjax.data.demo.tokenizer import train_tokenizer
+from hourjax.data.layout import build_layout
 from hourjax.data.media.frame_rules import MIN_FRAMES
+from hourjax.data.media.images import anyres_geometry
 from hourjax.data.prepared import PreparedWriter
 from hourjax.data.records.record import Record, Turn
-from hourjax.data.rows import RowSpec
+from hourjax.data.repository import (
+  Repository,
+  empty_repository,
+  images_repository,
+  tiled_repository,
+  video_repository,
+)
+from hourjax.data.rows import Row, RowSpec, Sample, Visual, empty_rows, row_of
+from hourjax.data.sample_sizes import VideoInput
 from hourjax.data.store.array_file import header_bytes
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
@@ -26,6 +41,20 @@ SHORTEST = 180.0  # seconds; the paper's videos last 3 to 60 minutes
 # Tokens of a conversation's markup and instruction; then the ranges from which
 # tokens of a question, tokens of an answer and numbers of questions are drawn.
 _MARKUP, _QUESTION, _ANSWER, _QUESTIONS = 75, (15, 110), (5, 80), (4, 6)
+
+
+class DrawnRows(NamedTuple):
+  """Holds samples of which only numbers exist, and the rows that they make.
+
+  Attributes:
+    columns: of the samples.
+    visual: how their videos come, and how many frames are used of each.
+    rows: of each row the numbers of its samples.
+  """
+
+  columns: Columns
+  visual: VideoInput
+  rows: Sequence[np.ndarray]
 
 
 def video_durations(count: int, seed: int) -> Float64[np.ndarray, "count"]:
@@ -171,3 +200,110 @@ def _turns(words: Sequence[str], rng: np.random.Generator) -> tuple[Turn, ...]:
     question, answer = (" ".join(rng.choice(words, n)) for n in (12, 8))
     turns += [Turn("human", mark + question), Turn("gpt", answer)]
   return tuple(turns)
+
+
+def build_rows(
+  drawn: DrawnRows,
+  numbers: Sequence[int],
+  spec: RowSpec,
+  options: SampleOptions,
+  vocab: int,
+) -> Batch:
+  """Builds rows of drawn samples: real layouts of random words and pixels.
+
+  What the time of a step depends on is as in training: lengths, segments,
+  positions and labels. Which tokens are kept is chosen uniformly, and all
+  frames of a video are one random frame.
+
+  Args:
+    drawn: the samples.
+    numbers: of the rows.
+    spec: of the rows.
+    options: how samples are laid out.
+    vocab: words have ids below this.
+
+  Returns:
+    Arrays [rows, ...].
+  """
+  rng = np.random.default_rng(options.seed)
+  batch = empty_rows(spec, len(numbers))
+  for place, number in enumerate(numbers):
+    row = Row(spec, row_of(batch, place))
+    for sample in drawn.rows[number].tolist():
+      row.add(_sample(drawn, sample, spec, options, vocab, rng))
+    row.finish()
+  return batch
+
+
+def _sample(
+  drawn: DrawnRows,
+  number: int,
+  spec: RowSpec,
+  options: SampleOptions,
+  vocab: int,
+  rng: np.random.Generator,
+) -> Sample:
+  """Lays out one drawn sample."""
+  repository, kind, images = _visual(drawn, number, spec, options)
+  forgetting = dataclasses.replace(options.forgetting, temporal="uniform")
+  layout = build_layout(
+    _conversation(drawn.columns, number, len(repository.slots), vocab, rng),
+    repository,
+    forgetting.kept_tokens(repository, rng),
+    memory=options.memory,
+    max_length=options.max_length,
+  )
+  if not images:
+    return Sample(str(number), layout)
+  if kind == "features":
+    one = rng.normal(size=(1, spec.frame_tokens, spec.width))
+    one = one.astype("bfloat16")
+  else:
+    side = spec.image_size
+    one = rng.integers(0, 256, (1, side, side, 3), np.uint8)
+  visual = np.broadcast_to(one, (images, *one.shape[1:]))
+  return Sample(str(number), layout, kind, visual)
+
+
+def _visual(
+  drawn: DrawnRows, number: int, spec: RowSpec, options: SampleOptions
+) -> tuple[Repository, Visual, int]:
+  """Returns a sample's memory, and how many frames or tiles come as what."""
+  columns = drawn.columns
+  modality = MODALITIES[columns.modality[number]]
+  if modality == "text":
+    return empty_repository(), "features", 0
+  if modality == "video":
+    video = columns.video[number]
+    frames = int(drawn.visual.num_frames[video])
+    kind = "features" if drawn.visual.stored[video] else "frames"
+    repository = video_repository(frames, round(spec.frame_tokens**0.5))
+    return repository, kind, frames
+  side, count = round(spec.tile_tokens**0.5), int(columns.images[number])
+  if count > 1 or options.single_image == "plain":
+    return images_repository(count, side), "tiles", count
+  geometry = anyres_geometry(
+    int(columns.width[number]),
+    int(columns.height[number]),
+    tile=spec.image_size,
+    side=side,
+  )
+  return tiled_repository(geometry, side), "tiles", geometry.tiles
+
+
+def _conversation(
+  columns: Columns,
+  number: int,
+  slots: int,
+  vocab: int,
+  rng: np.random.Generator,
+) -> Conversation:
+  """Returns visual slots, then a prompt, then an answer, of random words.
+
+  A text has no prompt that MemAug reads; half of it is labelled.
+  """
+  total, prompt = int(columns.tokens[number]), int(columns.prompt[number])
+  ids = np.concatenate([np.full(slots, IMAGE), rng.integers(0, vocab, total)])
+  start = slots + (prompt if slots else total // 2)
+  labels = np.where(np.arange(len(ids)) < start, IGNORE, ids)
+  return Conversation(ids.astype(np.int32), labels.astype(np.int32), start)

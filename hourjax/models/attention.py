@@ -3,6 +3,7 @@
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -90,6 +91,7 @@ class Attention(nnx.Module):
     qk_norm_eps: float | None = None,
     query_init: float = 0.0,
     config: AttentionConfig = PLATFORM_ATTENTION,
+    scope: str = "attention",
   ):
     """Draws the parameters.
 
@@ -108,8 +110,10 @@ class Attention(nnx.Module):
         key head, applied before rotation; None leaves the norms out.
       query_init: see `DecoderConfig`.
       config: which implementation computes attention.
+      scope: under which a profile finds the attention, without its products
+        with weights.
     """
-    self.config = config
+    self.config, self.scope = config, scope
     self.heads, self.kv_heads = heads, kv_heads
     self.rotary_dim, self.rope_base = rotary_dim, rope_base
     make = functools.partial(
@@ -213,7 +217,8 @@ class Attention(nnx.Module):
       What each query reads, after the output product.
     """
     q = self.queries(x, position)
-    out = attention(
+    scoped = jax.named_scope(self.scope)(attention)
+    out = scoped(
       q,
       *cache,
       segment,

@@ -69,6 +69,7 @@ class DecoderLayer(nnx.Module):
       dtype=dtype,
       rngs=rngs,
       config=attention,
+      scope="decoder_attention",
     )
     self.norm2 = norm()
     make = functools.partial(
@@ -77,6 +78,7 @@ class DecoderLayer(nnx.Module):
     self.gate, self.up = make(width, mlp), make(width, mlp)
     self.down = make(mlp, width, axes=("mlp", "width"))
 
+  @jax.named_scope("decoder_linears")
   def __call__(
     self,
     x: Float[Array, "B L D"],

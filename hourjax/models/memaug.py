@@ -76,7 +76,8 @@ class MemAugBlock(nnx.Module):
     norm = functools.partial(
       layer_norm, width, eps=_NORM_EPS, dtype=dtype, rngs=rngs
     )
-    self.self_attn, self.cross_attn = attention(), attention()
+    self.self_attn = attention(scope="memaug_self_attention")
+    self.cross_attn = attention(scope="memaug_cross_attention")
     make = functools.partial(linear, dtype=dtype, rngs=rngs)
     self.fc1 = make(width, 4 * width, axes=("width", "mlp"))
     # The official code draws all weights with one deviation. By its own input,
@@ -106,6 +107,7 @@ class MemAugBlock(nnx.Module):
     cache = self.encode_memory(memory, memory_position)
     return self.read_memory(x, cache, **where)[0]
 
+  @jax.named_scope("memaug_projections")
   def encode_memory(
     self, memory: Float[Array, "B S D"], position: Int[Array, "B S"]
   ) -> KeysValues:
@@ -119,6 +121,7 @@ class MemAugBlock(nnx.Module):
     """
     return self.cross_attn.keys_values(memory, position)
 
+  @jax.named_scope("memaug_projections")
   def read_memory(
     self,
     x: Float[Array, "B T D"],
@@ -192,6 +195,7 @@ class MemAugBlock(nnx.Module):
     )
     return read, weights
 
+  @jax.named_scope("memaug_mlp")
   def mlp(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Computes the feed-forward network, with exact GELU."""
     return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))

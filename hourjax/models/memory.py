@@ -28,6 +28,7 @@ class Projector(nnx.Module):
       width, width, axes=("width", None), dtype=dtype, rngs=rngs
     )
 
+  @jax.named_scope("projector")
   def __call__(
     self, features: Float[Array, "a X V"], lead: LeadingAxes = SEQUENCE
   ) -> Float[Array, "a X D"]:

@@ -43,7 +43,8 @@ class EncoderLayer(nnx.Module):
       f(h, IMAGES).reshape(*h.shape[:2], self.heads, -1)
       for f in (self.q, self.k, self.v)
     )
-    out = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+    with jax.named_scope("tower_attention"):
+      out = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
     x = x + self.o(out, IMAGES)
     h = jax.nn.gelu(self.fc1(self.norm2(x), IMAGES), approximate=True)
     return x + self.fc2(h, IMAGES)
@@ -90,6 +91,7 @@ class VisionTower(nnx.Module):
       config.width, eps=config.norm_eps, dtype=dtype, rngs=rngs
     )
 
+  @jax.named_scope("tower")
   def __call__(self, pixels: Float[Array, "I h w 3"]) -> Float[Array, "I P V"]:
     """Computes the features of side x side patches, row by row.
 

@@ -113,6 +113,8 @@ class Chip:
     tiles: by dtype, the tiles of the forward and of the backward attention
       kernel.
     efficiency: share of the peak that is assumed in estimates.
+    compiler_flags: of the compiler, in training as in plans; see
+      `jax_environment`.
     matrix_units: matrix units of a core.
     matrix_side: rows and columns of such a unit.
     matrix_rows: rows that enter a unit in one cycle.
@@ -139,6 +141,7 @@ class Chip:
   kernel_vmem: int
   tiles: dict[str, tuple[Tiles, Tiles]]
   efficiency: Efficiency
+  compiler_flags: tuple[str, ...] = ()
   matrix_units: int = UNKNOWN
   matrix_side: int = UNKNOWN
   matrix_rows: int = UNKNOWN
@@ -206,6 +209,15 @@ CHIP_FACTS = frozenset(field.name for field in dataclasses.fields(Chip))
 # An exact float32 product is six bfloat16 ones: larger tiles of them would be
 # programs that take the compiler minutes. The same for all generations.
 _EXACT = Tiles(rows=512, keys=256, chunk=256, unit=256)
+
+# By default the compiler waits for every collective of v6e, and on later ones.
+# With these it gathers weights beside products.
+_OVERLAP = (
+  "--xla_enable_async_all_gather=true",
+  "--xla_tpu_enable_async_collective_fusion=true",
+  "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
+  "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
+)
 
 CHIPS = {
   chip.name: chip
@@ -345,6 +357,7 @@ CHIPS = {
         causal=(0.31 * CLOCK_SHARE, 0.32 * CLOCK_SHARE),
         tower=0.15,
       ),
+      compiler_flags=_OVERLAP,
       matrix_units=2,
       matrix_side=256,
       matrix_rows=2,
@@ -382,6 +395,7 @@ CHIPS = {
         causal=(0.30 * CLOCK_SHARE, 0.31 * CLOCK_SHARE),
         tower=0.15,
       ),
+      compiler_flags=_OVERLAP,
       matrix_units=2,
       matrix_side=256,
       matrix_rows=2,

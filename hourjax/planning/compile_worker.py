@@ -1,52 +1,64 @@
-"""The worker process that compiles a training step for a TPU topology.
+"""The worker process that compiles a program of a step for a TPU topology.
 
 `compiled_step` starts it through `compile_pool`. It reads a task as JSON from
 standard input and prints the answer as one line of JSON. No TPU is needed.
+
+The compiler first decides what runs when, which takes seconds, and then writes
+the instructions of every fusion and kernel, which takes minutes. A plan needs
+only the first: the schedule with all collectives, and whether memory suffices,
+which the compiler says just before. It leaves the scheduled program in a folder
+(flag `xla_jf_dump_to`); the worker reads it there and ends, and the compiler
+with it.
 """
 
-import collections
-import concurrent.futures
+import glob
+import gzip
+import hashlib
+import importlib.metadata
 import json
-import re
+import os
+import pathlib
 import sys
+import threading
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from hourjax import jax_environment
+from hourjax.atomic_file import write_file
 from hourjax.errors import UserError
 from hourjax.parallel.mesh import make_mesh
-from hourjax.planning import hlo, traffic
+from hourjax.planning import hlo
+from hourjax.planning.compiled_step import (
+  memory_of,
+  read_schedule,
+  with_links,
+)
 from hourjax.training.config import build_experiment
 from hourjax.training.train_step import lower_programs
 
-# What a parameter of a compiled program belongs to, by its argument's path.
-_KINDS = {
-  "optimizer": re.compile(r"opt_state"),
-  "gradients": re.compile(r"sums|grads|gradients|total"),
-  "batches": re.compile(r"batch"),
-  "parameters": re.compile(r"trained|frozen|params"),
-}
+_POLL = 0.1  # seconds between two looks at what the compiler has left
+_KEPT = 200  # programs in the cache
 
 
-def compile_programs(task: dict[str, Any]) -> dict[str, Any]:
-  """Compiles every program of a training step.
+def compile_program(task: dict[str, Any]) -> dict[str, Any]:
+  """Compiles one program of a training step.
 
   Args:
-    task: `experiment` (nested, as `build_experiment` takes it), `streams`
-      (those of `row_specs` to compile for), `topology`, `slices`, `bounds`
-      (for `get_topology_desc`) and `unknown_trips` (by program, how many turns
-      a loop counts whose length only the data decides).
+    task: `experiment` (nested, as `build_experiment` takes it), `program` (its
+      name), `streams` (those of `row_specs` to lower for), `topology`,
+      `slices`, `bounds` (for `get_topology_desc`), `unknown_trips` (how many
+      turns a loop counts whose length only the data decides) and `folder`, in
+      which the compiler leaves the schedule; empty to compile to the end.
 
   Returns:
-    `mesh` (axes and their sizes), `links` (by axes, see `group_links`) and
-    `programs` by name: what `read_program` returns, and the seconds that
-    compiling took. If the compiler ran out of memory, `exhausted`, which is
-    its message, and `program`, the name of the program.
+    `mesh` (axes and their sizes), `links` (by axes, see
+    `compiled_step.group_links`) and `programs`: by name what `read_schedule`
+    returns, and the seconds that compiling took. If the compiler ran out of
+    memory, `exhausted`, which is its message, and `program`.
 
   Raises:
     UserError: the configuration does not suit the topology.
@@ -60,134 +72,118 @@ def compile_programs(task: dict[str, Any]) -> dict[str, Any]:
     **task["bounds"],
   )
   mesh = make_mesh(experiment.mesh, topology.devices)
-  lowered = lower_programs(experiment, mesh, task["streams"])
-  with concurrent.futures.ThreadPoolExecutor(len(lowered)) as pool:
-    running = {
-      name: pool.submit(
-        _compile, each, mesh, task["unknown_trips"].get(name, 1.0)
-      )
-      for name, each in lowered.items()
-    }
-  programs = {}
-  for name, future in running.items():
+  name = task["program"]
+  lowered = lower_programs(experiment, mesh, task["streams"])[name]
+  try:
+    found = _compiled(lowered, mesh, task)
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return {"exhausted": str(error), "program": name}
+  return with_links({name: found}, mesh)
+
+
+def _compiled(
+  lowered: jax.stages.Lowered, mesh: Mesh, task: dict[str, Any]
+) -> dict[str, Any]:
+  """Returns what is read of a program, compiled now or before."""
+  path = _cache_path(lowered, task)
+  if path is not None and path.exists():
+    found = json.loads(gzip.decompress(path.read_bytes()))
+  else:
+    began = time.monotonic()
+    found = _schedule(lowered, task["folder"])
+    found["seconds"] = time.monotonic() - began
+    if path is not None:
+      _keep(path, found)
+  read = read_schedule(found["text"], mesh, task["unknown_trips"])
+  return read | found["memory"] | {"seconds": found["seconds"]}
+
+
+def _schedule(lowered: jax.stages.Lowered, folder: str) -> dict[str, Any]:
+  """Compiles a program until its schedule is there, or to the end.
+
+  Args:
+    lowered: the program.
+    folder: in which the compiler leaves the schedule; empty to compile to the
+      end.
+
+  Returns:
+    `text`, the scheduled program, and `memory`, what `memory_of` returns of a
+    program that was compiled to the end.
+  """
+  ended: list[jax.stages.Compiled | Exception] = []
+
+  def run() -> None:
     try:
-      programs[name] = future.result()
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
-        raise
-      return {"exhausted": str(error), "program": name}
-  used = {
-    line["axes"] for each in programs.values() for line in each["traffic"]
-  }
-  return {
-    "mesh": dict(mesh.shape),
-    "links": {axes: group_links(mesh, axes.split("+")) for axes in used},
-    "programs": programs,
-  }
+      ended.append(lowered.compile())
+    except Exception as error:
+      ended.append(error)
+
+  thread = threading.Thread(target=run, daemon=True)
+  thread.start()
+  while thread.is_alive():
+    if folder and (text := _left_in(folder)):
+      return {"text": text, "memory": {}}
+    thread.join(_POLL)
+  (result,) = ended
+  if isinstance(result, Exception):
+    raise result
+  text = hlo.program_text(result)
+  return {"text": text, "memory": {} if folder else memory_of(result)}
 
 
-def _compile(
-  lowered: jax.stages.Lowered, mesh: Mesh, unknown_trips: float
-) -> dict[str, Any]:
-  """Returns what is read of a program, and the seconds to compile it."""
-  began = time.monotonic()
-  compiled = lowered.compile()
-  seconds = time.monotonic() - began
-  return read_program(compiled, mesh, unknown_trips) | {"seconds": seconds}
+def _left_in(folder: str) -> str | None:
+  """Returns the scheduled program that the compiler has left, if it has."""
+  for path in glob.glob(f"{folder}/*-TLP-hlo.txt"):
+    text = pathlib.Path(path).read_text()
+    # It may still be written: the entry computation comes last.
+    if "\nENTRY " in text and text.endswith("\n}\n\n"):
+      return text
+  return None
 
 
-def read_program(
-  compiled: jax.stages.Compiled, mesh: Mesh, unknown_trips: float
-) -> dict[str, Any]:
-  """Returns the memory that a program takes and the bytes that it sends.
-
-  Args:
-    compiled: the program.
-    mesh: the mesh that it was compiled for.
-    unknown_trips: how many turns a loop counts whose length only the data
-      decides.
-
-  Returns:
-    `arguments`, `temporaries` and `kinds` (see `argument_kinds`) in bytes of
-    one device, and `traffic` as `traffic.by_axis` lists it.
-  """
-  program = hlo.parse(hlo.program_text(compiled))
-  memory = hlo.program_memory(compiled)
-  sent = traffic.collectives(program, traffic.Layout.of(mesh), unknown_trips)
-  return {
-    "arguments": memory.argument_size_in_bytes,
-    # Everything beside the arguments while the program runs, and its code.
-    # The compiler's own `temp_size` is no limit: a program with 18.4 GiB of
-    # temporaries compiled for a device of 15.75 GiB, with a peak of 12.1.
-    # Where the compiler refuses a program for want of memory it names the
-    # peak, to within 3 %.
-    "temporaries": max(
-      0, memory.peak_memory_in_bytes - memory.argument_size_in_bytes
-    )
-    + memory.generated_code_size_in_bytes,
-    "kinds": argument_kinds(program),
-    "traffic": traffic.by_axis(sent),
-  }
+def _cache_path(
+  lowered: jax.stages.Lowered, task: dict[str, Any]
+) -> pathlib.Path | None:
+  """Returns where the result of a program is kept; None without a cache."""
+  folder = jax_environment.cache_folder(os.environ)
+  if folder is None:
+    return None
+  flags = os.environ.get("LIBTPU_INIT_ARGS", "").split()
+  parts = (
+    lowered.as_text(),
+    task["topology"],
+    str(task["slices"]),
+    str(bool(task["folder"])),
+    *sorted(flag for flag in flags if "xla_jf_dump" not in flag),
+    importlib.metadata.version("libtpu"),
+    jax.__version__,
+  )
+  name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+  return folder.parent / "schedules" / f"{name}.json.gz"
 
 
-def argument_kinds(program: hlo.Program) -> dict[str, int]:
-  """Returns the bytes of a program's arguments by what they are.
-
-  Args:
-    program: a compiled program of a step.
-
-  Returns:
-    Bytes of one device, padding included, by "parameters", "optimizer",
-    "gradients", "batches" and "other".
-  """
-  found = collections.Counter()
-  for each in program.computations[program.entry]:
-    if each.opcode != "parameter":
-      continue
-    name = re.search(r'op_name="([^"]*)"', each.rest)
-    path = name[1] if name else ""
-    kind = next((k for k, p in _KINDS.items() if p.search(path)), "other")
-    found[kind] += sum(array.padded_bytes for array in each.arrays())
-  return dict(found)
-
-
-def group_links(mesh: Mesh, axes: Sequence[str]) -> dict[str, Any]:
-  """Returns where the devices lie that communicate along axes of the mesh.
-
-  Args:
-    mesh: devices of the TPU compiler, which have coordinates on the torus.
-    axes: names of axes of the mesh.
-
-  Returns:
-    For one group of devices that differ along these axes only: `devices`, how
-    many there are; `slices`, over how many slices they are spread; and `dims`,
-    for each dimension of the torus along which they differ a list of three
-    numbers: the places that they take, the distance from the first place to
-    the last one (both included), and the places of the whole mesh.
-  """
-  index = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
-  group = np.ravel(mesh.devices[index])
-  everyone = np.array([device.coords for device in mesh.devices.ravel()])
-  slices = {getattr(device, "slice_index", 0) or 0 for device in group}
-  first = getattr(group[0], "slice_index", 0)
-  near = [d for d in group if getattr(d, "slice_index", 0) == first]
-  coords = np.array([device.coords for device in near])
-  dims = []
-  for dim in range(coords.shape[1]):
-    places = np.unique(coords[:, dim])
-    if len(places) > 1:
-      whole = len(np.unique(everyone[:, dim]))
-      dims.append([len(places), int(places[-1] - places[0]) + 1, whole])
-  return {"devices": len(group), "slices": len(slices), "dims": dims}
+def _keep(path: pathlib.Path, found: dict[str, Any]) -> None:
+  """Puts a result into the cache, and drops the oldest ones."""
+  try:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_file(path, gzip.compress(json.dumps(found).encode()))
+    for old in sorted(path.parent.iterdir(), key=os.path.getmtime)[:-_KEPT]:
+      old.unlink()
+  except OSError as error:  # a full disk: it costs the next plan seconds
+    print(f"the schedule is not kept: {error}", file=sys.stderr)
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:
-  """Returns `compile_programs(task)`, or `user_error`, a user's mistake."""
+  """Returns `compile_program(task)`, or `user_error`, a user's mistake."""
   try:
-    return compile_programs(task)
+    return compile_program(task)
   except UserError as error:
     return {"user_error": str(error)}
 
 
 if __name__ == "__main__":
-  print(json.dumps(answer(json.load(sys.stdin))))
+  print(json.dumps(answer(json.load(sys.stdin))), flush=True)
+  # The compiler may still run, and nobody waits for what it makes.
+  os._exit(0)

@@ -260,8 +260,8 @@ def runs(program: Program, unknown_trips: float = 1.0) -> Iterator[Run]:
     for each in program.computations[around.computation]:
       run = around._replace(instruction=each)
       yield run
-      for number, called in enumerate(_called(each)):
-        inner = run._replace(computation=called)
+      for number, name in enumerate(called(each)):
+        inner = run._replace(computation=name)
         if each.opcode == "while":
           trips = trip_count(program, around.computation, each)
           known = trips is not None
@@ -274,11 +274,11 @@ def runs(program: Program, unknown_trips: float = 1.0) -> Iterator[Run]:
         if each.opcode == "async-start":
           inner = inner._replace(concurrent=True)
         elif each.opcode != "fusion":
-          inner = inner._replace(context=called)
+          inner = inner._replace(context=name)
         todo.append(inner)
 
 
-def _called(each: Instruction) -> list[str]:
+def called(each: Instruction) -> list[str]:
   """Returns the names of the computations that an instruction runs."""
   found = []
   for key in _CALLS.get(each.opcode, ()):

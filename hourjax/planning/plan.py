@@ -19,12 +19,16 @@ from hourjax.training.train_step import accumulate_name
 ASSUMED = (
   "products run at {dense:.0%} of the chip's bf16 peak, MemAug's attention at"
   " {memaug[0]:.0%} forward and {memaug[1]:.0%} backward, the decoder's at"
-  " {causal[0]:.0%} and {causal[1]:.0%}: schedules of the compiler"
-  f" (hourjax/benchmarks/README.md) times {CLOCK_SHARE}, and what large models"
-  " report; no TPU was timed",
+  " {causal[0]:.0%} and {causal[1]:.0%}: {source}",
   "a micro-batch waits for the device whose rows are the most work, and for"
   " the traffic that the compiler's schedule does not run beside other work;"
   " rings use the links that the devices of an axis have on the torus",
+)
+
+
+_TABLE = (
+  "schedules of the compiler (hourjax/benchmarks/README.md) times"
+  f" {CLOCK_SHARE}, and what large models report; no TPU was timed"
 )
 
 
@@ -91,7 +95,9 @@ def evaluate(
 
 def assumptions(plan: Plan) -> list[str]:
   """Returns what the estimate takes for granted, a sentence each."""
-  rates = plan.topology.chip.efficiency._asdict()
+  topology = plan.topology
+  rates = topology.chip.efficiency._asdict()
+  rates["source"] = topology.measured or _TABLE
   return [
     *plan.workload.assumptions,
     *(line.format(**rates) for line in ASSUMED),

@@ -27,7 +27,9 @@ def page(plan: Plan) -> str:
   lines += _flops(data["computed"])
   lines += ["", *_rule("computed: MiB that a device sends in a step")]
   lines += _traffic(data)
-  lines += ["", *_rule("estimated: no TPU was timed")]
+  known = plan.topology.measured
+  how = "with constants that were measured" if known else "no TPU was timed"
+  lines += ["", *_rule(f"estimated: {how}")]
   lines += _estimate(plan, data["estimated"])
   lines += ["", *_rule("assumed")]
   lines += [line for text in data["assumed"] for line in _folded(text)]

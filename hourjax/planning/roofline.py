@@ -1,7 +1,8 @@
 """The estimate of how long a step takes.
 
 Operations, bytes in memory and bytes between devices are counted; how fast a
-chip works is assumed (`parallel.chips`). No TPU was timed to check this.
+chip works is assumed (`parallel.chips`), or what a user has measured
+(`calibration`). No TPU was timed to check what is assumed.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from hourjax.data.rows import Size
 from hourjax.kernels.ulysses import head_blocks
 from hourjax.models.config import ModelConfig
 from hourjax.models.flops import Flops, Work, count_flops
-from hourjax.parallel.chips import Chip, Efficiency
+from hourjax.parallel.chips import Chip
 from hourjax.planning.topology import Topology
 from hourjax.planning.workload import Workload, steps_of, trained
 from hourjax.training.config import Experiment
@@ -39,7 +40,7 @@ def collective_seconds(
 
   Args:
     line: one total, with `sent` bytes, `count` and `devices`.
-    links: where the devices of its axes lie, as `compile_worker.group_links`
+    links: where the devices of its axes lie, as `compiled_step.group_links`
       describes it.
     chip: the generation.
   """
@@ -205,35 +206,47 @@ def row_seconds(
     learnt: components that are trained.
     chip: the generation.
   """
+  parts = component_seconds(config, work, learnt, chip)
+  return np.asarray(sum(parts.values()), np.float64)
+
+
+def component_seconds(
+  config: ModelConfig, work: Work, learnt: frozenset[str], chip: Chip
+) -> dict[str, Float64[np.ndarray, "N"]]:
+  """Returns the seconds of `row_seconds` by component.
+
+  Args:
+    config: the model.
+    work: the work of each row, arrays `[N]`.
+    learnt: components that are trained.
+    chip: the generation.
+  """
   parts = count_flops(config, work, learnt, executed=True)
-  rates = chip.efficiency
-  seconds = np.zeros(np.shape(work.memory))
+  rates, found = chip.efficiency, {}
   for name, part in parts.items():
     if name in _ATTENTION:
       forward, backward = getattr(rates, _ATTENTION[name])
-      seconds += part.forward / forward + part.backward / backward
+      slowed = part.forward / forward + part.backward / backward
     elif name == "tower":
-      seconds += _tower_seconds(config, part, rates)
+      share = tower_attention_share(config)
+      slowed = part.total * (share / rates.tower + (1 - share) / rates.dense)
     else:
-      seconds += part.total / rates.dense
-  return seconds / chip.device_flops
+      slowed = part.total / rates.dense
+    found[name] = np.asarray(slowed) / chip.device_flops
+  return found
 
 
-def _tower_seconds(
-  config: ModelConfig, part: Flops, rates: Efficiency
-) -> Float64[np.ndarray, "N"]:
-  """Returns operations of the tower over the share of the peak they reach.
+def tower_attention_share(config: ModelConfig) -> float:
+  """Returns the share of the tower's operations that is its attention.
 
-  A fixed share of them is attention, which runs at another rate.
+  It runs at another rate than the rest, which are products with weights.
   """
   vision = config.vision
   patches, width = vision.side**2, vision.width
   # For each patch of a layer: products with weights, and both of attention's.
   dense = 2 * (4 * width**2 + 2 * width * vision.mlp)
   meet = 4 * patches * width
-  share = meet / (meet + dense)
-  slowed = share / rates.tower + (1 - share) / rates.dense
-  return np.asarray(part.total * slowed)
+  return meet / (meet + dense)
 
 
 def slowest(
@@ -273,7 +286,7 @@ def memory_bytes(
     experiment: the configuration.
     capacity: of the rows.
     kinds: bytes of a device by what they are, see
-      `compile_worker.argument_kinds`.
+      `compiled_step.argument_kinds`.
     mesh: sizes of the mesh by axis.
   """
   model = experiment.model

@@ -379,7 +379,7 @@ def _traffic(
 
 
 def _links(mesh: Mapping[str, int], topology: Topology) -> dict[str, Any]:
-  """Returns links in the form of `compile_worker.group_links`.
+  """Returns links in the form of `compiled_step.group_links`.
 
   Each axis is taken to lie along one dimension of the torus, and two axes
   along two; an axis of the dimension's length is a closed ring.

@@ -2,7 +2,10 @@
 
 import math
 import re
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from hourjax.errors import UserError
 from hourjax.parallel.chips import CHIPS, Chip
@@ -17,11 +20,14 @@ class Topology(NamedTuple):
     chip: the generation.
     shape: chips along each dimension of a slice.
     slices: how many slices there are.
+    measured: which facts of the chip were measured, and on what, in words;
+      empty where all are those of the table.
   """
 
   chip: Chip
   shape: tuple[int, ...]
   slices: int = 1
+  measured: str = ""
 
   @property
   def name(self) -> str:
@@ -108,6 +114,19 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
   if slices < 1:
     raise UserError(f"--num_slices={slices}: give at least 1")
   return Topology(chip, shape, slices)
+
+
+def topology_of(devices: Sequence[Any], chip: Chip) -> Topology:
+  """Returns the slices that devices belong to.
+
+  Args:
+    devices: all of the slices', as jax lists them.
+    chip: their generation.
+  """
+  places = np.array([device.coords[: chip.dims] for device in devices])
+  slices = {getattr(device, "slice_index", 0) or 0 for device in devices}
+  shape = tuple(int(n) for n in np.ptp(places, axis=0) + 1)
+  return Topology(chip, shape, len(slices))
 
 
 def _exists(chip: Chip, shape: tuple[int, ...]) -> bool:

@@ -113,6 +113,7 @@ class Workload:
       follow one another; empty where a step is a number of rows, or each row
       is one sample.
     assumptions: what was assumed, a sentence each.
+    drawn: the samples of each drawn row; None where each row is one sample.
   """
 
   name: str
@@ -126,6 +127,7 @@ class Workload:
   stream: Int64[np.ndarray, "N"]
   steps: Int64[np.ndarray, "K"]
   assumptions: tuple[str, ...]
+  drawn: synthetic.DrawnRows | None = None
 
 
 class Steps(NamedTuple):
@@ -241,7 +243,8 @@ def make_workload(experiment: Experiment, name: str = "") -> Workload:
   total = sum(part.samples for part in parts)
   scale = total / _DRAWN
   columns = _draw(parts, scale, rng)
-  sizes, problems = _measure(experiment, columns, _stored(experiment, columns))
+  stored = _stored(experiment, columns)
+  sizes, problems = _measure(experiment, columns, stored)
   usable = np.setdiff1d(np.arange(len(columns)), list(problems))
   if not len(usable):
     raise UserError(
@@ -288,6 +291,7 @@ def make_workload(experiment: Experiment, name: str = "") -> Workload:
     stream=of_stream[columns.stream[[row[0] for row in rows]]],
     steps=np.array(plan.rows_by_window(0)) if batch else _NO_STEPS,
     assumptions=tuple(notes),
+    drawn=synthetic.DrawnRows(columns, _video_input(columns, stored), rows),
   )
 
 

@@ -152,9 +152,11 @@ def loss_sum(model: HourLLaVA, batch: Batch) -> Float[Array, ""]:
   A sum and not a mean, so that those of micro-batches with different labels
   can be added.
   """
-  return vocabulary.cross_entropy(
-    model(batch), model.output_embedding, batch.target, batch.target_weight
-  )
+  hidden = model(batch)
+  with jax.named_scope("lm_head"):
+    return vocabulary.cross_entropy(
+      hidden, model.output_embedding, batch.target, batch.target_weight
+    )
 
 
 def token_losses(
@@ -214,7 +216,7 @@ class TrainStep:
     replicated = shardings.step
     sums = Sums(replicated, replicated, replicated, shardings.trained)
     self._zero_sums = jax.jit(zero_sums, out_shardings=sums)
-    self.programs = {
+    self.programs: dict[str, Any] = {
       "accumulate": jax.jit(
         functools.partial(accumulate, config=config),
         donate_argnums=0,

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hourjax.planning import hlo, traffic
-from hourjax.planning.compile_worker import argument_kinds
+from hourjax.planning.compiled_step import argument_kinds
 from hourjax.planning.topology import parse_topology
 
 TURNS, LAYERS, UNKNOWN = 5, 6, 3

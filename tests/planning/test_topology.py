@@ -1,9 +1,12 @@
 """Topologies by name."""
 
+import types
+
 import pytest
 
 from hourjax.errors import UserError
-from hourjax.planning.topology import parse_topology
+from hourjax.parallel.chips import CHIPS
+from hourjax.planning.topology import parse_topology, topology_of
 
 
 @pytest.mark.parametrize(
@@ -68,3 +71,15 @@ def test_doubling_goes_on_until_the_largest():
   assert sizes == [4 * 2**i for i in range(len(sizes))]
   assert parse_topology("v5e:16x16").doubled() is None
   assert parse_topology("v5e:8x16").doubled().name == "v5e:16x16"
+
+
+def test_devices_say_what_they_belong_to():
+  """Two slices of 2 x 4 chips, whose coordinates need not begin at 0."""
+  devices = [
+    types.SimpleNamespace(coords=(x + 2, y, 0), slice_index=number)
+    for number in range(2)
+    for x in range(2)
+    for y in range(4)
+  ]
+  found = topology_of(devices, CHIPS["v5e"])
+  assert found == parse_topology("v5e:2x4", 2)
