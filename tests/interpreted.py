@@ -19,7 +19,6 @@ PARAMS = pltpu.InterpretParams(detect_races=True)
 def use_tpu_kernels(monkeypatch) -> None:
   """Lets `kernels.attention` compute with the interpreted TPU kernels."""
 
-
   def backend(name, causal, tiles):
     del name, tiles
     how = {"causal": causal, "tiles": TILES, "interpret": PARAMS}

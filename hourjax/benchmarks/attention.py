@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hourjax.benchmarks import schedule
+from hourjax.benchmarks import attention_causal, schedule
 from hourjax.benchmarks.attention_compile import (
   SPLASH_BLOCK,
   Compiled,
@@ -322,6 +322,7 @@ def measure_attention(options: Options) -> dict[str, Any]:
     "day": (options.job("sharded", topology=pod.of_64, devices=64, keys=day),),
     "s": (sharded(topology=pod.of_8),),
     "2s": (sharded(topology=pod.of_8, keys=2 * options.keys),),
+    **attention_causal.steps(options.job("forward")),
   }
   calls = {
     name: functools.partial(compile_attention, job, *kernels)
@@ -389,6 +390,7 @@ def collect_figures(
       "forward": compiled["xla"].memory(),
       "backward": compiled["xla_backward"].memory(),
     },
+    "causal": attention_causal.figures(job, options.tiles, compiled),
     "day_long": _day(compiled["day"], generation),
     "sharded_traffic_mib": {
       name: _sent(compiled[name]) for name in ("s", "2s")

@@ -187,13 +187,13 @@ def make_schedule(
   meets = query.meets(key)
   whole = (tile.only > 0)[:, None]
   if offset is not None:
-    first_query = offset + _starts(query_segment, query_tiles)
-    next_query = offset + _starts(query_segment, query_tiles, after=1)
-    meets &= _starts(key_segment, key_tiles * chunks) < next_query[:, None]
-    # No key of the tile lies after the first query.
-    whole &= (
-      _starts(key_segment, key_tiles, after=1) <= first_query[:, None] + 1
-    )
+    first = offset + _starts(query_segment, query_tiles)[:, None]
+    after = offset + _starts(query_segment, query_tiles, after=1)[:, None]
+    chunk = _starts(key_segment, key_tiles * chunks)[None]
+    meets &= (chunk < after)[None]
+    # The last key of the tile does not lie after the first query.
+    end = _starts(key_segment, key_tiles, after=1)[None]
+    whole &= (end <= first + 1)[None]
   meets = meets.reshape(*meets.shape[:2], key_tiles, chunks).any(-1)
   # NEW where the key tile before has no key of this segment. For key tile 0
   # `before` is -1, which indexes the last tile; `before < 0` overrides it.
