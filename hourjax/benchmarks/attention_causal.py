@@ -91,8 +91,10 @@ def _ours(
   job: Job, what: str, tiles: AttentionTiles, compiled: Compiled
 ) -> dict[str, Any]:
   """Returns the shares of one of our kernels, by samples that fill the row."""
-  (pieces,) = compiled.kernels[f"attention_{what}_causal"]
-  regions = schedule.causal_regions(pieces, _READ[what])
+  kernels = compiled.kernels[f"attention_{what}_causal"]
+  if not kernels:
+    return compiled.memory()
+  regions = schedule.causal_regions(kernels[0], _READ[what])
   heads = job.heads, job.kv_heads, job.dim
   call = Call(regions, job.generation, tiles, *heads)
   parts, shape = call.cut(_LENGTH, _LENGTH)

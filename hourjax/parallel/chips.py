@@ -42,7 +42,9 @@ class Efficiency(NamedTuple):
       included; products alone are faster.
     memaug: MemAug's attention, (forward, backward): the share that the
       compiler's schedule reaches with its overhead, times `CLOCK_SHARE`.
-    causal: splash attention in the decoder, likewise.
+    causal: the decoder's attention, likewise, of a row of 16,640 positions
+      that is one sample; of the pairs up to `planning.roofline.CAUSAL_BLOCK`
+      above the diagonal.
     tower: XLA's attention in the vision tower, head dim 72.
   """
 

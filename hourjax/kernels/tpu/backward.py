@@ -18,6 +18,7 @@ are [keys, rows], as in the forward kernel:
         if FIRST:   dk, dv = 0, 0
         if WHOLE:   for each unit: products 1 to 5
         if PARTLY:  for each chunk that meets the query tile: mask, 1 to 5
+                    (causal: each chunk with no more masks than it needs)
         if LAST:    write dk and dv of the key tile
       copy dq to HBM
 

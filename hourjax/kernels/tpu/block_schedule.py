@@ -13,6 +13,9 @@ The forward kernel takes all blocks of a query tile one after the other, and
 the backward kernel all blocks of a key tile, since that is the tile whose sums
 each of them holds in VMEM.
 
+In causal attention no block lies above the diagonal, and those that it crosses
+are PARTLY.
+
 Ids rise along a row, so whether two tiles share a segment is read from their
 least and largest id. Where ids are in another order, some blocks are scheduled
 in which no query meets a key. That costs time and changes no result: the masks

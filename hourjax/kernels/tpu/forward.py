@@ -18,12 +18,15 @@ K [keys, C] and V [keys, C]:
                    +--------------------------+
 
     for each row of the batch b, KV head, block n of the schedule:    (grid)
-      if FIRST:   top, sum, acc = NEVER, 0, 0
+      if FIRST:   top, sum, acc = begin, 0, 0
       if WHOLE:   if NEW: take top of the rows that have none yet
                   for each unit: P^T = exp2(S^T - top), add to sum and acc
       if PARTLY:  for each chunk that meets the query tile:
                     mask S^T; online softmax: raise top, shrink sum and acc
       if LAST:    out = acc / sum; lse = top + log(sum)
+
+`begin` is NEVER, or in causal attention the score of each query's own key.
+Then NEW takes no maximum, and PARTLY keeps `top` as well.
 
 It departs from FlashAttention (arXiv 2205.14135) in two ways.
 
@@ -42,7 +45,9 @@ up to 2 ** 127 with the same relative precision as those up to 1. Only if a sum
 passes `LARGEST` (scores more than 69 above the reference) or is not a number,
 the kernel marks its log-sum-exp as infinite, and the whole call is repeated
 with a running maximum. At worst it costs three times as much; it is never
-wrong.
+wrong. In causal attention the reference is the score of a query's own key, so
+that a sum is at least 1; where it is smaller than 1 / `LARGEST`, the query does
+not see that key, and the call is repeated, too.
 """
 
 import functools

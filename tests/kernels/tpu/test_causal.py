@@ -95,8 +95,14 @@ def test_bfloat16():
   given = [jnp.asarray(x, jnp.bfloat16) for x in inputs(7, dim=128)]
   got = ours(given, PACKED, PACKED, out_dtype=jnp.bfloat16)
   reference = comparison.expected(given, PACKED, PACKED, causal=True)
-  comparison.close(got, reference, atol=2e-3, rtol=2**-7)
   np.testing.assert_allclose(got[1], reference[1], rtol=0, atol=2e-5)
+  # Several factors are rounded, by 2 ** -9 each, and the first queries see few
+  # keys, so that no sum evens that out.
+  for name, x, y in zip(comparison.NAMES, got, reference):
+    if name != "lse":
+      atol = 2**-7 * np.abs(y).max()
+      x = np.asarray(x, np.float64)
+      np.testing.assert_allclose(x, y, rtol=0, atol=atol, err_msg=name)
 
 
 # --- in parts ---------------------------------------------------------------
@@ -166,13 +172,14 @@ def test_what_is_computed_again(repeats):
   steep[0][:, 40] = 12
   steep[1][:, 7] = 4
   assert run(steep, PACKED, PACKED) == 1
-  # Queries 100 to 149 see no key after 99: their own score is beside the point.
+  # Queries 100 to 149 see no key after 99: their own key's score is a poor
+  # reference if it lies far from the others, above or below.
   hidden = PACKED.copy()
   hidden[:, 100:150] = 0
-  for scale in (-1, 1):
+  for scale, repeated in ((3, False), (40, True), (-40, True)):
     own = [x.copy() for x in given]
-    own[1][:, 100:150] = scale * 40 * own[0][:, 100:150, :1]
-    assert run(own, PACKED, hidden) == (scale == 1)
+    own[1][:, 100:150] = scale * own[0][:, 100:150, :1]
+    assert run(own, PACKED, hidden) == repeated
   # The first ten see none at all.
   hidden[:, :10] = 0
   assert run(given, PACKED, hidden) == 1
