@@ -322,12 +322,11 @@ def measure_attention(options: Options) -> dict[str, Any]:
     "day": (options.job("sharded", topology=pod.of_64, devices=64, keys=day),),
     "s": (sharded(topology=pod.of_8),),
     "2s": (sharded(topology=pod.of_8, keys=2 * options.keys),),
-    **attention_causal.steps(options.job("forward")),
   }
   calls = {
     name: functools.partial(compile_attention, job, *kernels)
     for name, (job, *kernels) in steps.items()
-  }
+  } | attention_causal.calls(options.job("forward"))
   return collect_figures(options, run_all("attention", calls))
 
 

@@ -7,10 +7,16 @@ block schedule that the kernels make for it.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from hourjax.benchmarks import schedule
-from hourjax.benchmarks.attention_compile import SPLASH_BLOCK, Compiled, Job
+from hourjax.benchmarks.attention_compile import (
+  SPLASH_BLOCK,
+  Compiled,
+  Job,
+  compile_attention,
+)
 from hourjax.benchmarks.attention_packed import (
   Call,
   Row,
@@ -31,33 +37,42 @@ _READ = {
 _SPLASH = {"forward": ("fwd",), "backward": ("dq", "dkv")}
 
 
-def steps(job: Job) -> dict[str, tuple[Job, *tuple[str, ...]]]:
-  """Returns what is compiled.
+def calls(job: Job) -> dict[str, Callable[[], Compiled]]:
+  """Returns what is compiled, by name.
 
   Args:
     job: its topology and heads count.
-
-  Returns:
-    By name, the job and patterns of the kernels whose schedule is read.
   """
-  whole = job._replace(queries=_LENGTH, keys=_LENGTH, causal=True)
+  splash = _row(job)._replace(what="splash_backward")
+  patterns = [_pattern(name) for names in _SPLASH.values() for name in names]
+  found: dict[str, Callable[[], Compiled]] = {
+    "causal_splash": functools.partial(compile_attention, splash, *patterns)
+  }
+  for name, row in _rows(job).items():
+    for what in _PRODUCTS:
+      one, kernel = row._replace(what=what), f"attention_{what}_causal"
+      call = functools.partial(compile_attention, one, kernel)
+      found[f"causal_{what}_{name}"] = call
+  return found
+
+
+def _row(job: Job) -> Job:
+  """Returns a job for a row of the decoder, with all heads."""
+  return job._replace(queries=_LENGTH, keys=_LENGTH, causal=True)
+
+
+def _rows(job: Job) -> dict[str, Job]:
+  """Returns jobs for rows by name: of all heads, and of one device's."""
   blocks = head_blocks(job.heads, job.kv_heads, _DEVICES)
-  part = whole._replace(
+  part = job._replace(
     heads=job.heads // blocks, kv_heads=max(1, job.kv_heads // blocks)
   )
-  found: dict[str, tuple[Job, *tuple[str, ...]]] = {
-    "causal_splash": (
-      whole._replace(what="splash_backward"),
-      *(
-        f"splash_mha_{name}\\w*" for names in _SPLASH.values() for name in names
-      ),
-    )
-  }
-  for heads, one in (("all", whole), ("part", part)):
-    for what in _PRODUCTS:
-      kernel = f"attention_{what}_causal"
-      found[f"causal_{what}_{heads}"] = one._replace(what=what), kernel
-  return found
+  return {f"heads_{x.heads}_{x.kv_heads}": _row(x) for x in (job, part)}
+
+
+def _pattern(name: str) -> str:
+  """Returns a pattern for the names of one of splash's kernels."""
+  return rf"splash_mha_{name}\w*"
 
 
 def figures(
@@ -66,20 +81,18 @@ def figures(
   """Returns shares of the bf16 peak, counting half of all pairs as work.
 
   Args:
-    job: as for `steps`.
+    job: as for `calls`.
     tiles: of the generation.
-    compiled: the programs by the names that `steps` gives them.
+    compiled: the programs by the names that `calls` gives them.
 
   Raises:
     ValueError: the compiler has laid a kernel out in another way than the one
       known.
   """
-  jobs = steps(job)
   found: dict[str, Any] = {"positions": _LENGTH}
-  for heads in ("all", "part"):
-    one = jobs[f"causal_forward_{heads}"][0]
-    found[f"heads_{one.heads}_{one.kv_heads}"] = {
-      what: _ours(one, what, tiles, compiled[f"causal_{what}_{heads}"])
+  for name, row in _rows(job).items():
+    found[name] = {
+      what: _ours(row, what, tiles, compiled[f"causal_{what}_{name}"])
       for what in _PRODUCTS
     }
   splash = functools.partial(_splash, job, compiled["causal_splash"])
@@ -118,9 +131,7 @@ def _splash(job: Job, compiled: Compiled, what: str) -> dict[str, Any]:
   Only the pieces with products count, and only of blocks that reach below the
   diagonal: what splash takes is more.
   """
-  kernels = [
-    compiled.kernels[f"splash_mha_{name}\\w*"] for name in _SPLASH[what]
-  ]
+  kernels = [compiled.kernels[_pattern(name)] for name in _SPLASH[what]]
   if not all(kernels):
     return compiled.memory()
   hot = [piece for found in kernels for piece in found[0] if piece.rows]

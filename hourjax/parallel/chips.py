@@ -42,9 +42,9 @@ class Efficiency(NamedTuple):
       included; products alone are faster.
     memaug: MemAug's attention, (forward, backward): the share that the
       compiler's schedule reaches with its overhead, times `CLOCK_SHARE`.
-    causal: the decoder's attention, likewise, of a row of 16,640 positions
-      that is one sample; of the pairs up to `planning.roofline.CAUSAL_BLOCK`
-      above the diagonal.
+    causal: the decoder's attention, likewise: the share for a row of 16,640
+      positions that are one sample, where `planning.roofline.CAUSAL_BLOCK`
+      counts as work.
     tower: XLA's attention in the vision tower, head dim 72.
   """
 

@@ -62,7 +62,7 @@ def backward(
   shape: Shape,
   vmem: int,
   grad_dtype: jax.typing.DTypeLike,
-  offset: jax.typing.ArrayLike | None = None,
+  offset: jax.Array | None = None,
   interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Computes the gradients of q, k and v.

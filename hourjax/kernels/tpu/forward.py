@@ -74,7 +74,7 @@ def forward(
   shape: Shape,
   vmem: int,
   out_dtype: jax.typing.DTypeLike,
-  offset: jax.typing.ArrayLike | None = None,
+  offset: jax.Array | None = None,
   interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Computes segment-masked attention and its log-sum-exp.
