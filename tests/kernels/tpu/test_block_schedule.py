@@ -179,6 +179,17 @@ def test_causal_blocks(data, by_key, offset):
   assert written == set(range(KEY_TILES if by_key else QUERY_TILES))
 
 
+def test_no_causal_block_too_many():
+  """Of one segment, with the first query before, among and after the keys."""
+  queries, keys = (np.ones((1, n), np.int32) for n in (QUERIES, KEYS))
+  first = np.arange(KEY_TILES) * CHUNKS * EACH
+  last = (np.arange(QUERY_TILES) + 1) * EACH - 1
+  for offset in range(-QUERIES, KEYS + 1):
+    (row,) = listed(make_schedule(queries, keys, False, offset=offset))
+    wanted = (first[None] <= last[:, None] + offset).sum()
+    assert sum(bool(x[2] & {"WHOLE", "PARTLY"}) for x in row) == wanted
+
+
 def test_ranges_of_tiles_and_chunks():
   """What the kernels ask about chunks: least id, largest id, the only one."""
   keys = np.repeat([1, 1, 1, 2, 2, 2, 2, 3, 0, 0], EACH).astype(np.int32)
