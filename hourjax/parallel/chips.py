@@ -239,7 +239,7 @@ CHIPS = {
       },
       # No schedule was read for v4: the shares are assumed.
       efficiency=Efficiency(
-        dense=0.75, memaug=(0.75, 0.75), causal=(0.60, 0.55), tower=0.3
+        dense=0.75, memaug=(0.75, 0.75), causal=(0.70, 0.70), tower=0.3
       ),
     ),
     Chip(
@@ -270,7 +270,7 @@ CHIPS = {
       efficiency=Efficiency(
         dense=0.75,
         memaug=(0.94 * CLOCK_SHARE, 0.97 * CLOCK_SHARE),
-        causal=(0.82 * CLOCK_SHARE, 0.71 * CLOCK_SHARE),
+        causal=(0.95 * CLOCK_SHARE, 0.97 * CLOCK_SHARE),
         tower=0.3,
       ),
       matrix_units=4,
@@ -307,7 +307,7 @@ CHIPS = {
       efficiency=Efficiency(
         dense=0.78,
         memaug=(0.93 * CLOCK_SHARE, 0.96 * CLOCK_SHARE),
-        causal=(0.81 * CLOCK_SHARE, 0.71 * CLOCK_SHARE),
+        causal=(0.94 * CLOCK_SHARE, 0.98 * CLOCK_SHARE),
         tower=0.3,
       ),
       matrix_units=4,
@@ -344,7 +344,7 @@ CHIPS = {
       efficiency=Efficiency(
         dense=0.65,
         memaug=(0.59 * CLOCK_SHARE, 0.60 * CLOCK_SHARE),
-        causal=(0.31 * CLOCK_SHARE, 0.32 * CLOCK_SHARE),
+        causal=(0.58 * CLOCK_SHARE, 0.61 * CLOCK_SHARE),
         tower=0.15,
       ),
       matrix_units=2,
@@ -381,7 +381,7 @@ CHIPS = {
       efficiency=Efficiency(
         dense=0.65,
         memaug=(0.63 * CLOCK_SHARE, 0.67 * CLOCK_SHARE),
-        causal=(0.30 * CLOCK_SHARE, 0.31 * CLOCK_SHARE),
+        causal=(0.62 * CLOCK_SHARE, 0.67 * CLOCK_SHARE),
         tower=0.15,
       ),
       matrix_units=2,

@@ -44,6 +44,8 @@ believe the compiler that weights are pushed into the unit beside a running
 product, of which these kernels make more use than others: no TPU was at hand,
 and a schedule read so is optimistic by some 10 to 25 %.
 
+What causal calls reach is in `hourjax/benchmarks/README.md`.
+
 Splash is jax's splash attention at the same shape, read the same way, its
 backward not fused (fused it reaches 100, 100, 45 and 48 % and holds 9.5 GiB of
 partial dq). 7B (7 heads a group) on v6e: 58 and 56 %. Temporaries in HBM are
