@@ -18,15 +18,13 @@ PARAMS = pltpu.InterpretParams(detect_races=True)
 
 def use_tpu_kernels(monkeypatch) -> None:
   """Lets `kernels.attention` compute with the interpreted TPU kernels."""
-  interpreted = module.Backend(
-    functools.partial(tpu.forward, tiles=TILES, interpret=PARAMS),
-    functools.partial(tpu.backward, tiles=TILES, interpret=PARAMS),
-  )
-  original = module.backend
-  monkeypatch.setattr(
-    module,
-    "backend",
-    lambda name, causal, tiles: (
-      original(name, causal, tiles) if causal else interpreted
-    ),
-  )
+
+  def backend(name, causal, tiles):
+    del name, tiles
+    how = {"causal": causal, "tiles": TILES, "interpret": PARAMS}
+    return module.Backend(
+      functools.partial(tpu.forward, **how),
+      functools.partial(tpu.backward, **how),
+    )
+
+  monkeypatch.setattr(module, "backend", backend)

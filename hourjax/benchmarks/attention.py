@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hourjax.benchmarks import schedule
+from hourjax.benchmarks import attention_causal, schedule
 from hourjax.benchmarks.attention_compile import (
   SPLASH_BLOCK,
   Compiled,
@@ -326,7 +326,7 @@ def measure_attention(options: Options) -> dict[str, Any]:
   calls = {
     name: functools.partial(compile_attention, job, *kernels)
     for name, (job, *kernels) in steps.items()
-  }
+  } | attention_causal.calls(options.job("forward"))
   return collect_figures(options, run_all("attention", calls))
 
 
@@ -389,6 +389,7 @@ def collect_figures(
       "forward": compiled["xla"].memory(),
       "backward": compiled["xla_backward"].memory(),
     },
+    "causal": attention_causal.figures(job, options.tiles, compiled),
     "day_long": _day(compiled["day"], generation),
     "sharded_traffic_mib": {
       name: _sent(compiled[name]) for name in ("s", "2s")

@@ -56,6 +56,8 @@ class Job(NamedTuple):
     keys: memory tokens.
     tiles: `Tiles` for our kernel, or None for those of the chip.
     fused: whether splash computes dq together with dk and dv.
+    causal: whether a query sees only keys up to its own index; not of "xla"
+      or "sharded".
   """
 
   what: str
@@ -68,6 +70,7 @@ class Job(NamedTuple):
   keys: int
   tiles: tuple[int, ...] | None = None
   fused: bool = False
+  causal: bool = False
 
   @property
   def generation(self) -> str:
@@ -240,7 +243,7 @@ def _function_and_arguments(
   # What the backward kernel takes besides: the log-sum-exp of each query and
   # head, and the sum of its output times the output's gradient.
   numbers = array(q.shape[:3], jnp.float32, specs.q)
-  jaxs = functools.partial(splash, job.fused)
+  jaxs = functools.partial(splash, job.fused, job.causal)
   functions: dict[str, tuple[Callable, tuple[jax.ShapeDtypeStruct, ...]]] = {
     "forward": (_forward(job), ()),
     "backward": (_backward(job), (numbers, numbers, q)),
@@ -268,13 +271,13 @@ def _tiles(job: Job) -> AttentionTiles:
 
 
 def _forward(job: Job) -> Callable:
-  return functools.partial(
-    tpu.forward, out_dtype=jnp.bfloat16, tiles=_tiles(job)
-  )
+  how = {"tiles": _tiles(job), "causal": job.causal}
+  return functools.partial(tpu.forward, out_dtype=jnp.bfloat16, **how)
 
 
 def _backward(job: Job) -> Callable:
-  return functools.partial(tpu.backward, tiles=_tiles(job))
+  how = {"tiles": _tiles(job), "causal": job.causal}
+  return functools.partial(tpu.backward, **how)
 
 
 def gradients(call: Callable) -> Callable:
@@ -306,6 +309,7 @@ def gradients(call: Callable) -> Callable:
 
 def splash(
   fused: bool,
+  causal: bool,
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
@@ -316,6 +320,7 @@ def splash(
 
   Args:
     fused: whether its backward pass computes dq together with dk and dv.
+    causal: whether a query sees only keys up to its own index.
     q: queries `[1, T, H, C]`.
     k: keys `[1, S, K, C]`.
     v: values `[1, S, K, C]`.
@@ -327,7 +332,8 @@ def splash(
   """
   block = SPLASH_BLOCK
   q_, k_, v_ = (jnp.swapaxes(_pad_to_blocks(x, block), 1, 2) for x in (q, k, v))
-  mask = library.FullMask((q_.shape[2], k_.shape[2]))
+  kind = library.CausalMask if causal else library.FullMask
+  mask = kind((q_.shape[2], k_.shape[2]))
   call = library.make_splash_mha(
     library.MultiHeadMask([mask] * q.shape[2]),
     block_sizes=library.BlockSizes(

@@ -15,7 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from hourjax.benchmarks import schedule
-from hourjax.benchmarks.schedule import Backward, Forward
+from hourjax.benchmarks.schedule import (
+  Backward,
+  CausalBackward,
+  CausalForward,
+  Regions,
+)
 from hourjax.kernels.tpu import block_schedule
 from hourjax.kernels.tpu.call import split
 from hourjax.kernels.tpu.tiles import AttentionTiles, Shape, cut
@@ -84,7 +89,7 @@ class Call(NamedTuple):
     dim: width of a head.
   """
 
-  regions: Forward | Backward
+  regions: Regions
   generation: str
   tiles: AttentionTiles
   heads: int
@@ -94,7 +99,12 @@ class Call(NamedTuple):
   @property
   def by_key(self) -> bool:
     """Returns whether it goes key tile by key tile, as the backward kernel."""
-    return isinstance(self.regions, Backward)
+    return isinstance(self.regions, Backward | CausalBackward)
+
+  @property
+  def causal(self) -> bool:
+    """Returns whether a query sees only keys up to its own index."""
+    return isinstance(self.regions, CausalForward | CausalBackward)
 
   def cut(self, queries: int, keys: int) -> tuple[int, Shape]:
     """Returns how a call of these sizes is cut.
@@ -161,7 +171,7 @@ def packed_figures(call: Call, row: Row) -> dict[str, Any]:
 
 
 def count_blocks(
-  row: Row, shape: Shape, *, parts: int, by_key: bool
+  row: Row, shape: Shape, *, parts: int, by_key: bool, causal: bool = False
 ) -> dict[str, int]:
   """Counts how often the blocks of a row run each piece of the kernel.
 
@@ -170,11 +180,12 @@ def count_blocks(
     shape: how a part of it is cut into tiles.
     parts: parts of its queries.
     by_key: whether the kernel goes key tile by key tile.
+    causal: whether a query sees only keys up to its own index.
 
   Returns:
-    Counts by the names of the fields of `schedule.Forward`: "always" counts
-    the blocks, "chunk" the chunks of those blocks whose keys are of several
-    segments.
+    Counts by the names of the fields of `schedule.Forward`, or of
+    `schedule.CausalForward`: "always" counts the blocks, "chunk" the chunks of
+    those blocks that go chunk by chunk.
   """
   query, key = row.segments()
   length = shape.query_tiles * shape.queries
@@ -195,13 +206,16 @@ def count_blocks(
     )
   )
   counts = collections.Counter()
-  for ids, key_ids in itertools.product(query.reshape(parts, length), key):
-    counts += _count(plan(ids[None], key_ids[None]), shape.chunks)
+  queries = enumerate(query.reshape(parts, length))
+  for (i, ids), (j, key_ids) in itertools.product(queries, enumerate(key)):
+    offset = i * length - j * len(key_ids) if causal else None
+    grid = plan(ids[None], key_ids[None], offset=offset)
+    counts += _count(grid, shape, causal)
   return dict(counts)
 
 
 def _count(
-  grid: block_schedule.BlockSchedule, chunks: int
+  grid: block_schedule.BlockSchedule, shape: Shape, causal: bool
 ) -> collections.Counter:
   """Counts the pieces that one block schedule runs; see `count_blocks`."""
   codes = grid.blocks[0, : int(grid.count)]
@@ -211,23 +225,30 @@ def _count(
     counts[name.lower()] = int(listed.sum())
   meets = np.asarray(grid.query.meets(grid.key))[0]
   only = np.asarray(grid.key.only)[0]
+  # Index of each tile's first query, counted from each chunk's first key.
+  first = np.arange(len(meets))[:, None] * shape.queries
+  first = first - np.arange(meets.shape[1]) * shape.chunk
+  if causal:
+    first += int(grid.offset[0])
+    meets = meets & (first + shape.queries > 0)
+  diagonal = causal & (first + 1 < shape.chunk)
   partly = codes[block_schedule.has(codes, block_schedule.PARTLY)]
   queries, keys = (
     block_schedule.query_tile(partly),
     block_schedule.key_tile(partly),
   )
   for query, key in zip(np.asarray(queries), np.asarray(keys)):
-    of_tile = np.arange(chunks) + key * chunks
+    of_tile = np.arange(shape.chunks) + key * shape.chunks
     met = of_tile[meets[query, of_tile]]
-    counts["chunk"] += chunks
-    counts["uniform"] += int((only[met] > 0).sum())
-    counts["mixed"] += int((only[met] == 0).sum())
+    one, on = only[met] > 0, diagonal[query, met]
+    counts["chunk"] += shape.chunks
+    counts["uniform"] += int((one & ~on).sum())
+    counts["diagonal"] += int((one & on).sum())
+    counts["mixed"] += int((~one).sum())
   return counts
 
 
-def block_cycles(
-  counts: dict[str, int], regions: Forward | Backward, chip: str
-) -> int:
+def block_cycles(counts: dict[str, int], regions: Regions, chip: str) -> int:
   """Returns the cycles of a row's blocks, for one KV head.
 
   Args:

@@ -129,6 +129,58 @@ class Backward(NamedTuple):
   always: list[Piece]
 
 
+class CausalForward(NamedTuple):
+  """Holds the pieces of `attention_forward_causal`, named as in `Forward`."""
+
+  first: list[Piece]
+  whole: list[Piece]  # keys of one segment that lie before all queries
+  chunk: list[Piece]
+  uniform: list[Piece]  # such a chunk, in a tile with others
+  diagonal: list[Piece]  # a chunk of one segment on the diagonal
+  mixed: list[Piece]
+  last: list[Piece]
+  always: list[Piece]
+
+
+class CausalBackward(NamedTuple):
+  """Holds the pieces of `attention_backward_causal`, as `CausalForward`."""
+
+  first: list[Piece]
+  whole: list[Piece]
+  chunk: list[Piece]
+  uniform: list[Piece]
+  diagonal: list[Piece]
+  mixed: list[Piece]
+  last: list[Piece]
+  always: list[Piece]
+
+
+Regions = Forward | Backward | CausalForward | CausalBackward
+
+
+def causal_regions(
+  found: list[Piece], kind: type[CausalForward] | type[CausalBackward]
+) -> CausalForward | CausalBackward:
+  """Names the pieces of a causal kernel.
+
+  Args:
+    found: all pieces of the kernel.
+    kind: which kernel it is.
+
+  Raises:
+    ValueError: the compiler has laid the kernel out in another way.
+  """
+  (whole,), chunks = _products(found, 1, 3)
+  uniform, diagonal, mixed = chunks
+  return kind(
+    whole=[whole],
+    uniform=[uniform],
+    diagonal=[diagonal],
+    mixed=[mixed],
+    **_rest(found, whole, whole, (whole,), tuple(chunks)),
+  )
+
+
 def forward_regions(found: list[Piece]) -> Forward:
   """Names the pieces of the forward kernel.
 
@@ -285,9 +337,7 @@ def region_figures(flops: float, hot: list[Piece], chip: str) -> dict[str, Any]:
   }
 
 
-def overhead_share(
-  flops: float, regions: Forward | Backward, chip: str
-) -> float:
+def overhead_share(flops: float, regions: Regions, chip: str) -> float:
   """Returns the share of the peak of a block that begins and ends no tile.
 
   Counted are the branch for keys of one segment and all that every block

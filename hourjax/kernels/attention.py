@@ -8,7 +8,7 @@ prefill. `cached_attention` serves decoding: a few new tokens read a cache.
 import functools
 import types
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from hourjax.kernels import reference, sharded, splash, triton, ulysses
+from hourjax.kernels import reference, sharded, triton, ulysses
 from hourjax.kernels.constants import SAVED
 from hourjax.kernels.sharded import Backend, Sharding
 from hourjax.kernels.tpu import call as tpu
@@ -65,9 +65,8 @@ def attention(
     sharding: the mesh and the axes over which rows, heads and memory are
       split; None on one device.
     implementation: a key of `IMPLEMENTATIONS`: "tpu" (our Pallas kernels of
-      `kernels.tpu`; causal: jax's splash attention), "triton" (our GPU
-      kernels) or "reference" (plain JAX). None takes the first on TPU, the
-      second on GPU and the third elsewhere.
+      `kernels.tpu`), "triton" (our GPU kernels) or "reference" (plain JAX).
+      None takes the first on TPU, the second on GPU and the third elsewhere.
     tiles: of the TPU kernels, as `hourjax.parallel.chips.attention_tiles`
       returns them. Nothing else reads them.
 
@@ -148,30 +147,27 @@ def backend(
     tiles: of the TPU kernels.
 
   Raises:
-    ValueError: for TPU kernels that shall be causal, or that lack tiles.
+    ValueError: for TPU kernels that lack tiles.
   """
   if implementation == "tpu":
-    if causal:
-      raise ValueError("causal attention on TPU is `kernels.splash`")
     if tiles is None:
       raise ValueError(
         "the TPU attention kernels need tiles; pass"
         " tiles=hourjax.parallel.chips.attention_tiles(q.dtype)"
       )
-    return Backend(
-      functools.partial(tpu.forward, tiles=tiles),
-      functools.partial(tpu.backward, tiles=tiles),
-    )
+    return _with_causal(tpu, causal, tiles=tiles)
   if implementation == "triton":
     return _with_causal(triton, causal)
   return _with_causal(reference, causal)
 
 
-def _with_causal(module: types.ModuleType, causal: bool) -> Backend:
-  """Returns the functions of a module that also computes causal attention."""
+def _with_causal(
+  module: types.ModuleType, causal: bool, **others: Any
+) -> Backend:
+  """Returns a module's functions, with arguments that both of them take."""
   return Backend(
-    functools.partial(module.forward, causal=causal),
-    functools.partial(module.backward, causal=causal),
+    functools.partial(module.forward, causal=causal, **others),
+    functools.partial(module.backward, causal=causal, **others),
   )
 
 
@@ -185,12 +181,16 @@ def _attention(
 ) -> jax.Array:
   sharding = options.sharding
   if not options.causal or sharding is None:
-    return _computed(q, k, v, query_segment, key_segment, options)
+    return _differentiable(q, k, v, query_segment, key_segment, options)
   # After the all-to-all each device has whole sequences of some heads. The part
   # with a custom gradient then has no collective, so it may be differentiated
   # inside of shard_map.
   specs = sharding.specs()
-  local = functools.partial(_computed, options=options._replace(sharding=None))
+  options = options._replace(sharding=None)
+
+  def local(*arrays: jax.Array) -> jax.Array:
+    return _differentiable(*arrays, options)
+
   call = _shard_map(
     functools.partial(ulysses.causal, local, sharding.sequence),
     sharding,
@@ -198,19 +198,6 @@ def _attention(
     specs.q,
   )
   return call(q, k, v, query_segment, key_segment)
-
-
-def _computed(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  query_segment: jax.Array,
-  key_segment: jax.Array,
-  options: _Options,
-) -> jax.Array:
-  if options.causal and options.implementation == "tpu":
-    return splash.attention(q, k, v, query_segment, key_segment)
-  return _differentiable(q, k, v, query_segment, key_segment, options)
 
 
 # The custom gradient is defined outside of shard_map. Inside, JAX transposes

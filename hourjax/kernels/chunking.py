@@ -15,7 +15,8 @@ and backward, from the log-sum-exp over all keys:
         dq, dk, dv = call(queries, keys)     dq is summed over the keys, float32
 
 These are loops in the program (`lax.scan`), not copies of it: a kernel is
-compiled once for all parts. A call that fits is passed on as it is.
+compiled once for all parts. A call that fits is passed on as it is. Causal
+attention is told where its parts begin.
 """
 
 from collections.abc import Callable
@@ -37,12 +38,14 @@ def forward(
   queries: int,
   keys: int,
   out_dtype: jax.typing.DTypeLike,
+  causal: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Computes attention by `call` on parts of the queries and keys.
 
   Args:
     call: attention (q, k, v, query_segment, key_segment, out_dtype=) with the
-      contract of `reference.forward`.
+      contract of `reference.forward`. If it is causal it also takes `offset`,
+      int32 []: the index of its first query less that of its first key.
     q: queries [B, T, H, C].
     k: keys [B, S, K, C].
     v: values [B, S, K, C].
@@ -51,24 +54,27 @@ def forward(
     queries: most queries of a part.
     keys: most keys of a part.
     out_dtype: of the output.
+    causal: whether a query sees only the keys up to its own index.
 
   Returns:
     out [B, T, H, C] and lse float32 [B, T, H], as of one call.
   """
 
   def of_all_keys(
-    q: jax.Array, query_segment: jax.Array
+    q: jax.Array, query_segment: jax.Array, first: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    """Attends to all keys, part by part."""
+    """Attends to all keys, part by part; `first` is the first query."""
     if k.shape[1] <= keys:
-      return call(q, k, v, query_segment, key_segment, out_dtype=out_dtype)
+      how = {"out_dtype": out_dtype, **_offset(causal, first)}
+      return call(q, k, v, query_segment, key_segment, **how)
 
     def step(
       merged: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
-      k, v, key_segment = part
+      k, v, key_segment, first_key = part
       # float32, so that merging many parts rounds no more than one call does.
-      found = call(q, k, v, query_segment, key_segment, out_dtype=jnp.float32)
+      how = {"out_dtype": jnp.float32, **_offset(causal, first - first_key)}
+      found = call(q, k, v, query_segment, key_segment, **how)
       return _merged(merged, found), None
 
     nothing = (
@@ -76,13 +82,14 @@ def forward(
       jnp.full(q.shape[:3], NO_PART, jnp.float32),
     )
     parts = tuple(_cut(x, keys) for x in (k, v, key_segment))
-    out, lse = jax.lax.scan(step, nothing, parts)[0]
+    out, lse = jax.lax.scan(step, nothing, (*parts, _firsts(k, keys)))[0]
     return out.astype(out_dtype), lse
 
   length = q.shape[1]
   if length <= queries:
-    return of_all_keys(q, query_segment)
+    return of_all_keys(q, query_segment, jnp.int32(0))
   parts = tuple(_cut(x, queries) for x in (q, query_segment))
+  parts = (*parts, _firsts(q, queries))
   results = jax.lax.map(lambda part: of_all_keys(*part), parts)
   out, lse = (_joined(x, length) for x in results)
   return out, lse
@@ -101,13 +108,15 @@ def backward(
   *,
   queries: int,
   keys: int,
+  causal: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Computes gradients by `call` on parts of the queries and keys.
 
   Args:
     call: gradients (q, k, v, query_segment, key_segment, lse, delta, d_out,
       grad_dtype=) with the contract of `reference.backward`; `grad_dtype` is
-      that of dk and dv.
+      that of dk and dv. If it is causal it also takes `offset`, as for
+      `forward`.
     q: queries [B, T, H, C].
     k: keys [B, S, K, C].
     v: values [B, S, K, C].
@@ -118,6 +127,7 @@ def backward(
     d_out: gradient of the output [B, T, H, C].
     queries: most queries of a part.
     keys: most keys of a part.
+    causal: as for `forward`.
 
   Returns:
     dq float32, dk and dv in the dtype of k, as of one call.
@@ -125,7 +135,7 @@ def backward(
   length = q.shape[1]
 
   def of_all_queries(
-    k: jax.Array, v: jax.Array, key_segment: jax.Array
+    k: jax.Array, v: jax.Array, key_segment: jax.Array, first_key: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes the gradients of some keys, and their part of all of dq."""
 
@@ -135,15 +145,17 @@ def backward(
       lse: jax.Array,
       delta: jax.Array,
       d_out: jax.Array,
+      first: jax.Array,
       *,
       grad_dtype: jax.typing.DTypeLike,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
       arrays = (q, k, v, query_segment, key_segment, lse, delta, d_out)
-      return call(*arrays, grad_dtype=grad_dtype)
+      how = _offset(causal, first - first_key)
+      return call(*arrays, grad_dtype=grad_dtype, **how)
 
     arrays = (q, query_segment, lse, delta, d_out)
     if length <= queries:
-      return gradients(*arrays, grad_dtype=k.dtype)
+      return gradients(*arrays, jnp.int32(0), grad_dtype=k.dtype)
 
     def step(
       sums: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]
@@ -155,11 +167,12 @@ def backward(
     # Queries that pad the last part must weigh nothing: their lse is NO_KEYS.
     fills = (0, 0, NO_KEYS, 0, 0)
     parts = tuple(_cut(x, queries, fill) for x, fill in zip(arrays, fills))
+    parts = (*parts, _firsts(q, queries))
     (dk, dv), dq = jax.lax.scan(step, (zeros, zeros), parts)
     return _joined(dq, length), dk.astype(k.dtype), dv.astype(k.dtype)
 
   if k.shape[1] <= keys:
-    return of_all_queries(k, v, key_segment)
+    return of_all_queries(k, v, key_segment, jnp.int32(0))
 
   def step(
     total: jax.Array, part: tuple[jax.Array, ...]
@@ -168,6 +181,7 @@ def backward(
     return total + dq, (dk, dv)
 
   parts = tuple(_cut(x, keys) for x in (k, v, key_segment))
+  parts = (*parts, _firsts(k, keys))
   dq, (dk, dv) = jax.lax.scan(step, jnp.zeros(q.shape, jnp.float32), parts)
   return dq, _joined(dk, k.shape[1]), _joined(dv, k.shape[1])
 
@@ -201,6 +215,16 @@ def _merged(
   total = weight + more_weight
   out = out * weight[..., None] + more * more_weight[..., None]
   return out / total[..., None], top + jnp.log(total)
+
+
+def _offset(causal: bool, offset: jax.Array) -> dict[str, jax.Array]:
+  """Returns the argument that only causal calls take."""
+  return {"offset": offset} if causal else {}
+
+
+def _firsts(x: jax.Array, length: int) -> jax.Array:
+  """Returns the index of the first position of each part of [B, N, ...]."""
+  return jnp.arange(0, x.shape[1], length, dtype=jnp.int32)
 
 
 def _cut(x: jax.Array, length: int, fill: float = 0) -> jax.Array:

@@ -127,7 +127,13 @@ def forward(
 
   inputs = (q, k, v, query_segment, key_segment)
   out_dtype = out_dtype or q.dtype
-  return chunking.forward(call, *inputs, **lengths, out_dtype=out_dtype)
+  return chunking.forward(
+    call,
+    *inputs,
+    queries=lengths["queries"],
+    keys=lengths["keys"],
+    out_dtype=out_dtype,
+  )
 
 
 def backward(
@@ -183,7 +189,9 @@ def backward(
     return dq, dk, dv
 
   inputs = (q, k, v, query_segment, key_segment, lse, delta, d_out)
-  return chunking.backward(call, *inputs, **lengths)
+  return chunking.backward(
+    call, *inputs, queries=lengths["queries"], keys=lengths["keys"]
+  )
 
 
 def _check(

@@ -225,18 +225,15 @@ class Attention(nnx.Module):
       cache_segment,
       causal=causal,
       sharding=attention_sharding(kind),
-      **self.implementation(q, causal=causal),
+      **self.implementation(q),
     )
     return self.o(out.reshape(*x.shape[:2], -1))
 
-  def implementation(
-    self, q: Float[Array, "B T H C"], *, causal: bool = False
-  ) -> dict[str, Any]:
+  def implementation(self, q: Float[Array, "B T H C"]) -> dict[str, Any]:
     """Returns the implementation and tiles for an attention call on `q`.
 
     Args:
       q: queries of the call, whose dtype decides the tiles.
-      causal: whether the call is causal.
 
     Returns:
       The arguments `implementation` and `tiles` of the call.
@@ -245,7 +242,7 @@ class Attention(nnx.Module):
     if name == "platform":
       name = None
     tiles = None
-    if name in (None, "tpu") and not causal:
+    if name in (None, "tpu"):
       tiles = attention_tiles(
         q.dtype,
         forward=self.config.forward_tiles,

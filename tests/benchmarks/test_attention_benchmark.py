@@ -85,6 +85,34 @@ def test_blocks_of_a_packed_row():
   assert counts == expected | {"always": 9}
 
 
+@pytest.mark.parametrize("by_key", [False, True])
+def test_blocks_of_a_causal_row(by_key):
+  # Four tiles of queries, two of keys with two chunks each; the first query
+  # tile has its diagonal in chunk 0, the last one in chunk 3.
+  row = Row(1, 512, 512, 512, 512)
+  tiles = Tiles(128, 256, 128, 128)
+  shape = cut(tiles, queries=512, keys=512, groups=1, dim=8)
+  how = {"by_key": by_key, "causal": True}
+  counts = count_blocks(row, shape, parts=1, **how)
+  tiles = {"first": 2, "last": 2} if by_key else {"first": 4, "last": 4}
+  assert counts == tiles | {
+    "always": 6,
+    "whole": 2,
+    "new": 2,
+    "chunk": 8,
+    "uniform": 2,
+    "diagonal": 4,
+  }
+  # In two parts of the queries. The second half of the keys is above all of
+  # the first part: one block, which writes zeros, if keys are written.
+  parts = count_blocks(row, shape._replace(query_tiles=2), parts=2, **how)
+  assert parts == counts | {
+    "always": 7 if by_key else 6,
+    "first": 4,
+    "last": 4,
+  }
+
+
 def test_six_videos_of_ten_minutes():
   row = packed_row(9_728, 235_520)
   assert (row.videos, row.queries, row.keys) == (6, 1_621, 39_000)
@@ -164,6 +192,16 @@ def test_one_json_object():
     assert kernel["hbm_temporaries_mib"] > 0
     assert packed.get("ratio_to_sum_of_parts", 1) < 3
     assert 0 < figures["splash"][name]["share_of_peak"] <= 1
+    ours, packed, part, splash = (
+      figures["causal"][heads][name][f"share_of_peak_{samples}_samples"]
+      for heads, samples in (
+        ("heads_16_2", 1),
+        ("heads_16_2", 4),
+        ("heads_4_1", 1),
+        ("splash", 1),
+      )
+    )
+    assert 0 < packed < ours < 1 and 0 < splash < part < 1
   traffic = figures["sharded_traffic_mib"]
   assert traffic["s"] == traffic["2s"] > 0
   assert 0 < figures["day_long"]["share_of_hbm"] < 0.1

@@ -46,6 +46,31 @@ def test_another_layout_is_an_error():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  "what, kind",
+  [
+    ("forward", schedule.CausalForward),
+    ("backward", schedule.CausalBackward),
+  ],
+)
+def test_a_real_causal_kernel(what, kind):
+  """Every mask costs something, and pipelining a whole block gains."""
+  job = Job(what, "v6e:2x4", 1, 2, 1, 128, 1024, 1024, causal=True)
+  job = job._replace(tiles=(256, 512, 256, 256))
+  compiled = compile_attention(job, f"attention_{what}_causal")
+  (kernel,) = compiled.kernels.values()
+  regions = schedule.causal_regions(kernel[0], kind)
+  whole, uniform, diagonal, mixed = (
+    schedule.total(getattr(regions, name), "v6e")
+    for name in ("whole", "uniform", "diagonal", "mixed")
+  )
+  assert whole / 2 < uniform < diagonal < mixed
+  products = {"forward": 4, "backward": 10}[what]
+  flops = products * 128 * 256 * 512
+  assert 0.1 < schedule.share_of_peak(flops, whole, "v6e") < 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("chip, rows", [("v5e", 128), ("v6e", 256)])
 def test_a_real_kernel(chip, rows):
   job = Job("forward", f"{chip}:2x4", 1, 2, 1, 128, 128, 1024)

@@ -131,7 +131,7 @@ def _figures(compiled) -> dict:
     for n in filter(None, shape.split(",")):
       count *= int(n)
     sizes.append(count * _BYTES[dtype])
-  calls = re.findall(r"%((?:attention|splash)_\w+?)(?:\.\d+)? = ", text)
+  calls = re.findall(r"%(attention_\w+?)(?:\.\d+)? = ", text)
   return {
     "gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30,
     "calls": sorted(set(calls)),

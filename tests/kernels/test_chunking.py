@@ -45,12 +45,16 @@ def _segments(name):
   return [np.stack([x, x[::-1]]) for x in ids]
 
 
-def _weights(q, k, query_segment, key_segment, top):
+def _weights(q, k, query_segment, key_segment, top, offset=None):
   """float32 [B, K, G, T, S]: exp(score - top), 0 where it is not seen."""
   q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
   score = _sum("btkgc,bskc->bkgts", q, k) * q.shape[-1] ** -0.5
   seen = query_segment[:, :, None] == key_segment[:, None]
-  seen = (seen & (key_segment > 0)[:, None])[:, None, None]
+  seen = seen & (key_segment > 0)[:, None]
+  if offset is not None:
+    index = jnp.arange(q.shape[1])[:, None] + offset
+    seen = seen & (jnp.arange(k.shape[1])[None] <= index)[None]
+  seen = seen[:, None, None]
   score = jnp.where(seen, score, NEVER)
   top = score.max(-1) if top is None else _folded(top, k)
   return jnp.where(seen, jnp.exp(score - top[..., None]), 0.0), top
@@ -66,9 +70,9 @@ def _sum(spec, a, b):
   return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-def _forward(q, k, v, *segments, out_dtype):
+def _forward(q, k, v, *segments, out_dtype, offset=None):
   """The contract of `reference.forward`, quick to compile."""
-  weight, top = _weights(q, k, *segments, None)
+  weight, top = _weights(q, k, *segments, None, offset)
   total = weight.sum(-1)
   safe = jnp.where(total > 0, total, 1.0)
   out = _sum("bkgts,bskc->btkgc", weight.astype(v.dtype), v)
@@ -78,10 +82,10 @@ def _forward(q, k, v, *segments, out_dtype):
   return out.reshape(q.shape).astype(out_dtype), lse
 
 
-def _backward(q, k, v, *others, grad_dtype):
+def _backward(q, k, v, *others, grad_dtype, offset=None):
   """That of `reference.backward`."""
   *segments, lse, delta, d_out = others
-  weight, _ = _weights(q, k, *segments, lse)
+  weight, _ = _weights(q, k, *segments, lse, offset)
   grouped = (*q.shape[:2], k.shape[2], -1, q.shape[3])
   q_, d_out = q.reshape(grouped), d_out.reshape(grouped)
   d_weight = _sum("btkgc,bskc->bkgts", d_out, v)
@@ -97,13 +101,15 @@ def _backward(q, k, v, *others, grad_dtype):
 # To compile takes longer than to run.
 @functools.partial(
   jax.jit,
-  static_argnames=("queries", "keys"),
+  static_argnames=("queries", "keys", "causal"),
   compiler_options={"xla_backend_optimization_level": 0},
 )
-def _ours(q, k, v, d_out, query_segment, key_segment, queries, keys):
+def _ours(
+  q, k, v, d_out, query_segment, key_segment, queries, keys, causal=False
+):
   """(out, dq, dk, dv, lse)"""
   arrays = q, k, v, query_segment, key_segment
-  how = {"queries": queries, "keys": keys}
+  how = {"queries": queries, "keys": keys, "causal": causal}
   out, lse = chunking.forward(_forward, *arrays, **how, out_dtype=q.dtype)
   delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
   numbers = jnp.where(lse == NEVER, 1e30, lse), delta, d_out
@@ -130,6 +136,22 @@ def test_float64(name, queries, keys):
   np.testing.assert_allclose(lse, whole[-1], rtol=2e-6, atol=ATOL)
   assert (lse[blind] == NEVER).all()
   assert not got[0][blind].any() and not got[1][blind].any()
+
+
+@pytest.mark.parametrize(
+  "queries, keys", [(40, 30), pytest.param(7, 90, marks=pytest.mark.slow)]
+)
+def test_causal(queries, keys):
+  """Some parts of the keys lie wholly after a part of the queries."""
+  inputs = [jnp.asarray(x) for x in _draw(1, 2, KEYS, KEYS, 4, 2, dim=8)]
+  ids = _ids([(1, 30), (2, 31), (3, 9)], KEYS)
+  segment = np.stack([ids, ids[::-1]])
+  how = {"queries": queries, "keys": keys, "causal": True}
+  *got, _ = _ours(*inputs, segment, segment, **how)
+  q, k, v, d_out = inputs
+  expected = dense(q, k, v, segment, segment, True, d_out)
+  for what, x, y in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
+    np.testing.assert_allclose(x, y, rtol=0, atol=ATOL, err_msg=what)
 
 
 @pytest.mark.slow

@@ -60,7 +60,8 @@ _INTERPRETED = [
   )
 ] + [
   {"devices": 4, "order": "", "queries": True, "kernel": "tpu",
-   "sequence": "whole"}
+   "sequence": sequence}
+  for sequence in ("whole", "causal")
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from hourjax.training.config import build_experiment
 from hourjax.training.workdir import config_diff
 
 
-def _choice(config, *, causal=False, dtype=jnp.bfloat16):
+def _choice(config, *, dtype=jnp.bfloat16):
   """What the model asks of the attention call, compiled for v5e."""
   layer = nnx.eval_shape(
     lambda: Attention(
@@ -40,7 +40,7 @@ def _choice(config, *, causal=False, dtype=jnp.bfloat16):
   mesh = AbstractMesh((1,), ("data",), abstract_device=device)
   with jax.sharding.use_abstract_mesh(mesh):
     q = jnp.zeros((1, 1, 2, 8), dtype)
-    return layer.implementation(q, causal=causal)
+    return layer.implementation(q)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -48,7 +48,6 @@ def test_the_platform_chooses_with_the_tiles_of_the_table(dtype):
   tiles = CHIPS["v5e"].attention_tiles(dtype)
   found = _choice(AttentionConfig(), dtype=dtype)
   assert found == {"implementation": None, "tiles": tiles}
-  assert _choice(AttentionConfig(), causal=True)["tiles"] is None
 
 
 def test_tiles_of_the_configuration():

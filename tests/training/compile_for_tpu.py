@@ -38,9 +38,7 @@ def main(config: str, topology: str) -> None:
   experiment = dataclasses.replace(experiment, model=model)
   compiled = lower_programs(experiment, mesh)["accumulate"].compile()
   memory = compiled.memory_analysis()
-  calls = re.findall(
-    r"%((?:attention|splash)_\w+?)(?:\.\d+)? = ", compiled.as_text()
-  )
+  calls = re.findall(r"%(attention_\w+?)(?:\.\d+)? = ", compiled.as_text())
   print(
     json.dumps(
       {

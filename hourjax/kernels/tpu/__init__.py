@@ -1,4 +1,4 @@
-"""Attention as Pallas TPU kernels, forward and backward, for MemAug.
+"""Attention as Pallas TPU kernels, forward and backward.
 
 Half of all arithmetic of training on hour-long video is here: 9,728 queries
 of 16 heads against 235,520 memory tokens. What makes it fast:
@@ -11,6 +11,8 @@ of 16 heads against 235,520 memory tokens. What makes it fast:
 - the next unit's scores are computed while this one is exponentiated;
 - only tiles that share a segment meet (`block_schedule.py`), and rows of
   other segments are masked by row, which costs nothing;
+- causal attention skips what lies above the diagonal, and masks only the
+  chunks that it crosses (`masks.py`);
 - the backward is one sweep of five matmuls, dq held in VMEM (`backward.py`).
 
 The block schedule lies in scalar memory, which holds 130,000 blocks: three
@@ -41,6 +43,8 @@ code around the region. Neither knows of stalls or of waiting for HBM, and both
 believe the compiler that weights are pushed into the unit beside a running
 product, of which these kernels make more use than others: no TPU was at hand,
 and a schedule read so is optimistic by some 10 to 25 %.
+
+What causal calls reach is in `hourjax/benchmarks/README.md`.
 
 Splash is jax's splash attention at the same shape, read the same way, its
 backward not fused (fused it reaches 100, 100, 45 and 48 % and holds 9.5 GiB of

@@ -18,6 +18,7 @@ are [keys, rows], as in the forward kernel:
         if FIRST:   dk, dv = 0, 0
         if WHOLE:   for each unit: products 1 to 5
         if PARTLY:  for each chunk that meets the query tile: mask, 1 to 5
+                    (causal: each chunk with no more masks than it needs)
         if LAST:    write dk and dv of the key tile
       copy dq to HBM
 
@@ -43,8 +44,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hourjax.kernels.constants import NO_KEYS
-from hourjax.kernels.tpu import block_schedule, tile_layout
-from hourjax.kernels.tpu.tile_layout import LOG2E, dot, dot_transposed, mask
+from hourjax.kernels.tpu import block_schedule, masks, tile_layout
+from hourjax.kernels.tpu.tile_layout import LOG2E, dot, dot_transposed
 from hourjax.kernels.tpu.tiles import Shape
 
 
@@ -61,6 +62,7 @@ def backward(
   shape: Shape,
   vmem: int,
   grad_dtype: jax.typing.DTypeLike,
+  offset: jax.Array | None = None,
   interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Computes the gradients of q, k and v.
@@ -78,6 +80,8 @@ def backward(
     shape: how the call is cut into tiles.
     vmem: bytes of VMEM that the kernel may take.
     grad_dtype: of dk and dv.
+    offset: int32 [], for causal attention: the index of the first query in
+      the row less that of the first key. None if it is not causal.
     interpret: False, or `pltpu.InterpretParams` to run without a TPU.
 
   Returns:
@@ -90,8 +94,10 @@ def backward(
     key_tiles=shape.key_tiles,
     chunks=shape.chunks,
     by_key=True,
+    offset=offset,
   )
   rows, heads, scale = q.shape[0], k.shape[2], q.shape[-1] ** -0.5
+  causal = offset is not None
   most = schedule.blocks.shape[1]
 
   at = block_schedule.index_maps(most)
@@ -101,12 +107,19 @@ def backward(
   folded = tile_layout.fold(q, shape)
   flat = tile_layout.flat_keys(k, shape)
   pairs = rows * heads * shape.query_tiles * shape.rows * flat.shape[1]
+  pairs //= 2 if causal else 1
   grad = jax.ShapeDtypeStruct(flat.shape, grad_dtype)
   dq, dk, dv = pl.pallas_call(
-    functools.partial(_kernel, shape=shape, most=most, scale=scale),
+    functools.partial(
+      _kernel,
+      shape=shape,
+      most=most,
+      scale=scale,
+      causal=causal,
+    ),
     out_shape=(jax.ShapeDtypeStruct(folded.shape, jnp.float32), grad, grad),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=6,  # what `schedule.scalars` returns
+      num_scalar_prefetch=7,  # what `schedule.scalars` returns
       # As long as the longest schedule of all rows, known when it runs.
       grid=(rows, heads, schedule.count),
       in_specs=[
@@ -118,6 +131,7 @@ def backward(
         keys,
         pl.BlockSpec((1, 1, 1, shape.rows), at.query_segment),
         pl.BlockSpec((1, shape.chunks, 1, shape.chunk), at.key_segment),
+        pl.BlockSpec((1, shape.rows), at.place),
       ],
       # dq stays in HBM for Pallas: the kernel itself copies it, once.
       out_specs=(pl.BlockSpec(memory_space=pl.ANY), keys, keys),
@@ -142,7 +156,7 @@ def backward(
       + 4 * folded.size,  # dq once, float32
     ),
     interpret=interpret,
-    name="attention_backward",
+    name="attention_backward" + "_causal" * causal,
   )(
     *schedule.scalars(),
     folded,
@@ -154,6 +168,7 @@ def backward(
     tile_layout.flat_keys(v, shape),
     tile_layout.fold_segments(query_segment, shape),
     tile_layout.tile_segments(key_segment, shape),
+    tile_layout.places(shape),
   )
   length, dim = q.shape[1], q.shape[3]
   return (
@@ -167,6 +182,7 @@ def backward(
 
 def _kernel(
   blocks_ref: jax.Ref,  # the schedule and its ranges, in scalar memory, flat
+  offset: jax.Ref,
   query_low: jax.Ref,
   query_high: jax.Ref,
   key_low: jax.Ref,
@@ -180,6 +196,7 @@ def _kernel(
   v_ref: jax.Ref,  # [1, keys, C]
   query_segment: jax.Ref,  # [1, 1, 1, rows]
   key_segment: jax.Ref,  # [1, chunks, 1, chunk]
+  place: jax.Ref,  # [1, rows]
   dq_hbm: jax.Ref,  # [B, K, query tiles, C, rows]
   dk_ref: jax.Ref,  # [1, keys, C]
   dv_ref: jax.Ref,  # [1, keys, C]
@@ -192,12 +209,14 @@ def _kernel(
   shape: Shape,
   most: int,
   scale: float,
+  causal: bool,
 ) -> None:
   """Computes one block, as the module's docstring shows.
 
   Args:
     blocks_ref: blocks of the schedule. Shapes of all references are beside the
       parameters above.
+    offset: the index of the first query less that of the first key.
     query_low: least segment id of each query tile.
     query_high: largest segment id of each query tile.
     key_low: least segment id of each key chunk.
@@ -211,6 +230,7 @@ def _kernel(
     v_ref: its values.
     query_segment: ids of the query tile.
     key_segment: ids of the key tile.
+    place: which query of its tile a row is.
     dq_hbm: gradients of all queries.
     dk_ref: gradients of the key tile.
     dv_ref: gradients of its values.
@@ -222,6 +242,7 @@ def _kernel(
     shape: how the call is cut into tiles.
     most: blocks for which each row of the schedule has room.
     scale: of the scores.
+    causal: whether a query sees only keys up to its own index.
   """
   b, head, n = (pl.program_id(axis) for axis in range(3))
   block = blocks_ref[b * most + n]
@@ -299,20 +320,41 @@ def _kernel(
   @pl.when(block_schedule.has(block, block_schedule.PARTLY))
   def _() -> None:
     query = i + b * shape.query_tiles
+    # Index of the tile's first query, counted from the block's first key.
+    first = offset[0] + i * shape.queries
+    first -= block_schedule.key_tile(block) * shape.keys
+
+    def add_chunk(c: jax.Array, only: jax.Array | None, diagonal: bool) -> None:
+      """Adds chunk c; arguments are those of the forward kernel's."""
+      key = pl.multiple_of(c * shape.chunk, shape.chunk)
+      ids = masks.column(key_segment[0, c]) if only is None else None
+      units = shape.row_units
+      ahead = products(key, units[0])
+      for number, at in enumerate(units):
+        now = ahead
+        if number + 1 < len(units):
+          ahead = products(key, units[number + 1])
+        mine, lse = query_segment[0, 0, :, at], lse_ref[0, 0, 0, :, at]
+        last = place[:, at] + (first - key) if diagonal else None
+        allowed = masks.allowed(ids, only, mine, last, shape.chunk)
+        if allowed is None:
+          lse = jnp.where(mine == only, lse, NO_KEYS)
+        add(key, at, *now, lse, allowed)
 
     def one_chunk(c: jax.Array, carry: None) -> None:
       j = chunk + c
-
-      @pl.when(
-        (query_low[query] <= key_high[j]) & (key_low[j] <= query_high[query])
-      )
-      def _() -> None:
-        key = pl.multiple_of(c * shape.chunk, shape.chunk)
-        for at in shape.row_units:
-          allowed = mask(key_segment[0, c], query_segment[0, 0, :, at])
-          now = products(key, at)
-          add(key, at, *now, lse_ref[0, 0, 0, :, at], allowed)
-
+      low, high = query_low[query], query_high[query]
+      meets = (low <= key_high[j]) & (key_low[j] <= high)
+      if causal:
+        masks.by_kind(
+          functools.partial(add_chunk, c),
+          meets=meets,
+          only=key_only[j],
+          first=first - c * shape.chunk,
+          shape=shape,
+        )
+      else:
+        pl.when(meets)(lambda: add_chunk(c, None, False))
       return carry
 
     jax.lax.fori_loop(0, shape.chunks, one_chunk, None)

@@ -13,6 +13,9 @@ The forward kernel takes all blocks of a query tile one after the other, and
 the backward kernel all blocks of a key tile, since that is the tile whose sums
 each of them holds in VMEM.
 
+In causal attention no block lies above the diagonal, and those that it crosses
+are PARTLY.
+
 Ids rise along a row, so whether two tiles share a segment is read from their
 least and largest id. Where ids are in another order, some blocks are scheduled
 in which no query meets a key. That costs time and changes no result: the masks
@@ -31,7 +34,7 @@ MOST_TILES = 1 << TILE_BITS
 FIRST = 1 << 26  # the first block of its output tile: sums are set to zero
 LAST = 1 << 27  # the last one: sums are written out
 WHOLE = 1 << 28  # all keys are of one segment, so that only rows need a mask
-PARTLY = 1 << 29  # keys of several segments, or padding: each score is masked
+PARTLY = 1 << 29  # keys of several segments, padding, or the causal diagonal
 NEW = 1 << 30  # WHOLE, and the key tile before this one lacks the segment
 _NOTHING = jnp.iinfo(jnp.int32).max  # the least id of a tile of padding
 
@@ -64,12 +67,15 @@ class BlockSchedule(NamedTuple):
       its last block repeat that block without flags, so that nothing is
       computed there and no tile is fetched anew.
     count: int32 [], the number of blocks of the row that has the most.
+    offset: int32 [1], the index of the first query in the row less that of
+      the first key; only causal kernels read it.
     query: ranges of the query tiles.
     key: ranges of the key chunks.
   """
 
   blocks: jax.Array
   count: jax.Array
+  offset: jax.Array
   query: SegmentRanges
   key: SegmentRanges
 
@@ -80,7 +86,7 @@ class BlockSchedule(NamedTuple):
     two dimensions to a whole register.
     """
     ranges = (self.query.low, self.query.high, *self.key)
-    return tuple(x.reshape(-1) for x in (self.blocks, *ranges))
+    return tuple(x.reshape(-1) for x in (self.blocks, self.offset, *ranges))
 
 
 def key_tile(block: jax.Array) -> jax.Array:
@@ -106,12 +112,14 @@ class IndexMaps(NamedTuple):
     query_segment: of arrays [B, query tiles, 1, rows].
     key: of arrays [B, S, K * C].
     key_segment: of arrays [B, chunks, 1, chunk].
+    place: of the array [1, rows] that all tiles share.
   """
 
   query: Callable[..., tuple]
   query_segment: Callable[..., tuple]
   key: Callable[..., tuple]
   key_segment: Callable[..., tuple]
+  place: Callable[..., tuple]
 
 
 def index_maps(most: int) -> IndexMaps:
@@ -143,7 +151,10 @@ def index_maps(most: int) -> IndexMaps:
   ) -> tuple:
     return b, key_tile(blocks[b * most + n]), 0, 0
 
-  return IndexMaps(query, query_segment, key, key_segment)
+  def place(*_) -> tuple:
+    return 0, 0
+
+  return IndexMaps(query, query_segment, key, key_segment, place)
 
 
 def make_schedule(
@@ -154,6 +165,7 @@ def make_schedule(
   key_tiles: int,
   chunks: int,
   by_key: bool,
+  offset: jax.typing.ArrayLike | None = None,
 ) -> BlockSchedule:
   """Lists the blocks of each row.
 
@@ -166,6 +178,9 @@ def make_schedule(
     by_key: True lists the blocks key tile by key tile, False query tile by
       query tile. Each of these tiles has at least one block, if only to write
       zeros.
+    offset: int32 [], for causal attention: the index of the first query in
+      the row less that of the first key. None if a query sees keys on both of
+      its sides.
   """
   query = _ranges(query_segment, query_tiles)
   key = _ranges(key_segment, key_tiles * chunks)
@@ -173,6 +188,15 @@ def make_schedule(
   # By chunk, which is exact in more cases than by tile: a tile of the segments
   # 1 and 3 does not meet a query of 2 if a chunk boundary parts them.
   meets = query.meets(key)
+  whole = (tile.only > 0)[:, None]
+  if offset is not None:
+    first = offset + _starts(query_segment, query_tiles)[:, None]
+    after = offset + _starts(query_segment, query_tiles, after=1)[:, None]
+    chunk = _starts(key_segment, key_tiles * chunks)[None]
+    meets &= (chunk < after)[None]
+    # The last key of the tile does not lie after the first query.
+    end = _starts(key_segment, key_tiles, after=1)[None]
+    whole &= (end <= first + 1)[None]
   meets = meets.reshape(*meets.shape[:2], key_tiles, chunks).any(-1)
   # NEW where the key tile before has no key of this segment. For key tile 0
   # `before` is -1, which indexes the last tile; `before < 0` overrides it.
@@ -181,12 +205,12 @@ def make_schedule(
     (tile.low[:, before[0]] <= tile.only)
     & (tile.only <= tile.high[:, before[0]])
   )
-  kind = jnp.where(tile.only > 0, WHOLE + jnp.where(new, NEW, 0), PARTLY)
+  kind = jnp.where(whole, WHOLE + jnp.where(new, NEW, 0)[:, None], PARTLY)
   pair = (
     jnp.arange(query_tiles)[None, :, None] * MOST_TILES
     + jnp.arange(key_tiles)[None, None]
   )
-  blocks = pair + kind[:, None]
+  blocks = pair + kind
   if by_key:
     blocks, pair, meets = (jnp.swapaxes(x, 1, 2) for x in (blocks, pair, meets))
   # An output tile that meets nothing still has to be written. It gets one
@@ -199,12 +223,25 @@ def make_schedule(
   last = meets.shape[2] - 1 - jnp.argmax(listed[..., ::-1], -1, keepdims=True)
   blocks += jnp.where(order == first, FIRST, 0)
   blocks += jnp.where(order == last, LAST, 0)
-  return _compact(blocks, listed, query, key)
+  offset = jnp.asarray([0 if offset is None else offset], jnp.int32)
+  return _compact(blocks, listed, offset, query, key)
+
+
+def _starts(segment: jax.Array, tiles: int, after: int = 0) -> jax.Array:
+  """Returns the index at which each of `tiles` tiles of [B, N] starts.
+
+  Args:
+    segment: ids of the positions.
+    tiles: number of tiles.
+    after: 1 returns the index after each tile instead.
+  """
+  return (jnp.arange(tiles) + after) * (segment.shape[1] // tiles)
 
 
 def _compact(
   blocks: jax.Array,
   listed: jax.Array,
+  offset: jax.Array,
   query: SegmentRanges,
   key: SegmentRanges,
 ) -> BlockSchedule:
@@ -213,6 +250,7 @@ def _compact(
   Args:
     blocks: int32 [B, n, m], every pair of tiles.
     listed: bool [B, n, m], which of them are scheduled.
+    offset: as in `BlockSchedule`.
     query: ranges of the query tiles.
     key: ranges of the key chunks.
   """
@@ -228,7 +266,8 @@ def _compact(
   # branch of the kernel runs.
   last = jnp.take_along_axis(blocks, count[:, None] - 1, 1) & (FIRST - 1)
   blocks = jnp.where(jnp.arange(most)[None] < count[:, None], blocks, last)
-  return BlockSchedule(blocks.astype(jnp.int32), count.max(), query, key)
+  blocks = blocks.astype(jnp.int32)
+  return BlockSchedule(blocks, count.max(), offset, query, key)
 
 
 def _ranges(segment: jax.Array, tiles: int) -> SegmentRanges:

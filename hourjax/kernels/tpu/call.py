@@ -53,6 +53,7 @@ def forward(
   *,
   out_dtype: jax.typing.DTypeLike,
   tiles: AttentionTiles,
+  causal: bool = False,
   interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Computes attention and its log-sum-exp, in parts if need be.
@@ -65,6 +66,7 @@ def forward(
     key_segment: int32 [B, S]; 0 is padding.
     out_dtype: of the output.
     tiles: of the chip, for the dtype of q.
+    causal: whether a query sees only the keys up to its own index.
     interpret: False, or `pltpu.InterpretParams` to run without a TPU.
 
   Returns:
@@ -80,7 +82,11 @@ def forward(
     attend.forward, shape=shape, vmem=tiles.vmem, interpret=interpret
   )
   call = functools.partial(
-    chunking.forward, call, **_lengths(shape), out_dtype=out_dtype
+    chunking.forward,
+    call,
+    **_lengths(shape),
+    out_dtype=out_dtype,
+    causal=causal,
   )
   return _by_rows(call, shape, q, k, v, query_segment, key_segment)
 
@@ -96,6 +102,7 @@ def backward(
   d_out: jax.Array,
   *,
   tiles: AttentionTiles,
+  causal: bool = False,
   interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Computes the gradients of q, k and v, in parts if need be.
@@ -111,6 +118,7 @@ def backward(
     delta: float32 [B, T, H]: sum of out * d_out over C.
     d_out: gradient of the output [B, T, H, C].
     tiles: of the chip, for the dtype of q.
+    causal: as for `forward`.
     interpret: False, or `pltpu.InterpretParams` to run without a TPU.
 
   Returns:
@@ -124,7 +132,9 @@ def backward(
   call = functools.partial(
     sweep.backward, shape=shape, vmem=tiles.vmem, interpret=interpret
   )
-  call = functools.partial(chunking.backward, call, **_lengths(shape))
+  call = functools.partial(
+    chunking.backward, call, **_lengths(shape), causal=causal
+  )
   operands = q, k, v, query_segment, key_segment, lse, delta, d_out
   return _by_rows(call, shape, *operands)
 
@@ -188,9 +198,10 @@ def forward_vmem(shape: Shape, size: int) -> int:
     2 * queries * (size + 4)
     + 4 * keys * size  # k and v, two buffers each
     + 4 * queries  # the sums of weighted values, float32
-    # top, sum, lse and segments, some with two buffers: at most 8 arrays of
-    # one row of 4 bytes, which the registers' shape pads to 8 rows.
-    + 8 * 4 * 8 * shape.rows
+    # top, sum, lse, segments, places and the first references, most with two
+    # buffers: 10 arrays of one row of 4 bytes, which the registers' shape
+    # pads to 8 rows.
+    + 10 * 4 * 8 * shape.rows
     # Two units of scores and one of weights in float32, and its cast.
     + shape.chunk * shape.unit * (12 + size)
   )
@@ -211,8 +222,8 @@ def backward_vmem(shape: Shape, size: int) -> int:
     + 4 * queries * size  # q and d_out, two buffers each
     # k and v, and dk and dv, which may be float32: two buffers each.
     + 4 * keys * (size + 4)
-    # lse, delta and segments, two buffers each: at most 8 arrays of one row of
-    # 4 bytes, which the registers' shape pads to 8 rows.
+    # lse, delta, segments and places, two buffers each: 8 arrays of one row
+    # of 4 bytes, which the registers' shape pads to 8 rows.
     + 8 * 4 * 8 * shape.rows
     # Scores and gradients of weights of two units, and the weights and the
     # gradients of scores of one, float32.

@@ -18,12 +18,15 @@ K [keys, C] and V [keys, C]:
                    +--------------------------+
 
     for each row of the batch b, KV head, block n of the schedule:    (grid)
-      if FIRST:   top, sum, acc = NEVER, 0, 0
+      if FIRST:   top, sum, acc = begin, 0, 0
       if WHOLE:   if NEW: take top of the rows that have none yet
                   for each unit: P^T = exp2(S^T - top), add to sum and acc
       if PARTLY:  for each chunk that meets the query tile:
                     mask S^T; online softmax: raise top, shrink sum and acc
       if LAST:    out = acc / sum; lse = top + log(sum)
+
+`begin` is NEVER, or in causal attention the score of each query's own key.
+Then NEW takes no maximum, and PARTLY keeps `top` as well.
 
 It departs from FlashAttention (arXiv 2205.14135) in two ways.
 
@@ -42,7 +45,9 @@ up to 2 ** 127 with the same relative precision as those up to 1. Only if a sum
 passes `LARGEST` (scores more than 69 above the reference) or is not a number,
 the kernel marks its log-sum-exp as infinite, and the whole call is repeated
 with a running maximum. At worst it costs three times as much; it is never
-wrong.
+wrong. In causal attention the reference is the score of a query's own key, so
+that a sum is at least 1; where it is smaller than 1 / `LARGEST`, the query does
+not see that key, and the call is repeated, too.
 """
 
 import functools
@@ -52,8 +57,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from hourjax.kernels.tpu import block_schedule, tile_layout
-from hourjax.kernels.tpu.tile_layout import LOG2E, NEVER, dot, mask
+from hourjax.kernels.tpu import block_schedule, masks, tile_layout
+from hourjax.kernels.tpu.tile_layout import LOG2E, NEVER, dot
 from hourjax.kernels.tpu.tiles import Shape
 
 LARGEST = 2.0**100  # of a sum of weights; times |v| it must not overflow
@@ -69,6 +74,7 @@ def forward(
   shape: Shape,
   vmem: int,
   out_dtype: jax.typing.DTypeLike,
+  offset: jax.Array | None = None,
   interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Computes segment-masked attention and its log-sum-exp.
@@ -82,6 +88,8 @@ def forward(
     shape: how the call is cut into tiles.
     vmem: bytes of VMEM that the kernel may take.
     out_dtype: of the output.
+    offset: int32 [], for causal attention: the index of the first query in
+      the row less that of the first key. None if it is not causal.
     interpret: False, or `pltpu.InterpretParams` to run without a TPU.
 
   Returns:
@@ -95,6 +103,7 @@ def forward(
     key_tiles=shape.key_tiles,
     chunks=shape.chunks,
     by_key=False,
+    offset=offset,
   )
   arrays = (
     tile_layout.fold(q, shape),
@@ -102,17 +111,24 @@ def forward(
     tile_layout.flat_keys(v, shape),
     tile_layout.fold_segments(query_segment, shape),
     tile_layout.tile_segments(key_segment, shape),
+    tile_layout.places(shape),
+  )
+  nothing = jnp.full(q.shape[:3], NEVER, jnp.float32)
+  begin = nothing if offset is None else _own_scores(q, k, offset) * LOG2E
+  begin, nothing = (
+    tile_layout.fold_numbers(x, shape, fill=0.0) for x in (begin, nothing)
   )
   call = functools.partial(
     _call,
     shape=shape,
+    causal=offset is not None,
     scale=q.shape[-1] ** -0.5,
     kv_heads=k.shape[2],
     vmem=vmem,
     out_dtype=out_dtype,
     interpret=interpret,
   )
-  out, lse = call(schedule, arrays, running=False)
+  out, lse = call(schedule, (*arrays, begin), running=False)
   # The check and the repetition of which the module's docstring speaks. Both
   # kernels are in the program; the second runs only where it is needed.
   out, lse = jax.lax.cond(
@@ -120,7 +136,7 @@ def forward(
     lambda *_: (out, lse),
     functools.partial(call, running=True),
     schedule,
-    arrays,
+    (*arrays, nothing),
   )
   length, dim = q.shape[1], q.shape[3]
   return (
@@ -129,11 +145,24 @@ def forward(
   )
 
 
+def _own_scores(q: jax.Array, k: jax.Array, offset: jax.Array) -> jax.Array:
+  """Returns each query's score for the key of its own index, [B, T, H]."""
+  if q.shape[1] != k.shape[1]:
+    index = jnp.arange(q.shape[1]) + offset
+    k = jnp.take(k, index, axis=1, mode="clip")
+  groups = q.shape[2] // k.shape[2]
+  q, k = (x.astype(jnp.float32) for x in (q, k))
+  q = q.reshape(*k.shape[:3], groups, -1)
+  score = (q * k[:, :, :, None]).sum(-1)
+  return score.reshape(*q.shape[:2], -1) * q.shape[-1] ** -0.5
+
+
 def _call(
   schedule: block_schedule.BlockSchedule,
   arrays: tuple[jax.Array, ...],
   *,
   running: bool,
+  causal: bool,
   shape: Shape,
   scale: float,
   kv_heads: int,
@@ -145,8 +174,9 @@ def _call(
 
   Args:
     schedule: its grid.
-    arrays: q, k, v and segment ids, in tiles.
+    arrays: q, k, v and segment ids, in tiles, and `tile_layout.places`.
     running: whether the maximum runs in every block.
+    causal: whether a query sees only keys up to its own index.
     shape: how the call is cut into tiles.
     scale: of the scores.
     kv_heads: K.
@@ -164,6 +194,7 @@ def _call(
   numbers = pl.BlockSpec((1, 1, 1, 1, shape.rows), at.query)
   keys = pl.BlockSpec((1, shape.keys, shape.dim), at.key)
   pairs = rows * kv_heads * shape.query_tiles * shape.rows * k.shape[1]
+  pairs //= 2 if causal else 1
   return pl.pallas_call(
     functools.partial(
       _kernel,
@@ -171,13 +202,14 @@ def _call(
       most=most,
       to_power=scale * LOG2E,
       running=running,
+      causal=causal,
     ),
     out_shape=(
       jax.ShapeDtypeStruct(q.shape, out_dtype),
       jax.ShapeDtypeStruct((*q.shape[:3], 1, shape.rows), jnp.float32),
     ),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=6,  # what `schedule.scalars` returns
+      num_scalar_prefetch=7,  # what `schedule.scalars` returns
       # As long as the longest schedule of all rows, known when it runs.
       grid=(rows, kv_heads, schedule.count),
       in_specs=[
@@ -186,6 +218,8 @@ def _call(
         keys,
         pl.BlockSpec((1, 1, 1, shape.rows), at.query_segment),
         pl.BlockSpec((1, shape.chunks, 1, shape.chunk), at.key_segment),
+        pl.BlockSpec((1, shape.rows), at.place),
+        numbers,
       ],
       out_specs=(queries, numbers),
       scratch_shapes=[
@@ -205,12 +239,13 @@ def _call(
       bytes_accessed=2 * q.nbytes + 2 * shape.query_tiles * k.nbytes,
     ),
     interpret=interpret,
-    name="attention_forward" + "_running" * running,
+    name="attention_forward" + "_causal" * causal + "_running" * running,
   )(*schedule.scalars(), *arrays)
 
 
 def _kernel(
   blocks_ref: jax.Ref,  # the schedule and its ranges, in scalar memory, flat
+  offset: jax.Ref,
   query_low: jax.Ref,
   query_high: jax.Ref,
   key_low: jax.Ref,
@@ -221,6 +256,8 @@ def _kernel(
   v_ref: jax.Ref,  # [1, keys, C]
   query_segment: jax.Ref,  # [1, 1, 1, rows]
   key_segment: jax.Ref,  # [1, chunks, 1, chunk]
+  place: jax.Ref,  # [1, rows]
+  begin: jax.Ref,  # [1, 1, 1, 1, rows]
   out_ref: jax.Ref,  # [1, 1, 1, C, rows]
   lse_ref: jax.Ref,  # [1, 1, 1, 1, rows]
   top_ref: jax.Ref,  # [1, rows]: the reference, in powers of two
@@ -231,12 +268,14 @@ def _kernel(
   most: int,
   to_power: float,
   running: bool,
+  causal: bool,
 ) -> None:
   """Computes one block, as the module's docstring shows.
 
   Args:
     blocks_ref: blocks of the schedule. Shapes of all references are beside the
       parameters above.
+    offset: the index of the first query less that of the first key.
     query_low: least segment id of each query tile.
     query_high: largest segment id of each query tile.
     key_low: least segment id of each key chunk.
@@ -247,6 +286,8 @@ def _kernel(
     v_ref: its values.
     query_segment: ids of the query tile.
     key_segment: ids of the key tile.
+    place: which query of its tile a row is.
+    begin: the reference to begin with, in powers of two.
     out_ref: the output tile.
     lse_ref: its log-sum-exp.
     top_ref: scratch.
@@ -256,7 +297,9 @@ def _kernel(
     most: blocks for which each row of the schedule has room.
     to_power: factor from scores to powers of two: the scale, and log2(e).
     running: whether the maximum runs in every block.
+    causal: whether a query sees only keys up to its own index.
   """
+  kept = causal and not running  # references are those of `begin`
   b = pl.program_id(0)
   block = blocks_ref[b * most + pl.program_id(2)]
   # Number of this tile's first chunk in the flat ranges of all rows.
@@ -264,7 +307,7 @@ def _kernel(
 
   @pl.when(block_schedule.has(block, block_schedule.FIRST))
   def _() -> None:
-    top_ref[...] = jnp.full_like(top_ref, NEVER)
+    top_ref[...] = begin[0, 0, 0]
     sum_ref[...] = jnp.zeros_like(sum_ref)
     acc_ref[...] = jnp.zeros_like(acc_ref)
 
@@ -298,14 +341,15 @@ def _kernel(
     """
     mine = query_segment[0, 0] == key_only[chunk]
 
-    # Rows without a reference exist only in the first key tile of a segment.
-    @pl.when(block_schedule.has(block, block_schedule.NEW))
-    def _() -> None:
+    def find_reference() -> None:
       for at in shape.row_units:
         top = scores(0, at).max(0, keepdims=True)
         fresh = mine[:, at] & (top_ref[:, at] == NEVER)
         top_ref[:, at] = jnp.where(fresh, top, top_ref[:, at])
 
+    # Rows without a reference exist only in the first key tile of a segment.
+    if not causal:
+      pl.when(block_schedule.has(block, block_schedule.NEW))(find_reference)
     # For rows of other segments the reference is huge: exp2(score + NEVER) is
     # 0. So masking costs one operation a row, and none a score.
     reference = jnp.where(mine, top_ref[...], -NEVER)
@@ -321,23 +365,47 @@ def _kernel(
       add(at, jnp.exp2(score - reference[:, at]), value)
 
   def some_chunks() -> None:
-    """Adds a block of several segments, or any with a running maximum."""
-    i = block_schedule.query_tile(block) + b * shape.query_tiles
+    """Adds a block chunk by chunk, each with the masks that it needs."""
+    tile = block_schedule.query_tile(block)
+    i = tile + b * shape.query_tiles
+    # Index of the tile's first query, counted from the block's first key.
+    first = offset[0] + tile * shape.queries
+    first -= block_schedule.key_tile(block) * shape.keys
 
-    def add_chunk(c: jax.Array, only: jax.Array | None) -> None:
-      """Adds chunk c; `only` is the segment of all its keys, or None."""
+    def add_chunk(c: jax.Array, only: jax.Array | None, diagonal: bool) -> None:
+      """Adds chunk c.
+
+      Args:
+        c: its number.
+        only: the segment of all its keys, or None.
+        diagonal: whether some of its keys may lie after some of the queries.
+      """
       key = pl.multiple_of(c * shape.chunk, shape.chunk)
       value = values(key)
-      for at in shape.row_units:
+      ids = masks.column(key_segment[0, c]) if only is None else None
+      units = shape.row_units
+      ahead = scores(key, units[0])
+      for number, at in enumerate(units):
+        score = ahead
+        if number + 1 < len(units):
+          ahead = scores(key, units[number + 1])
         mine = query_segment[0, 0, :, at]
-        score = scores(key, at)
-        if only is None:
-          score = jnp.where(mask(key_segment[0, c], mine), score, NEVER)
+        last = place[:, at] + (first - key) if diagonal else None
+        allowed = masks.allowed(ids, only, mine, last, shape.chunk)
+        if allowed is not None:
+          score = jnp.where(allowed, score, NEVER)
+        old = top_ref[:, at]
+        if kept:
+          # NEVER less a reference is far below 0: no weight, as it should be.
+          if allowed is None:
+            old = jnp.where(mine == only, old, -NEVER)
+          add(at, jnp.exp2(score - old), value)
+          continue
         # The online softmax: raise the reference to the chunk's maximum, and
         # shrink what was summed with the old one. A row that sees nothing
         # here keeps its reference, and its weights are exp2(. + NEVER) = 0.
-        old, peak = top_ref[:, at], score.max(0, keepdims=True)
-        seen = peak > NEVER if only is None else mine == only
+        peak = score.max(0, keepdims=True)
+        seen = mine == only if allowed is None else peak > NEVER
         top = jnp.where(seen, jnp.maximum(old, peak), old)
         top_ref[:, at] = top
         weight = jnp.exp2(score - jnp.where(seen, top, -NEVER))
@@ -347,8 +415,17 @@ def _kernel(
       j = chunk + c
       meets = (query_low[i] <= key_high[j]) & (key_low[j] <= query_high[i])
       only = key_only[j]
-      pl.when(meets & (only > 0))(lambda: add_chunk(c, only))
-      pl.when(meets & (only == 0))(lambda: add_chunk(c, None))
+      if causal:
+        masks.by_kind(
+          functools.partial(add_chunk, c),
+          meets=meets,
+          only=only,
+          first=first - c * shape.chunk,
+          shape=shape,
+        )
+      else:
+        pl.when(meets & (only > 0))(lambda: add_chunk(c, only, False))
+        pl.when(meets & (only == 0))(lambda: add_chunk(c, None, False))
       return carry
 
     # A loop, not unrolled as in `one_segment`: few blocks come here, and each
@@ -373,4 +450,10 @@ def _kernel(
     # Infinite where the sum is not a number or too large, which happens when
     # scores rise far above the reference: `forward` then repeats the call.
     lse = jnp.where(total <= LARGEST, lse, jnp.inf)
-    lse_ref[0, 0, 0] = jnp.where(total == 0, NEVER, lse)
+    lse = jnp.where(total == 0, NEVER, lse)
+    if kept:
+      # The reference was a key that the query does not see, and its own sum
+      # is lost in rounding; or it sees none, which only the repetition knows.
+      lost = (query_segment[0, 0] > 0) & (total < 1 / LARGEST)
+      lse = jnp.where(lost, jnp.inf, lse)
+    lse_ref[0, 0, 0] = lse

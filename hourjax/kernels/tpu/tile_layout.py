@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from hourjax.kernels.constants import LANES
 from hourjax.kernels.tpu.tiles import Shape
 
 NEVER = -1e30  # finite, so that exp2(NEVER - NEVER) stays a number
@@ -52,21 +51,6 @@ def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
     precision=precision,
     preferred_element_type=jnp.float32,
   )
-
-
-def mask(key_segment: jax.Array, query_segment: jax.Array) -> jax.Array:
-  """Returns for which scores key and query have one segment, bool [keys, rows].
-
-  Args:
-    key_segment: int32 [1, keys].
-    query_segment: int32 [1, rows].
-  """
-  # The ids of the keys lie along lanes, and are wanted down a column. The
-  # transpose unit takes whole registers, so they are repeated to 128 rows,
-  # transposed, and one column is kept.
-  square = jnp.broadcast_to(key_segment, (LANES, key_segment.shape[1]))
-  column = square.T[:, :1]
-  return (column == query_segment) & (column > 0)
 
 
 def fold(x: jax.Array, shape: Shape) -> jax.Array:
@@ -106,6 +90,13 @@ def fold_segments(segment: jax.Array, shape: Shape) -> jax.Array:
   segment = pad(segment, 1, shape.query_tiles * shape.queries)
   segment = rearrange(segment, "b (n t) -> b n 1 t", t=shape.queries)
   return jnp.tile(segment, (1, 1, 1, shape.groups))
+
+
+def places(shape: Shape) -> jax.Array:
+  """Returns which query of its tile each row is, int32 [1, rows]."""
+  return jnp.tile(jnp.arange(shape.queries, dtype=jnp.int32), shape.groups)[
+    None
+  ]
 
 
 def flat_keys(x: jax.Array, shape: Shape) -> jax.Array:

@@ -40,30 +40,32 @@ def interpret(cores):
 
 
 @functools.cache
-def _forward(tiles, cores, out_dtype, key):
+def _compiled(function, key, cores, **how):
   del key
-  how = {"tiles": tiles, "out_dtype": out_dtype, "interpret": interpret(cores)}
-  return _jit(functools.partial(call.forward, **how))
-
-
-@functools.cache
-def _backward(tiles, cores, key):
-  del key
-  how = {"tiles": tiles, "interpret": interpret(cores)}
-  return _jit(functools.partial(call.backward, **how))
+  how["interpret"] = interpret(cores)
+  return _jit(functools.partial(function, **how))
 
 
 def forward(
-  q, k, v, *segments, tiles=SMALL, cores=1, out_dtype=jnp.float32, key=None
+  q,
+  k,
+  v,
+  *segments,
+  tiles=SMALL,
+  cores=1,
+  out_dtype=jnp.float32,
+  causal=False,
+  key=None,
 ):
   """(out, lse). `key` is only a part of the cache's key."""
-  run = _forward(tiles, cores, out_dtype, key)
+  how = {"tiles": tiles, "out_dtype": out_dtype, "causal": causal}
+  run = _compiled(call.forward, key, cores, **how)
   return run(*map(jnp.asarray, (q, k, v, *segments)))
 
 
-def backward(q, k, v, *others, tiles=SMALL, cores=1, key=None):
+def backward(q, k, v, *others, tiles=SMALL, cores=1, causal=False, key=None):
   """(dq, dk, dv) from q, k, v, segments, lse, delta, d_out."""
-  run = _backward(tiles, cores, key)
+  run = _compiled(call.backward, key, cores, tiles=tiles, causal=causal)
   return run(*map(jnp.asarray, (q, k, v, *others)))
 
 
@@ -81,19 +83,21 @@ def ours(inputs, *segments, out_dtype=jnp.float32, **how):
   return out, lse, *backward(q, k, v, *segments, *numbers, d_out, **how)
 
 
-def expected(inputs, *segments):
+def expected(inputs, *segments, causal=False):
   """As `ours`, in float64."""
   q, k, v, d_out = inputs
-  out, *gradients = dense(q, k, v, *segments, False, d_out)
-  return out, dense_lse(q, k, *segments), *gradients
+  out, *gradients = dense(q, k, v, *segments, causal, d_out)
+  return out, dense_lse(q, k, *segments, causal), *gradients
 
 
-def dense_lse(q, k, query_segment, key_segment):
+def dense_lse(q, k, query_segment, key_segment, causal=False):
   """Log-sum-exp [B, T, H] in float64; `NEVER` where no key is seen."""
   q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
   k = np.repeat(k, q.shape[2] // k.shape[2], axis=2)
   seen = query_segment[:, :, None] == key_segment[:, None]
   seen &= (query_segment > 0)[:, :, None]
+  if causal:
+    seen &= np.tri(q.shape[1], dtype=bool)
   score = np.einsum("bthc,bshc->bths", q, k) * q.shape[3] ** -0.5
   score = np.where(seen[:, :, None], score, -np.inf)
   top = np.maximum(score.max(-1), NEVER)
@@ -115,10 +119,10 @@ def same(got, reference):
     np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-def check(inputs, *segments, **how):
+def check(inputs, *segments, causal=False, **how):
   """`ours`, after a look at `expected`."""
-  got = ours(inputs, *segments, **how)
-  close(got, expected(inputs, *segments))
+  got = ours(inputs, *segments, causal=causal, **how)
+  close(got, expected(inputs, *segments, causal=causal))
   return got
 
 

@@ -57,6 +57,7 @@ def make_schedule(
   by_key,
   query_tiles=QUERY_TILES,
   key_tiles=KEY_TILES,
+  offset=None,
 ):
   return block_schedule.make_schedule(
     query_segment,
@@ -65,6 +66,7 @@ def make_schedule(
     key_tiles=key_tiles,
     chunks=CHUNKS,
     by_key=by_key,
+    offset=offset,
   )
 
 
@@ -143,6 +145,51 @@ def test_ids_in_any_order_have_all_blocks_that_meet(data, by_key):
     check_row(row, int(made.count), query, key, by_key, exact=False)
 
 
+@given(data=st.data(), by_key=st.booleans(), offset=st.integers(-40, 40))
+def test_causal_blocks(data, by_key, offset):
+  """Query t has the index t + offset; whole blocks need no mask of indices."""
+  n = data.draw(st.integers(0, 5))
+  queries, keys = (
+    _padded(data.draw(_packed(n, x)), n) for x in (QUERIES, KEYS)
+  )
+  made = make_schedule(queries[None], keys[None], by_key, offset=offset)
+  assert made.offset == offset
+  (row,) = listed(made)
+  same = (queries[:, None] == keys) & (keys > 0)
+  before = np.arange(KEYS) <= np.arange(QUERIES)[:, None] + offset
+  tiles = QUERY_TILES, EACH, KEY_TILES, CHUNKS * EACH
+
+  def each(pairs, reduce):
+    return reduce(reduce(pairs.reshape(tiles), axis=3), axis=1)
+
+  meets, inner = each(same & before, np.any), each(before, np.all)
+  one = [len(set(x.tolist())) == 1 for x in np.split(keys, KEY_TILES)]
+  found = {(i, j): flags for i, j, flags in row if flags & {"WHOLE", "PARTLY"}}
+  for i in range(QUERY_TILES):
+    for j in range(KEY_TILES):
+      flags = found.get((i, j), set())
+      if meets[i, j]:
+        assert flags & {"WHOLE", "PARTLY"} == {
+          "WHOLE" if one[j] and inner[i, j] else "PARTLY"
+        }
+      # By tile it may seem so although no single query sees a key.
+      elif not each(before, np.any)[i, j]:
+        assert not flags
+  written = {pair[by_key] for *pair, flags in row if "LAST" in flags}
+  assert written == set(range(KEY_TILES if by_key else QUERY_TILES))
+
+
+def test_no_causal_block_too_many():
+  """Of one segment, with the first query before, among and after the keys."""
+  queries, keys = (np.ones((1, n), np.int32) for n in (QUERIES, KEYS))
+  first = np.arange(KEY_TILES) * CHUNKS * EACH
+  last = (np.arange(QUERY_TILES) + 1) * EACH - 1
+  for offset in range(-QUERIES, KEYS + 1):
+    (row,) = listed(make_schedule(queries, keys, False, offset=offset))
+    wanted = (first[None] <= last[:, None] + offset).sum()
+    assert sum(bool(x[2] & {"WHOLE", "PARTLY"}) for x in row) == wanted
+
+
 def test_ranges_of_tiles_and_chunks():
   """What the kernels ask about chunks: least id, largest id, the only one."""
   keys = np.repeat([1, 1, 1, 2, 2, 2, 2, 3, 0, 0], EACH).astype(np.int32)
@@ -161,9 +208,8 @@ def test_scalars_are_flat_and_in_the_kernels_order():
   made = make_schedule(ones[:, :QUERIES], ones, False)
   sizes = [x.shape for x in made.scalars()]
   tiles = QUERY_TILES * KEY_TILES
-  assert sizes == [
-    (2 * n,) for n in (tiles, *[QUERY_TILES] * 2, *[KEY_TILES * CHUNKS] * 3)
-  ]
+  ranges = *[QUERY_TILES] * 2, *[KEY_TILES * CHUNKS] * 3
+  assert sizes == [(2 * tiles,), (1,), *((2 * n,) for n in ranges)]
   assert (made.scalars()[0] == made.blocks.reshape(-1)).all()
 
 

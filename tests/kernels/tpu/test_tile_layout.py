@@ -1,4 +1,4 @@
-"""Products of tiles, and masks."""
+"""Products of tiles, and where queries lie in them."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hourjax.kernels.tpu import tile_layout
+from hourjax.kernels.tpu.tiles import Tiles, cut
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,10 @@ def test_precision_does_not_depend_on_what_is_set(dtype, precision, around):
       assert "preferred_element_type=float32" in traced
 
 
-def test_mask():
-  keys, queries = np.array([[0, 1, 2, 2]]), np.array([[2, 0, 1]])
-  got = tile_layout.mask(jnp.asarray(keys), jnp.asarray(queries))
-  np.testing.assert_array_equal(got, (queries == keys.T) & (keys.T > 0))
+def test_places_are_of_the_queries_that_are_folded():
+  shape = cut(Tiles(512, 128, 128, 128), queries=8, keys=1, groups=2, dim=1)
+  index = jnp.arange(2 * shape.queries)[None, :, None]
+  shape = shape._replace(query_tiles=2)
+  numbers = tile_layout.fold_numbers(jnp.tile(index, (1, 1, 2)), shape, 0)
+  found = tile_layout.places(shape) + shape.queries
+  np.testing.assert_array_equal(numbers[0, 0, 1], found)
