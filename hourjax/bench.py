@@ -2,16 +2,13 @@
 
   python -m hourjax.bench data --json
   python -m hourjax.bench attention --topology=v5e:2x4
-  python -m hourjax.bench ask  (or construct)
+  python -m hourjax.bench ask  (or construct, or gpu)
 
-`data` measures the data path with rows of --config (by default 3B, stage 3).
-`attention` asks the TPU compiler, on any machine, how near the kernels come
-to the limits of --topology (v5e, v5p, v6e or tpu7x and its chips), at the
-sizes --model, --queries and --keys; on a TPU or GPU it measures time as well.
---tune ranks tile sizes instead, which takes many minutes.
-
-`ask` measures the time to the first token of questions about an hour of video,
-`construct` how fast a construction calls and how soon a large one goes on.
+`data` measures the data path with rows of --config (by default 3B, stage 3);
+`attention` asks the TPU compiler how near the kernels come to the limits of
+--topology, and --tune ranks tiles instead; `ask` measures the time to the first
+token, `construct` a construction's calls, and `gpu` all that one GPU does.
+hourjax/benchmarks/README.md says more.
 """
 
 import pathlib
@@ -25,6 +22,7 @@ from hourjax.benchmarks import attention as kernels
 from hourjax.benchmarks.ask import measure_ask
 from hourjax.benchmarks.data import Options, measure_data
 from hourjax.benchmarks.figures import show
+from hourjax.benchmarks.gpu import measure_gpu
 from hourjax.errors import UserError
 from hourjax.training.config import build_experiment
 
@@ -80,6 +78,7 @@ BENCHMARKS = {
   "attention": attention,
   "ask": measure_ask,
   "construct": construct,
+  "gpu": lambda _: measure_gpu(),
 }
 
 

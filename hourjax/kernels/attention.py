@@ -105,15 +105,15 @@ def attention(
 def choose_implementation(
   name: str | None,
   sharding: Sharding | None = None,
-  q: jax.Array | None = None,
+  q: jax.Array | jax.ShapeDtypeStruct | None = None,
 ) -> str:
   """Returns the implementation that a call uses, a key of `IMPLEMENTATIONS`.
 
   Args:
     name: what the caller asks for; None leaves it to the platform.
     sharding: of the call, for its mesh.
-    q: its queries, of which dtype and head dim matter on a GPU; None for such
-      as every implementation takes.
+    q: its queries, or their shape, of which dtype and head dim matter on a
+      GPU; None for such as every implementation takes.
 
   Raises:
     ValueError: for an unknown name, one that another platform runs, or cuDNN
@@ -140,7 +140,7 @@ def choose_implementation(
   return name
 
 
-def _without_cudnn(q: jax.Array) -> str:
+def _without_cudnn(q: jax.Array | jax.ShapeDtypeStruct) -> str:
   """Returns why cuDNN cannot attend from these queries, or ""."""
   gpu = jax.default_backend() == "gpu"  # else the program is only lowered
   capability = jax.local_devices()[0].compute_capability if gpu else None

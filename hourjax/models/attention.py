@@ -8,12 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from hourjax.errors import UserError
-from hourjax.kernels.attention import (
-  attention,
-  cached_attention,
-  choose_implementation,
-)
+from hourjax.kernels.attention import attention, cached_attention
 from hourjax.models.config import PLATFORM_ATTENTION, AttentionConfig
 from hourjax.models.layers import TOKENS, linear, rms_norm
 from hourjax.parallel.chips import attention_tiles
@@ -240,18 +235,10 @@ class Attention(nnx.Module):
 
     Returns:
       The arguments `implementation` and `tiles` of the call.
-
-    Raises:
-      UserError: the configuration asks for an implementation that the platform,
-        the GPU or the sizes of the model rule out.
     """
     name = self.config.implementation
     if name == "platform":
       name = None
-    try:
-      choose_implementation(name, q=q)
-    except ValueError as error:
-      raise UserError(f"model.attention.implementation: {error}") from error
     tiles = None
     if name in (None, "tpu") and not causal:
       tiles = attention_tiles(

@@ -64,13 +64,6 @@ def test_another_implementation():
   assert found == {"implementation": "reference", "tiles": None}
 
 
-@pytest.mark.parametrize("name", ["cudnn", "triton"])
-def test_what_the_platform_cannot_do_is_refused(name):
-  said = f"model.attention.implementation: .*{name}' runs on gpu.* for tpu"
-  with pytest.raises(UserError, match=said):
-    _choice(AttentionConfig(implementation=name))
-
-
 def _config(**attention):
   config = hourllava.get_config("size=3b").to_dict()
   config["model"]["attention"] |= attention
