@@ -52,7 +52,7 @@ from hourjax.kernels.constants import NO_PART
 DTYPES = (jnp.bfloat16, jnp.float16)
 MAX_HEAD_DIM = 128  # of the backward pass on Blackwell; Hopper's is 256
 CAPABILITY = (9, 0)  # of the first GPUs for which JAX packs sequences
-_MAX_ELEMENTS = (1 << 31) - 1  # of an array: offsets have 32 bits
+_MAX_ELEMENTS = (1 << 31) - 1  # of sequences together: offsets have 32 bits
 _SCRATCH = 1 << 31  # bytes of dq that cuDNN may hold besides its results
 _MOST_SEQUENCES = 64  # of a row in one call
 _PADDING = jnp.iinfo(jnp.int32).max  # sorts behind all segments
@@ -191,7 +191,7 @@ def _check(
   lengths = {}
   for name, x in (("queries", q), ("keys", k)):
     rows, length, _, dim = x.shape
-    most = _MAX_ELEMENTS // (rows * heads[name] * dim)
+    most = _MAX_ELEMENTS // (2 * rows * heads[name] * dim)
     if causal and length > most:
       raise ValueError(
         f"causal attention takes at most {most} {name} of {heads[name]} heads"
@@ -354,10 +354,12 @@ class _Packing:
     causal: bool,
   ):
     """Sorts the positions of a call, which are as for `forward`."""
-    groups, fitting = q.shape[2] // k.shape[2], _SCRATCH // (4 * q.size)
-    # With 2 or more, JAX passes the offsets on.
-    self.most = max(2, min(_MOST_SEQUENCES, fitting))
+    groups = q.shape[2] // k.shape[2]
     self.folded, self.repeated = (1, groups) if causal else (groups, 1)
+    # To cuDNN an array is as large as if each sequence had its whole length.
+    spanned = _MAX_ELEMENTS // max(q.size, k.size * self.repeated)
+    most = min(_MOST_SEQUENCES, _SCRATCH // (4 * q.size), spanned)
+    self.most = max(2, most)  # with fewer, JAX passes no offsets on
     self.queries, self.keys = _Side.of(query_segment), _Side.of(key_segment)
     kind = library.MaskType
     self.options = {

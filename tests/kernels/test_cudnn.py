@@ -119,6 +119,8 @@ def test_scratch_memory_limits_the_sequences_of_a_call(monkeypatch):
 
   each = 4 * 2 * 60 * 4 * 8
   assert [most(n * each) for n in (0, 5, 1000)] == [2, 5, 64]
+  monkeypatch.setattr(cudnn, "_MAX_ELEMENTS", 7 * 2 * 60 * 4 * 8)
+  assert most(1000 * each) == 7
 
 
 def test_large_scores_do_not_overflow():
@@ -213,7 +215,7 @@ def test_padding_may_hold_anything(causal):
 
 def test_more_elements_than_an_offset_counts(monkeypatch):
   """Three parts of the keys, the last of padding and segment 3, two of q."""
-  monkeypatch.setattr(cudnn, "_MAX_ELEMENTS", 1100)
+  monkeypatch.setattr(cudnn, "_MAX_ELEMENTS", 2200)
   inputs = [jnp.asarray(x) for x in _draw(12, 1, 61, 150, 4, 2)]
   ids = _segments(20, 30, total=61), _segments(64, 64, 9, total=150)
   found = cudnn._check(*inputs[:3], causal=False)
@@ -336,8 +338,8 @@ def test_refusals(dim, dtypes, message):
 
 
 def test_a_causal_row_of_more_elements_than_an_offset_is_refused(monkeypatch):
-  """Which takes half a million positions; others are computed in parts."""
-  monkeypatch.setattr(cudnn, "_MAX_ELEMENTS", 2 * 64 * 8)
+  """Which takes 300,000 positions; others are computed in parts."""
+  monkeypatch.setattr(cudnn, "_MAX_ELEMENTS", 2 * 2 * 64 * 8)
   q = jax.ShapeDtypeStruct((1, 65, 2, 8), jnp.float32)
   k = jax.ShapeDtypeStruct((1, 65, 1, 8), jnp.float32)
   ids = [jax.ShapeDtypeStruct((1, 65), jnp.int32)] * 2
