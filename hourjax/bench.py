@@ -4,11 +4,8 @@
   python -m hourjax.bench attention --topology=v5e:2x4
   python -m hourjax.bench ask  (or construct, or gpu)
 
-`data` measures the data path with rows of --config (by default 3B, stage 3);
-`attention` asks the TPU compiler how near the kernels come to the limits of
---topology, and --tune ranks tiles instead; `ask` measures the time to the first
-token, `construct` a construction's calls, and `gpu` all that one GPU does.
-hourjax/benchmarks/README.md says more.
+`data` takes rows of --config (by default 3B, stage 3); `attention` asks the TPU
+compiler, or with --tune ranks tiles. See hourjax/benchmarks/README.md.
 """
 
 import pathlib

@@ -25,16 +25,6 @@ from tests.kernels.test_attention import dense
 _RATES = {"seconds", "tflop_per_second", "share_of_peak"}
 
 
-def test_attention():
-  figures = gpu.measure_part("attention")
-  assert figures["device"] == "cpu" and not figures["without_cudnn"]
-  for call in ("memaug", "decoder"):
-    for name in ("forward", "backward", "forward_and_backward"):
-      assert set(figures[call][name]) == _RATES
-      assert figures[call][name]["seconds"] >= 0
-  assert "memaug_triton" not in figures
-
-
 def test_errors_are_those_of_bfloat16():
   """cuDNN's too, by its double, also where the memory is in two halves."""
   with pytest.MonkeyPatch.context() as patch:
@@ -127,6 +117,12 @@ def test_command():
   )
   assert not done.returncode, done.stderr[-3000:]
   figures = json.loads(done.stdout)
+  attention = figures["attention"]
+  assert attention["device"] == "cpu" and "memaug_triton" not in attention
+  for call in ("memaug", "decoder"):
+    for name in ("forward", "backward", "forward_and_backward"):
+      assert set(attention[call][name]) == _RATES
+      assert attention[call][name]["seconds"] >= 0
   assert "bench gpu 4/5: step, at most 170 s" in done.stderr
   assert figures["torch"]["flash"]["forward"]["seconds"] > 0
   assert figures["torch"]["cudnn"].startswith("RuntimeError")
