@@ -80,7 +80,10 @@ def unsupported(
     )
   if capability is None:
     return ""
-  if tuple(map(int, capability.split("."))) < CAPABILITY:
+  parts = capability.split(".")
+  # AMD's are names, such as gfx942.
+  known = all(part.isdigit() for part in parts)
+  if not known or tuple(map(int, parts)) < CAPABILITY:
     needed = ".".join(map(str, CAPABILITY))
     return (
       "cuDNN's attention to packed sequences needs compute capability"

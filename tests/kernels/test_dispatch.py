@@ -95,6 +95,7 @@ class _Gpu(NamedTuple):
     ("9.0", "bfloat16", 128, ""),
     ("12.0", "float16", 64, ""),
     ("8.0", "bfloat16", 128, r"needs compute capability 9\.0 .* has 8\.0"),
+    ("gfx942", "bfloat16", 128, "this GPU has gfx942"),
     ("9.0", "float32", 128, "takes bfloat16 and float16, not float32"),
     ("9.0", "bfloat16", 256, "multiples of 8 up to 128, not 256"),
     ("9.0", "bfloat16", 12, "multiples of 8 up to 128, not 12"),
