@@ -3,17 +3,12 @@
   python -m hourjax.bench data --json
   python -m hourjax.bench attention --topology=v5e:2x4
   python -m hourjax.bench step --config=configs/demo.py --out=calibration.json
-  python -m hourjax.bench ask  (or construct)
+  python -m hourjax.bench ask  (or construct, or gpu)
 
-`data` measures the data path with rows of --config (by default 3B, stage 3).
-`attention` asks the TPU compiler, on any machine, how near the kernels come
-to the limits of --topology (v5e, v5p, v6e or tpu7x and its chips), at the
-sizes --model, --queries and --keys; on a TPU or GPU it measures time as well.
---tune ranks tile sizes instead, which takes many minutes. `step` measures a
-training step on the devices at hand beside its plan; `plan --calibration`
-takes what it writes to --out. `ask` measures the time to the first token of
-questions about an hour of video, `construct` how fast a construction calls and
-how soon a large one goes on.
+`data` takes rows of --config (by default 3B, stage 3); `attention` asks the TPU
+compiler, or with --tune ranks tiles; `step` measures a training step on the
+devices at hand beside its plan, and `plan --calibration` takes what it writes
+to --out. See hourjax/benchmarks/README.md.
 """
 
 import pathlib
@@ -26,6 +21,7 @@ from hourjax import command, progress
 from hourjax.benchmarks import attention, data, step
 from hourjax.benchmarks.ask import measure_ask
 from hourjax.benchmarks.figures import show
+from hourjax.benchmarks.gpu import measure_gpu
 from hourjax.errors import UserError
 from hourjax.training.config import Experiment, build_experiment
 
@@ -71,6 +67,7 @@ BENCHMARKS = {
   "step": lambda folder: step.measure_step(
     _experiment(), command.filled(step.Options), folder
   ),
+  "gpu": lambda _: measure_gpu(),
 }
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from hourjax.benchmarks.figures import peak_mib
 from hourjax.data.demo.drawing import write_video
@@ -29,6 +28,9 @@ _FIRST = "What does the person in the kitchen pick up?"
 _SECOND = "Which colour has the card that is shown once?"
 
 
+TINY_ASKED = dataclasses.replace(
+  TINY, decoder=dataclasses.replace(TINY.decoder, vocab=1024)
+)
 _SECONDS = 3600
 _REPEATS = 2
 
@@ -51,7 +53,7 @@ def measure_ask(
   """
   video = folder / "hour.mp4"
   write_video(video, make_script(0, "test", 1, (seconds,) * 2))
-  model = tiny_model(folder)
+  model = random_model(folder, TINY_ASKED)
   features = model.read_video_features(video).features
 
   def from_file() -> None:
@@ -120,20 +122,19 @@ def operations(config: ModelConfig, frames: int) -> dict[str, float]:
   }
 
 
-def tiny_model(folder: pathlib.Path) -> Model:
-  """Returns a tiny model with random weights, and a tokenizer.
+def random_model(folder: pathlib.Path, config: ModelConfig) -> Model:
+  """Returns a model with random weights, and a tokenizer of few words.
 
   Args:
     folder: where the tokenizer is written.
+    config: of the model, on the first device of this process.
   """
   write_tokenizer(folder / "tokenizer", [*MARKUP, _FIRST, _SECOND])
-  config = dataclasses.replace(
-    TINY, decoder=dataclasses.replace(TINY.decoder, vocab=1024)
-  )
-  params = jax.tree.map(np.asarray, init_params(config, 0))
   tokenizer = Tokenizer.from_folder(folder / "tokenizer")
   mesh = make_mesh(MeshConfig(fsdp=1), jax.local_devices()[:1])
-  return Model(params, config, tokenizer, name="tiny", mesh=mesh)
+  return Model(
+    init_params(config, 0), config, tokenizer, name="random", mesh=mesh
+  )
 
 
 def _first_token(memory: Memory, question: str) -> None:

@@ -8,10 +8,9 @@ on it as well.
 
 import dataclasses
 import functools
-import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +23,6 @@ from hourjax.benchmarks.attention_compile import (
   Job,
   check_topology,
   compile_attention,
-  gradients,
   mib,
 )
 from hourjax.benchmarks.attention_packed import (
@@ -60,15 +58,24 @@ def measure(
     keys: memory tokens of the row.
 
   Returns:
-    What `measure_here` returns on a TPU or GPU; else `missing`, the reason.
+    On a TPU or GPU its name and, as `ours`, what `measure_here` returns; else
+    `missing`, the reason.
   """
   if jax.default_backend() not in ("tpu", "gpu"):
     return {"missing": "no accelerator: this process runs on the CPU"}
-  return measure_here(heads, kv_heads, dim, queries, keys)
+  ours = measure_here(heads, kv_heads, dim, queries, keys)
+  return {"device": jax.devices()[0].device_kind, "ours": ours}
 
 
 def measure_here(
-  heads: int, kv_heads: int, dim: int, queries: int, keys: int
+  heads: int,
+  kv_heads: int,
+  dim: int,
+  queries: int,
+  keys: int,
+  *,
+  causal: bool = False,
+  implementation: str | None = None,
 ) -> dict[str, Any]:
   """Times the public attention call on the default device, whatever it is.
 
@@ -78,12 +85,11 @@ def measure_here(
     dim: width of a head.
     queries: queries of the row.
     keys: memory tokens of the row.
+    causal: whether a query reads only the keys up to its own place.
+    implementation: of the call; None takes that of the platform.
 
   Returns:
-    For forward and for forward with backward: seconds (the median of five
-    calls after the first one), TFLOP/s (4 operations a pair and dim forward,
-    14 with the backward) and the share of the chip's peak; on a GPU also
-    those of cuDNN through jax and of torch's flash attention.
+    What `rates` returns.
   """
   key = jax.random.split(jax.random.key(0), 4)
   q_shape, k_shape = (1, queries, heads, dim), (1, keys, kv_heads, dim)
@@ -93,21 +99,24 @@ def measure_here(
   )
   segments = (jnp.ones((1, n), jnp.int32) for n in (queries, keys))
   arrays = (q, k, v, *segments)
-  device = jax.devices()[0]
-  peak = _peak(device.device_kind)
-  rate = functools.partial(_rates, 2 * dim * heads * queries * keys, peak)
-  figures = {"device": device.device_kind}
-  ours = functools.partial(attention, tiles=attention_tiles(jnp.bfloat16))
-  figures["ours"] = _jax_seconds(ours, arrays, d_out)
-  if device.platform == "gpu":
-    figures["cudnn"] = _attempt(_jax_seconds, _cudnn, arrays, d_out)
-    figures["torch"] = _attempt(_torch_seconds, q_shape, k_shape)
-  return {
-    name: rate(x) if isinstance(x, list) else x for name, x in figures.items()
-  }
+  call = functools.partial(
+    attention,
+    causal=causal,
+    implementation=implementation,
+    tiles=attention_tiles(jnp.bfloat16),
+  )
+  forward = jax.jit(lambda *arrays: jax.vjp(call, *arrays))
+  backward = jax.jit(lambda pull, d_out: pull(d_out)[:3])
+  _, pull = forward(*arrays)
+  seconds = (
+    median(lambda: jax.block_until_ready(forward(*arrays)[0])),
+    median(lambda: jax.block_until_ready(backward(pull, d_out))),
+  )
+  product = 2.0 * dim * heads * queries * keys / (2 if causal else 1)
+  return rates(product, peak(jax.devices()[0].device_kind), *seconds)
 
 
-def _peak(device_kind: str) -> float | None:
+def peak(device_kind: str) -> float | None:
   """Returns the TFLOP/s that a device could reach, if it is known."""
   flops = peak_flops(device_kind) or next(
     (x for name, x in GPU_FLOPS.items() if name in device_kind), None
@@ -115,76 +124,7 @@ def _peak(device_kind: str) -> float | None:
   return flops and flops / 1e12
 
 
-def _attempt(
-  function: Callable[..., list[float]], *arguments: Any
-) -> list[float] | str:
-  """Returns the seconds that a function measures, or why it failed."""
-  try:
-    return function(*arguments)
-  # Another library's attention may fail in any way; the figures say how.
-  except Exception as error:
-    return f"{type(error).__name__}: {error}"[:300]
-
-
-def _jax_seconds(
-  call: Callable, arrays: Sequence[jax.Array], d_out: jax.Array
-) -> list[float]:
-  """Returns the seconds of forward, and of forward with backward."""
-  forward, backward = jax.jit(call), jax.jit(gradients(call))
-  return [
-    _median(lambda: jax.block_until_ready(forward(*arrays))),
-    _median(lambda: jax.block_until_ready(backward(*arrays, d_out))),
-  ]
-
-
-def _cudnn(
-  q: jax.Array, k: jax.Array, v: jax.Array, *_: jax.Array
-) -> jax.Array:
-  return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-
-
-def _torch_seconds(
-  q_shape: tuple[int, ...], k_shape: tuple[int, ...]
-) -> list[float]:
-  """Returns the seconds of torch's flash attention, as `_jax_seconds`.
-
-  Args:
-    q_shape: `[B, T, H, C]`; torch wants `[B, H, T, C]`.
-    k_shape: `[B, S, K, C]`.
-  """
-  if importlib.util.find_spec("torch") is None:
-    raise ModuleNotFoundError("torch is not installed")
-  import torch  # not among the requirements
-  from torch.nn.attention import SDPBackend, sdpa_kernel
-
-  def array(shape: tuple[int, ...]) -> torch.Tensor:
-    batch, length, heads, dim = shape
-    return torch.randn(
-      (batch, heads, length, dim),
-      dtype=torch.bfloat16,
-      device="cuda",
-      requires_grad=True,
-    )
-
-  q, k, v = array(q_shape), array(k_shape), array(k_shape)
-  d_out = torch.randn_like(q)
-
-  def forward() -> torch.Tensor:
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-      out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, enable_gqa=True
-      )
-    torch.cuda.synchronize()
-    return out
-
-  def both() -> None:
-    torch.autograd.grad(forward(), (q, k, v), d_out)
-    torch.cuda.synchronize()
-
-  return [_median(forward), _median(both)]
-
-
-def _median(call: Callable[[], Any]) -> float:
+def median(call: Callable[[], Any]) -> float:
   """Returns the median seconds of five calls after a first one."""
   call()
   seconds = []
@@ -195,19 +135,27 @@ def _median(call: Callable[[], Any]) -> float:
   return statistics.median(seconds)
 
 
-def _rates(
-  product: float, peak: float | None, seconds: list[float]
+def rates(
+  product: float, peak: float | None, forward: float, backward: float
 ) -> dict[str, Any]:
   """Returns the figures that follow from measured seconds.
 
   Args:
-    product: operations of one T x S product of all heads.
+    product: operations of one T x S product of all heads, of which the forward
+      pass has 2 and the backward pass 5.
     peak: TFLOP/s that the device could reach, or None.
-    seconds: of forward, and of forward with backward.
+    forward: seconds of the forward pass.
+    backward: seconds of the backward pass.
+
+  Returns:
+    For each, and for both together, seconds, TFLOP/s and the share of the peak.
   """
   figures = {}
-  names = ("forward", 2), ("forward_and_backward", 7)
-  for (name, products), took in zip(names, seconds):
+  for name, products, took in (
+    ("forward", 2, forward),
+    ("backward", 5, backward),
+    ("forward_and_backward", 7, forward + backward),
+  ):
     speed = products * product / took / 1e12
     figures[name] = {
       "seconds": round(took, 5),

@@ -35,7 +35,7 @@ from hourjax.models.params import (
   param_axes,
   param_shapes,
 )
-from hourjax.parallel.rules import param_shardings
+from hourjax.parallel.rules import check_attention, param_shardings
 from hourjax.training.batch_sharding import BatchSharding
 
 # On a CPU, a model of this many parameters takes seconds a layer.
@@ -366,8 +366,15 @@ def check_mesh(mesh: Mesh, config: ModelConfig) -> None:
   """Checks that an engine can use a mesh.
 
   Raises:
-    UserError: the mesh has `data` or `fsdp`, or does not divide the heads.
+    UserError: the mesh has `data` or `fsdp`, does not divide the heads, or is
+      of devices that do not run the attention that is asked for.
   """
+  check_attention(
+    mesh,
+    config.attention.implementation,
+    config.dtype,
+    config.decoder.head_size,
+  )
   heads, tensor = config.decoder.kv_heads, mesh.shape["tensor"]
   if heads % tensor:
     raise UserError(

@@ -16,15 +16,19 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from hourjax.kernels import reference, sharded, triton, ulysses
+from hourjax.kernels import cudnn, reference, sharded, triton, ulysses
 from hourjax.kernels.constants import SAVED
 from hourjax.kernels.sharded import Backend, Sharding
 from hourjax.kernels.tpu import call as tpu
 from hourjax.kernels.tpu.tiles import AttentionTiles
 
 # Implementation -> the platform that it runs on ("": on any).
-IMPLEMENTATIONS = {"tpu": "tpu", "triton": "gpu", "reference": ""}
-_OF_PLATFORM = {"tpu": "tpu", "gpu": "triton"}  # elsewhere the reference
+IMPLEMENTATIONS = {
+  "tpu": "tpu",
+  "cudnn": "gpu",
+  "triton": "gpu",
+  "reference": "",
+}
 _NEVER = -1e30  # the score of a masked key; finite, see constants
 
 
@@ -61,12 +65,14 @@ def attention(
     query_segment: a query sees the keys whose segment id equals its own.
       0 is padding: such a query sees nothing. Ids are not negative.
     key_segment: ids of the keys; 0 is padding.
-    causal: query t also sees only the keys at index s <= t (needs T == S).
+    causal: query t also sees only the keys at index s <= t (needs T == S and
+      the same ids of both).
     sharding: the mesh and the axes over which rows, heads and memory are
       split; None on one device.
     implementation: a key of `IMPLEMENTATIONS`: "tpu" (our Pallas kernels of
-      `kernels.tpu`), "triton" (our GPU kernels) or "reference" (plain JAX).
-      None takes the first on TPU, the second on GPU and the third elsewhere.
+      `kernels.tpu`), "cudnn" (NVIDIA's library), "triton" (our GPU kernels) or
+      "reference" (plain JAX). None takes the first on TPU, on GPU the second
+      or, for what that cannot do, the third, and the fourth elsewhere.
     tiles: of the TPU kernels, as `hourjax.parallel.chips.attention_tiles`
       returns them. Nothing else reads them.
 
@@ -79,30 +85,37 @@ def attention(
       with T != S or with the memory split, sizes that the mesh does not
       divide, an unknown implementation or one of another platform, TPU
       kernels without tiles, and what the kernels cannot do
-      (`kernels.tpu.call.check`, `kernels.triton`).
+      (`kernels.tpu.call.check`, `kernels.cudnn`, `kernels.triton`).
   """
   _check(q, k, causal, sharding)
-  implementation = choose_implementation(implementation, sharding)
+  implementation = choose_implementation(implementation, sharding, q)
   options = _Options(causal, sharding, implementation, tiles)
   with jax.named_scope("attention"):
     return _attention(q, k, v, query_segment, key_segment, options)
 
 
 def choose_implementation(
-  name: str | None, sharding: Sharding | None = None
+  name: str | None,
+  sharding: Sharding | None = None,
+  q: jax.Array | jax.ShapeDtypeStruct | None = None,
 ) -> str:
   """Returns the implementation that a call uses, a key of `IMPLEMENTATIONS`.
 
   Args:
     name: what the caller asks for; None leaves it to the platform.
     sharding: of the call, for its mesh.
+    q: its queries, or their shape, of which dtype and head dim matter on a
+      GPU; None for such as every implementation takes.
 
   Raises:
-    ValueError: for an unknown name, or one that another platform runs.
+    ValueError: for an unknown name, one that another platform runs, or cuDNN
+      where it cannot compute the call.
   """
   here = platform(sharding)
+  reason = "" if q is None or here != "gpu" else _without_cudnn(q)
   if name is None:
-    return _OF_PLATFORM.get(here, "reference")
+    of_gpu = "triton" if reason else "cudnn"
+    return {"tpu": "tpu", "gpu": of_gpu}.get(here, "reference")
   if name not in IMPLEMENTATIONS:
     raise ValueError(
       f"no implementation of attention is called {name!r}; choose"
@@ -114,7 +127,16 @@ def choose_implementation(
       f" and this program is compiled for {here}; choose 'reference', or none"
       " for the platform's own"
     )
+  if name == "cudnn" and reason:
+    raise ValueError(f"{reason}; choose 'triton', or none for what fits")
   return name
+
+
+def _without_cudnn(q: jax.Array | jax.ShapeDtypeStruct) -> str:
+  """Returns why cuDNN cannot attend from these queries, or ""."""
+  gpu = jax.default_backend() == "gpu"  # else the program is only lowered
+  capability = jax.local_devices()[0].compute_capability if gpu else None
+  return cudnn.unsupported(q.dtype, q.shape[3], capability)
 
 
 def platform(sharding: Sharding | None = None) -> str:
@@ -156,9 +178,13 @@ def backend(
         " tiles=hourjax.parallel.chips.attention_tiles(q.dtype)"
       )
     return _with_causal(tpu, causal, tiles=tiles)
-  if implementation == "triton":
-    return _with_causal(triton, causal)
-  return _with_causal(reference, causal)
+  modules: dict[str, types.ModuleType] = {
+    "cudnn": cudnn,
+    "triton": triton,
+    "reference": reference,
+  }
+  found = _with_causal(modules[implementation], causal)
+  return found._replace(takes_out=implementation == "cudnn")
 
 
 def _with_causal(

@@ -123,10 +123,13 @@ class Backend(NamedTuple):
     forward: (q, k, v, query_segment, key_segment, out_dtype=) -> (out, lse).
     backward: (q, k, v, query_segment, key_segment, lse, delta, d_out) ->
       (dq, dk, dv).
+    takes_out: whether `backward` takes the output in place of delta, the sum
+      of out * d_out over C.
   """
 
   forward: Callable[..., tuple[jax.Array, jax.Array]]
   backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+  takes_out: bool = False
 
 
 def forward(
@@ -226,7 +229,7 @@ def backward(
     everyone(query_segment),
     key_segment,
     everyone(lse),
-    everyone(delta),
+    everyone(out if backend.takes_out else delta),
     everyone(d_out),
   )
   # A multiplication between sum and cast. Without it XLA casts first and sums

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 Remat = Literal["none", "dots", "full"]
-Implementation = Literal["platform", "tpu", "triton", "reference"]
+Implementation = Literal["platform", "tpu", "cudnn", "triton", "reference"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hourjax.errors import UserError
+from hourjax.kernels.attention import choose_implementation
 from hourjax.kernels.sharded import Sharding
 
 Axes = Sequence[str | None]
@@ -92,6 +93,31 @@ def parts(axis: str) -> int:
     return 1
   shape = jax.sharding.get_abstract_mesh().shape
   return math.prod(shape[name] for name in RULES[axis])
+
+
+def check_attention(
+  mesh: jax.sharding.Mesh,
+  implementation: str,
+  dtype: jax.typing.DTypeLike,
+  head_dim: int,
+) -> None:
+  """Checks that the devices of a mesh run an implementation of attention.
+
+  Args:
+    mesh: of the devices.
+    implementation: `config.model.attention.implementation`.
+    dtype: of the model's computation.
+    head_dim: of its attention.
+
+  Raises:
+    UserError: the platform, the GPU or the sizes rule it out.
+  """
+  name = None if implementation == "platform" else implementation
+  q = jax.ShapeDtypeStruct((1, 1, 1, head_dim), dtype)
+  try:
+    choose_implementation(name, Sharding(mesh), q)
+  except ValueError as error:
+    raise UserError(f"config.model.attention.implementation: {error}") from None
 
 
 def attention_sharding(kind: str) -> Sharding | None:

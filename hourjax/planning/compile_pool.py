@@ -48,7 +48,12 @@ class Outcome(NamedTuple):
 
 
 def run_worker(
-  module: str, task: Any, *, limit: float, flags: str = ""
+  module: str,
+  task: Any,
+  *,
+  limit: float,
+  flags: str = "",
+  environment: Mapping[str, str] = _ENVIRONMENT,
 ) -> Outcome:
   """Runs `python -m module` on a task and returns how it ended.
 
@@ -57,17 +62,18 @@ def run_worker(
     task: the task, of values that JSON can hold.
     limit: seconds after which the worker is stopped.
     flags: flags for the TPU compiler.
+    environment: variables that it gets beside those of this process.
 
   Returns:
     The outcome. A worker that crashes or is late raises nothing: that is an
     outcome, too.
   """
-  environment = os.environ | _ENVIRONMENT | {"LIBTPU_INIT_ARGS": flags}
+  own = {"LIBTPU_INIT_ARGS": flags, **environment}
   # In a session of its own, so that the processes that it starts can be
   # stopped together with it.
   worker = subprocess.Popen(
     processes.module_command(module),
-    env=environment,
+    env=os.environ | own,
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,

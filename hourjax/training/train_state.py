@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from hourjax import hub, progress
 from hourjax.errors import UserError
 from hourjax.models.params import init_params, param_axes, param_shapes
-from hourjax.parallel.rules import param_shardings
+from hourjax.parallel.rules import check_attention, param_shardings
 from hourjax.training.checkpoint import restore_params
 from hourjax.training.config import Experiment
 from hourjax.training.optimizer import (
@@ -61,11 +61,15 @@ def abstract_state(
     A state of ShapeDtypeStructs, and the optimizer of its trained parameters.
 
   Raises:
-    UserError: the mesh does not divide a dimension of a parameter, or nothing
-      is trained.
+    UserError: the mesh does not divide a dimension of a parameter, its devices
+      do not run the attention that is asked for, or nothing is trained.
   """
-  shapes = param_shapes(experiment.model)
-  shardings = param_shardings(mesh, shapes, param_axes(experiment.model))
+  model = experiment.model
+  check_attention(
+    mesh, model.attention.implementation, model.dtype, model.decoder.head_size
+  )
+  shapes = param_shapes(model)
+  shardings = param_shardings(mesh, shapes, param_axes(model))
   params = {
     path: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=shardings[path])
     for path, shape in shapes.items()

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from hourjax.kernels.attention import attention
 from hourjax.kernels.sharded import Sharding
 from tests import interpreted
+from tests.kernels.cudnn_double import use_cudnn_double
 from tests.kernels.test_attention import dense
 
 ROWS, QUERIES, KEYS, HEADS, KV_HEADS, DIM = 2, 24, 320, 4, 2, 16
@@ -69,6 +70,8 @@ def errors(
   with pytest.MonkeyPatch.context() as patch:
     if kernel == "tpu":
       interpreted.use_tpu_kernels(patch)
+    if kernel == "cudnn":
+      use_cudnn_double(patch)
     got = _compiled(kernel, causal, sharding)(*arrays, d_out)
   found = {
     name: float(np.abs(np.asarray(x, np.float64) - reference).max())
@@ -84,8 +87,7 @@ def errors(
 # To compile takes longer than to run, so LLVM optimises nothing.
 @functools.cache
 def _compiled(kernel: str, causal: bool, sharding: Sharding):
-  """A function to (out, dq, dk, dv); `kernel` is only a part of the key."""
-  del kernel
+  """A function to (out, dq, dk, dv); of the key, "tpu" is replaced."""
 
   def run(q, k, v, query_segment, key_segment, d_out):
     call = functools.partial(
@@ -94,6 +96,7 @@ def _compiled(kernel: str, causal: bool, sharding: Sharding):
       key_segment=key_segment,
       causal=causal,
       sharding=sharding,
+      implementation="cudnn" if kernel == "cudnn" else None,
     )
     out, pull = jax.vjp(call, q, k, v)
     return out, *pull(d_out)

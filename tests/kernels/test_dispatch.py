@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 
 from hourjax.kernels import attention as module
-from hourjax.kernels import reference, triton
+from hourjax.kernels import cudnn, reference, triton
 from hourjax.kernels.sharded import Sharding
 from hourjax.kernels.tpu import call as tpu
 from hourjax.kernels.tpu.tiles import AttentionTiles, Tiles
@@ -49,6 +50,8 @@ def test_platform_of_the_mesh_that_is_given():
   [
     ("tpu", False, tpu),
     ("tpu", True, tpu),
+    ("cudnn", False, cudnn),
+    ("cudnn", True, cudnn),
     ("triton", False, triton),
     ("triton", True, triton),
     ("reference", True, reference),
@@ -61,6 +64,7 @@ def test_backend(name, causal, expected):
     assert wrapped.func is getattr(expected, function)
     handed = {"tiles": TILES} if expected is tpu else {}
     assert wrapped.keywords == {"causal": causal} | handed
+  assert got.takes_out == (expected is cudnn)
 
 
 def test_the_tpu_kernels_need_tiles():
@@ -69,7 +73,7 @@ def test_the_tpu_kernels_need_tiles():
 
 
 @pytest.mark.parametrize(
-  "here, name", [("tpu", "tpu"), ("gpu", "triton"), ("cpu", "reference")]
+  "here, name", [("tpu", "tpu"), ("gpu", "cudnn"), ("cpu", "reference")]
 )
 def test_the_platform_chooses_unless_it_is_told(here, name):
   with jax.default_device(here):
@@ -78,10 +82,44 @@ def test_the_platform_chooses_unless_it_is_told(here, name):
     assert module.choose_implementation("reference") == "reference"
 
 
+class _Gpu(NamedTuple):
+  compute_capability: str
+
+
+@pytest.mark.parametrize(
+  "capability, dtype, dim, reason",
+  [
+    ("9.0", "bfloat16", 128, ""),
+    ("12.0", "float16", 64, ""),
+    ("8.0", "bfloat16", 128, r"needs compute capability 9\.0 .* has 8\.0"),
+    ("gfx942", "bfloat16", 128, "this GPU has gfx942"),
+    ("9.0", "float32", 128, "takes bfloat16 and float16, not float32"),
+    ("9.0", "bfloat16", 256, "multiples of 8 up to 128, not 256"),
+    ("9.0", "bfloat16", 12, "multiples of 8 up to 128, not 12"),
+  ],
+)
+def test_what_cudnn_cannot_do_is_left_to_triton(
+  monkeypatch, capability, dtype, dim, reason
+):
+  q = jnp.zeros((1, 2, 2, dim), dtype)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "local_devices", lambda: [_Gpu(capability)])
+  expected = "triton" if reason else "cudnn"
+  assert module.choose_implementation(None, q=q) == expected
+  if reason:
+    with pytest.raises(ValueError, match=f"{reason}.*; choose 'triton'"):
+      module.choose_implementation("cudnn", q=q)
+  else:
+    assert module.choose_implementation("cudnn", q=q) == "cudnn"
+
+
 @pytest.mark.parametrize(
   "name, message",
   [
-    ("pallas", "called 'pallas'; choose tpu, triton, reference, or none"),
+    (
+      "pallas",
+      "called 'pallas'; choose tpu, cudnn, triton, reference, or none",
+    ),
     ("tpu", "'tpu' runs on tpu, and this program is compiled for cpu"),
     ("triton", "'triton' runs on gpu, and this program is compiled for cpu"),
   ],

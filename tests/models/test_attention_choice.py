@@ -72,7 +72,10 @@ def _config(**attention):
 @pytest.mark.parametrize(
   "attention, said",
   [
-    ({"implementation": "cuda"}, "choose platform, tpu, triton or reference"),
+    (
+      {"implementation": "cuda"},
+      "choose platform, tpu, cudnn, triton or reference",
+    ),
     ({"forward_tiles": "1024"}, "attention.forward_tiles is '1024'; give rows"),
   ],
 )

@@ -1,10 +1,11 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from hourjax.errors import UserError
+from hourjax.kernels import attention
 from hourjax.models.config import HOUR_LLAVA_3B, HOUR_LLAVA_7B, TINY
 from hourjax.models.params import param_axes, param_shapes
 from hourjax.parallel import rules
@@ -74,3 +75,22 @@ def test_without_a_mesh_nothing_is_asked_for():
   assert rules.constrain(x, "rows", None) is x
   assert rules.attention_sharding("self") is None
   assert rules.parts("images") == 1
+
+
+@pytest.mark.parametrize("name", ["cudnn", "triton", "tpu"])
+def test_attention_that_the_devices_do_not_run_is_refused(name):
+  mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+  said = f"config.model.attention.implementation: .*'{name}' runs on .* for cpu"
+  with pytest.raises(UserError, match=said):
+    rules.check_attention(mesh, name, "bfloat16", 128)
+  rules.check_attention(mesh, "platform", "bfloat16", 128)
+
+
+def test_attention_that_a_gpu_cannot_do_is_refused(monkeypatch):
+  monkeypatch.setattr(attention, "platform", lambda sharding: "gpu")
+  mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+  rules.check_attention(mesh, "cudnn", "bfloat16", 128)
+  said = "not float32; choose 'triton', or none"
+  with pytest.raises(UserError, match=said):
+    rules.check_attention(mesh, "cudnn", "float32", 128)
+  rules.check_attention(mesh, "platform", "float32", 128)
