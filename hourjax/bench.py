@@ -2,16 +2,14 @@
 
   python -m hourjax.bench data --json
   python -m hourjax.bench attention --topology=v5e:2x4
-  python -m hourjax.bench ask  (or construct)
+  python -m hourjax.bench ask  (or construct, or cpu)
 
 `data` measures the data path with rows of --config (by default 3B, stage 3).
 `attention` asks the TPU compiler, on any machine, how near the kernels come
 to the limits of --topology (v5e, v5p, v6e or tpu7x and its chips), at the
 sizes --model, --queries and --keys; on a TPU or GPU it measures time as well.
---tune ranks tile sizes instead, which takes many minutes.
-
-`ask` measures the time to the first token of questions about an hour of video,
-`construct` how fast a construction calls and how soon a large one goes on.
+--tune ranks tile sizes instead, for many minutes. `ask` times the first token
+about an hour of video, `construct` its calls, `cpu` MemAug beside torch.
 """
 
 import pathlib
@@ -23,6 +21,7 @@ from ml_collections import config_flags
 from hourjax import command, progress
 from hourjax.benchmarks import attention as kernels
 from hourjax.benchmarks.ask import measure_ask
+from hourjax.benchmarks.cpu import measure_cpu
 from hourjax.benchmarks.data import Options, measure_data
 from hourjax.benchmarks.figures import show
 from hourjax.errors import UserError
@@ -80,6 +79,7 @@ BENCHMARKS = {
   "attention": attention,
   "ask": measure_ask,
   "construct": construct,
+  "cpu": measure_cpu,
 }
 
 
