@@ -38,6 +38,7 @@ QUERY_TILE = 512
 KEY_TILE = 512  # with the scores beside it, this fits into a core's cache
 _ALIGNED = 16  # float32 numbers of a vector register (AVX-512) or cache line
 _NEVER = -1e30  # finite, so that exp(_NEVER - _NEVER) stays a number
+_Arrays = TypeVar("_Arrays")  # a tuple of arrays
 _Carry = TypeVar("_Carry")
 
 
@@ -138,9 +139,8 @@ def _here(*operands: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _map_rows(
-  function: Callable[..., tuple[jax.Array, ...]],
-  operands: tuple[jax.Array, ...],
-) -> tuple[jax.Array, ...]:
+  function: Callable[..., _Arrays], operands: tuple[jax.Array, ...]
+) -> _Arrays:
   """Calls `function` with a few rows of the batch at a time.
 
   Not with `vmap`, which would turn the `switch` that skips a tile into a
@@ -152,7 +152,7 @@ def _map_rows(
     return function(*operands)
   parts = tuple(x.reshape(-1, together, *x.shape[1:]) for x in operands)
   results = jax.lax.map(lambda part: function(*part), parts)
-  return tuple(x.reshape(-1, *x.shape[2:]) for x in results)
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
 
 def _rows_together(rows: int, queries: int, keys: int) -> int:
