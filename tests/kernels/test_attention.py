@@ -208,9 +208,9 @@ def test_rows_are_independent(small_tiles):
 
 
 def test_short_rows_are_computed_together(monkeypatch):
-  """Two times three rows, whose scores are those of one tile."""
+  """Two times three rows, whose scores are half of one tile's."""
   monkeypatch.setattr(reference, "QUERY_TILE", 64)
-  monkeypatch.setattr(reference, "KEY_TILE", 64)
+  monkeypatch.setattr(reference, "KEY_TILE", 128)
   assert reference._rows_together(6, _QUERIES, _KEYS) == 3
   inputs = _draw(10, 6, _QUERIES, _KEYS, 4, 2)
   query_segment, key_segment = (
