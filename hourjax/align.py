@@ -13,12 +13,13 @@ The captions are a JSON list of
 """
 
 import json
+import os
 import pathlib
 
 from absl import flags
 from ml_collections import config_flags
 
-from hourjax import command, progress
+from hourjax import command, jax_environment, progress
 from hourjax.alignment.captions import read_captioned_frames
 from hourjax.alignment.siglip_loss import save_alignment, train_alignment
 from hourjax.data.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 
 def main(_: list[str]) -> None:
   """Runs the command."""
+  jax_environment.keep_freed_memory(os.environ)
   experiment = build_experiment(command.given(_CONFIG).to_dict())
   workdir = pathlib.Path(command.given(_WORKDIR))
   check_workdir(experiment, workdir)

@@ -3,7 +3,7 @@
   python -m hourjax.bench data --json
   python -m hourjax.bench attention --topology=v5e:2x4
   python -m hourjax.bench step --config=configs/demo.py --out=calibration.json
-  python -m hourjax.bench ask  (or construct, or gpu)
+  python -m hourjax.bench ask  (or construct, cpu, gpu)
 
 `data` takes rows of --config (by default 3B, stage 3); `attention` asks the TPU
 compiler, or with --tune ranks tiles; `step` measures a training step on the
@@ -20,6 +20,7 @@ from ml_collections import config_flags
 from hourjax import command, progress
 from hourjax.benchmarks import attention, data, step
 from hourjax.benchmarks.ask import measure_ask
+from hourjax.benchmarks.cpu import measure_cpu
 from hourjax.benchmarks.figures import show
 from hourjax.benchmarks.gpu import measure_gpu
 from hourjax.errors import UserError
@@ -68,6 +69,7 @@ BENCHMARKS = {
     _experiment(), command.filled(step.Options), folder
   ),
   "gpu": lambda _: measure_gpu(),
+  "cpu": measure_cpu,
 }
 
 

@@ -15,6 +15,7 @@ On TPU VMs of several hosts, start the same line on each of them; elsewhere see
 `hourjax.parallel.hosts`.
 """
 
+import os
 import pathlib
 import signal
 import sys
@@ -22,7 +23,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from hourjax import command
+from hourjax import command, jax_environment
 from hourjax.errors import UserError
 from hourjax.parallel import hosts
 from hourjax.training.config import build_experiment
@@ -39,6 +40,7 @@ _PROFILE = flags.DEFINE_string(
 
 def main(_: list[str]) -> None:
   """Runs the command."""
+  jax_environment.keep_freed_memory(os.environ)
   config = command.given(_CONFIG).to_dict()
   workdir = command.given(_WORKDIR)
   if _PROFILE.value is not None:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 
@@ -210,3 +211,43 @@ def test_a_chosen_folder_that_cannot_be_used(tmp_path):
   )
   assert done.returncode == 0
   assert f"HOURJAX_COMPILATION_CACHE={chosen} is not used" in done.stderr
+
+
+# --- freed memory -----------------------------------------------------------
+
+FREED = """
+import resource, sys
+from hourjax import jax_environment
+def faults():
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  bytearray(64 << 20)
+  return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+environ = dict(x.split("=") for x in sys.argv[1:])
+kept = jax_environment.keep_freed_memory(environ)
+faults()
+print(kept, faults())
+"""
+
+
+@pytest.mark.parametrize(
+  "environ, kept",
+  [
+    (["JAX_PLATFORMS=cpu"], True),
+    (["JAX_PLATFORMS=cpu", "MALLOC_ARENA_MAX=4"], False),
+    (["JAX_PLATFORMS=tpu"], False),
+  ],
+)
+@pytest.mark.skipif(
+  platform.libc_ver()[0] != "glibc", reason="another C library"
+)
+def test_freed_memory_is_kept(environ, kept):
+  """A second array of 64 MiB, 32 huge pages, takes the pages of the first."""
+  out = subprocess.run(
+    [sys.executable, "-c", FREED, *environ],
+    env=_environment(),
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout.split()
+  assert out[0] == str(kept)
+  assert (int(out[1]) < 16) == kept

@@ -53,7 +53,10 @@ def compiled(monkeypatch):
 
   def run(outcome, found=found):
     def ask(module, task, *, limit):
-      assert task["topology"] == "v5e:4x4" and min(task["unknown_trips"].values()) >= 1
+      assert (
+        task["topology"] == "v5e:4x4"
+        and min(task["unknown_trips"].values()) >= 1
+      )
       return outcome
 
     monkeypatch.setattr(compiled_step, "run_worker", ask)
