@@ -46,10 +46,22 @@ _TPU_VARIABLES = (
 # something else, jax decides.
 _TPU_FILES = ("/dev/accel[0-9]*", "/dev/accel/[0-9]*", "/dev/vfio/[0-9]*")
 _GOOGLE = "0x1ae0"
-# Device ids of TPUs: Google's network cards and disks have the same vendor.
-_TPU_IDS = (
-  "0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076",
-)  # fmt: skip
+# Device ids of TPUs: Google's network cards and disks have the same vendor. The
+# names are those of `parallel.chips`.
+_TPU_IDS = {
+  "0x0027": "v3", "0x0056": "", "0x005e": "v4", "0x0062": "v5p",
+  "0x0063": "v5e", "0x006f": "v6e", "0x0076": "tpu7x",
+}  # fmt: skip
+_OVERLAP = (
+  "--xla_enable_async_all_gather=true",
+  "--xla_tpu_enable_async_collective_fusion=true",
+  "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
+  "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
+)
+# The TPU compiler's flags by generation. By default it waits for every
+# collective on v6e and tpu7x; with these it gathers weights beside products, as
+# it does on v5e and v5p of itself. How much: hourjax/planning/README.md.
+COMPILER_FLAGS = {"v6e": _OVERLAP, "tpu7x": _OVERLAP}
 _NVIDIA_FILES = ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/dxg")
 
 
@@ -58,6 +70,9 @@ def prepare() -> None:
 
   Processes that this one starts inherit them.
   """
+  flags = compiler_flags(os.environ)
+  if flags and "jax" not in sys.modules:  # it reads them as it is loaded
+    os.environ["LIBTPU_INIT_ARGS"] = flags
   found = platforms(os.environ)
   if found and not _configured("JAX_PLATFORMS"):
     _set("JAX_PLATFORMS", found)
@@ -110,6 +125,34 @@ def keep_freed_memory(environ: Mapping[str, str]) -> bool:
   return all(mallopt(option, value) for option, value in _KEPT.items())
 
 
+def compiler_flags(environ: Mapping[str, str], root: str = "/") -> str:
+  """Returns the value of LIBTPU_INIT_ARGS for this machine's TPU.
+
+  Args:
+    environ: environment variables; flags in LIBTPU_INIT_ARGS stay, and take
+      the place of ours of the same name.
+    root: root of the file system that lists the machine's devices.
+  """
+  given = environ.get("LIBTPU_INIT_ARGS", "")
+  own = COMPILER_FLAGS.get(tpu_generation(environ, root), ())
+  named = {flag.partition("=")[0] for flag in given.split()}
+  kept = [flag for flag in own if flag.partition("=")[0] not in named]
+  return " ".join([*kept, *given.split()])
+
+
+def tpu_generation(environ: Mapping[str, str], root: str = "/") -> str:
+  """Returns the generation of this machine's TPU, or "".
+
+  Args:
+    environ: environment variables; TPU_ACCELERATOR_TYPE, "v6e-8", names it
+      where the PCI bus does not.
+    root: root of the file system that lists the machine's devices.
+  """
+  found = next(filter(None, _pci_tpus(root)), "")
+  kind = environ.get("TPU_ACCELERATOR_TYPE", "").partition("-")[0].lower()
+  return found or {"v5litepod": "v5e", "v5lite": "v5e"}.get(kind, kind)
+
+
 def platforms(environ: Mapping[str, str], root: str = "/") -> str | None:
   """Returns the value of JAX_PLATFORMS that suits this machine.
 
@@ -135,17 +178,21 @@ def _has_tpu(environ: Mapping[str, str], root: str) -> bool:
   """Returns whether variables, device files or the PCI bus show a TPU."""
   if any(environ.get(name) for name in _TPU_VARIABLES):
     return True
-  if _exist(_TPU_FILES, root):
-    return True
+  return _exist(_TPU_FILES, root) or bool(_pci_tpus(root))
+
+
+def _pci_tpus(root: str) -> list[str]:
+  """Returns the generation of each TPU on the PCI bus."""
+  found = []
   for vendor in glob.glob(f"{root}sys/bus/pci/devices/*/vendor"):
     device = pathlib.Path(vendor).with_name("device")
     with contextlib.suppress(OSError):
       if (
         pathlib.Path(vendor).read_text().strip() == _GOOGLE
-        and device.read_text().strip() in _TPU_IDS
+        and (name := device.read_text().strip()) in _TPU_IDS
       ):
-        return True
-  return False
+        found.append(_TPU_IDS[name])
+  return found
 
 
 def _exist(patterns: tuple[str, ...], root: str) -> bool:

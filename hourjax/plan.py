@@ -6,7 +6,8 @@
 compiles the real train step with the real TPU compiler, on any machine, and
 prints memory, operations and traffic as compiled, and time, MFU and cost as
 estimated from them. If the step does not fit, it prints the smallest change
-with which it does, and the exit status is 1. --search looks for the best mesh.
+with which it does, and the exit status is 1. --search looks for the best mesh,
+with --topology=v5e:any or a list also for the best slice.
 --table=a.json,b.json prints plans that were written with --json as one table.
 """
 
@@ -17,14 +18,17 @@ from absl import flags
 from ml_collections import config_flags
 
 from hourjax import command, progress
+from hourjax.errors import UserError
 from hourjax.planning import calibration, fit, plan, report, search
 from hourjax.planning.compiled_step import LIMIT, compile_step
-from hourjax.planning.topology import parse_topology
+from hourjax.planning.topology import parse_topologies
 from hourjax.planning.workload import make_workload
 from hourjax.training.config import build_experiment
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:16x16.")
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "Such as v5e:16x16; with --search also v5e:any or a list."
+)
 _SLICES = flags.DEFINE_integer(
   "num_slices", 1, "Slices of that topology.", upper_bound=1024
 )
@@ -39,9 +43,10 @@ _DATA = flags.DEFINE_string(
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes and rows, rank them.")
 _COMPILED = flags.DEFINE_integer(
-  "compiled", search.COMPILED, "Candidates that --search compiles.",
+  "compiled", search.COMPILED, "Candidates of a slice that --search compiles.",
   lower_bound=1,
 )  # fmt: skip
+_EXACT = flags.DEFINE_bool("exact", False, "Compile to the end: minutes.")
 _LIMIT = flags.DEFINE_float(
   "compile_limit", LIMIT, "Seconds to compile a step.", lower_bound=1
 )
@@ -57,16 +62,24 @@ def _log(text: str) -> None:
 def make_plans() -> list[plan.Plan]:
   """Makes the plan of the configuration, or plans of a search, best first."""
   experiment = build_experiment(command.given(_CONFIG).to_dict())
-  topology = parse_topology(command.given(_TOPOLOGY), _SLICES.value)
-  topology = calibration.calibrated(topology, _CALIBRATION.value)
+  topologies = [
+    calibration.calibrated(each, _CALIBRATION.value)
+    for each in parse_topologies(command.given(_TOPOLOGY), _SLICES.value)
+  ]
+  topology = topologies[0]
+  if len(topologies) > 1 and not _SEARCH.value:
+    raise UserError("--topology names several slices; give --search, or one")
   with progress.step("drawing and packing the stage's data"):
     workload = make_workload(experiment, _DATA.value)
+  how = {"price": _PRICE.value, "count": _COMPILED.value,
+         "limit": _LIMIT.value, "log": _log}  # fmt: skip
+  if len(topologies) > 1:
+    return search.search_slices(experiment, topologies, workload, **how)
   if _SEARCH.value:
-    return search.search(
-      experiment, topology, workload,
-      price=_PRICE.value, count=_COMPILED.value, limit=_LIMIT.value, log=_log,
-    )  # fmt: skip
-  compiled = compile_step(experiment, topology, workload, limit=_LIMIT.value)
+    return search.search(experiment, topology, workload, **how)
+  compiled = compile_step(
+    experiment, topology, workload, limit=_LIMIT.value, whole=_EXACT.value
+  )
   return [plan.evaluate(experiment, topology, workload, compiled, _PRICE.value)]
 
 
@@ -87,7 +100,7 @@ def main(_: list[str]) -> None:
   else:
     print(report.page(best))
     if _SEARCH.value:
-      print(f"\n{report.ranking(plans)}")
+      print(f"\n{report.compared(plans)}")
     if best.fits:
       print(f"\nthe same in training: {report.flags(best)}")
     if found is not None:

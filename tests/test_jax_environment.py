@@ -141,6 +141,34 @@ def test_platforms(tmp_path, monkeypatch, files, pci, plugins, environ, said):
   assert jax_environment.platforms(environ, root) == said
 
 
+@pytest.mark.parametrize(
+  "pci, environ, generation",
+  [
+    ((), {}, ""),
+    (PLAIN, {}, ""),
+    ((*PLAIN, ("0x1ae0", "0x006f")), {}, "v6e"),
+    ((*PLAIN, ("0x1ae0", "0x0063")), {"TPU_ACCELERATOR_TYPE": "v6e-8"}, "v5e"),
+    ((), {"TPU_ACCELERATOR_TYPE": "v6e-8"}, "v6e"),
+    ((), {"TPU_ACCELERATOR_TYPE": "v5litepod-16"}, "v5e"),
+  ],
+)
+def test_flags_of_the_compiler(tmp_path, pci, environ, generation):
+  """They are those of the machine's TPU; a user's flags win."""
+  root = _machine(tmp_path, pci=pci)
+  assert jax_environment.tpu_generation(environ, root) == generation
+  own = jax_environment.COMPILER_FLAGS.get(generation, ())
+  assert (generation == "v6e") == bool(own)
+  assert jax_environment.compiler_flags(environ, root) == " ".join(own)
+  given = "--xla_enable_async_all_gather=false --xla_x=1"
+  mixed = jax_environment.compiler_flags(
+    environ | {"LIBTPU_INIT_ARGS": given}, root
+  )
+  assert mixed.split() == [
+    *(flag for flag in own if "enable_async_all_gather=" not in flag),
+    *given.split(),
+  ]
+
+
 def test_where_programs_are_kept(tmp_path):
   def folder(**environ):
     return jax_environment.cache_folder(environ)

@@ -174,7 +174,7 @@ def backward(
 
 def _check(
   q: jax.Array, k: jax.Array, v: jax.Array, causal: bool
-) -> dict[str, int]:
+) -> dict[str, Any]:
   """Refuses what cuDNN does not support.
 
   Returns:

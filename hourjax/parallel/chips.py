@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hourjax import jax_environment
 from hourjax.errors import UserError
 from hourjax.kernels.constants import LANES
 from hourjax.kernels.tpu.tiles import AttentionTiles, Tiles
@@ -115,8 +116,6 @@ class Chip:
     tiles: by dtype, the tiles of the forward and of the backward attention
       kernel.
     efficiency: share of the peak that is assumed in estimates.
-    compiler_flags: of the compiler, in training as in plans; see
-      `jax_environment`.
     matrix_units: matrix units of a core.
     matrix_side: rows and columns of such a unit.
     matrix_rows: rows that enter a unit in one cycle.
@@ -143,7 +142,6 @@ class Chip:
   kernel_vmem: int
   tiles: dict[str, tuple[Tiles, Tiles]]
   efficiency: Efficiency
-  compiler_flags: tuple[str, ...] = ()
   matrix_units: int = UNKNOWN
   matrix_side: int = UNKNOWN
   matrix_rows: int = UNKNOWN
@@ -170,6 +168,11 @@ class Chip:
   def knows(self, name: str) -> bool:
     """Returns whether the fact of this name is entered."""
     return vars(self)[name] is not None
+
+  @property
+  def compiler_flags(self) -> tuple[str, ...]:
+    """Returns the compiler's flags, in training as in plans."""
+    return jax_environment.COMPILER_FLAGS.get(self.name, ())
 
   @property
   def device_flops(self) -> float:
@@ -211,15 +214,6 @@ CHIP_FACTS = frozenset(field.name for field in dataclasses.fields(Chip))
 # An exact float32 product is six bfloat16 ones: larger tiles of them would be
 # programs that take the compiler minutes. The same for all generations.
 _EXACT = Tiles(rows=512, keys=256, chunk=256, unit=256)
-
-# By default the compiler waits for every collective of v6e, and on later ones.
-# With these it gathers weights beside products.
-_OVERLAP = (
-  "--xla_enable_async_all_gather=true",
-  "--xla_tpu_enable_async_collective_fusion=true",
-  "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
-  "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
-)
 
 CHIPS = {
   chip.name: chip
@@ -359,7 +353,6 @@ CHIPS = {
         causal=(0.58 * CLOCK_SHARE, 0.61 * CLOCK_SHARE),
         tower=0.15,
       ),
-      compiler_flags=_OVERLAP,
       matrix_units=2,
       matrix_side=256,
       matrix_rows=2,
@@ -397,7 +390,6 @@ CHIPS = {
         causal=(0.62 * CLOCK_SHARE, 0.67 * CLOCK_SHARE),
         tower=0.15,
       ),
-      compiler_flags=_OVERLAP,
       matrix_units=2,
       matrix_side=256,
       matrix_rows=2,

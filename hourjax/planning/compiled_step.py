@@ -261,7 +261,10 @@ def read_program(
 
 
 def memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
-  """Returns `arguments` and `temporaries` of a program in bytes of a device."""
+  """Returns `arguments`, `temporaries` and `code`, in bytes of a device.
+
+  The code is part of the temporaries.
+  """
   memory = hlo.program_memory(compiled)
   return {
     "arguments": memory.argument_size_in_bytes,
@@ -274,6 +277,7 @@ def memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
       0, memory.peak_memory_in_bytes - memory.argument_size_in_bytes
     )
     + memory.generated_code_size_in_bytes,
+    "code": memory.generated_code_size_in_bytes,
   }
 
 
@@ -295,6 +299,7 @@ def read_schedule(
   return {
     "arguments": sum(kinds.values()),
     "temporaries": peak_memory.peak_bytes(program) + _CODE,
+    "code": _CODE,
     "kinds": kinds,
     "traffic": traffic.by_axis(sent),
   }

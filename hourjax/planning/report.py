@@ -9,7 +9,7 @@ from hourjax.errors import UserError
 from hourjax.parallel.chips import CHIPS, GIB
 from hourjax.planning.compiled_step import Memory
 from hourjax.planning.plan import Plan, as_data
-from hourjax.planning.roofline import HOST_READS
+from hourjax.planning.roofline import HOST_READS, Estimate
 from hourjax.planning.search import describe, row_options
 
 _WIDE = 79
@@ -188,6 +188,12 @@ def _folded(text: str, indent: str = "  ") -> list[str]:
   return [*lines, line.rstrip()]
 
 
+def compared(plans: Sequence[Plan]) -> str:
+  """Returns what a search found: candidates of a slice, or several slices."""
+  slices = {plan.topology.name for plan in plans}
+  return ranking(plans) if len(slices) == 1 else frontier(plans)
+
+
 def ranking(plans: Sequence[Plan]) -> str:
   """Returns the candidates of a search as text, a line each."""
   lines = [f"  {'GiB':>6}{'step':>8}{'rows':>6}{'MFU':>8}{'days':>8}  mesh"]
@@ -202,6 +208,60 @@ def ranking(plans: Sequence[Plan]) -> str:
       f"{found.mfu:8.1%}{found.days:8.2f}  {describe(plan.experiment)}{mark}"
     )
   return "\n".join(lines)
+
+
+def frontier(plans: Sequence[Plan]) -> str:
+  """Returns the best plans of several slices as a Markdown table.
+
+  Args:
+    plans: that fit, one of each slice.
+  """
+  ordered = sorted(plans, key=lambda plan: plan.topology.chips)
+  cheapest = min(plans, key=lambda plan: _estimate_of(plan).cost)
+  fastest = min(plans, key=lambda plan: _estimate_of(plan).days)
+  lines = [
+    "| slice | mesh (data, fsdp, seq, tensor) | rows, remat | GiB of | step, s"
+    " | MFU | days | $ | |",
+    "|" + "---|" * 9,
+  ]
+  before = None
+  for plan in ordered:
+    found, memory = _estimate_of(plan), plan.memory
+    assert memory is not None  # of a plan that fits
+    note = "; ".join(
+      word
+      for word, best in (("cheapest", cheapest), ("fastest", fastest))
+      if plan is best
+    )
+    if before is not None:
+      days, cost = (
+        getattr(found, name) / getattr(_estimate_of(before), name) - 1
+        for name in ("days", "cost")
+      )
+      note += f"{'; ' if note else ''}{days:+.0%} days, {cost:+.0%} $"
+    before = plan
+    lines.append(
+      _joined(
+        [
+          plan.topology.name,
+          ", ".join(map(str, plan.mesh.values())),
+          f"{plan.experiment.batch_rows}, {plan.experiment.model.remat}",
+          f"{memory.total / GIB:.1f} of {memory.limit / GIB:.2f}",
+          number(found.step),
+          f"{found.mfu:.1%}",
+          number(found.days),
+          f"{found.cost:,.0f}",
+          note,
+        ]
+      )
+    )
+  return "\n".join(lines)
+
+
+def _estimate_of(plan: Plan) -> Estimate:
+  """Returns the estimate of a plan that was compiled."""
+  assert plan.estimate is not None
+  return plan.estimate
 
 
 def flags(plan: Plan) -> str:

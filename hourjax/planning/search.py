@@ -7,7 +7,7 @@ the compiler decide.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from hourjax import progress
@@ -26,12 +26,12 @@ from hourjax.training.config import Experiment
 from hourjax.training.optimizer import component
 from hourjax.training.train_step import accumulate_name
 
-COMPILED = 3  # candidates
+COMPILED = 4  # candidates of a topology
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # of a device group in a micro-batch
 _STEP = (0.75, 1.34)  # of the configured rows of a step that are accepted
 # Share of HBM that the formulas may fill: they leave out what they do not
-# know.
-_ROOM = 0.85
+# know. The compiler then decides.
+_ROOM = 0.95
 
 
 def search(
@@ -90,6 +90,48 @@ def search(
   if not plans:
     raise UserError("--search: none of the candidates could be compiled")
   return sorted(plans, key=_order)
+
+
+def search_slices(
+  experiment: Experiment,
+  topologies: Sequence[Topology],
+  workload: Workload,
+  *,
+  price: float | None = None,
+  count: int = COMPILED,
+  limit: float = LIMIT,
+  log: Callable[[str], None] = print,
+) -> list[Plan]:
+  """Searches several topologies; returns the best plan of each.
+
+  Arguments are those of `search`, with several topologies.
+
+  Returns:
+    Plans, the cheapest epoch first. Topologies without a plan that fits are
+    left out, and named by `log`.
+
+  Raises:
+    UserError: there is no plan that fits on any of them.
+  """
+  found = []
+  for topology in topologies:
+    log(f"{topology.name}:")
+    try:
+      plans = search(
+        experiment, topology, workload,
+        price=price, count=count, limit=limit, log=log,
+      )  # fmt: skip
+    except UserError as error:
+      log(f"  left out: {error}")
+      continue
+    if plans[0].fits:
+      found.append(plans[0])
+    else:
+      log("  left out: no candidate fits")
+  if not found:
+    names = ", ".join(topology.name for topology in topologies)
+    raise UserError(f"--search: nothing fits on {names}; try larger slices")
+  return sorted(found, key=lambda p: p.estimate.cost if p.estimate else 0.0)
 
 
 def _filled(plan: Plan) -> float:
@@ -341,7 +383,8 @@ def _traffic(
   """Returns traffic in the form of `traffic.by_axis`.
 
   Counted are the weights three times in bfloat16, the gradients, MemAug's
-  queries and the heads of the decoder's attention.
+  queries and the heads of the decoder's attention. Gradients are summed beside
+  the product along the first axis, and what is left of them along the second.
   """
   model = experiment.model
   decoder = model.decoder
@@ -352,8 +395,14 @@ def _traffic(
   own = counted["learnt"] / (mesh["fsdp"] * mesh["seq"] * mesh["tensor"])
   hidden = (capacity.decoder * decoder.layers + 3 * capacity.queries
             * model.memaug_layers) * width * 2 / mesh["seq"]  # fmt: skip
+  gradients = 4 * counted["learnt"] / mesh["tensor"]
+  both = mesh["fsdp"] > 1 and mesh["seq"] > 1
   lines = {
-    "fsdp+seq": (6 * weights, 4 * counted["learnt"] / mesh["tensor"], 1000),
+    "fsdp+seq": (
+      6 * weights + gradients,
+      both * gradients / mesh["fsdp"],
+      1000,
+    ),
     "seq": (0.0, queries + heads, 40 * decoder.layers),
     "tensor": (0.0, 8 * hidden * rows, 8 * decoder.layers),
     "data": (0.0, 8 * own, 20),

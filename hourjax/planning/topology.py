@@ -129,6 +129,34 @@ def topology_of(devices: Sequence[Any], chip: Chip) -> Topology:
   return Topology(chip, shape, len(slices))
 
 
+_MOST = 256  # chips of a slice that `any` stands for
+
+
+def parse_topologies(names: str, slices: int = 1) -> list[Topology]:
+  """Parses several topologies.
+
+  Args:
+    names: separated by commas, such as "v5e:4x4,v6e:2x4"; "v5e:any" is every
+      slice of up to 256 chips that comes from doubling the smallest.
+    slices: of each.
+
+  Raises:
+    UserError: see `parse_topology`.
+  """
+  found: list[Topology] = []
+  for name in names.split(","):
+    generation, _, layout = name.partition(":")
+    if layout != "any" or generation not in CHIPS:
+      found.append(parse_topology(name, slices))
+      continue
+    smallest = "x".join("1" * CHIPS[generation].dims)
+    each: Topology | None = parse_topology(f"{generation}:{smallest}", slices)
+    while each is not None and each.chips <= _MOST * slices:
+      found.append(each)
+      each = each.doubled()
+  return found
+
+
 def _exists(chip: Chip, shape: tuple[int, ...]) -> bool:
   """Returns whether there are slices of this shape, or a compiler for it."""
   fits = all(

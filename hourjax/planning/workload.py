@@ -1,10 +1,7 @@
-"""The rows of a stage: its data drawn from published numbers, and packed.
+"""The rows of a stage: its samples, packed as training packs them.
 
-How many samples there are of each kind is the paper's (hourjax/README.md,
-Training), and so are the durations of VideoMarathon (hourjax/README.md,
-VideoMarathon). Lengths of texts and sizes of images are assumptions, and so in
-part are lengths of short videos, all of them below. The samples are measured
-and packed by the code that does it in training.
+They are drawn (`stage_data`), measured and packed by the code that does it in
+training.
 """
 
 import dataclasses
@@ -15,7 +12,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from hourjax.data import synthetic
-from hourjax.data.columns import MODALITIES, Columns
+from hourjax.data.columns import Columns
 from hourjax.data.media.frame_rules import MIN_FRAMES, stored_feature_count
 from hourjax.data.pipeline import heavy_with_light
 from hourjax.data.row_plan import PlanOptions, RowPlan
@@ -27,71 +24,12 @@ from hourjax.data.sample_sizes import (
 )
 from hourjax.errors import UserError
 from hourjax.models.flops import Work, sample_flops, sample_work
+from hourjax.planning.stage_data import STAGES, Part, draw
 from hourjax.training.config import Experiment
 from hourjax.training.data_loader import plan_by_work
 
 _DRAWN = 20_000  # samples; the stage's numbers are scaled up from them
-_FPS = 30.0  # of short videos' files, which decides their frames as pixels
-# Share of images, and their sizes: photographs, screens, charts, pages.
-_IMAGES = (
-  (0.5, 640, 480),
-  (0.2, 1024, 768),
-  (0.15, 800, 600),
-  (0.15, 1240, 1754),
-)
-_SEVERAL = (2, 6)  # images of a sample with more than one, inclusive
-# Seconds of short videos: share of the conversations, from, to. These are the
-# ranges in which LLaVA-Video-178K is published. Videos of 2 to 3 minutes have
-# 234,306 of its 1.3 million conversations, counted in its files; the other
-# shares are assumed.
-_SHORT_SECONDS = (
-  (0.50, 4, 30),
-  (0.16, 30, 60),
-  (0.16, 60, 120),
-  (0.18, 120, 180),
-)
-# Ranges from which tokens of the prompt and of the answers are drawn.
-_WORDS = {
-  "image": ((60, 140), (20, 260)),
-  "text": ((60, 400), (100, 500)),
-  "short": ((80, 160), (20, 300)),
-}
-
-
-class Part(NamedTuple):
-  """Describes the samples of one kind in a stage."""
-
-  kind: str  # "image", "images", "text", "short" or "marathon"
-  samples: float
-  stream: str
-
-
-def _stage3() -> tuple[Part, ...]:
-  """Returns short videos and VideoMarathon, each with half of the rest."""
-  mixed = [
-    Part(kind, samples / 2, stream)
-    for stream in ("short", "long")
-    for kind, samples in (("image", 1.14e6), ("images", 0.5e6),
-                          ("text", 0.81e6))
-  ]  # fmt: skip
-  return (
-    *mixed,
-    Part("short", 1.3e6, "short"),
-    Part("marathon", 0.7e6, "long"),
-  )
-
-
 _NO_STEPS = np.zeros(0, np.int64)
-STAGES = {
-  "stage1": (Part("image", 3.2e6, "default"),),
-  "stage2": (
-    Part("image", 0.12e6, "default"),
-    Part("images", 0.05e6, "default"),
-    Part("text", 0.09e6, "default"),
-    Part("short", 0.3e6, "default"),
-  ),
-  "stage3": _stage3(),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +180,7 @@ def make_workload(experiment: Experiment, name: str = "") -> Workload:
   rng = np.random.default_rng(0)
   total = sum(part.samples for part in parts)
   scale = total / _DRAWN
-  columns = _draw(parts, scale, rng)
+  columns = draw(parts, scale, rng)
   stored = _stored(experiment, columns)
   sizes, problems = _measure(experiment, columns, stored)
   usable = np.setdiff1d(np.arange(len(columns)), list(problems))
@@ -301,7 +239,7 @@ def _one_video(experiment: Experiment, name: str) -> Workload:
   if not text.isdigit() or not int(text):
     raise UserError(f"--data={name}: give whole seconds, such as video=3600")
   parts = (Part("marathon", 1, ""),)
-  columns = _draw(parts, 1.0, np.random.default_rng(0))
+  columns = draw(parts, 1.0, np.random.default_rng(0))
   columns = dataclasses.replace(columns, duration=np.array([float(text)]))
   sizes, problems = _measure(experiment, columns, np.ones(1, bool))
   if problems:
@@ -442,91 +380,3 @@ def _left_out(
     share = len(left) / len(of_kind)
     notes.append(f"{share:.1%} of the samples of kind {kind} left out: {why}")
   return notes
-
-
-def _draw(
-  parts: Sequence[Part], scale: float, rng: np.random.Generator
-) -> Columns:
-  """Draws samples, each with a video of its own.
-
-  Args:
-    parts: the kinds of samples.
-    scale: how many samples of the stage one drawn sample stands for.
-    rng: the source of random numbers.
-  """
-  streams = tuple(dict.fromkeys(part.stream for part in parts))
-  kinds = tuple(dict.fromkeys(part.kind for part in parts))
-  columns: dict[str, list[np.ndarray]] = {}
-  durations: list[np.ndarray] = []
-  for part in parts:
-    count = max(1, round(part.samples / scale))
-    made, seconds = _draw_part(part.kind, count, rng)
-    if seconds is not None:
-      first = sum(map(len, durations))
-      made["video"] = first + np.arange(count)
-      durations.append(seconds)
-    made["stream"] = np.full(count, streams.index(part.stream))
-    made["source"] = np.full(count, kinds.index(part.kind))
-    for name in _COLUMNS:
-      value = made.get(name, -1 if name == "video" else 0)
-      columns.setdefault(name, []).append(np.broadcast_to(value, count))
-  duration = np.concatenate(durations) if durations else np.zeros(1)
-  joined = {k: np.concatenate(v).astype(_COLUMNS[k])
-            for k, v in columns.items()}  # fmt: skip
-  return Columns(
-    **joined,
-    videos=tuple(map(synthetic.video_name, range(len(duration)))),
-    sources=kinds,
-    streams=streams,
-    duration=duration,
-    num_frames=np.rint(duration * _FPS).astype(np.int32),
-    fps=np.full(len(duration), _FPS, np.float64),
-  )
-
-
-_COLUMNS = {
-  "modality": np.uint8,
-  **dict.fromkeys(
-    ("tokens", "prompt", "answer", "images", "width", "height", "video",
-     "source", "stream"),
-    np.int32,
-  ),
-}  # fmt: skip
-
-
-def _draw_part(
-  kind: str, count: int, rng: np.random.Generator
-) -> tuple[dict[str, Any], np.ndarray | None]:
-  """Draws samples of one kind.
-
-  Returns:
-    Their columns by name, and the seconds of their videos, if they have any.
-  """
-  if kind == "marathon":
-    seconds = synthetic.video_durations(count, 0)
-    made = synthetic.conversation_columns(seconds, count, 0)
-    names = ("tokens", "prompt", "answer", "modality")
-    return {name: getattr(made, name) for name in names}, seconds
-  prompts, answers = _WORDS["image" if kind == "images" else kind]
-  prompt = rng.integers(*prompts, count)
-  made = {
-    "prompt": prompt,
-    "tokens": prompt + rng.integers(*answers, count),
-    "answer": prompt,
-    "modality": MODALITIES.index(
-      {"images": "image", "short": "video"}.get(kind, kind)
-    ),
-  }
-  if kind == "image":
-    shares = np.array([share for share, _, _ in _IMAGES])
-    chosen = rng.choice(len(_IMAGES), count, p=shares)
-    sizes = np.array([size for _, *size in _IMAGES])[chosen]
-    made |= {"images": 1, "width": sizes[:, 0], "height": sizes[:, 1]}
-  if kind == "images":
-    low, high = _SEVERAL
-    made["images"] = rng.integers(low, high + 1, count)
-  if kind != "short":
-    return made, None
-  shares, low, high = np.array(_SHORT_SECONDS).T
-  chosen = rng.choice(len(shares), count, p=shares)
-  return made, np.round(rng.uniform(low[chosen], high[chosen]), 2)

@@ -224,6 +224,7 @@ def make_manifest(
     "position": position,
     "plan": plan,
     "config": config,
+    "compiler_flags": os.environ.get("LIBTPU_INIT_ARGS", ""),
     "versions": {name: _version(name) for name in _LIBRARIES},
     "arrays": {
       path: [list(x.shape), str(x.dtype), sums[path]]

@@ -24,6 +24,7 @@ through the same order; the first one writes the files.
 import collections
 import contextlib
 import dataclasses
+import os
 import pathlib
 import sys
 import time
@@ -73,6 +74,7 @@ from hourjax.training.workdir import (
   describe_steps,
   left_out,
   total_steps,
+  unknown_streams,
   write_run_files,
 )
 
@@ -80,10 +82,7 @@ from hourjax.training.workdir import (
 def train(experiment: Experiment, workdir: pathlib.Path) -> int | None:
   """Trains to the last step, from the newest checkpoint in `workdir` if any.
 
-  Leaves in the workdir what `workdir` and the modules named there describe:
-  config.json, plan.json, skipped.json, metrics.jsonl, goodput.jsonl,
-  checkpoints/; if samples could not be read, unread.jsonl, and if steps were
-  skipped, nonfinite.jsonl.
+  Leaves in the workdir what the README of this folder lists.
 
   Args:
     experiment: what to train, on which data, and how.
@@ -279,7 +278,7 @@ class _Run:
     loader: DataLoader,
     metrics: MetricWriter,
   ) -> tuple[TrainState, dict[str, Any]]:
-    """Takes a step that must be compiled, and reports the time of that."""
+    """Takes a step that must be compiled, and reports how long that took."""
     called = time.monotonic()
     with progress.step("compiling the train step"):
       # Returns when everything is compiled and queued.
@@ -345,7 +344,7 @@ class _Run:
 class _MicroBatches:
   """Iterates over one step's micro-batches on the devices.
 
-  There are `count` of them, or if that is 0 as many as the step's samples need.
+  There are `count` of them, or if that is 0 as many as its samples need.
 
   Attributes:
     capacity: of their rows.
@@ -487,6 +486,7 @@ def _summary(
   trained = sum(x.size for x in state.trained.values())
   frozen = sum(x.size for x in state.frozen.values())
   notes = [
+    *unknown_streams(experiment, dataset.columns.streams),
     *left_out(experiment, counts, dataset.columns.streams),
     *dataset.notes,
   ]
@@ -496,4 +496,6 @@ def _summary(
     f" {describe_steps(experiment, counts)}, from step"
     f" {int(state.step)}; {jax.devices()[0].platform} x {jax.device_count()}"
   )
+  if compiler := os.environ.get("LIBTPU_INIT_ARGS"):
+    notes.append(f"compiler flags {compiler}")
   return "\n".join([line, *(f"note: {text}" for text in notes)])

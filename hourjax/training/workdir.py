@@ -175,6 +175,22 @@ def describe_steps(experiment: Experiment, counts: EpochCounts) -> str:
   )
 
 
+def unknown_streams(experiment: Experiment, names: Sequence[str]) -> list[str]:
+  """Returns a sentence if `stream_rows` names streams that the data lacks.
+
+  Args:
+    experiment: of the run.
+    names: streams of the dataset.
+  """
+  unknown = sorted(set(experiment.stream_rows) - set(names))
+  if not unknown:
+    return []
+  return [
+    f"config.stream_rows names {', '.join(unknown)}, and the streams of the"
+    f" dataset are {', '.join(names)}: rows of others have config.rows"
+  ]
+
+
 def left_out(
   experiment: Experiment, counts: EpochCounts, names: Sequence[str]
 ) -> list[str]:

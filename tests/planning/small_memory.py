@@ -5,7 +5,7 @@ from hourjax.planning import fit, search
 from hourjax.planning.compiled_step import Compiled
 
 
-def compile_step(experiment, topology, workload, *, limit):
+def compile_step(experiment, topology, workload, *, limit, whole=False):
   assert limit == 9
   if experiment.batch_rows > 1024:
     return Compiled(None, "accumulate: RESOURCE_EXHAUSTED", 16 << 30)

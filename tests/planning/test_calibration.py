@@ -75,7 +75,7 @@ def _plan(topology):
        "memaug_backward": V5E.efficiency.memaug[1] / 2},
       {"memaug_self_attention": 2.0, "memaug_cross_attention": 2.0},
     ),
-    ({"causal_backward": 0.1}, {"decoder_attention": None}),
+    ({"causal_backward": 0.2}, {"decoder_attention": None}),
     ({"tower": V5E.efficiency.tower / 2}, {"tower": None}),
     ({"link": 1e9, "hbm_bandwidth": 1e9}, {}),
   ],

@@ -2,12 +2,14 @@
 
 import pytest
 
+from configs import demo
 from hourjax.errors import UserError
 from hourjax.planning import compiled_step
 from hourjax.planning.compile_pool import Outcome
 from hourjax.planning.compiled_step import compile_step, device_memory
 from hourjax.planning.topology import parse_topology
 from hourjax.planning.workload import make_workload
+from hourjax.training.config import build_experiment
 from tests.planning.examples import experiment
 
 GIB = 1 << 30
@@ -52,11 +54,9 @@ def compiled(monkeypatch):
   workload = make_workload(found, "full")
 
   def run(outcome, found=found):
-    def ask(module, task, *, limit):
-      assert (
-        task["topology"] == "v5e:4x4"
-        and min(task["unknown_trips"].values()) >= 1
-      )
+    def ask(module, task, *, limit, flags):
+      assert task["topology"] == "v5e:4x4" and task["unknown_trips"] >= 1
+      assert f"--xla_jf_dump_to={task['folder']} " in flags
       return outcome
 
     monkeypatch.setattr(compiled_step, "run_worker", ask)
@@ -96,6 +96,37 @@ def test_a_compiler_that_takes_too_long_is_not_a_step_that_does_not_fit(
     " not known whether the step fits; give it more time, such as"
     " --compile_limit=1800"
   )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_a_schedule_tells_what_the_whole_program_does(name, monkeypatch):
+  """Traffic and arguments are the same; temporaries are counted."""
+  monkeypatch.setenv("HOURJAX_COMPILATION_CACHE", "off")
+  config = demo.get_config("stage=3").to_dict()
+  config["model"]["memaug_layers"] = config["model"]["decoder"]["layers"] = 1
+  config["mesh"] |= {"fsdp": 2, "seq": 2}
+  config["optimizer"]["name"] = "adamw"
+  config["batch_rows"] = 32
+  found = build_experiment(config)
+  workload = make_workload(found, "full")
+  soon, whole = (
+    compile_step(found, parse_topology(name), workload, whole=each).answer
+    for each in (False, True)
+  )
+  assert soon["mesh"] == whole["mesh"] and soon["links"] == whole["links"]
+  for program, read in whole["programs"].items():
+    early = soon["programs"][program]
+    assert early["traffic"] == read["traffic"]
+    assert early["kinds"] == read["kinds"]
+    assert early["arguments"] == pytest.approx(read["arguments"], rel=0.01)
+  early, read = (
+    x["programs"]["accumulate"]["temporaries"]
+    - x["programs"]["accumulate"]["code"]
+    for x in (soon, whole)
+  )
+  print(name, early, read)
+  assert early == pytest.approx(read, rel=0.2)
 
 
 def test_a_mesh_that_does_not_fill_the_devices_needs_no_compiler(compiled):

@@ -10,6 +10,7 @@ from hourjax.data.rows import Size
 from hourjax.data.sample_sizes import pixel_frames
 from hourjax.errors import UserError
 from hourjax.models.flops import Work, sample_flops
+from hourjax.planning import stage_data
 from hourjax.planning import workload as workloads
 from hourjax.planning.workload import make_workload, stage_of, trained
 from tests.planning.examples import experiment, in_rows
@@ -48,7 +49,7 @@ def test_videomarathon_has_its_hours(stages):
 
 def _short(count):
   parts = (workloads.Part("short", count, "short"),)
-  return workloads._draw(parts, 1.0, np.random.default_rng(0))
+  return stage_data.draw(parts, 1.0, np.random.default_rng(0))
 
 
 def test_short_videos_last_up_to_three_minutes():
