@@ -208,7 +208,7 @@ def make_workload(experiment: Experiment, name: str = "") -> Workload:
     np.concatenate([np.array(group) for group in row])
     for row in plan.epoch_rows(0)
   ]
-  own = [name if name in experiment.stream_rows else ""
+  own = [name if name in experiment.rows_by_stream else ""
          for name in columns.streams]  # fmt: skip
   names = tuple(dict.fromkeys(own))
   of_stream = np.array([names.index(name) for name in own])
@@ -315,7 +315,7 @@ def _measure(
     forgetting=experiment.forgetting,
     max_length=experiment.max_length,
     single_image=experiment.data.single_image,
-    stream_rows=experiment.stream_rows,
+    stream_rows=experiment.rows_by_stream,
   )
 
 
@@ -323,9 +323,9 @@ def _stored(experiment: Experiment, columns: Columns) -> np.ndarray:
   """Returns which of the drawn videos come as stored features, bool `[M]`.
 
   VideoMarathon's do. Short videos come as pixels, as in the published stages 2
-  and 3, where rows have room for frames, and else as features too.
+  and 3, where rows of their stream have room for frames, and else as features.
   """
-  if not any(spec.capacity.frames for spec in experiment.row_specs.values()):
+  if not experiment.rows_by_stream.get("short", experiment.rows).frames:
     return np.ones(len(columns.videos), bool)
   stored = np.zeros(len(columns.videos), bool)
   if "marathon" in columns.sources:
@@ -364,7 +364,7 @@ def _left_out(
     sizes: what they take, `[samples, 7]`.
     problems: why samples are left out, by index.
   """
-  most = [experiment.stream_rows.get(name, experiment.rows).astuple()
+  most = [experiment.rows_by_stream.get(name, experiment.rows).astuple()
           for name in columns.streams]  # fmt: skip
   over = sizes > np.array(most)[columns.stream]
   notes = []

@@ -196,7 +196,8 @@ class Experiment:
     memory: which memory tokens queries attend to, and their positions.
     metrics: what is written beside metrics.jsonl.
     stream_rows: capacity of the rows of streams that have another than `rows`,
-      by the name of the stream. Only where a step is `batch_samples` samples.
+      by the name of the stream. It counts only where a step is `batch_samples`
+      samples: else rows of several streams share micro-batches.
   """
 
   model: ModelConfig
@@ -258,13 +259,6 @@ class Experiment:
     """Raises a UserError if the keys of a step's size contradict each other."""
     samples, rows = self.batch_samples, self.batch_rows
     if not samples:
-      if self.stream_rows:
-        raise UserError(
-          f"config.stream_rows names {', '.join(self.stream_rows)} and"
-          " config.batch_samples is 0: only the micro-batches of a step of"
-          " samples are of one stream; set config.batch_samples, or"
-          " config.stream_rows={}"
-        )
       if self.drop_last:
         raise UserError(
           "config.drop_last is True and config.batch_samples 0: only batches of"
@@ -302,6 +296,11 @@ class Experiment:
     return self.batch_samples or self.batch_rows * self.accumulate
 
   @property
+  def rows_by_stream(self) -> dict[str, Size]:
+    """Returns `stream_rows` where it counts, else nothing."""
+    return self.stream_rows if self.batch_samples else {}
+
+  @property
   def row_specs(self) -> dict[str, RowSpec]:
     """Returns the static shapes of the rows that differ, by stream.
 
@@ -309,7 +308,7 @@ class Experiment:
     """
     own = {
       stream: dataclasses.replace(self.row_spec, capacity=size)
-      for stream, size in self.stream_rows.items()
+      for stream, size in self.rows_by_stream.items()
     }
     return {"": self.row_spec} | own
 
@@ -355,7 +354,7 @@ def _check_values(experiment: Experiment) -> None:
   values = dict(_flat(experiment))
   streams = {
     f"stream_rows.{stream}.{name}": getattr(size, name)
-    for stream, size in experiment.stream_rows.items()
+    for stream, size in experiment.rows_by_stream.items()
     for name in Size.names()
   }
   values |= streams

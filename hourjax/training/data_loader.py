@@ -86,7 +86,7 @@ def open_dataset(experiment: Experiment) -> Dataset:
     options=experiment.sample_options,
     media_root=data.media,
     features=FeatureStore(data.features) if data.features else None,
-    stream_rows=experiment.stream_rows,
+    stream_rows=experiment.rows_by_stream,
   )
   total = len(prepared.columns)
   if not len(dataset) or len(dataset.skipped) > data.max_skipped * total:
@@ -146,7 +146,7 @@ def plan_by_work(
     sizes: of all samples, `[N, 7]`.
     streams: the names of the streams, by number.
   """
-  own = experiment.stream_rows
+  own = experiment.rows_by_stream
   return {
     "stream_capacity": {
       number: own[name] for number, name in enumerate(streams) if name in own

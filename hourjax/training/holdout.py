@@ -215,7 +215,7 @@ def held_out_rows(
   plans = [
     RowPlan(
       dataset.sizes,
-      experiment.stream_rows.get(columns.streams[stream], experiment.rows),
+      experiment.rows_by_stream.get(columns.streams[stream], experiment.rows),
       PlanOptions(share=data.share_memory),
       members=members[columns.stream[members] == stream],
       memory=columns.video,

@@ -182,7 +182,7 @@ def unknown_streams(experiment: Experiment, names: Sequence[str]) -> list[str]:
     experiment: of the run.
     names: streams of the dataset.
   """
-  unknown = sorted(set(experiment.stream_rows) - set(names))
+  unknown = sorted(set(experiment.rows_by_stream) - set(names))
   if not unknown:
     return []
   return [

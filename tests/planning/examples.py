@@ -20,6 +20,7 @@ def experiment(size="3b", stage=3, mesh=None, frames=0, **values) -> Experiment:
   """
   config = hourllava.get_config(f"size={size},stage={stage}").to_dict()
   if stage == 3:
+    config["stream_rows"]["short"]["frames"] = frames
     config["rows"]["frames"] = frames
   found = build_experiment(config)
   mesh = MeshConfig(**mesh) if mesh else found.mesh
