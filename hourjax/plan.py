@@ -18,7 +18,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from hourjax import command, progress
-from hourjax.errors import UserError
 from hourjax.planning import calibration, fit, plan, report, search
 from hourjax.planning.compiled_step import LIMIT, compile_step
 from hourjax.planning.topology import parse_topologies
@@ -29,13 +28,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "Such as v5e:16x16; with --search also v5e:any or a list."
 )
-_SLICES = flags.DEFINE_integer(
-  "num_slices", 1, "Slices of that topology.", upper_bound=1024
-)
+_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of it.", 1, 1024)
 _CALIBRATION = flags.DEFINE_string("calibration", None, "Measured constants.")
-_PRICE = flags.DEFINE_float(
-  "price", None, "$ of a chip-hour; an example by default.", lower_bound=0
-)
+_PRICE = flags.DEFINE_float("price", None, "$ of a chip-hour.", 0)
 _DATA = flags.DEFINE_string(
   "data", "", "stage1, stage2, stage3; video=SECONDS, one a row; or full rows;"
   " by default the stage that the configuration trains."
@@ -43,13 +38,13 @@ _DATA = flags.DEFINE_string(
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes and rows, rank them.")
 _COMPILED = flags.DEFINE_integer(
-  "compiled", search.COMPILED, "Candidates of a slice that --search compiles.",
-  lower_bound=1,
-)  # fmt: skip
-_EXACT = flags.DEFINE_bool("exact", False, "Compile to the end: minutes.")
-_LIMIT = flags.DEFINE_float(
-  "compile_limit", LIMIT, "Seconds to compile a step.", lower_bound=1
+  "compiled",
+  search.COMPILED,
+  "Candidates of a slice that --search compiles.",
+  1,
 )
+_EXACT = flags.DEFINE_bool("exact", False, "Compile to the end: minutes.")
+_LIMIT = flags.DEFINE_float("compile_limit", LIMIT, "Seconds to compile.", 1)
 _FIX = flags.DEFINE_bool("fix", True, "Look for a change that makes it fit.")
 _TABLE = flags.DEFINE_list("table", None, "Files of plans, for one table.")
 
@@ -66,21 +61,14 @@ def make_plans() -> list[plan.Plan]:
     calibration.calibrated(each, _CALIBRATION.value)
     for each in parse_topologies(command.given(_TOPOLOGY), _SLICES.value)
   ]
-  topology = topologies[0]
-  if len(topologies) > 1 and not _SEARCH.value:
-    raise UserError("--topology names several slices; give --search, or one")
   with progress.step("drawing and packing the stage's data"):
     workload = make_workload(experiment, _DATA.value)
-  how = {"price": _PRICE.value, "count": _COMPILED.value,
-         "limit": _LIMIT.value, "log": _log}  # fmt: skip
-  if len(topologies) > 1:
-    return search.search_slices(experiment, topologies, workload, **how)
+  how = {"price": _PRICE.value, "limit": _LIMIT.value}
   if _SEARCH.value:
-    return search.search(experiment, topology, workload, **how)
-  compiled = compile_step(
-    experiment, topology, workload, limit=_LIMIT.value, whole=_EXACT.value
-  )
-  return [plan.evaluate(experiment, topology, workload, compiled, _PRICE.value)]
+    how |= {"count": _COMPILED.value, "log": _log}
+    return search.search_slices(experiment, topologies, workload, **how)
+  how |= {"compile_step": compile_step, "whole": _EXACT.value}
+  return [plan.of_one(experiment, topologies, workload, **how)]
 
 
 def main(_: list[str]) -> None:

@@ -32,7 +32,12 @@ ALLOWED = {
     "hourjax.models",
     "hourjax.parallel",
   ),
-  "hourjax.parallel": ("hourjax.errors", "hourjax.kernels", "hourjax.parallel"),
+  "hourjax.parallel": (
+    "hourjax.errors",
+    "hourjax.jax_environment",
+    "hourjax.kernels",
+    "hourjax.parallel",
+  ),
 }
 
 

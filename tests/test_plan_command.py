@@ -1,8 +1,11 @@
 """The plan command, with the real TPU compiler and without it."""
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,3 +91,39 @@ def test_mistakes_are_reported_without_a_traceback():
   done = _run("--topology=v5e:2x4", f"--calibration={__file__}")
   assert done.returncode == 2
   assert done.stderr.startswith(f"error: {__file__} is not JSON")
+
+
+def test_several_slices_need_a_search():
+  done = _run("--topology=v5e:4x4,v6e:2x4")
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: --topology names several slices; give")
+
+
+@pytest.mark.slow
+def test_its_compilers_end_with_it():
+  """SIGTERM ends the command, and no process goes on compiling for it."""
+  command = [sys.executable, "-m", "hourjax.plan", "--topology=v5e:2x4",
+             "--config=configs/demo.py:stage=3", "--data=full"]  # fmt: skip
+  process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+  try:
+    until = time.monotonic() + 120
+    while not (workers := _workers_of(process.pid)):
+      assert process.poll() is None and time.monotonic() < until
+      time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.wait(30)
+    time.sleep(1)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+  finally:
+    process.kill()
+
+
+def _workers_of(pid: int) -> list[str]:
+  """Processes that compile for a process."""
+  found = []
+  for path in Path("/proc").glob("[0-9]*/cmdline"):
+    with contextlib.suppress(OSError):
+      words = path.read_bytes().split(b"\0")
+      if b"hourjax.planning.compile_worker" in words and b"%d" % pid in words:
+        found.append(path.parent.name)
+  return found

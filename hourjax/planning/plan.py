@@ -1,11 +1,13 @@
 """One plan as plain data: memory, traffic, time and cost of a step."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from hourjax.data.rows import Size
+from hourjax.errors import UserError
 from hourjax.parallel.chips import CLOCK_SHARE, GIB
 from hourjax.planning import roofline
 from hourjax.planning.compiled_step import Compiled, Memory, device_memory
@@ -91,6 +93,38 @@ def evaluate(
       experiment, topology, workload, compiled.answer, price
     )
   return Plan(experiment, topology, workload, price, compiled, memory, estimate)
+
+
+def of_one(
+  experiment: Experiment,
+  topologies: Sequence[Topology],
+  workload: Workload,
+  *,
+  compile_step: Callable[..., Compiled],
+  price: float | None = None,
+  limit: float,
+  whole: bool = False,
+) -> Plan:
+  """Makes the plan of one configuration on one topology.
+
+  Args:
+    experiment: the configuration.
+    topologies: one of them.
+    workload: the rows that it trains on.
+    compile_step: that of `compiled_step`.
+    price: $ of a chip-hour; None takes the example of the generation.
+    limit: see `compile_step`.
+    whole: see `compile_step`.
+
+  Raises:
+    UserError: there are several topologies, or the step cannot be compiled.
+  """
+  if len(topologies) > 1:
+    raise UserError("--topology names several slices; give --search, or one")
+  compiled = compile_step(
+    experiment, topologies[0], workload, limit=limit, whole=whole
+  )
+  return evaluate(experiment, topologies[0], workload, compiled, price)
 
 
 def assumptions(plan: Plan) -> list[str]:

@@ -108,11 +108,16 @@ def search_slices(
 
   Returns:
     Plans, the cheapest epoch first. Topologies without a plan that fits are
-    left out, and named by `log`.
+    left out, and named by `log`. Of one topology all plans, as `search`.
 
   Raises:
     UserError: there is no plan that fits on any of them.
   """
+  if len(topologies) == 1:
+    return search(
+      experiment, topologies[0], workload,
+      price=price, count=count, limit=limit, log=log,
+    )  # fmt: skip
   found = []
   for topology in topologies:
     log(f"{topology.name}:")

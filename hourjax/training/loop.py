@@ -354,7 +354,7 @@ class _MicroBatches:
   def __init__(self, loader: DataLoader, count: int):
     self._loader, self._count = loader, count
     self.delivered: list[Delivered] = []
-    # The first one is loaded at once: its shapes decide which program runs.
+    # Loaded at once: its shapes decide which program runs.
     self._first: tuple[Batch, Delivered] | None = next(loader)
     self.capacity = batch_capacity(self._first[0])
 
@@ -364,7 +364,7 @@ class _MicroBatches:
   def __next__(self) -> Batch:
     done = self.delivered
     if self._first is not None:
-      # Let go of, so that its memory is free as soon as it was computed with.
+      # Let go of: its memory is free as soon as it was computed with.
       (batch, delivered), self._first = self._first, None
       done.append(delivered)
       return batch
@@ -395,8 +395,7 @@ class _IntervalMetrics:
       if optimizer.rate(name) > 0
     }
     self._waited = loader.waited
-    self._sums: collections.defaultdict[str, float]
-    self._sums = collections.defaultdict(float)
+    self._sums = collections.defaultdict[str, float](float)
 
   def add(
     self, position: int, scalars: Mapping[str, Any], micro_batches: int
@@ -422,7 +421,7 @@ class _IntervalMetrics:
       scalars: of it, as the train step returns them, and of an evaluation.
       counts: since the run began, by key; with "skipped_steps".
     """
-    # A skipped step leaves the optimizer's own count of steps as it was.
+    # A skipped step leaves the optimizer's count of steps as it was.
     updates = max(step - 1 - counts["skipped_steps"], 0)
     waited = self._loader.waited - self._waited
     self._waited += waited

@@ -23,6 +23,9 @@ def _flat(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     value, key = getattr(part, field.name), prefix + field.name
     if dataclasses.is_dataclass(value):
       yield from _flat(value, f"{key}.")
+    elif isinstance(value, dict):
+      for name, one in value.items():
+        yield from _flat(one, f"{key}.{name}.")
     else:
       yield key, value
 
@@ -42,7 +45,8 @@ def values() -> dict[str, list[Any]]:
     dict(_flat(build_experiment(hourllava.get_config(variant).to_dict())))
     for variant in VARIANTS
   ]
-  return {key: [one[key] for one in made] for key in made[0]}
+  # Rows of streams are keys of stage 3 only.
+  return {key: [one.get(key, "") for one in made] for key in made[-1]}
 
 
 def _same(cell: str, value: Any) -> bool:

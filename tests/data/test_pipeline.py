@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from hourjax.batch import IGNORE, Batch
+from hourjax.data import pipeline
 from hourjax.data.dataset import Dataset, SampleOptions
 from hourjax.data.demo.tokenizer import train_tokenizer
 from hourjax.data.pipeline import ReadOptions, batches
@@ -229,3 +230,18 @@ def test_what_cannot_be_read_leaves_padding(dataset, root):
     assert there[0] - there[1] == missing
     if not two.unread:
       _assert_same(one.batch, two.batch)
+
+
+@pytest.mark.parametrize("groups, each", [(4, 2), (2, 4), (3, 2)])
+def test_groups_of_devices_get_about_the_same_work(groups, each):
+  """Rows come in descending order, the empty ones last."""
+  count = groups * each
+  work = np.sort(np.random.default_rng(count).lognormal(size=count))[::-1]
+  work[-1] = 0
+  order = pipeline.heavy_with_light(list(range(count)))
+  assert sorted(order) == list(range(count))
+  dealt = work[order].reshape(groups, each).sum(axis=1)
+  plain = work.reshape(groups, each).sum(axis=1)
+  assert dealt.max() < plain.max()
+  assert pipeline.heavy_with_light([0, 1, 2, None]) == [0, None, 1, 2]
+  assert pipeline.heavy_with_light([0, 1, 2]) == [0, 2, 1]

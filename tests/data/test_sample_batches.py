@@ -200,3 +200,37 @@ def test_other_steps_are_another_plan():
     RowPlan(sizes, CAPACITY, PlanOptions(**way)).fingerprint() for way in ways
   ]
   assert len(set(prints)) == 4
+
+
+@given(drawn=plans(), seed=st.integers(0, 9))
+def test_the_rows_of_a_step_are_in_order_of_their_work(drawn, seed):
+  """They are the rows that the step has in any order."""
+  sizes, options, columns = drawn
+  work = np.random.default_rng(seed).random(len(sizes))
+  plan = RowPlan(sizes, CAPACITY, options, work=work, **columns)
+  for step, other in zip(_steps(plan, 0), _steps(_plan(drawn), 0)):
+    assert sorted(step) == sorted(other)
+    sums = [work[_samples([row])].sum() for row in step]
+    assert sums == sorted(sums, reverse=True)
+  assert plan.fingerprint() != _plan(drawn).fingerprint()
+
+
+def test_a_stream_has_rows_of_its_own():
+  """Six memories of 5 fill two rows of 20; of another stream, six rows of 5."""
+  sizes = np.tile([0, 0, 0, 0, 5, 1, 1], (12, 1))
+  columns = {"stream": np.arange(12) % 2}
+  options = PlanOptions(batch_samples=6)
+  small = Size(memory=5, queries=12, decoder=12)
+  plan = RowPlan(
+    sizes, CAPACITY, options, stream_capacity={1: small}, **columns
+  )
+  found = {
+    int(columns["stream"][_samples(step)[0]]): len(step)
+    for step in _steps(plan, 0)
+  }
+  assert found == {0: 2, 1: 6}
+  for position in (0, 10):
+    sample = plan.row(position)[1][0][0]
+    assert plan.capacity(position) == (CAPACITY, small)[sample % 2]
+  plain = RowPlan(sizes, CAPACITY, options, **columns)
+  assert plan.fingerprint() != plain.fingerprint()

@@ -17,7 +17,7 @@ SIDE = 27 * 2
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
 def stage(request):
-  found = in_rows(experiment(stage=request.param, frames=640), 1)
+  found = in_rows(experiment(stage=request.param, frames=512), 1)
   vision = dataclasses.replace(
     found.model.vision, image_size=SIDE, patch_size=2, width=8, heads=2
   )

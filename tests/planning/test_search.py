@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from hourjax.errors import UserError
-from hourjax.planning import search
+from hourjax.planning import report, search
 from hourjax.planning.compiled_step import Compiled
-from hourjax.planning.topology import parse_topology
+from hourjax.planning.topology import parse_topologies, parse_topology
 from hourjax.planning.workload import make_workload
 from tests.planning.examples import experiment, in_rows, plan_by_formulas
 
@@ -140,3 +140,30 @@ def test_rows_that_suit_no_mesh_are_refused(stage3):
   few = dataclasses.replace(found, batch_samples=8, batch_rows=8)
   with pytest.raises(UserError, match=r"suits 8 samples .*batch_samples"):
     search.search(few, topology, workload, log=print)
+
+
+def test_the_best_plan_of_each_slice(stage3, monkeypatch):
+  """In order of their cost; one on which nothing fits is left out."""
+  found, workload = stage3
+  counted, lines = search.count_parameters(found), []
+
+  def compile_step(candidate, topology, workload, *, limit):
+    answer = search.formulas(candidate, topology, counted)
+    if topology.chips == 8:
+      return Compiled(None, "RESOURCE_EXHAUSTED")
+    return Compiled(answer)
+
+  monkeypatch.setattr(search, "compile_step", compile_step)
+  topologies = parse_topologies("v6e:2x4,v6e:4x4,v6e:4x8")
+  plans = search.search_slices(
+    found, topologies, workload, count=1, log=lines.append
+  )
+  assert sorted(p.topology.chips for p in plans) == [16, 32]
+  costs = [plan.estimate.cost for plan in plans]
+  assert costs == sorted(costs)
+  assert any("no candidate fits" in line for line in lines)
+  table = report.compared(plans).splitlines()
+  assert len(table) == 4 and table[2].startswith("| v6e:4x4 |")
+  assert "% days, " in table[3] and "% days, " not in table[2]
+  assert sum("cheapest" in line for line in table) == 1
+  assert sum("fastest" in line for line in table) == 1

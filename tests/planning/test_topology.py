@@ -6,7 +6,11 @@ import pytest
 
 from hourjax.errors import UserError
 from hourjax.parallel.chips import CHIPS
-from hourjax.planning.topology import parse_topology, topology_of
+from hourjax.planning.topology import (
+  parse_topologies,
+  parse_topology,
+  topology_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -83,3 +87,14 @@ def test_devices_say_what_they_belong_to():
   ]
   found = topology_of(devices, CHIPS["v5e"])
   assert found == parse_topology("v5e:2x4", 2)
+
+
+def test_several_slices_and_any():
+  names = [t.name for t in parse_topologies("v5e:any")]
+  assert names[:4] == ["v5e:1x1", "v5e:1x2", "v5e:2x2", "v5e:2x4"]
+  assert names[-1] == "v5e:16x16"
+  assert [t.chips for t in parse_topologies("v5p:any")][-1] <= 256
+  both = parse_topologies("v5e:4x4,v6e:2x4", 2)
+  assert [(t.name, t.slices) for t in both] == [("v5e:4x4", 2), ("v6e:2x4", 2)]
+  with pytest.raises(UserError, match="'x' is no generation"):
+    parse_topologies("v5e:4x4,x:any")

@@ -15,6 +15,9 @@ from configs import demo
 from hourjax.batch import Batch
 from hourjax.data.dataset import Dataset
 from hourjax.data.media.frame_rules import sparse_note
+from hourjax.data.prepare import build as prepare
+from hourjax.data.prepare import lists
+from hourjax.data.rows import Size, batch_capacity
 from hourjax.errors import UserError
 from hourjax.models.params import init_params
 from hourjax.training import loop
@@ -94,6 +97,39 @@ def samples(experiment):
     experiment, batch_samples=8, accumulate=1, batch_rows=2,
     data__weights="stream:default=3", steps=5,
   )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_streams_with_rows_of_their_own(samples, data, tmp_path, monkeypatch):
+  """The same steps in other rows: losses differ by rounding alone."""
+  records = json.loads((data / "train.json").read_text())
+  records = [record for record in records if record["id"] != "bad"]
+  items = []
+  for stream, part in (("long", records[::2]), ("short", records[1::2])):
+    path = tmp_path / f"{stream}.json"
+    path.write_text(json.dumps(part))
+    items.append(lists.Item((path,), stream=stream, name=str(path)))
+  options = prepare.Options(items=tuple(items), tokenizer=f"{data}/tokenizer")
+  prepare.build(tmp_path / "two", options, workers=1)
+  one = runs.changed(
+    samples, data__dataset=f"{tmp_path}/two", data__weights="", steps=4,
+    batch_samples=2, batch_rows=1,
+  )  # fmt: skip
+  small = Size(features=680, memory=850, queries=200, decoder=256)
+  two = dataclasses.replace(one, stream_rows={"short": small})
+  seen = []
+  monkeypatch.setattr(
+    loop,
+    "batch_capacity",
+    lambda batch: (seen.append(batch_capacity(batch)), seen[-1])[1],
+  )
+  losses = []
+  for run in (one, two):
+    loop.train(run, tmp_path / f"run-{len(losses)}")
+    rows = read_metrics(tmp_path / f"run-{len(losses)}")
+    losses.append([row["loss"] for row in rows])
+  assert set(seen[:4]) == {one.rows} and set(seen[4:]) == {one.rows, small}
+  np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
 @pytest.mark.slow
