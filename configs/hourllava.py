@@ -38,8 +38,7 @@ def _shared(tokens: int) -> int:
   return -(-tokens // 128) * 128
 
 
-# Capacity of a row by stage, in tokens, tiles or frames. `plan --fit_rows`
-# proposes others for a dataset.
+# Capacity of a row by stage, in tokens, tiles or frames.
 _ROWS = {
   # Images only: two of the largest tilings, or several small ones.
   1: Size(
