@@ -7,8 +7,8 @@ compiles the real train step with the real TPU compiler, on any machine, and
 prints memory, operations and traffic as compiled, and time, MFU and cost as
 estimated from them. If the step does not fit, it prints the smallest change
 with which it does, and the exit status is 1. --search looks for the best mesh,
-with --topology=v5e:any or a list also for the best slice.
---table=a.json,b.json prints plans that were written with --json as one table.
+with --topology=v5e:any or a list also for the best slice. --table=a.json,b.json
+prints plans that were written with --json as one table.
 """
 
 import json
@@ -19,21 +19,18 @@ from ml_collections import config_flags
 
 from hourjax import command, progress
 from hourjax.planning import calibration, fit, plan, report, search
-from hourjax.planning.compiled_step import LIMIT, compile_step
+from hourjax.planning.compiled_step import LIMIT
 from hourjax.planning.topology import parse_topologies
 from hourjax.planning.workload import make_workload
 from hourjax.training.config import build_experiment
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
-_TOPOLOGY = flags.DEFINE_string(
-  "topology", None, "Such as v5e:16x16; with --search also v5e:any or a list."
-)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:16x16.")
 _SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of it.", 1, 1024)
 _CALIBRATION = flags.DEFINE_string("calibration", None, "Measured constants.")
 _PRICE = flags.DEFINE_float("price", None, "$ of a chip-hour.", 0)
 _DATA = flags.DEFINE_string(
-  "data", "", "stage1, stage2, stage3; video=SECONDS, one a row; or full rows;"
-  " by default the stage that the configuration trains."
+  "data", "", "stage1 to stage3 (by default what is trained), video=SECONDS, full."
 )  # fmt: skip
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes and rows, rank them.")
@@ -57,18 +54,21 @@ def _log(text: str) -> None:
 def make_plans() -> list[plan.Plan]:
   """Makes the plan of the configuration, or plans of a search, best first."""
   experiment = build_experiment(command.given(_CONFIG).to_dict())
-  topologies = [
-    calibration.calibrated(each, _CALIBRATION.value)
-    for each in parse_topologies(command.given(_TOPOLOGY), _SLICES.value)
-  ]
+  names, file = command.given(_TOPOLOGY), _CALIBRATION.value
+  topologies = [calibration.calibrated(each, file)
+                for each in parse_topologies(names, _SLICES.value)]  # fmt: skip
   with progress.step("drawing and packing the stage's data"):
     workload = make_workload(experiment, _DATA.value)
-  how = {"price": _PRICE.value, "limit": _LIMIT.value}
+  price, limit = _PRICE.value, _LIMIT.value
   if _SEARCH.value:
-    how |= {"count": _COMPILED.value, "log": _log}
-    return search.search_slices(experiment, topologies, workload, **how)
-  how |= {"compile_step": compile_step, "whole": _EXACT.value}
-  return [plan.of_one(experiment, topologies, workload, **how)]
+    return search.search_slices(
+      experiment, topologies, workload,
+      price=price, count=_COMPILED.value, limit=limit, log=_log,
+    )  # fmt: skip
+  return [plan.of_one(
+    experiment, topologies, workload,
+    price=price, limit=limit, whole=_EXACT.value,
+  )]  # fmt: skip
 
 
 def main(_: list[str]) -> None:

@@ -1,7 +1,7 @@
 """One plan as plain data: memory, traffic, time and cost of a step."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,12 @@ from hourjax.data.rows import Size
 from hourjax.errors import UserError
 from hourjax.parallel.chips import CLOCK_SHARE, GIB
 from hourjax.planning import roofline
-from hourjax.planning.compiled_step import Compiled, Memory, device_memory
+from hourjax.planning.compiled_step import (
+  Compiled,
+  Memory,
+  compile_step,
+  device_memory,
+)
 from hourjax.planning.roofline import Estimate
 from hourjax.planning.topology import Topology
 from hourjax.planning.workload import Workload, steps_of
@@ -100,7 +105,6 @@ def of_one(
   topologies: Sequence[Topology],
   workload: Workload,
   *,
-  compile_step: Callable[..., Compiled],
   price: float | None = None,
   limit: float,
   whole: bool = False,
@@ -111,7 +115,6 @@ def of_one(
     experiment: the configuration.
     topologies: one of them.
     workload: the rows that it trains on.
-    compile_step: that of `compiled_step`.
     price: $ of a chip-hour; None takes the example of the generation.
     limit: see `compile_step`.
     whole: see `compile_step`.

@@ -2,6 +2,7 @@
 
 from hourjax import command, plan
 from hourjax.planning import fit, search
+from hourjax.planning import plan as planning
 from hourjax.planning.compiled_step import Compiled
 
 
@@ -16,5 +17,5 @@ def compile_step(experiment, topology, workload, *, limit, whole=False):
 
 
 if __name__ == "__main__":
-  plan.compile_step = fit.compile_step = compile_step
+  planning.compile_step = fit.compile_step = compile_step
   command.run(plan.main)
