@@ -30,7 +30,7 @@ _SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of it.", 1, 1024)
 _CALIBRATION = flags.DEFINE_string("calibration", None, "Measured constants.")
 _PRICE = flags.DEFINE_float("price", None, "$ of a chip-hour.", 0)
 _DATA = flags.DEFINE_string(
-  "data", "", "stage1 to stage3 (by default what is trained), video=SECONDS, full."
+  "data", "", "stage1 to stage3 (by what is trained), video=SECONDS, or full."
 )  # fmt: skip
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes and rows, rank them.")
