@@ -10,11 +10,11 @@ The collectives are written out. Left to itself, the compiler sums whole
 gradients on all devices and drops what a device does not need, which sends
 twice as much.
 
-It also waits for every reduce-scatter, of all generations of TPU. So along the
-first axis the sum is taken while the gradient is computed (a collective
-product, arXiv 2105.04663, section 4): the gradient is cut into a block for each
-of n devices, and a block travels round the ring of devices while each of them
-computes its share of the next one and adds it:
+For a TPU it also waits for every reduce-scatter. So along the first axis the sum
+is taken while the gradient is computed (a collective product, arXiv 2105.04663):
+the gradient is cut into a block for each of n devices, and a block travels round
+the ring of devices while each of them computes its share of the next one and adds
+it:
 
     device      0    1    2    3
     step 0      3    0    1    2     the block that is computed
@@ -105,9 +105,12 @@ def weight_gradients(
       kernel = _product(x, d_y, dtype)
     else:
       dim, (first, *rest) = split[0]
-      kernel = _ring_product(x, d_y, dtype, first, dim)
-      # What is left is small: an n-th of the gradient.
-      split[0] = dim, tuple(rest)
+      if _rings():
+        kernel = _ring_product(x, d_y, dtype, first, dim)
+        # What is left is small: an n-th of the gradient.
+        split[0] = dim, tuple(rest)
+      else:
+        kernel = _product(x, d_y, dtype)
       for dim, names in split:
         kernel = _scatter(kernel, names, dim) if names else kernel
     scattered = [name for axis in axes for name in _gathered_axes(axis)]
@@ -185,6 +188,15 @@ def _product(
 ) -> Float[Array, "i o"]:
   """Returns one device's share of the gradient of a kernel."""
   return jnp.einsum("abi,abo->io", x, d_y, preferred_element_type=dtype)
+
+
+def _rings() -> bool:
+  """Returns whether gradients are summed on a ring.
+
+  Not on GPUs: their compiler runs a reduce-scatter beside other work.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device is None or device.platform != "gpu"
 
 
 def _ring_product(

@@ -226,8 +226,8 @@ class Run(NamedTuple):
   Attributes:
     instruction: what runs.
     computation: the name of the computation in which it stands.
-    context: the same; but for an instruction within a fusion, the computation
-      in which the fusion stands.
+    contexts: the computations around it, the innermost last; but of a fusion
+      not its own.
     times: how often it runs in one execution of the program.
     guessed: whether a loop of unknown length is around it.
     concurrent: whether it runs beside other instructions (`async-start`).
@@ -237,7 +237,7 @@ class Run(NamedTuple):
 
   instruction: Instruction
   computation: str
-  context: str
+  contexts: tuple[str, ...]
   times: float
   guessed: bool = False
   concurrent: bool = False
@@ -253,7 +253,11 @@ def runs(program: Program, unknown_trips: float = 1.0) -> Iterator[Run]:
       decides.
   """
   todo = collections.deque(
-    [Run(Instruction("", "", "", "", False), program.entry, program.entry, 1.0)]
+    [
+      Run(
+        Instruction("", "", "", "", False), program.entry, (program.entry,), 1.0
+      )
+    ]
   )
   while todo:
     around = todo.popleft()
@@ -274,7 +278,7 @@ def runs(program: Program, unknown_trips: float = 1.0) -> Iterator[Run]:
         if each.opcode == "async-start":
           inner = inner._replace(concurrent=True)
         elif each.opcode != "fusion":
-          inner = inner._replace(context=name)
+          inner = inner._replace(contexts=(*run.contexts, name))
         todo.append(inner)
 
 

@@ -119,9 +119,10 @@ def collectives(
       continue
     pieces = _pieces(run)
     if pieces is not None:
-      if pieces in seen:
+      # Also one that the compiler has put into a loop, beside its products.
+      if any((context, *pieces) in seen for context in run.contexts):
         continue
-      seen.add(pieces)
+      seen.add((run.contexts[-1], *pieces))
     for each in _collective(run, kind, layout, pieces is not None):
       found.append((run.branch, each))
   return _of_taken_branches(found)
@@ -199,7 +200,7 @@ def _pieces(run: Run) -> tuple[str, ...] | None:
     return None
   chain = re.search(r'chain_id="(\d+)"', run.instruction.rest)
   channel = run.instruction.attribute("channel_id")
-  return run.context, channel or "", chain[1] if chain else ""
+  return channel or "", chain[1] if chain else ""
 
 
 def _collective(

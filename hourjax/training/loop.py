@@ -279,11 +279,11 @@ class _Run:
     metrics: MetricWriter,
   ) -> tuple[TrainState, dict[str, Any]]:
     """Takes a step that must be compiled, and reports how long that took."""
-    called = time.monotonic()
+    called, waited = time.monotonic(), loader.waited
     with progress.step("compiling the train step"):
       # Returns when everything is compiled and queued.
       state, scalars = train_step(state, micro)
-    took = time.monotonic() - called - loader.waited
+    took = time.monotonic() - called - (loader.waited - waited)
     metrics.add_lost(max(took, 0.0), "compile")
     return state, scalars
 

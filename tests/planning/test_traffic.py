@@ -150,6 +150,21 @@ def test_pieces_of_one_fused_collective_count_once():
   found = collectives(_program(*calls, more=computations), MESH)
   assert len(found) == 3
   assert all(each.asynchronous for each in found)
+  # A piece in a loop, which the compiler runs beside the collective.
+  loop = (
+    "%cond (s: f32[512]) -> pred[] {\n"
+    "  ROOT %c = pred[] constant(true)\n}\n"
+    "%body (s: f32[512]) -> f32[1024] {\n"
+    "  %s = f32[512]{0} parameter(0)\n"
+    "  ROOT %f9 = f32[1024]{0} fusion(%s), kind=kCustom, calls=%part0\n}\n"
+  )
+  turns = (
+    "%w = f32[1024]{0} while(%a), condition=%cond, body=%body,"
+    ' backend_config={"known_trip_count":{"n":"5"}}'
+  )
+  for first in (calls[0], turns), (turns, calls[0]):
+    (one,) = collectives(_program(*first, more=computations + loop), MESH)
+    assert one.times == 1
 
 
 def test_a_wrapped_asynchronous_collective():
