@@ -10,11 +10,11 @@ The collectives are written out. Left to itself, the compiler sums whole
 gradients on all devices and drops what a device does not need, which sends
 twice as much.
 
-For a TPU it also waits for every reduce-scatter. So along the first axis the sum
-is taken while the gradient is computed (a collective product, arXiv 2105.04663):
-the gradient is cut into a block for each of n devices, and a block travels round
-the ring of devices while each of them computes its share of the next one and adds
-it:
+For a TPU it also waits for every reduce-scatter. So along the first axis the
+sum is taken while the gradient is computed (a collective product, arXiv
+2105.04663): the gradient is cut into a block for each of n devices, and a block
+travels round the ring of devices while each of them computes its share of the
+next one and adds it:
 
     device      0    1    2    3
     step 0      3    0    1    2     the block that is computed
