@@ -3,11 +3,11 @@
 The online softmax of FlashAttention (arXiv 2205.14135) over tiles of queries
 and keys, with its own gradient:
 
-    for each row of the batch, or a few short ones together:
+    for each row of the batch:
       for each query tile i:
         top, total, acc = NEVER, 0, 0
         for each key tile j that shares a segment with i:
-          score  = q[i] k[j]^T, masked          [R * K, G * tile_q, tile_k]
+          score  = q[i] k[j]^T, masked          [K, G * tile_q, tile_k]
           raise top to the row's maximum, shrink total and acc by exp(old - new)
           total += sum of exp(score - top),  acc += exp(score - top) v[j]
         out = acc / total,  lse = top + log(total)
@@ -15,17 +15,9 @@ and keys, with its own gradient:
 The backward pass computes the scores of each tile anew, and the weights from
 the saved log-sum-exp, so memory grows with T + S and never with T x S. Tiles
 that share no segment are skipped, so a row packed with short samples costs
-about the sum of its T_i x S_i. A tile of one segment alone, as most are of a
-long memory, is not masked in the forward pass: masking writes and reads all of
-its scores again.
-
-On a CPU each operation of a tile is split over the cores, and costs some
-microseconds to start. So R short rows are computed together, as many as make
-half of the scores of one large tile: a row of 200 positions alone would keep
-the cores waiting for one another.
+about the sum of its T_i x S_i.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -38,21 +30,19 @@ from hourjax.kernels.constants import NO_PART
 
 QUERY_TILE = 512
 KEY_TILE = 512  # with the scores beside it, this fits into a core's cache
-_ALIGNED = 16  # float32 numbers of a vector register (AVX-512) or cache line
 _NEVER = -1e30  # finite, so that exp(_NEVER - _NEVER) stays a number
-_Arrays = TypeVar("_Arrays")  # a tuple of arrays
 _Carry = TypeVar("_Carry")
 
 
 class _Tiles(NamedTuple):
-  """Holds R rows of the batch, cut into n_q query and n_k key tiles.
+  """Holds one row of the batch, cut into n_q query and n_k key tiles.
 
   Attributes:
-    q: [n_q, R * K, G * tile_q, C].
-    k: [n_k, R * K, tile_k, C].
-    v: [n_k, R * K, tile_k, C].
-    query_segment: [n_q, R, tile_q].
-    key_segment: [n_k, R, tile_k].
+    q: [n_q, K, G * tile_q, C].
+    k: [n_k, K, tile_k, C].
+    v: [n_k, K, tile_k, C].
+    query_segment: [n_q, tile_q].
+    key_segment: [n_k, tile_k].
   """
 
   q: jax.Array
@@ -87,8 +77,10 @@ def forward(
     out in `out_dtype`, and the log-sum-exp of the scaled scores, float32;
     zeros and -1e30 where a query sees no key.
   """
-  return _map_rows(
-    lambda *rows: _forward_rows(*rows, causal=causal, out_dtype=out_dtype),
+  # lax.map over the batch, not vmap: vmap turns the `cond` that skips a tile
+  # into a `select`, which computes it.
+  return jax.lax.map(
+    lambda row: _forward_row(*row, causal=causal, out_dtype=out_dtype),
     _here(q, k, v, query_segment, key_segment),
   )
 
@@ -124,8 +116,8 @@ def backward(
   Returns:
     dq in float32; dk and dv in the dtypes of k and v.
   """
-  return _map_rows(
-    lambda *rows: _backward_rows(*rows, causal=causal),
+  return jax.lax.map(
+    lambda row: _backward_row(*row, causal=causal),
     _here(q, k, v, query_segment, key_segment, lse, delta, d_out),
   )
 
@@ -140,39 +132,7 @@ def _here(*operands: jax.Array) -> tuple[jax.Array, ...]:
   return jax.lax.optimization_barrier(operands)
 
 
-def _map_rows(
-  function: Callable[..., _Arrays], operands: tuple[jax.Array, ...]
-) -> _Arrays:
-  """Calls `function` with a few rows of the batch at a time.
-
-  Not with `vmap`, which would turn the `switch` that skips a tile into a
-  `select`, which computes it.
-  """
-  q, k = operands[:2]
-  together = _rows_together(q.shape[0], q.shape[1], k.shape[1])
-  if together == q.shape[0]:
-    return function(*operands)
-  parts = tuple(x.reshape(-1, together, *x.shape[1:]) for x in operands)
-  results = jax.lax.map(lambda part: function(*part), parts)
-  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
-
-
-def _rows_together(rows: int, queries: int, keys: int) -> int:
-  """Returns how many rows are computed at a time, a divisor of `rows`.
-
-  Their scores are at most half of those of one tile of full size: twice as many
-  rows left the caches, and took longer than alone. Rows of more than two tiles
-  of keys are computed alone: together they could skip only the tiles that none
-  of them needs. 24 rows of 200 positions are eight times 3.
-  """
-  if keys > 2 * KEY_TILE:
-    return 1
-  area = _tile(queries, QUERY_TILE) * _tile(keys, KEY_TILE, _ALIGNED)
-  most = max(1, QUERY_TILE * KEY_TILE // 2 // area)
-  return max(n for n in range(1, min(rows, most) + 1) if rows % n == 0)
-
-
-def _forward_rows(
+def _forward_row(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
@@ -182,23 +142,26 @@ def _forward_rows(
   causal: bool,
   out_dtype: jax.typing.DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
-  """Computes out [R, T, H, C] and lse [R, T, H] of R rows."""
+  """Computes out [T, H, C] and lse [T, H] of one row."""
   tiles = _cut(q, k, v, query_segment, key_segment)
   n_q, kv_heads, rows, head_dim = tiles.q.shape
 
   def one_query_tile(i: jax.Array) -> tuple[jax.Array, jax.Array]:
     def add(
-      masked: bool, carry: tuple[jax.Array, jax.Array, jax.Array], j: jax.Array
+      carry: tuple[jax.Array, jax.Array, jax.Array], j: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
       """Adds key tile j to the maximum, the sum and the weighted values."""
       top, total, acc = carry
-      score = _scores(tiles, i, j, causal, masked)
+      score = _scores(tiles, i, j, causal)
       new_top = jnp.maximum(top, score.max(-1))
-      weight = _weights(score, new_top, masked)
+      weight = _weights(score, new_top)
       shrink = jnp.exp(top - new_top)
       total = total * shrink + weight.sum(-1)
-      acc = acc * shrink[..., None] + _dot(
-        "kts,ksc->ktc", weight.astype(v.dtype), tiles.v[j]
+      acc = acc * shrink[..., None] + jnp.einsum(
+        "kts,ksc->ktc",
+        weight.astype(v.dtype),
+        tiles.v[j],
+        preferred_element_type=jnp.float32,
       )
       return new_top, total, acc
 
@@ -207,8 +170,7 @@ def _forward_rows(
       jnp.zeros((kv_heads, rows), jnp.float32),
       jnp.zeros((kv_heads, rows, head_dim), jnp.float32),
     )
-    masked, whole = (functools.partial(add, mask) for mask in (True, False))
-    top, total, acc = _over_keys(tiles, i, causal, masked, start, whole)
+    top, total, acc = _over_keys(tiles, i, causal, add, start)
     seen = total > 0
     safe = jnp.where(seen, total, 1.0)
     lse = jnp.where(seen, top + jnp.log(safe), NO_PART)
@@ -218,7 +180,7 @@ def _forward_rows(
   return _unfold(out, q.shape), _unfold(lse, q.shape)[..., 0]
 
 
-def _backward_rows(
+def _backward_row(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
@@ -230,10 +192,10 @@ def _backward_rows(
   *,
   causal: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Computes dq [R, T, H, C] and dk, dv [R, S, K, C] of R rows."""
+  """Computes dq [T, H, C] and dk, dv [S, K, C] of one row."""
   tiles = _cut(q, k, v, query_segment, key_segment)
   scale = q.shape[-1] ** -0.5
-  groups, tile = q.shape[2] // k.shape[2], tiles.query_segment.shape[2]
+  groups, tile = q.shape[1] // k.shape[1], tiles.query_segment.shape[1]
   d_tiles = _fold(d_out, groups, tile)
   lse = _fold(lse[..., None], groups, tile)[..., 0]
   delta = _fold(delta[..., None], groups, tile)[..., 0]
@@ -246,7 +208,7 @@ def _backward_rows(
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
       """Adds the gradients of key tile j."""
       dq, dk, dv = state
-      weight = _weights(_scores(tiles, i, j, causal, True), lse[i], True)
+      weight = _weights(_scores(tiles, i, j, causal), lse[i])
       dv_j = _dot("kts,ktc->ksc", weight.astype(q.dtype), d_tiles[i])
       d_weight = _dot("ktc,ksc->kts", d_tiles[i], tiles.v[j])
       # In float32, since the difference cancels most of both.
@@ -258,8 +220,6 @@ def _backward_rows(
 
     dk, dv = carry
     start = (jnp.zeros(tiles.q.shape[1:], jnp.float32), dk, dv)
-    # No branch for whole tiles: a `switch` that carries dk and dv took 16 to
-    # 26 % more CPU time than the masks that it saves (jaxlib 0.10.2).
     dq, dk, dv = _over_keys(tiles, i, causal, add, start)
     return (dk, dv), dq
 
@@ -276,20 +236,12 @@ def _over_keys(
   causal: bool,
   add: Callable[[_Carry, jax.Array], _Carry],
   start: _Carry,
-  add_whole: Callable[[_Carry, jax.Array], _Carry] | None = None,
 ) -> _Carry:
-  """Calls `add` with the carry and each key tile that query tile i can see.
-
-  `add_whole`, if there is one, is called instead where every query sees every
-  key of the tile.
-  """
+  """Calls `add` with the carry and each key tile that query tile i can see."""
   query = tiles.query_segment[i]
-  tile_q, tile_k = query.shape[1], tiles.key_segment.shape[2]
-  high = jnp.max(query, axis=1, keepdims=True)
-  low = jnp.where(query > 0, query, jnp.iinfo(query.dtype).max)
-  low = jnp.min(low, axis=1, keepdims=True)
-  # Not where the tile holds padding, whose id is 0.
-  one_segment = jnp.all(query == high) & jnp.all(high > 0)
+  last = (i + 1) * query.shape[0] - 1
+  low = jnp.min(jnp.where(query > 0, query, jnp.iinfo(query.dtype).max))
+  high = jnp.max(query)
 
   def step(carry: _Carry, j: jax.Array) -> tuple[_Carry, None]:
     key = tiles.key_segment[j]
@@ -297,17 +249,8 @@ def _over_keys(
     # ids in another order this only skips less.
     shared = jnp.any((key >= low) & (key <= high) & (key > 0))
     if causal:
-      shared &= j * tile_k < (i + 1) * tile_q
-    if add_whole is None:
-      return jax.lax.cond(shared, lambda c: add(c, j), lambda c: c, carry), None
-    whole = one_segment & jnp.all(key == high)
-    if causal:
-      whole &= (j + 1) * tile_k <= i * tile_q + 1
-    carry = jax.lax.switch(
-      shared.astype(jnp.int32) + (shared & whole).astype(jnp.int32),
-      (lambda c: c, lambda c: add(c, j), lambda c: add_whole(c, j)),
-      carry,
-    )
+      shared &= j * key.shape[0] <= last
+    carry = jax.lax.cond(shared, lambda c: add(c, j), lambda c: c, carry)
     return carry, None
 
   n_k = tiles.key_segment.shape[0]
@@ -315,28 +258,25 @@ def _over_keys(
 
 
 def _scores(
-  tiles: _Tiles, i: jax.Array, j: jax.Array, causal: bool, masked: bool
+  tiles: _Tiles, i: jax.Array, j: jax.Array, causal: bool
 ) -> jax.Array:
-  """Returns the scaled scores [R * K, G * tile_q, tile_k], float32."""
+  """Returns the scaled and masked scores [K, G * tile_q, tile_k], float32."""
   q, k = tiles.q[i], tiles.k[j]
   query, key = tiles.query_segment[i], tiles.key_segment[j]
   score = _dot("ktc,ksc->kts", q, k) * q.shape[-1] ** -0.5
-  if not masked:
-    return score
-  (rows, tile_q), tile_k = query.shape, key.shape[1]
-  allowed = (query[:, :, None] == key[:, None]) & (key > 0)[:, None]
+  allowed = (query[:, None] == key[None]) & (key > 0)[None]
   if causal:
-    query_index = i * tile_q + jnp.arange(tile_q)
-    key_index = j * tile_k + jnp.arange(tile_k)
-    allowed &= (key_index[None, :] <= query_index[:, None])[None]
-  by_row = score.reshape(rows, -1, tile_q, tile_k)
-  return jnp.where(allowed[:, None], by_row, _NEVER).reshape(score.shape)
+    query_index = i * query.shape[0] + jnp.arange(query.shape[0])
+    key_index = j * key.shape[0] + jnp.arange(key.shape[0])
+    allowed &= key_index[None, :] <= query_index[:, None]
+  groups = q.shape[1] // query.shape[0]
+  return jnp.where(jnp.tile(allowed, (groups, 1))[None], score, _NEVER)
 
 
-def _weights(score: jax.Array, top: jax.Array, masked: bool) -> jax.Array:
+def _weights(score: jax.Array, top: jax.Array) -> jax.Array:
   """Returns exp(score - top); 0 for masked scores, also if top is masked."""
   weight = jnp.exp(score - top[..., None])
-  return jnp.where(score == _NEVER, 0.0, weight) if masked else weight
+  return jnp.where(score == _NEVER, 0.0, weight)
 
 
 def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -351,56 +291,47 @@ def _cut(
   query_segment: jax.Array,
   key_segment: jax.Array,
 ) -> _Tiles:
-  """Cuts R rows of the batch into tiles."""
-  groups = q.shape[2] // k.shape[2]
-  tile_q = _tile(q.shape[1], QUERY_TILE)
-  tile_k = _tile(k.shape[1], KEY_TILE, _ALIGNED)
+  """Cuts one row of the batch into tiles."""
+  groups = q.shape[1] // k.shape[1]
+  tile_q = _tile(q.shape[0], QUERY_TILE)
+  tile_k = _tile(k.shape[0], KEY_TILE)
   return _Tiles(
     q=_fold(q, groups, tile_q),
-    k=rearrange(_split(k, tile_k), "n r t k c -> n (r k) t c"),
-    v=rearrange(_split(v, tile_k), "n r t k c -> n (r k) t c"),
+    k=rearrange(_split(k, tile_k), "n t k c -> n k t c"),
+    v=rearrange(_split(v, tile_k), "n t k c -> n k t c"),
     query_segment=_split(query_segment, tile_q),
     key_segment=_split(key_segment, tile_k),
   )
 
 
-def _tile(length: int, largest: int, step: int = 1) -> int:
+def _tile(length: int, largest: int) -> int:
   """Returns the smallest tile with which no more tiles are needed.
 
-  600 positions in tiles of at most 512 are two tiles of 300; in steps of 16,
-  two tiles of 304.
+  600 positions in tiles of at most 512 are two tiles of 300.
   """
-  tile = -(-length // -(-length // largest))
-  return min(-(-tile // step) * step, largest)
+  return -(-length // -(-length // largest))
 
 
 def _split(x: jax.Array, tile: int) -> jax.Array:
-  """Cuts [R, N, ...] into [ceil(N / tile), R, tile, ...], padded with zeros."""
-  extra = -x.shape[1] % tile
-  x = jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2))
-  x = x.reshape(x.shape[0], -1, tile, *x.shape[2:])
-  return jnp.moveaxis(x, 1, 0)
+  """Cuts [N, ...] into [ceil(N / tile), tile, ...], padded with zeros."""
+  extra = -x.shape[0] % tile
+  x = jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1))
+  return x.reshape(-1, tile, *x.shape[1:])
 
 
 def _fold(x: jax.Array, groups: int, tile: int) -> jax.Array:
-  """Turns [R, T, H, C] into [n, R * K, G * tile, C].
-
-  Query heads of one KV head become rows of its tiles.
-  """
-  return rearrange(
-    _split(x, tile), "n r t (k g) c -> n (r k) (g t) c", g=groups
-  )
+  """Turns [T, H, C] into [n, K, G * tile, C]: heads of a group become rows."""
+  return rearrange(_split(x, tile), "n t (k g) c -> n k (g t) c", g=groups)
 
 
 def _unfold(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Inverts `_fold`, without the padding."""
-  rows, length, heads, _ = shape
-  groups = heads * rows // x.shape[1]
-  x = rearrange(x, "n (r k) (g t) c -> r (n t) (k g) c", r=rows, g=groups)
-  return x[:, :length]
+  length, heads, _ = shape
+  groups = heads // x.shape[1]
+  return rearrange(x, "n k (g t) c -> (n t) (k g) c", g=groups)[:length]
 
 
 def _join(x: jax.Array, like: jax.Array) -> jax.Array:
-  """Turns [n, R * K, tile, C] into [R, S, K, C], in the dtype of `like`."""
-  x = rearrange(x, "n (r k) t c -> r (n t) k c", r=like.shape[0])
-  return x[:, : like.shape[1]].astype(like.dtype)
+  """Turns [n, K, tile, C] into [S, K, C], in the dtype of `like`."""
+  x = rearrange(x, "n k t c -> (n t) k c")
+  return x[: like.shape[0]].astype(like.dtype)

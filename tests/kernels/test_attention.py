@@ -207,19 +207,6 @@ def test_rows_are_independent(small_tiles):
     np.testing.assert_allclose(x[1:], expected, rtol=0, atol=1e-6)
 
 
-def test_short_rows_are_computed_together(monkeypatch):
-  """Two times three rows, whose scores are half of one tile's."""
-  monkeypatch.setattr(reference, "QUERY_TILE", 64)
-  monkeypatch.setattr(reference, "KEY_TILE", 128)
-  assert reference._rows_together(6, _QUERIES, _KEYS) == 3
-  inputs = _draw(10, 6, _QUERIES, _KEYS, 4, 2)
-  query_segment, key_segment = (
-    np.concatenate([_segments(n - 2 * row, row, total=n) for row in range(6)])
-    for n in (_QUERIES, _KEYS)
-  )
-  _check(inputs, query_segment, key_segment, False)
-
-
 def test_large_scores_do_not_overflow(small_tiles):
   q, k, v, d_out = _draw(5, 1, _QUERIES, _KEYS, 4, 2)
   segments = (_segments(n, total=n) for n in (_QUERIES, _KEYS))
