@@ -99,7 +99,7 @@ def test_a_compiler_that_takes_too_long_is_not_a_step_that_does_not_fit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("name", ["v6e:2x2"])  # as for v5e:2x2, v5p:2x2x1
 def test_a_schedule_tells_what_the_whole_program_does(name, monkeypatch):
   """Traffic and arguments are the same; temporaries are counted."""
   monkeypatch.setenv("HOURJAX_COMPILATION_CACHE", "off")
@@ -125,7 +125,6 @@ def test_a_schedule_tells_what_the_whole_program_does(name, monkeypatch):
     - x["programs"]["accumulate"]["code"]
     for x in (soon, whole)
   )
-  print(name, early, read)
   assert early == pytest.approx(read, rel=0.2)
 
 
