@@ -125,7 +125,7 @@ def test_the_best_are_compiled_and_those_numbers_rank(stage3, monkeypatch):
   assert any("cannot be split" in line for line in lines)
   # By the formulas these were the shortest of those that fit.
   judged = search.judge(found, POD, workload)
-  roomy = (p for p in judged if p.memory.total <= 0.85 * p.memory.limit)
+  roomy = (p for p in judged if p.memory.total <= search._ROOM * p.memory.limit)
   assert next(roomy).experiment == asked[0]
   fits = [plan.fits for plan in judged]
   assert fits == sorted(fits, reverse=True)
