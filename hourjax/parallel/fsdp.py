@@ -191,12 +191,14 @@ def _product(
 
 
 def _rings() -> bool:
-  """Returns whether gradients are summed on a ring.
+  """Returns whether gradients are summed on a ring: on TPUs.
 
-  Not on GPUs: their compiler runs a reduce-scatter beside other work.
+  The compiler for GPUs runs a reduce-scatter beside other work. On a CPU the
+  loops of several rings run at once, and their threads can wait for one another
+  for good.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
-  return device is None or device.platform != "gpu"
+  return device is not None and device.platform == "tpu"
 
 
 def _ring_product(
@@ -227,17 +229,20 @@ def _ring_product(
     pair = (cut, part) if dim == 0 else (part, cut)
     return _product(*pair, dtype)
 
-  def one_way(sign: int, part: jax.Array) -> jax.Array:
-    ring = [(i, (i + sign) % devices) for i in range(devices)]
+  ways = {1: other[..., :half], -1: other[..., half:]}
 
-    def turn(total: jax.Array, step: jax.Array) -> tuple[jax.Array, None]:
+  def turn(
+    totals: tuple[jax.Array, ...], step: jax.Array
+  ) -> tuple[tuple[jax.Array, ...], None]:
+    found = []
+    for total, (sign, part) in zip(totals, ways.items()):
+      ring = [(i, (i + sign) % devices) for i in range(devices)]
       came = jax.lax.ppermute(total, axis, ring)
-      return came + share(place - sign * (1 + step), part), None
+      found.append(came + share(place - sign * (1 + step), part))
+    return tuple(found), None
 
-    first = share(place - sign, part)
-    return jax.lax.scan(turn, first, jnp.arange(1, devices))[0]
-
-  parts = one_way(1, other[..., :half]), one_way(-1, other[..., half:])
+  first = tuple(share(place - sign, part) for sign, part in ways.items())
+  parts, _ = jax.lax.scan(turn, first, jnp.arange(1, devices))
   return jnp.concatenate(parts, axis=1 - dim)
 
 
