@@ -133,11 +133,24 @@ def compiler_flags(environ: Mapping[str, str], root: str = "/") -> str:
       the place of ours of the same name.
     root: root of the file system that lists the machine's devices.
   """
-  given = environ.get("LIBTPU_INIT_ARGS", "")
-  own = COMPILER_FLAGS.get(tpu_generation(environ, root), ())
-  named = {flag.partition("=")[0] for flag in given.split()}
+  return flags_of(tpu_generation(environ, root), environ)
+
+
+def flags_of(generation: str, environ: Mapping[str, str]) -> str:
+  """Returns the value of LIBTPU_INIT_ARGS for a generation of TPU.
+
+  Args:
+    generation: a name of `parallel.chips`, or "".
+    environ: see `compiler_flags`; flags of the table that a process like this
+      one has set for its own TPU do not count as the user's.
+  """
+  table = {flag for flags in COMPILER_FLAGS.values() for flag in flags}
+  words = environ.get("LIBTPU_INIT_ARGS", "").split()
+  given = [flag for flag in words if flag not in table]
+  named = {flag.partition("=")[0] for flag in given}
+  own = COMPILER_FLAGS.get(generation, ())
   kept = [flag for flag in own if flag.partition("=")[0] not in named]
-  return " ".join([*kept, *given.split()])
+  return " ".join([*kept, *given])
 
 
 def tpu_generation(environ: Mapping[str, str], root: str = "/") -> str:

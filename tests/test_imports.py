@@ -34,7 +34,6 @@ ALLOWED = {
   ),
   "hourjax.parallel": (
     "hourjax.errors",
-    "hourjax.jax_environment",
     "hourjax.kernels",
     "hourjax.parallel",
   ),

@@ -163,6 +163,9 @@ def test_flags_of_the_compiler(tmp_path, pci, environ, generation):
   mixed = jax_environment.compiler_flags(
     environ | {"LIBTPU_INIT_ARGS": given}, root
   )
+  # A plan for another generation takes the user's flags, and none of ours.
+  inherited = {"LIBTPU_INIT_ARGS": mixed}
+  assert jax_environment.flags_of("v5e", inherited) == given
   assert mixed.split() == [
     *(flag for flag in own if "enable_async_all_gather=" not in flag),
     *given.split(),

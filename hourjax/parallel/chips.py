@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hourjax import jax_environment
 from hourjax.errors import UserError
 from hourjax.kernels.constants import LANES
 from hourjax.kernels.tpu.tiles import AttentionTiles, Tiles
@@ -168,11 +167,6 @@ class Chip:
   def knows(self, name: str) -> bool:
     """Returns whether the fact of this name is entered."""
     return vars(self)[name] is not None
-
-  @property
-  def compiler_flags(self) -> tuple[str, ...]:
-    """Returns the compiler's flags, in training as in plans."""
-    return jax_environment.COMPILER_FLAGS.get(self.name, ())
 
   @property
   def device_flops(self) -> float:

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import math
+import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from hourjax import jax_environment
 from hourjax.errors import UserError
 from hourjax.parallel.vocabulary import CHUNK
 from hourjax.planning import hlo, peak_memory, traffic
@@ -158,6 +160,7 @@ def compile_step(
     "slices": topology.slices,
     "bounds": topology.bounds,
   }
+  flags = jax_environment.flags_of(topology.chip.name, os.environ)
   trips = label_chunks(experiment, workload, sizes[0] * sizes[1])
 
   def run(program: str) -> dict[str, Any]:
@@ -167,9 +170,7 @@ def compile_step(
         "hourjax.planning.compile_worker",
         task | own | {"folder": "" if whole else folder},
         limit=limit,
-        flags=" ".join(
-          [*topology.chip.compiler_flags, "" if whole else _DUMP.format(folder)]
-        ).strip(),
+        flags=f"{flags} {'' if whole else _DUMP.format(folder)}".strip(),
       )
     return _answer(outcome, topology, limit)
 

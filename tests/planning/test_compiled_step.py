@@ -56,9 +56,10 @@ def compiled(monkeypatch):
   def run(outcome, found=found):
     def ask(module, task, *, limit, flags):
       assert task["topology"] == "v5e:4x4" and task["unknown_trips"] >= 1
-      assert f"--xla_jf_dump_to={task['folder']} " in flags
+      assert f"--xla_x=1 --xla_jf_dump_to={task['folder']} " in flags
       return outcome
 
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_x=1")  # the user's
     monkeypatch.setattr(compiled_step, "run_worker", ask)
     return compile_step(found, TOPOLOGY, workload)
 
