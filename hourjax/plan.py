@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from hourjax import command, progress
 from hourjax.planning import calibration, fit, plan, report, search
-from hourjax.planning.compiled_step import LIMIT
+from hourjax.planning.compiler.compiled_step import LIMIT
 from hourjax.planning.topology import parse_topologies
 from hourjax.planning.workload import make_workload
 from hourjax.training.config import build_experiment

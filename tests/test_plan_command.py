@@ -126,6 +126,9 @@ def _workers_of(pid: int) -> list[str]:
   for path in Path("/proc").glob("[0-9]*/cmdline"):
     with contextlib.suppress(OSError):
       words = path.read_bytes().split(b"\0")
-      if b"hourjax.planning.compile_worker" in words and b"%d" % pid in words:
+      if (
+        b"hourjax.planning.compiler.compile_worker" in words
+        and b"%d" % pid in words
+      ):
         found.append(path.parent.name)
   return found

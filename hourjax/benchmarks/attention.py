@@ -37,7 +37,7 @@ from hourjax.kernels.attention import attention
 from hourjax.kernels.tpu.tiles import AttentionTiles
 from hourjax.models.config import SIZES
 from hourjax.parallel.chips import CHIPS, attention_tiles, peak_flops
-from hourjax.planning.compile_pool import run_all
+from hourjax.planning.compiler.compile_pool import run_all
 
 # Dense bf16 operations a second of a GPU, by its maker's data sheet, by a part
 # of its `device_kind`.

@@ -1,9 +1,9 @@
 """One attention call, compiled for a TPU in a worker process.
 
 `compile_attention` starts this module as a worker (see
-`planning.compile_pool`), which reads a `Job` as JSON from standard input and
-prints one line of JSON, and then reads the schedule that the compiler leaves
-behind. No TPU is needed.
+`planning.compiler.compile_pool`), which reads a `Job` as JSON from standard
+input and prints one line of JSON, and then reads the schedule that the compiler
+leaves behind. No TPU is needed.
 """
 
 import collections
@@ -32,8 +32,8 @@ from hourjax.kernels.sharded import Sharding
 from hourjax.kernels.tpu import call as tpu
 from hourjax.kernels.tpu.tiles import AttentionTiles, Tiles
 from hourjax.parallel.chips import CHIPS
-from hourjax.planning import hlo, traffic
-from hourjax.planning.compile_pool import REASON, run_worker
+from hourjax.planning.compiler import hlo, traffic
+from hourjax.planning.compiler.compile_pool import REASON, run_worker
 from hourjax.planning.topology import parse_topology
 
 SPLASH_BLOCK = 1024  # of queries and of keys

@@ -16,7 +16,7 @@ from hourjax.benchmarks.attention_compile import (
 from hourjax.errors import UserError
 from hourjax.kernels.tpu import call
 from hourjax.kernels.tpu.tiles import AttentionTiles, Shape, Tiles, cut
-from hourjax.planning.compile_pool import run_all
+from hourjax.planning.compiler.compile_pool import run_all
 
 _ROWS, _KEYS = (512, 1024, 2048), (512, 1024, 2048, 4096)
 _CHUNKS, _UNITS = (256, 512, 1024), (256, 512, 1024)

@@ -42,7 +42,7 @@ from hourjax.models.config import HOUR_LLAVA_3B, ModelConfig
 from hourjax.models.flops import sample_flops
 from hourjax.models.params import param_shapes
 from hourjax.parallel.mesh import MeshConfig, make_mesh
-from hourjax.planning.compile_pool import run_worker
+from hourjax.planning.compiler.compile_pool import run_worker
 from hourjax.training.batch_sharding import batch_shardings
 from hourjax.training.config import DataConfig, Experiment
 from hourjax.training.optimizer import OptimizerConfig, component

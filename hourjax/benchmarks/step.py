@@ -26,9 +26,10 @@ from hourjax.errors import UserError
 from hourjax.models.flops import Flops, Work, count_flops
 from hourjax.parallel.chips import GIB, Chip, chip_of
 from hourjax.parallel.mesh import make_mesh
-from hourjax.planning import calibration, hlo, plan, roofline, step_profile
+from hourjax.planning import calibration, plan, roofline, step_profile
 from hourjax.planning.calibration import Constants
-from hourjax.planning.compiled_step import (
+from hourjax.planning.compiler import hlo
+from hourjax.planning.compiler.compiled_step import (
   Compiled,
   label_chunks,
   read_program,

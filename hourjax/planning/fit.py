@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hourjax.errors import UserError
-from hourjax.planning.compiled_step import LIMIT, compile_step
+from hourjax.planning.compiler.compiled_step import LIMIT, compile_step
 from hourjax.planning.plan import Plan, evaluate
 from hourjax.planning.topology import Topology
 from hourjax.training.config import Experiment

@@ -10,7 +10,7 @@ from hourjax.data.rows import Size
 from hourjax.errors import UserError
 from hourjax.parallel.chips import CLOCK_SHARE, GIB
 from hourjax.planning import roofline
-from hourjax.planning.compiled_step import (
+from hourjax.planning.compiler.compiled_step import (
   Compiled,
   Memory,
   compile_step,

@@ -7,7 +7,7 @@ from typing import Any
 from hourjax import schema
 from hourjax.errors import UserError
 from hourjax.parallel.chips import CHIPS, GIB
-from hourjax.planning.compiled_step import Memory
+from hourjax.planning.compiler.compiled_step import Memory
 from hourjax.planning.plan import Plan, as_data
 from hourjax.planning.roofline import HOST_READS, Estimate
 from hourjax.planning.search import describe, row_options

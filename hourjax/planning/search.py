@@ -18,7 +18,11 @@ from hourjax.models.config import Remat
 from hourjax.models.params import param_axes, param_shapes
 from hourjax.parallel.mesh import MeshConfig
 from hourjax.parallel.rules import RULES
-from hourjax.planning.compiled_step import LIMIT, Compiled, compile_step
+from hourjax.planning.compiler.compiled_step import (
+  LIMIT,
+  Compiled,
+  compile_step,
+)
 from hourjax.planning.plan import Plan, evaluate
 from hourjax.planning.topology import Topology
 from hourjax.planning.workload import Workload, trained

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from jax.profiler import ProfileData
 
-from hourjax.planning import hlo
+from hourjax.planning.compiler import hlo
 
 # Scopes of the model, each of which may stand in another: the last one counts.
 # The tower's attention is told apart from its products with weights, since

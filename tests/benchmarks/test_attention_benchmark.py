@@ -23,9 +23,9 @@ from hourjax.benchmarks.attention_packed import (
 )
 from hourjax.errors import UserError
 from hourjax.kernels.tpu.tiles import Tiles, cut
-from hourjax.planning import hlo
-from hourjax.planning.compile_pool import Outcome
-from hourjax.planning.traffic import Layout
+from hourjax.planning.compiler import hlo
+from hourjax.planning.compiler.compile_pool import Outcome
+from hourjax.planning.compiler.traffic import Layout
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--queries=640", "--keys=12480")

@@ -5,7 +5,7 @@ import dataclasses
 from configs import hourllava
 from hourjax.parallel.mesh import MeshConfig
 from hourjax.planning import search
-from hourjax.planning.compiled_step import Compiled
+from hourjax.planning.compiler.compiled_step import Compiled
 from hourjax.planning.plan import Plan, evaluate
 from hourjax.planning.topology import Topology, parse_topology
 from hourjax.planning.workload import make_workload

@@ -3,7 +3,7 @@
 from hourjax import command, plan
 from hourjax.planning import fit, search
 from hourjax.planning import plan as planning
-from hourjax.planning.compiled_step import Compiled
+from hourjax.planning.compiler.compiled_step import Compiled
 
 
 def compile_step(experiment, topology, workload, *, limit, whole=False):

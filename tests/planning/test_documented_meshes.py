@@ -10,7 +10,7 @@ from configs import demo, hourllava
 from hourjax.errors import UserError
 from hourjax.parallel.chips import CHIPS
 from hourjax.planning import report
-from hourjax.planning.compiled_step import compile_step
+from hourjax.planning.compiler.compiled_step import compile_step
 from hourjax.planning.topology import parse_topology
 from hourjax.planning.workload import make_workload
 from hourjax.training.config import build_experiment

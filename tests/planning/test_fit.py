@@ -6,7 +6,7 @@ import pytest
 
 from hourjax.errors import UserError
 from hourjax.planning import fit, search
-from hourjax.planning.compiled_step import Compiled
+from hourjax.planning.compiler.compiled_step import Compiled
 from hourjax.planning.plan import evaluate
 from hourjax.planning.topology import parse_topology
 from hourjax.planning.workload import make_workload

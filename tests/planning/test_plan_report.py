@@ -7,7 +7,7 @@ import pytest
 
 from hourjax.errors import UserError
 from hourjax.planning import report
-from hourjax.planning.compiled_step import Compiled
+from hourjax.planning.compiler.compiled_step import Compiled
 from hourjax.planning.plan import as_data, evaluate
 from tests.planning.examples import experiment, in_rows, plan_by_formulas
 

@@ -6,7 +6,7 @@ import pytest
 
 from hourjax.errors import UserError
 from hourjax.planning import report, search
-from hourjax.planning.compiled_step import Compiled
+from hourjax.planning.compiler.compiled_step import Compiled
 from hourjax.planning.topology import parse_topologies, parse_topology
 from hourjax.planning.workload import make_workload
 from tests.planning.examples import experiment, in_rows, plan_by_formulas

@@ -17,7 +17,7 @@ reads afterwards. Arrays in VMEM, with S(1) in their layout, do not count.
 import functools
 from collections.abc import Callable, Mapping
 
-from hourjax.planning.hlo import Instruction, Program, called
+from hourjax.planning.compiler.hlo import Instruction, Program, called
 
 # The result is the first operand, or a part of it.
 _SAME = {"bitcast", "optimization-barrier", "copy-done", "async-done", "while"}

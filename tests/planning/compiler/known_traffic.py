@@ -1,7 +1,7 @@
 """Programs whose traffic is known, compiled and read.
 
-  python -m tests.planning.known_traffic cpu
-  python -m tests.planning.known_traffic v5e:2x4
+  python -m tests.planning.compiler.known_traffic cpu
+  python -m tests.planning.compiler.known_traffic v5e:2x4
 
 prints what `traffic.by_axis` finds in each, as JSON.
 """
@@ -19,8 +19,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hourjax.planning import hlo, traffic
-from hourjax.planning.compiled_step import argument_kinds
+from hourjax.planning.compiler import hlo, traffic
+from hourjax.planning.compiler.compiled_step import argument_kinds
 from hourjax.planning.topology import parse_topology
 
 TURNS, LAYERS, UNKNOWN = 5, 6, 3

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from hourjax import jax_environment
 from hourjax.errors import UserError
 from hourjax.parallel.vocabulary import CHUNK
-from hourjax.planning import hlo, peak_memory, traffic
-from hourjax.planning.compile_pool import Outcome, run_all, run_worker
+from hourjax.planning.compiler import hlo, peak_memory, traffic
+from hourjax.planning.compiler.compile_pool import Outcome, run_all, run_worker
 from hourjax.planning.topology import Topology
 from hourjax.planning.workload import Workload, steps_of
 from hourjax.training.config import Experiment
@@ -167,7 +167,7 @@ def compile_step(
     own = {"program": program, "unknown_trips": trips.get(program, 1.0)}
     with tempfile.TemporaryDirectory() as folder:
       outcome = run_worker(
-        "hourjax.planning.compile_worker",
+        "hourjax.planning.compiler.compile_worker",
         task | own | {"folder": "" if whole else folder},
         limit=limit,
         flags=f"{flags} {'' if whole else _DUMP.format(folder)}".strip(),

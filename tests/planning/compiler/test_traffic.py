@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from hourjax.planning import hlo
-from hourjax.planning.traffic import Layout, by_axis, collectives
+from hourjax.planning.compiler import hlo
+from hourjax.planning.compiler.traffic import Layout, by_axis, collectives
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MESH = Layout(("data", "fsdp", "seq"), (2, 2, 2))
 MIB = 1 << 20
 
@@ -230,7 +230,7 @@ ARRAY = 4 * MIB  # float32 of 1024 x 1024
 
 def _compiled(where):
   done = subprocess.run(
-    [sys.executable, "-m", "tests.planning.known_traffic", where],
+    [sys.executable, "-m", "tests.planning.compiler.known_traffic", where],
     cwd=ROOT,
     env=os.environ
     | {

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from hourjax.planning import hlo
-from hourjax.planning.hlo import Program, Run
+from hourjax.planning.compiler import hlo
+from hourjax.planning.compiler.hlo import Program, Run
 
 _GROUPS = re.compile(
   r"replica_groups=(mesh\[[^\]]*\](?:, device_ids=\([^ ]*\))? \{[^}]*\}"

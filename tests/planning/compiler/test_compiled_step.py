@@ -4,9 +4,9 @@ import pytest
 
 from configs import demo
 from hourjax.errors import UserError
-from hourjax.planning import compiled_step
-from hourjax.planning.compile_pool import Outcome
-from hourjax.planning.compiled_step import compile_step, device_memory
+from hourjax.planning.compiler import compiled_step
+from hourjax.planning.compiler.compile_pool import Outcome
+from hourjax.planning.compiler.compiled_step import compile_step, device_memory
 from hourjax.planning.topology import parse_topology
 from hourjax.planning.workload import make_workload
 from hourjax.training.config import build_experiment

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from hourjax.planning.compile_pool import run_all, run_worker
+from hourjax.planning.compiler.compile_pool import run_all, run_worker
 
-WORKER = "tests.planning.ending_worker"
+WORKER = "tests.planning.compiler.ending_worker"
 
 
 def test_an_answer_with_flags_and_without_the_compilation_cache():

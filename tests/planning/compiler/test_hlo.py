@@ -2,7 +2,7 @@
 
 import pytest
 
-from hourjax.planning import hlo
+from hourjax.planning.compiler import hlo
 
 LOOP = """HloModule jit_f, is_scheduled=true
 

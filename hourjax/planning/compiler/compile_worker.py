@@ -31,8 +31,8 @@ from hourjax import jax_environment
 from hourjax.atomic_file import write_file
 from hourjax.errors import UserError
 from hourjax.parallel.mesh import make_mesh
-from hourjax.planning import hlo
-from hourjax.planning.compiled_step import (
+from hourjax.planning.compiler import hlo
+from hourjax.planning.compiler.compiled_step import (
   memory_of,
   read_schedule,
   with_links,
