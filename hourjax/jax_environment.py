@@ -62,6 +62,8 @@ _OVERLAP = (
 # collective on v6e and tpu7x; with these it gathers weights beside products, as
 # it does on v5e and v5p of itself. How much: hourjax/planning/README.md.
 COMPILER_FLAGS = {"v6e": _OVERLAP, "tpu7x": _OVERLAP}
+# The compiler for GPUs runs collectives beside products with this one.
+_GPU_FLAG = "--xla_gpu_enable_latency_hiding_scheduler"
 _NVIDIA_FILES = ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/dxg")
 
 
@@ -76,6 +78,8 @@ def prepare() -> None:
   found = platforms(os.environ)
   if found and not _configured("JAX_PLATFORMS"):
     _set("JAX_PLATFORMS", found)
+  if "cuda" in (found or os.environ.get("JAX_PLATFORMS", "")):
+    os.environ["XLA_FLAGS"] = gpu_flags(os.environ)
   folder = cache_folder(os.environ)
   if folder is None or _configured("JAX_COMPILATION_CACHE_DIR"):
     return
@@ -151,6 +155,25 @@ def flags_of(generation: str, environ: Mapping[str, str]) -> str:
   own = COMPILER_FLAGS.get(generation, ())
   kept = [flag for flag in own if flag.partition("=")[0] not in named]
   return " ".join([*kept, *given])
+
+
+def gpu_flags(environ: Mapping[str, str]) -> str:
+  """Returns the value of XLA_FLAGS for a machine with NVIDIA GPUs.
+
+  Args:
+    environ: environment variables; flags in XLA_FLAGS stay, and take the place
+      of ours.
+  """
+  given = environ.get("XLA_FLAGS", "").split()
+  if any(flag.partition("=")[0] == _GPU_FLAG for flag in given):
+    return " ".join(given)
+  return " ".join([f"{_GPU_FLAG}=true", *given])
+
+
+def flags_in_use(environ: Mapping[str, str]) -> str:
+  """Returns all flags of the compilers, for a log."""
+  names = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
+  return " ".join(environ[name] for name in names if environ.get(name))
 
 
 def tpu_generation(environ: Mapping[str, str], root: str = "/") -> str:

@@ -172,6 +172,24 @@ def test_flags_of_the_compiler(tmp_path, pci, environ, generation):
   ]
 
 
+def test_flags_of_the_compiler_for_gpus():
+  own = "--xla_gpu_enable_latency_hiding_scheduler"
+  assert jax_environment.gpu_flags({}) == f"{own}=true"
+  given = {"XLA_FLAGS": f"--xla_x=1 {own}=false", "LIBTPU_INIT_ARGS": "--y"}
+  assert jax_environment.gpu_flags(given) == given["XLA_FLAGS"]
+  assert jax_environment.gpu_flags({"XLA_FLAGS": "--xla_x=1"}) == (
+    f"{own}=true --xla_x=1"
+  )
+  assert jax_environment.flags_in_use(given) == f"--y --xla_x=1 {own}=false"
+  assert not jax_environment.flags_in_use({})
+  # A flag that this version of jax does not know would end every process.
+  subprocess.run(
+    [sys.executable, "-c", "import jax; jax.devices()"],
+    env=os.environ | {"XLA_FLAGS": f"{own}=true", "JAX_PLATFORMS": "cpu"},
+    check=True,
+  )
+
+
 def test_where_programs_are_kept(tmp_path):
   def folder(**environ):
     return jax_environment.cache_folder(environ)

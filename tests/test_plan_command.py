@@ -60,6 +60,31 @@ def test_a_step_that_fits():
 
 
 @pytest.mark.slow
+def test_a_step_on_gpus():
+  """16 of them on two machines: heads along a machine, weights over both."""
+  done = _run("--topology=h100:16", "--data=full", "--config.mesh.fsdp=8",
+              "--config.mesh.seq=2", "--config.model.dtype=bfloat16",
+              "--config.batch_rows=8", "--json")  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  data = json.loads(done.stdout)
+  assert data["fits"] and (data["chips"], data["hosts"]) == (16, 2)
+  assert "compiler for CPUs" in " ".join(data["assumed"])
+  computed = data["computed"]
+  assert computed["memory_bytes"]["temporaries"] > 1e6
+  traffic = {(x["axes"], x["kind"], x["dtype"]) for x in computed["traffic"]}
+  # Weights are gathered in bfloat16, gradients summed in float32.
+  assert {
+    ("fsdp+seq", "all-gather", "bf16"),
+    ("seq", "all-to-all", "bf16"),
+  } <= traffic
+  assert any(k == "reduce-scatter" and d == "f32" for _, k, d in traffic)
+  assert ("fsdp+seq", "all-gather", "f32") not in traffic
+  done = _run("--topology=h100:2", "--exact")
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: --exact: no program for h100:2 can be")
+
+
+@pytest.mark.slow
 def test_a_step_that_does_not_fit():
   done = _run(
     "--topology=v5e:1x1", "--data=full", "--config.batch_rows=2048", "--nofix"

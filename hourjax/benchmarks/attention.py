@@ -36,12 +36,12 @@ from hourjax.errors import UserError
 from hourjax.kernels.attention import attention
 from hourjax.kernels.tpu.tiles import AttentionTiles
 from hourjax.models.config import SIZES
-from hourjax.parallel.chips import CHIPS, attention_tiles, peak_flops
+from hourjax.parallel.chips import CHIPS, attention_tiles
+from hourjax.parallel.gpus import peak_flops
 from hourjax.planning.compiler.compile_pool import run_all
 
 # Dense bf16 operations a second of a GPU, by its maker's data sheet, by a part
 # of its `device_kind`.
-GPU_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 _REPEATS = 5
 
 
@@ -118,9 +118,7 @@ def measure_here(
 
 def peak(device_kind: str) -> float | None:
   """Returns the TFLOP/s that a device could reach, if it is known."""
-  flops = peak_flops(device_kind) or next(
-    (x for name, x in GPU_FLOPS.items() if name in device_kind), None
-  )
+  flops = peak_flops(device_kind)
   return flops and flops / 1e12
 
 

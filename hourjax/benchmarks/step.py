@@ -25,6 +25,7 @@ from hourjax.data import synthetic
 from hourjax.errors import UserError
 from hourjax.models.flops import Flops, Work, count_flops
 from hourjax.parallel.chips import GIB, Chip, chip_of
+from hourjax.parallel.gpus import peak_flops
 from hourjax.parallel.mesh import make_mesh
 from hourjax.planning import calibration, plan, roofline, step_profile
 from hourjax.planning.calibration import Constants
@@ -115,15 +116,15 @@ def measure_step(
       step does not fit their memory, or an option makes no sense.
   """
   device = jax.devices()[0]
-  chip = chip_of(device.device_kind)
-  if chip is not None and options.peak_tflops is not None:
+  chip, known = chip_of(device.device_kind), peak_flops(device.device_kind)
+  if known is not None and options.peak_tflops is not None:
     raise UserError(
       f"--peak_tflops={options.peak_tflops}: the peak of {device.device_kind}"
-      f" is known, {chip.device_flops / 1e12:.0f}; leave it out"
+      f" is known, {known / 1e12:.0f}; leave it out"
     )
   if options.out is not None and not pathlib.Path(options.out).parent.is_dir():
     raise UserError(f"--out={options.out}: its folder does not exist; make it")
-  peak = chip.device_flops if chip else (options.peak_tflops or 0.0) * 1e12
+  peak = known or (options.peak_tflops or 0.0) * 1e12
   made, seconds, times = _run(experiment, options.steps, folder)
   flops = _step_flops(made)
   planned = _planned(made, chip) if chip else None

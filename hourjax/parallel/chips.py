@@ -125,7 +125,6 @@ class Chip:
   name: str
   kinds: tuple[str, ...]
   devices: int
-  cores: int
   flops: float
   hbm: int
   usable: float
@@ -137,10 +136,11 @@ class Chip:
   largest: tuple[int, ...]
   host: int
   price: float
-  vmem: int
-  kernel_vmem: int
   tiles: dict[str, tuple[Tiles, Tiles]]
   efficiency: Efficiency
+  cores: int = UNKNOWN
+  vmem: int = UNKNOWN
+  kernel_vmem: int = UNKNOWN
   matrix_units: int = UNKNOWN
   matrix_side: int = UNKNOWN
   matrix_rows: int = UNKNOWN
@@ -399,16 +399,6 @@ def chip_of(device_kind: str) -> Chip | None:
     if device_kind in chip.kinds:
       return chip
   return None
-
-
-def peak_flops(device_kind: str) -> float | None:
-  """Returns bf16 operations a second of one jax device of this kind, or None.
-
-  Of a device, not a chip, so that `jax.device_count()` times it is what a
-  run can reach (a TPU7x chip is two devices).
-  """
-  chip = chip_of(device_kind)
-  return None if chip is None else chip.device_flops
 
 
 def compiled_for() -> str:

@@ -17,7 +17,8 @@ import pydantic
 from hourjax import atomic_file, schema
 from hourjax.errors import UserError
 from hourjax.models.flops import Flops
-from hourjax.parallel.chips import Chip, chip_of
+from hourjax.parallel.chips import Chip
+from hourjax.parallel.gpus import device_facts
 from hourjax.planning.step_profile import Times
 from hourjax.planning.topology import Topology
 
@@ -103,7 +104,7 @@ def calibrated(topology: Topology, path: str | os.PathLike | None) -> Topology:
   if path is None:
     return topology
   found = schema.read_schema(Calibration, path, remedy=_REMEDY)
-  chip, wanted = chip_of(found.device_kind), topology.chip.name
+  chip, wanted = device_facts(found.device_kind), topology.chip.name
   if chip is None or chip.name != wanted:
     raise UserError(
       f"--calibration={path} was measured on {found.device_kind}, and"

@@ -26,16 +26,28 @@ from hourjax.training.train_step import accumulate_name
 ASSUMED = (
   "products run at {dense:.0%} of the chip's bf16 peak, MemAug's attention at"
   " {memaug[0]:.0%} forward and {memaug[1]:.0%} backward, the decoder's at"
-  " {causal[0]:.0%} and {causal[1]:.0%}: {source}",
+  " {causal[0]:.0%} and {causal[1]:.0%}: {source}"
+)
+_WAITED = (
   "a micro-batch waits for the device whose rows are the most work, and for"
   " the traffic that the compiler's schedule does not run beside other work;"
-  " rings use the links that the devices of an axis have on the torus",
+  " rings use the links that the devices of an axis have on the torus"
 )
-
-
 _TABLE = (
   "schedules of the compiler (hourjax/benchmarks/README.md) times"
   f" {CLOCK_SHARE}, and what large models report; no TPU was timed"
+)
+_GPU_WAITED = (
+  "the program is that of the compiler for CPUs, split over as many devices:"
+  " its traffic is what XLA sends between GPUs, its temporaries are counted"
+  " without the GPU compiler's fusions and are rather too many",
+  "a micro-batch waits for the device whose rows are the most work; weights are"
+  " gathered and gradients summed beside products, all other traffic is waited"
+  " for",
+)
+_GPU_TABLE = (
+  "what cuDNN and large models are reported to reach"
+  " (hourjax/parallel/gpus.py); no GPU was timed"
 )
 
 
@@ -65,6 +77,11 @@ class Plan:
   def fits(self) -> bool:
     """Returns whether a device holds the step."""
     return self.memory is not None and self.memory.fits
+
+  @property
+  def unit_hour(self) -> str:
+    """Returns what has a price, in words."""
+    return "a GPU-hour" if self.topology.gpus else "a chip-hour"
 
   @property
   def mesh(self) -> dict[str, int]:
@@ -134,11 +151,13 @@ def assumptions(plan: Plan) -> list[str]:
   """Returns what the estimate takes for granted, a sentence each."""
   topology = plan.topology
   rates = topology.chip.efficiency._asdict()
-  rates["source"] = topology.measured or _TABLE
+  table = _GPU_TABLE if topology.gpus else _TABLE
+  rates["source"] = topology.measured or table
   return [
     *plan.workload.assumptions,
-    *(line.format(**rates) for line in ASSUMED),
-    f"a chip-hour costs ${plan.price:.2f}"
+    ASSUMED.format(**rates),
+    *(_GPU_WAITED if topology.gpus else (_WAITED,)),
+    f"{plan.unit_hour} costs ${plan.price:.2f}"
     + ("" if plan.price != plan.topology.chip.price else
        " (an example, on demand in the US; give --price)"),
   ]  # fmt: skip

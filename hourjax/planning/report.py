@@ -6,11 +6,12 @@ from typing import Any
 
 from hourjax import schema
 from hourjax.errors import UserError
-from hourjax.parallel.chips import CHIPS, GIB
+from hourjax.parallel.chips import GIB
 from hourjax.planning.compiler.compiled_step import Memory
 from hourjax.planning.plan import Plan, as_data
 from hourjax.planning.roofline import HOST_READS, Estimate
 from hourjax.planning.search import describe, row_options
+from hourjax.planning.topology import parse_topology
 
 _WIDE = 79
 
@@ -28,7 +29,8 @@ def page(plan: Plan) -> str:
   lines += ["", *_rule("computed: MiB that a device sends in a step")]
   lines += _traffic(data)
   known = plan.topology.measured
-  how = "with constants that were measured" if known else "no TPU was timed"
+  kind = "GPU" if plan.topology.gpus else "TPU"
+  how = "with constants that were measured" if known else f"no {kind} was timed"
   lines += ["", *_rule(f"estimated: {how}")]
   lines += _estimate(plan, data["estimated"])
   lines += ["", *_rule("assumed")]
@@ -52,9 +54,10 @@ def _rule(title: str) -> list[str]:
 
 def _title(data: Mapping[str, Any]) -> str:
   slices = f"{data['slices']} x " if data["slices"] > 1 else ""
+  kind = "GPUs" if parse_topology(data["topology"]).gpus else "chips"
   return (
-    f"{slices}{data['topology']}: {data['chips']} chips, {data['hosts']} hosts;"
-    f" data {data['data']}"
+    f"{slices}{data['topology']}: {data['chips']} {kind}, {data['hosts']}"
+    f" hosts; data {data['data']}"
   )
 
 
@@ -169,7 +172,7 @@ def _estimate(plan: Plan, found: Mapping[str, Any]) -> list[str]:
     lines.append(
       f"  an epoch of {plan.workload.samples / 1e6:.2f}M samples:"
       f" {number(found['days'])} days, ${found['cost']:,.0f} at"
-      f" ${plan.price:.2f} a chip-hour"
+      f" ${plan.price:.2f} {plan.unit_hour}"
     )
   return lines + _folded(
     f"each host reads {number(found['host_bytes'] / 1e9)} GB of features a"
@@ -307,7 +310,7 @@ def table(paths: Iterable[str]) -> str:
 
 
 def _row(name: str, data: Mapping[str, Any]) -> str:
-  limit = CHIPS[data["topology"].partition(":")[0]].usable
+  limit = parse_topology(data["topology"]).chip.usable
   mesh = ", ".join(str(size) for size in data["mesh"].values())
   # Written before a step could be a number of samples, the plan lacks them.
   times = f"{data['accumulate']}"

@@ -441,8 +441,14 @@ def _links(mesh: Mapping[str, int], topology: Topology) -> dict[str, Any]:
   """Returns links in the form of `compiled_step.group_links`.
 
   Each axis is taken to lie along one dimension of the torus, and two axes
-  along two; an axis of the dimension's length is a closed ring.
+  along two; an axis of the dimension's length is a closed ring. GPUs are
+  listed machine by machine, the devices of the last axis side by side.
   """
+  if topology.gpus:
+    return {
+      axes: _links_of_gpus(mesh, axes.split("+"), topology.chip.host)
+      for axes in ("fsdp+seq", "seq", "tensor", "data")
+    }
   whole = max(topology.shape)
 
   def dim(devices: int) -> list[int]:
@@ -461,3 +467,14 @@ def _links(mesh: Mapping[str, int], topology: Topology) -> dict[str, Any]:
       for name in ("seq", "tensor", "data")
     },
   }
+
+
+def _links_of_gpus(
+  mesh: Mapping[str, int], axes: Sequence[str], machine: int
+) -> dict[str, Any]:
+  """Returns the links of a group of GPUs that differ along these axes."""
+  first = max(list(mesh).index(name) for name in axes)
+  stride = math.prod([*mesh.values()][first + 1 :])
+  count = math.prod(mesh[name] for name in axes)
+  machines = max(1, min(count, count * stride // machine))
+  return {"devices": count, "slices": machines, "dims": [[count] * 3]}

@@ -1,4 +1,8 @@
-"""Topologies by name: which exist, and how many devices and hosts they have."""
+"""Topologies by name: which exist, and how many devices and hosts they have.
+
+"v5e:4x4" is a slice of TPU chips, "h100:8" a machine of eight GPUs, and
+"h100:16" two of them.
+"""
 
 import math
 import re
@@ -9,16 +13,17 @@ import numpy as np
 
 from hourjax.errors import UserError
 from hourjax.parallel.chips import CHIPS, Chip
+from hourjax.parallel.gpus import GPUS
 
 _LAYOUT = re.compile(r"\d+(x\d+){1,2}")
 
 
 class Topology(NamedTuple):
-  """Describes one or several slices of TPU chips.
+  """Describes one or several slices of TPU chips, or machines with GPUs.
 
   Attributes:
     chip: the generation.
-    shape: chips along each dimension of a slice.
+    shape: chips along each dimension of a slice; the number of GPUs.
     slices: how many slices there are.
     measured: which facts of the chip were measured, and on what, in words;
       empty where all are those of the table.
@@ -33,6 +38,11 @@ class Topology(NamedTuple):
   def name(self) -> str:
     """Returns the name of one slice as the compiler wants it, "v5e:4x4"."""
     return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+  @property
+  def gpus(self) -> bool:
+    """Returns whether these are GPUs."""
+    return self.chip.name in GPUS
 
   @property
   def chips(self) -> int:
@@ -56,7 +66,7 @@ class Topology(NamedTuple):
     Returns:
       Arguments of `topologies.get_topology_desc`; none for larger slices.
     """
-    if math.prod(self.shape) >= self.chip.host:
+    if self.gpus or math.prod(self.shape) >= self.chip.host:
       return {}
     x, y, z = (*self.shape, 1, 1)[:3]
     return {"chips_per_host_bounds": (x, y, z)}
@@ -80,7 +90,8 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
   """Parses the name of a topology.
 
   Args:
-    name: a generation and the chips of a slice, such as "v5e:16x16".
+    name: a generation and the chips of a slice, such as "v5e:16x16", or a GPU
+      and how many there are, such as "h100:8".
     slices: how many slices there are.
 
   Raises:
@@ -88,10 +99,12 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
       compiler would end its process.
   """
   generation, _, layout = name.partition(":")
+  if generation in GPUS:
+    return _parse_gpus(name, layout, slices)
   if generation not in CHIPS:
     raise UserError(
-      f"--topology={name}: {generation!r} is no generation of TPU; known are"
-      f" {', '.join(CHIPS)}"
+      f"--topology={name}: {generation!r} is no generation of TPU, and no GPU"
+      f" that is known; known are {', '.join([*CHIPS, *GPUS])}"
     )
   chip = CHIPS[generation]
   example = "4x4x4" if chip.dims == 3 else "4x4"
@@ -116,6 +129,22 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
   return Topology(chip, shape, slices)
 
 
+def _parse_gpus(name: str, layout: str, slices: int) -> Topology:
+  """Parses the number of GPUs in the name of a topology; see above."""
+  chip = GPUS[name.partition(":")[0]]
+  if slices != 1:
+    raise UserError(
+      f"--num_slices={slices}: GPUs have no slices; give the number of all,"
+      f" such as --topology={chip.name}:{chip.host * max(1, slices)}"
+    )
+  if not layout.isdecimal() or not _exists(chip, (int(layout),)):
+    raise UserError(
+      f"--topology={name}: give how many there are, 1, 2, 4 or a multiple of"
+      f" {chip.host} up to {chip.largest[0]}, such as {chip.name}:{chip.host}"
+    )
+  return Topology(chip, (int(layout),))
+
+
 def topology_of(devices: Sequence[Any], chip: Chip) -> Topology:
   """Returns the slices that devices belong to.
 
@@ -137,7 +166,8 @@ def parse_topologies(names: str, slices: int = 1) -> list[Topology]:
 
   Args:
     names: separated by commas, such as "v5e:4x4,v6e:2x4"; "v5e:any" is every
-      slice of up to 256 chips that comes from doubling the smallest.
+      slice of up to 256 chips that comes from doubling the smallest. So is
+      "h100:any".
     slices: of each.
 
   Raises:
@@ -146,10 +176,11 @@ def parse_topologies(names: str, slices: int = 1) -> list[Topology]:
   found: list[Topology] = []
   for name in names.split(","):
     generation, _, layout = name.partition(":")
-    if layout != "any" or generation not in CHIPS:
+    known = CHIPS | GPUS
+    if layout != "any" or generation not in known:
       found.append(parse_topology(name, slices))
       continue
-    smallest = "x".join("1" * CHIPS[generation].dims)
+    smallest = "x".join("1" * known[generation].dims)
     each: Topology | None = parse_topology(f"{generation}:{smallest}", slices)
     while each is not None and each.chips <= _MOST * slices:
       found.append(each)
@@ -159,6 +190,10 @@ def parse_topologies(names: str, slices: int = 1) -> list[Topology]:
 
 def _exists(chip: Chip, shape: tuple[int, ...]) -> bool:
   """Returns whether there are slices of this shape, or a compiler for it."""
+  if chip.name in GPUS:
+    return shape[0] in (1, 2, 4) or (
+      0 < shape[0] <= chip.largest[0] and shape[0] % chip.host == 0
+    )
   fits = all(
     size in (1, 2) or (0 < size <= most and size % 4 == 0)
     for size, most in zip(sorted(shape), sorted(chip.largest))

@@ -37,7 +37,7 @@ import pydantic
 from absl import logging as absl_logging
 from etils import epath
 
-from hourjax import schema
+from hourjax import jax_environment, schema
 from hourjax.errors import UserError
 
 
@@ -224,7 +224,7 @@ def make_manifest(
     "position": position,
     "plan": plan,
     "config": config,
-    "compiler_flags": os.environ.get("LIBTPU_INIT_ARGS", ""),
+    "compiler_flags": jax_environment.flags_in_use(os.environ),
     "versions": {name: _version(name) for name in _LIBRARIES},
     "arrays": {
       path: [list(x.shape), str(x.dtype), sums[path]]

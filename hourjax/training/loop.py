@@ -34,7 +34,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hourjax import progress
+from hourjax import jax_environment, progress
 from hourjax.batch import Batch
 from hourjax.data.dataset import Dataset
 from hourjax.data.pipeline import Delivered, batches, check_memory
@@ -43,7 +43,7 @@ from hourjax.data.row_plan import RowPlan
 from hourjax.data.rows import Size, batch_capacity
 from hourjax.errors import UserError
 from hourjax.parallel import hosts
-from hourjax.parallel.chips import peak_flops
+from hourjax.parallel.gpus import peak_flops
 from hourjax.parallel.mesh import make_mesh
 from hourjax.training.batch_sharding import BatchSharding, check_rows
 from hourjax.training.checkpoint import Checkpoints
@@ -495,6 +495,6 @@ def _summary(
     f" {describe_steps(experiment, counts)}, from step"
     f" {int(state.step)}; {jax.devices()[0].platform} x {jax.device_count()}"
   )
-  if compiler := os.environ.get("LIBTPU_INIT_ARGS"):
+  if compiler := jax_environment.flags_in_use(os.environ):
     notes.append(f"compiler flags {compiler}")
   return "\n".join([line, *(f"note: {text}" for text in notes)])

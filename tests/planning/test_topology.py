@@ -22,6 +22,8 @@ from hourjax.planning.topology import (
     ("v5p:4x8x8", 1, 256, 256, 64),
     ("tpu7x:2x2x1", 1, 4, 8, 1),
     ("v6e:4x4", 4, 64, 64, 16),
+    ("h100:2", 1, 2, 2, 1),
+    ("h200:32", 1, 32, 32, 4),
   ],
 )
 def test_sizes(name, slices, chips, devices, hosts):
@@ -43,7 +45,10 @@ def test_a_slice_below_a_host_says_so():
 @pytest.mark.parametrize(
   ("name", "message"),
   [
-    ("v9:2x2", "'v9' is no generation of TPU; known are v4, v5e"),
+    (
+      "v9:2x2",
+      "no GPU that is known; known are v4, v5e",
+    ),
     ("v5e", "give its chips, such as v5e:4x4"),
     ("v5e:4", "give its chips, such as v5e:4x4"),
     ("v5p:4x4", "v5p has 3 dimensions, not 2; write it as v5p:4x4x4"),
@@ -51,6 +56,10 @@ def test_a_slice_below_a_host_says_so():
     ("v5e:3x4", "there is no such slice"),
     ("v5e:0x4", "there is no such slice"),
     ("v5p:20x20x20", "up to 16x20x28"),
+    ("h100", "give how many there are, 1, 2, 4 or a multiple of 8 up to 4096"),
+    ("h100:2x4", "such as h100:8"),
+    ("h100:12", "such as h100:8"),
+    ("h100:0", "such as h100:8"),
   ],
 )
 def test_what_does_not_exist(name, message):
@@ -62,6 +71,11 @@ def test_what_does_not_exist(name, message):
 def test_slices_are_at_least_one():
   with pytest.raises(UserError, match="--num_slices=0"):
     parse_topology("v5e:4x4", 0)
+
+
+def test_gpus_have_no_slices():
+  with pytest.raises(UserError, match="such as --topology=h100:16"):
+    parse_topology("h100:8", 2)
 
 
 def test_doubling_goes_on_until_the_largest():
@@ -94,6 +108,8 @@ def test_several_slices_and_any():
   assert names[:4] == ["v5e:1x1", "v5e:1x2", "v5e:2x2", "v5e:2x4"]
   assert names[-1] == "v5e:16x16"
   assert [t.chips for t in parse_topologies("v5p:any")][-1] <= 256
+  names = [t.name for t in parse_topologies("h100:any")]
+  assert names[:5] == ["h100:1", "h100:2", "h100:4", "h100:8", "h100:16"]
   both = parse_topologies("v5e:4x4,v6e:2x4", 2)
   assert [(t.name, t.slices) for t in both] == [("v5e:4x4", 2), ("v6e:2x4", 2)]
   with pytest.raises(UserError, match="'x' is no generation"):

@@ -21,7 +21,8 @@ from hourjax import processes, progress
 
 REASON = 300  # characters of the compiler's reason that are shown
 _AT_ONCE = 2  # worker processes that `run_all` lets run beside each other
-_ENVIRONMENT = {
+# Variables of a worker process, unless it is given others.
+ENVIRONMENT = {
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   # A program out of the cache has no compile time and leaves no dumps of the
   # compiler, and both are read.
@@ -53,7 +54,7 @@ def run_worker(
   *,
   limit: float,
   flags: str = "",
-  environment: Mapping[str, str] = _ENVIRONMENT,
+  environment: Mapping[str, str] = ENVIRONMENT,
 ) -> Outcome:
   """Runs `python -m module` on a task and returns how it ended.
 

@@ -1,4 +1,4 @@
-"""The worker process that compiles a program of a step for a TPU topology.
+"""The worker process that compiles a program of a step for a topology.
 
 `compiled_step` starts it through `compile_pool`. It reads a task as JSON from
 standard input and prints the answer as one line of JSON. No TPU is needed.
@@ -8,7 +8,8 @@ the instructions of every fusion and kernel, which takes minutes. A plan needs
 only the first: the schedule with all collectives, and whether memory suffices,
 which the compiler says just before. It leaves the scheduled program in a folder
 (flag `xla_jf_dump_to`); the worker reads it there and ends, and the compiler
-with it.
+with it. For GPUs the compiler for CPUs does the same, see
+`compiled_step.compile_step`.
 """
 
 import glob
@@ -21,6 +22,7 @@ import pathlib
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -50,9 +52,10 @@ def compile_program(task: dict[str, Any]) -> dict[str, Any]:
   Args:
     task: `experiment` (nested, as `build_experiment` takes it), `program` (its
       name), `streams` (those of `row_specs` to lower for), `topology`,
-      `slices`, `bounds` (for `get_topology_desc`), `unknown_trips` (how many
-      turns a loop counts whose length only the data decides) and `folder`, in
-      which the compiler leaves the schedule; empty to compile to the end.
+      `slices`, `bounds` (for `get_topology_desc`), `machine` (GPUs of a
+      machine; 0 for TPUs), `unknown_trips` (how many turns a loop counts whose
+      length only the data decides) and `folder`, in which the compiler leaves
+      the schedule; empty to compile to the end.
 
   Returns:
     `mesh` (axes and their sizes), `links` (by axes, see
@@ -64,14 +67,7 @@ def compile_program(task: dict[str, Any]) -> dict[str, Any]:
     UserError: the configuration does not suit the topology.
   """
   experiment = build_experiment(task["experiment"])
-  slices = {"num_slices": task["slices"]} if task["slices"] > 1 else {}
-  topology = topologies.get_topology_desc(
-    platform="tpu",
-    topology_name=task["topology"],
-    **slices,
-    **task["bounds"],
-  )
-  mesh = make_mesh(experiment.mesh, topology.devices)
+  mesh = make_mesh(experiment.mesh, _devices(task))
   name = task["program"]
   lowered = lower_programs(experiment, mesh, task["streams"])[name]
   try:
@@ -80,7 +76,32 @@ def compile_program(task: dict[str, Any]) -> dict[str, Any]:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     return {"exhausted": str(error), "program": name}
-  return with_links({name: found}, mesh)
+  if task["machine"]:
+    found["traffic"] = [_on_gpus(line) for line in found["traffic"]]
+  return with_links({name: found}, mesh, task["machine"])
+
+
+def _devices(task: dict[str, Any]) -> Sequence[jax.Device]:
+  """Returns the devices to compile for; CPU devices stand in for GPUs."""
+  if task["machine"]:
+    return jax.devices()
+  slices = {"num_slices": task["slices"]} if task["slices"] > 1 else {}
+  return topologies.get_topology_desc(
+    platform="tpu",
+    topology_name=task["topology"],
+    **slices,
+    **task["bounds"],
+  ).devices
+
+
+def _on_gpus(line: dict[str, Any]) -> dict[str, Any]:
+  """Returns a line of traffic as XLA runs it on GPUs.
+
+  Its latency-hiding scheduler (`jax_environment` switches it on) starts the
+  gathering of weights and the summing of gradients beside products.
+  """
+  beside = line["kind"] in ("all-gather", "reduce-scatter")
+  return line | {"asynchronous": beside}
 
 
 def _compiled(
@@ -128,6 +149,10 @@ def _schedule(lowered: jax.stages.Lowered, folder: str) -> dict[str, Any]:
     thread.join(_POLL)
   (result,) = ended
   if isinstance(result, Exception):
+    # The compiler for CPUs refuses bfloat16 once it has left the schedule.
+    text = _left_in(folder) if folder and "UNIMPLEMENTED" in str(result) else ""
+    if text:
+      return {"text": text, "memory": {}}
     raise result
   text = hlo.program_text(result)
   return {"text": text, "memory": {} if folder else memory_of(result)}
@@ -135,7 +160,10 @@ def _schedule(lowered: jax.stages.Lowered, folder: str) -> dict[str, Any]:
 
 def _left_in(folder: str) -> str | None:
   """Returns the scheduled program that the compiler has left, if it has."""
-  for path in glob.glob(f"{folder}/*-TLP-hlo.txt"):
+  for path in [
+    *glob.glob(f"{folder}/*-TLP-hlo.txt"),
+    *glob.glob(f"{folder}/*.cpu_after_optimizations.txt"),
+  ]:
     text = pathlib.Path(path).read_text()
     # It may still be written: the entry computation comes last.
     if "\nENTRY " in text and text.endswith("\n}\n\n"):

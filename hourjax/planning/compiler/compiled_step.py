@@ -18,7 +18,12 @@ from hourjax import jax_environment
 from hourjax.errors import UserError
 from hourjax.parallel.vocabulary import CHUNK
 from hourjax.planning.compiler import hlo, peak_memory, traffic
-from hourjax.planning.compiler.compile_pool import Outcome, run_all, run_worker
+from hourjax.planning.compiler.compile_pool import (
+  ENVIRONMENT,
+  Outcome,
+  run_all,
+  run_worker,
+)
 from hourjax.planning.topology import Topology
 from hourjax.planning.workload import Workload, steps_of
 from hourjax.training.config import Experiment
@@ -159,7 +164,13 @@ def compile_step(
     "topology": topology.name,
     "slices": topology.slices,
     "bounds": topology.bounds,
+    "machine": topology.chip.host if topology.gpus else 0,
   }
+  if whole and topology.gpus:
+    raise UserError(
+      f"--exact: no program for {topology.name} can be compiled to the end"
+      " without a GPU; leave it out"
+    )
   flags = jax_environment.flags_of(topology.chip.name, os.environ)
   trips = label_chunks(experiment, workload, sizes[0] * sizes[1])
 
@@ -171,6 +182,7 @@ def compile_step(
         task | own | {"folder": "" if whole else folder},
         limit=limit,
         flags=f"{flags} {'' if whole else _DUMP.format(folder)}".strip(),
+        **_for_gpus(topology, folder),
       )
     return _answer(outcome, topology, limit)
 
@@ -191,6 +203,27 @@ def compile_step(
     merged["programs"] |= answer["programs"]
     merged["links"] |= answer["links"]
   return Compiled(merged)
+
+
+def _for_gpus(topology: Topology, folder: str) -> dict[str, Any]:
+  """Returns options of `run_worker` for a program for GPUs.
+
+  The compiler for CPUs stands in for the one for GPUs, which needs a GPU. It
+  splits the program over as many devices in the same way, and schedules it.
+  bfloat16 is kept, though it can then make no instructions of it.
+
+  Args:
+    topology: the GPUs; with any other nothing is returned.
+    folder: where the compiler leaves the scheduled program.
+  """
+  if not topology.gpus:
+    return {}
+  options = (
+    f"--xla_force_host_platform_device_count={topology.devices}",
+    "--xla_disable_hlo_passes=float-normalization-bf16,all-reduce-promotion",
+    f"--xla_dump_to={folder} --xla_dump_hlo_as_text",
+  )
+  return {"environment": ENVIRONMENT | {"XLA_FLAGS": " ".join(options)}}
 
 
 def _answer(
@@ -327,39 +360,51 @@ def argument_kinds(program: hlo.Program) -> dict[str, int]:
   return dict(found)
 
 
-def with_links(programs: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+def with_links(
+  programs: dict[str, Any], mesh: Mesh, machine: int = 0
+) -> dict[str, Any]:
   """Returns programs with the mesh and the links that they use.
 
   Args:
     programs: by name, as `read_program` returns them.
     mesh: the mesh that they were compiled for.
+    machine: devices of a machine with GPUs; 0 for TPUs.
   """
   used = {
     line["axes"] for each in programs.values() for line in each["traffic"]
   }
   return {
     "mesh": dict(mesh.shape),
-    "links": {axes: group_links(mesh, axes.split("+")) for axes in used},
+    "links": {
+      axes: group_links(mesh, axes.split("+"), machine) for axes in used
+    },
     "programs": programs,
   }
 
 
-def group_links(mesh: Mesh, axes: Sequence[str]) -> dict[str, Any]:
+def group_links(
+  mesh: Mesh, axes: Sequence[str], machine: int = 0
+) -> dict[str, Any]:
   """Returns where the devices lie that communicate along axes of the mesh.
 
   Args:
     mesh: devices of the TPU compiler, which have coordinates on the torus.
     axes: names of axes of the mesh.
+    machine: devices of a machine with GPUs, which are listed machine by
+      machine; 0 for TPUs.
 
   Returns:
     For one group of devices that differ along these axes only: `devices`, how
-    many there are; `slices`, over how many slices they are spread; and `dims`,
-    for each dimension of the torus along which they differ a list of three
-    numbers: the places that they take, the distance from the first place to
-    the last one (both included), and the places of the whole mesh.
+    many there are; `slices`, over how many slices or machines they are spread;
+    and `dims`, for each dimension of the torus along which they differ a list
+    of three numbers: the places that they take, the distance from the first
+    place to the last one (both included), and the places of the whole mesh.
+    The GPUs of a machine are one closed ring.
   """
   index = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
   group = np.ravel(mesh.devices[index])
+  if machine:
+    return machine_links([device.id for device in group], machine)
   everyone = np.array([device.coords for device in mesh.devices.ravel()])
   slices = {getattr(device, "slice_index", 0) or 0 for device in group}
   first = getattr(group[0], "slice_index", 0)
@@ -372,3 +417,14 @@ def group_links(mesh: Mesh, axes: Sequence[str]) -> dict[str, Any]:
       whole = len(np.unique(everyone[:, dim]))
       dims.append([len(places), int(places[-1] - places[0]) + 1, whole])
   return {"devices": len(group), "slices": len(slices), "dims": dims}
+
+
+def machine_links(ids: Sequence[int], machine: int) -> dict[str, Any]:
+  """Returns what `group_links` does, of a group of GPUs.
+
+  Args:
+    ids: of the GPUs, which are numbered machine by machine.
+    machine: GPUs of a machine.
+  """
+  machines = len({i // machine for i in ids})
+  return {"devices": len(ids), "slices": machines, "dims": [[len(ids)] * 3]}

@@ -1,9 +1,12 @@
 """What a device holds, and what a user reads if the compiler fails."""
 
+import numpy as np
 import pytest
 
 from configs import demo
 from hourjax.errors import UserError
+from hourjax.parallel.mesh import AXES, MeshConfig
+from hourjax.planning import search
 from hourjax.planning.compiler import compiled_step
 from hourjax.planning.compiler.compile_pool import Outcome
 from hourjax.planning.compiler.compiled_step import compile_step, device_memory
@@ -132,3 +135,28 @@ def test_a_schedule_tells_what_the_whole_program_does(name, monkeypatch):
 def test_a_mesh_that_does_not_fill_the_devices_needs_no_compiler(compiled):
   with pytest.raises(UserError, match="takes 3 devices and there are 16"):
     compiled(None, experiment(mesh={"fsdp": 3}))
+
+
+@pytest.mark.parametrize(
+  "sizes, axes, devices, machines",
+  [
+    ({"fsdp": 8, "seq": 2}, ("seq",), 2, 1),
+    ({"fsdp": 8, "seq": 2}, ("fsdp",), 8, 2),
+    ({"fsdp": 8, "seq": 2}, ("fsdp", "seq"), 16, 2),
+    ({"data": 2, "fsdp": 8}, ("data",), 2, 2),
+    ({"data": 2, "fsdp": 8}, ("fsdp",), 8, 1),
+    ({"data": 2, "fsdp": 2, "seq": 4}, ("data",), 2, 2),
+    ({"fsdp": 4, "tensor": 4}, ("tensor",), 4, 1),
+  ],
+)
+def test_gpus_of_a_group(sizes, axes, devices, machines):
+  """As the worker counts them, and as the search's formulas do."""
+  topology = parse_topology("h100:16")
+  mesh = MeshConfig(**{"fsdp": 1} | sizes)
+  shape = mesh.sizes(16)
+  ids = np.arange(16).reshape(shape)
+  group = ids[tuple(slice(None) if name in axes else 0 for name in AXES)]
+  found = compiled_step.machine_links(group.ravel().tolist(), 8)
+  assert (found["devices"], found["slices"]) == (devices, machines)
+  links = search._links(dict(zip(AXES, shape)), topology)
+  assert links.get("+".join(axes), found) == found
