@@ -9,7 +9,7 @@ The data path, one noun for each module:
   data/forgetting         which memory tokens the decoder gets to see
   data/layout             where every MemAug query and decoder position lies
   data/rows               samples packed into rows of fixed capacity
-  data/row_plan           which samples share a row
+  data/packing/row_plan           which samples share a row
   batch                   rows stacked: what the model reads
   models/siglip           pixels become features
   models/memory           features become memory tokens

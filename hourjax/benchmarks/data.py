@@ -24,10 +24,10 @@ from hourjax.benchmarks.figures import peak_mib
 from hourjax.data import synthetic
 from hourjax.data.columns import Columns
 from hourjax.data.dataset import Dataset
+from hourjax.data.packing.row_plan import EPOCH, WINDOW, PlanOptions, RowPlan
 from hourjax.data.pipeline import batches
 from hourjax.data.prepared import Prepared
 from hourjax.data.records.record import Record
-from hourjax.data.row_plan import EPOCH, WINDOW, PlanOptions, RowPlan
 from hourjax.data.rows import RowSpec
 from hourjax.data.sample_sizes import FIELDS
 from hourjax.data.store.features import FeatureStore

@@ -16,7 +16,7 @@ import grain
 
 from hourjax.batch import Batch
 from hourjax.data.dataset import Dataset, Unread
-from hourjax.data.row_plan import RowPlan
+from hourjax.data.packing.row_plan import RowPlan
 from hourjax.data.rows import Row, RowSpec, empty_rows, row_bytes, row_of
 from hourjax.errors import UserError
 

@@ -27,9 +27,9 @@ from hourjax.batch import Batch
 from hourjax.data.columns import Columns
 from hourjax.data.dataset import Dataset, Unread
 from hourjax.data.forgetting import EMBEDDER_PARAMS, Embedder
+from hourjax.data.packing.row_plan import PlanOptions, RowPlan
 from hourjax.data.pipeline import Delivered
 from hourjax.data.prepared import Prepared
-from hourjax.data.row_plan import PlanOptions, RowPlan
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError

@@ -8,9 +8,9 @@ from hourjax.batch import IGNORE, Batch
 from hourjax.data import pipeline
 from hourjax.data.dataset import Dataset, SampleOptions
 from hourjax.data.demo.tokenizer import train_tokenizer
+from hourjax.data.packing.row_plan import EPOCH, PlanOptions, RowPlan
 from hourjax.data.pipeline import ReadOptions, batches
 from hourjax.data.records.record import Record, Turn
-from hourjax.data.row_plan import EPOCH, PlanOptions, RowPlan
 from hourjax.data.rows import RowSpec, Size, build_row, row_of, stack_rows
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer

@@ -10,9 +10,9 @@ import pytest
 
 from hourjax.data import synthetic
 from hourjax.data.dataset import Dataset, SampleOptions
+from hourjax.data.packing.row_plan import PlanOptions, RowPlan
 from hourjax.data.pipeline import batches
 from hourjax.data.prepared import Prepared
-from hourjax.data.row_plan import PlanOptions, RowPlan
 from hourjax.data.rows import RowSpec, Size
 from hourjax.data.store.features import FeatureStore
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hourjax.data.row_plan import EPOCH, PlanOptions, RowPlan
+from hourjax.data.packing.row_plan import EPOCH, PlanOptions, RowPlan
 from hourjax.data.rows import Size
 from hourjax.errors import UserError
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import demo, hourllava
-from hourjax.data.row_plan import PlanOptions, RowPlan
+from hourjax.data.packing.row_plan import PlanOptions, RowPlan
 from hourjax.data.rows import Size
 from hourjax.training.config import build_experiment
 from hourjax.training.workdir import (

@@ -9,12 +9,12 @@ import pytest
 
 from hourjax.data.columns import Columns
 from hourjax.data.dataset import Dataset, SampleOptions
+from hourjax.data.packing.row_plan import PlanOptions, RowPlan
 from hourjax.data.prepare.build import build
 from hourjax.data.prepare.holdout import name_number, parse_holdout
 from hourjax.data.prepare.lists import Item, Options
 from hourjax.data.prepare.report import table
 from hourjax.data.prepared import Prepared
-from hourjax.data.row_plan import PlanOptions, RowPlan
 from hourjax.data.rows import RowSpec, Size
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError

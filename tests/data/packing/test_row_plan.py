@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hourjax.data.row_plan import EPOCH, WINDOW, PlanOptions, RowPlan
+from hourjax.data.packing.row_plan import EPOCH, WINDOW, PlanOptions, RowPlan
 from hourjax.data.rows import Size
 from hourjax.errors import UserError
 
@@ -235,3 +235,27 @@ def test_a_position_of_another_plan():
     RowPlan(_many(10), CAPACITY, members=np.arange(9)),
   ):
     assert other.fingerprint() != plan.fingerprint()
+
+
+def test_steps_of_a_stream_are_about_as_large():
+  """Every step has its samples, and as many rows as the others, about."""
+  rng = np.random.default_rng(0)
+  count = 64 * 40 + 7
+  decoder = np.minimum(rng.lognormal(size=count) * 2, 12).astype(int) + 1
+  sizes = _sizes(rng.integers(1, 9, count), np.minimum(decoder, 12))
+  work = sizes[:, 4].astype(float)
+  options = PlanOptions(batch_samples=40, drop_last=True)
+  plan = RowPlan(sizes, CAPACITY, options, work=work)
+  rows = plan.rows_by_window(0)
+  assert plan.dealt and len(rows) == 64
+  assert max(rows) - min(rows) <= 2
+  flat = _flat(_epoch(plan))
+  assert len(set(flat)) == len(flat) == 64 * 40
+  for window, number in enumerate(rows):
+    of_step = [plan.row(window * plan._stride + i)[1] for i in range(number)]
+    assert len(_flat(of_step)) == 40
+    spent = [work[_flat([row])].sum() for row in of_step]
+    assert spent == sorted(spent, reverse=True)
+  # Samples that share a memory stay together, so they are not dealt.
+  shared = PlanOptions(batch_samples=40, share=2)
+  assert not RowPlan(sizes, CAPACITY, shared).dealt

@@ -4,16 +4,17 @@ An epoch becomes rows in three steps, each a function of (seed, epoch):
 
     shuffle   samples of each stream; those that share a memory stay together
     cut       into windows of about WINDOW samples, which are shuffled
-    pack      a window: first-fit, the largest samples first
+    pack      a window, see `balance`
 
 Only the window that a row is in is packed, so any row is found without those
 before it, and a run goes on at a position that is one integer.
 
 With `PlanOptions.batch_samples` = n a window is an optimizer step: exactly n
-samples of one stream, in as many rows as they need. The last window of a stream
-in an epoch has what is left, or is left out (`drop_last`). The rows of a step
-come in descending order of their work: devices wait for one another in every
-micro-batch, and so the rows of a micro-batch are about the same work.
+samples of one stream, in as many rows as they need, dealt so that steps are
+about as large (`balance`). The last window of a stream in an epoch has what is
+left, or is left out (`drop_last`). The rows of a step come in descending order
+of their work: devices wait for one another in every micro-batch, and so the
+rows of a micro-batch are about the same work.
 """
 
 import dataclasses
@@ -28,6 +29,14 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, Int64
 
+from hourjax.data.packing.balance import (
+  deal,
+  even_out,
+  fill_rows,
+  first_fit,
+  permute_groups,
+  scarcest,
+)
 from hourjax.data.rows import Size
 from hourjax.errors import UserError
 
@@ -68,9 +77,7 @@ class PlanOptions:
 class RowPlan:
   """Gives rows of samples, epoch after epoch, by random access.
 
-  Within a window samples are packed first-fit: the largest first, each into
-  the first row with room for it. The windows of all streams follow in random
-  order.
+  The windows of all streams follow in random order, and each is packed.
 
   A position is one integer: row 3 of window 12 of epoch 2 is 20,000,012,003.
   To find a row, its epoch is shuffled and its window is packed, no other one.
@@ -145,6 +152,12 @@ class RowPlan:
   def ordered_by_work(self) -> bool:
     """Returns whether the rows of a step are in descending order of work."""
     return bool(self._options.batch_samples) and self._work is not None
+
+  @property
+  def dealt(self) -> bool:
+    """Returns whether samples are dealt to steps, see `balance`."""
+    options = self._options
+    return options.batch_samples > 0 and options.shuffle and options.share == 1
 
   def row(self, position: int) -> tuple[int, Row]:
     """Returns the epoch of a position and its row, groups of sample indices.
@@ -257,6 +270,7 @@ class RowPlan:
       text += f" {options.batch_samples} {options.drop_last}"
       if self._work is not None:
         parts.append(self._work)
+      text += " dealt" * self.dealt
     whole = hashlib.sha256(text.encode())
     for part in parts:
       whole.update(np.ascontiguousarray(part, np.float64).data)
@@ -347,10 +361,15 @@ class RowPlan:
     if self._options.shuffle:
       taken = rng.permutation(taken)
     if self._options.share == 1:
+      if self.dealt:
+        size = scarcest(
+          self._sizes[taken], np.array(self._capacity_of(stream).astuple())
+        )
+        taken = taken[deal(size, self._options.batch_samples)]
       return taken, np.arange(len(taken))
     taken, starts = self._share(taken, self._capacity_of(stream))
     if self._options.shuffle:
-      taken, starts = _permute_groups(taken, starts, rng)
+      taken, starts = permute_groups(taken, starts, rng)
     if batch := self._options.batch_samples:
       # A group that lies in two steps becomes two.
       starts = np.union1d(starts, np.arange(0, len(taken), batch))
@@ -411,26 +430,22 @@ class RowPlan:
     return taken, np.flatnonzero(place % most == 0)
 
   def _pack_window(self, epoch: int, window: int) -> list[Row]:
-    """Packs one window first-fit, and puts its rows in order."""
+    """Packs one window, and puts its rows in order."""
     groups, sizes = self._window(epoch, window)
     stream = int(self._stream[groups[0][0]]) if groups else 0
     capacity = np.array(self._capacity_of(stream).astuple())
-    order = range(len(groups))
-    if self._options.shuffle:
-      # The largest first, by the capacity that is the scarcest here.
-      scarce = np.argmax(sizes.sum(axis=0) / np.maximum(capacity, 1))
-      order = np.argsort(-sizes[:, scarce], kind="stable").tolist()
-    rows: list[list[Group]] = []
-    free = np.empty((len(groups), sizes.shape[1]), np.int64)  # of each row
-    for i in order:
-      fits = (free[: len(rows)] >= sizes[i]).all(axis=1)
-      place = int(fits.argmax()) if len(rows) else 0  # the first that fits
-      if not len(rows) or not fits[place]:
-        place = len(rows)
-        rows.append([])
-        free[place] = capacity
-      rows[place].append(groups[i])
-      free[place] -= sizes[i]
+    if self.dealt:
+      numbers = fill_rows(sizes, capacity)
+      if self._work is not None:
+        work = np.array([self._work[list(group)].sum() for group in groups])
+        numbers = even_out(numbers, sizes, capacity, work)
+    else:
+      order = range(len(groups))
+      if self._options.shuffle:  # the largest first
+        size = scarcest(sizes, capacity)
+        order = np.argsort(-size, kind="stable").tolist()
+      numbers = first_fit(sizes, capacity, order)
+    rows = [[groups[i] for i in row] for row in numbers]
     if self._options.shuffle:
       mixed = self._rng(epoch, "rows", window).permutation(len(rows))
       rows = [rows[i] for i in mixed.tolist()]
@@ -482,19 +497,3 @@ class _EpochOrder(NamedTuple):
   samples: np.ndarray
   starts: np.ndarray
   windows: list[tuple[int, int]]
-
-
-def _permute_groups(
-  samples: np.ndarray, starts: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the same groups in random order: samples and starts.
-
-  Groups a0 a1 | b0 in the order 1, 0 become b0 | a0 a1, with starts 0 and 1.
-  """
-  lengths = np.diff(starts, append=len(samples))
-  order = rng.permutation(len(starts))
-  lengths = lengths[order]
-  ends = np.cumsum(lengths)
-  # A sample's old place is its group's old start plus its place in the group.
-  within = np.arange(len(samples)) - np.repeat(ends - lengths, lengths)
-  return samples[np.repeat(starts[order], lengths) + within], ends - lengths
