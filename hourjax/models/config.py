@@ -135,6 +135,9 @@ class ModelConfig:
       "dots" keeps the outputs of matrix products with parameters, "full"
       keeps only the input of each layer.
     attention: which implementation computes attention.
+    gradient_dtype: the dtype in which gradients of weights travel between
+      devices and are summed over them; each device computes and keeps its part
+      in float32.
     memaug_init: what the kernels that end a fresh MemAug's sublayers are drawn
       with is multiplied by this. With 0 a fresh MemAug leaves the kept tokens
       as they are but for its norms, so that a decoder that can read them still
@@ -148,6 +151,7 @@ class ModelConfig:
   dtype: str = "bfloat16"
   remat: Remat = "full"
   attention: AttentionConfig = PLATFORM_ATTENTION
+  gradient_dtype: Literal["float32", "bfloat16"] = "float32"
   memaug_init: float = 1.0
 
 

@@ -1,7 +1,7 @@
 """Weights of which every device stores a part (FSDP, arXiv 2304.11277).
 
 A weight is cast, then gathered for the time of a product, and its gradient is
-summed in float32 into the part that each device stores:
+summed, in float32 unless told otherwise, into the part that each device stores:
 
     forward    part --cast--> bfloat16 --all-gather--> whole --> product
     backward   gradient of the whole, float32 --reduce-scatter--> part
@@ -26,7 +26,10 @@ Half of each block travels the other way round, so that links are used in both
 directions.
 """
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +44,26 @@ from hourjax.parallel.rules import RULES, has_mesh, in_use, spec
 # Bytes of a gathered weight from which all axes are gathered at once.
 _LARGE = 16 << 20
 Names = tuple[str | None, ...]
+_SUMS: contextvars.ContextVar[str] = contextvars.ContextVar(
+  "gradient_dtype", default="float32"
+)
+
+
+@contextlib.contextmanager
+def gradients_summed_in(dtype: str) -> Iterator[None]:
+  """Makes gradients that are traced inside travel between devices as `dtype`.
+
+  Each device's own part is computed and kept in float32. In bfloat16 half as
+  many bytes are sent, and each of the sums is rounded to 8 bits.
+
+  Args:
+    dtype: "float32" or "bfloat16".
+  """
+  token = _SUMS.set(dtype)
+  try:
+    yield
+  finally:
+    _SUMS.reset(token)
 
 
 def gather_weight(
@@ -87,11 +110,13 @@ def weight_gradients(
     d_y: gradient of its output.
     axes: logical axes of the kernel.
     lead: logical axes of a and b.
-    dtype: of the sums; that of the stored kernel.
+    dtype: of the gradients; that of the stored kernel. The sums over devices
+      are taken in that of `gradients_summed_in`.
 
   Returns:
     The gradients in `dtype`, split as the parameters are stored.
   """
+  sent = jnp.dtype(_SUMS.get())
 
   def local(x: jax.Array, d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
     bias = d_y.astype(dtype).sum((0, 1))
@@ -106,15 +131,18 @@ def weight_gradients(
     else:
       dim, (first, *rest) = split[0]
       if _rings():
-        kernel = _ring_product(x, d_y, dtype, first, dim)
+        kernel = _ring_product(x, d_y, dtype, first, dim, sent)
         # What is left is small: an n-th of the gradient.
         split[0] = dim, tuple(rest)
       else:
         kernel = _product(x, d_y, dtype)
       for dim, names in split:
-        kernel = _scatter(kernel, names, dim) if names else kernel
+        if names:
+          kernel = _scatter(kernel.astype(sent), names, dim).astype(dtype)
     scattered = [name for axis in axes for name in _gathered_axes(axis)]
-    return collectives.psum(kernel, *_summed(lead, tuple(scattered))), bias
+    if left := _summed(lead, tuple(scattered)):
+      kernel = collectives.psum(kernel.astype(sent), *left).astype(dtype)
+    return kernel, bias
 
   inputs, outputs = (in_use(axis) for axis in axes)
   function = collectives.local_shard_map(
@@ -207,6 +235,7 @@ def _ring_product(
   dtype: DTypeLike,
   axis: str,
   dim: int,
+  sent: DTypeLike,
 ) -> Float[Array, "j p"]:
   """Returns a device's block of a kernel's gradient, summed over a mesh axis.
 
@@ -217,6 +246,7 @@ def _ring_product(
     axis: of the mesh; its n devices get a block each.
     dim: of the gradient `[i, o]` that is cut into blocks; the other one is cut
       in half, one for each direction.
+    sent: dtype in which sums travel.
   """
   devices = collectives.axis_size(axis)
   place = jax.lax.axis_index(axis)
@@ -237,7 +267,7 @@ def _ring_product(
     found = []
     for total, (sign, part) in zip(totals, ways.items()):
       ring = [(i, (i + sign) % devices) for i in range(devices)]
-      came = jax.lax.ppermute(total, axis, ring)
+      came = jax.lax.ppermute(total.astype(sent), axis, ring).astype(dtype)
       found.append(came + share(place - sign * (1 + step), part))
     return tuple(found), None
 

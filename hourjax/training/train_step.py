@@ -20,7 +20,7 @@ from hourjax.batch import IGNORE, Batch
 from hourjax.models.config import ModelConfig
 from hourjax.models.hourllava import HourLLaVA
 from hourjax.models.params import param_axes, param_shapes, with_params
-from hourjax.parallel import vocabulary
+from hourjax.parallel import fsdp, vocabulary
 from hourjax.parallel.mesh import AXES
 from hourjax.parallel.rules import param_shardings
 from hourjax.training.batch_sharding import abstract_batch, check_rows
@@ -108,7 +108,8 @@ def accumulate(
   def summed_loss(trained: Params) -> jax.Array:
     return loss_sum(with_params(config, {**frozen, **trained}), batch)
 
-  loss, grads = jax.value_and_grad(summed_loss)(trained)
+  with fsdp.gradients_summed_in(config.gradient_dtype):
+    loss, grads = jax.value_and_grad(summed_loss)(trained)
   tokens = (batch.target != IGNORE).sum()
   own = Sums(loss, batch.target_weight.sum(), tokens, grads)
   return jax.tree.map(jnp.add, sums, own)

@@ -23,7 +23,10 @@ MESHES = (
 
 
 def main() -> None:
-  """Compares kernels that are cut along either dimension, on every mesh."""
+  """Compares kernels that are cut along either dimension, on every mesh.
+
+  Sums are sent as float32 and, as a share of the largest gradient, bfloat16.
+  """
   fsdp._rings = lambda: True  # as on a TPU
   rng = np.random.default_rng(0)
   x = rng.normal(size=(ROWS, TOKENS, INPUTS)).astype(np.float32)
@@ -38,9 +41,14 @@ def main() -> None:
         lead = ("rows", "positions")
         return fsdp.weight_gradients(x, d_y, axes, lead, np.float32)[0]
 
-      with jax.set_mesh(make_mesh(mesh)):
-        found = np.asarray(jax.jit(kernel)(x, d_y))
-      errors[f"{mesh}: {axes}"] = float(np.abs(found - expected).max())
+      for sent in ("float32", "bfloat16"):
+        with (
+          jax.set_mesh(make_mesh(mesh)),
+          fsdp.gradients_summed_in(sent),
+        ):
+          found = np.asarray(jax.jit(lambda *a: kernel(*a))(x, d_y))
+        error = float(np.abs(found - expected).max())
+        errors[f"{sent} {mesh}: {axes}"] = error / np.abs(expected).max()
   print(json.dumps(errors))
 
 

@@ -11,8 +11,14 @@ def test_rings_sum_what_all_devices_have():
     [sys.executable, "-m", "tests.parallel.ring_product"],
     capture_output=True,
     text=True,
-    timeout=120,
+    timeout=180,
   )
   assert not done.returncode, done.stderr[-2000:]
   errors = json.loads(done.stdout)
-  assert len(errors) == 8 and max(errors.values()) < 1e-4, errors
+  exact, rounded = (
+    [error for name, error in errors.items() if name.startswith(sent)]
+    for sent in ("float32", "bfloat16")
+  )
+  assert len(exact) == len(rounded) == 8
+  assert max(exact) < 1e-5
+  assert min(rounded) > 1e-4 and max(rounded) < 0.02
