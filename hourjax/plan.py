@@ -4,11 +4,11 @@
       --topology=v5e:16x16 --config.mesh.seq=16
 
 compiles the real train step with the real TPU compiler, on any machine, and
-prints memory, operations and traffic as compiled, and time, MFU and cost as
-estimated from them. If the step does not fit, it prints the smallest change
-with which it does, and the exit status is 1. --search looks for the best mesh,
-with --topology=v5e:any or a list also for the best slice. --table=a.json,b.json
-prints plans that were written with --json as one table.
+prints memory, operations and traffic as compiled; time, MFU and cost as
+estimated. If the step does not fit, it prints the smallest change with which it
+does, and ends with 1. --search looks for the best mesh, with --topology=v5e:any
+or a list also for the best slice; --topology=h100:8 plans for GPUs. --table
+prints plans that --json wrote as a table; --fit_rows proposes rows for DATASET.
 """
 
 import json
@@ -18,9 +18,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from hourjax import command, progress
-from hourjax.planning import calibration, fit, plan, report, search
+from hourjax.planning import calibration, fit, fit_rows, plan, report, search
 from hourjax.planning.compiler.compiled_step import LIMIT
-from hourjax.planning.topology import parse_topologies
+from hourjax.planning.topology import Topology, parse_topologies
 from hourjax.planning.workload import make_workload
 from hourjax.training.config import build_experiment
 
@@ -30,15 +30,13 @@ _SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of it.", 1, 1024)
 _CALIBRATION = flags.DEFINE_string("calibration", None, "Measured constants.")
 _PRICE = flags.DEFINE_float("price", None, "$ of a chip-hour.", 0)
 _DATA = flags.DEFINE_string(
-  "data", "", "stage1 to stage3 (by what is trained), video=SECONDS, or full."
-)  # fmt: skip
+  "data", "", "stage1 to stage3, DATASET, video=SECONDS, or full."
+)
+_ROWS = flags.DEFINE_string("fit_rows", None, "DATASET, or stage1 to stage3.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes and rows, rank them.")
 _COMPILED = flags.DEFINE_integer(
-  "compiled",
-  search.COMPILED,
-  "Candidates of a slice that --search compiles.",
-  1,
+  "compiled", search.COMPILED, "Candidates of a slice that are compiled.", 1
 )
 _EXACT = flags.DEFINE_bool("exact", False, "Compile to the end: minutes.")
 _LIMIT = flags.DEFINE_float("compile_limit", LIMIT, "Seconds to compile.", 1)
@@ -51,12 +49,17 @@ def _log(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
 
 
+def _topologies() -> list[Topology]:
+  """Returns the topologies that the options name."""
+  names, file = command.given(_TOPOLOGY), _CALIBRATION.value
+  return [calibration.calibrated(each, file)
+          for each in parse_topologies(names, _SLICES.value)]  # fmt: skip
+
+
 def make_plans() -> list[plan.Plan]:
   """Makes the plan of the configuration, or plans of a search, best first."""
   experiment = build_experiment(command.given(_CONFIG).to_dict())
-  names, file = command.given(_TOPOLOGY), _CALIBRATION.value
-  topologies = [calibration.calibrated(each, file)
-                for each in parse_topologies(names, _SLICES.value)]  # fmt: skip
+  topologies = _topologies()
   with progress.step("drawing and packing the stage's data"):
     workload = make_workload(experiment, _DATA.value)
   price, limit = _PRICE.value, _LIMIT.value
@@ -76,23 +79,20 @@ def main(_: list[str]) -> None:
   if _TABLE.value:
     print(report.table(_TABLE.value))
     return
+  if _ROWS.value:
+    experiment = build_experiment(command.given(_CONFIG).to_dict())
+    print(fit_rows.propose(experiment, _topologies(), _ROWS.value, _JSON.value))
+    return
   plans = make_plans()
   best, found = plans[0], None
   if not best.fits and _FIX.value:
     found = fit.remedy(best, _log, _LIMIT.value)
-  data = plan.as_data(best)
-  if found is not None:
-    data["remedy"] = list(found[0].flags)
+  changes = list(found[0].flags) if found else []
   if _JSON.value:
-    print(json.dumps(data))
+    known = {"remedy": changes} if found else {}
+    print(json.dumps(plan.as_data(best) | known))
   else:
-    print(report.page(best))
-    if _SEARCH.value:
-      print(f"\n{report.compared(plans)}")
-    if best.fits:
-      print(f"\nthe same in training: {report.flags(best)}")
-    if found is not None:
-      print(f"\nfits with {' '.join(found[0].flags)}")
+    print(report.text(plans, _SEARCH.value, changes))
   sys.exit(0 if best.fits else 1)
 
 

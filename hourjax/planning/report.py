@@ -38,6 +38,24 @@ def page(plan: Plan) -> str:
   return "\n".join(lines)
 
 
+def text(plans: Sequence[Plan], searched: bool, remedy: Sequence[str]) -> str:
+  """Returns what the command prints.
+
+  Args:
+    plans: the best first.
+    searched: whether a search found them, which are compared then.
+    remedy: options with which the best one fits, if it does not.
+  """
+  parts = [page(plans[0])]
+  if searched:
+    parts.append(compared(plans))
+  if plans[0].fits:
+    parts.append(f"the same in training: {flags(plans[0])}")
+  if remedy:
+    parts.append(f"fits with {' '.join(remedy)}")
+  return "\n\n".join(parts)
+
+
 def number(value: float) -> str:
   """Formats a number: three digits, or all those before the point.
 

@@ -1,11 +1,12 @@
-"""The rows of a stage: its samples, packed as training packs them.
+"""The rows of a stage or of a dataset: samples, packed as training packs them.
 
-They are drawn (`stage_data`), measured and packed by the code that does it in
-training.
+The samples of a published stage are drawn (`stage_data`), those of a dataset
+read; they are measured and packed by the code that does it in training.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,8 +15,8 @@ from jaxtyping import Float64, Int64
 from hourjax.data import synthetic
 from hourjax.data.columns import Columns
 from hourjax.data.media.frame_rules import MIN_FRAMES, stored_feature_count
+from hourjax.data.packing.row_plan import PlanOptions, RowPlan
 from hourjax.data.pipeline import heavy_with_light
-from hourjax.data.row_plan import PlanOptions, RowPlan
 from hourjax.data.sample_sizes import (
   FIELDS,
   VideoInput,
@@ -26,7 +27,7 @@ from hourjax.errors import UserError
 from hourjax.models.flops import Work, sample_flops, sample_work
 from hourjax.planning.stage_data import STAGES, Part, draw
 from hourjax.training.config import Experiment
-from hourjax.training.data_loader import plan_by_work
+from hourjax.training.data_loader import open_dataset, plan_by_work
 
 _DRAWN = 20_000  # samples; the stage's numbers are scaled up from them
 _NO_STEPS = np.zeros(0, np.int64)
@@ -161,8 +162,9 @@ def make_workload(experiment: Experiment, name: str = "") -> Workload:
 
   Args:
     experiment: capacities, forgetting, and what is trained.
-    name: "stage1" to "stage3"; "video=SECONDS" for rows of one video each;
-      "full" for rows that one sample fills; empty for `stage_of`.
+    name: "stage1" to "stage3"; the folder of a dataset; "video=SECONDS" for
+      rows of one video each; "full" for rows that one sample fills; empty for
+      `stage_of`.
 
   Raises:
     UserError: the name is unknown, or no row holds a sample.
@@ -172,21 +174,140 @@ def make_workload(experiment: Experiment, name: str = "") -> Workload:
     return _one_video(experiment, name)
   if name == "full":
     return _full(experiment)
+  samples = take_samples(experiment, name)
+  workload = pack(experiment, samples)
+  left_out = _left_out(experiment, samples)
+  return dataclasses.replace(
+    workload, assumptions=(*workload.assumptions, *left_out)
+  )
+
+
+class Samples(NamedTuple):
+  """Holds samples of a stage or a dataset, measured and not yet packed.
+
+  Attributes:
+    name: of the stage, or of the dataset's folder.
+    columns: of the samples.
+    video: the frames of their videos.
+    sizes: what each takes of a row, `[N, 7]`.
+    problems: why a sample fits no row whatever its stream's capacity, by its
+      number.
+    members: the samples to use, those with problems among them.
+    total: how many samples the stage or dataset has.
+    note: where they come from, a sentence.
+  """
+
+  name: str
+  columns: Columns
+  video: VideoInput
+  sizes: Int64[np.ndarray, "N 7"]
+  problems: dict[int, str]
+  members: Int64[np.ndarray, "n"]
+  total: float
+  note: str
+
+
+def take_samples(experiment: Experiment, name: str) -> Samples:
+  """Takes samples of a stage, or of a dataset that `prepare` wrote.
+
+  Args:
+    experiment: forgetting, and the capacities of rows (`config.rows`; those of
+      streams do not count yet).
+    name: "stage1" to "stage3", or a folder.
+
+  Raises:
+    UserError: the name is unknown, or the dataset cannot be opened.
+  """
+  if pathlib.Path(name).is_dir():
+    return _of_dataset(experiment, name)
   if name not in STAGES:
     raise UserError(
-      f"--data={name}: known are {', '.join(STAGES)}, video=SECONDS and full"
+      f"--data={name}: known are {', '.join(STAGES)}, video=SECONDS, full and"
+      " the folder of a dataset"
     )
   parts = STAGES[name]
-  rng = np.random.default_rng(0)
   total = sum(part.samples for part in parts)
   scale = total / _DRAWN
-  columns = draw(parts, scale, rng)
+  columns = draw(parts, scale, np.random.default_rng(0))
   stored = _stored(experiment, columns)
   sizes, problems = _measure(experiment, columns, stored)
-  usable = np.setdiff1d(np.arange(len(columns)), list(problems))
+  note = (
+    f"{total / 1e6:.2f}M samples of {name} drawn 1 in {scale:.0f} from"
+    " published counts and durations; texts, images and short videos as"
+    " planning/stage_data.py assumes them"
+  )
+  return Samples(
+    name, columns, _video_input(columns, stored), sizes, problems,
+    np.arange(len(columns)), total, note,
+  )  # fmt: skip
+
+
+def _of_dataset(experiment: Experiment, folder: str) -> Samples:
+  """Takes samples of a dataset; see `take_samples`."""
+  dataset = open_dataset(
+    dataclasses.replace(
+      experiment,
+      stream_rows={},
+      data=dataclasses.replace(
+        # A plan reads no pixels.
+        experiment.data,
+        dataset=folder,
+        media=experiment.data.media or folder,
+      ),
+    )
+  )
+  total = len(dataset.usable)
+  rng = np.random.default_rng(0)
+  members = np.sort(rng.permutation(dataset.usable)[:_DRAWN])
+  note = f"{len(members):,} of the {total:,} samples of {folder} were taken"
+  return Samples(
+    folder, dataset.columns, dataset.visual, dataset.sizes, {}, members, total,
+    note,
+  )  # fmt: skip
+
+
+def fitting(experiment: Experiment, samples: Samples) -> np.ndarray:
+  """Returns which of the samples' members fit a row of their stream, bool."""
+  most = _most(experiment, samples.columns)[samples.members]
+  within = (samples.sizes[samples.members] <= most).all(axis=1)
+  return within & ~np.isin(samples.members, list(samples.problems))
+
+
+def _most(experiment: Experiment, columns: Columns) -> np.ndarray:
+  """Returns the capacities of the rows of each sample's stream, `[N, 7]`."""
+  own = experiment.rows_by_stream
+  most = [own.get(name, experiment.rows).astuple() for name in columns.streams]
+  return np.array(most)[columns.stream]
+
+
+def pack(
+  experiment: Experiment, samples: Samples, stream: str | None = None
+) -> Workload:
+  """Packs samples into rows.
+
+  Args:
+    experiment: capacities, and what makes a step.
+    samples: measured.
+    stream: a name in `experiment.row_specs`, to pack its samples alone; None
+      for all.
+
+  Raises:
+    UserError: no row holds a sample.
+  """
+  name, columns, sizes = samples.name, samples.columns, samples.sizes
+  own = [name if name in experiment.rows_by_stream else ""
+         for name in columns.streams]  # fmt: skip
+  names = tuple(dict.fromkeys(own))
+  of_stream = np.array([names.index(name) for name in own])[columns.stream]
+  good = samples.members[fitting(experiment, samples)]
+  usable = good
+  if stream is not None:
+    usable = good[of_stream[good] == names.index(stream)]
+    names, of_stream = (stream,), np.zeros_like(of_stream)
   if not len(usable):
     raise UserError(
-      f"--data={name}: no sample fits a row: {next(iter(problems.values()))};"
+      f"--data={name}: no sample fits a row:"
+      f" {next(iter(samples.problems.values()), 'of a stream')};"
       " --data=full takes rows that are filled"
     )
   batch = experiment.batch_samples
@@ -208,17 +329,10 @@ def make_workload(experiment: Experiment, name: str = "") -> Workload:
     np.concatenate([np.array(group) for group in row])
     for row in plan.epoch_rows(0)
   ]
-  own = [name if name in experiment.rows_by_stream else ""
-         for name in columns.streams]  # fmt: skip
-  names = tuple(dict.fromkeys(own))
-  of_stream = np.array([names.index(name) for name in own])
-  seconds = np.where(columns.video >= 0, columns.duration[columns.video], 0)
-  note = (
-    f"{total / 1e6:.2f}M samples of {name} drawn 1 in {scale:.0f} from"
-    " published counts and durations; texts, images and short videos as"
-    " planning/workload.py assumes them"
+  seconds = np.where(
+    columns.video >= 0, samples.video.duration[columns.video], 0
   )
-  notes = [note, *_left_out(experiment, columns, sizes, problems)]
+  scale = samples.total / len(samples.members)
   return Workload(
     name,
     len(usable) * scale,
@@ -226,10 +340,10 @@ def make_workload(experiment: Experiment, name: str = "") -> Workload:
     len(rows) * scale * len(usable) / sum(map(len, rows)),
     **_rows(experiment, sizes, rows, seconds),
     streams=names,
-    stream=of_stream[columns.stream[[row[0] for row in rows]]],
+    stream=of_stream[[row[0] for row in rows]],
     steps=np.array(plan.rows_by_window(0)) if batch else _NO_STEPS,
-    assumptions=tuple(notes),
-    drawn=synthetic.DrawnRows(columns, _video_input(columns, stored), rows),
+    assumptions=(samples.note,),
+    drawn=synthetic.DrawnRows(columns, samples.video, rows),
   )
 
 
@@ -315,7 +429,6 @@ def _measure(
     forgetting=experiment.forgetting,
     max_length=experiment.max_length,
     single_image=experiment.data.single_image,
-    stream_rows=experiment.rows_by_stream,
   )
 
 
@@ -350,33 +463,26 @@ def _video_input(columns: Columns, stored: np.ndarray) -> VideoInput:
   return found._replace(stored=stored)
 
 
-def _left_out(
-  experiment: Experiment,
-  columns: Columns,
-  sizes: np.ndarray,
-  problems: Mapping[int, str],
-) -> list[str]:
+def _left_out(experiment: Experiment, samples: Samples) -> list[str]:
   """Returns sentences on the samples that fit no row, by kind.
 
   Args:
     experiment: with the capacities of rows.
-    columns: of the samples.
-    sizes: what they take, `[samples, 7]`.
-    problems: why samples are left out, by index.
+    samples: measured.
   """
-  most = [experiment.rows_by_stream.get(name, experiment.rows).astuple()
-          for name in columns.streams]  # fmt: skip
-  over = sizes > np.array(most)[columns.stream]
+  columns, problems = samples.columns, samples.problems
+  over = samples.sizes > _most(experiment, columns)
+  unfit = samples.members[~fitting(experiment, samples)]
   notes = []
   for number, kind in enumerate(columns.sources):
-    of_kind = np.flatnonzero(columns.source == number)
-    left = [i for i in of_kind.tolist() if i in problems]
+    left = unfit[columns.source[unfit] == number].tolist()
     if not left:
       continue
     names = [FIELDS[k] for k in np.flatnonzero(over[left].any(axis=0))]
     why = (
       f"they fit no row's {', '.join(names)}" if names else problems[left[0]]
     )
-    share = len(left) / len(of_kind)
+    of_kind = (columns.source[samples.members] == number).sum()
+    share = len(left) / of_kind
     notes.append(f"{share:.1%} of the samples of kind {kind} left out: {why}")
   return notes

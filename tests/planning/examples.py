@@ -15,10 +15,11 @@ from hourjax.training.config import Experiment, build_experiment
 def experiment(size="3b", stage=3, mesh=None, frames=0, **values) -> Experiment:
   """A configuration of the published sizes.
 
-  Stage 3 has room for `frames` frames that come as pixels; with none, its short
-  videos are extracted too.
+  Short videos of stage 3 are extracted too, unless there is room for `frames`.
   """
-  config = hourllava.get_config(f"size={size},stage={stage}").to_dict()
+  videos = "pixels" if frames else "features"
+  name = f"size={size},stage={stage},videos={videos}"
+  config = hourllava.get_config(name).to_dict()
   if stage == 3:
     config["stream_rows"]["short"]["frames"] = frames
     config["rows"]["frames"] = frames

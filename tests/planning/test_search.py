@@ -108,9 +108,9 @@ def test_the_best_are_compiled_and_those_numbers_rank(stage3, monkeypatch):
     asked.append(candidate)
     if len(asked) == 2:
       raise UserError("cannot be split")
-    answer = search.formulas(candidate, topology, counted)
+    answer = search.formulas(candidate, topology, counted, workload.streams)
     if len(asked) == 1:  # the compiler needs more than was thought
-      answer["programs"]["accumulate"]["temporaries"] = 20 * GIB
+      answer["programs"]["accumulate/long"]["temporaries"] = 20 * GIB
     return Compiled(answer)
 
   monkeypatch.setattr(search, "compile_step", compile_step)
@@ -125,7 +125,7 @@ def test_the_best_are_compiled_and_those_numbers_rank(stage3, monkeypatch):
   assert any("cannot be split" in line for line in lines)
   # By the formulas these were the shortest of those that fit.
   judged = search.judge(found, POD, workload)
-  roomy = (p for p in judged if p.memory.total <= search._ROOM * p.memory.limit)
+  roomy = (p for p in judged if p.memory.total <= search.ROOM * p.memory.limit)
   assert next(roomy).experiment == asked[0]
   fits = [plan.fits for plan in judged]
   assert fits == sorted(fits, reverse=True)
@@ -148,7 +148,7 @@ def test_the_best_plan_of_each_slice(stage3, monkeypatch):
   counted, lines = search.count_parameters(found), []
 
   def compile_step(candidate, topology, workload, *, limit):
-    answer = search.formulas(candidate, topology, counted)
+    answer = search.formulas(candidate, topology, counted, workload.streams)
     if topology.chips == 8:
       return Compiled(None, "RESOURCE_EXHAUSTED")
     return Compiled(answer)

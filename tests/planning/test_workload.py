@@ -196,7 +196,7 @@ def test_steps_by_hand(stages):
 @pytest.mark.parametrize(
   ("data", "message"),
   [
-    ("stage4", "known are stage1, stage2, stage3, video=SECONDS and full"),
+    ("stage4", "known are stage1, stage2, stage3, video=SECONDS, full and"),
     ("video=0", "give whole seconds"),
     ("video=an hour", "give whole seconds"),
     ("video=86400", "config.rows.memory=235520 < 5616000"),
