@@ -40,13 +40,14 @@ def _shared(tokens: int) -> int:
 
 # Capacity of a row by stage, in tokens, tiles or frames.
 _ROWS = {
-  # Images only: two of the largest tilings, or several small ones.
+  # Images only: one of the largest tilings and several small ones. A step of
+  # 128 samples fills 32 rows, by `plan --fit_rows=stage1`.
   1: Size(
-    tiles=80,
-    blends=2 * 81 * 81,
-    memory=_shared(2 * (_TILE + 82 * 81)),
-    queries=4096,
-    decoder=6144,
+    tiles=40,
+    blends=81 * 81,
+    memory=19_456,
+    queries=5504,
+    decoder=6400,
   ),
   # Images, and videos as pixels: two short ones of 128 frames each, or a longer
   # one of up to 3 minutes, from which the vision encoder does not learn. With
@@ -79,24 +80,71 @@ _ROWS = {
 
 
 # Stage 3, by the streams of the data (`stream: short` and `stream: long` in the
-# lists of `prepare`). The decoder's linear layers compute whole rows, so its
-# capacity is the one to fill: 92 to 96 % are. By the formulas of `planning` for
-# v6e:2x4 an epoch costs 7 % less than with one capacity for both.
-_STREAMS = {
-  # Many short videos, four of 128 frames as pixels. Where they are extracted,
-  # frames=0 saves the tower.
-  "short": dataclasses.replace(
-    _ROWS[3],
-    features=64 * 1890,
-    frames=512,
-    memory=122_880,
-    queries=6912,
-    decoder=8192,
+# lists of `prepare`): what `plan --fit_rows` found for v6e:2x4 and the stage's
+# published counts. A step of 128 samples fills 24 or 8 rows of short videos, as
+# pixels or features, and 16 of long ones, so that no row of a micro-batch of 8
+# is empty.
+_SHORT = {
+  # Three videos of 128 frames, or more but shorter ones; of videos that are
+  # stored, five minutes.
+  "pixels": Size(
+    features=64 * 320,
+    frames=400,
+    tiles=42,
+    blends=81 * 81,
+    memory=40_960,
+    queries=4608,
+    decoder=6144,
   ),
-  # One hour of VideoMarathon; its videos come as features.
-  "long": dataclasses.replace(
-    _ROWS[3], frames=0, queries=11_264, decoder=12_288
+  "features": Size(
+    features=64 * 1190,
+    tiles=42,
+    blends=81 * 81,
+    memory=98_944,
+    queries=13_184,
+    decoder=16_128,
   ),
+}
+# One hour of VideoMarathon and another video; they come as features.
+_LONG = Size(
+  features=64 * 3970,
+  tiles=42,
+  blends=81 * 81,
+  memory=280_832,
+  queries=21_120,
+  decoder=21_504,
+)
+
+# (data, fsdp, seq, batch_rows, remat) by size and slice, the latter as Cloud
+# TPU counts it (v5e-16 is v5litepod-16, v5p-8 has four chips), for stage 3 with
+# videos=features: what `plan --search` found, see hourjax/planning/README.md.
+SLICES = {
+  "3b": {
+    "v5e-16": (1, 8, 2, 8, "full"),
+    "v5e-32": (1, 8, 4, 8, "full"),
+    "v5e-64": (1, 8, 8, 8, "dots"),
+    "v5p-8": (1, 4, 1, 4, "dots"),
+    "v5p-16": (1, 8, 1, 8, "dots"),
+    "v5p-32": (4, 1, 4, 8, "dots"),
+    "v5p-64": (2, 4, 4, 8, "none"),
+    "v6e-8": (1, 8, 1, 8, "full"),
+    "v6e-16": (1, 8, 2, 8, "full"),
+    "v6e-32": (1, 8, 4, 8, "dots"),
+    "h100-8": (1, 8, 1, 8, "full"),
+  },
+  "7b": {
+    "v5e-64": (1, 16, 4, 16, "full"),
+    "v5p-16": (1, 4, 2, 4, "dots"),
+    "v6e-16": (1, 8, 2, 8, "full"),
+  },
+}
+
+
+# The same for stage 2, where the tower learns and keeps what it computes;
+# slices that are not here have the mesh above, and remat "full".
+_STAGE_2 = {
+  "3b": {"v5e-16": (1, 2, 8, 2, "full"), "v6e-8": (1, 4, 2, 4, "full")},
+  "7b": {"v6e-16": (1, 4, 4, 4, "full")},
 }
 
 
@@ -104,13 +152,21 @@ def get_config(arg: str | None = None) -> ConfigDict:
   """Returns the configuration of a model size and stage.
 
   Args:
-    arg: "size=3b" or "7b", "stage=1", "2" or "3".
+    arg: "size=3b" or "7b"; "stage=1", "2" or "3"; "videos=pixels", or
+      "features" where short videos are extracted too; "mesh=v6e-8" for the
+      mesh, the rows of a micro-batch and the rematerialisation that suit this
+      slice.
   """
-  given = common.parse_arg(arg, size="3b", stage=3)
+  given = common.parse_arg(arg, size="3b", stage=3, videos="pixels", mesh="")
   if given.size not in ("3b", "7b") or given.stage not in _STAGES:
     raise ValueError(
       f"config argument size={given.size}, stage={given.stage}: size is 3b or"
       " 7b, stage is 1, 2 or 3"
+    )
+  if given.videos not in _SHORT:
+    raise ValueError(
+      f"config argument videos={given.videos}: short videos come as pixels or"
+      " features"
     )
   config = common.experiment(SIZES[given.size], _ROWS[given.stage])
   config.optimizer.update(_STAGES[given.stage])
@@ -128,6 +184,30 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.draw_missing = "memaug"
   if given.stage == 3:
     config.stream_rows = {
-      name: dataclasses.asdict(size) for name, size in _STREAMS.items()
+      "short": dataclasses.asdict(_SHORT[given.videos]),
+      "long": dataclasses.asdict(_LONG),
     }
+  if given.mesh:
+    _set_slice(config, given.size, given.stage, given.mesh)
   return config
+
+
+def _set_slice(config: ConfigDict, size: str, stage: int, name: str) -> None:
+  """Sets the mesh, the rows of a micro-batch and remat for a slice.
+
+  Raises:
+    ValueError: there is no mesh for this slice.
+  """
+  known = SLICES[size]
+  if name not in known:
+    raise ValueError(
+      f"config argument mesh={name}: known for {size} are {', '.join(known)};"
+      " `python -m hourjax.plan --search` finds one for any other slice"
+    )
+  data, fsdp, seq, rows, remat = known[name]
+  if stage == 2:
+    remat = "full"
+    own = data, fsdp, seq, rows, remat
+    data, fsdp, seq, rows, remat = _STAGE_2[size].get(name, own)
+  config.batch_rows, config.model.remat = rows, remat
+  config.mesh.update(data=data, fsdp=fsdp, seq=seq, tensor=1)

@@ -39,9 +39,9 @@ from hourjax import progress
 from hourjax.batch import IGNORE, Batch
 from hourjax.data.conversations import answer_spans
 from hourjax.data.dataset import Dataset, Unread
+from hourjax.data.packing.row_plan import PlanOptions, RowPlan
 from hourjax.data.pipeline import check_memory, fill_row
 from hourjax.data.records.questions import letter_answers, question_facts
-from hourjax.data.row_plan import PlanOptions, RowPlan
 from hourjax.data.rows import Row, Size, empty_rows, row_of
 from hourjax.models.config import ModelConfig
 from hourjax.models.params import with_params

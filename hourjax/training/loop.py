@@ -37,9 +37,9 @@ import numpy as np
 from hourjax import jax_environment, progress
 from hourjax.batch import Batch
 from hourjax.data.dataset import Dataset
+from hourjax.data.packing.row_plan import RowPlan
 from hourjax.data.pipeline import Delivered, batches, check_memory
 from hourjax.data.records.record import Skipped
-from hourjax.data.row_plan import RowPlan
 from hourjax.data.rows import Size, batch_capacity
 from hourjax.errors import UserError
 from hourjax.parallel import hosts

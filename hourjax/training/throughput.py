@@ -18,7 +18,7 @@ import pydantic
 
 from hourjax import schema
 from hourjax.data.dataset import Dataset
-from hourjax.data.row_plan import RowPlan
+from hourjax.data.packing.row_plan import RowPlan
 from hourjax.data.sample_sizes import FIELDS
 from hourjax.jsonl import JsonlWriter, read_valid_rows
 from hourjax.models.flops import count_flops, sample_work

@@ -30,8 +30,8 @@ import pydantic
 
 from hourjax import schema
 from hourjax.atomic_file import write_file
+from hourjax.data.packing.row_plan import RowPlan
 from hourjax.data.records.record import Skipped
-from hourjax.data.row_plan import RowPlan
 from hourjax.errors import UserError
 from hourjax.parallel import hosts
 from hourjax.training.checkpoint_format import (

@@ -1,6 +1,7 @@
 """Meshes of documents and configurations divide what they have to divide."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 from configs import demo, hourllava
 from hourjax.errors import UserError
 from hourjax.parallel.chips import CHIPS
-from hourjax.planning import report
-from hourjax.planning.compiler.compiled_step import compile_step
-from hourjax.planning.topology import parse_topology
+from hourjax.parallel.gpus import GPUS
+from hourjax.planning import report, search
+from hourjax.planning.compiler.compiled_step import compile_step, device_memory
+from hourjax.planning.topology import Topology, parse_topology
 from hourjax.planning.workload import make_workload
 from hourjax.training.config import build_experiment
 from hourjax.training.train_step import check_mesh
@@ -60,7 +62,10 @@ def _documented():
     ]
     for line in [*lines, *(" ".join(span.split()) for span in spans)]:
       options = re.findall(r"--([\w.]+)=([^\s`'\"]+)", line)
-      if any(name.startswith("config.mesh.") for name, _ in options):
+      if any(
+        name.startswith("config.mesh.") or ",mesh=" in value
+        for name, value in options
+      ):
         yield f"{path}: {line.strip()}", dict(options)
 
 
@@ -117,6 +122,52 @@ def test_a_mesh_in_a_document_is_taken(options):
   slices = int(options.get("num_slices", 1))
   devices = _devices(options, experiment.mesh) * slices
   check_mesh(experiment, devices, slices)
+
+
+def _slice(name):
+  """The topology of a slice as Cloud TPU counts it, or of GPUs."""
+  kind, _, number = name.partition("-")
+  if kind in GPUS:
+    return GPUS[kind], int(number)
+  chip = CHIPS[kind]
+  return chip, int(number) // chip.accelerator.counts * chip.devices
+
+
+@functools.cache
+def _workload(size, stage):
+  return make_workload(
+    build_experiment(
+      hourllava.get_config(
+        f"size={size},stage={stage},videos=features"
+      ).to_dict()
+    )
+  )
+
+
+@pytest.mark.parametrize("size", hourllava.SLICES)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_meshes_of_slices(size, stage):
+  """They divide what they have to, and by the formulas a device holds it."""
+  workload = _workload(size, stage)
+  for name in hourllava.SLICES[size]:
+    arg = f"size={size},stage={stage},videos=features,mesh={name}"
+    experiment = build_experiment(hourllava.get_config(arg).to_dict())
+    chip, devices = _slice(name)
+    check_mesh(experiment, devices)
+    topology = Topology(chip, (devices // chip.devices,))
+    answer = search.formulas(
+      experiment, topology, search.count_parameters(experiment),
+      workload.streams,
+    )  # fmt: skip
+    memory = device_memory(answer, topology)
+    assert memory.total <= memory.limit, (name, memory)
+
+
+def test_a_slice_without_a_mesh():
+  with pytest.raises(ValueError, match=r"mesh=v6e-7: known for 3b are .*v6e-8"):
+    hourllava.get_config("mesh=v6e-7")
+  with pytest.raises(ValueError, match="videos=films: short videos come as"):
+    hourllava.get_config("videos=films")
 
 
 def test_plan_refuses_what_training_would_and_says_what_it_takes():
