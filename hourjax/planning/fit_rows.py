@@ -290,7 +290,7 @@ def propose(
   if len(topologies) > 1:
     raise UserError("--fit_rows: --topology names several slices; give one")
   with progress.step("measuring samples"):
-    samples = take_samples(experiment, name)
+    samples = take_samples(experiment, name, "--fit_rows")
   found = fit_rows(experiment, topologies[0], samples)
   if as_json:
     data = {

@@ -207,13 +207,16 @@ class Samples(NamedTuple):
   note: str
 
 
-def take_samples(experiment: Experiment, name: str) -> Samples:
+def take_samples(
+  experiment: Experiment, name: str, option: str = "--data"
+) -> Samples:
   """Takes samples of a stage, or of a dataset that `prepare` wrote.
 
   Args:
     experiment: forgetting, and the capacities of rows (`config.rows`; those of
       streams do not count yet).
     name: "stage1" to "stage3", or a folder.
+    option: that gave the name, for the message.
 
   Raises:
     UserError: the name is unknown, or the dataset cannot be opened.
@@ -221,9 +224,10 @@ def take_samples(experiment: Experiment, name: str) -> Samples:
   if pathlib.Path(name).is_dir():
     return _of_dataset(experiment, name)
   if name not in STAGES:
+    others = ", video=SECONDS, full" if option == "--data" else ""
     raise UserError(
-      f"--data={name}: known are {', '.join(STAGES)}, video=SECONDS, full and"
-      " the folder of a dataset"
+      f"{option}={name}: known are {', '.join(STAGES)}{others} and the folder"
+      " of a dataset"
     )
   parts = STAGES[name]
   total = sum(part.samples for part in parts)

@@ -81,7 +81,7 @@ def test_a_dataset_is_read(data, capsys):  # noqa: F811
 def test_mistakes(stage3, tmp_path):
   with pytest.raises(UserError, match="names several slices"):
     fit_rows.propose(stage3, [SLICE, SLICE], "stage3")
-  with pytest.raises(UserError, match="--data=stage9: known are stage1"):
+  with pytest.raises(UserError, match="--fit_rows=stage9: known are stage1"):
     fit_rows.propose(stage3, [SLICE], "stage9")
   with pytest.raises(UserError, match=r"config\.data\.tokenizer is empty"):
     fit_rows.propose(stage3, [SLICE], str(tmp_path))
