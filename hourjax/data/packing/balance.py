@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Float, Int, Int64
 
 HAND = 16  # steps among which samples are dealt
+_PARTS = 1 << 12  # of a capacity, in which shares are counted
 _ROUNDS = 8  # moves and swaps for each row, at most
 _GAIN = 0.002  # of a row's work that one must be worth
 
@@ -109,7 +110,8 @@ def fill_rows(
     sizes: what each group takes, within the capacity.
     capacity: of a row.
   """
-  shares = sizes / np.maximum(capacity, 1)
+  # In whole numbers, so that every processor finds the same rows.
+  shares = sizes * _PARTS // np.maximum(capacity, 1)
   scarce = shares.sum(axis=0)
   left = np.arange(len(sizes))
   rows: list[list[int]] = []
@@ -120,7 +122,8 @@ def fill_rows(
       fits = (sizes[left] <= free).all(axis=1)
       if not fits.any():
         break
-      uses = shares[left] @ (scarce * free / np.maximum(capacity, 1))
+      free_parts = free * _PARTS // np.maximum(capacity, 1)
+      uses = shares[left] @ (scarce * free_parts)
       place = int(np.where(fits, uses, -1).argmax())
       rows[-1].append(int(left[place]))
       free -= sizes[left[place]]
@@ -132,7 +135,7 @@ def even_out(
   rows: list[list[int]],
   sizes: Int[np.ndarray, "g 7"],
   capacity: Int[np.ndarray, "7"],
-  work: Float[np.ndarray, "g"],
+  work: Int[np.ndarray, "g"],
 ) -> list[list[int]]:
   """Moves and swaps groups until rows are about the same work.
 
@@ -144,7 +147,7 @@ def even_out(
     rows: groups of each row, by their numbers.
     sizes: what each group takes.
     capacity: of a row.
-    work: of each group.
+    work: of each group, as `whole_numbers` gives it.
 
   Returns:
     As many rows, within the capacity, of the same groups.
@@ -157,7 +160,7 @@ def even_out(
   total = np.array([work[row].sum() for row in rows])
   # A partner for a swap is a group, or, for a move, none: one for each row.
   partner_size = np.concatenate([sizes, np.zeros((count, 7), np.int64)])
-  partner_work = np.concatenate([work, np.zeros(count)])
+  partner_work = np.concatenate([work, np.zeros(count, np.int64)])
   open_rows = np.ones(count, bool)
   for _ in range(_ROUNDS * count):
     if not open_rows.any():
@@ -186,6 +189,17 @@ def even_out(
     total[worst] -= delta
     total[row] += delta
   return [np.flatnonzero(row_of == number).tolist() for number in range(count)]
+
+
+def whole_numbers(work: Float[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
+  """Returns work in whole numbers, the largest 2^40.
+
+  Their sums are the same on every processor, in whatever order they are taken,
+  and so are the rows that hang on them: all hosts of a run, and those on which
+  it goes on, must find the same ones.
+  """
+  most = max(float(work.max(initial=0)), 1e-300)
+  return np.rint(work / most * 2.0**40).astype(np.int64)
 
 
 def scarcest(

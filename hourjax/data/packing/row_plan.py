@@ -36,6 +36,7 @@ from hourjax.data.packing.balance import (
   first_fit,
   permute_groups,
   scarcest,
+  whole_numbers,
 )
 from hourjax.data.rows import Size
 from hourjax.errors import UserError
@@ -77,10 +78,9 @@ class PlanOptions:
 class RowPlan:
   """Gives rows of samples, epoch after epoch, by random access.
 
-  The windows of all streams follow in random order, and each is packed.
-
-  A position is one integer: row 3 of window 12 of epoch 2 is 20,000,012,003.
-  To find a row, its epoch is shuffled and its window is packed, no other one.
+  The windows of all streams follow in random order, and each is packed. A
+  position is one integer: row 3 of window 12 of epoch 2 is 20,000,012,003. To
+  find a row, its epoch is shuffled and its window is packed, no other one.
   """
 
   def __init__(
@@ -118,7 +118,8 @@ class RowPlan:
     count = len(sizes)
     self._sizes, self._capacity = sizes, capacity
     self._stream_capacity = dict(stream_capacity)
-    self._work, self._options = work, options
+    self._options = options
+    self._work = None if work is None else whole_numbers(work)
     if members is None:
       members = np.arange(count)
     self._memory = np.full(count, -1) if memory is None else memory

@@ -10,6 +10,7 @@ from hourjax.data.packing.balance import (
   even_out,
   fill_rows,
   first_fit,
+  whole_numbers,
 )
 
 CAPACITY = np.array([100, 0, 40, 100, 100, 50, 50])
@@ -32,7 +33,7 @@ def test_every_group_is_in_one_row(sizes, seed):
   _check(first_fit(sizes, CAPACITY, range(len(sizes))), sizes)
   rows = fill_rows(sizes, CAPACITY)
   _check(rows, sizes)
-  work = rng.uniform(size=len(sizes))
+  work = whole_numbers(rng.uniform(size=len(sizes)))
   even = even_out(rows, sizes, CAPACITY, work)
   assert sorted(i for row in even for i in row) == list(range(len(sizes)))
   assert all((sizes[row].sum(axis=0) <= CAPACITY).all() for row in even)
@@ -62,9 +63,9 @@ def test_rows_are_evened_out():
   """Moves where there is room, swaps where there is none."""
   sizes = np.zeros((8, 7), int)
   sizes[:, 6] = 25  # two in a row
-  work = np.array([8.0, 7, 6, 5, 4, 3, 2, 1])
+  work = np.array([8, 7, 6, 5, 4, 3, 2, 1])
   rows = even_out([[0, 1], [2, 3], [4, 5], [6, 7]], sizes, CAPACITY, work)
-  assert [work[row].sum() for row in rows] == [9.0] * 4
+  assert [work[row].sum() for row in rows] == [9] * 4
   sizes[:, 6] = 10
   rows = even_out([[0, 1, 2, 3], [4, 5, 6], [7], []], sizes, CAPACITY, work)
   assert sum(map(len, rows)) == 8
@@ -99,3 +100,13 @@ def test_steps_are_about_as_large():
   after = size[deal(size, 128)].reshape(4, HAND, 128).sum(axis=2)
   assert before.max() / before.mean() > 1.15
   assert (after.max(axis=1) / after.mean(axis=1)).max() < 1.01
+
+
+def test_work_in_whole_numbers():
+  """Sums of it do not hang on the order in which they are taken."""
+  work = np.random.default_rng(0).uniform(size=1000) * 1e15
+  whole = whole_numbers(work)
+  assert whole.max() == 2**40
+  np.testing.assert_allclose(whole / 2**40, work / work.max(), atol=1e-12)
+  assert whole_numbers(np.zeros(3)).tolist() == [0, 0, 0]
+  assert whole_numbers(np.zeros(0)).tolist() == []
