@@ -116,7 +116,8 @@ def measure_step(
       step does not fit their memory, or an option makes no sense.
   """
   device = jax.devices()[0]
-  chip, known = chip_of(device.device_kind), peak_flops(device.device_kind)
+  chip = chip_of(device.device_kind)
+  known = chip.device_flops if chip else peak_flops(device.device_kind)
   if known is not None and options.peak_tflops is not None:
     raise UserError(
       f"--peak_tflops={options.peak_tflops}: the peak of {device.device_kind}"

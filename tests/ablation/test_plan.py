@@ -113,8 +113,8 @@ def test_images_keep_more(tmp_path):
   config = hourllava.get_config("size=3b,stage=1").to_dict()
   first = _jobs("3", tmp_path, config)[0].training.experiment
   added = first.rows.queries - config["rows"]["queries"]
-  whole = 80 * (27 * 27 + 27)
-  assert config["rows"]["tiles"] == 80 and whole > config["rows"]["memory"]
+  whole = 40 * (27 * 27 + 27)
+  assert config["rows"]["tiles"] == 40 and whole > config["rows"]["memory"]
   assert added == math.ceil(0.75 * config["rows"]["memory"] / 64) * 64
 
 
