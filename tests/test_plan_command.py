@@ -64,6 +64,7 @@ def test_a_step_on_gpus():
   """16 of them on two machines: heads along a machine, weights over both."""
   done = _run("--topology=h100:16", "--data=full", "--config.mesh.fsdp=8",
               "--config.mesh.seq=2", "--config.model.dtype=bfloat16",
+              "--config.model.gradient_dtype=bfloat16",
               "--config.batch_rows=8", "--json")  # fmt: skip
   assert done.returncode == 0, done.stderr
   data = json.loads(done.stdout)
@@ -72,12 +73,12 @@ def test_a_step_on_gpus():
   computed = data["computed"]
   assert computed["memory_bytes"]["temporaries"] > 1e6
   traffic = {(x["axes"], x["kind"], x["dtype"]) for x in computed["traffic"]}
-  # Weights are gathered in bfloat16, gradients summed in float32.
+  # Weights and, as the configuration says, their gradients are bfloat16.
   assert {
     ("fsdp+seq", "all-gather", "bf16"),
     ("seq", "all-to-all", "bf16"),
   } <= traffic
-  assert any(k == "reduce-scatter" and d == "f32" for _, k, d in traffic)
+  assert ("fsdp", "reduce-scatter", "bf16") in traffic
   assert ("fsdp+seq", "all-gather", "f32") not in traffic
   done = _run("--topology=h100:2", "--exact")
   assert done.returncode == 2
