@@ -115,7 +115,7 @@ def _memory(memory: Memory) -> list[str]:
   names = ("parameters", "optimizer", "gradients", "batches", "temporaries")
   note = {
     "batches": "two micro-batches",
-    "temporaries": f"activations and all else, while {memory.program!r} runs",
+    "temporaries": f"activations and all else, in {memory.program!r}",
   }
   lines = [
     f"  {name:<14}{getattr(memory, name) / GIB:8.2f}   {note.get(name, '')}"
