@@ -10,16 +10,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from hourjax.kernels.constants import SAVED
 from hourjax.models.config import Remat
+from hourjax.models.lora import column_norms
+from hourjax.models.quantization import dequantize
 from hourjax.parallel.fsdp import gather_weight, weight_gradients
 
 # Called on the host after each layer of the stacks that are traced while it is
 # set; see `layer_callback`.
 _CALLBACK: contextvars.ContextVar[Callable[[], None] | None] = (
   contextvars.ContextVar("layer_callback", default=None)
+)
+# Share and random key of the adapters' dropout; see `adapter_dropout`.
+_DROPOUT: contextvars.ContextVar[tuple[float, jax.Array] | None] = (
+  contextvars.ContextVar("adapter_dropout", default=None)
 )
 # Name under which rematerialisation finds products of inputs and weights.
 _PRODUCT = "product"
@@ -48,6 +54,21 @@ def layer_callback(callback: Callable[[], None] | None) -> Iterator[None]:
     yield
   finally:
     _CALLBACK.reset(token)
+
+
+@contextlib.contextmanager
+def adapter_dropout(rate: float, key: jax.Array) -> Iterator[None]:
+  """Makes adapters that are traced inside drop a share of their inputs.
+
+  Args:
+    rate: share that is set to 0.
+    key: of the random choice; each layer folds its own number into it.
+  """
+  token = _DROPOUT.set((rate, key))
+  try:
+    yield
+  finally:
+    _DROPOUT.reset(token)
 
 
 class Stack(nnx.Module):
@@ -164,11 +185,27 @@ def rematerialised(function: Callable, remat: Remat) -> Callable:
 
 
 class Linear(nnx.Linear):
-  """Computes `nnx.Linear` on a mesh; see `sharded_product`.
+  """Computes `nnx.Linear` on a mesh, and an adapter beside it if it has one.
+
+  See `sharded_product`, `lora` and `quantization`.
 
   Attributes:
     axes: logical axes of the kernel.
+    kernel_scale: scales of a quantized kernel.
+    lora_a: of the adapter, as the four that follow.
+    lora_b: see `lora_a`.
+    lora_scale: see `lora_a`.
+    lora_magnitude: see `lora_a`; only of DoRA.
+    lora_seed: see `lora_a`; only with dropout.
   """
+
+  # Each an nnx.Param of the layers that have it, see `params.with_params`.
+  kernel_scale: Any = None
+  lora_a: Any = None
+  lora_b: Any = None
+  lora_scale: Any = None
+  lora_magnitude: Any = None
+  lora_seed: Any = None
 
   def __init__(self, *args: Any, axes: WeightAxes, **kwargs: Any):
     """Draws the parameters.
@@ -189,19 +226,85 @@ class Linear(nnx.Linear):
   def __call__(
     self, x: Float[Array, "a b i"], lead: LeadingAxes = SEQUENCE
   ) -> Float[Array, "a b o"]:
-    """Computes x @ kernel + bias.
+    """Computes x @ kernel + bias, and adds the adapter's output.
 
     Args:
       x: input.
       lead: logical axes of its first two dimensions.
     """
+    x = x.astype(self.dtype)
     kernel = jnp.asarray(self.kernel[...])
     bias = None if self.bias is None else jnp.asarray(self.bias[...])
-    if lead == TOKENS:
-      y = x.astype(self.dtype) @ kernel.astype(self.dtype)
-      return y if bias is None else y + bias.astype(self.dtype)[None, None]
-    y = sharded_product(x.astype(self.dtype), kernel, bias, self.axes, lead)
-    return checkpoint_name(y, _PRODUCT)
+    if self.lora_magnitude is not None:
+      return checkpoint_name(self._with_dora(x, kernel, bias, lead), _PRODUCT)
+    if self.kernel_scale is not None:
+      scale = jnp.asarray(self.kernel_scale[...])
+      y = quantized_product(x, kernel, scale, bias, self.axes, lead)
+    else:
+      y = _product(x, kernel, bias, self.axes, lead)
+    if self.lora_a is not None:
+      y = y + self._adapter(x, lead)
+    return y if lead == TOKENS else checkpoint_name(y, _PRODUCT)
+
+  def _adapter(
+    self, x: Float[Array, "a b i"], lead: LeadingAxes
+  ) -> Float[Array, "a b o"]:
+    """Computes what a LoRA adapter adds; see `lora`."""
+    inputs, outputs = self.axes
+    h = _product(self._dropped(x), self.lora_a[...], None, (inputs, None), lead)
+    h = h * self.lora_scale[...].astype(h.dtype)
+    return _product(h, self.lora_b[...], None, (None, outputs), lead)
+
+  def _dropped(self, x: Float[Array, "a b i"]) -> Float[Array, "a b i"]:
+    """Sets a share of an adapter's inputs to 0 within `adapter_dropout`."""
+    dropout = _DROPOUT.get()
+    if dropout is None or self.lora_seed is None:
+      return x
+    rate, key = dropout
+    key = jax.random.fold_in(key, self.lora_seed[...])
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+  def _with_dora(
+    self,
+    x: Float[Array, "a b i"],
+    kernel: Num[Array, "i o"],
+    bias: Float[Array, "o"] | None,
+    lead: LeadingAxes,
+  ) -> Float[Array, "a b o"]:
+    """Computes a layer whose columns' lengths are trained (DoRA, eq. 5).
+
+    The columns' lengths before that count as constants, as in the paper's
+    section 4.3.
+    """
+    if self.kernel_scale is not None:
+      scale = jnp.asarray(self.kernel_scale[...])
+      y = quantized_product(x, kernel, scale, None, self.axes, lead)
+      kernel = dequantize(kernel, scale, jnp.float32)
+    else:
+      y = _product(x, kernel, None, self.axes, lead)
+    low_rank = jnp.matmul(
+      self.lora_a[...], self.lora_b[...], precision="highest"
+    )
+    whole = kernel.astype(jnp.float32) + self.lora_scale[...] * low_rank
+    norms = jax.lax.stop_gradient(column_norms(whole))
+    ratio = (self.lora_magnitude[...] / norms).astype(y.dtype)[None, None]
+    y = ratio * (y + self._adapter(x, lead))
+    return y if bias is None else y + bias.astype(y.dtype)[None, None]
+
+
+def _product(
+  x: Float[Array, "a b i"],
+  kernel: Float[Array, "i o"],
+  bias: Float[Array, "o"] | None,
+  axes: WeightAxes,
+  lead: LeadingAxes,
+) -> Float[Array, "a b o"]:
+  """Computes x @ kernel + bias; a few tokens travel to the weights."""
+  if lead != TOKENS:
+    return sharded_product(x, kernel, bias, axes, lead)
+  y = x @ kernel.astype(x.dtype)
+  return y if bias is None else y + bias.astype(x.dtype)[None, None]
 
 
 def bias_axis(axes: WeightAxes) -> str | None:
@@ -260,6 +363,58 @@ def _product_backward(
 
 
 sharded_product.defvjp(_product_forward, _product_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def quantized_product(
+  x: Float[Array, "a b i"],
+  codes: Num[Array, "i o"],
+  scale: Float[Array, "s o"],
+  bias: Float[Array, "o"] | None,
+  axes: WeightAxes,
+  lead: LeadingAxes,
+) -> Float[Array, "a b o"]:
+  """Computes x @ kernel + bias with a frozen kernel of few bits.
+
+  The kernel is converted for the product, and again in the backward pass. Only
+  x has a gradient.
+
+  Args:
+    x: input.
+    codes: of the kernel, see `quantization`.
+    scale: of the codes.
+    bias: as it is stored; None for none.
+    axes: logical axes of the kernel.
+    lead: logical axes of a and b.
+  """
+  kernel = dequantize(codes, scale, x.dtype)
+  return _product(x, kernel, bias, axes, lead)
+
+
+def _quantized_forward(
+  x: jax.Array,
+  codes: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array | None,
+  axes: WeightAxes,
+  lead: LeadingAxes,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return quantized_product(x, codes, scale, bias, axes, lead), (codes, scale)
+
+
+def _quantized_backward(
+  axes: WeightAxes,
+  lead: LeadingAxes,
+  residuals: tuple[jax.Array, jax.Array],
+  d_y: jax.Array,
+) -> tuple[jax.Array, None, None, None]:
+  del lead  # a gradient lies where its input does
+  kernel = dequantize(*residuals, d_y.dtype)
+  gathered = gather_weight(kernel, axes, d_y.dtype)
+  return jnp.einsum("abo,io->abi", d_y, gathered), None, None, None
+
+
+quantized_product.defvjp(_quantized_forward, _quantized_backward)
 
 
 def linear(

@@ -11,6 +11,9 @@ from flax import nnx
 
 from hourjax.models.config import ModelConfig
 from hourjax.models.hourllava import HourLLaVA
+from hourjax.models.layers import Linear
+
+VISION = "vision/"  # start of the paths of the vision tower's parameters
 
 
 def init_params(
@@ -84,20 +87,31 @@ def with_params(
 ) -> HourLLaVA:
   """Builds the model with these parameters; pure, so it may run under `jit`.
 
+  Parameters that only some layers have, those of adapters and the scales of
+  quantized kernels, are given to their layers (see `lora`, `quantization`).
+
   Args:
     config: of the model.
-    params: by path.
+    params: by path. Those of the vision tower may be left out all together.
     prefix: start of the paths that are filled in; the other parameters have
-      shapes but no values, and must not be used.
+      shapes but no values, and must not be used, nor must those left out.
 
   Raises:
     KeyError: a parameter is missing.
   """
-  graph, variables = _abstract(config)
+  known = param_shapes(config)
+  added = tuple(
+    (path, jax.ShapeDtypeStruct(value.shape, value.dtype))
+    for path, value in sorted(params.items())
+    if path not in known
+  )
+  no_tower = not any(path.startswith(VISION) for path in params)
+  graph, variables = _abstract(config, added)
   flat = []
   for path, variable in variables:
     name = _name(path)
     filled = name.startswith(prefix)
+    filled = filled and not (no_tower and name.startswith(VISION))
     value = params[name] if filled else variable.get_value()
     flat.append((path, variable.replace(value)))
   return nnx.merge(graph, nnx.from_flat_state(flat))
@@ -111,9 +125,21 @@ _Path = tuple[Any, ...]
 @functools.cache
 def _abstract(
   config: ModelConfig,
+  added: tuple[tuple[str, jax.ShapeDtypeStruct], ...] = (),
 ) -> tuple[nnx.GraphDef, tuple[tuple[_Path, nnx.Param], ...]]:
-  """Returns a model's graph, and its parameters with shapes for values."""
+  """Returns a model's graph, and its parameters with shapes for values.
+
+  Args:
+    config: of the model.
+    added: parameters, by path, that layers have beside their own.
+  """
   model = nnx.eval_shape(lambda: HourLLaVA(config, rngs=nnx.Rngs(0)))
+  for path, value in added:
+    *names, last = path.split("/")
+    layer = functools.reduce(getattr, names, model)
+    if not isinstance(layer, Linear) or not hasattr(Linear, last):
+      raise KeyError(f"the model has no parameter {path}")
+    setattr(layer, last, nnx.Param(value))
   graph, state = nnx.split(model)
   return graph, tuple(
     (path, variable)

@@ -38,6 +38,23 @@ class _State(Protocol):
 State = TypeVar("State", bound=_State)
 
 
+class Base(NamedTuple):
+  """Holds the frozen model that adapters are added to.
+
+  Checkpoints of adapters do not hold it: it is read anew from `config.init`.
+
+  Attributes:
+    params: everything frozen, by path, as `TrainState.frozen`.
+    fingerprint: of its weights, however they are stored.
+    adapters: what the adapters begin with if `init` is a run of adapters, by
+      path; else empty.
+  """
+
+  params: dict[str, Any]
+  fingerprint: str
+  adapters: dict[str, Any]
+
+
 class Checkpoints:
   """Saves and restores the checkpoints of one run, WORKDIR/checkpoints/STEP.
 
@@ -53,6 +70,7 @@ class Checkpoints:
     *,
     keep: int = 2,
     on_error: str = "continue",
+    base: Base | None = None,
   ):
     """Touches nothing yet.
 
@@ -60,7 +78,9 @@ class Checkpoints:
       workdir: of the run; may be a URL that Orbax can write to.
       keep: how many stay on disk; while one is being saved there is one more.
       on_error: "continue" or "stop" when one cannot be saved.
+      base: of a run of adapters, which its checkpoints do not hold.
     """
+    self._base = base
     self.folder = checkpoint_folder(workdir)
     self._keep, self._on_error = keep, on_error
     self._manager: ocp.CheckpointManager | None = None
@@ -87,11 +107,16 @@ class Checkpoints:
       UserError: as `wait_for_save`, for the save before this one.
     """
     self.wait_for_save()
-    step, tree = int(state.step), state._asdict()
+    step, tree = int(state.step), self._own(state)
     if step in checkpoint_steps(self.folder):
       return
     manifest = checkpoint_format.make_manifest(
-      tree, step=step, position=position, plan=plan, config=config
+      tree,
+      step=step,
+      position=position,
+      plan=plan,
+      config=config,
+      base=self._base.fingerprint if self._base else "",
     )
     failure = None
     try:
@@ -180,7 +205,7 @@ class Checkpoints:
       UserError: there is no checkpoint, all are damaged (with each one's
         reason), or the newest holds another model or a position in other data.
     """
-    tree_like = jax.tree.map(_abstract, like._asdict())
+    tree_like = jax.tree.map(_abstract, self._own(like))
     problems: dict[int, str] = {}
     for step in reversed(checkpoint_steps(self.folder)):
       manifest: dict[str, Any] = {}
@@ -201,12 +226,19 @@ class Checkpoints:
         try:
           checkpoint_format.verify(tree, manifest)
           _move_damaged(self.folder, problems, step)
-          return type(like)(**(tree or {})), manifest["position"]
+          frozen = {"frozen": self._base.params} if self._base else {}
+          state = type(like)(**(tree or {}), **frozen)
+          return state, manifest["position"]
         except DamagedCheckpoint as damage:
           failures = {0: str(damage)}
       problems[step] = "; ".join(failures.values())
       del tree
     raise UserError(_none_left(self.folder, problems))
+
+  def _own(self, state: State) -> dict[str, Any]:
+    """Returns the arrays of a state that a checkpoint holds."""
+    tree = state._asdict()
+    return {k: v for k, v in tree.items() if not (self._base and k == "frozen")}
 
   def close(self) -> None:
     """Waits for a save under way and ends Orbax's threads."""
@@ -255,6 +287,13 @@ class Checkpoints:
         " and optimizer it was written with, or another workdir"
         f" ({len(wrong)} arrays differ):\n  {first}"
       )
+    base = self._base.fingerprint if self._base else ""
+    if manifest.get("base", "") != base:
+      raise UserError(
+        f"{self.folder}/{step} holds adapters of the base"
+        f" {manifest.get('base')!r}, and config.init has the weights {base!r};"
+        " set config.init to the model that they were trained on"
+      )
     if manifest["plan"] != plan:
       raise UserError(
         f"{self.folder}/{step} was trained on rows of plan {manifest['plan']},"
@@ -262,6 +301,24 @@ class Checkpoints:
         " or seed differ; restore them, or start another workdir with"
         " config.init set to this one"
       )
+
+
+def adapter_manifest(workdir: str | os.PathLike) -> dict[str, Any] | None:
+  """Returns the manifest of the newest checkpoint of a run of adapters.
+
+  Args:
+    workdir: of any run.
+
+  Returns:
+    The newest manifest that can be read; None if it is of a run that saves all
+    parameters, or if there is none.
+  """
+  folder = checkpoint_folder(workdir)
+  for step in reversed(checkpoint_steps(folder)):
+    with contextlib.suppress(DamagedCheckpoint):
+      manifest = checkpoint_format.read_manifest(folder, step)
+      return manifest if manifest.get("base") else None
+  return None
 
 
 class RestoredParams(NamedTuple):

@@ -18,6 +18,7 @@ pass over their memory, on all devices together.
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import math
@@ -115,6 +116,21 @@ def _sums(arrays: list[jax.Array]) -> jax.Array:
   return jnp.stack([_sum(x) for x in arrays])
 
 
+def weight_sum(x: Any) -> int:
+  """Returns the checksum of a parameter's values in bfloat16.
+
+  So it does not depend on whether the parameter is kept in float32, or comes
+  from a folder that was exported in bfloat16.
+  """
+  return int(_sum(jnp.asarray(x, jnp.bfloat16)))
+
+
+def fingerprint(sums: Mapping[str, int]) -> str:
+  """Returns a name of weights, of the checksums of its parameters by path."""
+  text = json.dumps(dict(sorted(sums.items())))
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 # Jitted by itself, so that arrays of one shape, such as a parameter and its
 # moments, are traced once: a state has hundreds.
 @jax.jit
@@ -199,6 +215,7 @@ class _Manifest(schema.Schema):
   position: int = pydantic.Field(ge=0, lt=2**63)
   plan: str
   config: dict[str, Any]
+  base: str = ""
   # JSON's lists are no tuples, hence not strict.
   arrays: dict[
     str, Annotated[tuple[list[_Size], _Dtype, int], pydantic.Strict(False)]
@@ -207,7 +224,13 @@ class _Manifest(schema.Schema):
 
 
 def make_manifest(
-  tree: Any, *, step: int, position: int, plan: str, config: dict[str, Any]
+  tree: Any,
+  *,
+  step: int,
+  position: int,
+  plan: str,
+  config: dict[str, Any],
+  base: str = "",
 ) -> dict[str, Any]:
   """Returns the manifest of a checkpoint, with a checksum of the manifest.
 
@@ -217,6 +240,8 @@ def make_manifest(
     position: in the data, of the next step's first row.
     plan: fingerprint of the row plan that the position belongs to.
     config: the run's configuration as plain data.
+    base: fingerprint of the base that adapters belong to; empty if the tree
+      holds all parameters.
   """
   sums = checksums(tree)
   about = {
@@ -231,6 +256,8 @@ def make_manifest(
       for path, x in named_arrays(tree).items()
     },
   }
+  if base:
+    about["base"] = base
   # As it will be read: JSON turns tuples into lists.
   about = json.loads(json.dumps(about))
   return {**about, "crc": _crc(about)}

@@ -19,6 +19,7 @@ from hourjax.data.pipeline import ReadOptions
 from hourjax.data.rows import Loss, RowSpec, Size
 from hourjax.errors import UserError
 from hourjax.models.config import ModelConfig
+from hourjax.models.lora import LoraConfig
 from hourjax.parallel.chips import parse_tiles
 from hourjax.parallel.mesh import MeshConfig
 from hourjax.training.optimizer import COMPONENTS, OptimizerConfig
@@ -57,6 +58,9 @@ LIMITS: dict[str, tuple[float, float]] = {
   **{f"optimizer.{name}": (0, 10) for name in (*COMPONENTS, "single_rate")},
   **dict.fromkeys(("optimizer.b1", "optimizer.b2"), (0, 1 - 1e-9)),
   "optimizer.eps": (1e-30, 1),
+  "lora.rank": (0, 2**14),
+  "lora.alpha": (1e-6, 1e6),
+  "lora.dropout": (0, 1 - 1e-6),
   "optimizer.weight_decay": (0, 100),
   "optimizer.warmup": (0, 1),
   "optimizer.clip": (0, 1e9),
@@ -195,6 +199,7 @@ class Experiment:
     eval_rows: rows of held-out data that an evaluation takes, always the same.
     memory: which memory tokens queries attend to, and their positions.
     metrics: what is written beside metrics.jsonl.
+    lora: adapters, trained in place of the model's own parameters.
     stream_rows: capacity of the rows of streams that have another than `rows`,
       by the name of the stream. It counts only where a step is `batch_samples`
       samples: else rows of several streams share micro-batches.
@@ -227,6 +232,7 @@ class Experiment:
   eval_rows: int = 128
   memory: MemoryOptions = dataclasses.field(default_factory=MemoryOptions)
   metrics: MetricsConfig = dataclasses.field(default_factory=MetricsConfig)
+  lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
   # Left out of the hash: a dict has none.
   stream_rows: dict[str, Size] = dataclasses.field(
     default_factory=dict, hash=False
@@ -311,6 +317,12 @@ class Experiment:
       for stream, size in self.rows_by_stream.items()
     }
     return {"": self.row_spec} | own
+
+  @property
+  def reads_pixels(self) -> bool:
+    """Returns whether rows hold frames or tiles for the vision tower."""
+    sizes = [spec.capacity for spec in self.row_specs.values()]
+    return any(size.frames or size.tiles for size in sizes)
 
   @property
   def row_spec(self) -> RowSpec:

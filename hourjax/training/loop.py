@@ -24,7 +24,6 @@ through the same order; the first one writes the files.
 import collections
 import contextlib
 import dataclasses
-import os
 import pathlib
 import sys
 import time
@@ -34,7 +33,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hourjax import jax_environment, progress
+from hourjax import progress
 from hourjax.batch import Batch
 from hourjax.data.dataset import Dataset
 from hourjax.data.packing.row_plan import RowPlan
@@ -45,6 +44,7 @@ from hourjax.errors import UserError
 from hourjax.parallel import hosts
 from hourjax.parallel.gpus import peak_flops
 from hourjax.parallel.mesh import make_mesh
+from hourjax.training.adapters import first_adapters, load_base
 from hourjax.training.batch_sharding import BatchSharding, check_rows
 from hourjax.training.checkpoint import Checkpoints
 from hourjax.training.config import Experiment
@@ -66,15 +66,12 @@ from hourjax.training.train_state import (
   fresh_state,
   state_shardings,
 )
-from hourjax.training.train_step import TrainStep
+from hourjax.training.train_step import TrainStep, dropout_of
 from hourjax.training.workdir import (
-  EpochCounts,
   check_workdir,
   count_epoch,
-  describe_steps,
-  left_out,
+  run_summary,
   total_steps,
-  unknown_streams,
   write_run_files,
 )
 
@@ -122,16 +119,19 @@ def _train(
     steps = total_steps(experiment, counts)
     holdout = HoldoutEvaluation(experiment, dataset, sharding, steps)
     like, optimizer = abstract_state(experiment, mesh, steps)
+    base = load_base(experiment, like)
   checkpoints = Checkpoints(
     workdir,
     keep=experiment.keep_checkpoints,
     on_error=experiment.on_save_error,
+    base=base,
   )
   with contextlib.closing(checkpoints):
     position, restoring = 0, time.monotonic()
     if checkpoints.latest() is None:
       with progress.step("making the weights and the optimizer's state"):
-        state = fresh_state(experiment, like, optimizer)
+        begin = first_adapters(experiment, like, base)
+        state = fresh_state(experiment, like, optimizer, begin)
     else:
       with progress.step(f"restoring step {checkpoints.latest()}"):
         state, position = checkpoints.restore(like, plan=counts.plan)
@@ -140,9 +140,8 @@ def _train(
     with hosts.together():
       if hosts.is_primary():
         write_run_files(experiment, counts, dataset.skipped, workdir)
-        print(
-          _summary(experiment, dataset, counts, state, steps), file=sys.stderr
-        )
+        summary = run_summary(experiment, dataset, counts, state, steps)
+        print(summary, file=sys.stderr)
         holdout.report()
     if experiment.forgetting.needs_question:
       dataset.embedder = question_embedder(state, experiment.model, workdir)
@@ -161,7 +160,12 @@ def _train(
         workdir,
         steps,
       )
-      step = TrainStep(experiment.model, optimizer, state_shardings(like))
+      step = TrainStep(
+        experiment.model,
+        optimizer,
+        state_shardings(like),
+        dropout_of(experiment),
+      )
       run.take_steps(step, state, position, began=began, restoring=restoring)
     elif hosts.is_primary():
       print(f"already trained: step {start} of {steps}", file=sys.stderr)
@@ -472,29 +476,3 @@ def _check_vocabulary(experiment: Experiment, dataset: Dataset) -> None:
       f" {vocab} embeddings; use the model's own tokenizer or raise"
       " config.model.decoder.vocab"
     )
-
-
-def _summary(
-  experiment: Experiment,
-  dataset: Dataset,
-  counts: EpochCounts,
-  state: TrainState,
-  steps: int,
-) -> str:
-  """Returns what is printed before the first step."""
-  trained = sum(x.size for x in state.trained.values())
-  frozen = sum(x.size for x in state.frozen.values())
-  notes = [
-    *unknown_streams(experiment, dataset.columns.streams),
-    *left_out(experiment, counts, dataset.columns.streams),
-    *dataset.notes,
-  ]
-  line = (
-    f"{counts.samples} samples in {counts.rows} rows an epoch; {trained:,}"
-    f" parameters trained, {frozen:,} frozen; {steps} steps of"
-    f" {describe_steps(experiment, counts)}, from step"
-    f" {int(state.step)}; {jax.devices()[0].platform} x {jax.device_count()}"
-  )
-  if compiler := jax_environment.flags_in_use(os.environ):
-    notes.append(f"compiler flags {compiler}")
-  return "\n".join([line, *(f"note: {text}" for text in notes)])

@@ -6,6 +6,7 @@ micro-batch, and "update". `lower_programs` lowers them without any array, for
 planning and for looking at what the compiler makes of them.
 """
 
+import contextlib
 import functools
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from hourjax.batch import IGNORE, Batch
 from hourjax.models.config import ModelConfig
 from hourjax.models.hourllava import HourLLaVA
+from hourjax.models.layers import adapter_dropout
 from hourjax.models.params import param_axes, param_shapes, with_params
 from hourjax.parallel import fsdp, vocabulary
 from hourjax.parallel.mesh import AXES
@@ -97,18 +99,32 @@ def accumulate(
   trained: Params,
   frozen: Params,
   batch: Batch,
+  key: jax.Array | None = None,
   *,
   config: ModelConfig,
+  dropout: float = 0.0,
 ) -> Sums:
   """Adds one micro-batch's summed loss, weights, label tokens and gradients.
 
   Gradients are taken with respect to `trained` only.
+
+  Args:
+    sums: over the micro-batches before.
+    trained: parameters by path.
+    frozen: the other parameters.
+    batch: the micro-batch.
+    key: of the adapters' dropout; None for none.
+    config: of the model.
+    dropout: share of the adapters' inputs that are set to 0.
   """
 
   def summed_loss(trained: Params) -> jax.Array:
     return loss_sum(with_params(config, {**frozen, **trained}), batch)
 
-  with fsdp.gradients_summed_in(config.gradient_dtype):
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(fsdp.gradients_summed_in(config.gradient_dtype))
+    if key is not None:
+      stack.enter_context(adapter_dropout(dropout, key))
     loss, grads = jax.value_and_grad(summed_loss)(trained)
   tokens = (batch.target != IGNORE).sum()
   own = Sums(loss, batch.target_weight.sum(), tokens, grads)
@@ -189,6 +205,31 @@ def gradient_norms(grads: Params) -> Scalars:
   return {"grad_norm": jnp.sqrt(sum(squares.values())), **norms}
 
 
+class Dropout(NamedTuple):
+  """Says how adapters drop inputs, see `models.lora`.
+
+  Attributes:
+    rate: share of the inputs that are set to 0.
+    seed: of the random choice.
+  """
+
+  rate: float
+  seed: int
+
+  def key(self, step: jax.Array, micro_batch: int) -> jax.Array:
+    """Returns the random key of a micro-batch of the step after `step`."""
+    key = jax.random.fold_in(jax.random.key(self.seed), step)
+    return jax.random.fold_in(key, micro_batch)
+
+
+def dropout_of(experiment: Experiment) -> Dropout | None:
+  """Returns the dropout of a run's adapters, None without any."""
+  config = experiment.lora
+  if not (config.rank and config.dropout):
+    return None
+  return Dropout(config.dropout, experiment.seed)
+
+
 class TrainStep:
   """Runs `train_step`, compiled for a mesh, one micro-batch at a time.
 
@@ -205,6 +246,7 @@ class TrainStep:
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     shardings: TrainState,
+    dropout: Dropout | None = None,
   ):
     """Makes the jitted programs; they are compiled at their first call.
 
@@ -212,14 +254,20 @@ class TrainStep:
       config: of the model.
       optimizer: of the trained parameters.
       shardings: of each array of the state, as `state_shardings` returns them.
+      dropout: of adapters.
     """
+    self._dropout = dropout
     self.mesh = shardings.step.mesh
     replicated = shardings.step
     sums = Sums(replicated, replicated, replicated, shardings.trained)
     self._zero_sums = jax.jit(zero_sums, out_shardings=sums)
     self.programs: dict[str, Any] = {
       "accumulate": jax.jit(
-        functools.partial(accumulate, config=config),
+        functools.partial(
+          accumulate,
+          config=config,
+          **({"dropout": dropout.rate} if dropout else {}),
+        ),
         donate_argnums=0,
         out_shardings=sums,
       ),
@@ -236,9 +284,10 @@ class TrainStep:
     """Takes a step, see `train_step`; the old state's memory is reused."""
     with jax.set_mesh(self.mesh):
       sums = self._zero_sums(state.trained)
-      for batch in batches:
+      for number, batch in enumerate(batches):
+        noise = self._dropout and self._dropout.key(state.step, number)
         sums = self.programs["accumulate"](
-          sums, state.trained, state.frozen, batch
+          sums, state.trained, state.frozen, batch, *filter(None, [noise])
         )
       return self.programs["update"](state, sums)
 
@@ -285,7 +334,9 @@ def lower_programs(
   """
   _check_split(experiment, mesh)
   state, optimizer = abstract_state(experiment, mesh, _STEPS)
-  step = TrainStep(experiment.model, optimizer, state_shardings(state))
+  dropout = dropout_of(experiment)
+  step = TrainStep(experiment.model, optimizer, state_shardings(state), dropout)
+  key = jax.eval_shape(lambda: jax.random.key(0)) if dropout else None
 
   def scalar(dtype: Any) -> Any:
     return jax.ShapeDtypeStruct((), dtype, sharding=state.step.sharding)
@@ -299,6 +350,7 @@ def lower_programs(
         state.trained,
         state.frozen,
         abstract_batch(spec, experiment.batch_rows, mesh),
+        key,
       )
       for stream, spec in experiment.row_specs.items()
       if streams is None or stream in streams

@@ -26,10 +26,12 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import pydantic
 
-from hourjax import schema
+from hourjax import jax_environment, schema
 from hourjax.atomic_file import write_file
+from hourjax.data.dataset import Dataset
 from hourjax.data.packing.row_plan import RowPlan
 from hourjax.data.records.record import Skipped
 from hourjax.errors import UserError
@@ -45,6 +47,7 @@ from hourjax.training.config import (
   build_experiment,
   rename_old_keys,
 )
+from hourjax.training.train_state import TrainState
 
 # Samples of a step in the published runs; the second in stage 3 of 7B.
 PUBLISHED = (128, 256)
@@ -422,3 +425,37 @@ def _step_size(texts: Mapping[str, str]) -> tuple[str, int] | None:
     return "rows", int(texts["batch_rows"]) * int(texts["accumulate"])
   except (KeyError, ValueError):
     return None
+
+
+def run_summary(
+  experiment: Experiment,
+  dataset: Dataset,
+  counts: EpochCounts,
+  state: TrainState,
+  steps: int,
+) -> str:
+  """Returns what is printed before the first step.
+
+  Args:
+    experiment: of the run.
+    dataset: that it trains on.
+    counts: of its first epoch.
+    state: to start from.
+    steps: of the whole run.
+  """
+  trained = sum(x.size for x in state.trained.values())
+  frozen = sum(x.size for x in state.frozen.values())
+  notes = [
+    *unknown_streams(experiment, dataset.columns.streams),
+    *left_out(experiment, counts, dataset.columns.streams),
+    *dataset.notes,
+  ]
+  line = (
+    f"{counts.samples} samples in {counts.rows} rows an epoch; {trained:,}"
+    f" parameters trained, {frozen:,} frozen; {steps} steps of"
+    f" {describe_steps(experiment, counts)}, from step"
+    f" {int(state.step)}; {jax.devices()[0].platform} x {jax.device_count()}"
+  )
+  if compiler := jax_environment.flags_in_use(os.environ):
+    notes.append(f"compiler flags {compiler}")
+  return "\n".join([line, *(f"note: {text}" for text in notes)])

@@ -43,6 +43,7 @@ from hourjax.weights.tensors import (
 )
 
 Params = dict[str, Any]  # numpy or jax arrays by path
+Each = Callable[[str, Any], Any]  # path and array to what is kept of it
 # One for all parameters, or one by path.
 Dtypes = type[np.generic] | np.dtype | Mapping[str, np.dtype]
 
@@ -55,6 +56,7 @@ def load_params(
   dtype: Dtypes = np.float32,
   optional: Set[str] = frozenset(),
   shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+  each: Each = lambda path, value: value,
 ) -> Params:
   """Reads a checkpoint into our parameters.
 
@@ -65,6 +67,7 @@ def load_params(
     dtype: of the result, one for all or by path.
     optional: paths that the checkpoint may lack; they are then left out.
     shardings: of each parameter by path; by default all are numpy arrays.
+    each: returns what is kept of a parameter, before the next one is read.
 
   Returns:
     Arrays by path.
@@ -75,7 +78,7 @@ def load_params(
   """
   with open_params(folder, config, shapes, optional=optional) as opened:
     table, reader = opened
-    return read_entries(table, shapes, reader, dtype, shardings)
+    return read_entries(table, shapes, reader, dtype, shardings, each)
 
 
 @contextlib.contextmanager
@@ -117,6 +120,7 @@ def read_entries(
   reader: TensorReader,
   dtype: Dtypes,
   shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+  each: Each = lambda path, value: value,
 ) -> Params:
   """Reads the parameters of the entries from tensors that were checked.
 
@@ -126,6 +130,7 @@ def read_entries(
     reader: of the official tensors.
     dtype: of the result, one for all or by path.
     shardings: of each parameter by path; None for numpy arrays.
+    each: returns what is kept of a parameter, before the next one is read.
 
   Returns:
     Arrays by path.
@@ -148,9 +153,10 @@ def read_entries(
         _read, entry, part, shapes[path], reader, dtype[path], count
       )
       if shardings is None:
-        params[path] = read(tuple(slice(None) for _ in shapes[path]))
+        value = read(tuple(slice(None) for _ in shapes[path]))
       else:
-        params[path] = _placed(read, shapes[path], shardings[path])
+        value = _placed(read, shapes[path], shardings[path])
+      params[path] = each(path, value)
   return params
 
 

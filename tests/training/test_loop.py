@@ -44,16 +44,19 @@ def _drawn_and_compiled_once():
   """Spares every run but the first what takes longest, and is the same."""
   draw, drawn, compiled = loop.fresh_state, {}, {}
 
-  def fresh(asked, like, optimizer):
+  def fresh(asked, like, optimizer, begin):
+    if begin is not None:
+      return draw(asked, like, optimizer, begin)
     if asked.model not in drawn:
       drawn[asked.model] = draw(asked, like, optimizer)
     # A step reuses the memory of the state before it, so each run gets copies.
     return jax.tree.map(jnp.copy, drawn[asked.model])
 
-  def step_of(config, optimizer, shardings):
-    if config not in compiled:
-      compiled[config] = TrainStep(config, optimizer, shardings)
-    return compiled[config]
+  def step_of(config, optimizer, shardings, dropout):
+    found = config, tuple(shardings.trained), dropout
+    if found not in compiled:
+      compiled[found] = TrainStep(config, optimizer, shardings, dropout)
+    return compiled[found]
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop, "fresh_state", fresh)
