@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 Remat = Literal["none", "dots", "full"]
+Offload = Literal["device", "host"]
 Implementation = Literal["platform", "tpu", "cudnn", "triton", "reference"]
 
 
@@ -138,6 +139,11 @@ class ModelConfig:
     gradient_dtype: the dtype in which gradients of weights travel between
       devices and are summed over them; each device computes and keeps its part
       in float32.
+    memory_chunk: the memory is projected so many tokens at a time, in the
+      backward pass again; 0 projects all at once. It saves ten times the bytes
+      of the features, where a device holds whole memories (`mesh.seq=1`).
+    offload: where what the backward pass needs of each layer waits for it:
+      "device", or "host" to move it to the host's memory and back.
     memaug_init: what the kernels that end a fresh MemAug's sublayers are drawn
       with is multiplied by this. With 0 a fresh MemAug leaves the kept tokens
       as they are but for its norms, so that a decoder that can read them still
@@ -152,6 +158,8 @@ class ModelConfig:
   remat: Remat = "full"
   attention: AttentionConfig = PLATFORM_ATTENTION
   gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+  memory_chunk: int = 0
+  offload: Offload = "device"
   memaug_init: float = 1.0
 
 

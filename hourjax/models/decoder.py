@@ -17,6 +17,7 @@ from hourjax.models.config import (
   PLATFORM_ATTENTION,
   AttentionConfig,
   DecoderConfig,
+  Offload,
   Remat,
 )
 from hourjax.models.layers import (
@@ -160,6 +161,7 @@ class Decoder(nnx.Module):
     dtype: str,
     remat: Remat,
     rngs: nnx.Rngs,
+    offload: Offload = "device",
     attention: AttentionConfig = PLATFORM_ATTENTION,
   ):
     """Draws the parameters.
@@ -169,6 +171,7 @@ class Decoder(nnx.Module):
       dtype: of the computation.
       remat: see `ModelConfig`.
       rngs: streams of random numbers.
+      offload: see `ModelConfig`.
       attention: which implementation computes attention.
     """
     self.config, self.dtype = config, dtype
@@ -183,6 +186,7 @@ class Decoder(nnx.Module):
       depth=config.layers,
       remat=remat,
       rngs=rngs,
+      offload=offload,
     )
     self.norm = rms_norm(
       config.width, eps=config.norm_eps, dtype=dtype, rngs=rngs

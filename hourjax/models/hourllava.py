@@ -4,6 +4,9 @@ The model does not know modalities: `hourjax.data.layout` has turned every
 sample into gathers before its batch arrives here.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -15,7 +18,13 @@ from hourjax.models.config import ModelConfig
 from hourjax.models.decoder import Decoder
 from hourjax.models.layers import IMAGES
 from hourjax.models.memaug import MemAugBlock, make_memaug
-from hourjax.models.memory import Projector, build_memory
+from hourjax.models.memory import (
+  Projector,
+  blend_tokens,
+  build_memory,
+  memory_in_chunks,
+  project_tokens,
+)
 from hourjax.models.siglip import VisionTower, pool_frames
 from hourjax.parallel.rules import constrain, parts
 from hourjax.parallel.sharded_gather import gather_rows
@@ -49,6 +58,7 @@ class HourLLaVA(nnx.Module):
       dtype=dtype,
       remat=remat,
       rngs=rngs,
+      offload=config.offload,
       attention=config.attention,
     )
 
@@ -102,8 +112,22 @@ class HourLLaVA(nnx.Module):
 
   def augment(self, batch: Batch) -> Float[Array, "B T D"]:
     """Computes the queries after MemAug; without MemAug, as they start."""
-    memory = self.memory(batch)
-    queries = self._queries(memory, batch)
+    if self.config.memory_chunk:
+      tokens = self._memory_tokens(batch)
+      memory = memory_in_chunks(
+        tokens, batch.memory_source, self.config.memory_chunk
+      )
+      # Computed once more: a gather from the memory would have a gradient of
+      # its size.
+      kept = tokens(
+        jnp.take_along_axis(
+          batch.memory_source, jnp.maximum(batch.query_source, 0), axis=1
+        )
+      )
+    else:
+      memory = self.memory(batch)
+      kept = gather_rows(memory, batch.query_source)
+    queries = self._queries(kept, batch)
     if not self.config.memaug_layers:
       return queries
     return self.memaug(
@@ -117,15 +141,14 @@ class HourLLaVA(nnx.Module):
     )
 
   def _queries(
-    self, memory: Float[Array, "B S D"], batch: Batch
+    self, kept: Float[Array, "B T D"], batch: Batch
   ) -> Float[Array, "B T D"]:
     """Returns what MemAug starts from: prompt tokens and kept memory tokens.
 
     Args:
-      memory: indexed by `batch.query_source`; all tokens or the kept ones only.
+      kept: the memory token of each query, where it starts from one.
       batch: rows of queries.
     """
-    kept = gather_rows(memory, batch.query_source)
     tokens = self.decoder.embed(batch.query_token)
     return jnp.where(batch.query_token[..., None] >= 0, tokens, kept)
 
@@ -173,7 +196,7 @@ class HourLLaVA(nnx.Module):
       the probe queries in each block, summed over queries and heads; None
       without probe queries or without MemAug.
     """
-    queries = self._queries(kept, batch)
+    queries = self._queries(gather_rows(kept, batch.query_source), batch)
     if not self.config.memaug_layers:
       return queries, None
     where = {
@@ -217,6 +240,20 @@ class HourLLaVA(nnx.Module):
       batch.blend_source,
       batch.blend_weight,
       batch.memory_source,
+    )
+
+  def _memory_tokens(
+    self, batch: Batch
+  ) -> Callable[[Int[Array, "B N"]], Float[Array, "B N D"]]:
+    """Returns the function from sources to memory tokens of these rows."""
+    features = batch.features.astype(self.config.dtype)
+    encoded = self.encoded(batch)
+    if batch.blend_source.shape[1]:
+      encoded = blend_tokens(
+        encoded, batch.blend_source - features.shape[1], batch.blend_weight
+      )
+    return functools.partial(
+      project_tokens, self.projector, features, encoded, self.newline[...]
     )
 
   def stored(self, batch: Batch) -> Float[Array, "B X D"]:

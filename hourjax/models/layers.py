@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Num
 
 from hourjax.kernels.constants import SAVED
-from hourjax.models.config import Remat
+from hourjax.models.config import Offload, Remat
 from hourjax.models.lora import column_norms
 from hourjax.models.quantization import dequantize
 from hourjax.parallel.fsdp import gather_weight, weight_gradients
@@ -29,6 +29,8 @@ _DROPOUT: contextvars.ContextVar[tuple[float, jax.Array] | None] = (
 )
 # Name under which rematerialisation finds products of inputs and weights.
 _PRODUCT = "product"
+# The same of the input of a layer.
+_INPUT = "layer_input"
 # Logical axes of the two leading dimensions of a layer's input.
 LeadingAxes = tuple[str, str | None]
 SEQUENCE: LeadingAxes = ("rows", "positions")
@@ -87,6 +89,7 @@ class Stack(nnx.Module):
     depth: int,
     remat: Remat,
     rngs: nnx.Rngs,
+    offload: Offload = "device",
   ):
     """Draws the parameters of all layers.
 
@@ -95,8 +98,9 @@ class Stack(nnx.Module):
       depth: number of layers.
       remat: see `ModelConfig`.
       rngs: streams of random numbers.
+      offload: see `ModelConfig`.
     """
-    self.depth, self.remat = depth, remat
+    self.depth, self.remat, self.offload = depth, remat, offload
     self.layers = nnx.vmap(make)(rngs.split(depth))
 
   def __call__(
@@ -134,7 +138,7 @@ class Stack(nnx.Module):
       own = jax.tree.map(from_bits, own)
       return step(nnx.merge(graph, own), x, part)
 
-    body = rematerialised(body, self.remat)
+    body = rematerialised(body, self.remat, self.offload)
     callback = _CALLBACK.get()
     if callback is None:
       return jax.lax.scan(body, x, (params, per_layer))
@@ -159,7 +163,9 @@ def from_bits(x: jax.Array) -> jax.Array:
   return jax.lax.bitcast_convert_type(x, jnp.bfloat16)
 
 
-def rematerialised(function: Callable, remat: Remat) -> Callable:
+def rematerialised(
+  function: Callable, remat: Remat, offload: Offload = "device"
+) -> Callable:
   """Returns `function` with the rematerialisation that `remat` names.
 
   The output and log-sum-exp of attention are kept in any case: they are small
@@ -168,10 +174,29 @@ def rematerialised(function: Callable, remat: Remat) -> Callable:
   Args:
     function: to be differentiated.
     remat: see `ModelConfig`.
+    offload: see `ModelConfig`.
 
   Raises:
-    ValueError: `remat` is unknown.
+    ValueError: `remat` is unknown, or keeps what is to be moved to the host.
   """
+  if offload == "host":
+    if remat != "full":
+      raise ValueError(
+        f"offload is 'host' and remat {remat!r}: what it keeps is not moved;"
+        " choose remat 'full', or offload 'device'"
+      )
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[],
+      names_which_can_be_offloaded=[_INPUT, *SAVED],
+      offload_src="device",
+      offload_dst="pinned_host",
+    )
+
+    def named(x: Any, *args: Any) -> Any:
+      # A name for what a scan would keep of each layer on the device.
+      return function(checkpoint_name(x, _INPUT), *args)
+
+    return jax.checkpoint(named, policy=policy)
   keep = jax.checkpoint_policies.save_only_these_names
   if remat == "none":
     return function

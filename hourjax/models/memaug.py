@@ -210,4 +210,5 @@ def make_memaug(config: ModelConfig, *, rngs: nnx.Rngs) -> Stack:
     depth=config.memaug_layers,
     remat=config.remat,
     rngs=rngs,
+    offload=config.offload,
   )

@@ -1,5 +1,7 @@
 """The memory repository: projected visual tokens of a row in reading order."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from hourjax.models.layers import SEQUENCE, LeadingAxes, linear
 from hourjax.parallel import sharded_gather
+from hourjax.parallel.rules import constrain
 
 
 class Projector(nnx.Module):
@@ -65,9 +68,79 @@ def build_memory(
     memory_source: the visual token of each memory token; -1 is newline.
   """
   if blend_source.shape[1]:
-    source = jnp.maximum(blend_source - stored.shape[1], 0)
-    parts = jax.vmap(lambda v, i: v[i])(encoded, source)  # [B, R, 4, D]
-    weight = blend_weight.astype(encoded.dtype)
-    blends = jnp.einsum("brfd,brf->brd", parts, weight)
-    encoded = jnp.concatenate([encoded, blends], axis=1)
+    encoded = blend_tokens(
+      encoded, blend_source - stored.shape[1], blend_weight
+    )
   return sharded_gather.build_memory(stored, encoded, newline, memory_source)
+
+
+def blend_tokens(
+  encoded: Float[Array, "B E D"],
+  source: Int[Array, "B R 4"],
+  weight: Float[Array, "B R 4"],
+) -> Float[Array, "B ER D"]:
+  """Appends the tokens that are mixed of others.
+
+  Args:
+    encoded: projected tokens of frames and tiles.
+    source: of each mixed token, indices into `encoded`; below 0 for none.
+    weight: of these tokens.
+  """
+  parts = jax.vmap(lambda v, i: v[i])(encoded, jnp.maximum(source, 0))
+  blends = jnp.einsum("brfd,brf->brd", parts, weight.astype(encoded.dtype))
+  return jnp.concatenate([encoded, blends], axis=1)
+
+
+def project_tokens(
+  project: Callable[[Float[Array, "B N V"]], Float[Array, "B N D"]],
+  features: Float[Array, "B X V"],
+  encoded: Float[Array, "B E D"],
+  newline: Float[Array, "D"],
+  source: Int[Array, "B N"],
+) -> Float[Array, "B N D"]:
+  """Computes memory tokens from their features, each where it stands.
+
+  The features are gathered before they are projected, and not their
+  projections. They are data, so that the gather has no gradient: the one of
+  `build_memory` needs two arrays as large as the memory, in float32.
+
+  Args:
+    project: the projector.
+    features: of the feature store.
+    encoded: projected tokens of frames and tiles that came as pixels.
+    newline: the learned token.
+    source: the visual token of each memory token, as for `build_memory`, where
+      one device holds a whole memory.
+  """
+  tokens = project(sharded_gather.gather_rows(features, source))
+  stored = features.shape[1]
+  if encoded.shape[1]:
+    others = sharded_gather.gather_rows(encoded, source - stored)
+    tokens = jnp.where((source < stored)[..., None], tokens, others)
+  newline = newline.astype(tokens.dtype)[None, None]
+  return jnp.where(source[..., None] < 0, newline, tokens)
+
+
+def memory_in_chunks(
+  tokens: Callable[[Int[Array, "B N"]], Float[Array, "B N D"]],
+  source: Int[Array, "B S"],
+  chunk: int,
+) -> Float[Array, "B S D"]:
+  """Computes a memory so many tokens at a time, in the backward pass again.
+
+  So what lies between features and memory is never there for all tokens.
+
+  Args:
+    tokens: computes the memory tokens of some sources, as `project_tokens`.
+    source: of all memory tokens.
+    chunk: number of tokens at a time.
+  """
+  rows, length = source.shape
+  pieces = -(-length // chunk)
+  source = jnp.pad(
+    source, ((0, 0), (0, pieces * chunk - length)), constant_values=-1
+  )
+  source = source.reshape(rows, pieces, chunk).swapaxes(0, 1)
+  found = jax.lax.map(jax.checkpoint(tokens), source)
+  found = found.swapaxes(0, 1).reshape(rows, pieces * chunk, -1)
+  return constrain(found[:, :length], "rows")

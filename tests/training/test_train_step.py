@@ -13,6 +13,7 @@ from hourjax.data.conversations import IMAGE, Conversation
 from hourjax.data.forgetting import Forgetting
 from hourjax.data.layout import build_layout
 from hourjax.models.config import TINY
+from hourjax.models.layers import rematerialised
 from hourjax.models.params import init_params, with_params
 from hourjax.parallel import vocabulary
 from hourjax.training import train_step as loss
@@ -403,3 +404,46 @@ def test_sharing_a_memory_changes_neither_loss_nor_gradients(params, weights):
     )
   memory = np.asarray(batch(shared).memory_segment)
   assert set(memory[0]) == {1}  # there once, and nothing else
+
+
+@pytest.fixture(scope="module")
+def with_pixels(params):
+  """A row of stored features and one of pixels, and its sums."""
+  samples = [_sample("video", 5, 1), _sample("frames", 5, 2, frames=3)]
+  (batch,) = _batches(samples, (1, 2))
+  return batch, _sums_of(CONFIG, params, batch)
+
+
+def _sums_of(config, params, batch):
+  program = _compiled(functools.partial(loss.accumulate, config=config))
+  return program(zero_sums(params), params, {}, batch)
+
+
+def _assert_same(found, expected):
+  np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-5)
+  largest = max(float(jnp.abs(g).max()) for g in expected.grads.values())
+  for path, grad in expected.grads.items():
+    # Those that are zero, as of the biases of keys, are rounding.
+    scale = max(float(jnp.abs(grad).max()), 1e-3 * largest)
+    np.testing.assert_allclose(
+      found.grads[path], grad, atol=1e-5 * scale, rtol=0, err_msg=path
+    )
+
+
+def test_a_memory_in_chunks_and_layers_on_the_host_are_the_same(
+  params, with_pixels
+):
+  batch, expected = with_pixels
+  assert batch.memory_source.shape[1] % 7
+  config = dataclasses.replace(
+    CONFIG, memory_chunk=7, remat="full", offload="host"
+  )
+  _assert_same(_sums_of(config, params, batch), expected)
+  traced = jax.make_jaxpr(functools.partial(loss.accumulate, config=config))
+  text = str(traced(zero_sums(params), params, {}, batch))
+  assert "pinned_host" in text or "Host" in text
+
+
+def test_what_is_kept_by_dots_is_not_moved_to_the_host(params):
+  with pytest.raises(ValueError, match="choose remat 'full'"):
+    rematerialised(lambda x: x, "dots", "host")
