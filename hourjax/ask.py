@@ -29,6 +29,7 @@ _MODEL = flags.DEFINE_string(
   "model", None, "Workdir of a training run, published folder, or hf://..."
 )
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "If not the model's own.")
+_ADAPTER = flags.DEFINE_string("adapter", None, "LoRA to merge into the model.")
 _VIDEO = flags.DEFINE_string("video", None, "Video file to ask about.")
 _FEATURES = flags.DEFINE_string(
   "features", None, "Features of a video (.npy) instead of the video."
@@ -39,24 +40,22 @@ _DURATION = flags.DEFINE_float(
 _IMAGES = flags.DEFINE_multi_string(
   "images", [], "Images instead of a video; may be given several times."
 )
-_TOKENS = flags.DEFINE_integer(
-  "max_tokens", 256, "Longest answer.", lower_bound=1
-)
+_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Longest answer.", 1)
 _TEMPERATURE = flags.DEFINE_float(
   "temperature", 0.0, "0 takes the likeliest token; above 0 one is drawn."
 )
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draws from this probability mass.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of draws.", 0, command.LAST_SEED)
 _REREAD = flags.DEFINE_bool("reread", False, "MemAug reads at each turn.")
-_PICTURE = flags.DEFINE_string(
-  "picture", "", "PNG file for attention over the video."
-)
+_PICTURE = flags.DEFINE_string("picture", "", "PNG file for the attention.")
 
 
 def _encoded_memory() -> Memory:
   """Loads the model and encodes what the options name."""
   with progress.step("reading the model"):
-    model = load(command.given(_MODEL), tokenizer=_TOKENIZER.value)
+    model = load(
+      command.given(_MODEL), tokenizer=_TOKENIZER.value, adapter=_ADAPTER.value
+    )
   if _IMAGES.value:
     return model.encode_images(image_paths(_IMAGES.value))
   source = _VIDEO.value or _FEATURES.value or ""  # one of them is given

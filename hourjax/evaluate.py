@@ -12,12 +12,13 @@ Exit status: 0; 3 if questions were left out, which the report lists; 2 on a
 mistake in the options, 1 if the disk is full, 130 on interrupt.
 """
 
+import functools
 import sys
 
 from absl import flags
 
 import hourjax
-from hourjax import command, progress
+from hourjax import command, hub, progress
 from hourjax.errors import UserError
 from hourjax.evaluation import run
 from hourjax.evaluation.benchmarks import BENCHMARKS
@@ -30,7 +31,7 @@ _MODEL = flags.DEFINE_string("model", None, "Workdir, checkpoint, or hf://...")
 _BENCHMARK = flags.DEFINE_string(
   "benchmark", None, f"One of {', '.join(sorted(BENCHMARKS))}."
 )
-_DATA = flags.DEFINE_string("data", None, "Folder of the benchmark.")
+_DATA = flags.DEFINE_string("data", None, "Its folder.")
 _SUBTITLES = flags.DEFINE_bool("subtitles", False, "Ask with subtitles.")
 _FEATURES = flags.DEFINE_string(
   "features", None, "Feature store to read instead of videos."
@@ -38,12 +39,9 @@ _FEATURES = flags.DEFINE_string(
 _VIDEOS = flags.DEFINE_string("videos", None, "Folder of videos, if elsewhere.")
 _OUT = flags.DEFINE_string("out", None, "Folder of answers and report.")
 _WORKER = flags.DEFINE_string("worker", None, "Share of this process, i/n.")
-_LIMIT = flags.DEFINE_integer(
-  "limit", None, "Asks the first questions only.", lower_bound=1
-)
-_TOKENIZER = flags.DEFINE_string(
-  "tokenizer", None, "Folder of the tokenizer, if not the model's own."
-)
+_LIMIT = flags.DEFINE_integer("limit", None, "Asks the first ones only.", 1)
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "If not the model's own.")
+_ADAPTER = flags.DEFINE_string("adapter", None, "LoRA to merge into --model.")
 _COMPARE = flags.DEFINE_list("compare", [], "Other models to ask the same.")
 _NAMES = flags.DEFINE_list(
   "names", [], "Names of the models in the report, --model's first."
@@ -77,13 +75,18 @@ def _evaluate() -> Report | None:
     if not _OUT.value or worker or _COMPARE.value or _NAMES.value[1:]:
       raise UserError("give --model to ask, or only --out to report again")
     return run.report_again(task, _OUT.value, *_NAMES.value[:1])
+  load = functools.partial(hourjax.load, tokenizer=_TOKENIZER.value)
+  adapters, own = {}, None
+  if _ADAPTER.value:  # of --model; other models are compared as they are
+    adapters = {str(hub.local_folder(_MODEL.value)): _ADAPTER.value}
+    own = run.default_out(hub.own_folder(_ADAPTER.value), task)
   hosts.start_hosts()
   with hosts.leaving():
     return run.evaluate_folders(
       [_MODEL.value, *_COMPARE.value],
       task,
-      lambda folder: hourjax.load(folder, tokenizer=_TOKENIZER.value),
-      out=_OUT.value,
+      lambda folder: load(folder, adapter=adapters.get(folder)),
+      out=_OUT.value or own,
       names=_NAMES.value,
       worker=worker or (hosts.index(), hosts.count()),
     )

@@ -8,6 +8,9 @@ folder has the layout of the official Hour-LLaVA checkpoints: safetensors in
 shards, config.json with every key that the official code reads, tokenizer, and
 a model card that says what the weights were trained on.
 
+Of a run of adapters (config.lora) the weights are merged, and so are those of
+--adapter; --part=adapter writes the adapters alone, as PEFT reads them.
+
 --part=decoder and --part=tower write these alone, as transformers' own
 Qwen2ForCausalLM or Qwen3ForCausalLM, and SiglipVisionModel.
 
@@ -35,6 +38,9 @@ _DTYPE = flags.DEFINE_enum(
   "dtype", "bfloat16", list(DTYPES), "Of the tensors; float32 keeps all bits."
 )
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "If not the model's own.")
+_ADAPTER = flags.DEFINE_string(
+  "adapter", None, "Adapters to merge: workdir of a run, or PEFT's folder."
+)
 _SHARD = flags.DEFINE_float(
   "shard_gb", SHARD_BYTES / 1e9, "Largest file, in 10^9 bytes.", 1e-6, 1e6
 )
@@ -57,6 +63,7 @@ def main(_: list[str]) -> None:
       dtype=_DTYPE.value,
       tokenizer=_TOKENIZER.value,
       shard_bytes=int(_SHARD.value * 10**9),
+      adapter=_ADAPTER.value,
     )
   if problems:
     print(

@@ -26,7 +26,9 @@ from hourjax import hub, schema
 from hourjax.atomic_file import new_folder
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
+from hourjax.inference.adapter import Adapter, Merge, read_adapter
 from hourjax.inference.load import (
+  find_base,
   find_folder,
   find_tokenizer,
   host_sharding,
@@ -40,14 +42,14 @@ from hourjax.training.config import Experiment, build_experiment
 from hourjax.training.metric_writer import read_metrics
 from hourjax.training.workdir import read_config
 from hourjax.weights import config as published
-from hourjax.weights import description
+from hourjax.weights import description, peft
 from hourjax.weights.checkpoint import open_params, read_entries
 from hourjax.weights.names import Entry, decoder_table, key_table, tower_table
 from hourjax.weights.own_keys import PublishedRules
 from hourjax.weights.shards import SHARD_BYTES, ShardWriter
 from hourjax.weights.tensors import MegabyteBar
 
-PARTS = ("all", "decoder", "tower")
+PARTS = ("all", "decoder", "tower", "adapter")
 DTYPES = {
   "bfloat16": np.dtype(ml_dtypes.bfloat16),
   "float32": np.dtype(np.float32),
@@ -84,20 +86,25 @@ def export(
   dtype: str = "bfloat16",
   tokenizer: str | os.PathLike | None = None,
   shard_bytes: int = SHARD_BYTES,
+  adapter: str | os.PathLike | None = None,
 ) -> list[str]:
   """Writes a model's weights under the names of published checkpoints.
 
-  Beside the parameter that is being read, a few megabytes are held.
+  Adapters are merged into them, or written alone. Beside the parameter that is
+  being read, a few megabytes are held.
 
   Args:
     model: workdir of a training run, a published folder, or a name with hf://.
     out: folder to write; it must not exist, or be empty.
     part: "all" for the layout of Hour-LLaVA; "decoder" for that of Hugging
-      Face's Qwen2 or Qwen3, "tower" for that of its SigLIP.
+      Face's Qwen2 or Qwen3, "tower" for that of its SigLIP; "adapter" for the
+      adapters alone, in PEFT's.
     step: of the run's checkpoint, if not the newest.
     dtype: "bfloat16" or "float32".
     tokenizer: folder of the tokenizer, if not the model's own.
     shard_bytes: size above which a file ends.
+    adapter: workdir of a run of adapters or folder in PEFT's layout, for a
+      model that is no such run itself.
 
   Returns:
     Why the official code cannot run the model, for part "all"; empty if it can.
@@ -109,7 +116,10 @@ def export(
   # First of all, so that nothing is fetched or read in vain.
   with new_folder(out) as partial:
     folder = find_folder(model)
-    source = _source(folder, step, shard_bytes)
+    if part == "adapter":
+      _export_adapter(folder, adapter, partial, step)
+      return []
+    source = _source(folder, step, shard_bytes, adapter)
     config, shapes = source.config, param_shapes(source.config)
     words = None
     if part != "tower":
@@ -179,8 +189,19 @@ def _describe(
 
 
 def _source(
-  folder: pathlib.Path, step: int | None, shard_bytes: int
+  folder: pathlib.Path,
+  step: int | None,
+  shard_bytes: int,
+  adapter: str | os.PathLike | None = None,
 ) -> _Source:
+  """Describes a model, with its adapters merged if it has any."""
+  own, base = find_base(folder)
+  if own or adapter:
+    below = _source(base, step if adapter else None, shard_bytes)
+    found = read_adapter(
+      str(adapter or folder), below.config, None if adapter else step
+    )
+    return _merged(below, found, str(base), folder if own else None)
   if is_workdir(folder):
     return _of_run(folder, step, shard_bytes)
   if step is not None:
@@ -191,12 +212,104 @@ def _source(
   return _of_published(folder)
 
 
+def _merged(
+  below: _Source, adapter: Adapter, base: str, run: pathlib.Path | None
+) -> _Source:
+  """Describes a model with adapters merged into it.
+
+  Args:
+    below: the model without them.
+    adapter: to be merged.
+    base: name of the model without them.
+    run: workdir of the adapters' run, whose settings then count.
+  """
+
+  def read(prefix: str, write: _Write) -> dict[str, str]:
+    merge = Merge(adapter)
+    facts = below.read(
+      prefix, lambda path, value: write(path, merge(path, value))
+    )
+    merge.check(base, whole=not prefix)
+    return facts | {"adapter": adapter.name, "base": base}
+
+  source = below._replace(read=read)
+  if run is not None:
+    experiment = build_experiment(read_config(run))
+    source = source._replace(
+      rules=_published_rules(experiment), tokenizer=experiment.data.tokenizer
+    )
+  return source
+
+
+def _export_adapter(
+  folder: pathlib.Path,
+  adapter: str | os.PathLike | None,
+  out: pathlib.Path,
+  step: int | None,
+) -> None:
+  """Writes the adapters of a run alone, in PEFT's layout, with a model card.
+
+  Raises:
+    UserError: the folder is no run of adapters.
+  """
+  own, base = find_base(folder)
+  if not own or adapter:
+    raise UserError(
+      f"--part=adapter writes the adapters of a run, and {folder} holds"
+      f" {'a whole model' if not own else 'its own'}; give the workdir of a run"
+      " with config.lora.rank as --model, without --adapter"
+    )
+  experiment = build_experiment(read_config(folder))
+  found = read_adapter(str(folder), experiment.model, step)
+  layers = {
+    path: {name: np.asarray(x) for name, x in values.items()}
+    for path, values in found.layers.items()
+  }
+  peft.write_adapters(
+    out,
+    layers,
+    experiment.model,
+    experiment.lora,
+    base=hub.short_name(base) or base.name,
+    fingerprint=found.base,
+  )
+  description.write_card(
+    out,
+    title="Adapter of Hour-LLaVA",
+    library="peft",
+    paragraphs=[
+      "Answers together with its base:"
+      ' `hourjax.load("BASE", adapter="FOLDER")`, or `python -m hourjax.ask'
+      " --model=BASE --adapter=FOLDER`. `peft.PeftModel.from_pretrained` loads"
+      " it into the official model, or into its decoder.",
+      description.licence_note(experiment.model.decoder, experiment.init),
+    ],
+    facts={
+      "exported by": f"hourjax {hourjax.__version__}",
+      "adapter": found.name,
+      "base": f"{base} (weights {found.base})",
+      "rank, alpha": f"{experiment.lora.rank}, {experiment.lora.alpha:g}",
+      "layers": f"{len(layers)} (stacked)",
+    },
+  )
+
+
+def _published_rules(experiment: Experiment) -> PublishedRules:
+  """Returns how a run showed frames and conversations."""
+  rules = run_rules(experiment)
+  return PublishedRules(
+    dataclasses.asdict(rules.forgetting),
+    rules.max_length,
+    rules.single_image,
+    rules.seed,
+  )
+
+
 def _of_run(
   folder: pathlib.Path, step: int | None, shard_bytes: int
 ) -> _Source:
   """Describes the model of a training run."""
   experiment = build_experiment(read_config(folder))
-  rules = run_rules(experiment)
 
   def read(prefix: str, write: _Write) -> dict[str, str]:
     """Reads the newest sound checkpoint, or that of the step."""
@@ -219,12 +332,7 @@ def _of_run(
 
   return _Source(
     experiment.model,
-    PublishedRules(
-      dataclasses.asdict(rules.forgetting),
-      rules.max_length,
-      rules.single_image,
-      rules.seed,
-    ),
+    _published_rules(experiment),
     experiment.data.tokenizer,
     read,
     experiment.init,

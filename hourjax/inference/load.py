@@ -15,6 +15,7 @@ from hourjax import hub
 from hourjax.data.forgetting import Forgetting
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
+from hourjax.inference.adapter import Merge, read_adapter
 from hourjax.inference.engine import check_mesh, narrow_dtype
 from hourjax.inference.model import Model
 from hourjax.inference.prompts import Rules
@@ -22,7 +23,11 @@ from hourjax.models.config import ModelConfig
 from hourjax.models.params import param_axes, param_shapes
 from hourjax.parallel.mesh import MeshConfig, make_mesh
 from hourjax.parallel.rules import param_shardings
-from hourjax.training.checkpoint import restore_params
+from hourjax.training.checkpoint import (
+  adapter_base,
+  adapter_manifest,
+  restore_params,
+)
 from hourjax.training.config import Experiment, build_experiment
 from hourjax.training.workdir import read_config
 from hourjax.weights import config as published
@@ -34,8 +39,12 @@ from hourjax.weights.own_keys import check_known
 _PIECES = 64
 _PIECE_BYTES = 1 << 16
 
+# Returns what is kept of a parameter that was read, by path.
+_Each = Callable[[str, np.ndarray], np.ndarray]
 # Reads the parameters onto a mesh: by path, and the name of the model.
-_Read = Callable[[ModelConfig, Mesh], tuple[Mapping[str, jax.Array], str]]
+_Read = Callable[
+  [ModelConfig, Mesh, _Each], tuple[Mapping[str, jax.Array], str]
+]
 
 
 class _Source(NamedTuple):
@@ -52,6 +61,7 @@ def load(
   *,
   tokenizer: str | os.PathLike | None = None,
   mesh: MeshConfig | None = None,
+  adapter: str | os.PathLike | None = None,
 ) -> Model:
   """Reads a model and puts it on the devices of this process.
 
@@ -63,19 +73,38 @@ def load(
       the published folder.
     mesh: mesh over the devices of this process. By default memory is split
       over all of them if they divide a frame's tokens; otherwise one is used.
+    adapter: workdir of a run of adapters, or a folder in PEFT's layout, that is
+      merged into the model. Of a model that is a run of adapters its own are.
 
   Raises:
     UserError: there is no model, or it does not fit its configuration.
   """
   folder = find_folder(folder)
   # Quick checks come before the weights are read.
-  describe = _of_run if is_workdir(folder) else _of_published
-  source = describe(folder)
+  own, base = find_base(folder)
+  if own and adapter:
+    raise UserError(
+      f"adapter {adapter} is given, and model {folder} is a run of adapters"
+      f" itself; give its base {base} as the model, or leave the adapter out"
+    )
+  source = _describe(base)
+  if own:
+    # Its answers are put as in its training.
+    rules = run_rules(build_experiment(read_config(folder)))
+    source = source._replace(rules=rules)
+  merge = None
+  if own or adapter:
+    merge = Merge(read_adapter(str(adapter or folder), source.config))
   words = find_tokenizer(tokenizer or source.tokenizer, folder)
   vocabulary = Tokenizer.from_folder(words)
   placed = _mesh(mesh, source.config)
   check_mesh(placed, source.config)
-  params, name = source.read(source.config, placed)
+  params, name = source.read(
+    source.config, placed, merge or (lambda path, value: value)
+  )
+  if merge is not None:
+    merge.check(str(base))
+    name = f"{name} + {merge.name}"
   return Model(
     params,
     source.config,
@@ -84,6 +113,33 @@ def load(
     rules=source.rules,
     mesh=placed,
   )
+
+
+def find_base(folder: pathlib.Path) -> tuple[bool, pathlib.Path]:
+  """Returns whether a folder is a run of adapters, and the model below them.
+
+  Args:
+    folder: of a model; of any other than such a run, itself.
+
+  Raises:
+    UserError: the base does not exist.
+  """
+  about = adapter_manifest(folder) if is_workdir(folder) else None
+  if about is None:
+    return False, folder
+  base = adapter_base(about)
+  try:
+    return True, find_folder(base)
+  except UserError as error:
+    raise UserError(
+      f"{folder} is a run of adapters, and their base {base} is not here:"
+      f" {error}"
+    ) from None
+
+
+def _describe(folder: pathlib.Path) -> _Source:
+  """Describes the model of a folder."""
+  return (_of_run if is_workdir(folder) else _of_published)(folder)
 
 
 def find_folder(name: str | os.PathLike) -> pathlib.Path:
@@ -140,7 +196,7 @@ def _of_run(folder: pathlib.Path) -> _Source:
   words = experiment.data.tokenizer
 
   def read(
-    config: ModelConfig, mesh: Mesh
+    config: ModelConfig, mesh: Mesh, each: _Each
   ) -> tuple[Mapping[str, jax.Array], str]:
     """Restores the newest sound checkpoint."""
     shapes, shardings = param_shapes(config), _shardings(config, mesh)
@@ -155,6 +211,7 @@ def _of_run(folder: pathlib.Path) -> _Source:
           f"{path} in the newest checkpoint of {folder} holds values that are"
           " not finite; take an earlier checkpoint, or train again"
         )
+      value = each(path, value)
       value = value.astype(narrow_dtype(path, config), copy=False)
       return jax.device_put(value, shardings[path])
 
@@ -188,16 +245,24 @@ def _of_published(folder: pathlib.Path) -> _Source:
   """Describes the model of a published folder."""
 
   def read(
-    config: ModelConfig, mesh: Mesh
+    config: ModelConfig, mesh: Mesh, each: _Each
   ) -> tuple[Mapping[str, jax.Array], str]:
     """Reads the safetensors."""
     shapes = param_shapes(config)
+    shardings = _shardings(config, mesh)
+
+    def merged(path: str, value: jax.Array) -> jax.Array:
+      whole = np.asarray(value)
+      kept = each(path, whole)
+      return value if kept is whole else jax.device_put(kept, shardings[path])
+
     params = load_params(
       folder,
       config,
       shapes,
       dtype={path: narrow_dtype(path, config) for path in shapes},
-      shardings=_shardings(config, mesh),
+      shardings=shardings,
+      each=merged,
     )
     digest = hashlib.sha256()
     for path in weight_files(folder):

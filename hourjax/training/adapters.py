@@ -22,7 +22,12 @@ from hourjax.errors import UserError
 from hourjax.models import lora, quantization
 from hourjax.models.params import VISION, param_axes, param_shapes
 from hourjax.parallel.rules import param_shardings
-from hourjax.training.checkpoint import Base, adapter_manifest, restore_params
+from hourjax.training.checkpoint import (
+  Base,
+  adapter_base,
+  adapter_manifest,
+  restore_params,
+)
 from hourjax.training.checkpoint_format import fingerprint, weight_sum
 from hourjax.training.config import Experiment
 from hourjax.training.train_state import Params, TrainState, initial_params
@@ -55,7 +60,7 @@ def load_base(experiment: Experiment, like: TrainState) -> Base | None:
   begin: Params = {}
   if about is not None:
     begin = _adapters_of(folder, about, like)
-    experiment = dataclasses.replace(experiment, init=about["config"]["init"])
+    experiment = dataclasses.replace(experiment, init=adapter_base(about))
   sums: dict[str, int] = {}
   base: Params = {}
 

@@ -10,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from hourjax import progress
+from hourjax import hub, progress
 from hourjax.errors import UserError
 from hourjax.parallel import hosts
 from hourjax.training import checkpoint_format
@@ -319,6 +319,20 @@ def adapter_manifest(workdir: str | os.PathLike) -> dict[str, Any] | None:
       manifest = checkpoint_format.read_manifest(folder, step)
       return manifest if manifest.get("base") else None
   return None
+
+
+def adapter_base(manifest: Mapping[str, Any]) -> str:
+  """Returns the model below adapters, `config.init` of the first run of them.
+
+  A run of adapters that began with those of another run has its base.
+
+  Args:
+    manifest: of a checkpoint of adapters.
+  """
+  init = manifest["config"]["init"]
+  while before := adapter_manifest(hub.local_folder(init)):
+    init = before["config"]["init"]
+  return init
 
 
 class RestoredParams(NamedTuple):

@@ -21,7 +21,11 @@ from hourjax.models.params import (
   param_shapes,
 )
 from hourjax.parallel.rules import check_attention, param_shardings
-from hourjax.training.checkpoint import adapter_manifest, restore_params
+from hourjax.training.checkpoint import (
+  adapter_base,
+  adapter_manifest,
+  restore_params,
+)
 from hourjax.training.config import Experiment
 from hourjax.training.optimizer import (
   COMPONENTS,
@@ -297,7 +301,7 @@ def _merged(
       value = whole.astype(value.dtype)
     return each(path, value)
 
-  base = dataclasses.replace(experiment, init=about["config"]["init"])
+  base = dataclasses.replace(experiment, init=adapter_base(about))
   return initial_params(base, shardings, dtypes=dtypes, each=merge)
 
 

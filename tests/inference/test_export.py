@@ -91,7 +91,7 @@ def test_a_run_and_back(run, tmp_path):
   visual = models.features()
   for model in (ours, theirs):
     memory = model.encode_memory(visual)
-    texts = [memory.ask(q, max_tokens=6).tokens for q in models.QUESTIONS]
+    texts = [memory.ask(q, max_tokens=6).text for q in models.QUESTIONS]
     if model is ours:
       expected = texts
   assert texts == expected
