@@ -3,10 +3,10 @@
 Their facts stand in the same form as those of TPUs (`parallel.chips`). What
 only a TPU has, such as tiles of our kernels, is unknown.
 
-Peaks (dense, without sparsity), HBM and NVLink are NVIDIA's published figures
-of the SXM modules. The shares of the peak that are assumed come from what
-cuDNN's attention and large language models are reported to reach. Nothing here
-was measured: `python -m hourjax.bench gpu` does.
+Peaks (dense, without sparsity), HBM and NVLink are NVIDIA's published figures,
+of the large ones those of SXM modules. The shares of the peak that are assumed
+come from what cuDNN's attention and large language models are reported to
+reach. Nothing here was measured: `python -m hourjax.bench gpu` does.
 """
 
 from hourjax.parallel.chips import (
@@ -79,6 +79,11 @@ GPUS = {
          nvlink=450, network=50, price=5.00),
     _gpu("b200", ("NVIDIA B200",), tflops=2250, hbm=180, bandwidth=8.0,
          nvlink=900, network=50, price=8.00),
+    # Without NVLink: of PCIe.
+    _gpu("rtx4090", ("NVIDIA GeForce RTX 4090",), tflops=165, hbm=24,
+         bandwidth=1.01, nvlink=32, network=3, price=0.50),
+    _gpu("l4", ("NVIDIA L4",), tflops=121, hbm=24, bandwidth=0.30,
+         nvlink=32, network=3, price=0.75),
   )
 }  # fmt: skip
 
