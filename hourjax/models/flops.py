@@ -167,7 +167,9 @@ def count_flops(
   Args:
     config: of the model; `remat` says what is computed again.
     work: numbers of tokens and pairs.
-    trained: components, see `sample_flops`.
+    trained: components, see `sample_flops`. With "adapters" among them their
+      kernels have no gradients; the adapters' own products, about a hundredth
+      at rank 16, are left out.
     executed: whether to count what the hardware executes, with all that is
       computed again, instead of what is useful.
 
@@ -183,6 +185,7 @@ def count_flops(
   vision = "vision" in trained
   memory = vision or bool({"projector", "decoder"} & trained)
   queries = memory or (blocks > 0 and "memaug" in trained)
+  kernels = frozenset() if "adapters" in trained else trained
   # The backward pass of the attention kernels has five products where the
   # forward pass has two; one of the five computes the scores again.
   kernel = 2.5 if executed else 2.0
@@ -205,7 +208,7 @@ def count_flops(
       again: share that the backward pass repeats under full remat.
     """
     forward = 2.0 * np.asarray(tokens, np.float64) * weights
-    passes = int(component in trained) + int(to_input)
+    passes = int(component in kernels) + int(to_input)
     return Flops(
       forward, passes * forward, again * forward * (rerun and passes > 0)
     )

@@ -127,3 +127,8 @@ def _arranged(
   return mesh_utils.create_device_mesh(
     sizes, devices, allow_split_physical_axes=True
   )
+
+
+def divisors(n: int) -> list[int]:
+  """Returns the sizes that an axis of n devices can have, in ascending order."""
+  return [d for d in range(1, n + 1) if n % d == 0]

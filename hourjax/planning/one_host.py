@@ -35,10 +35,15 @@ from hourjax.parallel.gpus import GPUS
 _FILL = 0.96
 _CHUNK = 15_616  # memory tokens that are projected at a time
 _WORDS = 1024  # of the questions and answers about the videos of a row
-_BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4, "nf4": 4}
 # Bytes of temporaries for each layer and each square of the width: kernels in
 # other layouts, and one layer's kernels converted.
-_KERNELS = {"float32": 20.0, "bfloat16": 12.3, "int8": 9.7, "nf4": 6.4}
+_KERNELS = {
+  "float32": 20.0,
+  "bfloat16": 12.3,
+  "int8": 9.7,
+  "int4": 6.4,
+  "nf4": 6.4,
+}
 _BASES: tuple[lora.Base, ...] = ("bfloat16", "int8", "nf4")
 
 
@@ -167,60 +172,80 @@ def _needed(
   offload: str,
 ) -> dict[str, int]:
   """Returns the bytes of a device, by what takes them."""
-  decoder = model.decoder
-  shapes = param_shapes(model)
-  width, depth = decoder.width, decoder.layers
-  if options.rank:
-    stored = lora.stored_shapes(options, shapes)
-    base = sum(
-      x.size * (4 if x.dtype.name.endswith("int4") else 8 * x.dtype.itemsize)
-      for path, x in stored.items()
-      if not path.startswith(VISION)
-    )
-    layers = lora.target_layers(options, shapes)
-    own = lora.adapter_shapes(options, layers, shapes)
-    trained = sum(x.size for x in own.values())
-    frozen = base / 8
-    # Parameters, gradients and two moments, all float32.
-    state = 16 * trained
-    kernels = _KERNELS[options.base] * depth * width**2
-  else:
-    trained = sum(
-      math.prod(shape)
-      for path, shape in shapes.items()
-      if not path.startswith(VISION)
-    )
-    frozen = 4 * sum(
-      math.prod(shape)
-      for path, shape in shapes.items()
-      if path.startswith(VISION)
-    )
-    state = 14 * trained
-    # The gradient of the embeddings, before and after it is summed; a layer's
-    # weights, and one gradient.
-    kernels = 16.0 * decoder.vocab * width + 10 * width * decoder.mlp
-  away = offload == "host"
-  kept = (
-    4 * width * depth * rows.decoder
-    + 6 * width * model.memaug_layers * rows.queries
-  )
+  frozen, trained = parameter_bytes(model, options)
+  # Trained ones have gradients and two moments, all float32; without adapters
+  # the first moment is bfloat16.
+  state = trained * (4 if options.rank else 3.5)
   features = rows.features * model.vision.width * 2
   return {
     "weights": int(frozen / devices),
     "training state": int(state / devices),
     "two micro-batches": 2 * features,
+    **temporaries(model, rows, options, offload),
+  }
+
+
+def parameter_bytes(
+  model: ModelConfig, options: LoraConfig, *, tower: bool = False
+) -> tuple[float, float]:
+  """Returns the bytes of frozen and of trained parameters, the latter float32.
+
+  Args:
+    model: sizes of the model.
+    options: of adapters; without any all but the tower is trained.
+    tower: whether adapters are trained with pixels, which need the tower.
+  """
+  shapes = param_shapes(model)
+  if options.rank:
+    stored = lora.stored_shapes(options, shapes)
+    bits = sum(
+      x.size * (4 if x.dtype.name.endswith("int4") else 8 * x.dtype.itemsize)
+      for path, x in stored.items()
+      if tower or not path.startswith(VISION)
+    )
+    layers = lora.target_layers(options, shapes)
+    own = lora.adapter_shapes(options, layers, shapes)
+    return bits / 8, 4.0 * sum(x.size for x in own.values())
+  frozen = sum(math.prod(x) for p, x in shapes.items() if p.startswith(VISION))
+  return 4.0 * frozen, 4.0 * (sum(map(math.prod, shapes.values())) - frozen)
+
+
+def temporaries(
+  model: ModelConfig, rows: Size, options: LoraConfig, offload: str
+) -> dict[str, int]:
+  """Returns what a row takes while it is computed, by what takes it.
+
+  Args:
+    model: sizes of the model; its memory is projected in chunks.
+    rows: capacity of the row.
+    options: of adapters.
+    offload: see `ModelConfig`.
+  """
+  decoder = model.decoder
+  width, depth = decoder.width, decoder.layers
+  if options.rank:
+    kernels = _KERNELS[options.base] * depth * width**2
+  else:
+    # The gradient of the embeddings, before and after it is summed; a layer's
+    # weights, and one gradient.
+    kernels = 16.0 * decoder.vocab * width + 10 * width * decoder.mlp
+  kept = (
+    4 * width * depth * rows.decoder
+    + 6 * width * model.memaug_layers * rows.queries
+  )
+  return {
     "memory and its gradient": 4 * rows.memory * width,
-    "inputs of layers": 0 if away else kept,
+    "inputs of layers": 0 if offload == "host" else kept,
     "one layer at work": int(66 * rows.queries * width + kernels) + (150 << 20),
   }
 
 
 def _sentence(fit: Fit, chip: Chip, devices: int) -> str:
   """Returns what was chosen, in one sentence."""
-  of = "device" if devices > 1 else "one device"
   return (
     f"{devices} x {chip.name}: {fit.total / GIB:.1f} of"
-    f" {chip.limit / GIB:.1f} GiB of {of} by formulas ({_parts(fit.needed)})"
+    f" {chip.limit / GIB:.1f} GiB{' of each' * (devices > 1)} by formulas"
+    f" ({_parts(fit.needed)})"
   )
 
 

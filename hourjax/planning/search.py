@@ -22,13 +22,14 @@ from hourjax.data.sequence_sharding import check_sequence_sharding
 from hourjax.errors import UserError
 from hourjax.models.config import Remat
 from hourjax.models.params import param_axes, param_shapes
-from hourjax.parallel.mesh import MeshConfig
+from hourjax.parallel.mesh import MeshConfig, divisors
 from hourjax.parallel.rules import RULES
 from hourjax.planning.compiler.compiled_step import (
   LIMIT,
   Compiled,
   compile_step,
 )
+from hourjax.planning.one_host import parameter_bytes, temporaries
 from hourjax.planning.plan import Plan, evaluate
 from hourjax.planning.topology import Topology
 from hourjax.planning.workload import Workload, trained
@@ -250,14 +251,10 @@ def _meshes(devices: int, kv_heads: int) -> Iterator[tuple[int, int, int, int]]:
   for tensor in (1, 2, 4):
     if kv_heads % tensor or devices % tensor:
       continue
-    for seq in _divisors(devices // tensor):
+    for seq in divisors(devices // tensor):
       rest = devices // tensor // seq
-      for data in _divisors(rest):
+      for data in divisors(rest):
         yield data, rest // data, seq, tensor
-
-
-def _divisors(n: int) -> list[int]:
-  return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def _divides(
@@ -279,10 +276,15 @@ def count_parameters(experiment: Experiment) -> dict[str, float]:
   """Counts parameters.
 
   Returns:
-    Numbers of parameters: `tower`, of the vision tower; and of the rest
-    `learnt`, which are trained, and `frozen`.
+    Numbers of float32 parameters, or as many as take the same memory: `tower`,
+    of the tower; and of the rest `learnt`, which are trained, and `frozen`.
   """
   learnt = trained(experiment)
+  if experiment.lora.rank:
+    frozen, own = parameter_bytes(
+      experiment.model, experiment.lora, tower=experiment.reads_pixels
+    )
+    return {"tower": 0.0, "learnt": own / 4, "frozen": frozen / 4}
   found = {"tower": 0.0, "learnt": 0.0, "frozen": 0.0}
   for path, shape in param_shapes(experiment.model).items():
     name = component(path)
@@ -365,6 +367,9 @@ def _temporaries(
   """
   model, capacity = experiment.model, spec.capacity
   decoder = model.decoder
+  if model.memory_chunk:
+    parts = temporaries(model, capacity, experiment.lora, model.offload)
+    return rows * sum(parts.values())
   width, seq = decoder.width, mesh["seq"]
   full = model.remat == "full"
   # Bytes of a token in a layer: its input and attention's output; all outputs

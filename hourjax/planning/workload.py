@@ -144,9 +144,11 @@ def _stream_of(
 
 
 def trained(experiment: Experiment) -> frozenset[str]:
-  """Returns the components that are trained: their learning rate is not 0."""
-  names = ("vision", "projector", "memaug", "decoder")
-  return frozenset(n for n in names if experiment.optimizer.rate(n) > 0)
+  """Returns the components that are trained: their learning rate is not 0.
+
+  With "adapters" among them, adapters of these are.
+  """
+  return experiment.trained_components
 
 
 def stage_of(experiment: Experiment) -> str:
@@ -154,7 +156,7 @@ def stage_of(experiment: Experiment) -> str:
   found = trained(experiment)
   if "vision" in found:
     return "stage2"
-  return "stage1" if found == {"memaug"} else "stage3"
+  return "stage1" if found - {"adapters"} == {"memaug"} else "stage3"
 
 
 def make_workload(experiment: Experiment, name: str = "") -> Workload:

@@ -6,8 +6,6 @@ change later is in `workdir`.
 """
 
 import dataclasses
-import math
-import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -22,6 +20,7 @@ from hourjax.models.config import ModelConfig
 from hourjax.models.lora import LoraConfig
 from hourjax.parallel.chips import parse_tiles
 from hourjax.parallel.mesh import MeshConfig
+from hourjax.training.config_values import build, either
 from hourjax.training.optimizer import COMPONENTS, OptimizerConfig
 from hourjax.training.profiling import parse_steps
 
@@ -55,6 +54,7 @@ LIMITS: dict[str, tuple[float, float]] = {
   "forgetting.max_frames": (1, 10**7),
   "forgetting.temporal_ratio": (0, 10**6),
   "memory.scale": (0, 1),
+  "model.memory_chunk": (0, 2**27),
   **{f"optimizer.{name}": (0, 10) for name in (*COMPONENTS, "single_rate")},
   **dict.fromkeys(("optimizer.b1", "optimizer.b2"), (0, 1 - 1e-9)),
   "optimizer.eps": (1e-30, 1),
@@ -254,6 +254,12 @@ class Experiment:
         " stop"
       )
     self.memory.check_forgetting(self.forgetting)
+    if self.model.offload == "host" and self.model.remat != "full":
+      raise UserError(
+        f"config.model.offload is 'host' and config.model.remat"
+        f" {self.model.remat!r}, which keeps more than is moved; set"
+        " config.model.remat=full, or config.model.offload=device"
+      )
     if not self.steps and not self.epochs > 0:
       raise UserError(
         f"config.epochs is {self.epochs} and config.steps 0; one must be"
@@ -287,6 +293,12 @@ class Experiment:
         " fewer, on a mesh whose data x fsdp divides it, or raise"
         " config.batch_samples"
       )
+
+  @property
+  def trained_components(self) -> frozenset[str]:
+    """Returns the components that learn, and "adapters" if only these do."""
+    names = {name for name in COMPONENTS if self.optimizer.rate(name) > 0}
+    return frozenset(names | ({"adapters"} if self.lora.rank else set()))
 
   @property
   def micro_batches(self) -> int:
@@ -356,7 +368,7 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
     UserError: a key is unknown or missing, a value has another type, or a
       number is outside of `LIMITS`; names the key.
   """
-  experiment = _build(Experiment, config, "config")
+  experiment = build(Experiment, config, "config", _RENAMED)
   _check_values(experiment)
   return experiment
 
@@ -396,7 +408,7 @@ def _check_values(experiment: Experiment) -> None:
     )
   if model.dtype not in _DTYPES:
     raise UserError(
-      f"config.model.dtype is {model.dtype!r}; choose {_either(_DTYPES)}"
+      f"config.model.dtype is {model.dtype!r}; choose {either(_DTYPES)}"
     )
 
 
@@ -408,83 +420,6 @@ def _flat(of: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
       yield from _flat(value, f"{key}.")
     else:
       yield key, value
-
-
-def _typed(value: Any, kind: Any, where: str) -> Any:
-  """Returns a value of a field's type; only int is converted, to float."""
-  options = typing.get_args(kind)  # of a Literal
-  if options and value not in options:
-    raise UserError(f"{where} is {value!r}; choose {_either(options)}")
-  kind = str if options else kind
-  if kind is float and type(value) is int:
-    value = float(value) if abs(value) < 2**1000 else math.inf
-  if type(value) is not kind or value != value:
-    names: dict[Any, str] = {
-      int: "an integer",
-      float: "a number",
-      bool: "True or False",
-    }
-    raise UserError(
-      f"{where} is {schema.shorten(value)}; it must be"
-      f" {names.get(kind, 'text')}"
-    )
-  return value
-
-
-def _either(options: tuple[str, ...]) -> str:
-  """Returns "a, b or c"."""
-  return f"{', '.join(options[:-1])} or {options[-1]}"
-
-
-def _build_each(kind: Any, values: Any, where: str) -> dict[str, Any]:
-  """Builds a dict of dataclasses from a mapping of mappings."""
-  if not isinstance(values, Mapping):
-    raise UserError(
-      f"{where} is {schema.shorten(values)}; it must be a group of names"
-    )
-  _, cls = typing.get_args(kind)
-  return {
-    str(name): _build(cls, value, f"{where}.{name}")
-    for name, value in values.items()
-  }
-
-
-def _build(cls: type, values: Any, where: str) -> Any:
-  """Builds a dataclass, and those nested in it, from a mapping."""
-  if not isinstance(values, Mapping):
-    raise UserError(
-      f"{where} is {schema.shorten(values)}; it must be a group of keys"
-    )
-  fields = {field.name: field for field in dataclasses.fields(cls)}
-  unknown = sorted(map(str, set(values) - set(fields)))
-  for key in unknown:
-    if where == "config" and key in _RENAMED:
-      raise UserError(f"{where}.{key} is now called {where}.{_RENAMED[key]}")
-  if unknown:
-    raise UserError(
-      f"{where} has no key {', '.join(unknown)}; known are"
-      f" {', '.join(sorted(fields))}"
-    )
-  types = typing.get_type_hints(cls)
-  arguments = {}
-  for name, value in values.items():
-    nested = types[name]
-    if dataclasses.is_dataclass(nested):
-      arguments[name] = _build(nested, value, f"{where}.{name}")
-    elif typing.get_origin(nested) is dict:
-      arguments[name] = _build_each(nested, value, f"{where}.{name}")
-    else:
-      arguments[name] = _typed(value, nested, f"{where}.{name}")
-  missing = sorted(
-    name
-    for name, field in fields.items()
-    if name not in arguments
-    and field.default is dataclasses.MISSING
-    and field.default_factory is dataclasses.MISSING
-  )
-  if missing:
-    raise UserError(f"{where} lacks {', '.join(missing)}")
-  return cls(**arguments)
 
 
 def rename_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:

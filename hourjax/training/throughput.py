@@ -23,7 +23,6 @@ from hourjax.data.sample_sizes import FIELDS
 from hourjax.jsonl import JsonlWriter, read_valid_rows
 from hourjax.models.flops import count_flops, sample_work
 from hourjax.training.config import Experiment
-from hourjax.training.optimizer import COMPONENTS
 
 
 class RowTotals(NamedTuple):
@@ -54,9 +53,7 @@ class ThroughputCounter:
   def __init__(self, experiment: Experiment, dataset: Dataset, plan: RowPlan):
     self._config, self._plan, self._dataset = experiment.model, plan, dataset
     self._frame_tokens = experiment.model.pool_side**2 + 1
-    self._trained = {
-      name for name in COMPONENTS if experiment.optimizer.rate(name) > 0
-    }
+    self._trained = experiment.trained_components
 
   def count(self, position: int, rows: int) -> RowTotals:
     """Returns the totals of a step's rows.
