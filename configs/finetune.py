@@ -21,7 +21,7 @@ from configs import common
 from hourjax.data.rows import Size
 from hourjax.models.config import SIZES
 from hourjax.models.lora import LoraConfig
-from hourjax.planning.devices import named_devices
+from hourjax.parallel.gpus import named_devices
 from hourjax.planning.one_host import fit_one_host
 
 # Peak rates: of adapters those of LoRA in PEFT's and LLaVA's recipes, of all

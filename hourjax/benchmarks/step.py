@@ -3,9 +3,8 @@
 The programs are those of training. Parameters are drawn, and rows generated in
 the sizes of the stage's data, so nothing has to be there but the devices. The
 step is timed, then traced; `step_profile` tells from the trace how long each
-component took. From these seconds and the counted operations follow the
-constants that `planning.roofline` assumes, and which `plan --calibration`
-takes.
+component took. From that and the counted operations follow the constants that
+`planning.roofline` assumes, and which `plan --calibration` takes.
 """
 
 import contextlib
@@ -39,6 +38,7 @@ from hourjax.planning.compiler.compiled_step import (
 from hourjax.planning.step_profile import Times
 from hourjax.planning.topology import topology_of
 from hourjax.planning.workload import Workload, make_workload, trained
+from hourjax.training.adapters import blank_params
 from hourjax.training.batch_sharding import BatchSharding
 from hourjax.training.config import Experiment
 from hourjax.training.train_state import (
@@ -198,7 +198,8 @@ def _prepare(experiment: Experiment) -> Prepared:
       experiment.model.decoder.vocab,
     )
     batches.append(place(rows))
-  state = fresh_state(experiment, like, optimizer)
+  blank = blank_params(experiment, like)
+  state = fresh_state(experiment, like, optimizer, blank)
   return Prepared(experiment, workload, mesh, step, programs, state, batches)
 
 

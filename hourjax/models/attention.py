@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from hourjax.kernels.attention import attention, cached_attention
 from hourjax.models.config import PLATFORM_ATTENTION, AttentionConfig
-from hourjax.models.layers import TOKENS, linear, rms_norm
+from hourjax.models.layers import rms_norm
+from hourjax.models.linear import TOKENS, linear
 from hourjax.parallel.chips import attention_tiles
 from hourjax.parallel.rules import attention_sharding
 

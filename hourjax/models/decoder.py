@@ -20,15 +20,8 @@ from hourjax.models.config import (
   Offload,
   Remat,
 )
-from hourjax.models.layers import (
-  SEQUENCE,
-  TOKENS,
-  LeadingAxes,
-  Stack,
-  from_bits,
-  linear,
-  rms_norm,
-)
+from hourjax.models.layers import Stack, from_bits, rms_norm
+from hourjax.models.linear import SEQUENCE, TOKENS, LeadingAxes, linear
 from hourjax.parallel import vocabulary
 from hourjax.parallel.rules import constrain
 

@@ -16,7 +16,7 @@ from hourjax.batch import Batch
 from hourjax.models.attention import KeysValues
 from hourjax.models.config import ModelConfig
 from hourjax.models.decoder import Decoder
-from hourjax.models.layers import IMAGES
+from hourjax.models.linear import IMAGES
 from hourjax.models.memaug import MemAugBlock, make_memaug
 from hourjax.models.memory import (
   Projector,

@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from hourjax.errors import UserError
 from hourjax.models import quantization
 
 Base = Literal["float32", "bfloat16", "int8", "int4", "nf4"]
@@ -68,23 +67,6 @@ class LoraConfig:
   dora: bool = False
   base: Base = "bfloat16"
 
-  def __post_init__(self) -> None:
-    if self.rank < 0:
-      raise UserError(
-        f"config.lora.rank is {self.rank}; give 1 or more, such as 16, or 0 to"
-        " train without adapters"
-      )
-    if not self.alpha > 0:
-      raise UserError(
-        f"config.lora.alpha is {self.alpha}; it must be above 0, such as twice"
-        f" the rank, {2 * self.rank}"
-      )
-    if not 0 <= self.dropout < 1:
-      raise UserError(
-        f"config.lora.dropout is {self.dropout}; it is a share, from 0 to below"
-        " 1"
-      )
-
 
 def layer_name(path: str) -> str:
   """Returns the name of a layer, as targets name it, of its path.
@@ -118,14 +100,14 @@ def target_layers(config: LoraConfig, shapes: Iterable[str]) -> list[str]:
     shapes: paths of a model's parameters.
 
   Raises:
-    UserError: a pattern matches no layer.
+    ValueError: a pattern matches no layer.
   """
   layers = {path: layer_name(path) for path in linear_layers(shapes)}
   patterns = [text.strip() for text in config.targets.split(",")]
   wanted = [ALIASES.get(text, text) for text in patterns]
   for text, pattern in zip(patterns, wanted):
     if not fnmatch.filter(layers.values(), pattern):
-      raise UserError(
+      raise ValueError(
         f"config.lora.targets has {text!r}, which is none of the model's linear"
         f" layers {', '.join(layers.values())}; give one of them, a pattern"
         f" such as decoder/*, or {', '.join(ALIASES)}"
@@ -150,13 +132,13 @@ def adapter_shapes(
     shapes: of the model's parameters by path.
 
   Raises:
-    UserError: the rank is as large as a kernel, which is no saving.
+    ValueError: the rank is as large as a kernel, which is no saving.
   """
   found = {}
   for path in layers:
     *stack, inputs, outputs = shapes[f"{path}/kernel"]
     if config.rank > min(inputs, outputs):
-      raise UserError(
+      raise ValueError(
         f"config.lora.rank is {config.rank}, and {layer_name(path)} has a"
         f" kernel of {inputs} x {outputs}, whose rank is at most"
         f" {min(inputs, outputs)}; lower the rank, or leave this layer out of"

@@ -21,7 +21,8 @@ from hourjax.models.config import (
   DecoderConfig,
   ModelConfig,
 )
-from hourjax.models.layers import Stack, layer_norm, linear
+from hourjax.models.layers import Stack, layer_norm
+from hourjax.models.linear import linear
 from hourjax.parallel.rules import attention_sharding, constrain
 from hourjax.parallel.sharded_gather import gather_rows
 

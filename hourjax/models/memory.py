@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from hourjax.models.layers import SEQUENCE, LeadingAxes, linear
+from hourjax.models.linear import SEQUENCE, LeadingAxes, linear
 from hourjax.parallel import sharded_gather
 from hourjax.parallel.rules import constrain
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from hourjax.models.config import ModelConfig
 from hourjax.models.hourllava import HourLLaVA
-from hourjax.models.layers import Linear
+from hourjax.models.linear import Linear
 
 VISION = "vision/"  # start of the paths of the vision tower's parameters
 

@@ -9,7 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from hourjax.models.config import Remat, VisionConfig
-from hourjax.models.layers import IMAGES, Stack, layer_norm, linear
+from hourjax.models.layers import Stack, layer_norm
+from hourjax.models.linear import IMAGES, linear
 
 
 class EncoderLayer(nnx.Module):

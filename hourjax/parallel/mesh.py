@@ -130,5 +130,5 @@ def _arranged(
 
 
 def divisors(n: int) -> list[int]:
-  """Returns the sizes that an axis of n devices can have, in ascending order."""
+  """Returns the sizes that an axis of n devices can have, ascending."""
   return [d for d in range(1, n + 1) if n % d == 0]

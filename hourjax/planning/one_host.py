@@ -111,7 +111,10 @@ def fit_one_host(
     UserError: nothing fits; names what is missing and the smallest change.
   """
   limit = int(_FILL * chip.limit)
-  tried = list(_settings(model, devices, hours, options))
+  try:
+    tried = list(_settings(model, devices, hours, options))
+  except ValueError as error:  # of targets or rank
+    raise UserError(str(error)) from None
   for fit in tried:
     if fit.total <= limit:
       return dataclasses.replace(

@@ -128,6 +128,26 @@ def first_adapters(
   return params
 
 
+def blank_params(experiment: Experiment, like: TrainState) -> Params | None:
+  """Returns zeros for all parameters of a run of adapters, by path.
+
+  For measurements: they take no other time than trained weights.
+
+  Args:
+    experiment: of the run; None is returned for one without adapters.
+    like: shapes, dtypes and shardings, as `abstract_state` returns them.
+  """
+  if not experiment.lora.rank:
+    return None
+  shapes = like.trained | like.frozen
+  shardings = {path: x.sharding for path, x in shapes.items()}
+
+  def zeros() -> Params:
+    return {path: jnp.zeros(x.shape, x.dtype) for path, x in shapes.items()}
+
+  return jax.jit(zeros, out_shardings=shardings)()
+
+
 def _stored(
   path: str,
   value: jax.Array,

@@ -6,6 +6,7 @@ change later is in `workdir`.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -20,9 +21,7 @@ from hourjax.models.config import ModelConfig
 from hourjax.models.lora import LoraConfig
 from hourjax.parallel.chips import parse_tiles
 from hourjax.parallel.mesh import MeshConfig
-from hourjax.training.config_values import build, either
 from hourjax.training.optimizer import COMPONENTS, OptimizerConfig
-from hourjax.training.profiling import parse_steps
 
 _MANY = 10**12  # steps: more than any run has
 # Key -> the smallest and the largest value that makes sense. A value beyond is
@@ -138,6 +137,24 @@ class DataConfig:
         f"config.data.single_image is {self.single_image!r}; choose tiled or"
         " plain"
       )
+
+
+def parse_steps(text: str) -> range:
+  """Returns the steps of "a:b", which are a to b-1; none for an empty text.
+
+  Raises:
+    UserError: the text has another form, or means no step.
+  """
+  if not text:
+    return range(0)
+  match = re.fullmatch(r"(\d+):(\d+)", text)
+  steps = range(*map(int, match.groups())) if match else range(0)
+  if not steps or not steps[0]:
+    raise UserError(
+      f"config.metrics.profile_steps is {text!r}; write a:b to trace the steps"
+      " a to b-1, with 1 <= a < b, as 10:15"
+    )
+  return steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,7 +385,7 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
     UserError: a key is unknown or missing, a value has another type, or a
       number is outside of `LIMITS`; names the key.
   """
-  experiment = build(Experiment, config, "config", _RENAMED)
+  experiment = schema.build(Experiment, config, "config", _RENAMED)
   _check_values(experiment)
   return experiment
 
@@ -408,7 +425,7 @@ def _check_values(experiment: Experiment) -> None:
     )
   if model.dtype not in _DTYPES:
     raise UserError(
-      f"config.model.dtype is {model.dtype!r}; choose {either(_DTYPES)}"
+      f"config.model.dtype is {model.dtype!r}; choose {schema.either(_DTYPES)}"
     )
 
 

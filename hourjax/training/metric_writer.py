@@ -18,10 +18,10 @@ from hourjax import schema
 from hourjax.errors import UserError
 from hourjax.jsonl import JsonlWriter, read_valid_rows
 from hourjax.progress import ProgressBar
-from hourjax.training.config import MetricsConfig
-from hourjax.training.profiling import Profiler, parse_steps
+from hourjax.training.config import MetricsConfig, parse_steps
 from hourjax.training.throughput import Goodput, hbm_usage, wall_clock
 from hourjax.training.trackers import (
+  Profiler,
   TensorBoardWriter,
   WandbWriter,
   require_wandb,

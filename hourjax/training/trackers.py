@@ -1,4 +1,4 @@
-"""Writers of metrics for other programs: TensorBoard, Weights & Biases.
+"""Writers for other programs: TensorBoard, Weights & Biases, XProf.
 
 TensorBoard's event files are written without TensorFlow: tensorboardX has their
 messages and checksum. Its own writer is not used, since it hands events to a
@@ -19,6 +19,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+import jax
 
 from hourjax.errors import UserError
 
@@ -209,3 +211,76 @@ def _run_id(path: pathlib.Path) -> str:
   made = uuid.uuid4().hex[:12]
   path.write_text(made + "\n")
   return made
+
+
+class Profiler:
+  """Traces steps into WORKDIR/profile, with `jax.profiler`."""
+
+  def __init__(self, workdir: str | os.PathLike, steps: range):
+    """Starts nothing yet.
+
+    Args:
+      workdir: of the run.
+      steps: to trace.
+    """
+    self._folder = pathlib.Path(workdir) / "profile"
+    self._steps = steps
+    self._tracing = False
+    self._step: jax.profiler.StepTraceAnnotation | None = None
+
+  def begin_step(self, step: int) -> float:
+    """Starts or ends the trace where one of its ends is, before a step.
+
+    Both wait until the devices are done, so the trace has whole steps.
+
+    Args:
+      step: that begins now.
+
+    Returns:
+      The seconds that this took.
+    """
+    self._end_step()
+    took = 0.0
+    if self._tracing != (step in self._steps):
+      began = time.monotonic()
+      (self._stop if self._tracing else self._start)()
+      took = time.monotonic() - began
+    if self._tracing:
+      # XProf finds the steps of a trace by this annotation.
+      self._step = jax.profiler.StepTraceAnnotation("train", step_num=step)
+      self._step.__enter__()
+    return took
+
+  def close(self) -> None:
+    """Ends a trace that is under way, and writes its file."""
+    self._end_step()
+    if self._tracing:
+      self._stop()
+
+  def _end_step(self) -> None:
+    """Ends the annotation of the step before."""
+    if self._step is not None:
+      self._step.__exit__(None, None, None)
+      self._step = None
+
+  def _start(self) -> None:
+    """Starts the trace."""
+    jax.block_until_ready(jax.live_arrays())
+    try:
+      jax.profiler.start_trace(self._folder)
+    except RuntimeError as error:  # another trace is under way
+      print(f"no trace of these steps: {error}", file=sys.stderr)
+      self._steps = range(0)
+    else:
+      self._tracing = True
+
+  def _stop(self) -> None:
+    """Writes the trace."""
+    jax.block_until_ready(jax.live_arrays())
+    self._tracing = False
+    try:
+      jax.profiler.stop_trace()
+    except (RuntimeError, OSError) as error:
+      print(f"the trace was not written: {error}", file=sys.stderr)
+    else:
+      print(f"wrote a trace into {self._folder}", file=sys.stderr)

@@ -133,11 +133,15 @@ def _adapters(
       " config.optimizer.vision=0, or config.lora.rank=0 to train all of it"
     )
   shapes, axes = param_shapes(experiment.model), param_axes(experiment.model)
-  layers = [
-    path
-    for path in lora.target_layers(config, shapes)
-    if rates.rate(component(path)) > 0
-  ]
+  try:
+    layers = [
+      path
+      for path in lora.target_layers(config, shapes)
+      if rates.rate(component(path)) > 0
+    ]
+    own = lora.adapter_shapes(config, layers, shapes)
+  except ValueError as error:
+    raise UserError(str(error)) from None
   if not layers:
     given = ", ".join(f"{c}={rates.rate(c)}" for c in COMPONENTS)
     raise UserError(
@@ -148,7 +152,6 @@ def _adapters(
   if not experiment.reads_pixels:
     # No row has a use for the tower: 0.8 GB in bfloat16.
     stored = {p: x for p, x in stored.items() if not p.startswith(VISION)}
-  own = lora.adapter_shapes(config, layers, shapes)
   every = stored | own
   places = {
     path: axes.get(path) or lora.added_axes(path, axes) for path in every

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from hourjax.batch import IGNORE, Batch
 from hourjax.models.config import ModelConfig
 from hourjax.models.hourllava import HourLLaVA
-from hourjax.models.layers import adapter_dropout
+from hourjax.models.linear import adapter_dropout
 from hourjax.models.params import param_axes, param_shapes, with_params
 from hourjax.parallel import fsdp, vocabulary
 from hourjax.parallel.mesh import AXES

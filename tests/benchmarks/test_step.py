@@ -35,7 +35,7 @@ TINY = {
 V5E = CHIPS["v5e"]
 
 
-def _zeros(_, like, __):
+def _zeros(_, like, __, ___):
   """A state without the seconds that drawing one takes to compile."""
   return jax.tree.map(
     lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), like

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hourjax.errors import UserError
 from hourjax.models import lora, quantization
 from hourjax.models.config import TINY
-from hourjax.models.layers import TOKENS, adapter_dropout, linear
+from hourjax.models.linear import TOKENS, adapter_dropout, linear
 from hourjax.models.lora import LoraConfig
 from hourjax.models.params import param_axes, param_shapes, with_params
 
@@ -210,23 +209,10 @@ def test_targets_by_pattern_and_by_peft_s_words():
   assert not any("head" in name or "vision" in name for name in every)
 
 
-@pytest.mark.parametrize(
-  "values, message",
-  [
-    ({"rank": -1}, r"config\.lora\.rank is -1; give 1 or more"),
-    ({"alpha": 0.0}, r"config\.lora\.alpha is 0\.0; it must be above 0"),
-    ({"dropout": 1.0}, r"config\.lora\.dropout is 1\.0"),
-  ],
-)
-def test_what_makes_no_sense_is_refused(values, message):
-  with pytest.raises(UserError, match=message):
-    LoraConfig(**values)
-
-
 @pytest.mark.parametrize("word", ["q", "decoder/attn", "vision/*", "*head", ""])
 def test_an_unknown_target_is_named_with_those_there_are(word):
   with pytest.raises(
-    UserError, match=r"targets has .* none of .* decoder/attn/q"
+    ValueError, match=r"targets has .* none of .* decoder/attn/q"
   ):
     lora.target_layers(LoraConfig(rank=1, targets=f"q_proj,{word}"), SHAPES)
 
@@ -234,7 +220,7 @@ def test_an_unknown_target_is_named_with_those_there_are(word):
 def test_a_rank_above_that_of_a_kernel_is_refused():
   layers = lora.target_layers(LoraConfig(rank=40), SHAPES)
   with pytest.raises(
-    UserError, match=r"rank is 40, and decoder/attn/k .* 64 x"
+    ValueError, match=r"rank is 40, and decoder/attn/k .* 64 x"
   ):
     lora.adapter_shapes(LoraConfig(rank=40), layers, SHAPES)
 

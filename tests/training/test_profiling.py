@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import pytest
 
 from hourjax.errors import UserError
-from hourjax.training.profiling import Profiler, parse_steps
+from hourjax.training.config import parse_steps
+from hourjax.training.trackers import Profiler
 
 
 @pytest.mark.parametrize(
