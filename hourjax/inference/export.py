@@ -94,7 +94,7 @@ def export(
     out: folder to write; it must not exist, or be empty.
     part: "all" for the layout of Hour-LLaVA; "decoder" for that of Hugging
       Face's Qwen2 or Qwen3, "tower" for that of its SigLIP.
-    step: of the run's checkpoint, if not the newest.
+    step: of the run's checkpoint, if not the best or the newest.
     dtype: "bfloat16" or "float32".
     tokenizer: folder of the tokenizer, if not the model's own.
     shard_bytes: size above which a file ends.
@@ -199,7 +199,7 @@ def _of_run(
   rules = run_rules(experiment)
 
   def read(prefix: str, write: _Write) -> dict[str, str]:
-    """Reads the newest sound checkpoint, or that of the step."""
+    """Reads the best or newest sound checkpoint, or that of the step."""
     found = restore_params(
       folder,
       host_sharding(),

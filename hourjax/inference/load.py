@@ -56,7 +56,8 @@ def load(
   """Reads a model and puts it on the devices of this process.
 
   Args:
-    folder: workdir of a training run, whose newest sound checkpoint is read;
+    folder: workdir of a training run, of which the best or the newest sound
+      checkpoint is read (see `restore_params`);
       or a published folder (`config.json`, safetensors and the tokenizer's
       files), or a name with hf:// (see `hub`).
     tokenizer: folder of the tokenizer. By default that of the training run, or
@@ -142,7 +143,7 @@ def _of_run(folder: pathlib.Path) -> _Source:
   def read(
     config: ModelConfig, mesh: Mesh
   ) -> tuple[Mapping[str, jax.Array], str]:
-    """Restores the newest sound checkpoint."""
+    """Restores the best or the newest sound checkpoint."""
     shapes, shardings = param_shapes(config), _shardings(config, mesh)
 
     def place(path: str, value: Any) -> jax.Array:
@@ -152,7 +153,7 @@ def _of_run(folder: pathlib.Path) -> _Source:
       value = np.asarray(value)
       if not _finite(value):
         raise UserError(
-          f"{path} in the newest checkpoint of {folder} holds values that are"
+          f"{path} in the checkpoint of {folder} holds values that are"
           " not finite; take an earlier checkpoint, or train again"
         )
       value = value.astype(narrow_dtype(path, config), copy=False)
@@ -178,7 +179,7 @@ def _misfit(
   """Raises an error that names both shapes of a parameter."""
   both = [tuple(shape) if shape else "nothing" for shape in (found, wanted)]
   raise UserError(
-    f"{path} is {both[0]} in the newest checkpoint of {folder} and {both[1]}"
+    f"{path} is {both[0]} in the checkpoint of {folder} and {both[1]}"
     f" in the model that {folder}/config.json describes; use the config.json of"
     " that training"
   )

@@ -128,7 +128,7 @@ def initial_params(
   """Returns the parameters that a run begins with, float32, by path.
 
   They are drawn, imported from a folder of published weights, or taken from
-  the newest checkpoint of another run, as `Experiment.init` says.
+  the best or newest checkpoint of another run, as `Experiment.init` says.
 
   Args:
     experiment: of the run.
