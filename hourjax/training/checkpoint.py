@@ -20,7 +20,7 @@ from hourjax.training.checkpoint_format import (
   checkpoint_folder,
   checkpoint_steps,
 )
-from hourjax.training.early_stopping import best_step
+from hourjax.training.faults import best_step
 
 
 @runtime_checkable

@@ -195,7 +195,7 @@ class Experiment:
     eval_every: steps between two evaluations on held-out data; 0 for none.
     eval_rows: rows of held-out data that an evaluation takes, always the same.
     patience: evaluations in a row without a lower loss of held-out answers
-      after which the run ends, see `early_stopping`; 0 is off.
+      after which the run ends, see `faults`; 0 is off.
     memory: which memory tokens queries attend to, and their positions.
     metrics: what is written beside metrics.jsonl.
     stream_rows: capacity of the rows of streams that have another than `rows`,

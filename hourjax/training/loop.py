@@ -13,7 +13,7 @@ Every step
   5. write metrics, if they are due or there was an evaluation,
   6. stop with an error after too many steps in a row that are not finite,
   7. finish a save that has ended; save a checkpoint, if one is due or a signal
-     has come, or the evaluation was the best so far (`early_stopping`), but
+     has come, or the evaluation was the best so far (`faults`), but
      none amid steps that are not finite,
   8. exit if a signal has come, or `config.patience` has run out.
 
@@ -56,8 +56,7 @@ from hourjax.training.data_loader import (
   question_embedder,
   row_plan,
 )
-from hourjax.training.early_stopping import EarlyStopping
-from hourjax.training.faults import NonFiniteSteps, Preemption
+from hourjax.training.faults import EarlyStopping, NonFiniteSteps, Preemption
 from hourjax.training.holdout import HoldoutEvaluation
 from hourjax.training.metric_writer import MetricWriter, read_metrics
 from hourjax.training.optimizer import COMPONENTS, schedule

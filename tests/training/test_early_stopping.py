@@ -16,7 +16,7 @@ from hourjax.training.checkpoint_format import (
   checkpoint_steps,
 )
 from hourjax.training.config import build_experiment
-from hourjax.training.early_stopping import (
+from hourjax.training.faults import (
   LOSS,
   EarlyStopping,
   best_step,
