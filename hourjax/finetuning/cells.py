@@ -15,7 +15,7 @@ _HELD_OUT = ("val", "valid", "validation", "dev", "test", "testing", "eval",
 _LABEL = re.compile(r"(?:^|(?<=[\s|;,/]))\(?([A-Za-z]|\d{1,2})\)?[.):]\s+")
 _CLOCK = re.compile(r"(?:(\d+):)?(\d{1,3}):(\d{1,2}(?:[.,]\d+)?)")
 _UNITS = re.compile(
-  r"(?:(\d+)\s*h\w*)?\s*(?:(\d+)\s*m(?:in\w*)?)?\s*(?:(\d+(?:[.,]\d+)?)\s*s\w*)?"
+  r"(?:(\d+) *h[a-z]*)? *(?:(\d+) *m[a-z]*)? *(?:(\d+(?:[.,]\d+)?) *s[a-z]*)?"
 )
 
 

@@ -426,18 +426,26 @@ def conversations(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   """Returns the records of questions: up to five about a video in each.
 
   Args:
-    found: questions; their records have ids that begin with the video's name,
-      and say "held" where they are held out.
+    found: questions. What is held out has records of its own, whose
+      "held_out" is True and whose ids end in "-held".
   """
   groups: dict[tuple[str, bool], list[Any]] = {}
   records = []
   for item in found:
     if "record" in item:
-      records.append(item["record"])
+      held = "-held" if item["held_out"] else ""
+      records.append(
+        item["record"]
+        | {
+          "id": f"{item['record']['id']}{held}",
+          "held_out": item["held_out"],
+        }
+      )
     else:
       groups.setdefault((item["video"], item["held_out"]), []).append(item)
   for (_, held_out), items in groups.items():
     for _, record in question_tables.conversations(items):
       record["id"] += "-held" if held_out else ""
+      record["held_out"] = held_out
       records.append(record)
   return records

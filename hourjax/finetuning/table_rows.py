@@ -46,8 +46,9 @@ _NAMES = {
   " clip_id videoid video_url youtube_id path url media id name",
   "question": "questions question_text query_text text input problem",
   "answer": "answers ans correct correct_option correct_choice right_answer"
-  " answer_text gold target label output answer_letter answer_idx answer_index"
-  " correct_idx correct_index correct_answer_index answer_key key",
+  " answer_text gold gold_answer correct_answers target label output"
+  " answer_letter answer_idx answer_index correct_idx correct_index"
+  " correct_answer_index answer_key key",
   "options": "multiple_choice answer_options answer_choices possible_answers",
   "start": "start start_time start_sec start_seconds start_s t_start begin from"
   " time_start start_timestamp",
@@ -95,6 +96,8 @@ def read(path: str | pathlib.Path) -> Rows:
     text = _decoded(path, notes)
     if not text.strip():
       raise UserError(f"{path} is empty; give a file of questions")
+    if text.lstrip()[0] == "<":
+      raise UserError(f"{path} is a web page or XML; fetch the table itself")
     is_json = text.lstrip()[0] in "[{"
     rows = list((_json_rows if is_json else _csv_rows)(text, path))
   rows = [(where, row) for where, row in rows if not _is_blank(row)]
@@ -315,7 +318,9 @@ def _items(value: Any, path: pathlib.Path) -> list[Any]:
     raise UserError(
       f"{path} holds {schema.shorten(value)}; expected a list of questions"
     )
-  if any(key in value for key in (*TURNS, "question", "Question")):
+  if any(isinstance(value.get(key), list) for key in TURNS) or any(
+    isinstance(value.get(key), str) for key in ("question", "Question")
+  ):
     return [value]
   parts = list(value.values())
   if parts and all(isinstance(part, Mapping) for part in parts):

@@ -38,8 +38,15 @@ _PIECE_BYTES = 1 << 16
 _Read = Callable[[ModelConfig, Mesh], tuple[Mapping[str, jax.Array], str]]
 
 
-class _Source(NamedTuple):
-  """Describes a model on disk, before its parameters are read."""
+class Source(NamedTuple):
+  """Describes a model on disk, before its parameters are read.
+
+  Attributes:
+    config: of the model.
+    rules: settings of its training that also decide answers.
+    tokenizer: folder of its tokenizer, or a name with hf://.
+    read: reads its parameters.
+  """
 
   config: ModelConfig
   rules: Rules
@@ -70,7 +77,6 @@ def load(
   """
   folder = find_folder(folder)
   # Quick checks come before the weights are read.
-  describe = _of_run if is_workdir(folder) else _of_published
   source = describe(folder)
   words = find_tokenizer(tokenizer or source.tokenizer, folder)
   vocabulary = Tokenizer.from_folder(words)
@@ -85,6 +91,15 @@ def load(
     rules=source.rules,
     mesh=placed,
   )
+
+
+def describe(folder: pathlib.Path) -> Source:
+  """Describes the model in a folder that `find_folder` returned.
+
+  Raises:
+    UserError: its configuration is missing, or one of another model.
+  """
+  return (_of_run if is_workdir(folder) else _of_published)(folder)
 
 
 def find_folder(name: str | os.PathLike) -> pathlib.Path:
@@ -135,7 +150,7 @@ def run_rules(experiment: Experiment) -> Rules:
   )
 
 
-def _of_run(folder: pathlib.Path) -> _Source:
+def _of_run(folder: pathlib.Path) -> Source:
   """Describes the model of a training run."""
   experiment = build_experiment(read_config(folder))
   words = experiment.data.tokenizer
@@ -167,7 +182,7 @@ def _of_run(folder: pathlib.Path) -> _Source:
     name = f"{_short_name(folder)} step {found.step} {digest[:12]}"
     return found.params, name
 
-  return _Source(experiment.model, run_rules(experiment), words, read)
+  return Source(experiment.model, run_rules(experiment), words, read)
 
 
 def _misfit(
@@ -185,7 +200,7 @@ def _misfit(
   )
 
 
-def _of_published(folder: pathlib.Path) -> _Source:
+def _of_published(folder: pathlib.Path) -> Source:
   """Describes the model of a published folder."""
 
   def read(
@@ -213,7 +228,7 @@ def _of_published(folder: pathlib.Path) -> _Source:
     found.single_image,
     found.seed,
   )
-  return _Source(config, rules, folder, read)
+  return Source(config, rules, folder, read)
 
 
 def _forgetting(given: Mapping[str, Any], folder: pathlib.Path) -> Forgetting:

@@ -390,7 +390,7 @@ def _csv_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
       ) from error
 
 
-def csv_reader(file: TextIO) -> csv.DictReader:
+def csv_reader(file: io.TextIOBase) -> csv.DictReader:
   """Returns a reader of the rows of a table, from the start of its text.
 
   Args:
