@@ -33,8 +33,11 @@ def split_cell(value: Any, where: str) -> list[str]:
     UserError: there are no two options, or more than letters.
   """
   text = value.strip() if isinstance(value, str) else ""
-  if not text or (text[0] in "[{(" and text[-1] in "]})") or "\n" in text:
+  if not text or (text[0] in "[{(" and text[-1] in "]})"):
     return unlabelled(fields.options({"options": value}, where))
+  lines = [line for line in text.splitlines() if line.strip()]
+  if len(lines) > 1:
+    return unlabelled(fields.options({"options": lines}, where))
   labels = list(_LABEL.finditer(text))
   marks = [label[1].upper() for label in labels]
   if len(labels) > 1 and labels[0].start() == 0 and _follow(marks):
@@ -69,6 +72,10 @@ def unlabelled(options: Sequence[str]) -> list[str]:
 
 def meant_option(answer: str, options: Sequence[str]) -> int | None:
   """Returns the option that an answer names by letter or text; None if none."""
+  letter = LETTERS.find(answer.upper()) if len(answer) == 1 else -1
+  alone = all(len(option) > 1 for option in options)
+  if alone and 0 <= letter < len(options):
+    return letter  # what most answers are
   same = [
     index
     for index, option in enumerate(options)
@@ -76,8 +83,8 @@ def meant_option(answer: str, options: Sequence[str]) -> int | None:
   ]
   if len(same) == 1:
     return same[0]
-  letter = parse(answer, Question("", "", "", "", "choice", tuple(options)))
-  return None if letter is None else LETTERS.index(letter)
+  name = parse(answer, Question("", "", "", "", "choice", tuple(options)))
+  return None if name is None else LETTERS.index(name)
 
 
 def answers_of(value: Any) -> list[str]:

@@ -36,8 +36,8 @@ _DECODED = 3  # videos of which frames are decoded to time it
 _FRAMES = 64  # of each of them
 # A training row is passed forward, forward again and, for twice that, backward.
 _FORWARD = 1 / 4
-_QUESTION = 0.05  # seconds of decoding an answer, beside reading the video
-_LOAD = 15.0  # seconds of reading the weights and compiling, for each stage
+_QUESTION = 0.1  # seconds of decoding an answer, beside reading the video
+_LOAD = 20.0  # seconds of reading the weights and compiling, for each stage
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from hourjax import progress
 from hourjax.data.prepare import question_tables
 from hourjax.data.prepare.question_tables import INSTRUCTION, Columns
 from hourjax.data.records.record import MARKER, TURNS, parse_record
@@ -175,7 +176,11 @@ class _Reader:
   def read(self) -> Questions:
     """Reads all rows."""
     out = self._out
-    for where, row in self._rows.rows:
+    rows = self._rows.rows
+    bar = progress.bar(len(rows), unit="row", desc="read questions")
+    for number, (where, row) in enumerate(rows):
+      if number % 100 == 0:
+        bar.update(number - bar.n)
       try:
         if isinstance(row, UserError):
           raise row
@@ -184,6 +189,8 @@ class _Reader:
         out.found.append(item | {"where": where})
       except UserError as error:
         out.skipped.append(Skip(where, error.kind, str(error)))
+    bar.update(len(rows) - bar.n)
+    bar.close()
     out.found = list(self._merged(out.found))
     forms = {
       "answers": "{} questions have several answers; of each the most frequent"

@@ -36,7 +36,8 @@ def describe_questions(
   ]
   lines += [f"note: {text}" for text in found.notes]
   for kind, (count, first) in found.counts().items():
-    lines.append(f"left out: {count:,} rows, {kind}; the first: {first}")
+    rows = "1 row" if count == 1 else f"{count:,} rows"
+    lines.append(f"left out: {rows}, {kind}; the first: {first}")
   if found.missing:
     names = [f"{name} ({rows})" for name, rows in found.missing.items()]
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
@@ -75,7 +76,8 @@ def write(
   """
   rows = read_metrics(out / "model")
   short = [*_scores(out), *_training(rows)]
-  page = ["# A model adapted to your videos", "", *short, ""]
+  page = ["# A model adapted to your videos", ""]
+  page += [*(f"- {line}" for line in short), ""]
   page += ["Ask it:", "", f"    {ask}", ""]
   page += ["## What was read", "", *(f"- {line}" for line in read), ""]
   page += ["## Times", "", "| stage | forecast | took |", "|---|---|---|"]

@@ -289,6 +289,13 @@ class _Finetuning:
 
   def _report(self) -> None:
     """Writes the report, and prints it in short."""
+    store = FeatureStore(self._data / "features")
+    failed = [name for name in self._found.videos if name not in store]
+    if failed:
+      self._read.append(
+        f"videos that could not be extracted ({len(failed)}):"
+        f" {', '.join(failed[:20])}; why is in {store.root}/failures-*.jsonl"
+      )
     example = pathlib.Path(self._options.videos) / self._found.videos[0]
     model = shlex.quote(str(self._out / "model"))
     ask = (

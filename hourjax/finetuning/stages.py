@@ -75,8 +75,8 @@ class Stages:
     return name in self.took and self.took[name].done
 
   def expect(self, stage: Stage) -> None:
-    """Notes the forecast of a stage, unless one was made before."""
-    if self.took.get(stage.name, Took()).forecast is None:
+    """Notes the forecast of a stage, until it begins."""
+    if not self.took.get(stage.name, Took()).seconds:
       self._set(stage.name, forecast=stage.seconds)
 
   def run(self, name: str, work: Callable[[], Any]) -> None:

@@ -21,6 +21,7 @@ class VideoNames:
       names: paths relative to the folder, with "/", as `find_videos` gives.
     """
     self.names = sorted(names)
+    self._known: dict[str, str | None] = {}
     self._exact = Videos(self.names)
     lower: dict[str, set[str]] = {}
     numbers: dict[int, set[str]] = {}
@@ -48,6 +49,12 @@ class VideoNames:
     Raises:
       UserError: videos in several folders have the name.
     """
+    if written not in self._known:
+      self._known[written] = self._find(written)
+    return self._known[written]
+
+  def _find(self, written: str) -> str | None:
+    """As `find`, which asks once for the many questions about a video."""
     path = written.strip().strip("'\"").replace("\\", "/")
     key = youtube_key(path) if "://" in path else None
     path = re.sub(r"^[a-z]+://|[?#].*$" if "://" in path else r"^[A-Za-z]:", "",

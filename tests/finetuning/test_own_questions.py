@@ -266,7 +266,7 @@ def test_records_of_llava_stay_as_they_are(read):
   (item,) = found.found  # the second one repeats the first
   assert item["held_out"] and item["video"] == "a.mp4"
   (made,) = questions.conversations(found.found)
-  assert made["id"] == "3" and made["video"] == "a.mp4"
+  assert made["id"] == "3-held" and made["video"] == "a.mp4"
   assert [t["value"] for t in made["conversations"]][1:] == [
     "red", "Sure?", "yes"
   ]  # fmt: skip
