@@ -433,26 +433,17 @@ def conversations(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   """Returns the records of questions: up to five about a video in each.
 
   Args:
-    found: questions. What is held out has records of its own, whose
-      "held_out" is True and whose ids end in "-held".
+    found: questions; all about a video are held out, or none. Records say which
+      under "held_out".
   """
-  groups: dict[tuple[str, bool], list[Any]] = {}
+  groups: dict[str, list[Any]] = {}
   records = []
   for item in found:
     if "record" in item:
-      held = "-held" if item["held_out"] else ""
-      records.append(
-        item["record"]
-        | {
-          "id": f"{item['record']['id']}{held}",
-          "held_out": item["held_out"],
-        }
-      )
+      records.append(item["record"] | {"held_out": item["held_out"]})
     else:
-      groups.setdefault((item["video"], item["held_out"]), []).append(item)
-  for (_, held_out), items in groups.items():
+      groups.setdefault(item["video"], []).append(item)
+  for items in groups.values():
     for _, record in question_tables.conversations(items):
-      record["id"] += "-held" if held_out else ""
-      record["held_out"] = held_out
-      records.append(record)
+      records.append(record | {"held_out": items[0]["held_out"]})
   return records

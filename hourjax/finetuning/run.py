@@ -169,7 +169,7 @@ class _Finetuning:
     files = {
       "records.json": text,
       "held_out.json": json.dumps(held, ensure_ascii=False, indent=1),
-      "held_out.txt": "\n".join(record["id"] for record in held),
+      "held_out.txt": "\n".join(sorted({item["video"] for item in self._held})),
       "skipped.tsv": report.skipped_rows(self._found.skipped),
     }
     self._data.mkdir(parents=True, exist_ok=True)

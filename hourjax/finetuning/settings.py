@@ -39,6 +39,7 @@ _LOWER = 0.3
 _BATCHES = ((256, 8), (1024, 16), (4096, 32), (16_384, 64), (math.inf, 128))
 # The same for epochs; with early stopping these are upper bounds.
 _EPOCHS = ((1000, 20.0), (10_000, 8.0), (math.inf, 2.0))
+_BLIND = 5.0  # epochs at most, where nothing is held out
 _PATIENCE = 3
 _MOST_BETWEEN = 200  # steps between two evaluations
 _ROW_UNIT = 128  # capacities are multiples, which any mesh of ours divides
@@ -52,9 +53,9 @@ def choose_held_out(
 ) -> list[str]:
   """Marks the questions that are held out ("held_out"), and says how.
 
-  A column of splits decides if it names any. Else whole videos are held out,
-  chosen by the hash of their names as `prepare --holdout` does. Of a single
-  video it is every fifth question.
+  Whole videos are held out: those that a column of splits names, if there is
+  one, else those that the hash of their names chooses, as `prepare --holdout`
+  does. Of a single video nothing is.
 
   Args:
     found: questions of `questions.read`, which are changed.
@@ -65,25 +66,20 @@ def choose_held_out(
     Sentences about it.
 
   Raises:
-    UserError: everything would be held out.
+    UserError: everything would be held out, or a part of a video's questions.
   """
   asked = parse_holdout(holdout)
-  if any(item["held_out"] for item in found) and not asked:
-    if all(item["held_out"] for item in found):
-      raise UserError(
-        "the column of splits holds all questions out, which leaves none to"
-        " train on; name some train"
-      )
-    return ["held out is what the column of splits says"]
   videos: dict[str, int] = {}
   for item in found:
     videos[item["video"]] = videos.get(item["video"], 0) + 1
+  named = {item["video"] for item in found if item["held_out"]}
+  if named and not asked:
+    _check_sides(found, named)
+    return ["held out is what the column of splits says"]
   if len(videos) < 2:
-    for number, item in enumerate(found):
-      item["held_out"] = number % 5 == 4
     return [
-      "there is one video, so every fifth question about it is held out: the"
-      " score does not tell how the model does on other videos"
+      "there is one video, so nothing is held out: neither early stopping nor a"
+      " score can tell whether the model learns more than these answers"
     ]
   order = sorted(videos, key=name_number)
   if asked and asked.names:
@@ -106,6 +102,23 @@ def choose_held_out(
   for item in found:
     item["held_out"] = item["video"] in chosen
   return []
+
+
+def _check_sides(found: Sequence[dict[str, Any]], named: set[str]) -> None:
+  """Raises a UserError if a column of splits cannot be followed."""
+  trained = {item["video"] for item in found if not item["held_out"]}
+  if not trained:
+    raise UserError(
+      "the column of splits holds all questions out, which leaves none to train"
+      " on; correct it, or give --holdout=20%, which does not look at it"
+    )
+  if both := sorted(named & trained):
+    raise UserError(
+      f"the column of splits holds out some questions about {both[0]} and not"
+      f" others, and so for {len(both)} of {len(named | trained)} videos; whole"
+      " videos must be held out: correct it, or give --holdout=20%, which does"
+      " not look at it"
+    )
 
 
 def base_experiment(model: str, tokenizer: str | None = None) -> Experiment:
@@ -201,7 +214,7 @@ def make_experiment(
     optimizer=_rates(base.optimizer),
     batch_samples=batch,
     batch_rows=micro,
-    epochs=_upto(_EPOCHS, count),
+    epochs=min(_upto(_EPOCHS, count), math.inf if held_out else _BLIND),
     log_every=max(1, evaluate // 5),
     checkpoint_every=evaluate,
     keep_checkpoints=1,
@@ -244,7 +257,8 @@ def _rows(dataset: Dataset) -> Size:
 def _batch(samples: int, rows: Size) -> tuple[int, int]:
   """Returns the samples of a step and the rows of a micro-batch."""
   devices = jax.device_count()
-  batch = -(-int(_upto(_BATCHES, samples)) // devices) * devices
+  wanted = min(int(_upto(_BATCHES, samples)), samples)
+  batch = -(-wanted // devices) * devices
   each = min(_POSITIONS // (rows.queries + rows.decoder + 1), batch // devices)
   return batch, devices * 2 ** int(math.log2(max(each, 1)))
 

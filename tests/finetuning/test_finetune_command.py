@@ -1,29 +1,35 @@
 """The whole of `python -m hourjax.finetune` on a tiny model, and its parts."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 
 import hourjax
+from hourjax.data.demo.tokenizer import write_tokenizer
 from hourjax.errors import UserError
 from hourjax.finetuning import forecast, report, run
 from hourjax.finetuning.questions import Questions, Skip
 from hourjax.finetuning.stages import Stages, Took
+from hourjax.models.params import init_params
 from hourjax.training.faults import LOSS
+from hourjax.weights.shards import save_params
 from tests import videos
 from tests.evaluation import small
 from tests.training import runs
 
 # Answers that a small model learns by heart: they follow from the number.
 NAMES = [f"clip {i}.mp4" for i in range(5)]
-SETTINGS = {"optimizer.decoder": "0.01", "epochs": "30", "read.threads": "1"}
+SETTINGS = {"optimizer.decoder": "0.01", "epochs": "8", "read.threads": "1"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   made = tmp_path_factory.mktemp("finetune")
-  small.write_model(made / "model")
+  config = dataclasses.replace(small.CONFIG, pool_side=2)
+  save_params(init_params(config, 3), config, made / "model")
+  write_tokenizer(made / "model", [])
   for number, name in enumerate(NAMES):
     videos.write(made / "clips" / name, 20 + number, 10)
   (made / "clips" / "broken.mp4").write_text("no video")
@@ -92,7 +98,7 @@ def test_from_a_folder_to_a_report(folder, tmp_path, capsys):
   memory = model.encode_memory(str(folder / "clips" / NAMES[0]))
   assert memory.ask("What is 0 of it?").text
   # Other settings need another folder.
-  for changes in ({"overrides": {"epochs": "3"}}, {"holdout": "2"}):
+  for changes in ({"overrides": {"epochs": "3"}}, {"holdout": "3"}):
     with pytest.raises(UserError, match="holds a fine-tuning with other"):
       run.finetune(_options(folder, out, **changes))
 

@@ -266,19 +266,22 @@ def test_records_of_llava_stay_as_they_are(read):
   (item,) = found.found  # the second one repeats the first
   assert item["held_out"] and item["video"] == "a.mp4"
   (made,) = questions.conversations(found.found)
-  assert made["id"] == "3-held" and made["video"] == "a.mp4"
+  assert made["id"] == "3" and made["held_out"] and made["video"] == "a.mp4"
   assert [t["value"] for t in made["conversations"]][1:] == [
     "red", "Sure?", "yes"
   ]  # fmt: skip
 
 
-def test_conversations_have_one_video_and_one_side(read):
-  rows = [f"a.mp4,Q{i}?,r,{'test' if i < 2 else 'train'}" for i in range(8)]
+def test_conversations_have_one_video(read):
+  rows = [f"a.mp4,Q{i}?,r,test" for i in range(8)]
   rows += ["é,Why?,so,"]
   found = read("\n".join(["video,question,answer,split", *rows]))
   made = questions.conversations(found.found)
-  assert [(r["id"], len(r["conversations"]) // 2) for r in made] == [
-    ("a.mp4#0-held", 2), ("a.mp4#0", 5), ("a.mp4#1", 1), ("é.mp4#0", 1)
+  counted = [
+    (r["id"], len(r["conversations"]) // 2, r["held_out"]) for r in made
+  ]
+  assert counted == [
+    ("a.mp4#0", 5, True), ("a.mp4#1", 3, True), ("é.mp4#0", 1, False)
   ]  # fmt: skip
   assert made[0]["conversations"][0]["value"] == "<image>\nQ0?"
 

@@ -63,19 +63,26 @@ def test_how_much_is_held_out_may_be_said(tmp_path):
 
 def test_a_column_of_splits_decides():
   found = _questions(4)
-  found[0]["held_out"] = True
+  for item in found[:3]:
+    item["held_out"] = True
   (note,) = settings.choose_held_out(found)
-  assert sum(i["held_out"] for i in found) == 1 and "column of splits" in note
+  assert _held(found) == {"0.mp4"} and "column of splits" in note
+  found[4]["held_out"] = True
+  with pytest.raises(UserError, match=r"about 1\.mp4 and not others, and so for"
+                     " 1 of 4 videos"):  # fmt: skip
+    settings.choose_held_out(found)
+  settings.choose_held_out(found, "2")
+  assert len(_held(found)) == 2
   for item in found:
     item["held_out"] = True
   with pytest.raises(UserError, match="leaves none to train on"):
     settings.choose_held_out(found)
 
 
-def test_of_a_single_video_questions_are_held_out():
+def test_of_a_single_video_nothing_is_held_out():
   found = _questions(1, 12)
   (note,) = settings.choose_held_out(found)
-  assert sum(i["held_out"] for i in found) == 2 and "one video" in note
+  assert not _held(found) and "one video, so nothing is held out" in note
 
 
 def test_questions_beyond_a_video_are_left_out():
@@ -141,13 +148,14 @@ def test_rows_hold_every_sample(made):
 def test_small_data_ends_early(made):
   experiment, _ = made
   assert experiment.patience == 3 and experiment.eval_every == 5
-  assert experiment.epochs == 20 and experiment.batch_samples == 8
+  assert experiment.epochs == 20 and experiment.batch_samples <= 8
   assert experiment.batch_rows <= experiment.batch_samples
 
 
 def test_sizes_of_steps():
   small = Size(queries=300, decoder=300)
   assert settings._batch(40, small) == (8, 8)
+  assert settings._batch(3, small) == (3, 2)
   assert settings._batch(500, small) == (16, 16)
   assert settings._batch(10**6, small) == (128, 16)
   assert settings._batch(10**6, Size(queries=20_000, decoder=9000)) == (128, 1)

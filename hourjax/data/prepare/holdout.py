@@ -5,8 +5,8 @@ follows from their names alone: a name's number is its SHA-256 as a fraction of
 2^256, and it is held out if that lies below the share. So a video stays held
 out whatever data is added, in every stage and stream that names it the same.
 
-`--holdout=FILE` names a file instead, which lists videos or ids of records, one
-a line: these are held out, and nothing else.
+`--holdout=names.txt` names a file instead, which lists videos and images, one a
+line: these are held out, and nothing else.
 
 A conversation about images is held out if the number of any of its images is
 below the share, so that no such image is trained on elsewhere. One without any
@@ -35,7 +35,7 @@ class Holdout:
   Attributes:
     amount: share in percent, or a number of videos.
     percent: whether `amount` is in percent.
-    names: of videos and ids of records that are held out, in place of a share.
+    names: of what is held out, in place of a share.
   """
 
   amount: fractions.Fraction
@@ -53,7 +53,7 @@ class Holdout:
     """Returns `record_number`; where names are given, 0 or 1 by them."""
     if not self.names:
       return record_number(record)
-    return float(self.names.isdisjoint((record.id, *record.media)))
+    return float(self.names.isdisjoint(record.media or (record.id,)))
 
   def select(
     self, numbers: Float64[np.ndarray, "N"], columns: Columns
@@ -81,8 +81,7 @@ class Holdout:
     else:
       raise self._refusal(len(videos), len(numbers))
     found = numbers < share
-    whole = len(videos) and (videos < share).all() and not self.names
-    if found.all() or whole:
+    if found.all() or (len(videos) and (videos < share).all()):
       raise self._refusal(len(videos), len(numbers))
     return found
 
