@@ -2,8 +2,9 @@
 
   python -m hourjax.export --model=work/stage3 --out=hour-llava-3b
 
---model is the workdir of a training run, of which the newest sound checkpoint
-or that of --step is taken, a published folder, or hf://ORGANISATION/NAME. The
+--model is the workdir of a training run, of which the best checkpoint (of a run
+with config.patience), the newest or that of --step is taken, a published
+folder, or hf://ORGANISATION/NAME. The
 folder has the layout of the official Hour-LLaVA checkpoints: safetensors in
 shards, config.json with every key that the official code reads, tokenizer, and
 a model card that says what the weights were trained on.
@@ -32,7 +33,7 @@ _MODEL = flags.DEFINE_string(
 _OUT = flags.DEFINE_string("out", None, "Folder to write, not there yet.")
 _PART = flags.DEFINE_enum("part", "all", PARTS, "What is written.")
 _STEP = flags.DEFINE_integer(
-  "step", None, "Of the checkpoint, if not the newest.", lower_bound=0
+  "step", None, "Of the checkpoint, if not the best or newest.", lower_bound=0
 )
 _DTYPE = flags.DEFINE_enum(
   "dtype", "bfloat16", list(DTYPES), "Of the tensors; float32 keeps all bits."

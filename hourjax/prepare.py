@@ -49,7 +49,7 @@ _IMAGES = flags.DEFINE_enum(
 _SEED = flags.DEFINE_integer(
   "seed", 0, "Seed of random:N%.", 0, command.LAST_SEED
 )
-_HOLDOUT = flags.DEFINE_string("holdout", "", "Set aside 0.5% or 100 videos.")
+_HOLDOUT = flags.DEFINE_string("holdout", "", "0.5%, 100 (videos), names.txt.")
 _WORKERS = flags.DEFINE_integer(
   "workers", None, "Processes; as many as cores by default.", 1, 4096
 )

@@ -67,6 +67,15 @@ MISUSED = [
    " --benchmark?"),
   ("export --modle=x --out=y", "unknown option --modle; did you mean"
    " --model?"),
+  ("finetune --video=x", "unknown option --video; did you mean --videos?"),
+  ("finetune --videos=x --questions=q.csv --model=m", "--out is missing; see"
+   " --help"),
+  ("finetune --videos=x --questions=q --model=m --out=o --first_option=2",
+   "--first_option=2: 2 is not an integer in the range [0, 1]"),
+  ("finetune --videos=x --questions=q --model=m --out=o --set=steps",
+   "--set=steps: write --set=KEY=VALUE"),
+  ("finetune --videos=x --questions=q --model=none --out=o", "model folder none"
+   " does not exist"),
   ("bench data --giga=2", "unknown option --giga; did you mean --gigabytes?"),
   ("demo --zzzzzzzz=1", "unknown option --zzzzzzzz; see --help"),
   # values

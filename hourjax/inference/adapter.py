@@ -24,8 +24,12 @@ from hourjax.errors import UserError
 from hourjax.models import lora
 from hourjax.models.config import ModelConfig
 from hourjax.models.params import VISION, param_shapes
-from hourjax.training.checkpoint import adapter_manifest, restore_params
-from hourjax.training.checkpoint_format import fingerprint, weight_sum
+from hourjax.training.checkpoint import restore_params
+from hourjax.training.checkpoint_format import (
+  adapter_manifest,
+  fingerprint,
+  weight_sum,
+)
 from hourjax.weights import peft
 
 

@@ -99,7 +99,7 @@ def export(
     part: "all" for the layout of Hour-LLaVA; "decoder" for that of Hugging
       Face's Qwen2 or Qwen3, "tower" for that of its SigLIP; "adapter" for the
       adapters alone, in PEFT's.
-    step: of the run's checkpoint, if not the newest.
+    step: of the run's checkpoint, if not the best or the newest.
     dtype: "bfloat16" or "float32".
     tokenizer: folder of the tokenizer, if not the model's own.
     shard_bytes: size above which a file ends.
@@ -312,7 +312,7 @@ def _of_run(
   experiment = build_experiment(read_config(folder))
 
   def read(prefix: str, write: _Write) -> dict[str, str]:
-    """Reads the newest sound checkpoint, or that of the step."""
+    """Reads the best or newest sound checkpoint, or that of the step."""
     found = restore_params(
       folder,
       host_sharding(),

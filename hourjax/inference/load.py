@@ -23,11 +23,8 @@ from hourjax.models.config import ModelConfig
 from hourjax.models.params import param_axes, param_shapes
 from hourjax.parallel.mesh import MeshConfig, make_mesh
 from hourjax.parallel.rules import param_shardings
-from hourjax.training.checkpoint import (
-  adapter_base,
-  adapter_manifest,
-  restore_params,
-)
+from hourjax.training.checkpoint import restore_params
+from hourjax.training.checkpoint_format import adapter_base, adapter_manifest
 from hourjax.training.config import Experiment, build_experiment
 from hourjax.training.workdir import read_config
 from hourjax.weights import config as published
@@ -47,8 +44,15 @@ _Read = Callable[
 ]
 
 
-class _Source(NamedTuple):
-  """Describes a model on disk, before its parameters are read."""
+class Source(NamedTuple):
+  """Describes a model on disk, before its parameters are read.
+
+  Attributes:
+    config: of the model.
+    rules: settings of its training that also decide answers.
+    tokenizer: folder of its tokenizer, or a name with hf://.
+    read: reads its parameters.
+  """
 
   config: ModelConfig
   rules: Rules
@@ -66,7 +70,8 @@ def load(
   """Reads a model and puts it on the devices of this process.
 
   Args:
-    folder: workdir of a training run, whose newest sound checkpoint is read;
+    folder: workdir of a training run, of which the best or the newest sound
+      checkpoint is read (see `restore_params`);
       or a published folder (`config.json`, safetensors and the tokenizer's
       files), or a name with hf:// (see `hub`).
     tokenizer: folder of the tokenizer. By default that of the training run, or
@@ -87,7 +92,7 @@ def load(
       f"adapter {adapter} is given, and model {folder} is a run of adapters"
       f" itself; give its base {base} as the model, or leave the adapter out"
     )
-  source = _describe(base)
+  source = describe(base)
   if own:
     # Its answers are put as in its training.
     rules = run_rules(build_experiment(read_config(folder)))
@@ -137,8 +142,12 @@ def find_base(folder: pathlib.Path) -> tuple[bool, pathlib.Path]:
     ) from None
 
 
-def _describe(folder: pathlib.Path) -> _Source:
-  """Describes the model of a folder."""
+def describe(folder: pathlib.Path) -> Source:
+  """Describes the model in a folder that `find_folder` returned.
+
+  Raises:
+    UserError: its configuration is missing, or one of another model.
+  """
   return (_of_run if is_workdir(folder) else _of_published)(folder)
 
 
@@ -190,7 +199,7 @@ def run_rules(experiment: Experiment) -> Rules:
   )
 
 
-def _of_run(folder: pathlib.Path) -> _Source:
+def _of_run(folder: pathlib.Path) -> Source:
   """Describes the model of a training run."""
   experiment = build_experiment(read_config(folder))
   words = experiment.data.tokenizer
@@ -198,7 +207,7 @@ def _of_run(folder: pathlib.Path) -> _Source:
   def read(
     config: ModelConfig, mesh: Mesh, each: _Each
   ) -> tuple[Mapping[str, jax.Array], str]:
-    """Restores the newest sound checkpoint."""
+    """Restores the best or the newest sound checkpoint."""
     shapes, shardings = param_shapes(config), _shardings(config, mesh)
 
     def place(path: str, value: Any) -> jax.Array:
@@ -208,7 +217,7 @@ def _of_run(folder: pathlib.Path) -> _Source:
       value = np.asarray(value)
       if not _finite(value):
         raise UserError(
-          f"{path} in the newest checkpoint of {folder} holds values that are"
+          f"{path} in the checkpoint of {folder} holds values that are"
           " not finite; take an earlier checkpoint, or train again"
         )
       value = each(path, value)
@@ -223,7 +232,7 @@ def _of_run(folder: pathlib.Path) -> _Source:
     name = f"{_short_name(folder)} step {found.step} {digest[:12]}"
     return found.params, name
 
-  return _Source(experiment.model, run_rules(experiment), words, read)
+  return Source(experiment.model, run_rules(experiment), words, read)
 
 
 def _misfit(
@@ -235,13 +244,13 @@ def _misfit(
   """Raises an error that names both shapes of a parameter."""
   both = [tuple(shape) if shape else "nothing" for shape in (found, wanted)]
   raise UserError(
-    f"{path} is {both[0]} in the newest checkpoint of {folder} and {both[1]}"
+    f"{path} is {both[0]} in the checkpoint of {folder} and {both[1]}"
     f" in the model that {folder}/config.json describes; use the config.json of"
     " that training"
   )
 
 
-def _of_published(folder: pathlib.Path) -> _Source:
+def _of_published(folder: pathlib.Path) -> Source:
   """Describes the model of a published folder."""
 
   def read(
@@ -277,7 +286,7 @@ def _of_published(folder: pathlib.Path) -> _Source:
     found.single_image,
     found.seed,
   )
-  return _Source(config, rules, folder, read)
+  return Source(config, rules, folder, read)
 
 
 def _forgetting(given: Mapping[str, Any], folder: pathlib.Path) -> Forgetting:

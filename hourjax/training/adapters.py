@@ -22,13 +22,13 @@ from hourjax.errors import UserError
 from hourjax.models import lora, quantization
 from hourjax.models.params import VISION, param_axes, param_shapes
 from hourjax.parallel.rules import param_shardings
-from hourjax.training.checkpoint import (
-  Base,
+from hourjax.training.checkpoint import Base, restore_params
+from hourjax.training.checkpoint_format import (
   adapter_base,
   adapter_manifest,
-  restore_params,
+  fingerprint,
+  weight_sum,
 )
-from hourjax.training.checkpoint_format import fingerprint, weight_sum
 from hourjax.training.config import Experiment
 from hourjax.training.train_state import Params, TrainState, initial_params
 

@@ -1,16 +1,17 @@
 """Checkpoints of a run: written beside training, verified when restored."""
 
 import contextlib
+import dataclasses
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from hourjax import hub, progress
+from hourjax import progress
 from hourjax.errors import UserError
 from hourjax.parallel import hosts
 from hourjax.training import checkpoint_format
@@ -19,6 +20,7 @@ from hourjax.training.checkpoint_format import (
   checkpoint_folder,
   checkpoint_steps,
 )
+from hourjax.training.faults import best_step
 
 
 @runtime_checkable
@@ -62,6 +64,7 @@ class Checkpoints:
 
   Attributes:
     folder: of the checkpoints.
+    best: step of a checkpoint that is kept beside the newest ones, or None.
   """
 
   def __init__(
@@ -82,6 +85,7 @@ class Checkpoints:
     """
     self._base = base
     self.folder = checkpoint_folder(workdir)
+    self.best: int | None = None
     self._keep, self._on_error = keep, on_error
     self._manager: ocp.CheckpointManager | None = None
     # The step being saved, and the error of starting to, if any.
@@ -257,7 +261,7 @@ class Checkpoints:
       self._manager = ocp.CheckpointManager(
         self.folder,
         options=ocp.CheckpointManagerOptions(
-          max_to_keep=self._keep,
+          preservation_policy=_Kept(self, self._keep),
           create=True,
           cleanup_tmp_directories=True,
         ),
@@ -303,36 +307,22 @@ class Checkpoints:
       )
 
 
-def adapter_manifest(workdir: str | os.PathLike) -> dict[str, Any] | None:
-  """Returns the manifest of the newest checkpoint of a run of adapters.
+@dataclasses.dataclass
+class _Kept:
+  """Tells Orbax which checkpoints stay: the newest ones and the best."""
 
-  Args:
-    workdir: of any run.
+  of: Checkpoints
+  newest: int
 
-  Returns:
-    The newest manifest that can be read; None if it is of a run that saves all
-    parameters, or if there is none.
-  """
-  folder = checkpoint_folder(workdir)
-  for step in reversed(checkpoint_steps(folder)):
-    with contextlib.suppress(DamagedCheckpoint):
-      manifest = checkpoint_format.read_manifest(folder, step)
-      return manifest if manifest.get("base") else None
-  return None
-
-
-def adapter_base(manifest: Mapping[str, Any]) -> str:
-  """Returns the model below adapters, `config.init` of the first run of them.
-
-  A run of adapters that began with those of another run has its base.
-
-  Args:
-    manifest: of a checkpoint of adapters.
-  """
-  init = manifest["config"]["init"]
-  while before := adapter_manifest(hub.local_folder(init)):
-    init = before["config"]["init"]
-  return init
+  def should_preserve(
+    self, checkpoints: Sequence[Any], *, context: Any
+  ) -> Sequence[bool]:
+    """Returns whether each of the checkpoints, oldest first, stays."""
+    first = len(checkpoints) - self.newest
+    return [
+      number >= first or each.step == self.of.best
+      for number, each in enumerate(checkpoints)
+    ]
 
 
 class RestoredParams(NamedTuple):
@@ -359,7 +349,10 @@ def restore_params(
   step: int | None = None,
   most: int | None = None,
 ) -> RestoredParams:
-  """Returns all parameters of a run's newest undamaged checkpoint.
+  """Returns all parameters of a run's best or newest undamaged checkpoint.
+
+  That is the one with the lowest held-out loss, of a run with `patience`; else,
+  or if that is damaged, the newest.
 
   They are read a gigabyte at a time, or one larger array at a time. With an
   `each` that keeps less of an array, or keeps it elsewhere, no more than that
@@ -373,14 +366,14 @@ def restore_params(
     each: returns what is kept of a parameter, given its path and its verified
       value. Where a checkpoint turns out to be damaged, it is called anew for
       the parameters of the one before.
-    step: of the checkpoint, if not the newest; no other is taken instead.
+    step: of the checkpoint, if not that; no other is taken instead.
     most: bytes that are read at a time, if not a gigabyte.
 
   Raises:
     UserError: there is no checkpoint, or all are damaged.
   """
   folder = checkpoint_folder(workdir)
-  steps = _chosen_steps(folder, step)
+  steps = _chosen_steps(workdir, step)
   where = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   problems: dict[int, str] = {}
   for number in reversed(steps):
@@ -400,8 +393,8 @@ def restore_params(
       problems[number] = str(damage)
       if number != steps[0]:
         print(
-          f"WARNING: {folder}/{number} is damaged: {damage}; trying the one"
-          " before",
+          f"WARNING: {folder}/{number} is damaged: {damage}; trying the next"
+          " one",
           file=sys.stderr,
           flush=True,
         )
@@ -415,11 +408,13 @@ def restore_params(
   raise UserError(_none_left(folder, problems))
 
 
-def _chosen_steps(folder: epath.Path, step: int | None) -> list[int]:
-  """Returns the steps of the checkpoints that may be read, oldest first."""
+def _chosen_steps(workdir: str | os.PathLike, step: int | None) -> list[int]:
+  """Returns the steps of checkpoints that may be read, first choice last."""
+  folder = checkpoint_folder(workdir)
   steps = checkpoint_steps(folder)
   if step is None:
-    return steps
+    best = best_step(workdir, steps)
+    return sorted(steps, key=lambda number: (number == best, number))
   if step not in steps:
     there = ", ".join(map(str, steps)) or "none"
     raise UserError(
@@ -427,20 +422,6 @@ def _chosen_steps(folder: epath.Path, step: int | None) -> list[int]:
       " of these (config.keep_checkpoints says how many are kept)"
     )
   return [step]
-
-
-def checkpoint_name(workdir: str | os.PathLike) -> str:
-  """Returns the newest checkpoint's path and the second it was written.
-
-  Raises:
-    UserError: there is no checkpoint.
-  """
-  folder = checkpoint_folder(workdir)
-  steps = checkpoint_steps(folder)
-  if not steps:
-    raise UserError(f"{folder} holds no checkpoint; train first")
-  newest = folder / str(max(steps))
-  return f"{newest} {int(newest.stat().mtime)}"
 
 
 def _move_damaged(

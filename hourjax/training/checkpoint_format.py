@@ -38,7 +38,7 @@ import pydantic
 from absl import logging as absl_logging
 from etils import epath
 
-from hourjax import jax_environment, schema
+from hourjax import hub, jax_environment, schema
 from hourjax.errors import UserError
 
 
@@ -290,6 +290,38 @@ def read_manifest(folder: epath.Path, step: int) -> dict[str, Any]:
   if about.pop("crc") != _crc(about):
     raise DamagedCheckpoint("about/metadata was changed after it was written")
   return about
+
+
+def adapter_manifest(workdir: str | os.PathLike) -> dict[str, Any] | None:
+  """Returns the manifest of the newest checkpoint of a run of adapters.
+
+  Args:
+    workdir: of any run.
+
+  Returns:
+    The newest manifest that can be read; None if it is of a run that saves all
+    parameters, or if there is none.
+  """
+  folder = checkpoint_folder(workdir)
+  for step in reversed(checkpoint_steps(folder)):
+    with contextlib.suppress(DamagedCheckpoint):
+      manifest = read_manifest(folder, step)
+      return manifest if manifest.get("base") else None
+  return None
+
+
+def adapter_base(manifest: Mapping[str, Any]) -> str:
+  """Returns the model below adapters, `config.init` of the first run of them.
+
+  A run of adapters that began with those of another run has its base.
+
+  Args:
+    manifest: of a checkpoint of adapters.
+  """
+  init = manifest["config"]["init"]
+  while before := adapter_manifest(hub.local_folder(init)):
+    init = before["config"]["init"]
+  return init
 
 
 def read_arrays(folder: epath.Path, step: int, like: Any) -> Any:

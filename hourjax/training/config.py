@@ -41,6 +41,7 @@ LIMITS: dict[str, tuple[float, float]] = {
   "max_nonfinite": (1, _MANY),
   "eval_every": (0, _MANY),
   "eval_rows": (1, 2**20),
+  "patience": (0, _MANY),
   **{f"rows.{name}": _CAPACITY for name in Size.names()},
   "read.threads": (1, 1024),
   "read.ahead": (1, 1024),
@@ -214,6 +215,8 @@ class Experiment:
       gradient is not finite; fewer are skipped.
     eval_every: steps between two evaluations on held-out data; 0 for none.
     eval_rows: rows of held-out data that an evaluation takes, always the same.
+    patience: evaluations in a row without a lower loss of held-out answers
+      after which the run ends, see `faults`; 0 is off.
     memory: which memory tokens queries attend to, and their positions.
     metrics: what is written beside metrics.jsonl.
     lora: adapters, trained in place of the model's own parameters.
@@ -247,6 +250,7 @@ class Experiment:
   max_nonfinite: int = 5
   eval_every: int = 0
   eval_rows: int = 128
+  patience: int = 0
   memory: MemoryOptions = dataclasses.field(default_factory=MemoryOptions)
   metrics: MetricsConfig = dataclasses.field(default_factory=MetricsConfig)
   lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
@@ -259,7 +263,8 @@ class Experiment:
     at_least_one = ("batch_rows", "accumulate", "max_length", "log_every",
                     "checkpoint_every", "keep_checkpoints",
                     "max_nonfinite", "eval_rows")  # fmt: skip
-    for name in (*at_least_one, "batch_samples", "steps", "seed", "eval_every"):
+    others = ("batch_samples", "steps", "seed", "eval_every", "patience")
+    for name in (*at_least_one, *others):
       low = int(name in at_least_one)
       if getattr(self, name) < low:
         raise UserError(
@@ -281,6 +286,11 @@ class Experiment:
       raise UserError(
         f"config.epochs is {self.epochs} and config.steps 0; one must be"
         " positive"
+      )
+    if self.patience and not self.eval_every:
+      raise UserError(
+        f"config.patience is {self.patience} and config.eval_every 0: without"
+        " evaluations nothing ends the run; set config.eval_every"
       )
     self._check_batch()
 

@@ -12,7 +12,7 @@ import os
 import pathlib
 import time
 import zipfile
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -30,6 +30,7 @@ from hourjax.data.forgetting import EMBEDDER_PARAMS, Embedder
 from hourjax.data.packing.row_plan import PlanOptions, RowPlan
 from hourjax.data.pipeline import Delivered
 from hourjax.data.prepared import Prepared
+from hourjax.data.rows import batch_capacity
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
@@ -261,6 +262,40 @@ class DataLoader:
     """Reads the next micro-batch and copies it to the devices."""
     delivered = next(self._delivered)
     return self._sharding(delivered.batch), delivered
+
+
+class MicroBatches:
+  """Iterates over one step's micro-batches on the devices.
+
+  There are `count` of them, or if that is 0 as many as its samples need.
+
+  Attributes:
+    capacity: of their rows.
+    delivered: the rows that each of them was made of, so far.
+  """
+
+  def __init__(self, loader: DataLoader, count: int):
+    self._loader, self._count = loader, count
+    self.delivered: list[Delivered] = []
+    # Loaded at once: its shapes decide which program runs.
+    self._first: tuple[Batch, Delivered] | None = next(loader)
+    self.capacity = batch_capacity(self._first[0])
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self
+
+  def __next__(self) -> Batch:
+    done = self.delivered
+    if self._first is not None:
+      # Let go of: its memory is free as soon as it was computed with.
+      (batch, delivered), self._first = self._first, None
+      done.append(delivered)
+      return batch
+    if len(done) == self._count if self._count else done[-1].ends_step:
+      raise StopIteration
+    batch, delivered = next(self._loader)
+    self.delivered.append(delivered)
+    return batch
 
 
 class _UnreadLine(schema.Schema):

@@ -13,8 +13,9 @@ Every step
   5. write metrics, if they are due or there was an evaluation,
   6. stop with an error after too many steps in a row that are not finite,
   7. finish a save that has ended; save a checkpoint, if one is due or a signal
-     has come, but none amid steps that are not finite,
-  8. exit if a signal has come.
+     has come, or the evaluation was the best so far (`faults`), but
+     none amid steps that are not finite,
+  8. exit if a signal has come, or `config.patience` has run out.
 
 A checkpoint holds the position in the data, so the run that continues sees the
 batches that the interrupted one would have seen. All processes of a run go
@@ -27,19 +28,18 @@ import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from hourjax import progress
-from hourjax.batch import Batch
 from hourjax.data.dataset import Dataset
 from hourjax.data.packing.row_plan import RowPlan
-from hourjax.data.pipeline import Delivered, batches, check_memory
+from hourjax.data.pipeline import batches, check_memory
 from hourjax.data.records.record import Skipped
-from hourjax.data.rows import Size, batch_capacity
+from hourjax.data.rows import Size
 from hourjax.errors import UserError
 from hourjax.parallel import hosts
 from hourjax.parallel.gpus import peak_flops
@@ -50,14 +50,15 @@ from hourjax.training.checkpoint import Checkpoints
 from hourjax.training.config import Experiment
 from hourjax.training.data_loader import (
   DataLoader,
+  MicroBatches,
   UnreadSampleLog,
   open_dataset,
   question_embedder,
   row_plan,
 )
-from hourjax.training.faults import NonFiniteSteps, Preemption
+from hourjax.training.faults import EarlyStopping, NonFiniteSteps, Preemption
 from hourjax.training.holdout import HoldoutEvaluation
-from hourjax.training.metric_writer import MetricWriter
+from hourjax.training.metric_writer import MetricWriter, read_metrics
 from hourjax.training.optimizer import COMPONENTS, schedule
 from hourjax.training.throughput import ThroughputCounter, record_ids
 from hourjax.training.train_state import (
@@ -146,15 +147,23 @@ def _train(
     if experiment.forgetting.needs_question:
       dataset.embedder = question_embedder(state, experiment.model, workdir)
     start = int(state.step)
+    with hosts.together():
+      stopping = EarlyStopping(
+        workdir,
+        start=start,
+        patience=experiment.patience,
+        primary=hosts.is_primary(),
+      )
     if preemption.should_stop_at_once():
       print(f"left before step {start + 1}; nothing is lost", file=sys.stderr)
-    elif start < steps:
+    elif start < steps and not stopping.due:
       run = _Run(
         experiment,
         dataset,
         plan,
         sharding,
         holdout,
+        stopping,
         checkpoints,
         preemption,
         workdir,
@@ -169,6 +178,7 @@ def _train(
       run.take_steps(step, state, position, began=began, restoring=restoring)
     elif hosts.is_primary():
       print(f"already trained: step {start} of {steps}", file=sys.stderr)
+      stopping.report(start, steps, [])
   if hosts.is_primary():
     report_skipped(dataset.skipped)
 
@@ -182,6 +192,7 @@ class _Run:
   plan: RowPlan
   sharding: BatchSharding
   holdout: HoldoutEvaluation
+  early: EarlyStopping
   checkpoints: Checkpoints
   preemption: Preemption
   workdir: pathlib.Path
@@ -209,11 +220,13 @@ class _Run:
     config = dataclasses.asdict(experiment)
     fingerprint = self.plan.fingerprint()
     step, stopping = start, False
+    self.checkpoints.best = self.early.best
     compiled: set[Size] = set()
     with contextlib.ExitStack() as stack:
       # Closed in the opposite order, whatever ends the run.
       metrics = self._metric_writer(config, start, began)
       stack.enter_context(contextlib.closing(metrics))
+      stack.enter_context(contextlib.closing(self.early))
       nonfinite = self._nonfinite_steps(start)
       stack.enter_context(contextlib.closing(nonfinite))
       unread = self._unread_samples(start)
@@ -230,7 +243,7 @@ class _Run:
       metrics.add_lost(restoring, "restore")
       for step in range(start + 1, self.steps + 1):
         metrics.begin_step(step)
-        micro = _MicroBatches(loader, experiment.micro_batches)
+        micro = MicroBatches(loader, experiment.micro_batches)
         if micro.capacity not in compiled:
           compiled.add(micro.capacity)
           state, scalars = self._compile_and_step(
@@ -246,6 +259,8 @@ class _Run:
         finite = nonfinite.check(step, scalars, self._record_ids(position))
         interval.add(position, scalars, len(micro.delivered))
         evaluated = self.holdout.evaluate(step, state, metrics, unread)
+        improved = finite and self.early.add(step, evaluated)
+        self.checkpoints.best = self.early.best
         due = step % experiment.log_every == 0 or step in (1, self.steps)
         if due or evaluated:
           counts = {f"unread_{kind}": n for kind, n in unread.counts.items()}
@@ -258,15 +273,18 @@ class _Run:
         saving = time.monotonic()
         self.checkpoints.poll()
         stopping = self.preemption.should_stop(step)
-        due = step % experiment.checkpoint_every == 0 or stopping
-        if (due and finite) or step == self.steps:
+        ending = step == self.steps or self.early.due
+        due = step % experiment.checkpoint_every == 0 or stopping or improved
+        if (due and finite) or ending:
           self.checkpoints.save(state, position, fingerprint, config)
           metrics.add_lost(time.monotonic() - saving, "save")
-        if stopping:
+        if stopping or ending:
           break
       with progress.step("writing the last checkpoint"):
         self.checkpoints.finish()
-    if stopping and hosts.is_primary():
+    if (step == self.steps or self.early.due) and hosts.is_primary():
+      self.early.report(step, self.steps, read_metrics(self.workdir))
+    elif stopping and hosts.is_primary():
       newest = self.checkpoints.latest()
       print(
         f"left after step {step} of {self.steps}; the same command goes on"
@@ -278,7 +296,7 @@ class _Run:
     self,
     train_step: TrainStep,
     state: TrainState,
-    micro: "_MicroBatches",
+    micro: MicroBatches,
     loader: DataLoader,
     metrics: MetricWriter,
   ) -> tuple[TrainState, dict[str, Any]]:
@@ -343,40 +361,6 @@ class _Run:
     """Returns a function that looks up the records of a step's rows."""
     rows = self.experiment.step_rows
     return lambda: record_ids(self.dataset, self.plan, position, rows)
-
-
-class _MicroBatches:
-  """Iterates over one step's micro-batches on the devices.
-
-  There are `count` of them, or if that is 0 as many as its samples need.
-
-  Attributes:
-    capacity: of their rows.
-    delivered: the rows that each of them was made of, so far.
-  """
-
-  def __init__(self, loader: DataLoader, count: int):
-    self._loader, self._count = loader, count
-    self.delivered: list[Delivered] = []
-    # Loaded at once: its shapes decide which program runs.
-    self._first: tuple[Batch, Delivered] | None = next(loader)
-    self.capacity = batch_capacity(self._first[0])
-
-  def __iter__(self) -> Iterator[Batch]:
-    return self
-
-  def __next__(self) -> Batch:
-    done = self.delivered
-    if self._first is not None:
-      # Let go of: its memory is free as soon as it was computed with.
-      (batch, delivered), self._first = self._first, None
-      done.append(delivered)
-      return batch
-    if len(done) == self._count if self._count else done[-1].ends_step:
-      raise StopIteration
-    batch, delivered = next(self._loader)
-    self.delivered.append(delivered)
-    return batch
 
 
 class _IntervalMetrics:

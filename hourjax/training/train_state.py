@@ -21,11 +21,8 @@ from hourjax.models.params import (
   param_shapes,
 )
 from hourjax.parallel.rules import check_attention, param_shardings
-from hourjax.training.checkpoint import (
-  adapter_base,
-  adapter_manifest,
-  restore_params,
-)
+from hourjax.training.checkpoint import restore_params
+from hourjax.training.checkpoint_format import adapter_base, adapter_manifest
 from hourjax.training.config import Experiment
 from hourjax.training.optimizer import (
   COMPONENTS,
@@ -220,7 +217,7 @@ def initial_params(
   """Returns the parameters that a run begins with, by path.
 
   They are drawn, imported from a folder of published weights, or taken from
-  the newest checkpoint of another run, as `Experiment.init` says.
+  the best or newest checkpoint of another run, as `Experiment.init` says.
 
   Args:
     experiment: of the run.

@@ -326,6 +326,7 @@ HARMLESS = {
   "on_save_error": "what to do when saving fails",
   "max_nonfinite": "when to give up",
   "eval_*": "what is measured of the model, not what it learns",
+  "patience": "when to end",
   "data.max_skipped": "when to give up",
   "mesh.*": "where arrays lie; a checkpoint is restored onto any mesh",
   "model.remat": "what is computed twice; the same function",
@@ -391,7 +392,7 @@ def config_diff(
   found = {
     key: (was.get(key, "(not set)"), now.get(key, "(not set)"))
     for key in sorted({**was, **now})
-    if was.get(key) != now.get(key) and not _harmless(key)
+    if was.get(key) != now.get(key) and not _harmless(key, now)
   }
   if set(found) & {"batch_rows", "accumulate"} and (
     _step_size(was) == _step_size(now)
@@ -412,8 +413,10 @@ def _flat_texts(
       yield prefix + key, json.dumps(value)
 
 
-def _harmless(key: str) -> bool:
-  """Returns whether a key may change in a run that goes on."""
+def _harmless(key: str, now: Mapping[str, str]) -> bool:
+  """Returns whether a key may change in a run that goes on as `now`."""
+  if key.startswith("eval_") and now.get("patience", "0") != "0":
+    return False  # which step is the best would depend on when it changed
   return any(fnmatch.fnmatchcase(key, pattern) for pattern in HARMLESS)
 
 

@@ -14,11 +14,8 @@ from hourjax.models.params import init_params
 from hourjax.parallel.mesh import MeshConfig, make_mesh
 from hourjax.training import loop
 from hourjax.training.adapters import first_adapters, load_base
-from hourjax.training.checkpoint import (
-  Checkpoints,
-  adapter_manifest,
-  restore_params,
-)
+from hourjax.training.checkpoint import Checkpoints, restore_params
+from hourjax.training.checkpoint_format import adapter_manifest
 from hourjax.training.config import build_experiment
 from hourjax.training.metric_writer import read_metrics
 from hourjax.training.train_state import (

@@ -243,7 +243,7 @@ def build(
     ):
       report = Report(skipped, repaired)
       files = open_inputs(options, writer.partial, report)
-      convert = Converter(tokenizer, media, options.check_media)
+      convert = Converter(tokenizer, media, options.check_media, holdout)
       found = jobs(files, names)
       total = sum(int(file.chosen.sum()) for file in files)
       _convert_all(found, total, convert, videos, writer, report, workers)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from hourjax.data.columns import LONGEST, Measures, measure_record
 from hourjax.data.media import video, video_probe
-from hourjax.data.prepare.holdout import record_number
+from hourjax.data.prepare.holdout import Holdout, record_number
 from hourjax.data.records.example import encode_record
 from hourjax.data.records.media_keys import media_key, read_media
 from hourjax.data.records.questions import question_facts
@@ -171,11 +171,13 @@ class Converter:
     tokenizer: counts tokens.
     media: folder of images, or None.
     check_media: whether all images of a record must exist.
+    holdout: how much is held out, None for nothing.
   """
 
   tokenizer: Tokenizer
   media: pathlib.Path | None
   check_media: bool
+  holdout: Holdout | None = None
 
   def __call__(self, jobs: Sequence[Job]) -> list[Kept | Dropped]:
     """Converts records, in order; an invalid one becomes `Dropped`."""
@@ -219,7 +221,7 @@ class Converter:
       source=record.source,
       video=record.media[0] if record.modality == "video" else None,
       content=_content(record),
-      number=record_number(record),
+      number=(self.holdout.number if self.holdout else record_number)(record),
       questions=question_facts(record),
       repairs=(*job.repairs, *record.repairs),
       stream=job.stream,

@@ -5,6 +5,9 @@ follows from their names alone: a name's number is its SHA-256 as a fraction of
 2^256, and it is held out if that lies below the share. So a video stays held
 out whatever data is added, in every stage and stream that names it the same.
 
+`--holdout=names.txt` names a file instead, which lists videos and images, one a
+line: these are held out, and nothing else.
+
 A conversation about images is held out if the number of any of its images is
 below the share, so that no such image is trained on elsewhere. One without any
 video or image has the number of its id.
@@ -32,14 +35,25 @@ class Holdout:
   Attributes:
     amount: share in percent, or a number of videos.
     percent: whether `amount` is in percent.
+    names: of what is held out, in place of a share.
   """
 
   amount: fractions.Fraction
   percent: bool
+  names: frozenset[str] = frozenset()
 
   def __str__(self) -> str:
+    if self.names:
+      text = "\n".join(sorted(self.names)).encode("utf-8", "surrogatepass")
+      return f"{len(self.names)} names {hashlib.sha256(text).hexdigest()[:16]}"
     number = f"{float(self.amount):g}"
     return f"{number}%" if self.percent else number
+
+  def number(self, record: Record) -> float:
+    """Returns `record_number`; where names are given, 0 or 1 by them."""
+    if not self.names:
+      return record_number(record)
+    return float(self.names.isdisjoint(record.media or (record.id,)))
 
   def select(
     self, numbers: Float64[np.ndarray, "N"], columns: Columns
@@ -87,13 +101,15 @@ class Holdout:
 
 
 def parse_holdout(text: str) -> Holdout | None:
-  """Parses "0.5%" or a number of videos; an empty text is None.
+  """Parses "0.5%", a number of videos or a file of names; "" is None.
 
   Raises:
-    UserError: it is neither, nothing, or everything.
+    UserError: it is none of them, nothing, or everything.
   """
   if not text:
     return None
+  if text.endswith(".txt"):
+    return _listed(text)
   match = _TEXT.fullmatch(text.strip())
   amount = fractions.Fraction(match[1]) if match else fractions.Fraction(0)
   percent = bool(match and match[2])
@@ -105,9 +121,24 @@ def parse_holdout(text: str) -> Holdout | None:
   if amount <= 0 or not (percent or amount.denominator == 1):
     raise UserError(
       f"--holdout={text}; write a share above 0 and below 100 %, such as 0.5%,"
-      " or a number of videos, such as 100"
+      " or a number of videos, such as 100, or a file of names, names.txt"
     )
   return Holdout(amount, percent)
+
+
+def _listed(path: str) -> Holdout:
+  """Reads the names in a file, one a line."""
+  try:
+    with open(path, encoding="utf-8") as file:
+      names = frozenset(filter(None, (line.strip() for line in file)))
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(
+      f"--holdout={path} cannot be read ({error}); give a share, such as 0.5%,"
+      " or a file with one name a line"
+    ) from None
+  if not names:
+    raise UserError(f"--holdout={path} lists no name; leave it out")
+  return Holdout(fractions.Fraction(50), True, names)
 
 
 def record_number(record: Record) -> float:

@@ -367,17 +367,11 @@ def read_rows(path: pathlib.Path) -> Iterator[Any]:
 
 def _csv_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
   """Yields the rows of a table in text, whatever its delimiter."""
-  csv.field_size_limit(sys.maxsize)
   with opened_text(path) as packed:
     file = io.TextIOWrapper(packed, encoding="utf-8-sig", newline="")
     number, reader = 0, None  # number of the last line that could be read
     try:
-      head = file.readline()
-      named = re.fullmatch(r"(?i)sep=.[\r\n]*", head)
-      delimiter = head[4] if named else _delimiter(head)
-      if not named:
-        file.seek(0)
-      reader = csv.DictReader(file, strict=True, delimiter=delimiter)
+      reader = csv_reader(file)
       for row in reader:
         row.pop(None, None)  # cells beyond the last column
         yield row
@@ -394,6 +388,22 @@ def _csv_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
         " it may be Latin-1 or Windows-1252, as Excel's plain CSV is: save it"
         " as UTF-8, for example `iconv -f WINDOWS-1252 -t UTF-8`"
       ) from error
+
+
+def csv_reader(file: io.TextIOBase) -> csv.DictReader:
+  """Returns a reader of the rows of a table, from the start of its text.
+
+  Args:
+    file: opened without translation of line ends. A first line such as "sep=;"
+      names the delimiter; else it is the one that splits the head most often.
+  """
+  csv.field_size_limit(sys.maxsize)
+  head = file.readline()
+  named = re.fullmatch(r"(?i)sep=.[\r\n]*", head)
+  delimiter = head[4] if named else _delimiter(head)
+  if not named:
+    file.seek(0)
+  return csv.DictReader(file, strict=True, delimiter=delimiter)
 
 
 def _delimiter(head: str) -> str:

@@ -106,6 +106,25 @@ def test_a_share_takes_whole_videos_by_their_names(prepare):
   assert line.split()[-4:-1] == [str(len(expected))] * 2 + [str(len(chosen))]
 
 
+def test_a_file_names_what_is_held_out(prepare, tmp_path):
+  names = tmp_path / "names.txt"
+  names.write_text(f"{VIDEOS[3]}\n 7.png \n\nnowhere.mp4\ns-text-2\n")
+  _, data = prepare("d", str(names), s=_raws("s"))
+  whole = {f"s-{VIDEOS[3]}-{k}" for k in range(3)}
+  images = {"s-images-6", "s-images-7"}
+  assert _held_out(data) == {*whole, *images, "s-text-2"}
+  # Another list makes another dataset, and the order of a list does not.
+  one, other = (parse_holdout(str(names)) for _ in range(2))
+  assert str(one) == str(other)
+  names.write_text(f"{VIDEOS[3]}\n")
+  assert str(parse_holdout(str(names))) != str(one)
+  names.write_text("\n")
+  with pytest.raises(UserError, match="lists no name"):
+    parse_holdout(str(names))
+  with pytest.raises(UserError, match=r"none\.txt cannot be read"):
+    parse_holdout("none.txt")
+
+
 def test_no_image_of_held_out_data_is_trained_on(prepare):
   """One that is held out by its own name, wherever else it stands."""
   _, data = prepare("d", "20%", short=_raws("s"))
