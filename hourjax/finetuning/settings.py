@@ -1,12 +1,14 @@
 """What is decided about a fine-tuning: held-out videos, rows, steps, rates.
 
-`make_experiment` is the one place for settings of the training. Everything but
-the vision tower is trained, on features that were extracted once.
+`make_experiment` is the one place for settings of the training, on features
+that were extracted once. Of a large model adapters are trained, in a base whose
+number format suits the device; of a small one everything but the vision tower.
 """
 
 import dataclasses
 import difflib
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +27,12 @@ from hourjax.inference.load import (
   find_tokenizer,
   is_workdir,
 )
+from hourjax.models.config import ModelConfig
+from hourjax.models.lora import LoraConfig
+from hourjax.models.params import VISION, param_shapes
+from hourjax.parallel.chips import Chip
+from hourjax.parallel.gpus import device_facts
+from hourjax.planning.one_host import fit_one_host
 from hourjax.training.config import DataConfig, Experiment, build_experiment
 from hourjax.training.data_loader import open_dataset
 from hourjax.training.optimizer import COMPONENTS, OptimizerConfig
@@ -41,6 +49,11 @@ _BATCHES = ((256, 8), (1024, 16), (4096, 32), (16_384, 64), (math.inf, 128))
 _EPOCHS = ((1000, 20.0), (10_000, 8.0), (math.inf, 2.0))
 _BLIND = 5.0  # epochs at most, where nothing is held out
 _PATIENCE = 3
+# Parameters beside the tower, from which on adapters are trained: above this, a
+# device that holds the model seldom holds what training all of it takes.
+_LARGE = 10**9
+_ADAPTERS = LoraConfig(rank=16, alpha=32.0)
+_ADAPTER_RATE = 1e-4  # as in LLaVA's and PEFT's recipes
 _MOST_BETWEEN = 200  # steps between two evaluations
 _ROW_UNIT = 128  # capacities are multiples, which any mesh of ours divides
 # Positions of MemAug and decoder in a micro-batch of one device.
@@ -221,7 +234,47 @@ def make_experiment(
     eval_every=evaluate if held_out else 0,
     patience=_PATIENCE if held_out else 0,
   )
+  if parameters(base.model) >= _LARGE:
+    kind = jax.devices()[0].device_kind
+    made = adapt(made, device_facts(kind), jax.device_count())
   return override(made, overrides)
+
+
+def parameters(model: ModelConfig) -> int:
+  """Returns the number of a model's parameters, without the vision tower's."""
+  shapes = param_shapes(model)
+  return sum(
+    math.prod(x) for path, x in shapes.items() if not path.startswith(VISION)
+  )
+
+
+def adapt(made: Experiment, chip: Chip | None, devices: int) -> Experiment:
+  """Returns settings that train adapters, and fit the devices.
+
+  Args:
+    made: settings that train everything.
+    chip: one of the devices; None of a kind that is not known, such as a CPU.
+    devices: how many there are.
+
+  Raises:
+    UserError: not even the smallest settings fit.
+  """
+  config = dataclasses.asdict(made)
+  config["lora"] = dataclasses.asdict(_ADAPTERS)
+  config["optimizer"].update(
+    dict.fromkeys(("projector", "memaug", "decoder"), _ADAPTER_RATE), b2=0.999
+  )
+  if chip is not None:
+    fit = fit_one_host(
+      made.model, chip, devices, options=_ADAPTERS, rows=made.rows
+    )
+    for key, value in fit.settings.items():
+      group, *path = config, *key.split(".")
+      for name in path[:-1]:
+        group = group[name]
+      group[path[-1]] = value
+    print("\n".join(f"note: {text}" for text in fit.notes), file=sys.stderr)
+  return build_experiment(config)
 
 
 def _rates(own: OptimizerConfig) -> OptimizerConfig:

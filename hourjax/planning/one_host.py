@@ -15,6 +15,7 @@ row holds `hours` of video on each device; its memory is projected in chunks, so
 that the memory itself is the largest array (`config.model.memory_chunk`).
 """
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
@@ -97,6 +98,7 @@ def fit_one_host(
   *,
   hours: float = 1.0,
   options: LoraConfig,
+  rows: Size | None = None,
 ) -> Fit:
   """Returns the fastest settings that fit the devices of one host.
 
@@ -106,13 +108,15 @@ def fit_one_host(
     devices: how many of it, over which base and optimizer are split.
     hours: of video in a row.
     options: of adapters; rank 0 trains all but the tower.
+    rows: capacity of a row, if not that of `hours`.
 
   Raises:
     UserError: nothing fits; names what is missing and the smallest change.
   """
   limit = int(_FILL * chip.limit)
   try:
-    tried = list(_settings(model, devices, hours, options))
+    row = rows or row_of(hours, model)
+    tried = list(_settings(model, devices, row, options))
   except ValueError as error:  # of targets or rank
     raise UserError(str(error)) from None
   for fit in tried:
@@ -120,21 +124,22 @@ def fit_one_host(
       return dataclasses.replace(
         fit, notes=[_sentence(fit, chip, devices), *fit.notes]
       )
+  tokens = model.pool_side**2
+  hours = row.features / tokens / 3600
   least = min(tried, key=lambda fit: fit.total)
   raise UserError(
-    f"training {'adapters' if options.rank else 'all'} of this model on"
-    f" {hours:g} hours of video needs {least.total / GIB:.1f} GiB of each of"
-    f" {devices} {chip.name} with all that saves memory"
+    f"training {'adapters' if options.rank else 'all'} of this model with"
+    f" {row.memory:,} memory tokens in a row ({hours:.3g} hours of video)"
+    f" needs {least.total / GIB:.1f} GiB of each of {devices} {chip.name} with all that saves memory"
     f" ({_parts(least.needed)}), and a program may use"
     f" {limit / GIB:.1f}; {_remedy(model, chip, devices, hours, options)}"
   )
 
 
 def _settings(
-  model: ModelConfig, devices: int, hours: float, options: LoraConfig
+  model: ModelConfig, devices: int, rows: Size, options: LoraConfig
 ) -> Iterator[Fit]:
   """Yields settings from the fastest to the smallest."""
-  rows = row_of(hours, model)
   for base in _BASES if options.rank else ("float32",):
     for offload in ("device", "host"):
       if base == "nf4" and offload == "device":
@@ -267,7 +272,7 @@ def _remedy(
 
   def fits(chip: Chip, devices: int, hours: float, options: LoraConfig) -> bool:
     limit = int(_FILL * chip.limit)
-    found = _settings(model, devices, hours, options)
+    found = _settings(model, devices, row_of(hours, model), options)
     return any(fit.total <= limit for fit in found)
 
   ways = []
@@ -275,10 +280,13 @@ def _remedy(
     chip, devices, hours, dataclasses.replace(options, rank=16)
   ):
     ways.append("rank=16 trains adapters, which fit")
-  shorter = [n / 20 for n in range(1, 20) if n / 20 < hours]
-  shorter = [h for h in shorter if fits(chip, devices, h, options)]
-  if shorter:
-    ways.append(f"hours={max(shorter):g} fits")
+  # Rows with more memory never take less: bisected, in steps of three minutes.
+  steps = range(1, math.ceil(hours * 20))
+  most = bisect.bisect(
+    steps, False, key=lambda n: not fits(chip, devices, n / 20, options)
+  )
+  if most:
+    ways.append(f"hours={most / 20:g} fits")
   larger = sorted(
     (other for other in (CHIPS | GPUS).values() if other.limit > chip.limit),
     key=lambda other: other.limit,

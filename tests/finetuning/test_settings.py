@@ -12,6 +12,8 @@ from hourjax.errors import UserError
 from hourjax.finetuning import settings
 from hourjax.finetuning.questions import Questions
 from hourjax.finetuning.run import drop_unusable
+from hourjax.parallel.chips import CHIPS
+from hourjax.parallel.gpus import GPUS
 from hourjax.training.config import build_experiment
 from hourjax.training.data_loader import open_dataset
 from tests.training import runs
@@ -185,3 +187,24 @@ def test_overrides(made):
       settings.override(experiment, settings.parse_overrides([text]))
   with pytest.raises(UserError, match="write --set=KEY=VALUE"):
     settings.parse_overrides(["epochs"])
+
+
+@pytest.mark.parametrize("name", ["v5e", "rtx4090", ""])
+def test_of_a_large_model_adapters_are_trained(name):
+  """In a base, and with what waits on the host, that suit the device."""
+  config = hourllava.get_config("size=3b,stage=3").to_dict()
+  base = dataclasses.replace(
+    build_experiment(config),
+    stream_rows={},
+    rows=Size(features=230_400, memory=234_112, queries=9216, decoder=9984),
+  )
+  assert settings.parameters(base.model) > settings._LARGE
+  chip = (CHIPS | GPUS).get(name)
+  made = settings.adapt(base, chip, 1)
+  assert made.lora.rank == 16 and made.rows == base.rows
+  assert made.optimizer.rate("decoder") == made.optimizer.rate("memaug") > 0
+  assert made.model.offload == ("host" if name == "v5e" else "device")
+  assert bool(made.model.memory_chunk) == bool(name)
+  with pytest.raises(UserError, match=r"on|needs"):
+    long = dataclasses.replace(base.rows, memory=5_000_000, features=4_900_000)
+    settings.adapt(dataclasses.replace(base, rows=long), CHIPS["v5e"], 1)
