@@ -130,7 +130,8 @@ def fit_one_host(
   raise UserError(
     f"training {'adapters' if options.rank else 'all'} of this model with"
     f" {row.memory:,} memory tokens in a row ({hours:.3g} hours of video)"
-    f" needs {least.total / GIB:.1f} GiB of each of {devices} {chip.name} with all that saves memory"
+    f" needs {least.total / GIB:.1f} GiB of each of {devices} {chip.name} with"
+    " all that saves memory"
     f" ({_parts(least.needed)}), and a program may use"
     f" {limit / GIB:.1f}; {_remedy(model, chip, devices, hours, options)}"
   )
