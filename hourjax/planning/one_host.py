@@ -82,13 +82,22 @@ def row_of(hours: float, model: ModelConfig, max_frames: int = 512) -> Size:
   # more queries than one video of an hour.
   kept = min(max_frames, frames // 4) * (tokens // 4 + 1)
   kept += frames // 8 * (tokens // 4 + 1) // 8
-  whole = -(-frames * (tokens + 1) // 128) * 128
   return Size(
     features=frames * tokens,
-    memory=whole,
+    memory=frames * (tokens + 1),
     queries=-(-(kept + _WORDS // 2) // 128) * 128,
     decoder=-(-(kept + _WORDS) // 128) * 128,
   )
+
+
+def _in_chunks(rows: Size) -> tuple[Size, int]:
+  """Returns rows whose memory chunks divide, and the tokens of a chunk.
+
+  What they do not divide is cut off afterwards, by a copy of the memory.
+  """
+  pieces = max(1, round(rows.memory / _CHUNK))
+  chunk = -(-rows.memory // pieces // 128) * 128
+  return dataclasses.replace(rows, memory=pieces * chunk), chunk
 
 
 def fit_one_host(
@@ -141,6 +150,7 @@ def _settings(
   model: ModelConfig, devices: int, rows: Size, options: LoraConfig
 ) -> Iterator[Fit]:
   """Yields settings from the fastest to the smallest."""
+  rows, chunk = _in_chunks(rows)
   for base in _BASES if options.rank else ("float32",):
     for offload in ("device", "host"):
       if base == "nf4" and offload == "device":
@@ -152,7 +162,7 @@ def _settings(
         "batch_rows": devices,
         "mesh.fsdp": devices,
         "model.remat": "full",
-        "model.memory_chunk": _CHUNK,
+        "model.memory_chunk": chunk,
         "model.offload": offload,
       }
       notes = []
