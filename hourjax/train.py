@@ -25,9 +25,9 @@ from ml_collections import config_flags
 
 from hourjax import command, jax_environment
 from hourjax.errors import UserError
+from hourjax.objectives.run import train
 from hourjax.parallel import hosts
 from hourjax.training.config import build_experiment
-from hourjax.training.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")

@@ -11,8 +11,9 @@ import dataclasses
 import os
 import pathlib
 import time
+import types
 import zipfile
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -30,6 +31,7 @@ from hourjax.data.forgetting import EMBEDDER_PARAMS, Embedder
 from hourjax.data.packing.row_plan import PlanOptions, RowPlan
 from hourjax.data.pipeline import Delivered
 from hourjax.data.prepared import Prepared
+from hourjax.data.rows import batch_capacity
 from hourjax.data.store.features import FeatureStore
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
@@ -219,7 +221,10 @@ class DataLoader:
 
   Attributes:
     waited: seconds that the caller has spent waiting for data.
+    metrics: of the micro-batches of the step, where there are any.
   """
+
+  metrics: Mapping[str, float] = types.MappingProxyType({})
 
   def __init__(
     self,
@@ -236,6 +241,14 @@ class DataLoader:
     self._delivered, self._sharding = delivered, sharding
     self._pool = ThreadPoolExecutor(1)
     self._next: Future[tuple[Batch, Delivered]] = self._pool.submit(self._load)
+
+  def begin_step(self, step: int, state: TrainState) -> None:
+    """Is told that the micro-batches to come are of a step.
+
+    Args:
+      step: its number.
+      state: before it.
+    """
 
   def __iter__(self) -> "DataLoader":
     return self
@@ -261,6 +274,45 @@ class DataLoader:
     """Reads the next micro-batch and copies it to the devices."""
     delivered = next(self._delivered)
     return self._sharding(delivered.batch), delivered
+
+
+class MicroBatches:
+  """Iterates over one step's micro-batches on the devices.
+
+  Attributes:
+    capacity: of their rows.
+    delivered: the rows that each of them was made of, so far.
+  """
+
+  def __init__(self, loader: DataLoader, count: int):
+    """Loads the first one.
+
+    Args:
+      loader: of all steps.
+      count: how many there are; 0 for as many as the step's samples need.
+    """
+    self._loader, self._count = loader, count
+    self.delivered: list[Delivered] = []
+    # Loaded at once: its shapes decide which program runs.
+    self._first: tuple[Batch, Delivered] | None = next(loader)
+    self.capacity = batch_capacity(self._first[1].batch)
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self
+
+  def __next__(self) -> Batch:
+    """Returns the next micro-batch of the step."""
+    done = self.delivered
+    if self._first is not None:
+      # Let go of: its memory is free as soon as it was computed with.
+      (batch, delivered), self._first = self._first, None
+      done.append(delivered)
+      return batch
+    if len(done) == self._count if self._count else done[-1].ends_step:
+      raise StopIteration
+    batch, delivered = next(self._loader)
+    self.delivered.append(delivered)
+    return batch
 
 
 class _UnreadLine(schema.Schema):

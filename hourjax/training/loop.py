@@ -21,26 +21,23 @@ batches that the interrupted one would have seen. All processes of a run go
 through the same order; the first one writes the files.
 """
 
-import collections
 import contextlib
 import dataclasses
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from hourjax import jax_environment, progress
-from hourjax.batch import Batch
 from hourjax.data.dataset import Dataset
 from hourjax.data.packing.row_plan import RowPlan
-from hourjax.data.pipeline import Delivered, batches, check_memory
+from hourjax.data.pipeline import batches, check_memory
 from hourjax.data.records.record import Skipped
-from hourjax.data.rows import Size, batch_capacity
+from hourjax.data.rows import Size
 from hourjax.errors import UserError
 from hourjax.parallel import hosts
 from hourjax.parallel.gpus import peak_flops
@@ -50,6 +47,7 @@ from hourjax.training.checkpoint import Checkpoints
 from hourjax.training.config import Experiment
 from hourjax.training.data_loader import (
   DataLoader,
+  MicroBatches,
   UnreadSampleLog,
   open_dataset,
   question_embedder,
@@ -57,8 +55,7 @@ from hourjax.training.data_loader import (
 )
 from hourjax.training.faults import NonFiniteSteps, Preemption
 from hourjax.training.holdout import HoldoutEvaluation
-from hourjax.training.metric_writer import MetricWriter
-from hourjax.training.optimizer import COMPONENTS, schedule
+from hourjax.training.metric_writer import IntervalMetrics, MetricWriter
 from hourjax.training.throughput import ThroughputCounter, record_ids
 from hourjax.training.train_state import (
   TrainState,
@@ -66,7 +63,7 @@ from hourjax.training.train_state import (
   fresh_state,
   state_shardings,
 )
-from hourjax.training.train_step import TrainStep
+from hourjax.training.train_step import LossFunction, TrainStep
 from hourjax.training.workdir import (
   EpochCounts,
   check_workdir,
@@ -79,7 +76,63 @@ from hourjax.training.workdir import (
 )
 
 
-def train(experiment: Experiment, workdir: pathlib.Path) -> int | None:
+class Objective:
+  """What is optimised: here the answers' cross entropy, as `sft`.
+
+  `hourjax.objectives` has the others. The loop calls the methods in the order
+  in which they stand.
+
+  Attributes:
+    loss: of a micro-batch; None for the weighted cross entropy.
+    means: names of what it returns beside, see `train_step.LossSum`.
+  """
+
+  loss: LossFunction | None = None
+  means: tuple[str, ...] = ()
+
+  def __init__(self, experiment: Experiment):
+    """Opens nothing yet."""
+    self.experiment = experiment
+
+  def open_dataset(self) -> Dataset:
+    """Opens the dataset; its sizes are what a sample takes of a row."""
+    return open_dataset(self.experiment)
+
+  def start(
+    self,
+    dataset: Dataset,
+    plan: RowPlan,
+    sharding: BatchSharding,
+    state: TrainState,
+    workdir: pathlib.Path,
+  ) -> None:
+    """Prepares what the steps need, once the state is there."""
+
+  def data_loader(
+    self,
+    dataset: Dataset,
+    plan: RowPlan,
+    sharding: BatchSharding,
+    position: int,
+  ) -> DataLoader:
+    """Starts to read this process's rows, from a position in the data on."""
+    delivered = batches(
+      dataset,
+      plan,
+      self.experiment.row_spec,
+      rows=self.experiment.batch_rows,
+      mine=sharding.local_rows,
+      start=position,
+      options=self.experiment.read,
+    )
+    return DataLoader(delivered, sharding)
+
+
+def train(
+  experiment: Experiment,
+  workdir: pathlib.Path,
+  objective: Objective | None = None,
+) -> int | None:
   """Trains to the last step, from the newest checkpoint in `workdir` if any.
 
   Leaves in the workdir what the README of this folder lists.
@@ -87,6 +140,7 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> int | None:
   Args:
     experiment: what to train, on which data, and how.
     workdir: folder of the run; is made if it is not there.
+    objective: what is optimised; None for supervised fine-tuning.
 
   Returns:
     The number of the signal that ended the run early, None otherwise.
@@ -94,20 +148,28 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> int | None:
   Raises:
     UserError: something is wrong with data, weights or configuration.
   """
+  if objective is None:
+    name = experiment.objective.name
+    if name != "sft":
+      raise ValueError(f"{name} is trained by hourjax.objectives.train")
+    objective = Objective(experiment)
   with contextlib.closing(Preemption()) as preemption:
-    _train(experiment, workdir, preemption)
+    _train(experiment, workdir, preemption, objective)
   return preemption.signal
 
 
 def _train(
-  experiment: Experiment, workdir: pathlib.Path, preemption: Preemption
+  experiment: Experiment,
+  workdir: pathlib.Path,
+  preemption: Preemption,
+  objective: Objective,
 ) -> None:
   """Does what comes before the first step, and then takes the steps."""
   began = time.time()
   check_workdir(experiment, workdir)
   with hosts.together():
     with progress.step("opening the dataset and planning its rows"):
-      dataset = open_dataset(experiment)
+      dataset = objective.open_dataset()
       _check_vocabulary(experiment, dataset)
       plan = row_plan(experiment, dataset)
       counts = count_epoch(experiment, plan, workdir)
@@ -150,8 +212,10 @@ def _train(
     if preemption.should_stop_at_once():
       print(f"left before step {start + 1}; nothing is lost", file=sys.stderr)
     elif start < steps:
+      objective.start(dataset, plan, sharding, state, workdir)
       run = _Run(
         experiment,
+        objective,
         dataset,
         plan,
         sharding,
@@ -161,7 +225,13 @@ def _train(
         workdir,
         steps,
       )
-      step = TrainStep(experiment.model, optimizer, state_shardings(like))
+      own = {"loss": objective.loss, "means": objective.means}
+      step = TrainStep(
+        experiment.model,
+        optimizer,
+        state_shardings(like),
+        **(own if objective.loss else {}),
+      )
       run.take_steps(step, state, position, began=began, restoring=restoring)
     elif hosts.is_primary():
       print(f"already trained: step {start} of {steps}", file=sys.stderr)
@@ -174,6 +244,7 @@ class _Run:
   """Holds what stays the same from step to step, and takes the steps."""
 
   experiment: Experiment
+  objective: Objective
   dataset: Dataset
   plan: RowPlan
   sharding: BatchSharding
@@ -214,9 +285,11 @@ class _Run:
       stack.enter_context(contextlib.closing(nonfinite))
       unread = self._unread_samples(start)
       stack.enter_context(contextlib.closing(unread))
-      loader = self._data_loader(position)
+      loader = self.objective.data_loader(
+        self.dataset, self.plan, self.sharding, position
+      )
       stack.enter_context(contextlib.closing(loader))
-      interval = _IntervalMetrics(
+      interval = IntervalMetrics(
         metrics,
         experiment,
         ThroughputCounter(experiment, self.dataset, self.plan),
@@ -226,7 +299,8 @@ class _Run:
       metrics.add_lost(restoring, "restore")
       for step in range(start + 1, self.steps + 1):
         metrics.begin_step(step)
-        micro = _MicroBatches(loader, experiment.micro_batches)
+        loader.begin_step(step, state)
+        micro = MicroBatches(loader, experiment.micro_batches)
         if micro.capacity not in compiled:
           compiled.add(micro.capacity)
           state, scalars = self._compile_and_step(
@@ -246,7 +320,7 @@ class _Run:
         if due or evaluated:
           counts = {f"unread_{kind}": n for kind, n in unread.counts.items()}
           counts["skipped_steps"] = nonfinite.skipped
-          interval.write(step, scalars | evaluated, counts)
+          interval.write(step, scalars | loader.metrics | evaluated, counts)
         position = micro.delivered[-1].position
         if nonfinite.too_many:
           self.checkpoints.wait_for_save()
@@ -274,7 +348,7 @@ class _Run:
     self,
     train_step: TrainStep,
     state: TrainState,
-    micro: "_MicroBatches",
+    micro: "MicroBatches",
     loader: DataLoader,
     metrics: MetricWriter,
   ) -> tuple[TrainState, dict[str, Any]]:
@@ -322,121 +396,10 @@ class _Run:
       process=hosts.index(),
     )
 
-  def _data_loader(self, position: int) -> DataLoader:
-    """Starts to read this process's rows."""
-    delivered = batches(
-      self.dataset,
-      self.plan,
-      self.experiment.row_spec,
-      rows=self.experiment.batch_rows,
-      mine=self.sharding.local_rows,
-      start=position,
-      options=self.experiment.read,
-    )
-    return DataLoader(delivered, self.sharding)
-
   def _record_ids(self, position: int) -> Callable[[], dict[int, list[str]]]:
     """Returns a function that looks up the records of a step's rows."""
     rows = self.experiment.step_rows
     return lambda: record_ids(self.dataset, self.plan, position, rows)
-
-
-class _MicroBatches:
-  """Iterates over one step's micro-batches on the devices.
-
-  There are `count` of them, or if that is 0 as many as its samples need.
-
-  Attributes:
-    capacity: of their rows.
-    delivered: the rows that each of them was made of, so far.
-  """
-
-  def __init__(self, loader: DataLoader, count: int):
-    self._loader, self._count = loader, count
-    self.delivered: list[Delivered] = []
-    # Loaded at once: its shapes decide which program runs.
-    self._first: tuple[Batch, Delivered] | None = next(loader)
-    self.capacity = batch_capacity(self._first[0])
-
-  def __iter__(self) -> Iterator[Batch]:
-    return self
-
-  def __next__(self) -> Batch:
-    done = self.delivered
-    if self._first is not None:
-      # Let go of: its memory is free as soon as it was computed with.
-      (batch, delivered), self._first = self._first, None
-      done.append(delivered)
-      return batch
-    if len(done) == self._count if self._count else done[-1].ends_step:
-      raise StopIteration
-    batch, delivered = next(self._loader)
-    self.delivered.append(delivered)
-    return batch
-
-
-class _IntervalMetrics:
-  """Adds up what is logged as a sum over the steps between two that are."""
-
-  def __init__(
-    self,
-    writer: MetricWriter,
-    experiment: Experiment,
-    throughput: ThroughputCounter,
-    loader: DataLoader,
-    steps: int,
-  ):
-    self._writer, self._throughput = writer, throughput
-    self._loader, self._rows = loader, experiment.step_rows
-    optimizer = experiment.optimizer
-    self._rates = {
-      name: schedule(optimizer.rate(name), steps, optimizer.warmup)
-      for name in COMPONENTS
-      if optimizer.rate(name) > 0
-    }
-    self._waited = loader.waited
-    self._sums = collections.defaultdict[str, float](float)
-
-  def add(
-    self, position: int, scalars: Mapping[str, Any], micro_batches: int
-  ) -> None:
-    """Counts a step whose first row is at `position`."""
-    totals = self._throughput.count(position, self._rows)
-    step = {
-      **totals._asdict(),
-      "tokens": int(scalars["tokens"]),
-      "micro_batches": micro_batches,
-      "steps": 1,
-    }
-    for name, value in step.items():
-      self._sums[name] += value
-
-  def write(
-    self, step: int, scalars: Mapping[str, Any], counts: Mapping[str, int]
-  ) -> None:
-    """Writes a step's metrics, and the sums since the last call.
-
-    Args:
-      step: that was taken.
-      scalars: of it, as the train step returns them, and of an evaluation.
-      counts: since the run began, by key; with "skipped_steps".
-    """
-    # A skipped step leaves the optimizer's count of steps as it was.
-    updates = max(step - 1 - counts["skipped_steps"], 0)
-    waited = self._loader.waited - self._waited
-    self._waited += waited
-    self._writer.write(
-      step,
-      {key: value for key, value in scalars.items() if key != "finite"},
-      sums=self._sums,
-      data_wait=waited,
-      learning_rates={
-        name: float(np.asarray(rate(updates)))
-        for name, rate in self._rates.items()
-      },
-      counts=counts,
-    )
-    self._sums.clear()
 
 
 def report_skipped(skipped: list[Skipped]) -> None:

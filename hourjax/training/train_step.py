@@ -7,7 +7,8 @@ planning and for looking at what the compiler makes of them.
 """
 
 import functools
-from collections.abc import Collection, Iterable
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -36,21 +37,42 @@ from hourjax.training.train_state import (
 Scalars = dict[str, jax.Array]
 
 
+class LossSum(NamedTuple):
+  """Holds an objective's loss of one micro-batch.
+
+  Attributes:
+    total: summed over what the objective counts: labels, pairs or answers.
+    weight: how many, or the sum of their weights.
+    means: further sums that are divided by `weight` and logged, by name.
+  """
+
+  total: jax.Array
+  weight: jax.Array
+  means: Mapping[str, jax.Array] = types.MappingProxyType({})
+
+
+# Of the model and a micro-batch, which is a `Batch` or holds one.
+LossFunction = Callable[[HourLLaVA, Any], LossSum]
+
+
 class Sums(NamedTuple):
   """Holds what is added up over the micro-batches of a step.
 
   Attributes:
-    loss: weight x cross entropy, summed over label tokens, float32 [].
+    loss: weight x cross entropy, summed over label tokens, float32 []; or the
+      total of another `LossSum`.
     weight: sum of these weights, float32 [].
     tokens: number of label tokens, int32 [].
     grads: gradients of the summed loss, by path of the trained parameters,
       float32.
+    means: of `LossSum`; nothing in supervised fine-tuning.
   """
 
   loss: jax.Array
   weight: jax.Array
   tokens: jax.Array
   grads: Params
+  means: Scalars = {}  # noqa: RUF012  never changed; a tuple has its fields
 
 
 def train_step(
@@ -82,13 +104,19 @@ def train_step(
   return update(state, sums, optimizer=optimizer)
 
 
-def zero_sums(trained: Params) -> Sums:
-  """Returns the sums over no micro-batch."""
+def zero_sums(trained: Params, means: Collection[str] = ()) -> Sums:
+  """Returns the sums over no micro-batch.
+
+  Args:
+    trained: parameters by path.
+    means: names of the objective's further sums.
+  """
   return Sums(
     jnp.zeros((), jnp.float32),
     jnp.zeros((), jnp.float32),
     jnp.zeros((), jnp.int32),
     {path: jnp.zeros_like(value) for path, value in trained.items()},
+    {name: jnp.zeros((), jnp.float32) for name in means},
   )
 
 
@@ -96,22 +124,37 @@ def accumulate(
   sums: Sums,
   trained: Params,
   frozen: Params,
-  batch: Batch,
+  batch: Any,
   *,
   config: ModelConfig,
+  loss: LossFunction | None = None,
 ) -> Sums:
   """Adds one micro-batch's summed loss, weights, label tokens and gradients.
 
   Gradients are taken with respect to `trained` only.
+
+  Args:
+    sums: over the micro-batches before.
+    trained: parameters by path.
+    frozen: the other parameters.
+    batch: a `Batch`, or what the loss takes; `batch.target` are its labels.
+    config: of the model.
+    loss: of the objective; None for the weighted cross entropy.
   """
 
-  def summed_loss(trained: Params) -> jax.Array:
-    return loss_sum(with_params(config, {**frozen, **trained}), batch)
+  def summed_loss(trained: Params) -> tuple[jax.Array, tuple]:
+    model = with_params(config, {**frozen, **trained})
+    if loss is None:
+      return loss_sum(model, batch), (batch.target_weight.sum(), {})
+    found = loss(model, batch)
+    return found.total, (found.weight, dict(found.means))
 
   with fsdp.gradients_summed_in(config.gradient_dtype):
-    loss, grads = jax.value_and_grad(summed_loss)(trained)
+    (total, (weight, means)), grads = jax.value_and_grad(
+      summed_loss, has_aux=True
+    )(trained)
   tokens = (batch.target != IGNORE).sum()
-  own = Sums(loss, batch.target_weight.sum(), tokens, grads)
+  own = Sums(total, weight, tokens, grads, means)
   return jax.tree.map(jnp.add, sums, own)
 
 
@@ -126,7 +169,8 @@ def update(
   Returns:
     The next state, and scalars: "loss" (weighted mean over label tokens),
     "grad_norm" (before clipping), "grad_norm/COMPONENT", "tokens", and
-    "finite", which is False where the update was left out.
+    "finite", which is False where the update was left out. Those of
+    `sums.means`, divided by the weight, are beside them.
   """
   # A batch without any label has zero gradients; it must not make NaNs.
   weight = jnp.where(sums.weight > 0, sums.weight, 1)
@@ -144,6 +188,7 @@ def update(
   )
 
   scalars = {"loss": loss, "tokens": sums.tokens, "finite": finite, **norms}
+  scalars |= {name: x / weight for name, x in sums.means.items()}
   return TrainState(state.step + 1, trained, state.frozen, opt_state), scalars
 
 
@@ -205,6 +250,8 @@ class TrainStep:
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     shardings: TrainState,
+    loss: LossFunction | None = None,
+    means: Collection[str] = (),
   ):
     """Makes the jitted programs; they are compiled at their first call.
 
@@ -212,14 +259,20 @@ class TrainStep:
       config: of the model.
       optimizer: of the trained parameters.
       shardings: of each array of the state, as `state_shardings` returns them.
+      loss: of the objective, as for `accumulate`.
+      means: names of the further sums that it returns.
     """
     self.mesh = shardings.step.mesh
     replicated = shardings.step
-    sums = Sums(replicated, replicated, replicated, shardings.trained)
-    self._zero_sums = jax.jit(zero_sums, out_shardings=sums)
+    others = dict.fromkeys(means, replicated)
+    sums = Sums(replicated, replicated, replicated, shardings.trained, others)
+    self._zero_sums = jax.jit(
+      functools.partial(zero_sums, means=tuple(means)), out_shardings=sums
+    )
+    own = {} if loss is None else {"loss": loss}
     self.programs: dict[str, Any] = {
       "accumulate": jax.jit(
-        functools.partial(accumulate, config=config),
+        functools.partial(accumulate, config=config, **own),
         donate_argnums=0,
         out_shardings=sums,
       ),
@@ -231,7 +284,7 @@ class TrainStep:
     }
 
   def __call__(
-    self, state: TrainState, batches: Iterable[Batch]
+    self, state: TrainState, batches: Iterable[Any]
   ) -> tuple[TrainState, Scalars]:
     """Takes a step, see `train_step`; the old state's memory is reused."""
     with jax.set_mesh(self.mesh):

@@ -11,6 +11,7 @@ text.
 Prompt: the record's own question; the answer is not part of it.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -65,25 +66,56 @@ def _questions(record: Record, source: Source) -> Iterator[Question | LeftOut]:
   for number, (text, answer) in enumerate(pairs):
     name = f"{record.id}#{number + 1}" if len(pairs) > 1 else record.id
     at = f"{source.file.name}: question {name}"
-    facts = _facts(record, number)
     try:
-      if not text.strip():
-        raise UserError(f"{at}: the question is empty; repair or drop it")
-      kind, expected, options = _kind(text, answer, facts, at)
-      yield Question(
-        id=name,
-        video=source.videos.name(record.media[0]),
-        prompt=QUESTION.format(question=text),
-        expected=expected,
-        kind=kind,
-        options=options,
-        tasks=tuple(fields.known(facts, "task").values()),
-        duration=fields.minutes_range(record.extra.get("duration")),
-        chance=_chance(kind, expected, options, facts),
-        extra=_extra(record, facts),
-      )
+      item = _question(record, number, text, answer, at)
+      media = source.videos.name(record.media[0])
+      yield dataclasses.replace(item, id=name, video=media)
     except UserError as error:
       yield LeftOut(name, video, str(error))
+
+
+def last_question(record: Record) -> Question:
+  """Returns the question that a record's last answer is to.
+
+  Args:
+    record: of any modality, with an answer.
+
+  Raises:
+    UserError: it has no such question, or the answer names an option that the
+      question does not have.
+  """
+  at = f"record {record.id}"
+  if [turn.role for turn in record.turns[-2:]] != ["human", "gpt"]:
+    raise UserError(
+      f"{at}: its last turns are from"
+      f" {', '.join(turn.role for turn in record.turns[-2:])}, expected human,"
+      " gpt: a question and its answer; repair or drop it"
+    )
+  text = _MARKER.sub("", record.turns[-2].text)
+  number = sum(turn.role == "gpt" for turn in record.turns) - 1
+  return _question(record, number, text, record.turns[-1].text, at)
+
+
+def _question(
+  record: Record, number: int, text: str, answer: str, at: str
+) -> Question:
+  """Makes the question with this number in a record."""
+  facts = _facts(record, number)
+  if not text.strip():
+    raise UserError(f"{at}: the question is empty; repair or drop it")
+  kind, expected, options = _kind(text, answer, facts, at)
+  return Question(
+    id=record.id,
+    video=record.media[0] if record.media else "",
+    prompt=QUESTION.format(question=text),
+    expected=expected,
+    kind=kind,
+    options=options,
+    tasks=tuple(fields.known(facts, "task").values()),
+    duration=fields.minutes_range(record.extra.get("duration")),
+    chance=_chance(kind, expected, options, facts),
+    extra=_extra(record, facts),
+  )
 
 
 def _chance(
