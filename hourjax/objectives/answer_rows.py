@@ -293,10 +293,10 @@ def on_devices(rows: AnswerBatch, sharding: BatchSharding) -> AnswerBatch:
 class AnswerLoader(DataLoader):
   """Iterates over micro-batches of answers on the devices."""
 
-  def _load(self) -> tuple[AnswerBatch, Delivered]:  # pyrefly: ignore[bad-override]
+  def _load(self) -> tuple[AnswerBatch, Delivered]:
     """Reads the next micro-batch and copies it to the devices."""
-    made, delivered = next(self._delivered)  # pyrefly: ignore[not-iterable]
-    return on_devices(made, self._sharding), delivered  # pyrefly: ignore[bad-argument-type]
+    made, delivered = next(self._delivered)
+    return on_devices(made, self._sharding), delivered
 
 
 def with_capacity(spec: RowSpec, capacity: Size) -> RowSpec:

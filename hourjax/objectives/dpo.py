@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float32
 
 from hourjax import progress
@@ -290,7 +290,10 @@ class PreferenceObjective(Objective):
   ) -> Callable[[Params, Params, AnswerBatch], tuple[jax.Array, jax.Array]]:
     """Returns the compiled losses of the labels of a micro-batch."""
     config = self.experiment.model
-    replicated: NamedSharding = state.step.sharding
+    replicated = state.step.sharding
+    assert isinstance(replicated, NamedSharding)
+    mesh = replicated.mesh
+    assert isinstance(mesh, Mesh)
 
     def losses(
       trained: Params, frozen: Params, rows: AnswerBatch
@@ -305,7 +308,7 @@ class PreferenceObjective(Objective):
     def run(
       trained: Params, frozen: Params, rows: AnswerBatch
     ) -> tuple[jax.Array, jax.Array]:
-      with jax.set_mesh(replicated.mesh):
+      with jax.set_mesh(mesh):
         return compiled(trained, frozen, rows)
 
     return run

@@ -49,6 +49,7 @@ from hourjax.training.loop import Objective
 from hourjax.training.train_state import Params, TrainState
 
 _JUDGED = "judged.jsonl"
+_NO_STATE = TrainState(None, {}, {}, None)  # before the first step
 
 
 class RewardObjective(Objective):
@@ -177,7 +178,7 @@ class RolloutLoader(DataLoader):
     self._experiment, self._dataset, self._plan = experiment, dataset, plan
     self._sharding, self._sampler = sharding, sampler
     self._rewards, self._weights = rewards, weights
-    self._reference, self._state = reference, None
+    self._reference, self._state = reference, _NO_STATE
     self._step, self._sums = 0, _Sums()
     self._pool = ThreadPoolExecutor(experiment.read.threads)
     self._read_ahead(plan.advance(position, 0))
@@ -300,7 +301,7 @@ class RolloutLoader(DataLoader):
   def _reference_losses(self, rows: AnswerBatch) -> jax.Array:
     """Returns -log r of each label by the reference model."""
     state = self._state
-    assert state is not None and self._reference is not None
+    assert self._reference is not None
     with jax.set_mesh(state.step.sharding.mesh):
       return _reference_losses(
         self._reference, state.frozen, rows, config=self._experiment.model

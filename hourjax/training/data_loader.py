@@ -24,7 +24,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hourjax import schema
 from hourjax.atomic_file import replace_file
-from hourjax.batch import Batch
 from hourjax.data.columns import Columns
 from hourjax.data.dataset import Dataset, Unread
 from hourjax.data.forgetting import EMBEDDER_PARAMS, Embedder
@@ -228,7 +227,7 @@ class DataLoader:
 
   def __init__(
     self,
-    delivered: Generator[Delivered, None, None],
+    delivered: Generator[Any, None, None],
     sharding: BatchSharding,
   ):
     """Starts to read.
@@ -240,7 +239,7 @@ class DataLoader:
     self.waited = 0.0
     self._delivered, self._sharding = delivered, sharding
     self._pool = ThreadPoolExecutor(1)
-    self._next: Future[tuple[Batch, Delivered]] = self._pool.submit(self._load)
+    self._next: Future[tuple[Any, Delivered]] = self._pool.submit(self._load)
 
   def begin_step(self, step: int, state: TrainState) -> None:
     """Is told that the micro-batches to come are of a step.
@@ -253,7 +252,7 @@ class DataLoader:
   def __iter__(self) -> "DataLoader":
     return self
 
-  def __next__(self) -> tuple[Batch, Delivered]:
+  def __next__(self) -> tuple[Any, Delivered]:
     """Returns a micro-batch on the devices, and the rows that it was made of.
 
     Raises:
@@ -270,7 +269,7 @@ class DataLoader:
     self._pool.shutdown(wait=True, cancel_futures=True)
     self._delivered.close()
 
-  def _load(self) -> tuple[Batch, Delivered]:
+  def _load(self) -> tuple[Any, Delivered]:
     """Reads the next micro-batch and copies it to the devices."""
     delivered = next(self._delivered)
     return self._sharding(delivered.batch), delivered
@@ -294,13 +293,13 @@ class MicroBatches:
     self._loader, self._count = loader, count
     self.delivered: list[Delivered] = []
     # Loaded at once: its shapes decide which program runs.
-    self._first: tuple[Batch, Delivered] | None = next(loader)
+    self._first: tuple[Any, Delivered] | None = next(loader)
     self.capacity = batch_capacity(self._first[1].batch)
 
-  def __iter__(self) -> Iterator[Batch]:
+  def __iter__(self) -> Iterator[Any]:
     return self
 
-  def __next__(self) -> Batch:
+  def __next__(self) -> Any:
     """Returns the next micro-batch of the step."""
     done = self.delivered
     if self._first is not None:

@@ -225,12 +225,14 @@ def _train(
         workdir,
         steps,
       )
-      own = {"loss": objective.loss, "means": objective.means}
+      own: dict[str, Any] = {}
+      if objective.loss is not None:
+        own = {"loss": objective.loss, "means": objective.means}
       step = TrainStep(
         experiment.model,
         optimizer,
         state_shardings(like),
-        **(own if objective.loss else {}),
+        **own,
       )
       run.take_steps(step, state, position, began=began, restoring=restoring)
     elif hosts.is_primary():

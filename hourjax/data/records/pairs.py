@@ -56,16 +56,17 @@ def joined_pair(
       last = {"from": "gpt", "value": _text(chosen, CHOSEN, at)}
       turns = [*(turns if isinstance(turns, list) else []), last]
     result[talk or "conversations"] = turns
+  listed: list[Any] = turns if isinstance(turns, list) else []
   own = [
     (number, turn)
-    for number, turn in enumerate(turns if isinstance(turns, list) else [])
+    for number, turn in enumerate(listed)
     if isinstance(turn, Mapping) and REJECTED in turn
   ]
   if own:
     number, turn = own[0]
-    if number != len(turns) - 1:
+    if number != len(listed) - 1:
       raise UserError(
-        f"{at}: turn {number} of {len(turns)} has a rejected answer; only the"
+        f"{at}: turn {number} of {len(listed)} has a rejected answer; only the"
         " last turn may: end the record there"
       )
     rejected = turn[REJECTED]
