@@ -5,8 +5,8 @@
   python -m hourjax.bench step --config=configs/demo.py --out=calibration.json
   python -m hourjax.bench ask  (or answers, construct, cpu, gpu)
 
-`data` takes rows of --config (by default 3B, stage 3); `attention` asks the TPU
-compiler, or with --tune ranks tiles; `step` measures a training step on the
+`data` and `answers` take --config (by default 3B, stage 3); `attention` asks the
+TPU compiler, or with --tune ranks tiles; `step` measures a training step on the
 devices at hand beside its plan, and `plan --calibration` takes what it writes
 to --out. See hourjax/benchmarks/README.md.
 """
@@ -65,7 +65,7 @@ BENCHMARKS = {
     command.filled(attention.Options)
   ),
   "ask": measure_ask,
-  "answers": measure_answers,
+  "answers": lambda folder: measure_answers(_experiment(), folder),
   "construct": construct,
   "step": lambda folder: step.measure_step(
     _experiment(), command.filled(step.Options), folder

@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from hourjax.benchmarks.ask import TINY_ASKED, random_model
+from hourjax.benchmarks.ask import random_model
 from hourjax.benchmarks.figures import peak_mib
 from hourjax.data.records.record import Turn
 from hourjax.inference.answering import Answering
+from hourjax.inference.load import run_rules
 from hourjax.inference.memory import Memory
 from hourjax.inference.sampling import Sampling, row_sampling
+from hourjax.training.config import Experiment
 
 _QUESTION = "Which colour has the card that is shown once?"
 _SECONDS = 3600
@@ -33,6 +35,7 @@ _REPEATS = 3
 
 
 def measure_answers(
+  experiment: Experiment,
   folder: pathlib.Path,
   seconds: int = _SECONDS,
   group: int = _GROUP,
@@ -41,6 +44,7 @@ def measure_answers(
   """Measures the answers a second of three ways to sample a group.
 
   Args:
+    experiment: with the model and the rule of forgetting.
     folder: where the tokenizer is written.
     seconds: length of the video, and its frames.
     group: answers to the question.
@@ -50,7 +54,7 @@ def measure_answers(
     By way, `seconds` of a group and `answers_per_second`, medians of several
     turns; and by how much the first way is faster than the others.
   """
-  model = random_model(folder, TINY_ASKED)
+  model = random_model(folder, experiment.model, run_rules(experiment))
   shape = (model.config.pool_side**2, model.config.vision.width)
   drawn = np.random.default_rng(0).normal(size=(seconds, *shape))
   features = drawn.astype(ml_dtypes.bfloat16)

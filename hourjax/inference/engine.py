@@ -273,10 +273,7 @@ class Engine:
     return state, None if attention is None else np.asarray(attention)[:, 0]
 
   def share_params(self, params: Mapping[str, jax.Array]) -> None:
-    """Answers with these arrays from now on, without copying any.
-
-    They may be wider than the compute dtype; the steps cast them as a train
-    step does.
+    """Answers with these arrays from now on; steps cast them as training does.
 
     Args:
       params: parameters by path, on the engine's mesh.
@@ -287,11 +284,9 @@ class Engine:
   def repeat(
     self, states: Sequence[tuple[steps.DecodeState, int]], times: int
   ) -> steps.DecodeState:
-    """Joins the states of prompts, each of them several times in a row.
+    """Joins the states of prompts, each several times, to decode them together.
 
-    So several answers to a prompt are sampled from one prefill, and prompts
-    about several memories are decoded together. Of states with the prompts
-    a b and c, twice each: a a b b c c and padding.
+    Of states with the prompts a b and c, twice each: a a b b c c and padding.
 
     Args:
       states: as `prefill` returns them, with their number of prompts.
