@@ -5,10 +5,10 @@
   python -m hourjax.bench step --config=configs/demo.py --out=calibration.json
   python -m hourjax.bench ask  (or answers, construct, cpu, gpu)
 
-`data` and `answers` take --config (by default 3B, stage 3); `attention` asks the
-TPU compiler, or with --tune ranks tiles; `step` measures a training step on the
-devices at hand beside its plan, and `plan --calibration` takes what it writes
-to --out. See hourjax/benchmarks/README.md.
+`data` and `answers` take --config (by default 3B, stage 3); `attention` asks
+the TPU compiler, or with --tune ranks tiles; `step` measures a training step on
+the devices at hand beside its plan, and `plan --calibration` takes what it
+writes to --out. See hourjax/benchmarks/README.md.
 """
 
 import pathlib
