@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -25,6 +23,8 @@ from hourjax.inference.answering import Answering
 from hourjax.inference.load import run_rules
 from hourjax.inference.memory import Memory
 from hourjax.inference.sampling import Sampling, row_sampling
+from hourjax.objective_config import ObjectiveConfig
+from hourjax.objectives.rollouts import decode_groups
 from hourjax.training.config import Experiment
 
 _QUESTION = "Which colour has the card that is shown once?"
@@ -98,19 +98,15 @@ def _answering(memory: Memory) -> Answering:
 
 def _sample(answering: Answering, group: int, max_tokens: int) -> None:
   """Samples a group of answers, all of them to the limit."""
-  engine = answering.engine
   layout = answering.layout([Turn("human", _QUESTION)], max_tokens)
-  state = answering.prefill([layout], max_tokens)
-  state = engine.repeat([(state, 1)], group)
-  state = engine.decode(
-    state,
-    row_sampling(Sampling(temperature=1.0), 0, len(state.done)),
-    stop_tokens=[-1],
-    max_tokens=max_tokens,
-    num_steps=max_tokens,
+  found = decode_groups(
+    answering.engine,
+    [(answering.prefill([layout], max_tokens), 1)],
+    ObjectiveConfig(group=group, max_tokens=max_tokens),
+    lambda rows: row_sampling(Sampling(temperature=1.0), 0, rows),
+    [-1],  # no answer ends before
   )
-  jax.block_until_ready(state)
-  assert bool(jnp.all(state.count[:group] == max_tokens))
+  assert [len(ids) for ids in found] == [max_tokens] * group
 
 
 def _medians(ways: dict[str, Callable[[], None]]) -> dict[str, float]:

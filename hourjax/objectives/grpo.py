@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from hourjax import command
 from hourjax.data.dataset import Dataset, Unread
 from hourjax.data.packing.row_plan import RowPlan
 from hourjax.data.pipeline import Delivered
@@ -34,7 +33,7 @@ from hourjax.objectives.losses import AnswerBatch, grpo_loss, grpo_means
 from hourjax.objectives.reference import reference_params
 from hourjax.objectives.rewards import (
   JUDGE,
-  REWARDS,
+  Judge,
   Reward,
   advantages,
   check_names,
@@ -55,16 +54,21 @@ _NO_STATE = TrainState(None, {}, {}, None)  # before the first step
 class RewardObjective(Objective):
   """Trains on rewards of answers that the model samples itself."""
 
-  def __init__(self, experiment: Experiment):
+  def __init__(self, experiment: Experiment, rewards: Mapping[str, Reward]):
     """Opens nothing yet.
 
+    Args:
+      experiment: of the run.
+      rewards: that it may name.
+
     Raises:
-      UserError: a reward is unknown, or there are several processes.
+      UserError: a reward is unknown.
     """
     super().__init__(experiment)
+    self._rewards = dict(rewards)
     asked = experiment.objective
     self._weights = asked.reward_weights()
-    check_names(self._weights, asked.judge)
+    check_names(self._weights, rewards, asked.judge)
     self.loss = functools.partial(grpo_loss, kl=asked.kl)
     self.means = grpo_means(asked.kl)
 
@@ -112,10 +116,7 @@ class RewardObjective(Objective):
     self._reference: Params | None = None
     if self.experiment.objective.kl:
       self._reference = reference_params(self.experiment, state, workdir)
-    self._rewards: dict[str, Reward] = dict(REWARDS)
     if JUDGE in self._weights:
-      with command.needing("construct"):
-        from hourjax.objectives.judge import Judge
       path = workdir / _JUDGED
       self._rewards[JUDGE] = Judge(self.experiment.objective.judge, path)
 

@@ -9,8 +9,9 @@ very weights that are then trained, and no second copy of them is held.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -25,13 +26,14 @@ from hourjax.data.records.record import Record
 from hourjax.data.repository import Repository, video_repository
 from hourjax.data.rows import Visual
 from hourjax.errors import UserError
-from hourjax.evaluation.benchmarks.records import last_question
+from hourjax.evaluation.benchmarks.record_questions import last_question
 from hourjax.evaluation.questions import Question
 from hourjax.inference.answering import Answering
 from hourjax.inference.engine import EncodedMemory, Engine
 from hourjax.inference.load import run_rules
 from hourjax.inference.prompts import Prompts
 from hourjax.inference.sampling import RowSampling
+from hourjax.inference.steps import DecodeState
 from hourjax.models.params import param_axes, param_shapes
 from hourjax.objective_config import ObjectiveConfig
 from hourjax.parallel.mesh import AXES
@@ -208,18 +210,14 @@ class Sampler:
       state = answering.prefill(prompted.layouts, asked.max_tokens)
       states.append((state, len(prompted.layouts)))
     stop = [tokenizer.im_end, tokenizer.pad]
-    state = self._engine.repeat(states, asked.group)
-    del states
     indices = [index for p in prompts for index in p.indices]
-    state = self._engine.decode(
-      state,
-      self._row_sampling(indices, step, len(state.done)),
-      stop_tokens=stop,
-      max_tokens=asked.max_tokens,
-      num_steps=asked.max_tokens,
+    rows = decode_groups(
+      self._engine,
+      states,
+      asked,
+      functools.partial(self._row_sampling, indices, step),
+      stop,
     )
-    answers, counts = jax.device_get((state.answer, state.count))
-    rows = [tuple(a[:n].tolist()) for a, n in zip(answers, counts)]
     found, first = [], 0
     for prompted in prompts:
       for number in range(len(prompted.layouts)):
@@ -280,6 +278,37 @@ class Sampler:
     return self._prompts.layout(
       record.turns[:-1], repository, kept, video, self._asked.max_tokens
     )
+
+
+def decode_groups(
+  engine: Engine,
+  states: list[tuple[DecodeState, int]],
+  asked: ObjectiveConfig,
+  sampling: Callable[[int], RowSampling],
+  stop: Sequence[int],
+) -> list[tuple[int, ...]]:
+  """Decodes several answers to each prompt; returns their tokens.
+
+  Args:
+    engine: that has read the prompts.
+    states: of prompts, with their number; the list is emptied, so that the
+      memory of the prefill is free while answers are decoded.
+    asked: how many answers, and how long they may be.
+    sampling: returns the sampling of so many rows, in the order of the answers.
+    stop: tokens that end an answer.
+  """
+  answers = asked.group * sum(prompts for _, prompts in states)
+  state = engine.repeat(states, asked.group)
+  states.clear()
+  state = engine.decode(
+    state,
+    sampling(len(state.done)),
+    stop_tokens=stop,
+    max_tokens=asked.max_tokens,
+    num_steps=asked.max_tokens,
+  )
+  ids, counts = jax.device_get((state.answer, state.count))
+  return [tuple(a[:n].tolist()) for a, n in zip(ids[:answers], counts)]
 
 
 @jax.jit

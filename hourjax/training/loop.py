@@ -151,7 +151,7 @@ def train(
   if objective is None:
     name = experiment.objective.name
     if name != "sft":
-      raise ValueError(f"{name} is trained by hourjax.objectives.train")
+      raise ValueError(f"{name} needs its Objective, see hourjax.objectives")
     objective = Objective(experiment)
   with contextlib.closing(Preemption()) as preemption:
     _train(experiment, workdir, preemption, objective)

@@ -26,7 +26,7 @@ import sys
 import hourjax
 from hourjax.data.records.record import parse_record
 from hourjax.data.store.features import FeatureStore
-from hourjax.evaluation.benchmarks.records import last_question
+from hourjax.evaluation.benchmarks.record_questions import last_question
 from hourjax.evaluation.parsing import parse
 from hourjax.evaluation.scoring import is_right, wilson
 

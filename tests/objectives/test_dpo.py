@@ -10,11 +10,11 @@ from hourjax.data.prepared import Prepared
 from hourjax.data.rows import Size
 from hourjax.errors import UserError
 from hourjax.objectives.dpo import PreferenceObjective
-from hourjax.objectives.run import train
 from hourjax.parallel.mesh import make_mesh
 from hourjax.training.batch_sharding import BatchSharding
 from hourjax.training.config import build_experiment
 from hourjax.training.data_loader import open_dataset, row_plan
+from hourjax.training.loop import train
 from hourjax.training.metric_writer import read_metrics
 from hourjax.training.train_state import abstract_state, fresh_state
 from tests.objectives.conftest import prepared
@@ -36,7 +36,7 @@ def experiment(data, pairs):
 def whole(experiment, tmp_path_factory):
   """Workdir of a run without interruption."""
   workdir = tmp_path_factory.mktemp("dpo")
-  train(experiment, workdir)
+  train(experiment, workdir, PreferenceObjective(experiment))
   return workdir
 
 
@@ -75,9 +75,9 @@ def test_the_loss_begins_at_log_2_and_falls(whole):
 @pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit(experiment, whole, tmp_path):
   with runs.interrupted_at(3):
-    train(experiment, tmp_path)
+    train(experiment, tmp_path, PreferenceObjective(experiment))
   stored = (tmp_path / "reference.npz").read_bytes()
-  train(experiment, tmp_path)
+  train(experiment, tmp_path, PreferenceObjective(experiment))
   assert (tmp_path / "reference.npz").read_bytes() == stored
   assert runs.losses(tmp_path) == runs.losses(whole)
 

@@ -10,15 +10,15 @@ import pytest
 from hourjax.data.rows import batch_capacity
 from hourjax.errors import UserError
 from hourjax.models.params import with_params
-from hourjax.objectives import rewards
 from hourjax.objectives.grpo import RewardObjective
 from hourjax.objectives.losses import AnswerBatch
-from hourjax.objectives.run import train
+from hourjax.objectives.rewards import REWARDS
 from hourjax.parallel import vocabulary
 from hourjax.parallel.mesh import make_mesh
 from hourjax.training.batch_sharding import BatchSharding
 from hourjax.training.config import build_experiment
 from hourjax.training.data_loader import row_plan
+from hourjax.training.loop import train
 from hourjax.training.metric_writer import read_metrics
 from hourjax.training.train_state import abstract_state, fresh_state
 from tests.training import runs
@@ -31,9 +31,7 @@ def _short(question, answers):
   return [-len(answer) / 10 for answer in answers]
 
 
-@pytest.fixture(autouse=True)
-def _reward(monkeypatch):
-  monkeypatch.setitem(rewards.REWARDS, "short", _short)
+MINE = REWARDS | {"short": _short}
 
 
 @pytest.fixture(scope="module")
@@ -51,31 +49,27 @@ def experiment(data):
 def whole(experiment, tmp_path_factory):
   """Workdir of a run without interruption."""
   workdir = tmp_path_factory.mktemp("grpo")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(rewards.REWARDS, "short", _short)
-    train(experiment, workdir)
+  train(experiment, workdir, RewardObjective(experiment, MINE))
   return workdir
 
 
 @pytest.fixture(scope="module")
 def started(experiment, tmp_path_factory):
   """An objective, its first micro-batch, and the state that sampled it."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(rewards.REWARDS, "short", _short)
-    objective = RewardObjective(experiment)
-    dataset = objective.open_dataset()
-    plan = row_plan(experiment, dataset)
-    mesh = make_mesh(experiment.mesh)
-    sharding = BatchSharding(mesh, experiment.row_spec, experiment.batch_rows)
-    like, optimizer = abstract_state(experiment, mesh, STEPS)
-    state = fresh_state(experiment, like, optimizer)
-    workdir = tmp_path_factory.mktemp("started")
-    objective.start(dataset, plan, sharding, state, workdir)
-    loader = objective.data_loader(dataset, plan, sharding, 0)
-    loader.begin_step(1, state)
-    batch, delivered = next(loader)
-    yield objective, state, batch, delivered, loader
-    loader.close()
+  objective = RewardObjective(experiment, MINE)
+  dataset = objective.open_dataset()
+  plan = row_plan(experiment, dataset)
+  mesh = make_mesh(experiment.mesh)
+  sharding = BatchSharding(mesh, experiment.row_spec, experiment.batch_rows)
+  like, optimizer = abstract_state(experiment, mesh, STEPS)
+  state = fresh_state(experiment, like, optimizer)
+  workdir = tmp_path_factory.mktemp("started")
+  objective.start(dataset, plan, sharding, state, workdir)
+  loader = objective.data_loader(dataset, plan, sharding, 0)
+  loader.begin_step(1, state)
+  batch, delivered = next(loader)
+  yield objective, state, batch, delivered, loader
+  loader.close()
 
 
 def test_answers_share_memory_and_queries(started):
@@ -192,8 +186,8 @@ def test_rewards_are_logged(whole):
 @pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit(experiment, whole, tmp_path):
   with runs.interrupted_at(3):
-    train(experiment, tmp_path)
-  train(experiment, tmp_path)
+    train(experiment, tmp_path, RewardObjective(experiment, MINE))
+  train(experiment, tmp_path, RewardObjective(experiment, MINE))
   kept = ("step", "loss", "grad_norm", "grpo/reward", "grpo/kl", "tokens")
   assert [[row[k] for k in kept] for row in read_metrics(tmp_path)] == [
     [row[k] for k in kept] for row in read_metrics(whole)
@@ -201,22 +195,20 @@ def test_a_run_goes_on_bit_for_bit(experiment, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_reward_that_is_not_finite_ends_the_run(
-  experiment, tmp_path, monkeypatch
-):
+def test_a_reward_that_is_not_finite_ends_the_run(experiment, tmp_path):
   def broken(question, answers):
     return [float("nan")] * len(answers)
 
-  monkeypatch.setitem(rewards.REWARDS, "short", broken)
+  objective = RewardObjective(experiment, MINE | {"short": broken})
   with pytest.raises(UserError, match=r"reward 'short', question .* nan"):
-    train(experiment, tmp_path)
+    train(experiment, tmp_path, objective)
 
 
 def test_unknown_reward(experiment):
   asked = dataclasses.replace(experiment.objective, rewards="shrot=1")
   wrong = dataclasses.replace(experiment, objective=asked)
   with pytest.raises(UserError, match=r"'shrot'; choose from multiple_choice"):
-    RewardObjective(wrong)
+    RewardObjective(wrong, MINE)
 
 
 def test_losses_of_labels_are_used(started):

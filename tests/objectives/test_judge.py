@@ -9,8 +9,8 @@ import pytest
 
 from hourjax.errors import UserError
 from hourjax.evaluation.questions import Question
+from hourjax.objectives.rewards import Judge
 
-judge = pytest.importorskip("hourjax.objectives.judge")
 QUESTION = Question("q", "v", "What colour?", "red", "open")
 
 
@@ -51,10 +51,10 @@ def test_every_answer_is_judged_once(tmp_path):
 
   path = tmp_path / "judged.jsonl"
   with _server(said) as (model, prompts):
-    asked = judge.Judge(model, path)
+    asked = Judge(model, path)
     assert asked(QUESTION, ["crimson", "blue", "crimson"]) == [0.75, 0, 0.75]
     assert len(prompts) == 2 and "Right answer: red" in prompts[0]
-    again = judge.Judge(model, path)
+    again = Judge(model, path)
     assert again(QUESTION, ["blue", "crimson"]) == [0, 0.75]
     assert len(prompts) == 2
 
@@ -62,11 +62,11 @@ def test_every_answer_is_judged_once(tmp_path):
 @pytest.mark.parametrize("said", ["It is right.", '{"score": 7}'])
 def test_what_is_no_score(tmp_path, said):
   with _server(lambda _: said) as (model, _):
-    asked = judge.Judge(model, tmp_path / "judged.jsonl")
+    asked = Judge(model, tmp_path / "judged.jsonl")
     with pytest.raises(UserError, match=r"the judge judge@http.*did not score"):
       asked(QUESTION, ["blue"])
 
 
 def test_a_judge_that_is_named_in_another_way(tmp_path):
   with pytest.raises(UserError, match=r"write NAME@URL"):
-    judge.Judge("localhost:8000", tmp_path / "judged.jsonl")
+    Judge("localhost:8000", tmp_path / "judged.jsonl")

@@ -5,7 +5,7 @@ import pytest
 
 from hourjax.data.records.record import parse_record
 from hourjax.errors import UserError
-from hourjax.evaluation.benchmarks.records import last_question
+from hourjax.evaluation.benchmarks.record_questions import last_question
 from hourjax.evaluation.questions import Question
 from hourjax.objective_config import ObjectiveConfig
 from hourjax.objectives import rewards
@@ -108,4 +108,4 @@ def test_weights(text, said):
 
 def test_a_judge_needs_a_model():
   with pytest.raises(UserError, match=r"judge=0.5 and config.objective.judge"):
-    rewards.check_names({"judge": 0.5}, "")
+    rewards.check_names({"judge": 0.5}, rewards.REWARDS, "")

@@ -14,8 +14,14 @@ from typing import Any, Literal
 
 from hourjax.data.media import parquet_images
 from hourjax.data.records.media_keys import check_unread, media_key, read_media
-from hourjax.data.records.pairs import REJECTED, joined_pair
-from hourjax.data.records.turns import MARKER, Turn, place_markers, read_turns
+from hourjax.data.records.turns import (
+  MARKER,
+  REJECTED,
+  Turn,
+  joined_pair,
+  place_markers,
+  read_turns,
+)
 from hourjax.errors import UserError
 from hourjax.schema import shorten
 
