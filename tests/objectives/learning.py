@@ -32,6 +32,7 @@ from hourjax.evaluation.scoring import is_right, wilson
 
 HABIT = " in the video"
 MARKER = "<image>\n"
+_TUNED, _LEARNT = 6000, 6000  # records
 
 
 def _singles(path):
@@ -66,7 +67,8 @@ def choice_records(path, pools, seed):
   """Makes questions of one word's answer multiple-choice ones.
 
   The answer is the option's text, which a model of this size learns sooner than
-  its letter; the parser reads it as that option.
+  its letter; the parser reads it as that option. For the same reason the
+  options stand before the question.
   """
   rng, made = random.Random(seed), []
   for number, (record, question, answer, facts) in enumerate(_singles(path)):
@@ -75,8 +77,11 @@ def choice_records(path, pools, seed):
       continue
     options = [answer, *rng.sample(sorted(pool - {answer}), 3)]
     rng.shuffle(options)
-    listed = "\n".join(f"{x}. {o}" for x, o in zip("ABCD", options))
-    made.append(_record(record, number, f"{question}\n{listed}", answer))
+    listed = " ".join(f"{x}. {o}" for x, o in zip("ABCD", options))
+    asked = _record(record, number, f"{listed}\n{question}", answer)
+    letter = "ABCD"[options.index(answer)]
+    asked["questions"] = [{**facts, "letter": letter, "options": options}]
+    made.append(asked)
   return made
 
 
@@ -196,9 +201,9 @@ def main():
   parser.add_argument("--rate", type=float, default=0)
   parser.add_argument("--questions", type=int, default=400)
   args = parser.parse_args()
-  train_path, test_path = (
-    args.work / "data" / f"{name}.json" for name in ("train", "test")
-  )
+  # A stage knows the questions that it was trained on.
+  names = "lookups" if args.stage == 1 else "train", "test"
+  train_path, test_path = (args.work / "data" / f"{x}.json" for x in names)
   more = [f"--config.steps={args.steps}"] if args.steps else []
   if args.rate:
     more += [
@@ -214,8 +219,8 @@ def main():
     test = choice_records(test_path, pools, 0)
     random.Random(0).shuffle(test)
     test = test[: args.questions]
-    first = prepare(args.work, data / "tune", made[: len(made) // 8])
-    second = prepare(args.work, data / "rewarded", made[len(made) // 8 :])
+    first = prepare(args.work, data / "tune", made[:_TUNED])
+    second = prepare(args.work, data / "rewarded", made[_TUNED:][:_LEARNT])
     tuned = train(
       args, f"sft{args.seed}", first, args.init, "sft",
       *_tuned(args, args.tune_steps),
@@ -230,8 +235,8 @@ def main():
     test, _ = habit_records(test_path, 0, 0.0)
     random.Random(0).shuffle(test)
     test = test[: args.questions]
-    first = prepare(args.work, data / "habit", made[:12000])
-    second = prepare(args.work, data / "pairs", pairs[:12000])
+    first = prepare(args.work, data / "habit", made[:_TUNED])
+    second = prepare(args.work, data / "pairs", pairs[:_LEARNT])
     tuned = train(
       args, f"habit{args.seed}", first, args.init, "sft",
       *_tuned(args, args.tune_steps),
