@@ -32,7 +32,6 @@ from hourjax.evaluation.scoring import is_right, wilson
 
 HABIT = " in the video"
 MARKER = "<image>\n"
-_TUNED, _LEARNT = 6000, 6000  # records
 
 
 def _singles(path):
@@ -199,6 +198,8 @@ def main():
   parser.add_argument("--tune_rate", type=float, default=3e-4)
   parser.add_argument("--steps", type=int, default=0)
   parser.add_argument("--rate", type=float, default=0)
+  parser.add_argument("--tuned", type=int, default=6000)
+  parser.add_argument("--learnt", type=int, default=6000)
   parser.add_argument("--questions", type=int, default=400)
   args = parser.parse_args()
   # A stage knows the questions that it was trained on.
@@ -219,8 +220,10 @@ def main():
     test = choice_records(test_path, pools, 0)
     random.Random(0).shuffle(test)
     test = test[: args.questions]
-    first = prepare(args.work, data / "tune", made[:_TUNED])
-    second = prepare(args.work, data / "rewarded", made[_TUNED:][:_LEARNT])
+    first = prepare(args.work, data / "tune", made[: args.tuned])
+    second = prepare(
+      args.work, data / "rewarded", made[args.tuned :][: args.learnt]
+    )
     tuned = train(
       args, f"sft{args.seed}", first, args.init, "sft",
       *_tuned(args, args.tune_steps),
@@ -235,8 +238,8 @@ def main():
     test, _ = habit_records(test_path, 0, 0.0)
     random.Random(0).shuffle(test)
     test = test[: args.questions]
-    first = prepare(args.work, data / "habit", made[:_TUNED])
-    second = prepare(args.work, data / "pairs", pairs[:_LEARNT])
+    first = prepare(args.work, data / "habit", made[: args.tuned])
+    second = prepare(args.work, data / "pairs", pairs[: args.learnt])
     tuned = train(
       args, f"habit{args.seed}", first, args.init, "sft",
       *_tuned(args, args.tune_steps),
