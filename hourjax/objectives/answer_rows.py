@@ -132,18 +132,21 @@ def set_sizes(
         check_fits(size, capacity, "all answers to its question", key)
       except UserError as error:
         problems.setdefault(i, str(error))
-  for i in sorted(problems):
+  share = experiment.data.max_skipped
+  count = len(dataset.skipped) + len(problems)
+  refused = len(problems) == len(usable) or count > share * len(columns)
+  # Records are read for their names: of many, only those that are shown.
+  for i in sorted(problems)[: _LISTED if refused else None]:
     name = dataset.record(i).id
     dataset.skipped.append(Skipped(name, f"record {name}: {problems[i]}"))
   dataset.sizes = sizes
   dataset.usable = dataset.usable[~np.isin(dataset.usable, list(problems))]
   kept = ~np.isin(dataset.held_out, list(problems))
   dataset.held_out = dataset.held_out[kept]
-  share = experiment.data.max_skipped
-  if not len(dataset) or len(dataset.skipped) > share * len(columns):
+  if refused or not len(dataset):
     reasons = [item.reason for item in dataset.skipped[-_LISTED:]]
     raise UserError(
-      f"{len(dataset.skipped)} of {len(columns)} records of"
+      f"{count} of {len(columns)} records of"
       f" {experiment.data.dataset} cannot be used with"
       f" config.objective.name={experiment.objective.name},"
       f" config.data.max_skipped={share} allows fewer; mend them or raise"

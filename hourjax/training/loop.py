@@ -3,7 +3,8 @@
 Before the first step
   1. refuse a workdir that holds the run of another configuration,
   2. open the dataset, plan its rows, and check that the mesh can share them,
-  3. restore the newest checkpoint, or initialise.
+  3. restore the newest checkpoint, or initialise,
+  4. let the objective prepare what it needs, such as a reference.
 
 Every step
   1. get its micro-batches from the data loader, and take the step,
