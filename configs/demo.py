@@ -20,6 +20,9 @@ Like the paper's, the stages go from single frames to whole memories:
 Look-ups come first because mixed with everything else they are not found in
 the same time; see hourjax/evaluation/README.md.
 With --config.model.memaug_layers=0 stage 3 trains the same without MemAug.
+
+objective=dpo or grpo goes on from such a stage with pairs or rewards, on
+records of one question each; see hourjax/objectives/README.md.
 """
 
 import dataclasses
@@ -80,6 +83,11 @@ _KEPT = 16  # frames, of any video
 _WORDS = {1: (96, 164), 2: (184, 296), 3: (176, 280)}
 _BATCH_ROWS = {0: 128, 1: 24, 2: 24, 3: 8}  # in stage 0, frames
 _SLOW = 0.35  # part of the rate that the decoder has in stage 3
+# By objective: optimizer steps, the peak learning rate, questions in a step,
+# and how many answers of a question lie in a row. A row has room for a question
+# of so many words with its answer.
+_OBJECTIVES = {"dpo": (100, 1e-4, 8, 2), "grpo": (200, 1e-4, 8, 8)}
+_ASKED = 124
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -87,9 +95,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
   Args:
     arg: "stage=0" to "3"; "size=small" or "full"; "data=FOLDER", the folder
-      that launch/local.sh fills.
+      that launch/local.sh fills; "objective=sft", "dpo" or "grpo".
   """
-  given = common.parse_arg(arg, data="work/data", size="small", stage=3)
+  given = common.parse_arg(
+    arg, data="work/data", size="small", stage=3, objective="sft"
+  )
   stage, full = given.stage, given.size == "full"
   if stage not in _STEPS:
     raise ValueError(f"config argument stage={stage}: stage is 0, 1, 2 or 3")
@@ -128,7 +138,28 @@ def get_config(arg: str | None = None) -> ConfigDict:
     warmup=0.05,
     clip=1.0,
   )
+  if given.objective != "sft":
+    _set_objective(config, given.objective, stage)
   return config
+
+
+def _set_objective(config: ConfigDict, name: str, stage: int) -> None:
+  """Makes a stage one that goes on from it with pairs or rewards."""
+  if name not in _OBJECTIVES or not stage:
+    raise ValueError(
+      f"config argument objective={name}, stage={stage}: objective is sft, dpo"
+      " or grpo, the last two with a stage from 1 on"
+    )
+  steps, rate, questions, answers = _OBJECTIVES[name]
+  config.update(
+    steps=steps, batch_rows=questions, checkpoint_every=steps, draw_missing=""
+  )
+  words = config.rows.queries - _WORDS[stage][0] + _ASKED
+  config.rows.update(queries=words, decoder=answers * words)
+  config.objective.update(name=name, group=answers, max_tokens=8)
+  config.optimizer.update(
+    name="adamw", projector=0.0, memaug=rate, decoder=rate
+  )
 
 
 def _rows(model: ModelConfig, stage: int) -> Size:

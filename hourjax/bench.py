@@ -3,12 +3,12 @@
   python -m hourjax.bench data --json
   python -m hourjax.bench attention --topology=v5e:2x4
   python -m hourjax.bench step --config=configs/demo.py --out=calibration.json
-  python -m hourjax.bench ask  (or construct, cpu, gpu)
+  python -m hourjax.bench ask  (or answers, construct, cpu, gpu)
 
-`data` takes rows of --config (by default 3B, stage 3); `attention` asks the TPU
-compiler, or with --tune ranks tiles; `step` measures a training step on the
-devices at hand beside its plan, and `plan --calibration` takes what it writes
-to --out. See hourjax/benchmarks/README.md.
+`data` and `answers` take --config (by default 3B, stage 3); `attention` asks
+the TPU compiler, or with --tune ranks tiles; `step` measures a training step on
+the devices at hand beside its plan, and `plan --calibration` takes what it
+writes to --out. See hourjax/benchmarks/README.md.
 """
 
 import pathlib
@@ -19,6 +19,7 @@ from ml_collections import config_flags
 
 from hourjax import command, progress
 from hourjax.benchmarks import attention, data, step
+from hourjax.benchmarks.answers import measure_answers
 from hourjax.benchmarks.ask import measure_ask
 from hourjax.benchmarks.cpu import measure_cpu
 from hourjax.benchmarks.figures import show
@@ -64,6 +65,7 @@ BENCHMARKS = {
     command.filled(attention.Options)
   ),
   "ask": measure_ask,
+  "answers": lambda folder: measure_answers(_experiment(), folder),
   "construct": construct,
   "step": lambda folder: step.measure_step(
     _experiment(), command.filled(step.Options), folder

@@ -19,15 +19,19 @@ import os
 import pathlib
 import signal
 import sys
+from collections.abc import Callable
 
 from absl import flags
 from ml_collections import config_flags
 
 from hourjax import command, jax_environment
 from hourjax.errors import UserError
+from hourjax.objectives.dpo import PreferenceObjective
+from hourjax.objectives.grpo import RewardObjective
+from hourjax.objectives.rewards import REWARDS
 from hourjax.parallel import hosts
-from hourjax.training.config import build_experiment
-from hourjax.training.loop import train
+from hourjax.training.config import Experiment, build_experiment
+from hourjax.training.loop import Objective, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -36,6 +40,13 @@ _PROFILE = flags.DEFINE_string(
   None,
   "a:b traces the steps a to b-1 (the same as --config.metrics.profile_steps).",
 )
+
+
+OBJECTIVES: dict[str, Callable[[Experiment], Objective]] = {
+  "sft": Objective,
+  "dpo": PreferenceObjective,
+  "grpo": lambda experiment: RewardObjective(experiment, REWARDS),
+}
 
 
 def main(_: list[str]) -> None:
@@ -53,7 +64,8 @@ def main(_: list[str]) -> None:
   experiment = build_experiment(config)
   hosts.start_hosts()
   with hosts.leaving():
-    ended_by = train(experiment, pathlib.Path(workdir))
+    objective = OBJECTIVES[experiment.objective.name](experiment)
+    ended_by = train(experiment, pathlib.Path(workdir), objective)
   if ended_by == signal.SIGINT:
     sys.exit(128 + ended_by)
 

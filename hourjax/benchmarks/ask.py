@@ -19,6 +19,7 @@ from hourjax.data.demo.tokenizer import MARKUP, write_tokenizer
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.inference.memory import Memory
 from hourjax.inference.model import Model
+from hourjax.inference.prompts import Rules
 from hourjax.models.config import HOUR_LLAVA_3B, TINY, ModelConfig
 from hourjax.models.flops import Work, count_flops
 from hourjax.models.params import init_params
@@ -122,18 +123,26 @@ def operations(config: ModelConfig, frames: int) -> dict[str, float]:
   }
 
 
-def random_model(folder: pathlib.Path, config: ModelConfig) -> Model:
+def random_model(
+  folder: pathlib.Path, config: ModelConfig, rules: Rules | None = None
+) -> Model:
   """Returns a model with random weights, and a tokenizer of few words.
 
   Args:
     folder: where the tokenizer is written.
     config: of the model, on the first device of this process.
+    rules: of its answers; None for the usual ones.
   """
   write_tokenizer(folder / "tokenizer", [*MARKUP, _FIRST, _SECOND])
   tokenizer = Tokenizer.from_folder(folder / "tokenizer")
   mesh = make_mesh(MeshConfig(fsdp=1), jax.local_devices()[:1])
   return Model(
-    init_params(config, 0), config, tokenizer, name="random", mesh=mesh
+    init_params(config, 0),
+    config,
+    tokenizer,
+    name="random",
+    rules=rules,
+    mesh=mesh,
   )
 
 

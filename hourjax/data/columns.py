@@ -10,16 +10,21 @@ import json
 import os
 import pathlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int32, UInt8
 
 from hourjax import schema
-from hourjax.data.conversations import IGNORE, IMAGE, encode_conversation
+from hourjax.data.conversations import (
+  IGNORE,
+  IMAGE,
+  Conversation,
+  encode_conversation,
+)
 from hourjax.data.media import images
-from hourjax.data.records.record import Record
+from hourjax.data.records.record import Record, Turn
 from hourjax.data.store import npy
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
@@ -45,7 +50,8 @@ _NAMES = ("videos", "sources", "streams")
 _NAMES_IN_FILE = {"num_frames": "pictures"}
 _FLOATS = ("duration", "fps")
 _BYTES = ("modality", "held_out", *_NAMES)
-_ADDED = ("fps", "held_out")  # columns that older versions did not write
+# Columns that older versions did not write.
+_ADDED = ("fps", "held_out", "rejected")
 
 
 class Measures(NamedTuple):
@@ -58,6 +64,7 @@ class Measures(NamedTuple):
   images: int = 0
   width: int = 0
   height: int = 0
+  rejected: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +92,8 @@ class Columns:
       where they are not known, and in datasets prepared by older versions.
     held_out: 1 where a conversation is never trained on, but evaluated; the
       same for all conversations about a video. Zeros if not given.
+    rejected: as `tokens`, with the rejected answer in place of the last one; 0
+      where a record has no rejected answer. Zeros if not given.
   """
 
   modality: UInt8[np.ndarray, "N"]
@@ -105,11 +114,12 @@ class Columns:
   fps: Float64[np.ndarray, "M"]
   # None only until the columns are made.
   held_out: UInt8[np.ndarray, "N"] = None  # pyrefly: ignore[bad-assignment]
+  rejected: Int32[np.ndarray, "N"] = None  # pyrefly: ignore[bad-assignment]
 
   def __post_init__(self) -> None:
-    if self.held_out is None:
-      none = np.zeros(len(self), np.uint8)
-      object.__setattr__(self, "held_out", none)
+    for name, dtype in (("held_out", np.uint8), ("rejected", np.int32)):
+      if getattr(self, name) is None:
+        object.__setattr__(self, name, np.zeros(len(self), dtype))
 
   def __len__(self) -> int:
     return len(self.modality)
@@ -119,7 +129,7 @@ class Columns:
     arrays: dict[str, Any] = {}
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if field.name == "held_out" and not value.any():
+      if field.name in ("held_out", "rejected") and not value.any():
         continue  # the file of older versions
       name = _NAMES_IN_FILE.get(field.name, field.name)
       arrays[name] = _pack(value) if isinstance(value, tuple) else value
@@ -141,6 +151,7 @@ class Columns:
       found: dict[str, Any] = _read_members(path, wanted)
       found.setdefault("fps", np.full(len(found["duration"]), np.nan))
       found.setdefault("held_out", np.zeros_like(found["modality"]))
+      found.setdefault("rejected", np.zeros_like(found["tokens"]))
       for name in _NAMES:
         found[name] = _unpack(found[name], name)
       _check_lengths(found)
@@ -245,13 +256,21 @@ def measure_record(
   Raises:
     UserError: an image that is needed and cannot be read.
   """
-  conversation = encode_conversation(
-    record.turns,
-    tokenizer,
-    video=MEASURED_AS if record.modality == "video" else None,
-    slots=record.modality != "text",
-  )
+
+  def encoded(turns: Sequence[Turn]) -> Conversation:
+    return encode_conversation(
+      turns,
+      tokenizer,
+      video=MEASURED_AS if record.modality == "video" else None,
+      slots=record.modality != "text",
+    )
+
+  conversation = encoded(record.turns)
   spoken = conversation.ids != IMAGE
+  rejected = 0
+  if record.rejected is not None:
+    other = encoded([*record.turns[:-1], Turn("gpt", record.rejected)])
+    rejected = int((other.ids != IMAGE).sum())
   count = len(record.media) if record.modality == "image" else 0
   width, height = 0, 0
   if count == 1:
@@ -264,6 +283,7 @@ def measure_record(
     images=count,
     width=width,
     height=height,
+    rejected=rejected,
   )
 
 

@@ -112,6 +112,19 @@ def follow_up(question: str, tokenizer: Tokenizer) -> list[int]:
   ]
 
 
+def answer_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+  r"""Returns the tokens of an answer as they stand behind its turn's opening.
+
+  red <|im_end|> \n
+
+  Args:
+    text: of the answer.
+    tokenizer: of the model.
+  """
+  opening = tokenizer.encode(_OPENING)
+  return _encode_turn("assistant", text, tokenizer, slots=False)[len(opening) :]
+
+
 def question_ids(
   turns: Sequence[Turn], tokenizer: Tokenizer
 ) -> Int32[np.ndarray, "n"]:

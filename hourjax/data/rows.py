@@ -107,6 +107,10 @@ class Sample:
       in [-1, 1]); None for text.
     reuses_memory: the sample reads the memory of the sample before it in the
       row, and has none of its own there.
+    reuses_queries: the sample reads the queries of the sample before it, too:
+      both are answers to one prompt, which MemAug then augments once.
+    weights: [L], of each label in the loss; None for those of
+      `label_weights`.
   """
 
   name: str
@@ -114,12 +118,16 @@ class Sample:
   kind: Visual = "features"
   visual: np.ndarray | None = None
   reuses_memory: bool = False
+  reuses_queries: bool = False
+  weights: np.ndarray | None = None
 
   @property
   def size(self) -> Size:
     """Returns what the sample takes of a row; a shared memory takes nothing."""
     images = 0 if self.visual is None else len(self.visual)
     size = layout_size(self.layout, self.kind, images)
+    if self.reuses_queries:
+      return Size(decoder=size.decoder)
     if self.reuses_memory:
       return Size(queries=size.queries, decoder=size.decoder)
     return size
@@ -294,6 +302,7 @@ class Row:
     # Of the memory placed last: its segment id, and how much of the row was
     # used before it. A sample with `reuses_memory` reads it.
     self._memory = (0, Size())
+    self._first_query = 0  # of the queries placed last
     self.used = Size()
 
   @property
@@ -365,7 +374,11 @@ class Row:
     """Writes the sample's queries and decoder positions, indices shifted."""
     layout, size = sample.layout, sample.size
     reads, place = self._memory
-    targets = layout.targets
+    targets, weights = layout.targets, sample.weights
+    if weights is None:
+      weights = label_weights(targets, self._spec.loss)
+    if not sample.reuses_queries:
+      self._first_query = self.used.queries
     values = {
       "query_token": layout.query_token,
       "query_source": _shift(layout.query_source, place.memory),
@@ -373,14 +386,15 @@ class Row:
       "query_segment": self._count,
       "query_reads": reads,
       "decoder_token": layout.decoder_token,
-      "decoder_source": _shift(layout.decoder_source, self.used.queries),
+      "decoder_source": _shift(layout.decoder_source, self._first_query),
       "decoder_position": np.arange(size.decoder),
       "decoder_segment": self._count,
       "target": targets,
-      "target_weight": label_weights(targets, self._spec.loss),
+      "target_weight": weights,
     }
     for name, value in values.items():
-      self._part(name, size)[:] = value
+      if not (sample.reuses_queries and name.startswith("query_")):
+        self._part(name, size)[:] = value
 
 
 # Which capacity is the length of an array.

@@ -272,6 +272,38 @@ class Engine:
     )
     return state, None if attention is None else np.asarray(attention)[:, 0]
 
+  def share_params(self, params: Mapping[str, jax.Array]) -> None:
+    """Answers with these arrays from now on; steps cast them as training does.
+
+    Args:
+      params: parameters by path, on the engine's mesh.
+    """
+    self.params = dict(params)
+    self._step_params = self.params
+
+  def repeat(
+    self, states: Sequence[tuple[steps.DecodeState, int]], times: int
+  ) -> steps.DecodeState:
+    """Joins the states of prompts, each several times, to decode them together.
+
+    Of states with the prompts a b and c, twice each: a a b b c c and padding.
+
+    Args:
+      states: as `prefill` returns them, with their number of prompts.
+      times: answers to each prompt.
+    """
+    capacity = max(state.cache.k.shape[2] for state, _ in states)
+    count = times * sum(prompts for _, prompts in states)
+    parts = []
+    with jax.set_mesh(self.mesh):
+      for number, (state, prompts) in enumerate(states):
+        rows = np.repeat(np.arange(prompts), times)
+        if number == len(states) - 1:  # padding, which has ended
+          rows = np.append(rows, np.zeros(padded_rows(count) - count, int))
+        parts.append(steps.take_rows(state, jnp.asarray(rows), capacity))
+      joined = steps.join(parts)
+    return joined._replace(done=jnp.arange(padded_rows(count)) >= count)
+
   def decode(
     self,
     state: steps.DecodeState,

@@ -157,6 +157,55 @@ def prefill(
   return KeysValues(*map(unpacked, packed))
 
 
+@functools.partial(jax.jit, static_argnames="capacity")
+def take_rows(
+  state: DecodeState, rows: Int[Array, "n"], capacity: int
+) -> DecodeState:
+  """Returns a state of these rows, with a KV cache of this length.
+
+  Args:
+    state: of answers.
+    rows: which of them, in any order and any number of times.
+    capacity: length of the cache, at least that of the state.
+  """
+  extra = capacity - state.cache.k.shape[2]
+  width = ((0, 0), (0, 0), (0, extra), (0, 0), (0, 0))
+
+  def taken(values: Array) -> Array:
+    return _constrain_cache(jnp.pad(values[:, rows], width))
+
+  cache = KeysValues(*map(taken, state.cache))
+  others = {
+    name: value[rows]
+    for name, value in state._asdict().items()
+    if name != "cache"
+  }
+  return DecodeState(cache=cache, **others)
+
+
+@jax.jit
+def join(states: list[DecodeState]) -> DecodeState:
+  """Returns one state of the rows of several, one after the other.
+
+  Args:
+    states: whose caches and answers are of one length.
+  """
+  if len(states) == 1:
+    return states[0]
+  cache = KeysValues(
+    *(
+      _constrain_cache(jnp.concatenate(parts, axis=1))
+      for parts in zip(*(state.cache for state in states))
+    )
+  )
+  others = {
+    name: jnp.concatenate([getattr(state, name) for state in states])
+    for name in DecodeState._fields
+    if name != "cache"
+  }
+  return DecodeState(cache=cache, **others)
+
+
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def decode(
   params: Params,

@@ -19,6 +19,8 @@ from hourjax.data.rows import Loss, RowSpec, Size
 from hourjax.errors import UserError
 from hourjax.models.config import ModelConfig
 from hourjax.models.lora import LoraConfig
+from hourjax.objective_config import LIMITS as OBJECTIVE_LIMITS
+from hourjax.objective_config import ObjectiveConfig
 from hourjax.parallel.chips import parse_tiles
 from hourjax.parallel.mesh import MeshConfig
 from hourjax.training.optimizer import COMPONENTS, OptimizerConfig
@@ -64,6 +66,7 @@ LIMITS: dict[str, tuple[float, float]] = {
   "optimizer.weight_decay": (0, 100),
   "optimizer.warmup": (0, 1),
   "optimizer.clip": (0, 1e9),
+  **OBJECTIVE_LIMITS,
   "model.pool_side": (1, 1024),
   "model.memaug_layers": (0, 1024),
   "model.memaug_init": (0, 100),
@@ -220,6 +223,7 @@ class Experiment:
     memory: which memory tokens queries attend to, and their positions.
     metrics: what is written beside metrics.jsonl.
     lora: adapters, trained in place of the model's own parameters.
+    objective: sft, dpo or grpo, and their keys.
     stream_rows: capacity of the rows of streams that have another than `rows`,
       by the name of the stream. It counts only where a step is `batch_samples`
       samples: else rows of several streams share micro-batches.
@@ -254,6 +258,9 @@ class Experiment:
   memory: MemoryOptions = dataclasses.field(default_factory=MemoryOptions)
   metrics: MetricsConfig = dataclasses.field(default_factory=MetricsConfig)
   lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+  objective: ObjectiveConfig = dataclasses.field(
+    default_factory=ObjectiveConfig
+  )
   # Left out of the hash: a dict has none.
   stream_rows: dict[str, Size] = dataclasses.field(
     default_factory=dict, hash=False

@@ -11,8 +11,9 @@ import dataclasses
 import os
 import pathlib
 import time
+import types
 import zipfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -23,7 +24,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hourjax import schema
 from hourjax.atomic_file import replace_file
-from hourjax.batch import Batch
 from hourjax.data.columns import Columns
 from hourjax.data.dataset import Dataset, Unread
 from hourjax.data.forgetting import EMBEDDER_PARAMS, Embedder
@@ -220,11 +220,14 @@ class DataLoader:
 
   Attributes:
     waited: seconds that the caller has spent waiting for data.
+    metrics: of the micro-batches of the step, where there are any.
   """
+
+  metrics: Mapping[str, float] = types.MappingProxyType({})
 
   def __init__(
     self,
-    delivered: Generator[Delivered, None, None],
+    delivered: Generator[Any, None, None],
     sharding: BatchSharding,
   ):
     """Starts to read.
@@ -236,12 +239,20 @@ class DataLoader:
     self.waited = 0.0
     self._delivered, self._sharding = delivered, sharding
     self._pool = ThreadPoolExecutor(1)
-    self._next: Future[tuple[Batch, Delivered]] = self._pool.submit(self._load)
+    self._next: Future[tuple[Any, Delivered]] = self._pool.submit(self._load)
+
+  def begin_step(self, step: int, state: TrainState) -> None:
+    """Is told that the micro-batches to come are of a step.
+
+    Args:
+      step: its number.
+      state: before it.
+    """
 
   def __iter__(self) -> "DataLoader":
     return self
 
-  def __next__(self) -> tuple[Batch, Delivered]:
+  def __next__(self) -> tuple[Any, Delivered]:
     """Returns a micro-batch on the devices, and the rows that it was made of.
 
     Raises:
@@ -258,7 +269,7 @@ class DataLoader:
     self._pool.shutdown(wait=True, cancel_futures=True)
     self._delivered.close()
 
-  def _load(self) -> tuple[Batch, Delivered]:
+  def _load(self) -> tuple[Any, Delivered]:
     """Reads the next micro-batch and copies it to the devices."""
     delivered = next(self._delivered)
     return self._sharding(delivered.batch), delivered
@@ -267,24 +278,29 @@ class DataLoader:
 class MicroBatches:
   """Iterates over one step's micro-batches on the devices.
 
-  There are `count` of them, or if that is 0 as many as its samples need.
-
   Attributes:
     capacity: of their rows.
     delivered: the rows that each of them was made of, so far.
   """
 
   def __init__(self, loader: DataLoader, count: int):
+    """Loads the first one.
+
+    Args:
+      loader: of all steps.
+      count: how many there are; 0 for as many as the step's samples need.
+    """
     self._loader, self._count = loader, count
     self.delivered: list[Delivered] = []
     # Loaded at once: its shapes decide which program runs.
-    self._first: tuple[Batch, Delivered] | None = next(loader)
-    self.capacity = batch_capacity(self._first[0])
+    self._first: tuple[Any, Delivered] | None = next(loader)
+    self.capacity = batch_capacity(self._first[1].batch)
 
-  def __iter__(self) -> Iterator[Batch]:
+  def __iter__(self) -> Iterator[Any]:
     return self
 
-  def __next__(self) -> Batch:
+  def __next__(self) -> Any:
+    """Returns the next micro-batch of the step."""
     done = self.delivered
     if self._first is not None:
       # Let go of: its memory is free as soon as it was computed with.

@@ -3,7 +3,8 @@
 Before the first step
   1. refuse a workdir that holds the run of another configuration,
   2. open the dataset, plan its rows, and check that the mesh can share them,
-  3. restore the newest checkpoint, or initialise.
+  3. restore the newest checkpoint, or initialise,
+  4. let the objective prepare what it needs, such as a reference.
 
 Every step
   1. get its micro-batches from the data loader, and take the step,
@@ -22,7 +23,6 @@ batches that the interrupted one would have seen. All processes of a run go
 through the same order; the first one writes the files.
 """
 
-import collections
 import contextlib
 import dataclasses
 import pathlib
@@ -32,7 +32,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from hourjax import progress
 from hourjax.data.dataset import Dataset
@@ -58,8 +57,11 @@ from hourjax.training.data_loader import (
 )
 from hourjax.training.faults import EarlyStopping, NonFiniteSteps, Preemption
 from hourjax.training.holdout import HoldoutEvaluation
-from hourjax.training.metric_writer import MetricWriter, read_metrics
-from hourjax.training.optimizer import COMPONENTS, schedule
+from hourjax.training.metric_writer import (
+  IntervalMetrics,
+  MetricWriter,
+  read_metrics,
+)
 from hourjax.training.throughput import ThroughputCounter, record_ids
 from hourjax.training.train_state import (
   TrainState,
@@ -67,7 +69,7 @@ from hourjax.training.train_state import (
   fresh_state,
   state_shardings,
 )
-from hourjax.training.train_step import TrainStep, dropout_of
+from hourjax.training.train_step import LossFunction, TrainStep, dropout_of
 from hourjax.training.workdir import (
   check_workdir,
   count_epoch,
@@ -77,7 +79,63 @@ from hourjax.training.workdir import (
 )
 
 
-def train(experiment: Experiment, workdir: pathlib.Path) -> int | None:
+class Objective:
+  """What is optimised: here the answers' cross entropy, as `sft`.
+
+  `hourjax.objectives` has the others. The loop calls the methods in the order
+  in which they stand.
+
+  Attributes:
+    loss: of a micro-batch; None for the weighted cross entropy.
+    means: names of what it returns beside, see `train_step.LossSum`.
+  """
+
+  loss: LossFunction | None = None
+  means: tuple[str, ...] = ()
+
+  def __init__(self, experiment: Experiment):
+    """Opens nothing yet."""
+    self.experiment = experiment
+
+  def open_dataset(self) -> Dataset:
+    """Opens the dataset; its sizes are what a sample takes of a row."""
+    return open_dataset(self.experiment)
+
+  def start(
+    self,
+    dataset: Dataset,
+    plan: RowPlan,
+    sharding: BatchSharding,
+    state: TrainState,
+    workdir: pathlib.Path,
+  ) -> None:
+    """Prepares what the steps need, once the state is there."""
+
+  def data_loader(
+    self,
+    dataset: Dataset,
+    plan: RowPlan,
+    sharding: BatchSharding,
+    position: int,
+  ) -> DataLoader:
+    """Starts to read this process's rows, from a position in the data on."""
+    delivered = batches(
+      dataset,
+      plan,
+      self.experiment.row_spec,
+      rows=self.experiment.batch_rows,
+      mine=sharding.local_rows,
+      start=position,
+      options=self.experiment.read,
+    )
+    return DataLoader(delivered, sharding)
+
+
+def train(
+  experiment: Experiment,
+  workdir: pathlib.Path,
+  objective: Objective | None = None,
+) -> int | None:
   """Trains to the last step, from the newest checkpoint in `workdir` if any.
 
   Leaves in the workdir what the README of this folder lists.
@@ -85,6 +143,7 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> int | None:
   Args:
     experiment: what to train, on which data, and how.
     workdir: folder of the run; is made if it is not there.
+    objective: what is optimised; None for supervised fine-tuning.
 
   Returns:
     The number of the signal that ended the run early, None otherwise.
@@ -92,20 +151,28 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> int | None:
   Raises:
     UserError: something is wrong with data, weights or configuration.
   """
+  if objective is None:
+    name = experiment.objective.name
+    if name != "sft":
+      raise ValueError(f"{name} needs its Objective, see hourjax.objectives")
+    objective = Objective(experiment)
   with contextlib.closing(Preemption()) as preemption:
-    _train(experiment, workdir, preemption)
+    _train(experiment, workdir, preemption, objective)
   return preemption.signal
 
 
 def _train(
-  experiment: Experiment, workdir: pathlib.Path, preemption: Preemption
+  experiment: Experiment,
+  workdir: pathlib.Path,
+  preemption: Preemption,
+  objective: Objective,
 ) -> None:
   """Does what comes before the first step, and then takes the steps."""
   began = time.time()
   check_workdir(experiment, workdir)
   with hosts.together():
     with progress.step("opening the dataset and planning its rows"):
-      dataset = open_dataset(experiment)
+      dataset = objective.open_dataset()
       _check_vocabulary(experiment, dataset)
       plan = row_plan(experiment, dataset)
       counts = count_epoch(experiment, plan, workdir)
@@ -157,8 +224,10 @@ def _train(
     if preemption.should_stop_at_once():
       print(f"left before step {start + 1}; nothing is lost", file=sys.stderr)
     elif start < steps and not stopping.due:
+      objective.start(dataset, plan, sharding, state, workdir)
       run = _Run(
         experiment,
+        objective,
         dataset,
         plan,
         sharding,
@@ -169,11 +238,15 @@ def _train(
         workdir,
         steps,
       )
+      own: dict[str, Any] = {}
+      if objective.loss is not None:
+        own = {"loss": objective.loss, "means": objective.means}
       step = TrainStep(
         experiment.model,
         optimizer,
         state_shardings(like),
         dropout_of(experiment),
+        **own,
       )
       run.take_steps(step, state, position, began=began, restoring=restoring)
     elif hosts.is_primary():
@@ -188,6 +261,7 @@ class _Run:
   """Holds what stays the same from step to step, and takes the steps."""
 
   experiment: Experiment
+  objective: Objective
   dataset: Dataset
   plan: RowPlan
   sharding: BatchSharding
@@ -231,9 +305,11 @@ class _Run:
       stack.enter_context(contextlib.closing(nonfinite))
       unread = self._unread_samples(start)
       stack.enter_context(contextlib.closing(unread))
-      loader = self._data_loader(position)
+      loader = self.objective.data_loader(
+        self.dataset, self.plan, self.sharding, position
+      )
       stack.enter_context(contextlib.closing(loader))
-      interval = _IntervalMetrics(
+      interval = IntervalMetrics(
         metrics,
         experiment,
         ThroughputCounter(experiment, self.dataset, self.plan),
@@ -243,6 +319,7 @@ class _Run:
       metrics.add_lost(restoring, "restore")
       for step in range(start + 1, self.steps + 1):
         metrics.begin_step(step)
+        loader.begin_step(step, state)
         micro = MicroBatches(loader, experiment.micro_batches)
         if micro.capacity not in compiled:
           compiled.add(micro.capacity)
@@ -265,7 +342,7 @@ class _Run:
         if due or evaluated:
           counts = {f"unread_{kind}": n for kind, n in unread.counts.items()}
           counts["skipped_steps"] = nonfinite.skipped
-          interval.write(step, scalars | evaluated, counts)
+          interval.write(step, scalars | loader.metrics | evaluated, counts)
         position = micro.delivered[-1].position
         if nonfinite.too_many:
           self.checkpoints.wait_for_save()
@@ -344,87 +421,10 @@ class _Run:
       process=hosts.index(),
     )
 
-  def _data_loader(self, position: int) -> DataLoader:
-    """Starts to read this process's rows."""
-    delivered = batches(
-      self.dataset,
-      self.plan,
-      self.experiment.row_spec,
-      rows=self.experiment.batch_rows,
-      mine=self.sharding.local_rows,
-      start=position,
-      options=self.experiment.read,
-    )
-    return DataLoader(delivered, self.sharding)
-
   def _record_ids(self, position: int) -> Callable[[], dict[int, list[str]]]:
     """Returns a function that looks up the records of a step's rows."""
     rows = self.experiment.step_rows
     return lambda: record_ids(self.dataset, self.plan, position, rows)
-
-
-class _IntervalMetrics:
-  """Adds up what is logged as a sum over the steps between two that are."""
-
-  def __init__(
-    self,
-    writer: MetricWriter,
-    experiment: Experiment,
-    throughput: ThroughputCounter,
-    loader: DataLoader,
-    steps: int,
-  ):
-    self._writer, self._throughput = writer, throughput
-    self._loader, self._rows = loader, experiment.step_rows
-    optimizer = experiment.optimizer
-    self._rates = {
-      name: schedule(optimizer.rate(name), steps, optimizer.warmup)
-      for name in COMPONENTS
-      if optimizer.rate(name) > 0
-    }
-    self._waited = loader.waited
-    self._sums = collections.defaultdict[str, float](float)
-
-  def add(
-    self, position: int, scalars: Mapping[str, Any], micro_batches: int
-  ) -> None:
-    """Counts a step whose first row is at `position`."""
-    totals = self._throughput.count(position, self._rows)
-    step = {
-      **totals._asdict(),
-      "tokens": int(scalars["tokens"]),
-      "micro_batches": micro_batches,
-      "steps": 1,
-    }
-    for name, value in step.items():
-      self._sums[name] += value
-
-  def write(
-    self, step: int, scalars: Mapping[str, Any], counts: Mapping[str, int]
-  ) -> None:
-    """Writes a step's metrics, and the sums since the last call.
-
-    Args:
-      step: that was taken.
-      scalars: of it, as the train step returns them, and of an evaluation.
-      counts: since the run began, by key; with "skipped_steps".
-    """
-    # A skipped step leaves the optimizer's count of steps as it was.
-    updates = max(step - 1 - counts["skipped_steps"], 0)
-    waited = self._loader.waited - self._waited
-    self._waited += waited
-    self._writer.write(
-      step,
-      {key: value for key, value in scalars.items() if key != "finite"},
-      sums=self._sums,
-      data_wait=waited,
-      learning_rates={
-        name: float(np.asarray(rate(updates)))
-        for name, rate in self._rates.items()
-      },
-      counts=counts,
-    )
-    self._sums.clear()
 
 
 def report_skipped(skipped: list[Skipped]) -> None:

@@ -4,6 +4,7 @@
 read metrics.jsonl, of which a line that a kill cut off is dropped.
 """
 
+import collections
 import contextlib
 import os
 import pathlib
@@ -12,14 +13,22 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, SupportsFloat
 
 import jax
+import numpy as np
 import pydantic
 
 from hourjax import schema
 from hourjax.errors import UserError
 from hourjax.jsonl import JsonlWriter, read_valid_rows
 from hourjax.progress import ProgressBar
-from hourjax.training.config import MetricsConfig, parse_steps
-from hourjax.training.throughput import Goodput, hbm_usage, wall_clock
+from hourjax.training.config import Experiment, MetricsConfig, parse_steps
+from hourjax.training.data_loader import DataLoader
+from hourjax.training.optimizer import COMPONENTS, schedule
+from hourjax.training.throughput import (
+  Goodput,
+  ThroughputCounter,
+  hbm_usage,
+  wall_clock,
+)
 from hourjax.training.trackers import (
   Profiler,
   TensorBoardWriter,
@@ -336,6 +345,79 @@ class MetricWriter:
           file=sys.stderr,
         )
       self._failed.add(name)
+
+
+class IntervalMetrics:
+  """Adds up what is logged as a sum over the steps between two that are."""
+
+  def __init__(
+    self,
+    writer: MetricWriter,
+    experiment: Experiment,
+    throughput: ThroughputCounter,
+    loader: DataLoader,
+    steps: int,
+  ):
+    """Starts with no step.
+
+    Args:
+      writer: that gets them.
+      experiment: of the run.
+      throughput: counts what is in a step's rows.
+      loader: of the micro-batches.
+      steps: of the run.
+    """
+    self._writer, self._throughput = writer, throughput
+    self._loader, self._rows = loader, experiment.step_rows
+    optimizer = experiment.optimizer
+    self._rates = {
+      name: schedule(optimizer.rate(name), steps, optimizer.warmup)
+      for name in COMPONENTS
+      if optimizer.rate(name) > 0
+    }
+    self._waited = loader.waited
+    self._sums = collections.defaultdict[str, float](float)
+
+  def add(
+    self, position: int, scalars: Mapping[str, Any], micro_batches: int
+  ) -> None:
+    """Counts a step whose first row is at `position`."""
+    totals = self._throughput.count(position, self._rows)
+    step = {
+      **totals._asdict(),
+      "tokens": int(scalars["tokens"]),
+      "micro_batches": micro_batches,
+      "steps": 1,
+    }
+    for name, value in step.items():
+      self._sums[name] += value
+
+  def write(
+    self, step: int, scalars: Mapping[str, Any], counts: Mapping[str, int]
+  ) -> None:
+    """Writes a step's metrics, and the sums since the last call.
+
+    Args:
+      step: that was taken.
+      scalars: of it, as the train step returns them, and of an evaluation.
+      counts: since the run began, by key; with "skipped_steps".
+    """
+    # A skipped step leaves the optimizer's count of steps as it was.
+    updates = max(step - 1 - counts["skipped_steps"], 0)
+    waited = self._loader.waited - self._waited
+    self._waited += waited
+    self._writer.write(
+      step,
+      {key: value for key, value in scalars.items() if key != "finite"},
+      sums=self._sums,
+      data_wait=waited,
+      learning_rates={
+        name: float(np.asarray(rate(updates)))
+        for name, rate in self._rates.items()
+      },
+      counts=counts,
+    )
+    self._sums.clear()
 
 
 def _named(of: str, values: Mapping[str, float]) -> dict[str, float]:

@@ -8,7 +8,8 @@ planning and for looking at what the compiler makes of them.
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterable
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -38,21 +39,42 @@ from hourjax.training.train_state import (
 Scalars = dict[str, jax.Array]
 
 
+class LossSum(NamedTuple):
+  """Holds an objective's loss of one micro-batch.
+
+  Attributes:
+    total: summed over what the objective counts: labels, pairs or answers.
+    weight: how many, or the sum of their weights.
+    means: further sums that are divided by `weight` and logged, by name.
+  """
+
+  total: jax.Array
+  weight: jax.Array
+  means: Mapping[str, jax.Array] = types.MappingProxyType({})
+
+
+# Of the model and a micro-batch, which is a `Batch` or holds one.
+LossFunction = Callable[[HourLLaVA, Any], LossSum]
+
+
 class Sums(NamedTuple):
   """Holds what is added up over the micro-batches of a step.
 
   Attributes:
-    loss: weight x cross entropy, summed over label tokens, float32 [].
+    loss: weight x cross entropy, summed over label tokens, float32 []; or the
+      total of another `LossSum`.
     weight: sum of these weights, float32 [].
     tokens: number of label tokens, int32 [].
     grads: gradients of the summed loss, by path of the trained parameters,
       float32.
+    means: of `LossSum`; nothing in supervised fine-tuning.
   """
 
   loss: jax.Array
   weight: jax.Array
   tokens: jax.Array
   grads: Params
+  means: Scalars = {}  # noqa: RUF012  never changed; a tuple has its fields
 
 
 def train_step(
@@ -84,13 +106,19 @@ def train_step(
   return update(state, sums, optimizer=optimizer)
 
 
-def zero_sums(trained: Params) -> Sums:
-  """Returns the sums over no micro-batch."""
+def zero_sums(trained: Params, means: Collection[str] = ()) -> Sums:
+  """Returns the sums over no micro-batch.
+
+  Args:
+    trained: parameters by path.
+    means: names of the objective's further sums.
+  """
   return Sums(
     jnp.zeros((), jnp.float32),
     jnp.zeros((), jnp.float32),
     jnp.zeros((), jnp.int32),
     {path: jnp.zeros_like(value) for path, value in trained.items()},
+    {name: jnp.zeros((), jnp.float32) for name in means},
   )
 
 
@@ -98,11 +126,12 @@ def accumulate(
   sums: Sums,
   trained: Params,
   frozen: Params,
-  batch: Batch,
+  batch: Any,
   key: jax.Array | None = None,
   *,
   config: ModelConfig,
   dropout: float = 0.0,
+  loss: LossFunction | None = None,
 ) -> Sums:
   """Adds one micro-batch's summed loss, weights, label tokens and gradients.
 
@@ -112,22 +141,29 @@ def accumulate(
     sums: over the micro-batches before.
     trained: parameters by path.
     frozen: the other parameters.
-    batch: the micro-batch.
+    batch: a `Batch`, or what the loss takes; `batch.target` are its labels.
     key: of the adapters' dropout; None for none.
     config: of the model.
     dropout: share of the adapters' inputs that are set to 0.
+    loss: of the objective; None for the weighted cross entropy.
   """
 
-  def summed_loss(trained: Params) -> jax.Array:
-    return loss_sum(with_params(config, {**frozen, **trained}), batch)
+  def summed_loss(trained: Params) -> tuple[jax.Array, tuple]:
+    model = with_params(config, {**frozen, **trained})
+    if loss is None:
+      return loss_sum(model, batch), (batch.target_weight.sum(), {})
+    found = loss(model, batch)
+    return found.total, (found.weight, dict(found.means))
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(fsdp.gradients_summed_in(config.gradient_dtype))
     if key is not None:
       stack.enter_context(adapter_dropout(dropout, key))
-    loss, grads = jax.value_and_grad(summed_loss)(trained)
+    (total, (weight, means)), grads = jax.value_and_grad(
+      summed_loss, has_aux=True
+    )(trained)
   tokens = (batch.target != IGNORE).sum()
-  own = Sums(loss, batch.target_weight.sum(), tokens, grads)
+  own = Sums(total, weight, tokens, grads, means)
   return jax.tree.map(jnp.add, sums, own)
 
 
@@ -142,7 +178,8 @@ def update(
   Returns:
     The next state, and scalars: "loss" (weighted mean over label tokens),
     "grad_norm" (before clipping), "grad_norm/COMPONENT", "tokens", and
-    "finite", which is False where the update was left out.
+    "finite", which is False where the update was left out. Those of
+    `sums.means`, divided by the weight, are beside them.
   """
   # A batch without any label has zero gradients; it must not make NaNs.
   weight = jnp.where(sums.weight > 0, sums.weight, 1)
@@ -160,6 +197,7 @@ def update(
   )
 
   scalars = {"loss": loss, "tokens": sums.tokens, "finite": finite, **norms}
+  scalars |= {name: x / weight for name, x in sums.means.items()}
   return TrainState(state.step + 1, trained, state.frozen, opt_state), scalars
 
 
@@ -247,6 +285,8 @@ class TrainStep:
     optimizer: optax.GradientTransformation,
     shardings: TrainState,
     dropout: Dropout | None = None,
+    loss: LossFunction | None = None,
+    means: Collection[str] = (),
   ):
     """Makes the jitted programs; they are compiled at their first call.
 
@@ -255,19 +295,23 @@ class TrainStep:
       optimizer: of the trained parameters.
       shardings: of each array of the state, as `state_shardings` returns them.
       dropout: of adapters.
+      loss: of the objective, as for `accumulate`.
+      means: names of the further sums that it returns.
     """
     self._dropout = dropout
     self.mesh = shardings.step.mesh
     replicated = shardings.step
-    sums = Sums(replicated, replicated, replicated, shardings.trained)
-    self._zero_sums = jax.jit(zero_sums, out_shardings=sums)
+    others = dict.fromkeys(means, replicated)
+    sums = Sums(replicated, replicated, replicated, shardings.trained, others)
+    self._zero_sums = jax.jit(
+      functools.partial(zero_sums, means=tuple(means)), out_shardings=sums
+    )
+    own: dict[str, Any] = {} if loss is None else {"loss": loss}
+    if dropout is not None:
+      own["dropout"] = dropout.rate
     self.programs: dict[str, Any] = {
       "accumulate": jax.jit(
-        functools.partial(
-          accumulate,
-          config=config,
-          **({"dropout": dropout.rate} if dropout else {}),
-        ),
+        functools.partial(accumulate, config=config, **own),
         donate_argnums=0,
         out_shardings=sums,
       ),
@@ -279,15 +323,17 @@ class TrainStep:
     }
 
   def __call__(
-    self, state: TrainState, batches: Iterable[Batch]
+    self, state: TrainState, batches: Iterable[Any]
   ) -> tuple[TrainState, Scalars]:
     """Takes a step, see `train_step`; the old state's memory is reused."""
     with jax.set_mesh(self.mesh):
       sums = self._zero_sums(state.trained)
       for number, batch in enumerate(batches):
-        noise = self._dropout and self._dropout.key(state.step, number)
+        key = ()
+        if self._dropout is not None:
+          key = (self._dropout.key(state.step, number),)
         sums = self.programs["accumulate"](
-          sums, state.trained, state.frozen, batch, *filter(None, [noise])
+          sums, state.trained, state.frozen, batch, *key
         )
       return self.programs["update"](state, sums)
 

@@ -26,7 +26,12 @@ from hourjax.training.train_state import (
 from tests.training import runs
 
 STEPS = 4
-LORA = {"lora__rank": 2, "lora__alpha": 8.0, "lora__base": "float32"}
+LORA = {
+  "lora__rank": 2,
+  "lora__alpha": 8.0,
+  "lora__base": "float32",
+  "lora__dropout": 0.05,
+}
 
 
 def _experiment(data, init, **changes):

@@ -14,7 +14,14 @@ from typing import Any, Literal
 
 from hourjax.data.media import parquet_images
 from hourjax.data.records.media_keys import check_unread, media_key, read_media
-from hourjax.data.records.turns import MARKER, Turn, place_markers, read_turns
+from hourjax.data.records.turns import (
+  MARKER,
+  REJECTED,
+  Turn,
+  joined_pair,
+  place_markers,
+  read_turns,
+)
 from hourjax.errors import UserError
 from hourjax.schema import shorten
 
@@ -51,6 +58,12 @@ class Record:
   source: str
   extra: dict[str, Any]
   repairs: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+
+  @property
+  def rejected(self) -> str | None:
+    """Returns the answer that the last one is preferred to; None without."""
+    found = self.extra.get(REJECTED)
+    return found if isinstance(found, str) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +102,7 @@ def parse_record(
     )
   name, repairs = _name(raw, where)
   at = f"{where}: record {name}"
+  raw = joined_pair(raw, TURNS, at)
   key = media_key(raw, at)
   modality: Literal["video", "image", "text"] = "text"
   media: tuple[str, ...] = ()
@@ -105,6 +119,11 @@ def parse_record(
   repairs += changed
   turns, changed = place_markers(turns, modality, len(media), at)
   repairs += changed
+  if isinstance(raw.get(REJECTED), str) and turns[-1].role != "gpt":
+    raise UserError(
+      f"{at}: a rejected answer, and the last turn is from {turns[-1].role};"
+      " add the answer that is preferred to it"
+    )
   source = raw.get("data_source")
   return Record(
     id=name,

@@ -11,21 +11,21 @@ text.
 Prompt: the record's own question; the answer is not part of it.
 """
 
-import re
+import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 from hourjax.data.records.files import read_records
-from hourjax.data.records.record import MARKER, Record
+from hourjax.data.records.record import Record
 from hourjax.errors import UserError
-from hourjax.evaluation.benchmarks import fields
 from hourjax.evaluation.benchmarks.benchmark import Benchmark, Source
-from hourjax.evaluation.parsing import LETTERS, normalise, parse
-from hourjax.evaluation.questions import Kind, Question
+from hourjax.evaluation.benchmarks.record_questions import (
+  MARKER_LINE,
+  question_at,
+)
+from hourjax.evaluation.questions import Question
 from hourjax.evaluation.scoring import LeftOut
 
 QUESTION = "{question}"
-_MARKER = re.compile(rf"{MARKER}\n?|\n{MARKER}$")
 
 
 def read(source: Source) -> list[Question | LeftOut]:
@@ -65,36 +65,12 @@ def _questions(record: Record, source: Source) -> Iterator[Question | LeftOut]:
   for number, (text, answer) in enumerate(pairs):
     name = f"{record.id}#{number + 1}" if len(pairs) > 1 else record.id
     at = f"{source.file.name}: question {name}"
-    facts = _facts(record, number)
     try:
-      if not text.strip():
-        raise UserError(f"{at}: the question is empty; repair or drop it")
-      kind, expected, options = _kind(text, answer, facts, at)
-      yield Question(
-        id=name,
-        video=source.videos.name(record.media[0]),
-        prompt=QUESTION.format(question=text),
-        expected=expected,
-        kind=kind,
-        options=options,
-        tasks=tuple(fields.known(facts, "task").values()),
-        duration=fields.minutes_range(record.extra.get("duration")),
-        chance=_chance(kind, expected, options, facts),
-        extra=_extra(record, facts),
-      )
+      item = question_at(record, number, text, answer, at)
+      media = source.videos.name(record.media[0])
+      yield dataclasses.replace(item, id=name, video=media)
     except UserError as error:
       yield LeftOut(name, video, str(error))
-
-
-def _chance(
-  kind: str, expected: str, options: tuple[str, ...], facts: dict[str, Any]
-) -> float:
-  """Returns the probability that a guess is right."""
-  if (chance := facts.get("chance")) is not None:
-    return float(chance)
-  if kind == "choice":
-    return fields.chance(options, expected)
-  return 0.5 if kind == "yes_no" else 0.0
 
 
 def _pairs(record: Record, at: str) -> list[tuple[str, str]]:
@@ -108,72 +84,8 @@ def _pairs(record: Record, at: str) -> list[tuple[str, str]]:
       " questions and their answers; repair or drop it"
     )
   # Texts stay as published, without the marker of the video and its newline.
-  texts = [_MARKER.sub("", turn.text) for turn in record.turns]
+  texts = [MARKER_LINE.sub("", turn.text) for turn in record.turns]
   return list(zip(texts[::2], texts[1::2], strict=True))
-
-
-def _facts(record: Record, number: int) -> dict[str, Any]:
-  """Returns the facts that a record states about a question; {} if none."""
-  questions = record.extra.get("questions")
-  if not isinstance(questions, list) or number >= len(questions):
-    return {}
-  facts = questions[number]
-  return facts if isinstance(facts, dict) else {}
-
-
-def _kind(
-  text: str, answer: str, facts: dict[str, Any], at: str
-) -> tuple[Kind, str, tuple[str, ...]]:
-  """Returns the kind, the right answer, and the options."""
-  answer = answer.strip()
-  if facts.get("letter") is not None:
-    options = fields.options({"options": facts.get("options")}, at)
-    return "choice", fields.letter(str(facts["letter"]), options, at), options
-  # Facts whose letter is null are those of a question without options.
-  if "letter" not in facts:
-    _, options = fields.split_options(text)
-    probe = Question("", "", text, "", "choice", options)
-    if options and (right := _letter(answer, probe, at)):
-      return "choice", right, options
-  if normalise(answer) in ("yes", "no"):
-    return "yes_no", normalise(answer), ()
-  return "open", answer, ()
-
-
-def _letter(answer: str, probe: Question, at: str) -> str | None:
-  """Returns the letter that an answer names; None if it is in words."""
-  letter = parse(answer, probe)
-  if letter is None and re.fullmatch(rf"\(?[{LETTERS}]\)?[.:]?", answer):
-    # The answer is a letter that no option has, which raises the error.
-    return fields.letter(answer, probe.options, at)
-  return letter
-
-
-def _extra(record: Record, facts: dict[str, Any]) -> dict[str, Any]:
-  """Returns the further fields by which a report groups."""
-  extra: dict[str, Any] = {
-    key: facts[key]
-    for key in ("topic", "format", "needle_kind")
-    if facts.get(key)
-  }
-  if record.source:
-    extra["source"] = record.source
-  if facts:
-    extra["needle"] = bool(facts.get("needle"))
-    extra["hidden"] = bool(facts.get("dropped"))
-    if depth := _depth(facts, record):
-      extra["depth"] = depth
-  return extra
-
-
-def _depth(facts: dict[str, Any], record: Record) -> str:
-  """Returns the fifth of the video that shows a needle, such as "20-40 %"."""
-  span, duration = facts.get("seconds"), record.extra.get("duration")
-  if not (facts.get("needle") and span and duration):
-    return ""
-  share = span[0] / duration
-  fifth = min(int(share * 5), 4)
-  return f"{20 * fifth}-{20 * fifth + 20} %"
 
 
 BENCHMARK = Benchmark(

@@ -1,0 +1,1 @@
+"""Preferences and rewards: what a training optimises beside plain answers."""
