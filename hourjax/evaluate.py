@@ -32,7 +32,7 @@ _BENCHMARK = flags.DEFINE_string(
   "benchmark", None, f"One of {', '.join(sorted(BENCHMARKS))}."
 )
 _DATA = flags.DEFINE_string("data", None, "Its folder.")
-_SUBTITLES = flags.DEFINE_bool("subtitles", False, "Ask with subtitles.")
+_SUBTITLES = flags.DEFINE_bool("subtitles", False, "Ask with them.")
 _FEATURES = flags.DEFINE_string(
   "features", None, "Feature store to read instead of videos."
 )
@@ -78,14 +78,14 @@ def _evaluate() -> Report | None:
   load = functools.partial(hourjax.load, tokenizer=_TOKENIZER.value)
   adapters, own = {}, None
   if _ADAPTER.value:  # of --model; other models are compared as they are
-    adapters = {str(hub.local_folder(_MODEL.value)): _ADAPTER.value}
+    adapters[str(hub.local_folder(_MODEL.value))] = {"adapter": _ADAPTER.value}
     own = run.default_out(hub.own_folder(_ADAPTER.value), task)
   hosts.start_hosts()
   with hosts.leaving():
     return run.evaluate_folders(
       [_MODEL.value, *_COMPARE.value],
       task,
-      lambda folder: load(folder, adapter=adapters.get(folder)),
+      lambda folder: load(folder, **adapters.get(folder, {})),
       out=_OUT.value or own,
       names=_NAMES.value,
       worker=worker or (hosts.index(), hosts.count()),

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Num
 
-from hourjax.models.lora import column_norms
+from hourjax.models.lora import FIXED, TRAINED, column_norms
 from hourjax.models.quantization import dequantize
 from hourjax.parallel.fsdp import gather_weight, weight_gradients
 
@@ -45,6 +45,10 @@ def adapter_dropout(rate: float, key: jax.Array) -> Iterator[None]:
     yield
   finally:
     _DROPOUT.reset(token)
+
+
+# Parameters that only layers have with an adapter or a quantized kernel.
+ADDED = frozenset(("kernel_scale", *TRAINED, *FIXED))
 
 
 class Linear(nnx.Linear):

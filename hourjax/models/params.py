@@ -11,7 +11,7 @@ from flax import nnx
 
 from hourjax.models.config import ModelConfig
 from hourjax.models.hourllava import HourLLaVA
-from hourjax.models.linear import Linear
+from hourjax.models.linear import ADDED, Linear
 
 VISION = "vision/"  # start of the paths of the vision tower's parameters
 
@@ -103,7 +103,7 @@ def with_params(
   added = tuple(
     (path, jax.ShapeDtypeStruct(value.shape, value.dtype))
     for path, value in sorted(params.items())
-    if path not in known
+    if path not in known and path.rpartition("/")[2] in ADDED
   )
   no_tower = not any(path.startswith(VISION) for path in params)
   graph, variables = _abstract(config, added)
@@ -137,7 +137,7 @@ def _abstract(
   for path, value in added:
     *names, last = path.split("/")
     layer = functools.reduce(getattr, names, model)
-    if not isinstance(layer, Linear) or not hasattr(Linear, last):
+    if not isinstance(layer, Linear):
       raise KeyError(f"the model has no parameter {path}")
     setattr(layer, last, nnx.Param(value))
   graph, state = nnx.split(model)

@@ -382,7 +382,7 @@ def lower_programs(
   state, optimizer = abstract_state(experiment, mesh, _STEPS)
   dropout = dropout_of(experiment)
   step = TrainStep(experiment.model, optimizer, state_shardings(state), dropout)
-  key = jax.eval_shape(lambda: jax.random.key(0)) if dropout else None
+  key = [jax.eval_shape(lambda: jax.random.key(0))] if dropout else []
 
   def scalar(dtype: Any) -> Any:
     return jax.ShapeDtypeStruct((), dtype, sharding=state.step.sharding)
@@ -396,7 +396,7 @@ def lower_programs(
         state.trained,
         state.frozen,
         abstract_batch(spec, experiment.batch_rows, mesh),
-        key,
+        *key,
       )
       for stream, spec in experiment.row_specs.items()
       if streams is None or stream in streams

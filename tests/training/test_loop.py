@@ -20,13 +20,13 @@ from hourjax.data.prepare import lists
 from hourjax.data.rows import Size, batch_capacity
 from hourjax.errors import UserError
 from hourjax.models.params import init_params
-from hourjax.training import loop
+from hourjax.training import data_loader, loop
 from hourjax.training.checkpoint import restore_params
 from hourjax.training.config import build_experiment
 from hourjax.training.metric_writer import MetricWriter, read_metrics
 from hourjax.training.train_state import TrainState
 from hourjax.training.train_step import TrainStep, accumulate, zero_sums
-from hourjax.training.workdir import EpochCounts
+from hourjax.training.workdir import EpochCounts, run_summary
 from tests.training import runs
 
 STEPS = 6
@@ -122,7 +122,7 @@ def test_streams_with_rows_of_their_own(samples, data, tmp_path, monkeypatch):
   two = dataclasses.replace(one, stream_rows={"short": small})
   seen = []
   monkeypatch.setattr(
-    loop,
+    data_loader,
     "batch_capacity",
     lambda batch: (seen.append(batch_capacity(batch)), seen[-1])[1],
   )
@@ -333,7 +333,7 @@ def test_the_start_says_what_is_not_shown_of_short_videos():
   experiment = build_experiment(demo.get_config().to_dict())
 
   def said():
-    return loop._summary(
+    return run_summary(
       experiment, dataset, EpochCounts("", 3, {0: 5}), state, 4
     )
 
