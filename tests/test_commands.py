@@ -99,7 +99,7 @@ MISUSED = [
   ("ablate --table=4 --seeds=0", "--seeds=0: 0 is not a positive integer"),
   ("ablate --table=4 --steps=0", "--steps=0: 0 is not a positive integer"),
   ("export --model=x --out=y --part=memaug", "--part=memaug: value should be"
-   " one of <all|decoder|tower>"),
+   " one of <all|decoder|tower|adapter>"),
   ("export --model=x --out=y --dtype=int8", "--dtype=int8: value should be one"
    " of <bfloat16|float32>"),
   ("export --model=x --out=y --step=-1", "--step=-1: -1 is not a non-negative"),
