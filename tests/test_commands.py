@@ -188,7 +188,7 @@ MISUSED = [
   ("ablate --table=7 --out=x", "--table=7 is none of the paper's ablations;"
    " choose one of 3, 4, 5, 6, 9, figure4"),
   ("bench dta", "bench 'dta': give one of data, attention, ask,"
-   " construct"),
+   " answers, construct"),
   ("demo --workdir=x train_videos=3", "unknown argument 'train_videos=3';"
    " options start with --"),
   # paths
