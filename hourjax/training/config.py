@@ -283,6 +283,13 @@ class Experiment:
         " stop"
       )
     self.memory.check_forgetting(self.forgetting)
+    chunk, seq = self.model.memory_chunk, self.mesh.seq
+    if chunk and seq > 1:
+      raise UserError(
+        f"config.model.memory_chunk is {chunk} and config.mesh.seq {seq}: a"
+        " memory that is split over devices is not projected in chunks; set"
+        " config.model.memory_chunk=0, or config.mesh.seq=1"
+      )
     if self.model.offload == "host" and self.model.remat != "full":
       raise UserError(
         f"config.model.offload is 'host' and config.model.remat"

@@ -79,13 +79,6 @@ def abstract_state(
   check_attention(
     mesh, model.attention.implementation, model.dtype, model.decoder.head_size
   )
-  seq = mesh.shape["seq"]
-  if model.memory_chunk and seq > 1:
-    raise UserError(
-      f"config.model.memory_chunk is {model.memory_chunk} and config.mesh.seq"
-      f" {seq}: a memory that is split over devices is not projected in chunks;"
-      " set config.model.memory_chunk=0, or config.mesh.seq=1"
-    )
   split = _adapters if experiment.lora.rank else _all_params
   trained, frozen = split(experiment, mesh)
   params = trained | frozen

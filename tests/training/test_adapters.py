@@ -200,3 +200,23 @@ def test_frozen_components_have_no_adapters(data, base):
   made = _experiment(data, base, optimizer__decoder=0.0)
   trained = _abstract(made).trained
   assert {path.split("/")[0] for path in trained} == {"projector", "memaug"}
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (
+      {"model__memory_chunk": 128, "mesh__seq": 2},
+      r"memory_chunk is 128 and config\.mesh\.seq 2: .* set config",
+    ),
+    (
+      {"model__offload": "host", "model__remat": "dots"},
+      r"offload is 'host' and config\.model\.remat 'dots', .*remat=full",
+    ),
+    ({"lora__rank": -1}, r"config\.lora\.rank is -1; it must be at least 0"),
+    ({"lora__base": "int2"}, r"config\.lora\.base is 'int2'; choose float32"),
+  ],
+)
+def test_keys_that_contradict_each_other(data, base, changes, message):
+  with pytest.raises(UserError, match=message):
+    _experiment(data, base, **changes)
