@@ -71,12 +71,14 @@ def read_adapter(
     )
   if about is None:
     layers, base = peft.read_adapters(folder, config)
-    return Adapter(layers, base, _short(folder))
+    return Adapter(layers, base, short_name(folder))
   found = restore_params(folder, step=step)
   options = lora.LoraConfig(**about["config"]["lora"])
   adapters = lora.complete(found.params, options)
   _check(folder, adapters, config)
-  return Adapter(adapters, about["base"], f"{_short(folder)} step {found.step}")
+  return Adapter(
+    adapters, about["base"], f"{short_name(folder)} step {found.step}"
+  )
 
 
 class Merge:
@@ -108,7 +110,7 @@ class Merge:
     own = {
       name: jnp.asarray(x) for name, x in self._adapter.layers[layer].items()
     }
-    with jax.default_device(_host()):
+    with jax.default_device(host_device()):
       merged = lora.merge(jnp.asarray(value, jnp.float32), own)
     return np.asarray(merged).astype(value.dtype)
 
@@ -153,7 +155,7 @@ def _check(
     )
 
 
-def _host() -> jax.Device:
+def host_device() -> jax.Device:
   """Returns the host's memory as a device; the first one without a CPU."""
   try:
     return jax.local_devices(backend="cpu")[0]
@@ -161,6 +163,6 @@ def _host() -> jax.Device:
     return jax.local_devices()[0]
 
 
-def _short(folder: pathlib.Path) -> str:
+def short_name(folder: pathlib.Path) -> str:
   """Returns the last two names of a folder's path, or its name at the hub."""
   return hub.short_name(folder) or "/".join(folder.absolute().parts[-2:])

@@ -15,7 +15,12 @@ from hourjax import hub
 from hourjax.data.forgetting import Forgetting
 from hourjax.data.tokenizer import Tokenizer
 from hourjax.errors import UserError
-from hourjax.inference.adapter import Merge, read_adapter
+from hourjax.inference.adapter import (
+  Merge,
+  host_device,
+  read_adapter,
+  short_name,
+)
 from hourjax.inference.engine import check_mesh, narrow_dtype
 from hourjax.inference.model import Model
 from hourjax.inference.prompts import Rules
@@ -229,7 +234,7 @@ def _of_run(folder: pathlib.Path) -> Source:
       _misfit(folder, path, None, shapes[path])
     arrays = sorted(found.arrays.items())
     digest = hashlib.sha256(repr(arrays).encode()).hexdigest()
-    name = f"{_short_name(folder)} step {found.step} {digest[:12]}"
+    name = f"{short_name(folder)} step {found.step} {digest[:12]}"
     return found.params, name
 
   return Source(experiment.model, run_rules(experiment), words, read)
@@ -277,7 +282,7 @@ def _of_published(folder: pathlib.Path) -> Source:
     for path in weight_files(folder):
       for part in _excerpt(path):
         digest.update(part)
-    return params, f"{_short_name(folder)} {digest.hexdigest()[:12]}"
+    return params, f"{short_name(folder)} {digest.hexdigest()[:12]}"
 
   config, found = published.read_config(folder), published.read_rules(folder)
   rules = Rules(
@@ -321,24 +326,12 @@ def _excerpt(path: pathlib.Path) -> Iterator[bytes]:
       yield file.read(_PIECE_BYTES)
 
 
-def _short_name(folder: pathlib.Path) -> str:
-  """Returns the last two names of a folder's path: "memaug/stage2".
-
-  Of a repository it is "organisation/name@commit".
-  """
-  return hub.short_name(folder) or "/".join(folder.absolute().parts[-2:])
-
-
 def host_sharding() -> SingleDeviceSharding:
   """Returns the host's memory, where whole arrays fit.
 
   Without a CPU backend it is the first device.
   """
-  try:
-    device = jax.local_devices(backend="cpu")[0]
-  except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
-    device = jax.local_devices()[0]
-  return SingleDeviceSharding(device)
+  return SingleDeviceSharding(host_device())
 
 
 def _mesh(mesh: MeshConfig | None, config: ModelConfig) -> Mesh:
