@@ -21,6 +21,14 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} TF_CPP_MIN_LOG_LEVEL=2
 ruff check .
 ruff format --check .
 pyrefly check --output-format min-text
+# Programs of the tests are compiled in a third of the time, with fewer
+# optimizations (tests/xla_flags.py); those of the golden tests as for users.
+everything=()
+if (($# == 0)); then
+  everything=(--ignore=tests/test_golden_model.py)
+  HOURJAX_TESTS_XLA=full python -m pytest -n 2 --dist loadfile \
+    ${marks[@]+"${marks[@]}"} tests/test_golden_model.py
+fi
 # Files in the order that tests/conftest.py gives them, the longest first.
 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
-  ${marks[@]+"${marks[@]}"} "$@"
+  ${marks[@]+"${marks[@]}"} ${everything[@]+"${everything[@]}"} "$@"

@@ -22,6 +22,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
   signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from tests.xla_flags import xla_flags
+
+os.environ["XLA_FLAGS"] = xla_flags()
+
 import hypothesis
 import jax
 import pytest

@@ -19,6 +19,7 @@ from hourjax.planning.calibration import Calibration, calibrated
 from hourjax.planning.step_profile import SCOPES
 from hourjax.planning.topology import parse_topology
 from hourjax.training.config import build_experiment
+from tests.xla_flags import xla_flags
 
 ROOT = Path(__file__).parents[2]
 # Every component, small, and all of them trained.
@@ -144,7 +145,7 @@ def test_the_command_on_four_devices(tmp_path):
       f"--out={tmp_path}/out.json",
     ],
     cwd=ROOT,
-    env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+    env=os.environ | {"XLA_FLAGS": xla_flags(4)},
     capture_output=True,
     text=True,
     timeout=300,

@@ -8,6 +8,7 @@ import pytest
 
 from hourjax.extraction.encoder import Encoder
 from tests.extraction import towers
+from tests.xla_flags import xla_flags
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_eight_devices_give_the_features_of_one(params, tmp_path):
     check=True,
     env={
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+      "XLA_FLAGS": xla_flags(8),
       "PYTHONPATH": ".",
       "PATH": "/usr/bin:/bin",
     },

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from hourjax.planning.compiler.compile_pool import ENVIRONMENT
+
 
 @pytest.mark.slow
 def test_3b_on_four_chips_of_v5e():
@@ -15,12 +17,7 @@ def test_3b_on_four_chips_of_v5e():
       *(sys.executable, "-m", "tests.inference.compile_for_tpu"),
       *("3b", "v5e:2x2", "3600"),
     ],
-    env={
-      **os.environ,
-      "JAX_PLATFORMS": "cpu",
-      "TPU_SKIP_MDS_QUERY": "1",
-      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    },
+    env=os.environ | ENVIRONMENT,
     capture_output=True,
     text=True,
     timeout=900,

@@ -17,6 +17,7 @@ from hourjax.kernels import cudnn, reference, triton
 from hourjax.kernels.sharded import Sharding
 from hourjax.kernels.tpu import call as tpu
 from hourjax.kernels.tpu.tiles import AttentionTiles, Tiles
+from hourjax.planning.compiler.compile_pool import ENVIRONMENT
 
 TILES = AttentionTiles(*[Tiles(128, 128, 128, 128)] * 2, vmem=1 << 24)
 
@@ -147,12 +148,7 @@ def test_training_on_tpu_uses_the_kernels():
       "configs/demo.py:stage=3",
       "v5e:1x1",
     ],
-    env={
-      **os.environ,
-      "JAX_PLATFORMS": "cpu",
-      "TPU_SKIP_MDS_QUERY": "1",
-      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    },
+    env=os.environ | ENVIRONMENT,
     capture_output=True,
     text=True,
     timeout=900,

@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 from hourjax.kernels import ulysses
 from hourjax.kernels.attention import attention
 from hourjax.kernels.sharded import Sharding
+from tests.xla_flags import xla_flags
 
 # float32 against float64 on numbers of order 1.
 ATOL = 2e-5
@@ -88,7 +89,7 @@ def _errors(cases):
     env={
       **os.environ,
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+      "XLA_FLAGS": xla_flags(8),
       # Threads of XLA's pool: interpreted devices wait for each other in it.
       "NPROC": "32",
     },

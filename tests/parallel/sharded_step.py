@@ -12,8 +12,10 @@ import json
 import os
 import sys
 
+from tests.xla_flags import xla_flags
+
 if __name__ == "__main__":
-  os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+  os.environ["XLA_FLAGS"] = xla_flags(8)
 
 import jax
 import jax.numpy as jnp
@@ -69,12 +71,6 @@ SPEC = rows.RowSpec(
 )
 
 
-# To compile takes longer than to run, so LLVM optimises nothing. XLA's own
-# passes, which place the collectives, run as always.
-_COMPILE = {
-  "xla_backend_optimization_level": 0,
-  "xla_llvm_disable_expensive_passes": True,
-}
 # It adds the same to all scores of a query, so its exact gradient is zero and
 # what is computed is rounding. It is held to the norm of the gradient of the
 # kernel, where the same terms do not cancel; all others to their own.
@@ -173,10 +169,7 @@ def _params(config) -> dict[str, np.ndarray]:
 
 def _step(config):
   """A function from parameters and a batch to loss and gradients."""
-  return jax.jit(
-    lambda p, b: accumulate(zero_sums(p), p, {}, b, config=config),
-    compiler_options=_COMPILE,
-  )
+  return jax.jit(lambda p, b: accumulate(zero_sums(p), p, {}, b, config=config))
 
 
 def on_mesh(mesh_config, config, params, batch, spec) -> Sums:

@@ -24,6 +24,7 @@ from hourjax.models.params import init_params
 from hourjax.training.config import build_experiment
 from hourjax.training.metric_writer import MetricWriter, read_metrics
 from tests.training.fork_server import Server
+from tests.xla_flags import xla_flags
 
 # Of the demo's configuration: the smallest model that has all parts.
 SMALL = {
@@ -226,7 +227,7 @@ def hosts(count: int, devices: int = 1) -> list[dict[str, str]]:
       "HOURJAX_COORDINATOR": f"localhost:{port}",
       "HOURJAX_PROCESSES": str(count),
       "HOURJAX_PROCESS": str(index),
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+      "XLA_FLAGS": xla_flags(devices),
     }
     for index in range(count)
   ]

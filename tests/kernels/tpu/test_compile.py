@@ -17,6 +17,7 @@ import json, re, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from hourjax.planning.compiler.compile_pool import ENVIRONMENT
 from hourjax.kernels.tpu import call
 from hourjax.parallel.chips import CHIPS
 
@@ -69,16 +70,9 @@ print(json.dumps(found))
 
 def compiled(topology, queries, keys):
   """By kernel: bytes of temporaries, and calls of the program."""
-  environment = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": str(ROOT),
-    "TPU_SKIP_MDS_QUERY": "1",  # asks no metadata server
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another test may compile, too
-  }
   worker = subprocess.run(
     [sys.executable, "-c", PROGRAM, topology, str(queries), str(keys)],
-    env=environment,
+    env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
     capture_output=True,
     text=True,
     timeout=300,

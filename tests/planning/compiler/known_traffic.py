@@ -10,8 +10,10 @@ import json
 import os
 import sys
 
+from tests.xla_flags import xla_flags
+
 if sys.argv[1:] == ["cpu"]:
-  os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+  os.environ["XLA_FLAGS"] = xla_flags(8)
 
 import jax
 import jax.numpy as jnp

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hourjax.planning.compiler import hlo
+from hourjax.planning.compiler.compile_pool import ENVIRONMENT
 from hourjax.planning.compiler.traffic import Layout, by_axis, collectives
 
 ROOT = Path(__file__).parents[3]
@@ -232,12 +233,7 @@ def _compiled(where):
   done = subprocess.run(
     [sys.executable, "-m", "tests.planning.compiler.known_traffic", where],
     cwd=ROOT,
-    env=os.environ
-    | {
-      "JAX_PLATFORMS": "cpu",
-      "TPU_SKIP_MDS_QUERY": "1",
-      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    },
+    env=os.environ | ENVIRONMENT,
     capture_output=True,
     text=True,
     timeout=240,
