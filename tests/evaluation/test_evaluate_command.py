@@ -13,8 +13,11 @@ import hourjax
 from hourjax import command, evaluate
 from hourjax.evaluation import report
 from hourjax.evaluation.records import Records
+from hourjax.models.lora import LoraConfig
+from hourjax.weights import peft
 from tests.evaluation import small
 from tests.evaluation.fakes import Model, same, timeless
+from tests.inference.test_adapter import layers_of
 from tests.training.runs import hosts
 
 
@@ -93,6 +96,23 @@ def test_two_processes_of_one_run(made, options, whole):
   for index in range(2):
     assert (out / f"answers-{index:05d}.jsonl").stat().st_size
   _assert_equal(out, whole)
+
+
+@pytest.mark.slow
+def test_an_adapter_answers_and_is_named(made, options, whole, tmp_path):
+  lora = LoraConfig(rank=2, alpha=16.0)
+  layers = layers_of(lora, small.CONFIG)
+  peft.write_adapters(
+    tmp_path / "mine", layers, small.CONFIG, lora, base="", fingerprint=""
+  )
+  options = options | {"adapter": tmp_path / "mine", "out": tmp_path / "out"}
+  code, _, stderr = small.ended(small.start(made, **options))
+  assert code == 0, stderr
+  rows, plain = same(Records(tmp_path / "out").answered()), whole[0]
+  assert rows.keys() == plain.keys()
+  assert any(rows[key]["answer"] != plain[key]["answer"] for key in rows)
+  (name,) = report.load(tmp_path / "out").names
+  assert name == "model + mine"
 
 
 @pytest.mark.slow

@@ -65,9 +65,9 @@ def save_adapters(folder, base, params, options=LORA, model=models.CONFIG):
   return trained
 
 
-def layers_of(options):
+def layers_of(options, model=models.CONFIG):
   """Adapters layer by layer, as arrays of numpy."""
-  found = lora.complete(draw_adapters(models.CONFIG, options), options)
+  found = lora.complete(draw_adapters(model, options), options)
   return {
     layer: {name: np.asarray(value) for name, value in own.items()}
     for layer, own in found.items()
