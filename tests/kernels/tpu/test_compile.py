@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from hourjax.planning.compiler.compile_pool import ENVIRONMENT
+
 ROOT = Path(__file__).parents[3]
 
 # In a process of its own: where the compiler does not know a topology, it
@@ -17,7 +19,6 @@ import json, re, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from hourjax.planning.compiler.compile_pool import ENVIRONMENT
 from hourjax.kernels.tpu import call
 from hourjax.parallel.chips import CHIPS
 
