@@ -1,3 +1,4 @@
+import gc
 import os
 import pathlib
 import signal
@@ -76,6 +77,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   tests = pathlib.Path(__file__).parent
   ranks = {str(tests / name): rank for rank, name in enumerate(_LONGEST)}
   items.sort(key=lambda item: ranks.get(str(item.path), len(ranks)))
+
+
+# A compiled program is several pieces of mapped memory, of which Linux gives a
+# process 65,530: the whole of the tests compiles more than that in a worker.
+_MAX_MAPS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _room_for_programs():
+  """Frees compiled programs after a file of tests, if there are many."""
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and maps.read_bytes().count(b"\n") > _MAX_MAPS:
+    jax.clear_caches()
+    gc.collect()
 
 
 _MAX_BYTES = 4 * 2**30  # of compiled programs that are kept
