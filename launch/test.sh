@@ -22,13 +22,15 @@ ruff check .
 ruff format --check .
 pyrefly check --output-format min-text
 # Programs of the tests are compiled in a third of the time, with fewer
-# optimizations (tests/xla_flags.py); those of the golden tests as for users.
-everything=()
+# optimizations (tests/xla_flags.py); as for users where digits are compared with
+# the official ones, or bits between two programs.
+full=(tests/test_golden_model.py tests/models/test_params.py)
+others=()
 if (($# == 0)); then
-  everything=(--ignore=tests/test_golden_model.py)
   HOURJAX_TESTS_XLA=full python -m pytest -n 2 --dist loadfile \
-    ${marks[@]+"${marks[@]}"} tests/test_golden_model.py
+    ${marks[@]+"${marks[@]}"} "${full[@]}"
+  others=("${full[@]/#/--ignore=}")
 fi
 # Files in the order that tests/conftest.py gives them, the longest first.
 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
-  ${marks[@]+"${marks[@]}"} ${everything[@]+"${everything[@]}"} "$@"
+  ${marks[@]+"${marks[@]}"} ${others[@]+"${others[@]}"} "$@"
