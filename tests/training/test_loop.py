@@ -316,7 +316,9 @@ def test_no_dataset_given(tmp_path):
     loop.train(empty, tmp_path)
 
 
-def test_the_start_says_what_is_not_shown_of_short_videos():
+def test_the_start_says_what_is_not_shown_of_short_videos(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "")  # which have a note of their own
+
   class Samples(Dataset):
     sparse = ()
     columns = types.SimpleNamespace(
