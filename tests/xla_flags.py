@@ -5,8 +5,8 @@ nothing, and loops are emitted without MLIR, which takes a third of the time.
 XLA's own passes, which place collectives and fuse loops, run as always.
 
 HOURJAX_TESTS_XLA=full leaves the flags out: programs are then compiled as those
-of users are. launch/test.sh runs the golden tests so, and those that compare the
-bits of two programs.
+of users are. launch/test.sh runs the golden tests so, and those that compare
+the bits of two programs.
 """
 
 import os
