@@ -102,6 +102,7 @@ def test_two_processes_of_one_run(made, options, whole):
 def test_an_adapter_answers_and_is_named(made, options, whole, tmp_path):
   lora = LoraConfig(rank=2, alpha=16.0)
   layers = layers_of(lora, small.CONFIG)
+  (tmp_path / "mine").mkdir()
   peft.write_adapters(
     tmp_path / "mine", layers, small.CONFIG, lora, base="", fingerprint=""
   )
@@ -112,7 +113,8 @@ def test_an_adapter_answers_and_is_named(made, options, whole, tmp_path):
   assert rows.keys() == plain.keys()
   assert any(rows[key]["answer"] != plain[key]["answer"] for key in rows)
   (name,) = report.load(tmp_path / "out").names
-  assert name == "model + mine"
+  base, _, adapter = name.partition(" + ")
+  assert "/model " in base and adapter == f"{tmp_path.name}/mine"
 
 
 @pytest.mark.slow
