@@ -19,5 +19,5 @@ if TASK == "cache":
   print(json.dumps(jax.config.jax_enable_compilation_cache))
   sys.exit()
 print("something else")
-names = ("LIBTPU_INIT_ARGS", "JAX_ENABLE_COMPILATION_CACHE")
+names = ("LIBTPU_INIT_ARGS", "JAX_ENABLE_COMPILATION_CACHE", "XLA_FLAGS")
 print(json.dumps({"task": TASK, **{name: os.environ[name] for name in names}}))

@@ -10,12 +10,15 @@ from hourjax.planning.compiler.compile_pool import run_all, run_worker
 WORKER = "tests.planning.compiler.ending_worker"
 
 
-def test_an_answer_with_flags_and_without_the_compilation_cache():
+def test_an_answer_with_flags_and_without_the_compilation_cache(monkeypatch):
+  # The TPU compiler would take these, which are for a CPU, and schedule by them.
+  monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
   found = run_worker(WORKER, {"a": [1, 2]}, limit=60, flags="--x")
   assert found.answer == {
     "task": {"a": [1, 2]},
     "LIBTPU_INIT_ARGS": "--x",
     "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "XLA_FLAGS": "",
   }
   assert (found.late, found.reason) == (False, "")
 
