@@ -11,7 +11,7 @@ WORKER = "tests.planning.compiler.ending_worker"
 
 
 def test_an_answer_with_flags_and_without_the_compilation_cache(monkeypatch):
-  # The TPU compiler would take these, which are for a CPU, and schedule by them.
+  # These are for a CPU; the TPU compiler would take them, and schedule by them.
   monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
   found = run_worker(WORKER, {"a": [1, 2]}, limit=60, flags="--x")
   assert found.answer == {
